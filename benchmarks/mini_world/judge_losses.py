@@ -1,0 +1,97 @@
+"""What the judges learn from: contrasts, preferences, and what each cell of a picture shows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.mini_world.judge_data import BACKGROUNDS, CELL_CLASSES
+from benchmarks.mini_world.world import GRAMMAR
+from benchmarks.small_rewards import SmallDualEncoder, SmallImageReward
+
+MAX_LOGIT_SCALE = 60.0
+PREFERENCE_SCALE = 20.0
+"""Cosine differences times this are the logits of a preference."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``B`` pictures in groups of ``group``: what they show, their captions, and worse copies.
+
+    ``pixels`` ``[B, 3, 32, 32]``, ``ids`` ``[B, L]``, ``cells`` ``[B, cells, 3]``, ``backgrounds``
+    ``[B]``; ``worse`` ``[B / group, 3, 32, 32]`` are degraded copies of the groups' first pictures.
+    """
+
+    pixels: Tensor
+    ids: Tensor
+    cells: Tensor
+    backgrounds: Tensor
+    group: int
+    worse: Tensor | None = None
+
+
+class ContentHead(nn.Module):
+    """Reads off an image's feature vector what it shows; used in training alone.
+
+    Pictures are much cheaper to learn from than pairs, so this teaches the vision tower what a
+    caption may speak of before, and while, it is matched with captions.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        outputs = GRAMMAR.cells * sum(CELL_CLASSES) + len(BACKGROUNDS)
+        self.linear = nn.Linear(width, outputs)
+
+    def forward(self, features: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy of what ``batch`` shows given features ``[B, width]``."""
+        outputs = self.linear(features)
+        loss = functional.cross_entropy(outputs[:, -len(BACKGROUNDS) :], batch.backgrounds)
+        cells = outputs[:, : -len(BACKGROUNDS)].unflatten(1, (GRAMMAR.cells, -1))
+        for part, logits in enumerate(cells.split(CELL_CLASSES, -1)):
+            answers = batch.cells[..., part].flatten()
+            loss = loss + functional.cross_entropy(logits.flatten(0, 1), answers)
+        return loss
+
+
+def contrastive_loss(judge: SmallDualEncoder, encoded: Tensor, batch: Batch) -> Tensor:
+    """CLIP's loss both ways. The batch holds, by its groups, captions and pictures that differ
+    from each other in one attribute: without those a judge learns little but the colours."""
+    images = functional.normalize(encoded, dim=-1)
+    texts = functional.normalize(judge.encode_text(batch.ids), dim=-1)
+    logits = judge.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * images @ texts.T
+    answers = torch.arange(len(logits))
+    loss = functional.cross_entropy(logits, answers) + functional.cross_entropy(logits.T, answers)
+    if batch.worse is None:
+        return loss / 2
+    worse = functional.normalize(judge.encode_image(batch.worse), dim=-1)
+    margins = ((images - worse.repeat_interleave(batch.group, 0)) * texts).sum(-1)
+    return loss / 2 + preference_loss(PREFERENCE_SCALE * margins[:: batch.group])
+
+
+def preference_loss(margins: Tensor) -> Tensor:
+    """Bradley-Terry: the negative log-likelihood that the first of two was preferred."""
+    return -functional.logsigmoid(margins).mean()
+
+
+def reward_loss(judge: SmallImageReward, encoded: Tensor, batch: Batch) -> Tensor:
+    """ImageReward's loss on pairs: each picture with its own caption against another caption of
+    its group (or, for one step in eight, of another group), and each caption the same way."""
+    number, group = len(encoded), batch.group
+    index = torch.arange(number)
+    if torch.rand(()) < 1 / 8:
+        other = index.roll(group)
+    else:
+        shift = int(torch.randint(1, group, ()))
+        other = index - index % group + (index % group + shift) % group
+    right = judge.pair_scores(encoded, batch.ids)
+    wrong = judge.pair_scores(encoded, batch.ids[other])
+    # ``wrong[i]`` pairs picture i with caption other[i]; the right picture of it is other[i].
+    loss = preference_loss(right - wrong) + preference_loss(right[other] - wrong)
+    # The level of a score must mean the same for all pictures, not only its differences.
+    loss = loss + 0.5 * (preference_loss(right) + preference_loss(-wrong))
+    if batch.worse is not None:
+        first = batch.ids[::group]
+        worse = judge.pair_scores(judge.encode_image(batch.worse), first)
+        loss = loss + preference_loss(right[::group] - worse)
+    return loss / 2

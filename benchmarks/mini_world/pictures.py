@@ -1,0 +1,54 @@
+"""Pools of pictures and their scenes, drawn once so that no training waits for drawing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.mini_world import world
+from g2rpo.seeds import generator
+
+
+@dataclass(frozen=True)
+class PicturePool:
+    """``images`` uint8 ``[N, 32, 32, 3]``, with the captions, scenes and layouts they show."""
+
+    images: Tensor
+    captions: list[str]
+    scenes: list[world.Scene]
+    layouts: list[world.Layout]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def draw_pool(seed: int, stream: str, split: str, number: int) -> PicturePool:
+    """``number`` fresh scenes of ``split`` with captions and pictures, from a named draw."""
+    rng = generator(seed, f"pool-{stream}")
+    scenes = [world.sample_scene(rng, split) for _ in range(number)]
+    return draw_scenes(scenes, rng)
+
+
+def draw_captions(seed: int, stream: str, captions: list[str]) -> PicturePool:
+    """One picture of each caption."""
+    pool = draw_scenes([world.scene_of(text) for text in captions], generator(seed, stream))
+    return PicturePool(pool.images, list(captions), pool.scenes, pool.layouts)
+
+
+def draw_scenes(scenes: list[world.Scene], rng: np.random.Generator) -> PicturePool:
+    """One picture and one caption of each scene."""
+    layouts = [world.lay_out(scene, rng) for scene in scenes]
+    images = np.stack([world.draw(layout, rng) for layout in layouts])
+    captions = [world.caption(scene, rng) for scene in scenes]
+    return PicturePool(torch.from_numpy(images), captions, scenes, layouts)
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 ``[N, H, W, 3]`` to float32 ``[N, 3, H, W]`` in [-1, 1], as the autoencoder has it."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """float32 ``[N, 3, H, W]`` in [-1, 1] to uint8 ``[N, H, W, 3]``, as a saved PNG has it."""
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,0 +1,90 @@
+"""Small tokenizers of the ordinary kinds, whose whole words are those of the mini world.
+
+Every other character still has a token of its own, so that any prompt can be tokenized.
+"""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer, T5TokenizerFast
+
+from benchmarks.mini_world import world
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+PADDING, STOP, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+def words() -> list[str]:
+    """Every word of the captions, sorted."""
+    grammar = world.GRAMMAR
+    phrases = [
+        *grammar.counts,
+        *grammar.sizes,
+        *grammar.colours,
+        *grammar.shapes,
+        *grammar.places,
+        *grammar.relations,
+        *grammar.backgrounds,
+        "and",
+    ]
+    return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def clip_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer of CLIP's kind in ``folder``, one token for each word."""
+    folder.mkdir(parents=True, exist_ok=True)
+    merges: list[tuple[str, str]] = []
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10000, end_of_word_suffix="</w>", min_frequency=1, show_progress=False
+    )
+    bpe.train_from_iterator(words(), trainer)
+    learned = json.loads(bpe.to_str())["model"]["merges"]
+    merges = [(a, b) for a, b in learned]
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = alphabet + [letter + "</w>" for letter in alphabet]
+    tokens += [token for token in dict.fromkeys(a + b for a, b in merges) if token not in tokens]
+    tokens += [START, END]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": length,
+        "unk_token": END,
+        "bos_token": START,
+        "eos_token": END,
+        "pad_token": END,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def t5_tokenizer(folder: Path, length: int) -> T5TokenizerFast:
+    """A unigram tokenizer of T5's kind in ``folder``, one token for each word."""
+    characters = [chr(code) for code in range(33, 127)]
+    pieces = [(PADDING, 0.0), (STOP, 0.0), (UNKNOWN, 0.0)]
+    pieces += [("\u2581" + word, -1.0) for word in words() if len(word) > 1]
+    pieces += [("\u2581", -4.0)]
+    pieces += [(prefix + letter, -6.0) for letter in characters for prefix in ("", "\u2581")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {STOP}", pair=f"$A {STOP} $B {STOP}", special_tokens=[(STOP, 1)]
+    )
+    wrapped = T5TokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=STOP,
+        unk_token=UNKNOWN,
+        pad_token=PADDING,
+        extra_ids=0,
+        model_max_length=length,
+    )
+    wrapped.save_pretrained(folder)
+    return T5TokenizerFast.from_pretrained(folder)

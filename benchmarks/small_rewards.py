@@ -1,0 +1,323 @@
+"""Small reward models in the files of the large ones: what the mini world's judges are trained
+as, and what the smoke profile holds with random weights.
+
+Each of the four is built with fresh weights, gives differentiable features for training, and is
+saved as a folder that its class in ``g2rpo.rewards`` loads by the code that loads the published
+weights.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import open_clip
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    BatchEncoding,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from g2rpo.files import write_json
+from g2rpo.rewards.image_reward import (
+    MAX_TOKENS,
+    MED_CONFIG,
+    VISION_CONFIG,
+    ImageRewardNetwork,
+    add_blip_tokens,
+)
+from g2rpo.rewards.open_clip_reward import (
+    CONFIG_FILE,
+    TOKENIZER_BESIDE,
+    WEIGHTS_FILES,
+    build_clip,
+)
+from g2rpo.rewards.pick_score import image_features, text_features
+
+CONTEXT_LENGTH = 24
+"""Tokens of a prompt that the small text towers read, the two marks included."""
+IMAGE_SIZE = 32
+PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[START]", "[END]"
+PAD_ID = 0
+_MEAN, _STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Pixels ``[N, 3, 32, 32]`` in 0..1 to what the small vision towers are given."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
+    return (pixels - mean) / std
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A token for each of ``words``; ``[END]`` has the highest id, which CLIP towers look for."""
+    tokens = [PAD, UNKNOWN, START, ",", *words, END]
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        special_tokens=[(START, tokens.index(START)), (END, tokens.index(END))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        bos_token=START,
+        eos_token=END,
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+@torch.no_grad()
+def liven(module: nn.Module) -> None:
+    """Draws every matrix of ``module`` anew so that it keeps the size of what passes through.
+
+    Biases and the vectors of normalisation layers stay as they are. Initialisations made for
+    wide models (standard deviation 0.02) are far too small for narrow ones.
+    """
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            looked_up = isinstance(owner, nn.Embedding) or "embedding" in name
+            inputs = 1 if looked_up else parameter[0].numel()
+            if name in ("proj", "text_projection"):  # open_clip keeps these transposed
+                inputs = parameter.shape[0]
+            parameter.normal_(0.0, inputs**-0.5)
+
+
+class SmallReward(ABC, nn.Module):
+    """A trainable reward model: images and token ids to a matrix or a list of scores."""
+
+    name: ClassVar[str]
+    """The reward's name in the registry, and its folder's."""
+    tokenizer: PreTrainedTokenizerBase
+    width: int
+    """Length of an image's feature vector."""
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids ``[N, CONTEXT_LENGTH]``, padded with ``PAD_ID``."""
+        ids: Tensor = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=CONTEXT_LENGTH,
+            return_tensors="pt",
+        ).input_ids
+        return ids
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Whatever :meth:`pair_scores` needs of pixels ``[N, 3, 32, 32]``, N first."""
+
+    def summary(self, encoded: Tensor) -> Tensor:
+        """One vector ``[N, width]`` for each encoded image."""
+        return encoded
+
+    @abstractmethod
+    def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
+        """Scores ``[N]`` of encoded images and token ids, pair by pair."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the folder that the reward's class loads."""
+
+
+class SmallDualEncoder(SmallReward):
+    """Two towers; the score is the cosine of their features."""
+
+    logit_scale: nn.Parameter
+
+    @abstractmethod
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Features ``[N, D]`` of token ids, not normalised."""
+
+    def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
+        """Cosines ``[N]``."""
+        return nn.functional.cosine_similarity(encoded, self.encode_text(ids))
+
+
+class SmallOpenClip(SmallDualEncoder):
+    """An open_clip model in the role of HPS or of the CLIP score."""
+
+    def __init__(
+        self, words: Sequence[str], embed: int, vision: dict[str, Any], text: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.tokenizer = word_tokenizer(words)
+        self.width = embed
+        self.model_config: dict[str, Any] = {
+            "embed_dim": embed,
+            "vision_cfg": {"image_size": IMAGE_SIZE, **vision},
+            "text_cfg": {
+                "context_length": CONTEXT_LENGTH,
+                "vocab_size": len(self.tokenizer),
+                "hf_tokenizer_name": TOKENIZER_BESIDE,
+                **text,
+            },
+        }
+        self.clip = build_clip(self.model_config)
+        self.logit_scale = self.clip.logit_scale
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Features ``[N, width]``."""
+        features: Tensor = self.clip.encode_image(pixels)
+        return features
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """See :meth:`SmallDualEncoder.encode_text`."""
+        features: Tensor = self.clip.encode_text(ids)
+        return features
+
+    def save(self, folder: Path) -> None:
+        """Writes ``open_clip_config.json``, the weights and the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        preprocess = {"mean": list(_MEAN), "std": list(_STD), "resize_mode": "shortest"}
+        write_json(
+            folder / CONFIG_FILE, {"model_cfg": self.model_config, "preprocess_cfg": preprocess}
+        )
+        safetensors.torch.save_file(self.clip.state_dict(), folder / WEIGHTS_FILES[0])
+        self.tokenizer.save_pretrained(folder)
+
+
+class SmallHPS(SmallOpenClip):
+    """In the role of HPS: a vision transformer with patches of 8 pixels."""
+
+    name = "hps"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        vision = {"patch_size": 8, "width": 96, "layers": 3, "head_width": 24}
+        super().__init__(words, 128, vision, {"width": 80, "heads": 4, "layers": 2})
+
+
+class SmallCLIPScore(SmallOpenClip):
+    """In the role of the CLIP score: large patches, one for each quarter of the picture."""
+
+    name = "clip"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        vision = {"patch_size": 16, "width": 128, "layers": 3, "head_width": 32}
+        super().__init__(words, 160, vision, {"width": 64, "heads": 2, "layers": 2})
+
+
+class SmallPickScore(SmallDualEncoder):
+    """In the role of PickScore: transformers' CLIPModel, small patches, a thin deep tower."""
+
+    name = "pick_score"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__()
+        self.tokenizer = word_tokenizer(words)
+        self.width = 128
+        text = {
+            "vocab_size": len(self.tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT_LENGTH,
+            "pad_token_id": PAD_ID,
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "hidden_act": "gelu",
+        }
+        vision = {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+            "hidden_act": "gelu",
+        }
+        self.clip = CLIPModel(
+            CLIPConfig(text_config=text, vision_config=vision, projection_dim=self.width)
+        )
+        self.logit_scale = self.clip.logit_scale
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Features ``[N, width]``, normalised."""
+        return image_features(self.clip, pixels)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Features ``[N, D]``, normalised."""
+        return text_features(self.clip, ids, (ids != PAD_ID).long())
+
+    def save(self, folder: Path) -> None:
+        """Writes an ordinary CLIPModel folder with its processor's files."""
+        self.clip.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        preprocessor = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": IMAGE_SIZE},
+            "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            "image_mean": list(_MEAN),
+            "image_std": list(_STD),
+            "resample": 3,
+        }
+        write_json(folder / "preprocessor_config.json", preprocessor)
+
+
+class SmallImageReward(SmallReward):
+    """In the role of ImageReward: a text tower that attends to the picture, and a scalar head."""
+
+    name = "image_reward"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__()
+        self.words = list(words)
+        tokens = [PAD, UNKNOWN, "[CLS]", "[SEP]", "[MASK]", ",", *words]
+        bert = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+        self.tokenizer = add_blip_tokens(bert)
+        self.width = 4 * 96
+        self.vision_config = {
+            "hidden_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+        }
+        self.text_config = {
+            "vocab_size": len(self.tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": MAX_TOKENS,
+        }
+        self.network = ImageRewardNetwork(self.vision_config, self.text_config)
+        liven(self.network)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Tokens ``[N, tokens, width]``."""
+        return self.network.encode_image(pixels)
+
+    def summary(self, encoded: Tensor) -> Tensor:
+        """The mean token of each quarter of the picture, side by side."""
+        side = self.vision_config["image_size"] // self.vision_config["patch_size"] // 2
+        grid = encoded[:, 1:].unflatten(1, (2, side, 2, side))
+        return grid.mean((2, 4)).flatten(1)
+
+    def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
+        """Rewards ``[N]``."""
+        text = BatchEncoding({"input_ids": ids, "attention_mask": (ids != PAD_ID).long()})
+        rewards: Tensor = self.network(encoded, text)
+        return rewards
+
+    def save(self, folder: Path) -> None:
+        """Writes the weights under published names, both configurations and the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.contiguous() for key, value in self.network.published_state().items()}
+        safetensors.torch.save_file(state, folder / "image_reward.safetensors")
+        write_json(folder / MED_CONFIG, self.text_config)
+        write_json(folder / VISION_CONFIG, self.vision_config)
+        self.tokenizer.save_pretrained(folder)

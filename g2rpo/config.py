@@ -1,0 +1,177 @@
+"""Typed configuration: strict pydantic models, YAML files, ``key=value`` overrides.
+
+Each component owns its own small model beside its code; this file has what they share. A mistake
+is told in one line that names the key, what is wrong, and the nearest valid key.
+"""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import pydantic
+import yaml
+
+from g2rpo.errors import UserError
+
+
+class StrictModel(pydantic.BaseModel):
+    """Base of every configuration model: unknown keys are refused and values do not change."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def concrete(cls, data: Any) -> type[Self]:
+        """The class that ``data`` stands for: another where it names a derived one."""
+        del data
+        return cls
+
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+Location = tuple[int | str, ...]
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint naming the valid name nearest to ``name``, or listing the valid ones."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "valid: " + ", ".join(names)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping; a missing, malformed or non-mapping file is a :class:`UserError`."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected keys and values, found a {type(value).__name__}")
+    return value
+
+
+def _field_names(model: type[pydantic.BaseModel], location: Location, data: Any) -> set[str]:
+    """The valid keys at the place of an unknown key of ``data``."""
+    places: list[tuple[Any, Any]] = [(model, data)]
+    for part in location[:-1]:
+        places = [inner for place in places for inner in _inside(*place, part)]
+    models = {option for annotation, value in places for option in _options(annotation, value)}
+    return {name for found in models for name in getattr(found, "model_fields", ())}
+
+
+def _options(annotation: Any, value: Any) -> list[Any]:
+    """What ``annotation`` allows for ``value``: its union's members, models in their own class."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _options(typing.get_args(annotation)[0], value)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [o for member in typing.get_args(annotation) for o in _options(member, value)]
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
+        return [annotation.concrete(value)]
+    return [annotation]
+
+
+def _inside(annotation: Any, value: Any, part: int | str) -> list[tuple[Any, Any]]:
+    """The annotations and values one key further in."""
+    try:
+        inner = value[part]
+    except (KeyError, IndexError, TypeError):
+        inner = None
+    found: list[tuple[Any, Any]] = []
+    for option in _options(annotation, value):
+        if isinstance(option, type) and issubclass(option, pydantic.BaseModel):
+            if part in option.model_fields:
+                found.append((option.model_fields[str(part)].annotation, inner))
+            elif part in (option.__name__, _tag(option)):  # which member of a union it was
+                found.append((option, value))
+        elif typing.get_origin(option) in (dict, Mapping):
+            found.append((typing.get_args(option)[1], inner))
+        else:
+            found += [(element, inner) for element in typing.get_args(option)]
+    return found
+
+
+def _tag(model: type[pydantic.BaseModel]) -> str | None:
+    field = model.model_fields.get("name")
+    return None if field is None else str(field.default)
+
+
+def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, data: Any) -> str:
+    first = error.errors(include_url=False)[0]
+    location = first["loc"]
+    key = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        names = _field_names(model, location, data)
+        return f"unknown key {key!r}; " + nearest(str(location[-1]), names)
+    if first["type"] == "missing":
+        return f"missing key {key!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    more = len(error.errors(include_url=False)) - 1
+    rest = f" (and {more} more)" if more else ""
+    found = first.get("input")
+    shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""
+    if not key or message.startswith((f"{key}.", f"{key}:")):
+        return f"{message}{rest}"
+    return f"{key}: {message}{shown}{rest}"
+
+
+def validate(model: type[Model], data: Any, where: str) -> Model:
+    """Builds ``model`` from ``data``.
+
+    Raises:
+        UserError: one line with ``where``, the key, what is wrong and the nearest valid key.
+    """
+    try:
+        return model.model_validate(data)
+    except pydantic.ValidationError as error:
+        message = " ".join(_one_line(model, error, data).split())
+        raise UserError(f"{where}: {message}") from None
+
+
+def merge(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with each of ``changes`` laid over it, mapping by mapping."""
+    merged = dict(base)
+    for change in changes:
+        for key, value in change.items():
+            old = merged.get(key)
+            if isinstance(old, Mapping) and isinstance(value, Mapping):
+                merged[key] = merge(old, value)
+            else:
+                merged[key] = value
+    return merged
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
+    """Turns ``["a.b=1", "c=[1, 2]"]`` into a nested mapping; values are read as YAML."""
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        parts = key.strip().split(".")
+        if not separator or not all(parts):
+            raise UserError(f"override {assignment!r}: expected key=value, e.g. training.seed=1")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"override {assignment!r}: the value is not valid YAML") from None
+        nested: Any = value
+        for part in reversed(parts):
+            nested = {part: nested}
+        result = merge(result, nested)
+    return result
+
+
+def content_hash(value: Any) -> str:
+    """A short hash of JSON-like ``value`` that names what it configures."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

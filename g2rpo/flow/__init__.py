@@ -1,0 +1,1 @@
+"""Flow-matching mathematics: sigma grids, transitions, granularities, the sweep over the grid."""

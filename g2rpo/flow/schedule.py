@@ -1,0 +1,89 @@
+"""The grid of noise levels that a trajectory walks, from noise (sigma = 1) to image (sigma = 0)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from g2rpo.config import StrictModel
+
+
+class GridConfig(StrictModel):
+    """Which sigmas are visited, and which time the transformer is told there."""
+
+    steps: int = Field(16, ge=2)
+    """Denoising steps T (released flag ``--sampling_steps 16``)."""
+    schedule: Literal["shifted", "flux_dynamic"] = "shifted"
+    """``shifted``: one shift whatever the size, as all these methods train. ``flux_dynamic``:
+    FluxPipeline's own grid, whose shift grows with the number of image tokens."""
+    shift: float = Field(3.0, gt=0)
+    """Time shift s of the ``shifted`` schedule (released flag ``--shift 3``)."""
+    timestep: Literal["exact", "truncated"] = "truncated"
+    """``truncated`` tells the transformer int(1000 sigma)/1000, as the released code does."""
+
+
+@dataclass(frozen=True)
+class SigmaGrid:
+    """Noise levels sigma_0 = 1 > ... > sigma_T = 0 and the model times at the first T of them.
+
+    Attributes:
+        sigmas: T + 1 noise levels, float64.
+        timesteps: T + 1 times in [0, 1] that the transformer is given (the last is never used).
+    """
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        """The number of denoising steps T."""
+        return len(self.sigmas) - 1
+
+
+def shifted_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """sigma = s u / (1 + (s - 1) u) for u = linspace(1, 0, T + 1), in float64.
+
+    Source: the released ``sd3_time_shift``.
+    """
+    u = np.linspace(1.0, 0.0, steps + 1)
+    inner = (shift * u / (1.0 + (shift - 1.0) * u))[1:-1]
+    # A shift below 1/2 would round sigma_0 to beside 1, where 1 / (1 - sigma) is meaningless.
+    return (1.0, *(float(sigma) for sigma in inner), 0.0)
+
+
+def truncated_times(steps: int, shift: float) -> tuple[float, ...]:
+    """int(1000 sigma) / 1000, in the float32 arithmetic in which the released code computes it.
+
+    The grid is torch's: its float32 ``linspace`` is not the rounded float64 one, and one unit in
+    the last place moves the truncation (e.g. at T = 7, 13, 14 or 50 with shift 3).
+    """
+    u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32, device="cpu")
+    sigmas = shift * u / (1.0 + (shift - 1.0) * u)
+    return tuple(int(value) / 1000 for value in (1000.0 * sigmas).tolist())
+
+
+def flux_dynamic_sigmas(steps: int, image_tokens: int) -> tuple[float, ...]:
+    """FluxPipeline's grid for FLUX.1-dev: linspace(1, 1/T, T) shifted by e^mu, then 0.
+
+    mu grows linearly from 0.5 at 256 image tokens to 1.15 at 4096 (the scheduler's ``base_shift``
+    and ``max_shift``), so the shift is about 2.22 at 720x720 and 3.16 at 1024x1024.
+    """
+    slope = (1.15 - 0.5) / (4096 - 256)
+    shift = math.exp(0.5 + slope * (image_tokens - 256))
+    u = np.linspace(1.0, 1.0 / steps, steps)
+    return (*(float(sigma) for sigma in shift * u / (1.0 + (shift - 1.0) * u)), 0.0)
+
+
+def build_grid(config: GridConfig, image_tokens: int) -> SigmaGrid:
+    """The grid that ``config`` describes for latents of ``image_tokens`` packed tokens."""
+    if config.schedule == "flux_dynamic":
+        sigmas = flux_dynamic_sigmas(config.steps, image_tokens)
+        times = tuple(int(1000 * sigma) / 1000 for sigma in sigmas)
+        return SigmaGrid(sigmas, sigmas if config.timestep == "exact" else times)
+    sigmas = shifted_sigmas(config.steps, config.shift)
+    if config.timestep == "exact":
+        return SigmaGrid(sigmas, sigmas)
+    return SigmaGrid(sigmas, truncated_times(config.steps, config.shift))

@@ -1,0 +1,267 @@
+"""The rollout engine: one walk over the sigma grid for all trajectories of all prompts.
+
+At each node every live state is gathered, its velocity is evaluated once in micro-batches, and
+each of its departures (ODE or SDE, to the next node or a strided one) is taken. What trajectories
+share is therefore computed once, and every evaluation runs in a batch; the mathematics is that of
+one trajectory at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from g2rpo.flow.forest import Forest
+from g2rpo.flow.schedule import SigmaGrid
+from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
+
+Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(latents [B, ...], times [B] in [0, 1], prompt indices [B] int64) -> velocity [B, ...]."""
+
+Noise = Callable[[int, int, int], torch.Tensor]
+"""(prompt index, sample, step) -> standard normal noise [...]; step -1 is the initial noise."""
+
+INITIAL_NOISE = -1
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """The stochastic transitions of one grid step, as training needs them.
+
+    Attributes:
+        step: k, from sigma_k to sigma_{k+1}.
+        transition: its law.
+        sources: the S distinct states x_k left, [P, S, ...].
+        source_of: for each of the N transitions, which source it leaves, [N] int64.
+        samples: for each transition, its sample index.
+        next_latents: x_{k+1}, rounded to the storage dtype, [P, N, ...].
+        log_prob: the log-probability under the rollout policy, [P, N].
+    """
+
+    step: int
+    transition: Transition
+    sources: torch.Tensor
+    source_of: torch.Tensor
+    samples: tuple[int, ...]
+    next_latents: torch.Tensor
+    log_prob: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a walk over the grid leaves behind.
+
+    Attributes:
+        images: latents at sigma = 0 of ``forest.images``, [P, I, ...].
+        recorded: the recorded stochastic transitions, by ascending step.
+        velocity_evaluations: velocity evaluations over all P prompts.
+    """
+
+    images: torch.Tensor
+    recorded: tuple[RecordedStep, ...]
+    velocity_evaluations: int
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """How the states are stored and batched.
+
+    Attributes:
+        diffusion: the coefficient g of the SDE at each of the T steps.
+        micro_batch: states per velocity evaluation batch.
+        dtype: storage dtype of latents; x' is rounded to it before its log-prob is taken.
+        device: where the latents live.
+    """
+
+    diffusion: tuple[float, ...]
+    micro_batch: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+
+class _Node:
+    """The live states of one grid node: their indices in the forest and their latents."""
+
+    def __init__(self, indices: list[int], latents: torch.Tensor) -> None:
+        self.position = {state: place for place, state in enumerate(indices)}
+        self.latents = latents
+
+
+@torch.no_grad()
+def sweep(
+    forest: Forest,
+    grid: SigmaGrid,
+    prompts: int,
+    velocity: Velocity,
+    noise: Noise,
+    settings: SweepSettings,
+) -> Sweep:
+    """Walks ``forest`` for ``prompts`` prompts at once.
+
+    Args:
+        forest: the states, the same for every prompt.
+        grid: sigmas and model times.
+        prompts: P.
+        velocity: the policy's velocity for a batch of states.
+        noise: standard normal noise for (prompt, sample, step).
+        settings: diffusion coefficients, batching, storage.
+    """
+    if forest.steps != grid.steps:
+        raise ValueError(f"the forest has {forest.steps} steps, the grid {grid.steps}")
+    return _Walk(forest, grid, prompts, velocity, noise, settings).run()
+
+
+class _Walk:
+    def __init__(
+        self,
+        forest: Forest,
+        grid: SigmaGrid,
+        prompts: int,
+        velocity: Velocity,
+        noise: Noise,
+        settings: SweepSettings,
+    ) -> None:
+        self.forest, self.grid, self.prompts = forest, grid, prompts
+        self.velocity, self.noise, self.settings = velocity, noise, settings
+        self.at_node: list[list[int]] = [[] for _ in range(grid.steps + 1)]
+        self.departures: list[list[int]] = [[] for _ in range(grid.steps + 1)]
+        for index, state in enumerate(forest.states):
+            self.at_node[state.node].append(index)
+            if state.parent is not None:
+                self.departures[forest.states[state.parent].node].append(index)
+        self.nodes: dict[int, _Node] = {}
+        self.recorded: list[RecordedStep] = []
+        self.evaluations = 0
+
+    def run(self) -> Sweep:
+        self._start()
+        for node in range(self.grid.steps):
+            if node in self.nodes:
+                self._leave(node)
+        images = self.nodes[self.grid.steps]
+        places = [images.position[state] for state in self.forest.images]
+        return Sweep(images.latents[:, places], tuple(self.recorded), self.evaluations)
+
+    def _start(self) -> None:
+        indices = self.at_node[0]
+        noise = self._draw([self.forest.states[i].sample for i in indices], INITIAL_NOISE)
+        self.nodes[0] = _Node(indices, noise)
+
+    def _draw(self, samples: Sequence[int | None], step: int) -> torch.Tensor:
+        """Noise [P, len(samples), ...]; a sample named twice is drawn once."""
+        rows = []
+        for prompt in range(self.prompts):
+            drawn = {s: self.noise(prompt, s, step) for s in samples if s is not None}
+            rows.append(torch.stack([drawn[s] for s in samples if s is not None]))
+        noise = torch.stack(rows)
+        return noise.to(self.settings.device, self.settings.dtype, non_blocking=True)
+
+    def _leave(self, node: int) -> None:
+        """Evaluates the states of ``node`` that are left and takes all their departures."""
+        here = self.nodes.pop(node)
+        leaving = self.departures[node]
+        sources = list(dict.fromkeys(self._parent(state) for state in leaving))
+        latents = here.latents[:, [here.position[source] for source in sources]]
+        velocities = self._evaluate(latents, node)
+        row = {source: place for place, source in enumerate(sources)}
+
+        by_kind: dict[tuple[int, bool], list[int]] = {}
+        for state in leaving:
+            target = self.forest.states[state]
+            by_kind.setdefault((target.node, target.sample is not None), []).append(state)
+        for (target_node, stochastic), states in by_kind.items():
+            places = [row[self._parent(state)] for state in states]
+            if stochastic:
+                moved = self._stochastic(node, states, places, latents, velocities)
+            else:
+                moved = self._deterministic(node, target_node, places, latents, velocities)
+            self._arrive(target_node, states, moved)
+
+    def _parent(self, state: int) -> int:
+        parent = self.forest.states[state].parent
+        assert parent is not None
+        return parent
+
+    def _evaluate(self, latents: torch.Tensor, node: int) -> torch.Tensor:
+        """Velocities of ``latents`` [P, S, ...], in micro-batches over all P * S states."""
+        prompts, states = latents.shape[:2]
+        flat = latents.flatten(0, 1)
+        prompt_of = torch.arange(prompts, device=flat.device).repeat_interleave(states)
+        time = flat.new_full((len(flat),), self.grid.timesteps[node])
+        velocities = torch.empty_like(flat)
+        for first in range(0, len(flat), self.settings.micro_batch):
+            part = slice(first, first + self.settings.micro_batch)
+            velocities[part] = self.velocity(flat[part], time[part], prompt_of[part])
+        self.evaluations += len(flat)
+        return velocities.view_as(latents)
+
+    def _deterministic(
+        self,
+        node: int,
+        target: int,
+        places: list[int],
+        latents: torch.Tensor,
+        velocities: torch.Tensor,
+    ) -> torch.Tensor:
+        delta = self.grid.sigmas[target] - self.grid.sigmas[node]
+        return latents[:, places] + velocities[:, places] * delta
+
+    def _stochastic(
+        self,
+        node: int,
+        states: list[int],
+        places: list[int],
+        latents: torch.Tensor,
+        velocities: torch.Tensor,
+    ) -> torch.Tensor:
+        sigmas = self.grid.sigmas
+        transition = Transition(sigmas[node], sigmas[node + 1], self.settings.diffusion[node])
+        flat_mean = transition_mean(
+            latents.flatten(0, 1),
+            velocities.flatten(0, 1),
+            [transition] * (latents.shape[0] * latents.shape[1]),
+        )
+        mean = flat_mean.view_as(latents)[:, places]
+        samples = [self.forest.states[state].sample for state in states]
+        moved = mean + transition.std * self._draw(samples, node)
+        self._record(node, transition, states, places, (latents, mean, moved))
+        return moved
+
+    def _record(
+        self,
+        node: int,
+        transition: Transition,
+        states: list[int],
+        places: list[int],
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> None:
+        latents, mean, moved = tensors
+        wanted = set(self.forest.recorded)
+        kept = [i for i, state in enumerate(states) if state in wanted]
+        if not kept:
+            return
+        used = sorted({places[i] for i in kept})
+        mean, moved = mean[:, kept], moved[:, kept]
+        std = per_state([transition.std] * (mean.shape[0] * mean.shape[1]), mean.flatten(0, 1))
+        value = log_prob(moved.flatten(0, 1), mean.flatten(0, 1), std)
+        samples = [self.forest.states[states[i]].sample for i in kept]
+        self.recorded.append(
+            RecordedStep(
+                step=node,
+                transition=transition,
+                sources=latents[:, used],
+                source_of=torch.tensor([used.index(places[i]) for i in kept]),
+                samples=tuple(sample for sample in samples if sample is not None),
+                next_latents=moved,
+                log_prob=value.view(self.prompts, len(kept)),
+            )
+        )
+
+    def _arrive(self, node: int, states: list[int], latents: torch.Tensor) -> None:
+        """Stores the latents of ``states`` [P, S, ...] at ``node``."""
+        indices = self.at_node[node]
+        if node not in self.nodes:
+            shape = (self.prompts, len(indices), *latents.shape[2:])
+            self.nodes[node] = _Node(indices, latents.new_empty(shape))
+        position = self.nodes[node].position
+        self.nodes[node].latents[:, [position[state] for state in states]] = latents

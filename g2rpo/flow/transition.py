@@ -1,0 +1,103 @@
+"""One step along the grid: ODE and SDE moments, and the log-probability of an SDE step.
+
+Convention: x_sigma = (1 - sigma) x_0 + sigma eps, velocity v = eps - x_0. A step goes from sigma to
+a smaller sigma', so Delta = sigma' - sigma < 0. The one SDE family
+
+    mean = x [1 + g^2 Delta / (2 sigma)] + v [1 + g^2 (1 - sigma) / (2 sigma)] Delta
+    std  = g sqrt(-Delta)
+
+covers every method; they differ in the diffusion coefficient g, and g = 0 is the ODE (Euler) step.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The Gaussian law of one step from ``sigma`` to ``sigma_next`` with coefficient ``diffusion``.
+
+    The mean is ``latents_weight * x + velocity_weight * v``; all numbers are float64.
+    """
+
+    sigma: float
+    sigma_next: float
+    diffusion: float = 0.0
+
+    @property
+    def latents_weight(self) -> float:
+        """1 + g^2 Delta / (2 sigma)."""
+        delta = self.sigma_next - self.sigma
+        return 1.0 + self.diffusion**2 * delta / (2.0 * self.sigma)
+
+    @property
+    def velocity_weight(self) -> float:
+        """[1 + g^2 (1 - sigma) / (2 sigma)] Delta."""
+        delta = self.sigma_next - self.sigma
+        return (1.0 + self.diffusion**2 * (1.0 - self.sigma) / (2.0 * self.sigma)) * delta
+
+    @property
+    def std(self) -> float:
+        """g sqrt(-Delta); zero for the ODE step."""
+        return self.diffusion * math.sqrt(self.sigma - self.sigma_next)
+
+
+def constant_diffusion(eta: float, sigmas: Sequence[float]) -> tuple[float, ...]:
+    """g = eta at every one of the T steps (DanceGRPO)."""
+    return (eta,) * (len(sigmas) - 1)
+
+
+def flow_diffusion(eta: float, sigmas: Sequence[float]) -> tuple[float, ...]:
+    """g = eta sqrt(sigma / (1 - sigma)) at each of the T steps (Flow-GRPO, MixGRPO, G2RPO).
+
+    Where sigma = 1 the denominator uses sigma_1 instead, as the released code does.
+    """
+    first_below_one = sigmas[1]
+    return tuple(
+        eta * math.sqrt(sigma / (1.0 - (first_below_one if sigma == 1.0 else sigma)))
+        for sigma in sigmas[:-1]
+    )
+
+
+def per_state(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """``values`` [B] as a tensor that broadcasts over the latents ``like`` [B, ...]."""
+    tensor = torch.tensor(values, dtype=torch.float64).to(like.dtype)
+    return tensor.view(-1, *([1] * (like.dim() - 1))).to(like.device, non_blocking=True)
+
+
+def transition_mean(
+    latents: torch.Tensor, velocity: torch.Tensor, transitions: Sequence[Transition]
+) -> torch.Tensor:
+    """The mean of one step per state.
+
+    Args:
+        latents: x [B, ...].
+        velocity: v [B, ...], in the dtype of ``latents``.
+        transitions: B laws, one per state.
+
+    Rollout and training both come through here, so that equal velocities give equal means to the
+    last bit.
+    """
+    latents_weight = per_state([t.latents_weight for t in transitions], latents)
+    velocity_weight = per_state([t.velocity_weight for t in transitions], latents)
+    return latents_weight * latents + velocity_weight * velocity
+
+
+def log_prob(next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Mean over the latent dimensions of the Gaussian log-density.
+
+    Args:
+        next_latents: x' [B, ...], treated as data (detached).
+        mean: [B, ...].
+        std: broadcastable to [B, ...], positive.
+
+    Returns:
+        [B]. All released codes take the mean over dimensions, the papers write the full density;
+        the clip range 1e-4 only makes sense with the mean.
+    """
+    error = next_latents.detach() - mean
+    density = -(error**2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return density.flatten(1).mean(dim=1)

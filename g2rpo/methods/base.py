@@ -1,0 +1,111 @@
+"""What every method says of itself: its rollout, what it trains, and how it is found by name."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import g2rpo.methods
+from g2rpo.config import StrictModel, nearest
+from g2rpo.errors import UserError
+from g2rpo.flow.forest import Forest
+
+
+@dataclass(frozen=True)
+class RolloutShape:
+    """The sizes that a method's rollout depends on.
+
+    Attributes:
+        steps: denoising steps T.
+        group_size: samples per group G.
+        iterations: training iterations planned in all.
+    """
+
+    steps: int
+    group_size: int
+    iterations: int
+
+
+class Method(StrictModel):
+    """The part of a method that is the method itself; its fields are its configuration.
+
+    A method is a file in :mod:`g2rpo.methods` whose class ``Config`` derives from this one. The
+    training loop knows methods through these members alone.
+    """
+
+    name: str
+
+    @classmethod
+    def concrete(cls, data: Any) -> type[Self]:
+        """See :meth:`StrictModel.concrete`: the method that ``data`` names, where there is one."""
+        name = data.get("name") if isinstance(data, Mapping) else None
+        if cls is not Method or name not in method_names():
+            return cls
+        found: type[Self] = importlib.import_module(f"g2rpo.methods.{name}").Config
+        return found
+
+    def check(self, shape: RolloutShape) -> list[str]:
+        """Refuses impossible combinations and returns notes that the user should see.
+
+        Raises:
+            ValueError: one line that names the key and the mend.
+        """
+        del shape
+        return []
+
+    def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """The SDE coefficient g at each of the T steps."""
+        raise NotImplementedError
+
+    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+        """The rollout of one prompt in ``iteration`` (counted from 0)."""
+        raise NotImplementedError
+
+    def trained_steps(
+        self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]
+    ) -> Sequence[int]:
+        """Which of the recorded steps are trained for one (prompt id, sample): all by default.
+
+        The number of them is the same for every sample of an iteration.
+        """
+        del seed, iteration, key
+        return recorded
+
+
+def method_names() -> list[str]:
+    """The names of all methods: the files of this package."""
+    modules = pkgutil.iter_modules(g2rpo.methods.__path__)
+    return sorted(module.name for module in modules if module.name != "base")
+
+
+def parse_method(value: Any) -> Method:
+    """Builds a method from its configuration mapping, found by its ``name``.
+
+    Raises:
+        UserError: no name, or no such method (the nearest is named).
+        pydantic.ValidationError: a wrong field.
+    """
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise UserError("method: expected a mapping with a name: " + ", ".join(method_names()))
+    name = str(value["name"])
+    if name not in method_names():
+        raise UserError(f"method.name: no method {name!r}; " + nearest(name, method_names()))
+    return Method.concrete(value).model_validate(value)
+
+
+def check_steps(name: str, chosen: Sequence[int], steps: int, last: int) -> None:
+    """Refuses stochastic steps outside 0..last, repeated ones, or none at all.
+
+    Raises:
+        ValueError: one line.
+    """
+    if not chosen:
+        raise ValueError(f"{name} is empty: name at least one step")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{name} names a step twice: {list(chosen)}")
+    for step in chosen:
+        if not 0 <= step <= last:
+            raise ValueError(f"{name} has step {step}: with {steps} steps use 0 to {last}")

@@ -1,0 +1,59 @@
+"""DanceGRPO: noise at every step, a random part of the steps trained (arXiv 2505.07818)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.transition import constant_diffusion
+from g2rpo.methods.base import Method, RolloutShape
+from g2rpo.seeds import permutation
+
+
+class Config(Method):
+    """G trajectories from shared initial noise, all steps stochastic with constant g = eta.
+
+    The reward is that of the x_0 prediction of the last step; the last transition is never trained.
+    """
+
+    name: Literal["dance_grpo"] = "dance_grpo"
+    eta: float = Field(0.3, gt=0)
+    """The constant diffusion coefficient (released flag ``--eta 0.3``)."""
+    trained_fraction: float = Field(0.6, gt=0, le=1)
+    """int((T - 1) * fraction) steps are trained (released flag ``--timestep_fraction 0.6``)."""
+
+    def trained_count(self, steps: int) -> int:
+        """How many of the first T - 1 steps each sample trains."""
+        return int((steps - 1) * self.trained_fraction)
+
+    def check(self, shape: RolloutShape) -> list[str]:
+        """See :meth:`Method.check`."""
+        if self.trained_count(shape.steps) < 1:
+            raise ValueError(
+                f"method.trained_fraction {self.trained_fraction} trains none of the "
+                f"{shape.steps - 1} trainable steps: raise it"
+            )
+        return []
+
+    def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """Constant: eta."""
+        return constant_diffusion(self.eta, sigmas)
+
+    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+        """G stochastic lines; the image is x_0 predicted from the last node's state."""
+        del iteration
+        forest = Forest(shape.steps)
+        root = forest.initial(sample=0)
+        states = [root] * shape.group_size
+        for _ in range(shape.steps - 1):
+            states = [forest.sde(state, sample, record=True) for sample, state in enumerate(states)]
+        forest.groups.append(Group(tuple(forest.ode(state, shape.steps) for state in states)))
+        return forest
+
+    def trained_steps(
+        self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]
+    ) -> Sequence[int]:
+        """A fresh random subset of the recorded steps for each sample."""
+        order = permutation(len(recorded), seed, "trained-steps", iteration, *key)
+        return sorted(recorded[index] for index in order[: self.trained_count(len(recorded) + 1)])

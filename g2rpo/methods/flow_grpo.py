@@ -1,0 +1,38 @@
+"""Flow-GRPO: noise at every step, all but the last trained (arXiv 2505.05470)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.transition import flow_diffusion
+from g2rpo.methods.base import Method, RolloutShape
+
+
+class Config(Method):
+    """G trajectories, all steps stochastic in the Flow form; the image is the final x itself."""
+
+    name: Literal["flow_grpo"] = "flow_grpo"
+    eta: float = Field(0.7, gt=0)
+    """Noise level (the released code's ``noise_level 0.7``)."""
+    shared_initial_noise: bool = True
+    """The released code draws initial noise for each sample; a matched comparison shares it."""
+
+    def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """Flow form: eta sqrt(sigma / (1 - sigma))."""
+        return flow_diffusion(self.eta, sigmas)
+
+    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+        """G stochastic lines down to the image; the last step's noise is part of the image."""
+        del iteration
+        forest = Forest(shape.steps)
+        if self.shared_initial_noise:
+            states = [forest.initial(sample=0)] * shape.group_size
+        else:
+            states = [forest.initial(sample) for sample in range(shape.group_size)]
+        for step in range(shape.steps):
+            record = step < shape.steps - 1
+            states = [forest.sde(s, sample, record=record) for sample, s in enumerate(states)]
+        forest.groups.append(Group(tuple(states)))
+        return forest

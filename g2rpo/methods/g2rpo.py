@@ -1,0 +1,75 @@
+"""G2RPO: singular stochastic sampling and multi-granularity advantages (arXiv 2510.01982)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.granularity import coinciding_granularities, continuation_nodes
+from g2rpo.flow.transition import flow_diffusion
+from g2rpo.methods.base import Method, RolloutShape, check_steps
+
+
+class Config(Method):
+    """One deterministic anchor per prompt; at each step of M, G branches with noise at that step.
+
+    Every branch is finished by ODE at each granularity, and its advantages are summed.
+    """
+
+    name: Literal["g2rpo"] = "g2rpo"
+    eta: float = Field(0.7, gt=0)
+    """Noise level of the stochastic step (released flag ``--eta 0.7``)."""
+    stochastic_steps: tuple[int, ...] | None = None
+    """The set M of stochastic steps; null is the first half of the grid, as in the paper."""
+    granularities: tuple[int, ...] = (1, 2, 3)
+    """The set of granularities; (1,) is "without MGAI"."""
+    log_anchor_reward: bool = True
+    """Also scores the anchor's own image, for the log alone (as the released code does)."""
+
+    def steps_of(self, steps: int) -> tuple[int, ...]:
+        """The stochastic steps M for a grid of ``steps`` steps."""
+        return tuple(range(steps // 2)) if self.stochastic_steps is None else self.stochastic_steps
+
+    def check(self, shape: RolloutShape) -> list[str]:
+        """See :meth:`Method.check`; tells granularities that coincide."""
+        chosen = self.steps_of(shape.steps)
+        check_steps("method.stochastic_steps", chosen, shape.steps, shape.steps - 2)
+        if not self.granularities:
+            raise ValueError("method.granularities is empty: name at least one, e.g. [1]")
+        for granularity in self.granularities:
+            if granularity < 1:
+                raise ValueError(
+                    f"method.granularities has {granularity}: "
+                    "a granularity is a stride of 1 or more"
+                )
+        return [
+            f"at stochastic step {step} the granularities {first} and {second} visit the same "
+            "nodes: that trajectory is evaluated once and counts twice in the advantage"
+            for step, first, second in coinciding_granularities(
+                chosen, self.granularities, shape.steps
+            )
+        ]
+
+    def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """Flow form: eta sqrt(sigma / (1 - sigma))."""
+        return flow_diffusion(self.eta, sigmas)
+
+    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+        """The anchor, its branches and their continuations."""
+        del iteration
+        forest = Forest(shape.steps)
+        anchor = [forest.initial(sample=0)]
+        for node in range(1, shape.steps + 1):
+            anchor.append(forest.ode(anchor[-1], node))
+        if self.log_anchor_reward:
+            forest.logged_images.append(anchor[-1])
+        for step in sorted(self.steps_of(shape.steps)):
+            branches = [
+                forest.sde(anchor[step], sample, record=True) for sample in range(shape.group_size)
+            ]
+            for granularity in self.granularities:
+                nodes = continuation_nodes(step, granularity, shape.steps)[1:]
+                images = tuple(forest.follow(branch, nodes) for branch in branches)
+                forest.groups.append(Group(images, step, granularity))
+        return forest

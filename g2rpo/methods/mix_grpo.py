@@ -1,0 +1,61 @@
+"""MixGRPO: noise inside a sliding window of steps, ODE outside (arXiv 2507.21802)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.transition import flow_diffusion
+from g2rpo.methods.base import Method, RolloutShape
+
+
+class Config(Method):
+    """G trajectories from shared initial noise, stochastic and trained inside the window only.
+
+    The window is [c, min(c + size, T - 2)); c starts at 0, moves by ``stride`` every ``interval``
+    iterations and starts again at 0 when it has passed the last trainable step.
+    """
+
+    name: Literal["mix_grpo"] = "mix_grpo"
+    eta: float = Field(0.7, gt=0)
+    """Noise level inside the window."""
+    window_size: int = Field(4, ge=1)
+    """Steps in the window."""
+    stride: int = Field(1, ge=0)
+    """How far the window moves; 0 keeps it frozen at the first steps."""
+    interval: int | None = Field(25, ge=1)
+    """Iterations between two moves; null is a twelfth of all iterations, as 25 is of 300."""
+
+    def window(self, shape: RolloutShape, iteration: int) -> tuple[int, ...]:
+        """The stochastic steps of ``iteration`` (counted from 0)."""
+        trainable = shape.steps - 2
+        interval = max(1, round(shape.iterations / 12)) if self.interval is None else self.interval
+        positions = -(-trainable // self.stride) if self.stride else 1
+        start = iteration // interval % positions * self.stride
+        return tuple(range(start, min(start + self.window_size, trainable)))
+
+    def check(self, shape: RolloutShape) -> list[str]:
+        """See :meth:`Method.check`."""
+        if shape.steps < 3:
+            raise ValueError(
+                f"grid.steps {shape.steps} leaves MixGRPO no trainable step: use 3 or more"
+            )
+        return []
+
+    def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
+        """Flow form: eta sqrt(sigma / (1 - sigma)); used inside the window only."""
+        return flow_diffusion(self.eta, sigmas)
+
+    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+        """ODE shared by the group up to the window, SDE inside it, ODE after it."""
+        forest = Forest(shape.steps)
+        window = set(self.window(shape, iteration))
+        states = [forest.initial(sample=0)] * shape.group_size
+        for step in range(shape.steps):
+            if step in window:
+                states = [forest.sde(s, sample, record=True) for sample, s in enumerate(states)]
+            else:
+                states = [forest.ode(state, step + 1) for state in states]
+        forest.groups.append(Group(tuple(states)))
+        return forest

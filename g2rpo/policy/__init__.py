@@ -1,0 +1,6 @@
+"""The policy: FLUX through diffusers, seen by everything else as velocities over packed latents."""
+
+from g2rpo.policy.conditioning import Conditioning
+from g2rpo.policy.flux import FluxPolicy, PolicyConfig, export_pipeline
+
+__all__ = ["Conditioning", "FluxPolicy", "PolicyConfig", "export_pipeline"]

@@ -1,0 +1,308 @@
+"""FLUX as a policy: packed latents in, velocities and images out.
+
+All of the architecture is diffusers'. What is here is the part of ``FluxPipeline`` that lies
+between noise and picture, with the sampling loop left out: the sweep has its own.
+"""
+
+import gc
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from g2rpo.config import StrictModel
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_folder
+from g2rpo.policy.conditioning import Conditioning, TextEncoders
+from g2rpo.policy.folder import (
+    COMPONENTS,
+    checked_device,
+    load_model,
+    read_json,
+    resolve_source,
+)
+
+DECODE_PIXELS = 2**21
+"""Pixels decoded at once: four images of 720x720. The decoder's memory grows with it."""
+DECODE_IMAGES = 64
+"""Images decoded at once, however small they are."""
+
+
+class PolicyConfig(StrictModel):
+    """Which FLUX to load, and the constants of its forward pass."""
+
+    source: str = Field(min_length=1)
+    """A diffusers FluxPipeline folder, or a hub id such as black-forest-labs/FLUX.1-dev."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository; None is its default branch."""
+    resolution: int = Field(gt=0)
+    """Side of the square images, in pixels."""
+    guidance_scale: float = Field(default=3.5, ge=0)
+    """Embedded guidance; unused by a transformer without guidance_embeds."""
+    max_sequence_length: int = Field(default=512, ge=1, le=512)
+    """T5 tokens a prompt is padded or cut to."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the parameters; latents stay float32 outside of the transformer. ``float64`` is for
+    checking numerics: there everything but noise and rewards is float64."""
+
+
+class FluxPolicy:
+    """A FLUX transformer with its frozen autoencoder and text encoders.
+
+    The text encoders are read when a prompt is first encoded and can be dropped again with
+    :meth:`release_text_encoders`. ``transformer`` may be replaced by a wrapper around itself
+    (DistributedDataParallel, torch.compile); nothing here reads its attributes.
+
+    Attributes:
+        transformer: the trained part; takes packed latents.
+        vae: the frozen autoencoder.
+        latent_shape: (channels, height / f, width / f) of one unpacked latent, the shape in which
+            initial noise is drawn; f is the autoencoder's downsampling factor.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        folder: Path,
+        transformer: FluxTransformer2DModel,
+        vae: AutoencoderKL,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.transformer: nn.Module = transformer
+        self.vae = vae
+        self.device = next(vae.parameters()).device
+        self.transformer_config: dict[str, Any] = dict(transformer.config)
+        vae_config = vae.config
+        self._scaling_factor = float(vae_config["scaling_factor"])
+        self._shift_factor = float(vae_config["shift_factor"] or 0.0)
+        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        channels = int(vae_config["latent_channels"])
+        if config.resolution % (2 * factor):
+            raise UserError(
+                f"policy.resolution {config.resolution} is not divisible by {2 * factor} (the "
+                f"autoencoder's factor {factor} times the 2x2 packing); nearest: "
+                f"{_nearest_multiple(config.resolution, 2 * factor)}"
+            )
+        if self.transformer_config["in_channels"] != 4 * channels:
+            raise UserError(
+                f"{folder}: the transformer takes {self.transformer_config['in_channels']} "
+                f"channels but the autoencoder's packed latents have {4 * channels}; "
+                "they belong to different models"
+            )
+        side = config.resolution // factor
+        self.latent_shape: tuple[int, int, int] = (channels, side, side)
+        self._text_encoders: TextEncoders | None = None
+        self._image_ids = _image_position_ids(side // 2, side // 2).to(self.device)
+        self._text_ids: dict[int, Tensor] = {}
+
+    @classmethod
+    def load(cls, config: PolicyConfig, device: torch.device | str) -> "FluxPolicy":
+        """Loads transformer and autoencoder onto ``device`` in ``config.dtype``.
+
+        Raises:
+            UserError: the source cannot be found, fetched or read, the parts do not fit together,
+                the resolution cannot be packed, or ``device`` is not there.
+        """
+        device = checked_device(device)
+        folder = resolve_source(config.source, config.revision)
+        dtype = getattr(torch, config.dtype)
+        vae = load_model(AutoencoderKL, folder / "vae", torch_dtype=dtype)
+        transformer = load_model(FluxTransformer2DModel, folder / "transformer", torch_dtype=dtype)
+        return cls(config, folder, transformer.to(device), vae.requires_grad_(False).to(device))
+
+    @property
+    def image_tokens(self) -> int:
+        """Packed tokens of one image's latent."""
+        return self.latent_shape[1] * self.latent_shape[2] // 4
+
+    # Text
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The text embeddings of P prompts, equal to ``FluxPipeline.encode_prompt``'s.
+
+        A prompt that an encoder cannot see whole is told in a logged warning.
+
+        Raises:
+            UserError: the text encoders cannot be read or do not fit the transformer.
+        """
+        if self._text_encoders is None:
+            self._text_encoders = self._load_text_encoders()
+        return self._text_encoders.encode(prompts)
+
+    def _load_text_encoders(self) -> TextEncoders:
+        encoders = TextEncoders(
+            self.folder,
+            getattr(torch, self.config.dtype),
+            self.device,
+            self.config.max_sequence_length,
+        )
+        widths = (encoders.t5.config.d_model, encoders.clip.config.hidden_size)
+        keys = ("joint_attention_dim", "pooled_projection_dim")
+        expected = tuple(self.transformer_config[key] for key in keys)
+        if widths != expected:
+            raise UserError(
+                f"{self.folder}: text encoders of widths {widths} (T5, CLIP) do not fit a "
+                f"transformer that takes {expected}; they belong to different models"
+            )
+        return encoders
+
+    def release_text_encoders(self) -> None:
+        """Drops the text encoders from memory; a later :meth:`encode` reads them again."""
+        self._text_encoders = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Latents
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] to [B, h/2 * w/2, 4C]: each 2x2 patch becomes one token."""
+        batch, channels, height, width = latents.shape
+        patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+        tokens = height * width // 4
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, tokens, 4 * channels)
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`pack`, for latents of this policy's ``latent_shape``."""
+        channels, height, width = self.latent_shape
+        batch = len(latents)
+        patches = latents.reshape(batch, height // 2, width // 2, channels, 2, 2)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+    def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The transformer's velocity, pointing from the image to the noise.
+
+        Nothing here waits for the device.
+
+        Args:
+            latents: [B, tokens, 4C], float32.
+            timesteps: [B], in [0, 1].
+            conditioning: of length B.
+
+        Returns:
+            [B, tokens, 4C], float32 (float64 where the latents are).
+        """
+        parameter = next(self.transformer.parameters())
+        dtype, device = parameter.dtype, latents.device
+        guidance = None
+        if self.transformer_config["guidance_embeds"]:
+            guidance = torch.full(
+                (len(latents),), self.config.guidance_scale, dtype=torch.float32, device=device
+            )
+        output: Tensor = self.transformer(
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
+            pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
+            timestep=timesteps,
+            img_ids=self._image_ids,
+            txt_ids=self._text_position_ids(conditioning.prompt_embeds.shape[1]),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return output.to(torch.promote_types(latents.dtype, torch.float32))
+
+    def _text_position_ids(self, length: int) -> Tensor:
+        if length not in self._text_ids:
+            self._text_ids[length] = torch.zeros(length, 3, device=self.device)
+        return self._text_ids[length]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes packed latents to the pixels that a PNG of FluxPipeline's output would hold.
+
+        Args:
+            latents: [B, tokens, 4C], at sigma = 0.
+
+        Returns:
+            uint8 [B, H, W, 3] on the CPU.
+        """
+        side = self.config.resolution
+        if not len(latents):
+            return torch.empty(0, side, side, 3, dtype=torch.uint8)
+        dtype = next(self.vae.parameters()).dtype
+        images = []
+        for part in torch.split(latents, max(1, min(DECODE_IMAGES, DECODE_PIXELS // side**2))):
+            scaled = self.unpack(part) / self._scaling_factor + self._shift_factor
+            decoded = self.vae.decode(scaled.to(dtype), return_dict=False)[0]
+            # Halved and clamped in the autoencoder's dtype, rounded in float32, as diffusers'
+            # VaeImageProcessor does it: another order gives other bytes in bfloat16.
+            pixels = ((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
+            images.append(pixels.permute(0, 2, 3, 1).cpu())
+        return torch.cat(images)
+
+    # Weights
+
+    def save_transformer(self, folder: Path) -> None:
+        """Writes the transformer as an ordinary diffusers ``transformer/`` folder, atomically."""
+        with atomic_folder(folder) as temporary:
+            self._unwrapped().save_pretrained(temporary)
+
+    def load_transformer(self, folder: Path) -> None:
+        """Lays fine-tuned transformer weights over the loaded ones, in place.
+
+        Args:
+            folder: a diffusers ``transformer/`` folder, or a pipeline folder that has one.
+
+        Raises:
+            UserError: no such folder, weights that are incomplete or unreadable, or a transformer
+                of another architecture than the base.
+        """
+        if (folder / "transformer").is_dir():
+            folder = folder / "transformer"
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder of transformer weights")
+        saved = read_json(folder / "config.json")
+        for key, value in self.transformer_config.items():
+            if not key.startswith("_") and saved.get(key, _plain(value)) != _plain(value):
+                raise UserError(
+                    f"{folder}: a transformer with {key}={saved[key]} does not go over the base "
+                    f"in {self.folder} with {key}={_plain(value)}; load it over its own base"
+                )
+        dtype = next(self.transformer.parameters()).dtype
+        tuned = load_model(FluxTransformer2DModel, folder, torch_dtype=dtype)
+        self._unwrapped().load_state_dict(tuned.state_dict())
+
+    def _unwrapped(self) -> Any:
+        return extract_model_from_parallel(self.transformer, keep_torch_compile=False)
+
+
+def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
+    """Writes an ordinary FluxPipeline folder: the base's components, the policy's transformer.
+
+    ``FluxPipeline.from_pretrained(folder)`` loads it. The base's files are copied byte for byte;
+    an existing ``folder`` is replaced.
+
+    Raises:
+        UserError: ``folder`` is, or holds, the folder the policy was loaded from.
+    """
+    if policy.folder.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: would overwrite the base pipeline; export to another folder")
+    with atomic_folder(folder) as temporary:
+        shutil.copy2(policy.folder / "model_index.json", temporary)
+        for name in COMPONENTS:
+            if name != "transformer":
+                shutil.copytree(policy.folder / name, temporary / name)
+        policy.save_transformer(temporary / "transformer")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+    return max(1, round(value / factor)) * factor
+
+
+def _image_position_ids(height: int, width: int) -> Tensor:
+    """[height * width, 3]: zero, row and column of each token, as FLUX's rotary embedding reads."""
+    ids = torch.zeros(height, width, 3)
+    ids[..., 1] = torch.arange(height)[:, None]
+    ids[..., 2] = torch.arange(width)[None, :]
+    return ids.reshape(-1, 3)

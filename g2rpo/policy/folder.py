@@ -1,0 +1,212 @@
+"""Where a policy's weights come from: a diffusers FluxPipeline folder, on disk or from the hub.
+
+A hub id is turned into the folder of its cached snapshot first, so that everything after it reads
+one layout; what is missing in that layout is named before any weights are read.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from g2rpo.errors import UserError
+
+MODEL_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+TOKENIZER_FILES = {
+    "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
+}
+COMPONENTS = (*MODEL_FOLDERS, *TOKENIZER_FILES, "scheduler")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises :class:`UserError` where the file is absent or broken."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object; fetch the file again")
+    return value
+
+
+def resolve_source(source: str, revision: str | None) -> Path:
+    """The FluxPipeline folder that ``source`` means, complete and of the right kind.
+
+    Args:
+        source: a folder, or a hub id such as ``black-forest-labs/FLUX.1-dev``.
+        revision: the hub revision (branch, tag or commit); ignored for a folder.
+
+    Raises:
+        UserError: no such folder; the hub id is gated, unknown, or not in the cache while offline;
+            the folder is not a FluxPipeline folder or lacks a part of one.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(source):
+            raise UserError(
+                f"policy source {source!r}: no such folder, nor a hub id of the form owner/name"
+            )
+        folder = _fetch(source, revision)
+    check_pipeline_folder(folder)
+    return folder
+
+
+def _fetch(source: str, revision: str | None) -> Path:
+    # The named folders only: FLUX repositories also hold the same weights in other formats.
+    patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
+    unwanted = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.h5"]
+    where = f"policy source {source!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted
+            )
+        )
+    except GatedRepoError:
+        raise UserError(
+            f"{where} is gated: accept its licence on https://huggingface.co/{source}, "
+            "then log in with `huggingface-cli login` (or set HF_TOKEN)"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{where}: the hub has no such revision; correct policy.revision") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{where}: neither a folder here nor a hub repository you can see; correct the name, "
+            "or log in with `huggingface-cli login` if it is private"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{where}: no such folder, not in the hub cache, and the hub cannot be reached; "
+            "download it once while online (HF_HUB_OFFLINE unset), or give a folder"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{where}: download failed ({reason}); try again") from None
+
+
+def check_pipeline_folder(folder: Path) -> None:
+    """Checks that ``folder`` is a whole diffusers FluxPipeline folder with safetensors weights.
+
+    Raises:
+        UserError: one line naming everything that is missing.
+    """
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise UserError(
+            f"{folder}: not a FluxPipeline folder, it has no model_index.json "
+            "(save one with FluxPipeline.save_pretrained)"
+        )
+    kind = read_json(index_file).get("_class_name")
+    if kind != "FluxPipeline":
+        raise UserError(f"{folder}: holds a {kind}, not a FluxPipeline; only FLUX can be trained")
+    missing = [part for name in MODEL_FOLDERS for part in _missing_of_model(folder, name)]
+    for name, choices in TOKENIZER_FILES.items():
+        # transformers makes an empty tokenizer of an empty folder without a word.
+        if not any(all((folder / name / file).is_file() for file in files) for files in choices):
+            missing.append(" or ".join(f"{name}/{'+'.join(files)}" for files in choices))
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        missing.append("scheduler/scheduler_config.json")
+    if missing:
+        raise UserError(
+            f"{folder}: FluxPipeline folder lacks {', '.join(missing)}; copy or download it again"
+        )
+
+
+def _missing_of_model(folder: Path, name: str) -> list[str]:
+    part = folder / name
+    if not part.is_dir():
+        return [f"{name}/"]
+    missing = [] if (part / "config.json").is_file() else [f"{name}/config.json"]
+    indices = sorted(part.glob("*.safetensors.index.json"))
+    if not indices and not any(part.glob("*.safetensors")):
+        missing.append(f"{name}/*.safetensors")
+    for index in indices:
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        missing += [f"{name}/{shard}" for shard in shards if not (part / shard).is_file()]
+    return missing
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
+    """Loads one component with its weights complete, in evaluation mode.
+
+    Args:
+        model_class: a diffusers or transformers model class.
+        folder: the component's own folder (config.json and safetensors).
+        options: further arguments of ``from_pretrained``, the dtype among them.
+
+    Raises:
+        UserError: a file cannot be read, or tensors of the model are not in it (the libraries
+            would fill those with random numbers and only warn).
+    """
+    try:
+        with _without_progress_bars():
+            model, report = model_class.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: cannot be loaded as {model_class.__name__} ({reason}); "
+            "copy or download the folder again"
+        ) from None
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise UserError(
+            f"{folder}: {len(absent)} tensors of {model_class.__name__} are not in its files, "
+            f"first {absent[0]}; copy or download the folder again"
+        )
+    return model.eval()
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """``device`` as a :class:`torch.device`, refused with a :class:`UserError` where absent."""
+    try:
+        checked = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device {device!r}: no such kind of device; use cpu or cuda") from None
+    if checked.type == "cuda":
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or count == 0:
+            raise UserError(
+                f"device {str(checked)!r}: this machine has no usable CUDA GPU; use device=cpu, "
+                "or check the driver with nvidia-smi"
+            )
+        if checked.index is not None and checked.index >= count:
+            raise UserError(
+                f"device {str(checked)!r}: this machine has {count} CUDA GPU(s), numbered from 0"
+            )
+    return checked

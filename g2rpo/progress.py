@@ -1,0 +1,93 @@
+"""Progress of long work: a bar with ETA on a terminal, plain lines in a log."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class ProgressReport:
+    """A context that reports how far some work is.
+
+    On a terminal it draws a bar; elsewhere it prints a line at most every ``interval`` seconds,
+    and one when the work is done. Silent where ``enabled`` is false (all ranks but the first).
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        *,
+        done: int = 0,
+        enabled: bool = True,
+        interval: float = 15.0,
+    ) -> None:
+        self.description, self.total, self.done = description, total, done
+        self.enabled, self.interval = enabled, interval
+        self._first, self._started = done, time.monotonic()
+        self._last_line = float("-inf")
+        self._note = ""
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        if enabled and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(description, total=total, completed=done, note="")
+
+    def __enter__(self) -> "ProgressReport":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.enabled and kind is None and self._last_line != float("-inf"):
+            self._print_line()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Says that ``count`` more units are done; ``note`` is shown beside the bar."""
+        self.done += count
+        self._note = note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, note=note)
+        elif self.enabled and time.monotonic() - self._last_line >= self.interval:
+            self._print_line()
+            self._last_line = time.monotonic()
+
+    def _print_line(self) -> None:
+        elapsed = time.monotonic() - self._started
+        made = max(1, self.done - self._first)
+        eta = duration(elapsed / made * (self.total - self.done))
+        share = f"{self.description}: {self.done}/{self.total}"
+        line = f"{share}, {duration(elapsed)} so far, ETA {eta}  {self._note}".rstrip()
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()

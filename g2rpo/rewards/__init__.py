@@ -1,0 +1,1 @@
+"""Reward models: one file each, one protocol (``base``), one registry line (``registry``)."""

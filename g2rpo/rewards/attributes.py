@@ -1,0 +1,169 @@
+"""The attribute judge: the share of a caption's attributes that an image shows.
+
+It stands where the paper has UnifiedReward: a judge that is independent of the CLIP-like rewards.
+A small convolutional network reads an image into the shape, colour and size in every cell of the
+layout, and the background; the caption is parsed by a :class:`Grammar`; the score is the share of
+the caption's attributes that agree, in [0, 1]. The folder holds config.json (everything about the
+world and the network) and model.safetensors.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from g2rpo.config import StrictModel, validate
+from g2rpo.errors import UserError
+from g2rpo.files import sha256_file, write_json
+from g2rpo.rewards.attribute_grammar import Grammar, Reading, Scene, Shown
+from g2rpo.rewards.base import BatchedReward, RewardConfig
+from g2rpo.rewards.weights import load_state, locate, read_json, read_weights
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class ReaderConfig(StrictModel):
+    """What the network reads, and its size."""
+
+    version: str
+    resolution: int
+    """Side of the square image that the network sees; others are resized to it."""
+    layout: tuple[int, int]
+    """Rows and columns of cells."""
+    shapes: list[str]
+    colours: list[str]
+    sizes: list[str]
+    backgrounds: list[str]
+    widths: list[int]
+    """Channels of the convolutions, each of which but the first halves the resolution."""
+    grammar: Grammar
+
+
+class AttributeReader(nn.Module):
+    """Reads images into class scores for every cell and for the background."""
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers: list[nn.Module] = []
+        channels = 3
+        for index, width in enumerate(config.widths):
+            layers += [
+                nn.Conv2d(channels, width, 3, stride=1 if index == 0 else 2, padding=1),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+            ]
+            channels = width
+        self.body = nn.Sequential(*layers)
+        side = config.resolution // 2 ** (len(config.widths) - 1)
+        rows, columns = config.layout
+        window = (side // rows, side // columns)
+        self.classes = (len(config.shapes) + 1, len(config.colours), len(config.sizes))
+        self.cells = nn.Conv2d(channels, 2 * channels, window, stride=window)
+        self.cell_head = nn.Conv2d(2 * channels, sum(self.classes), 1)
+        self.background_head = nn.Linear(2 * channels, len(config.backgrounds))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Class scores of float32 pixels ``[B, 3, H, W]`` in [-1, 1].
+
+        Returns:
+            shapes ``[B, cells, 1 + shapes]`` (class 0 is no shape), colours, sizes, and
+            backgrounds ``[B, backgrounds]``.
+        """
+        cells = nn.functional.silu(self.cells(self.body(pixels)))
+        parts = self.cell_head(cells).flatten(2).transpose(1, 2).split(self.classes, dim=2)
+        return parts[0], parts[1], parts[2], self.background_head(cells.mean((2, 3)))
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> list[Reading]:
+        """What uint8 images ``[B, H, W, 3]`` show."""
+        scores = self(self.prepare(images))
+        shapes, colours, sizes, backgrounds = (part.argmax(-1).cpu().tolist() for part in scores)
+        config = self.config
+        return [
+            Reading(
+                tuple(
+                    Shown(config.colours[c], config.shapes[s - 1], config.sizes[z]) if s else None
+                    for s, c, z in zip(shapes[i], colours[i], sizes[i], strict=True)
+                ),
+                config.backgrounds[backgrounds[i]],
+            )
+            for i in range(len(images))
+        ]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 ``[B, H, W, 3]`` to float32 ``[B, 3, side, side]`` in [-1, 1]."""
+        weight = self.background_head.weight
+        pixels = images.to(weight.device).permute(0, 3, 1, 2).to(weight.dtype) / 127.5 - 1
+        side = (self.config.resolution, self.config.resolution)
+        if pixels.shape[2:] != side:
+            pixels = nn.functional.interpolate(pixels, side, mode="bilinear", antialias=True)
+        return pixels
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json and model.safetensors to ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, self.config.model_dump(mode="json"))
+        weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Loads what :meth:`save` wrote, frozen and in evaluation mode.
+
+        Raises:
+            UserError: a file is missing, or does not fit.
+        """
+        where = locate(str(folder), [CONFIG_FILE])
+        reader = cls(validate(ReaderConfig, read_json(where), str(where)))
+        weights = locate(str(folder), [WEIGHTS_FILE])
+        load_state(reader, read_weights(weights), weights)
+        return reader.eval()
+
+
+class AttributeJudge(BatchedReward):
+    """The attribute judge as a reward model."""
+
+    name: ClassVar[str] = "attributes"
+
+    def __init__(
+        self, reader: AttributeReader, device: torch.device | str, batch_size: int, hashed: str
+    ) -> None:
+        super().__init__(device, batch_size, reader.config.version, hashed)
+        self.reader = reader.to(self.device)
+        self.scene_of = functools.lru_cache(maxsize=4096)(reader.config.grammar.parse)
+
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
+        """See :meth:`BatchedReward.load`; ``source`` must be a folder, there is no default."""
+        if config.source is None:
+            raise UserError(
+                "reward attributes: no model is published; set source to a folder such as the "
+                "mini world's"
+            )
+        folder = Path(config.source)
+        reader = AttributeReader.from_folder(folder)
+        return cls(reader, device, config.batch_size, sha256_file(folder / WEIGHTS_FILE))
+
+    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The share of agreeing attributes, ``[B]``."""
+        grammar = self.reader.config.grammar
+        readings = self.reader.read(images)
+        shares = [
+            share(grammar, self.scene_of(prompt), reading)
+            for prompt, reading in zip(prompts, readings, strict=True)
+        ]
+        return torch.tensor(shares, dtype=torch.float32)
+
+
+def share(grammar: Grammar, scene: Scene, reading: Reading) -> float:
+    """The share of the attributes of ``scene`` that an image shows, in [0, 1]."""
+    agreeing, total = grammar.agreement(scene, reading)
+    return agreeing / total

@@ -1,0 +1,143 @@
+"""What every reward model shares: its configuration, its protocol, and the scoring loop.
+
+A reward model sees images as a saved PNG would hold them (8-bit RGB) and whole prompts, and gives
+one float32 number per image. A score that is not finite is an error, never a number.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Protocol, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from g2rpo.config import StrictModel, nearest
+from g2rpo.errors import UserError
+
+
+class RewardConfig(StrictModel):
+    """Which reward model to load, from where, and how many images it scores at a time."""
+
+    model: str
+    """Name in the registry (``g2rpo.rewards.registry.REWARDS``)."""
+    source: str | None = None
+    """Folder or hub id of the weights; None means the published default of the model."""
+    revision: str | None = None
+    """Hub revision (commit) of the weights; None means the newest."""
+    variant: str | None = None
+    """Choice among a model's published variants or score scales; None means its default."""
+    batch_size: int = Field(default=32, ge=1)
+    """Images per forward pass; scores do not depend on it beyond float32 rounding."""
+
+
+class RewardModel(Protocol):
+    """Anything that scores images against prompts."""
+
+    name: str
+    """Registry name."""
+    version: str
+    """Model version and score convention, e.g. ``v2.1`` or ``v1-cosine``."""
+    weights_hash: str
+    """SHA-256 of the weights file."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores ``images`` (uint8 RGB ``[N, H, W, 3]``) against ``prompts`` (N strings).
+
+        Returns:
+            float32 ``[N]`` on the CPU, all finite.
+
+        Raises:
+            UserError: malformed input, or a score that is not finite (the prompt is named).
+        """
+        ...
+
+
+def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
+    """Refuses anything but uint8 ``[N, H, W, 3]`` images with N non-empty prompts."""
+    if isinstance(prompts, str):
+        raise UserError(f"{name}: prompts must be a list of strings, not one string")
+    if images.dtype != torch.uint8:
+        raise UserError(
+            f"{name}: images must be uint8 in 0..255, as a saved PNG holds them, not {images.dtype}"
+        )
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
+        raise UserError(f"{name}: images must be [N, H, W, 3], not {list(images.shape)}")
+    if len(prompts) != len(images):
+        raise UserError(f"{name}: {len(images)} images but {len(prompts)} prompts; need one each")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"{name}: prompt {index} is empty; every image needs a prompt")
+
+
+def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> None:
+    """Refuses scores ``[N]`` that are NaN or infinite, naming the first such prompt."""
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{name}: score {scores[bad[0]].item()} is not finite for prompt {prompts[bad[0]]!r} "
+            f"({len(bad)} of {len(prompts)} images); check the image and the model's weights"
+        )
+
+
+def choose_variant(config: RewardConfig, valid: Sequence[str]) -> str:
+    """The configured variant, or the first of ``valid``, which is the default.
+
+    Raises:
+        UserError: the configured variant is not among ``valid``.
+    """
+    if config.variant is None:
+        return valid[0]
+    if config.variant not in valid:
+        hint = nearest(config.variant, valid)
+        raise UserError(f"reward {config.model}: unknown variant {config.variant!r}; {hint}")
+    return config.variant
+
+
+class BatchedReward(ABC):
+    """Base of the reward models: checks, batches, and verifies; a subclass scores one batch."""
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, device: torch.device | str, batch_size: int, version: str, weights_hash: str
+    ) -> None:
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.version = version
+        self.weights_hash = weights_hash
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
+        """Loads the model in evaluation mode and float32.
+
+        Raises:
+            UserError: the weights are not there or do not fit, and how to get them.
+        """
+
+    @abstractmethod
+    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores ``[B]`` of checked uint8 images ``[B, H, W, 3]`` (CPU) and B prompts."""
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See :meth:`RewardModel.score`."""
+        check_inputs(self.name, images, prompts)
+        scores = torch.empty(len(images), dtype=torch.float32)
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            scores[part] = self.score_batch(images[part].cpu(), prompts[part]).float().cpu()
+        check_finite(self.name, scores, prompts)
+        return scores
+
+
+def once_each(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The distinct prompts in first-seen order, and the index ``[N]`` of each prompt in them.
+
+    A group of images shares its prompt, so encoding each distinct prompt once saves most of the
+    text tower's work.
+    """
+    positions: dict[str, int] = {}
+    index = [positions.setdefault(prompt, len(positions)) for prompt in prompts]
+    return list(positions), torch.tensor(index, dtype=torch.long)

@@ -1,0 +1,43 @@
+"""HPS v2: human preference score, a preference-tuned CLIP ViT-H-14 (arXiv 2306.09341).
+
+The score is the diagonal of ``image_features @ text_features.T`` with normalised features, as in
+hpsv2's ``score``. Its vendored model equals open_clip's, so open_clip with the published
+checkpoint is the same function, without a reload for every call.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import open_clip
+import torch
+
+from g2rpo.rewards.base import RewardConfig, choose_variant
+from g2rpo.rewards.open_clip_reward import CONFIG_FILE, ClipFiles, OpenClipReward, clip_folder
+from g2rpo.rewards.preprocessing import Preprocessing
+from g2rpo.rewards.weights import locate
+
+PUBLISHED = "xswu/HPSv2"
+CHECKPOINTS = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
+
+
+class HPS(OpenClipReward):
+    """HPS v2.1 (default) or v2.0, chosen by ``variant``; around 0.2 to 0.4, higher is better.
+
+    A ``source`` folder with ``open_clip_config.json`` is loaded as it describes itself; any other
+    source must hold the published checkpoint.
+    """
+
+    name = "hps"
+
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
+        """Loads the checkpoint; see :meth:`BatchedReward.load`."""
+        version = choose_variant(config, tuple(CHECKPOINTS))
+        source = config.source or PUBLISHED
+        if (Path(source) / CONFIG_FILE).is_file():
+            files = clip_folder(source)
+        else:
+            weights = locate(source, (CHECKPOINTS[version],), config.revision)
+            model_config = open_clip.get_model_config("ViT-H-14")
+            files = ClipFiles(model_config, Preprocessing(224, "longest_padded"), weights)
+        return cls(files, version, device, config.batch_size)

@@ -1,0 +1,101 @@
+"""PickScore: a CLIP ViT-H-14 tuned on Pick-a-Pic preferences (arXiv 2305.01569).
+
+Three scales of one score are in use. The authors' model card gives the logit,
+``exp(logit_scale) * cosine`` (about 22 for a good image); Flow-GRPO's code divides it by 26; the
+G2RPO paper's tables show about 0.226, which is the logit over its scale of 100, the cosine. The
+cosine is the default here, because it is what the reproduced tables hold.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+
+from g2rpo.files import sha256_file
+from g2rpo.rewards.base import BatchedReward, RewardConfig, choose_variant, once_each
+from g2rpo.rewards.preprocessing import Preprocessing
+from g2rpo.rewards.weights import (
+    check_vocabulary,
+    load_state,
+    load_tokenizer,
+    locate,
+    read_json,
+    read_weights,
+)
+
+PUBLISHED = "yuvalkirstain/PickScore_v1"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+SCALES = ("cosine", "logit")
+
+
+def read_preprocessing(path: Path) -> Preprocessing:
+    """The preprocessing that a ``preprocessor_config.json`` of a CLIP processor describes."""
+    config = read_json(path)
+    size = config["crop_size"]
+    pixels = size["height"] if isinstance(size, dict) else size
+    return Preprocessing(
+        int(pixels), "shortest", tuple(config["image_mean"]), tuple(config["image_std"])
+    )
+
+
+def image_features(model: CLIPModel, pixels: Tensor) -> Tensor:
+    """Normalised features ``[N, D]`` of pixels ``[N, 3, S, S]``, differentiable."""
+    features = model.get_image_features(pixel_values=pixels).pooler_output
+    return nn.functional.normalize(features, dim=-1)
+
+
+def text_features(model: CLIPModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Normalised features ``[N, D]`` of token ids and their mask ``[N, L]``, differentiable."""
+    features = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+    return nn.functional.normalize(features, dim=-1)
+
+
+class PickScore(BatchedReward):
+    """PickScore v1; ``variant`` chooses the scale: ``cosine`` (default) or ``logit``."""
+
+    name = "pick_score"
+
+    def __init__(
+        self, folder: Path, weights: Path, scale: str, device: torch.device | str, batch_size: int
+    ) -> None:
+        super().__init__(device, batch_size, f"v1-{scale}", sha256_file(weights))
+        self.model = CLIPModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
+        # Older files carry the position ids, which are constants.
+        constants = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+        load_state(self.model, read_weights(weights), weights, constants)
+        self.model.to(self.device)
+        self.preprocessing = read_preprocessing(folder / "preprocessor_config.json")
+        self.tokenizer = load_tokenizer(folder)
+        vocabulary = self.model.config.text_config.vocab_size
+        check_vocabulary(str(folder), len(self.tokenizer), vocabulary)
+        self.factor = float(self.model.logit_scale.exp()) if scale == "logit" else 1.0
+
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
+        """Loads the model; see :meth:`BatchedReward.load`."""
+        scale = choose_variant(config, SCALES)
+        source = config.source or PUBLISHED
+        weights = locate(source, ("model.safetensors", "pytorch_model.bin"), config.revision)
+        folder = locate(source, ("config.json",), config.revision).parent
+        locate(source, ("preprocessor_config.json",), config.revision)
+        if not Path(source).is_dir():
+            for file in TOKENIZER_FILES:
+                locate(source, (file,), config.revision)
+        return cls(folder, weights, scale, device, config.batch_size)
+
+    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores ``[B]`` of checked images ``[B, H, W, 3]`` and prompts."""
+        distinct, index = once_each(prompts)
+        of_images = image_features(self.model, self.preprocessing(images, self.device))
+        tokens = self.tokenizer(
+            distinct,
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        of_texts = text_features(self.model, tokens.input_ids, tokens.attention_mask)
+        return self.factor * (of_images * of_texts[index.to(self.device)]).sum(-1)

@@ -1,0 +1,37 @@
+"""The reward models by name. Adding one is its file and one line here."""
+
+from importlib import import_module
+from typing import cast
+
+import torch
+
+from g2rpo.config import nearest
+from g2rpo.errors import UserError
+from g2rpo.rewards.base import RewardConfig, RewardModel
+
+# "module:Class", imported at first use: a run needs only the libraries of its own rewards.
+REWARDS: dict[str, str] = {
+    "hps": "g2rpo.rewards.hps:HPS",
+    "clip": "g2rpo.rewards.clip_score:CLIPScore",
+    "pick_score": "g2rpo.rewards.pick_score:PickScore",
+    "image_reward": "g2rpo.rewards.image_reward:ImageReward",
+    "attributes": "g2rpo.rewards.attributes:AttributeJudge",
+}
+
+
+def check_reward_name(name: str) -> None:
+    """Raises :class:`UserError` naming the nearest registered reward when there is no ``name``."""
+    if name not in REWARDS:
+        raise UserError(f"unknown reward {name!r}; {nearest(name, REWARDS)}")
+
+
+def load_reward(config: RewardConfig, device: torch.device | str) -> RewardModel:
+    """Loads the reward model that ``config`` names.
+
+    Raises:
+        UserError: the name is not registered, or the weights cannot be loaded.
+    """
+    check_reward_name(config.model)
+    module, _, cls = REWARDS[config.model].partition(":")
+    loader = getattr(import_module(module), cls)
+    return cast(RewardModel, loader.load(config, device))

@@ -1,0 +1,1 @@
+"""Training: advantages, objective, loop, checkpoints."""

@@ -1,0 +1,122 @@
+"""From the rewards of a group's images to the advantages of its stochastic transitions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from g2rpo.config import StrictModel
+from g2rpo.flow.forest import Group
+
+# Rewards are float32: a spread of a few of its rounding errors is no difference between images.
+EQUAL_REWARDS_TOLERANCE = 8 * torch.finfo(torch.float32).eps
+
+
+class AdvantageConfig(StrictModel):
+    """How rewards become advantages."""
+
+    normalizer: Literal["group", "global_std"] = "group"
+    """``group``: mean and std of the group. ``global_std``: the group's mean, and the std over all
+    samples of the batch (Flow-GRPO's released ``global_std``)."""
+    ddof: Literal[0, 1] = 1
+    """Delta degrees of freedom of the std (torch's default 1; Flow-GRPO's numpy 0)."""
+    epsilon: float = Field(1e-8, ge=0)
+    """Added to the std."""
+    clip: float = Field(5.0, gt=0)
+    """The summed advantage is clamped to +- this (released flag ``--adv_clip_max 5``)."""
+    combination: Literal["sum", "normalized_weights", "sum_of_rewards"] = "sum"
+    """``sum``: weighted sum of each reward's advantages (G2RPO, DanceGRPO). ``normalized_weights``:
+    the same with weights that sum to 1 (MixGRPO). ``sum_of_rewards``: rewards are summed before
+    they are normalised (Flow-GRPO)."""
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """Advantages of one reward and how many groups had none.
+
+    Attributes:
+        values: [..., G] float64.
+        equal_groups: groups whose rewards are equal up to rounding (their advantages are 0).
+    """
+
+    values: torch.Tensor
+    equal_groups: int
+
+
+def normalize(
+    rewards: torch.Tensor, config: AdvantageConfig, magnitude: torch.Tensor | None = None
+) -> Normalized:
+    """(r - mean) / (std + epsilon) over the last dimension, in float64.
+
+    Args:
+        rewards: [..., G]; with ``global_std`` all of it is the batch whose std is taken.
+        config: normaliser, ddof and epsilon.
+        magnitude: [..., G], the size at which the rewards were rounded; theirs by default, more
+            where they are sums whose terms may cancel.
+
+    A group whose rewards are equal up to float32 rounding gets advantage 0: computed naively,
+    rounding noise divided by epsilon would give advantages in the hundreds.
+    """
+    values = rewards.to(torch.float64)
+    mean = values.mean(dim=-1, keepdim=True)
+    if config.normalizer == "group":
+        std = values.std(dim=-1, keepdim=True, correction=config.ddof)
+    else:
+        std = values.std(correction=config.ddof).expand_as(mean)
+    spread = values.amax(dim=-1, keepdim=True) - values.amin(dim=-1, keepdim=True)
+    size = (values if magnitude is None else magnitude).abs().amax(dim=-1, keepdim=True)
+    equal = spread <= EQUAL_REWARDS_TOLERANCE * size
+    centered = torch.where(equal, torch.zeros_like(values), values - mean)
+    scale = torch.where(equal & (std + config.epsilon == 0), torch.ones_like(std), std)
+    return Normalized(centered / (scale + config.epsilon), int(equal.sum()))
+
+
+@dataclass(frozen=True)
+class GroupAdvantages:
+    """Advantages of every group, not yet summed over the groups that credit a step.
+
+    Attributes:
+        values: [P, number of groups, G] float64.
+        equal_groups: for each reward, how many groups had equal rewards.
+    """
+
+    values: torch.Tensor
+    equal_groups: dict[str, int]
+
+
+def group_advantages(
+    rewards: dict[str, torch.Tensor], weights: dict[str, float], config: AdvantageConfig
+) -> GroupAdvantages:
+    """Combines the rewards' advantages, group by group.
+
+    Args:
+        rewards: for each reward model, [P, number of groups, G].
+        weights: for each reward model, its weight.
+        config: normalisation and combination.
+    """
+    if config.combination == "sum_of_rewards":
+        terms = torch.stack([weights[name] * r.double() for name, r in rewards.items()])
+        normalized = normalize(terms.sum(0), config, magnitude=terms.abs().sum(0))
+        return GroupAdvantages(normalized.values, {"sum": normalized.equal_groups})
+    total = sum(weights.values()) if config.combination == "normalized_weights" else 1.0
+    equal_groups = {}
+    values = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float64)
+    for name, reward in rewards.items():
+        normalized = normalize(reward, config)
+        equal_groups[name] = normalized.equal_groups
+        values = values + weights[name] / total * normalized.values
+    return GroupAdvantages(values, equal_groups)
+
+
+def step_advantages(
+    values: torch.Tensor, groups: Sequence[Group], step: int, clip: float
+) -> torch.Tensor:
+    """The advantages of the transitions of one step, [P, G]: summed over its groups, clamped.
+
+    A group without a step credits every step; one with a step credits that step alone, so G2RPO
+    sums over its granularities (paper: multi-granularity advantage integration).
+    """
+    credited = [index for index, group in enumerate(groups) if group.step in (None, step)]
+    return values[:, credited].sum(dim=1).clamp(-clip, clip)

@@ -1,0 +1,150 @@
+"""Checkpoints: whole or absent, safetensors only, the newest sound one is resumed from."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from g2rpo.errors import UserError
+from g2rpo.training.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = re.compile(r"iteration-(\d{6})")
+NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what it has cost so far over all ranks.
+
+    Attributes:
+        iteration: iterations done.
+        rollout_evaluations: velocity evaluations in rollouts.
+        training_forwards: states that went through a training forward.
+        training_backwards: states that went through a backward.
+        images_scored: images that reward models were asked about (each image once).
+        device_seconds: seconds times ranks.
+    """
+
+    iteration: int = 0
+    rollout_evaluations: int = 0
+    training_forwards: int = 0
+    training_backwards: int = 0
+    images_scored: int = 0
+    device_seconds: float = 0.0
+
+
+def checkpoint_folder(run: Path, iteration: int) -> Path:
+    """Where the checkpoint after ``iteration`` iterations is kept."""
+    return run / "checkpoints" / f"iteration-{iteration:06d}"
+
+
+def saved_iterations(run: Path) -> list[int]:
+    """The iterations that have a checkpoint, ascending."""
+    found = (_FOLDER.fullmatch(path.name) for path in (run / "checkpoints").glob("iteration-*"))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether every file that the checkpoint was written with is there in its full size."""
+    try:
+        sizes = json.loads((folder / "state.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest sound checkpoint, or None; a damaged one is passed over with a warning."""
+    for iteration in reversed(saved_iterations(run)):
+        folder = checkpoint_folder(run, iteration)
+        if is_sound(folder):
+            return folder
+        logger.warning("%s is damaged: resuming from the checkpoint before it", folder)
+    return None
+
+
+def save_optimizer(
+    path: Path, optimizer: torch.optim.Optimizer, parameters: NamedParameters
+) -> None:
+    """Writes AdamW's state, each tensor under its parameter's name."""
+    tensors = {}
+    for name, parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
+    save_file(tensors, path)
+
+
+def load_optimizer(
+    path: Path, optimizer: torch.optim.Optimizer, parameters: NamedParameters
+) -> None:
+    """Restores what :func:`save_optimizer` wrote.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    tensors = load_tensors(path)
+    for name, parameter in parameters:
+        state = {
+            key: tensors[f"{key}.{name}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{key}.{name}" in tensors
+        }
+        if state:
+            optimizer.state[parameter] = {
+                # AdamW keeps its step counter on the CPU.
+                key: value if key == "step" else value.to(parameter.device)
+                for key, value in state.items()
+            }
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file; :class:`UserError` where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; delete this checkpoint to use the one before") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete this checkpoint to use the one before"
+        ) from None
+
+
+def write_state(folder: Path, progress: Progress) -> None:
+    """Closes a checkpoint: its counters and the sizes of its files."""
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    state = {"progress": asdict(progress), "files": files}
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+
+
+def read_progress(folder: Path) -> Progress:
+    """The counters of a checkpoint."""
+    return Progress(**json.loads((folder / "state.json").read_text())["progress"])
+
+
+def prune(run: Path, config: CheckpointConfig) -> None:
+    """Deletes the checkpoints that are not kept."""
+    iterations = saved_iterations(run)
+    kept = set(iterations[-config.keep_last :])
+    if config.keep_every is not None:
+        kept.update(i for i in iterations if i % config.keep_every == 0)
+    for iteration in set(iterations) - kept:
+        shutil.rmtree(checkpoint_folder(run, iteration))
+
+
+def remove_unfinished(run: Path) -> None:
+    """Deletes what a killed write left beside the checkpoints."""
+    for leftover in (run / "checkpoints").glob(".iteration-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)

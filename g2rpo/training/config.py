@@ -1,0 +1,165 @@
+"""What a training run is: one typed object, stored with the run and hashed into its name."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+
+from g2rpo.config import StrictModel
+from g2rpo.errors import UserError
+from g2rpo.flow.schedule import GridConfig
+from g2rpo.methods.base import Method, RolloutShape, parse_method
+from g2rpo.policy import PolicyConfig
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.registry import check_reward_name
+from g2rpo.training.advantages import AdvantageConfig
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _method(value: Any) -> Method:
+    try:
+        return parse_method(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+class PromptsConfig(StrictModel):
+    """The training prompts."""
+
+    file: str
+    """Text file with one prompt per line."""
+    limit: int | None = Field(None, ge=1)
+    """Uses the first so many prompts; null uses all."""
+
+
+class TrainingReward(StrictModel):
+    """A reward that is trained on."""
+
+    reward: RewardConfig
+    weight: float = Field(1.0, gt=0)
+
+    @field_validator("reward")
+    @classmethod
+    def _registered(cls, value: RewardConfig) -> RewardConfig:
+        try:
+            check_reward_name(value.model)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+
+class RolloutConfig(StrictModel):
+    """How many samples an iteration draws."""
+
+    group_size: int = Field(12, ge=2)
+    """Samples per group G; a group of 1 has no advantage."""
+    prompts_per_iteration: int = Field(16, ge=1)
+    """Prompts over all ranks (the paper: one on each of 16 GPUs)."""
+
+
+class OptimizationConfig(StrictModel):
+    """The optimiser, the objective and how an iteration is split into updates."""
+
+    iterations: int = Field(300, ge=1)
+    learning_rate: float = Field(2e-6, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    clip_range: float = Field(1e-4, gt=0)
+    """The ratio is clipped to 1 +- this (released flag ``--clip_range 1e-4``)."""
+    kl_coefficient: float = Field(0.0, ge=0)
+    """Weight of the KL to the frozen base, per trained step; 0 leaves the base out of memory."""
+    optimizer_step: Literal["per_iteration", "per_step"] = "per_iteration"
+    """``per_iteration``: losses of all trained steps are averaged, then one update.
+    ``per_step``: one update for each trained step, its loss undivided (released HPS script)."""
+    updates_per_iteration: int = Field(1, ge=1)
+    """With ``per_iteration``: the samples of each group are split into so many updates in turn."""
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    """Exponential moving average of the weights, used for evaluation; null keeps none."""
+    ratio_tolerance: float = Field(2e-5, gt=0)
+    """How far the ratio may be from 1 before the first update; beyond it the run stops."""
+
+
+class CheckpointConfig(StrictModel):
+    """When checkpoints are written and which are kept (the last one always is)."""
+
+    every: int = Field(50, ge=1)
+    keep_last: int = Field(1, ge=1)
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints at multiples of this are kept for good."""
+
+
+class ValidationConfig(StrictModel):
+    """In-domain rewards on fixed prompts and noise during training, for learning curves.
+
+    Training samples differ between methods (where the noise is, which image is scored), so only
+    this is comparable. It changes nothing of the training.
+    """
+
+    file: str
+    limit: int = Field(64, ge=1)
+    every: int = Field(10, ge=1)
+    """Iterations between two validations; there is one before the first iteration as well."""
+    seed: int = 1223627
+
+
+class ExecutionConfig(StrictModel):
+    """Where and in which batches a run executes; not part of its name."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    rollout_micro_batch: int = Field(64, ge=1)
+    """States per velocity evaluation in the rollout."""
+    training_micro_batch: int = Field(32, ge=1)
+    """States per training forward and backward."""
+    tensorboard: bool = True
+
+
+class TrainConfig(StrictModel):
+    """A whole training run."""
+
+    seed: int = 42
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    rewards: dict[str, TrainingReward] = Field(min_length=1)
+    """The in-domain rewards, by the name of their column."""
+    grid: GridConfig = GridConfig()
+    method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
+    rollout: RolloutConfig = RolloutConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    validation: ValidationConfig | None = None
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @property
+    def shape(self) -> RolloutShape:
+        """The sizes that the method's rollout depends on."""
+        return RolloutShape(self.grid.steps, self.rollout.group_size, self.optimization.iterations)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.method.check(self.shape)
+        updates = self.optimization.updates_per_iteration
+        if self.rollout.group_size % updates:
+            raise ValueError(
+                f"optimization.updates_per_iteration {updates} does not divide "
+                f"rollout.group_size {self.rollout.group_size}"
+            )
+        if updates > 1 and self.optimization.optimizer_step == "per_step":
+            raise ValueError(
+                "optimization.updates_per_iteration splits samples only with "
+                "optimization.optimizer_step: per_iteration"
+            )
+        random_subset = type(self.method).trained_steps is not Method.trained_steps
+        if random_subset and self.optimization.optimizer_step == "per_step":
+            raise ValueError(
+                f"optimization.optimizer_step: per_step does not go with {self.method.name}, "
+                "which trains other steps for each sample; use per_iteration"
+            )
+        return self
+
+    def notes(self) -> list[str]:
+        """What a user should know about this configuration before it runs."""
+        return self.method.check(self.shape)

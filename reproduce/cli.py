@@ -1,0 +1,199 @@
+"""The ``g2rpo`` command: one verb per stage, and ``reproduce`` for a whole experiment."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from g2rpo.config import parse_overrides
+from g2rpo.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, sample, score and compare RL fine-tuning of flow-matching image models.",
+)
+
+ExperimentName = Annotated[
+    str, typer.Argument(help="table1, table2, table3, or the path of an experiment's YAML.")
+]
+CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
+ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, flux, or a YAML file.")]
+Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]
+Results = Annotated[
+    Path,
+    typer.Option("--results", help="Folder for runs/ and, with --publish, for the tables."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", help="Training setting, e.g. -s optimization.iterations=10; repeatable."
+    ),
+]
+
+
+def _layout(results: Path, *, publish: bool = False) -> "stages.Layout":  # noqa: F821
+    from reproduce.stages import Layout
+
+    return Layout(results / "runs", results if publish else results / "runs")
+
+
+def _cell(
+    experiment: str, key: str, profile: str, seed: int, overrides: list[str] | None
+) -> "ResolvedCell":  # noqa: F821
+    from reproduce import experiment as experiments
+    from reproduce.runner import build_assets, check_hardware
+
+    chosen = experiments.load_profile(profile)
+    check_hardware(chosen)
+    build_assets(chosen)
+    settings = parse_overrides(overrides or [])
+    loaded = experiments.load_experiment(experiment)
+    return experiments.resolve(loaded, chosen, key, seed, settings)
+
+
+@app.command()
+def reproduce(
+    experiment: ExperimentName,
+    profile: ProfileName = "mini",
+    seeds: Annotated[
+        str | None, typer.Option(help="Training seeds, e.g. 1,2,3; default: the profile's.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Parallel workers; default: one per core.")
+    ] = None,
+    results: Results = Path("results"),
+    publish: Annotated[
+        bool, typer.Option(help="Write tables to results/PROFILE instead of results/runs.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run every cell of an experiment, then write and print its table.
+
+    What is done already is not done again; interrupted, it goes on where it was.
+    """
+    from reproduce import experiment as experiments
+    from reproduce import runner
+
+    chosen = experiments.load_profile(profile)
+    loaded = experiments.load_experiment(experiment)
+    runner.check_hardware(chosen)
+    runner.build_assets(chosen)
+    settings = parse_overrides(overrides or [])
+    chosen_seeds = chosen.seeds if seeds is None else _parse_seeds(seeds)
+    cells = experiments.expand(loaded, chosen, chosen_seeds, settings)
+    layout = _layout(results, publish=publish)
+    outcome = runner.run_cells(cells, layout, loaded.name, jobs or runner.default_jobs())
+    runner.report(loaded, chosen, outcome, layout)
+    if outcome.gaps:
+        first = outcome.gaps[0]
+        raise UserError(
+            f"{len(outcome.gaps)} of {len(cells)} cells failed; the first: {first.row}, seed "
+            f"{first.seed}: {first.reason}; run the same command to try them again"
+        )
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--seeds {text!r}: expected integers, e.g. 1,2,3") from None
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds {text!r}: a seed is there twice")
+    return seeds
+
+
+@app.command()
+def train(
+    experiment: ExperimentName,
+    cell: CellKey,
+    profile: ProfileName = "mini",
+    seed: Seed = 1,
+    results: Results = Path("results"),
+    overrides: Overrides = None,
+) -> None:
+    """Train one cell, or go on with it. Start it with `accelerate launch` for several ranks."""
+    from reproduce import stages
+
+    resolved = _cell(experiment, cell, profile, seed, overrides)
+    typer.echo(stages.train(resolved, _layout(results)))
+
+
+@app.command()
+def sample(
+    experiment: ExperimentName,
+    cell: CellKey,
+    profile: ProfileName = "mini",
+    seed: Seed = 1,
+    results: Results = Path("results"),
+    overrides: Overrides = None,
+) -> None:
+    """Sample the held-out images of one trained cell."""
+    from reproduce import stages
+
+    resolved = _cell(experiment, cell, profile, seed, overrides)
+    typer.echo(stages.sample(resolved, _layout(results)) / "images")
+
+
+@app.command()
+def score(
+    experiment: ExperimentName,
+    cell: CellKey,
+    profile: ProfileName = "mini",
+    seed: Seed = 1,
+    results: Results = Path("results"),
+    overrides: Overrides = None,
+) -> None:
+    """Score the held-out images of one trained cell with every judge of the profile."""
+    from reproduce import stages
+
+    resolved = _cell(experiment, cell, profile, seed, overrides)
+    typer.echo(stages.score(resolved, _layout(results)) / "scores.parquet")
+
+
+@app.command()
+def render(
+    experiment: ExperimentName,
+    profile: ProfileName = "mini",
+    results: Results = Path("results"),
+    publish: Annotated[
+        bool, typer.Option(help="Render the cells in results/PROFILE instead of results/runs.")
+    ] = False,
+) -> None:
+    """Write and print an experiment's table and figures from its finished cells."""
+    from benchmarks.cells import cells_folder, load_cells
+    from reproduce import experiment as experiments
+    from reproduce import runner
+
+    chosen = experiments.load_profile(profile)
+    loaded = experiments.load_experiment(experiment)
+    layout = _layout(results, publish=publish)
+    folder = cells_folder(layout.tables, chosen.name, loaded.name)
+    cells = load_cells(folder)
+    if not cells:
+        raise UserError(
+            f"{folder}: no finished cells; run `g2rpo reproduce {experiment} --profile {profile}`"
+        )
+    runner.report(loaded, chosen, runner.Outcome(tuple(cells), ()), layout)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one line and exit code 2, without a traceback."""
+    from reproduce.quiet import quiet_libraries
+
+    try:
+        if not {"--help", "-h"} & set(sys.argv):
+            quiet_libraries()
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command to go on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

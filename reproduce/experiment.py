@@ -1,0 +1,315 @@
+"""Experiments and profiles: which cells a table has, and how each is trained and evaluated."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from benchmarks.cells import Key
+from benchmarks.held_out import EvaluationConfig
+from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
+from g2rpo.errors import UserError
+from g2rpo.policy import PolicyConfig
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.training.config import TrainConfig
+from reproduce.render.spec import TableSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+PRESETS = ("released", "matched")
+
+
+class PromptSplits(StrictModel):
+    """The three disjoint prompt files; relative paths are relative to the repository."""
+
+    train: str
+    validation: str
+    test: str
+
+
+class Hardware(StrictModel):
+    """What a profile needs to run."""
+
+    gpus: int = Field(0, ge=0)
+    gpu_memory_gb: int = Field(0, ge=0)
+    engine: Literal["replicated", "sharded", "lora"] = "replicated"
+    """How the policy is held: whole on every rank, sharded over them, or frozen under LoRA."""
+
+
+class Profile(StrictModel):
+    """One scale: the policy, the prompts, the judges and what all methods share."""
+
+    name: str
+    description: str
+    policy: PolicyConfig
+    prompts: PromptSplits
+    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    """Every judge, by its column's name."""
+    validation_prompts: int = Field(64, ge=0)
+    """Validation prompts scored during training for the learning curves; 0 for none."""
+    validation_every: int = Field(10, ge=1)
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Sections of the training configuration that every method shares under ``matched``."""
+    learning_rates: dict[str, float] = Field(default_factory=dict)
+    """Tuned learning rates under ``matched``, by method or variant."""
+    evaluation: EvaluationConfig
+    seeds: tuple[int, ...] = (1,)
+    keep_images: int | None = Field(None, ge=0)
+    """Held-out images kept after scoring; null keeps all."""
+    hardware: Hardware = Hardware()
+    build: str | None = None
+    """``module:function`` that builds the profile's files, called with the folder ``assets``."""
+    assets: str | None = None
+
+
+class CellConfig(StrictModel):
+    """One row of a table: what is trained, and what it changes of the profile."""
+
+    method: str | None = None
+    """The method's name; null is the untrained base."""
+    train: tuple[str, ...] = ()
+    """The rewards it is trained on, by column name."""
+    preset: Literal["released", "matched"] | None = None
+    """Overrides the experiment's preset."""
+    tuned_as: str | None = None
+    """Key into the profile's learning rates; null is the method's name."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the training configuration."""
+    evaluation: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the evaluation protocol."""
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> "CellConfig":
+        if self.method is None and (self.train or self.set):
+            raise ValueError("the base (no method) takes neither train nor set")
+        if self.method is not None and not self.train:
+            raise ValueError("train is empty: name at least one reward")
+        return self
+
+
+class Experiment(StrictModel):
+    """One table or study."""
+
+    name: str
+    preset: Literal["released", "matched"] = "matched"
+    cells: dict[Key, CellConfig] = Field(min_length=1)
+    table: TableSpec
+
+    @pydantic.model_validator(mode="after")
+    def _rows_have_cells(self) -> "Experiment":
+        for row in self.table.rows:
+            if row.key not in self.cells:
+                raise ValueError(f"table.rows names {row.key!r}, which is no cell")
+        return self
+
+
+@dataclass(frozen=True)
+class ResolvedCell:
+    """One cell at one seed, ready to run.
+
+    Attributes:
+        key: its row.
+        seed: the training seed; None for the base.
+        preset: the preset it was resolved under; None for the base.
+        method: method name or ``base``.
+        train: the training configuration; None for the base.
+        policy: the policy to evaluate, at the protocol's resolution and guidance.
+        evaluation: the protocol.
+        evaluation_prompts: the held-out prompt file.
+        profile: the profile.
+    """
+
+    key: str
+    seed: int | None
+    preset: str | None
+    method: str
+    train: TrainConfig | None
+    policy: PolicyConfig
+    evaluation: EvaluationConfig
+    evaluation_prompts: str
+    profile: Profile
+
+
+def _named_file(folder: str, name: str, what: str) -> Path:
+    """The YAML of a bundled ``name``, or the file that ``name`` itself is a path of."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = HERE / folder / f"{name}.yaml"
+    if not path.exists():
+        valid = [found.stem for found in (HERE / folder).glob("*.yaml")]
+        raise UserError(f"no {what} {name!r}; {nearest(name, valid)}")
+    return path
+
+
+def load_profile(name: str) -> Profile:
+    """A bundled profile by name, or a YAML file.
+
+    A file with a key ``extends`` is laid over the profile that it names.
+
+    Raises:
+        UserError: there is no such profile, or it is wrong; in one line.
+    """
+    return validate(Profile, _profile_data(name, ()), f"profile {name}")
+
+
+def _profile_data(name: str, below: tuple[str, ...]) -> dict[str, Any]:
+    if name in below:
+        raise UserError(f"profile {name} extends itself: {' -> '.join((*below, name))}")
+    data = load_yaml(_named_file("profiles", name, "profile"))
+    extended = data.pop("extends", None)
+    if extended is None:
+        return data
+    return merge(_profile_data(str(extended), (*below, name)), data)
+
+
+def load_experiment(name: str) -> Experiment:
+    """A bundled experiment by name, or a YAML file.
+
+    The in-domain columns of a table's rows are those that its cells train on.
+    """
+    path = _named_file("experiments", name, "experiment")
+    data = load_yaml(path)
+    cells, table = data.get("cells"), data.get("table")
+    if isinstance(cells, dict) and isinstance(table, dict):
+        for row in table.get("rows") or []:
+            cell = cells.get(row.get("key")) if isinstance(row, dict) else None
+            if isinstance(cell, dict) and "train" in cell:
+                row.setdefault("train", cell["train"])
+    return validate(Experiment, data, f"experiment {name}")
+
+
+def load_preset(method: str, preset: str) -> dict[str, Any]:
+    """The section of ``reproduce/methods/<method>.yaml`` for ``preset``."""
+    data = load_yaml(_named_file("methods", method, "method preset"))
+    if preset not in data:
+        raise UserError(f"reproduce/methods/{method}.yaml has no section {preset!r}")
+    section: dict[str, Any] = data[preset]
+    return section
+
+
+def absolute(path: str) -> str:
+    """``path`` where it exists from here, else where it exists in the repository, else itself."""
+    if Path(path).exists() or not (ROOT / path).exists():
+        return path
+    return str(ROOT / path)
+
+
+def _located(config: RewardConfig) -> RewardConfig:
+    if config.source is None:
+        return config
+    return config.model_copy(update={"source": absolute(config.source)})
+
+
+def resolve(
+    experiment: Experiment,
+    profile: Profile,
+    key: str,
+    seed: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> ResolvedCell:
+    """Everything that cell ``key`` at ``seed`` is, under ``profile``.
+
+    Later layers win: the profile's shared training settings, the method's preset, the tuned
+    learning rate (``matched`` alone), the cell's own changes, ``overrides``.
+
+    Raises:
+        UserError: no such cell, or an impossible configuration; in one line.
+    """
+    if key not in experiment.cells:
+        raise UserError(f"{experiment.name} has no cell {key!r}; {nearest(key, experiment.cells)}")
+    cell = experiment.cells[key]
+    where = f"{experiment.name}, cell {key}"
+    evaluation = validate(
+        EvaluationConfig,
+        merge(profile.evaluation.model_dump(mode="json"), cell.evaluation),
+        f"{where}: evaluation",
+    )
+    policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
+    evaluation_policy = policy.model_copy(
+        update={
+            "resolution": evaluation.resolution,
+            "guidance_scale": evaluation.guidance_scale,
+        }
+    )
+    train = preset = None
+    if cell.method is not None:
+        preset = cell.preset or experiment.preset
+        train = _train_config(profile, cell, preset, seed, policy, overrides or {}, where)
+    return ResolvedCell(
+        key=key,
+        seed=None if train is None else seed,
+        preset=preset,
+        method=cell.method or "base",
+        train=train,
+        policy=evaluation_policy,
+        evaluation=evaluation,
+        evaluation_prompts=absolute(getattr(profile.prompts, evaluation.split)),
+        profile=profile,
+    )
+
+
+def _train_config(
+    profile: Profile,
+    cell: CellConfig,
+    preset: str,
+    seed: int,
+    policy: PolicyConfig,
+    overrides: Mapping[str, Any],
+    where: str,
+) -> TrainConfig:
+    assert cell.method is not None
+    tuned: dict[str, Any] = {}
+    rate = profile.learning_rates.get(cell.tuned_as or cell.method)
+    if preset == "matched" and rate is not None:
+        tuned = {"optimization": {"learning_rate": rate}}
+    rewards = {}
+    for name in cell.train:
+        if name not in profile.rewards:
+            hint = nearest(name, profile.rewards)
+            raise UserError(f"{where}: profile {profile.name} has no reward {name!r}; {hint}")
+        rewards[name] = {"reward": _located(profile.rewards[name]).model_dump(mode="json")}
+    validation = None
+    if profile.validation_prompts:
+        validation = {
+            "file": absolute(profile.prompts.validation),
+            "limit": profile.validation_prompts,
+            "every": profile.validation_every,
+        }
+    data = merge(
+        {
+            "seed": seed,
+            "validation": validation,
+            "policy": policy.model_dump(mode="json"),
+            "prompts": {"file": absolute(profile.prompts.train)},
+            "rewards": rewards,
+        },
+        profile.training,
+        load_preset(cell.method, preset),
+        tuned,
+        cell.set,
+        overrides,
+    )
+    return validate(TrainConfig, data, where)
+
+
+def judges(profile: Profile) -> dict[str, RewardConfig]:
+    """Every reward of the profile, its source found."""
+    return {name: _located(config) for name, config in profile.rewards.items()}
+
+
+def expand(
+    experiment: Experiment,
+    profile: Profile,
+    seeds: Sequence[int],
+    overrides: Mapping[str, Any] | None = None,
+) -> list[ResolvedCell]:
+    """All cells of an experiment: the base once, every other cell at each seed, seed by seed."""
+    base = [key for key, cell in experiment.cells.items() if cell.method is None]
+    trained = [key for key in experiment.cells if key not in base]
+    resolved = [resolve(experiment, profile, key, 0, overrides) for key in base]
+    for seed in seeds:
+        resolved += [resolve(experiment, profile, key, seed, overrides) for key in trained]
+    return resolved

@@ -1,0 +1,143 @@
+"""The same prompts under several models, side by side, as one PNG."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path
+
+ImageLike = npt.NDArray[np.uint8] | Image.Image
+
+_GAP = 8
+_LEADING = 1.3
+_INK, _PAPER, _FRAME = (26, 26, 26), (255, 255, 255), (190, 190, 190)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Text broken into lines of one font."""
+
+    lines: tuple[str, ...]
+    font: ImageFont.FreeTypeFont
+
+    @property
+    def line_height(self) -> int:
+        return round(self.font.size * _LEADING)
+
+    @property
+    def height(self) -> int:
+        return self.line_height * len(self.lines)
+
+    def draw(self, draw: ImageDraw.ImageDraw, x: float, y: float, *, centred: bool = False) -> None:
+        for number, text in enumerate(self.lines):
+            spot = (x, y + number * self.line_height)
+            draw.text(spot, text, fill=_INK, font=self.font, anchor="ma" if centred else "la")
+
+
+def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    # Matplotlib brings this font along, so the picture does not depend on the machine's fonts.
+    properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)
+    return ImageFont.truetype(font_manager.findfont(properties), size)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> _Block:
+    """``text`` in lines of at most ``width`` pixels; words longer than a line are broken."""
+    for characters in range(max(4, width // 3), 3, -1):
+        lines = textwrap.wrap(text, characters)
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    return _Block(tuple(lines), font)
+
+
+def _fitted(image: ImageLike, side: int) -> Image.Image:
+    """The image within ``side`` pixels: whole multiples by nearest neighbour, else resampled."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture = picture.convert("RGB")
+    longest = max(picture.size)
+    if longest <= side:
+        width, height = (length * (side // longest) for length in picture.size)
+        return picture.resize((width, height), Image.Resampling.NEAREST)
+    width, height = (max(1, round(length * side / longest)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def picture_grid(
+    columns: Mapping[str, Sequence[ImageLike | None]],
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    side: int = 128,
+    title: str | None = None,
+) -> Path:
+    """Writes a PNG grid: a row per prompt, a column per model, captions on the left.
+
+    Small images are enlarged by whole factors without smoothing, large ones reduced.
+
+    Args:
+        columns: model label to its images, uint8 [H, W, 3] or PIL, one per prompt; None leaves an
+            empty frame.
+        prompts: the captions, in the order of the images.
+        output: the PNG to write.
+        side: longest side of each image in the grid, pixels.
+        title: above the columns.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: a model has not one image per prompt, or there is none.
+    """
+    if not columns or not prompts:
+        raise UserError(f"{output}: no image to draw")
+    for label, images in columns.items():
+        if len(images) != len(prompts):
+            raise UserError(
+                f"{output}: {label} has {len(images)} images for {len(prompts)} prompts"
+            )
+    size = max(11, side // 10)
+    text_width = max(150, round(1.2 * side))
+    heading = None if title is None else _Block((title,), _font(size + 1, "bold"))
+    heads = [_wrapped(label, _font(size, "bold"), side) for label in columns]
+    captions = [_wrapped(prompt, _font(size), text_width) for prompt in prompts]
+    first_row = _GAP + max(head.height for head in heads) + _GAP // 2
+    if heading is not None:
+        first_row += heading.height + _GAP
+    heights = [max(side, caption.height) for caption in captions]
+    tops = [first_row + sum(heights[:row]) + _GAP * row for row in range(len(heights))]
+    lefts = [2 * _GAP + text_width + (side + _GAP) * column for column in range(len(columns))]
+    canvas = Image.new("RGB", (lefts[-1] + side + _GAP, tops[-1] + heights[-1] + _GAP), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if heading is not None:
+        heading.draw(draw, _GAP, _GAP)
+    for head, left in zip(heads, lefts, strict=True):
+        head.draw(draw, left + side / 2, first_row - _GAP // 2 - head.height, centred=True)
+    for caption, top, height in zip(captions, tops, heights, strict=True):
+        caption.draw(draw, _GAP, top + (height - caption.height) // 2)
+    for images, left in zip(columns.values(), lefts, strict=True):
+        for image, top, height in zip(images, tops, heights, strict=True):
+            _place(canvas, image, (left, top + (height - side) // 2), side)
+    with atomic_path(output) as temporary:
+        canvas.save(temporary, format="PNG", optimize=True)
+    return output
+
+
+def _place(
+    canvas: Image.Image, image: ImageLike | None, corner: tuple[int, int], side: int
+) -> None:
+    """Pastes an image into the middle of its square, in a thin frame outside its pixels."""
+    left, top = corner
+    width = height = side
+    if image is not None:
+        picture = _fitted(image, side)
+        width, height = picture.size
+        left, top = left + (side - width) // 2, top + (side - height) // 2
+        canvas.paste(picture, (left, top))
+    frame = (left - 1, top - 1, left + width, top + height)
+    ImageDraw.Draw(canvas).rectangle(frame, outline=_FRAME)

@@ -1,0 +1,235 @@
+"""Text, Markdown, LaTeX and CSV forms of a computed table."""
+
+import csv
+import io
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from reproduce.render.spec import COST_LABELS
+from reproduce.render.values import Group, Row, Table, Value
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+IN_DOMAIN = "†"
+NOTHING = "–"
+
+_LATEX_CHARACTERS = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
+    '"': r"{''}",
+    "–": "--",
+    "—": "---",
+    "−": "$-$",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "→": r"$\rightarrow$",
+    "†": r"$^{\dagger}$",
+    "\u00a0": "~",
+}
+
+_GREEK = re.compile(r"GREEK (SMALL|CAPITAL) LETTER (\w+)$")
+_GREEK_CAPITALS = {
+    "GAMMA", "DELTA", "THETA", "LAMDA", "XI", "PI", "SIGMA", "UPSILON", "PHI", "PSI", "OMEGA",
+}  # fmt: skip
+
+
+def latex_escape(text: str) -> str:
+    """``text`` as LaTeX that prints it; needs no package beyond the kernel.
+
+    Letters that pdflatex knows in UTF-8 (Latin scripts) are kept as they are.
+    """
+    return "".join(_latex_character(character) for character in text)
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX_CHARACTERS:
+        return _LATEX_CHARACTERS[character]
+    if character.isascii():
+        return character
+    tag, _, code = unicodedata.decomposition(character).partition(" ")
+    if tag in ("<super>", "<sub>"):
+        inner = "".join(chr(int(part, 16)) for part in code.split())
+        command = "textsuperscript" if tag == "<super>" else "textsubscript"
+        return rf"\{command}{{{latex_escape(inner)}}}"
+    if greek := _GREEK.match(unicodedata.name(character, "")):
+        name = greek[2].replace("LAMDA", "LAMBDA").lower()
+        if greek[1] == "SMALL" and name != "omicron":
+            return rf"$\{name}$"
+        if greek[1] == "CAPITAL" and greek[2] in _GREEK_CAPITALS:
+            return rf"$\{name.capitalize()}$"
+    return character
+
+
+def markdown_escape(text: str) -> str:
+    """``text`` as it should be read inside a Markdown table cell or sentence."""
+    one_line = " ".join(text.split())
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", one_line)
+
+
+_UNITS = ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"))
+
+
+def human(number: float | None) -> str:
+    """A count or a number of seconds in a few characters: 9,876; 17.1k; 1.71M."""
+    if number is None:
+        return NOTHING
+    if 0 < number < 0.01:
+        return "<0.01"
+    if number < 10_000:
+        return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
+    scaled = [(float(f"{number / unit:.3g}"), suffix) for unit, suffix in _UNITS]
+    # What rounds up to 1000 of a unit is shown in the next one.
+    figure, suffix = next((pair for pair in scaled if pair[0] < 1000), scaled[-1])
+    return f"{figure:g}{suffix}"
+
+
+def interval_text(value: Value) -> str | None:
+    """``[low, high]`` with the value's decimals, or None where there is no interval."""
+    if value.interval is None:
+        return None
+    low, high = value.interval.low, value.interval.high
+    return f"[{low:.{value.digits}f}, {high:.{value.digits}f}]"
+
+
+def seeds_text(row: Row) -> str:
+    """How many seeds, or a dash for a model without any and for a gap."""
+    return str(row.seeds) if row.seeds else NOTHING
+
+
+def legend(table: Table) -> tuple[str, ...]:
+    """What the marks and intervals of a table mean; only those that occur."""
+    rows = [row for group in table.groups for row in group.rows]
+    values = [value for row in rows for value in row.values]
+    if table.paper is not None:
+        values += [v for group in table.paper.groups for row in group.rows for v in row.values]
+    labels = {row.interval_label for row in rows}
+    sentences = []
+    if any(value.in_domain for value in values):
+        sentences.append(f"{IN_DOMAIN} in-domain: the row was trained on this reward.")
+    if any(value.best for value in values):
+        sentences.append("Bold: the best of its group, as printed.")
+    if "method" in labels:
+        sentences.append(
+            "Method intervals: 95% t intervals over the means of the training seeds; "
+            "they are about training the method again."
+        )
+    if "checkpoint" in labels:
+        sentences.append(
+            "Checkpoint intervals: 95% bootstrap intervals over prompts; they are about these "
+            "trained weights alone and say nothing of another seed."
+        )
+    return tuple(sentences)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # Braces are LaTeX's own; one set of delimiters serves both templates.
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+        autoescape=False,  # noqa: S701 - the output is not HTML; the templates escape
+    )
+    environment.filters.update(
+        md=markdown_escape, tex=latex_escape, human=human, interval=interval_text, seeds=seeds_text
+    )
+    return environment
+
+
+def _render(template: str, table: Table) -> str:
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            table=table,
+            cost_labels=[COST_LABELS[cost] for cost in table.spec.costs],
+            notes=(*legend(table), *table.notes),
+            nothing=NOTHING,
+            mark=IN_DOMAIN,
+            grouped=any(group.label for group in table.groups),
+        )
+    )
+
+
+def to_markdown(table: Table) -> str:
+    """The table, its notes and, where it is not comparable, the paper's block, as Markdown."""
+    return _render("table.md.j2", table)
+
+
+def to_latex(table: Table) -> str:
+    """A ``table*`` environment to be included by a document that loads booktabs."""
+    return _render("table.tex.j2", table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.7g}"
+
+
+def to_csv(table: Table) -> str:
+    """One line a row, all digits: group, row, seeds, interval label, scores, costs.
+
+    Each reward has its score, the ends of its interval, and 1 or 0 for in-domain and best.
+    """
+    rewards = [column.reward for column in table.columns]
+    head = ["source", "group", "row", "label", "seeds", "interval", "missing"]
+    return _csv([*head, *_score_heads(rewards), *table.spec.costs], table.groups)
+
+
+def paper_csv(table: Table) -> str | None:
+    """The paper's separate block as CSV, or None where it has none."""
+    if table.paper is None:
+        return None
+    head = ["source", "group", "row", "label", "seeds", "interval", "missing"]
+    return _csv(
+        [*head, *_score_heads(table.paper.columns)], table.paper.groups, table.paper.caption
+    )
+
+
+def _score_heads(rewards: Sequence[str]) -> list[str]:
+    ends = ("", "_low", "_high", "_in_domain", "_best")
+    return [f"{reward}{end}" for reward in rewards for end in ends]
+
+
+def _csv(head: Sequence[str], groups: Sequence[Group], paper_source: str = "paper") -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    for group in groups:
+        for row in group.rows:
+            source = paper_source if row.from_paper else "measured"
+            seeds = "" if row.seeds is None else row.seeds
+            first = [source, group.label, row.key, row.label, seeds, row.interval_label or ""]
+            scores = [text for value in row.values for text in _csv_value(value)]
+            costs = [_number(cost) for cost in row.costs]
+            writer.writerow([*first, row.gap or "", *scores, *costs])
+    return buffer.getvalue()
+
+
+def _csv_value(value: Value) -> list[str]:
+    ends = (None, None) if value.interval is None else (value.interval.low, value.interval.high)
+    flags = [str(int(value.in_domain)), str(int(value.best))]
+    return [_number(value.mean), *(_number(end) for end in ends), *flags]

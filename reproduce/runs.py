@@ -1,0 +1,141 @@
+"""Run folders: their names, what they were made from, and whether they are complete.
+
+A run is named by a hash of its resolved configuration and of its inputs (prompt files, weights,
+algorithm version), not of the device, the ranks or the micro-batch.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from g2rpo.config import content_hash
+from g2rpo.files import sha256_file, sha256_tree, write_json
+from g2rpo.policy import PolicyConfig
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.training.config import TrainConfig
+
+ALGORITHM_VERSION = 1
+"""Raised when the same configuration would give other weights or images than before."""
+
+PACKAGES = (
+    "g2rpo", "torch", "diffusers", "transformers", "accelerate", "open_clip_torch", "numpy",
+)  # fmt: skip
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def _folder_hash(folder: Path) -> str:
+    return sha256_tree(folder)
+
+
+def source_fingerprint(source: str | None, revision: str | None) -> str | dict[str, str | None]:
+    """What names the weights at ``source``: a hash of a local folder or file, else the hub id."""
+    path = Path(source) if source is not None else None
+    if path is not None and path.is_dir():
+        return _folder_hash(path.resolve())
+    if path is not None and path.is_file():
+        return sha256_file(path)
+    return {"id": source, "revision": revision}
+
+
+def policy_inputs(config: PolicyConfig) -> dict[str, Any]:
+    """The policy's configuration with its weights in place of their path."""
+    settings = config.model_dump(mode="json", exclude={"source", "revision"})
+    return settings | {"weights": source_fingerprint(config.source, config.revision)}
+
+
+def reward_inputs(config: RewardConfig) -> dict[str, Any]:
+    """A reward's configuration with its weights in place of their path."""
+    settings = config.model_dump(mode="json", exclude={"source", "revision", "batch_size"})
+    return settings | {"weights": source_fingerprint(config.source, config.revision)}
+
+
+def train_inputs(config: TrainConfig) -> dict[str, Any]:
+    """All that determines the trained weights."""
+    not_determining = {"validation", "checkpoints", "execution"}
+    settings = config.model_dump(
+        mode="json", exclude={"policy", "prompts", "rewards", *not_determining}
+    )
+    prompts = {"sha256": sha256_file(Path(config.prompts.file)), "limit": config.prompts.limit}
+    rewards = {
+        name: {"weight": term.weight, "reward": reward_inputs(term.reward)}
+        for name, term in config.rewards.items()
+    }
+    return settings | {
+        "policy": policy_inputs(config.policy),
+        "prompts": prompts,
+        "rewards": rewards,
+        "algorithm_version": ALGORITHM_VERSION,
+    }
+
+
+def train_run_name(config: TrainConfig) -> str:
+    """The folder name of a training run, readable and unique."""
+    rewards = "-".join(config.rewards)
+    digest = content_hash(train_inputs(config))
+    return f"{config.method.name}-{rewards}-seed{config.seed}-{digest}"
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@functools.cache
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit of this repository and whether its code differs from it; None where unknown."""
+    commit = _git("rev-parse", "HEAD")
+    # Results are written while cells run; only other changes make a measurement "dirty".
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)docs")
+    return commit, None if changed is None else bool(changed)
+
+
+def provenance(weights: dict[str, str]) -> dict[str, Any]:
+    """Commit, packages, hardware and weights of what this process computes."""
+    commit, dirty = git_state()
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "weights": weights,
+        "hardware": {
+            "device": gpu or "cpu",
+            "machine": platform.machine(),
+            "cores": str(os.cpu_count()),
+            "threads": str(torch.get_num_threads()),
+            "memory_gib": str(round(psutil.virtual_memory().total / 2**30)),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete stage, or None."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Marks a stage complete: its manifest is written last."""
+    write_json(folder / "manifest.json", manifest)

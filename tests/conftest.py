@@ -1,0 +1,26 @@
+"""What all tests share: no network, one thread, and the tiny models of the smoke profile."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Tiny models run fastest on one thread, and sums have one order.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smoke_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of tiny random models and prompts that the smoke profile runs on."""
+    from benchmarks.tiny_models import build_tiny_models
+
+    folder = tmp_path_factory.mktemp("assets") / "smoke"
+    build_tiny_models(folder)
+    return folder

@@ -1,0 +1,128 @@
+"""The committed mini world: its files are those of its manifest, and its weights do their work."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from benchmarks.mini_world import world
+from benchmarks.mini_world.attribute_training import accuracy, caption_shares
+from benchmarks.mini_world.autoencoder import reconstruct
+from benchmarks.mini_world.build import MANIFEST, PARTS, SIZE_LIMIT, load_autoencoder
+from benchmarks.mini_world.pictures import draw_pool
+from g2rpo.errors import UserError
+from g2rpo.files import sha256_file
+from g2rpo.rewards.attributes import AttributeReader
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.registry import load_reward
+
+ASSETS = Path(world.__file__).parent / "assets"
+JUDGE = ASSETS / "rewards" / "attributes"
+
+
+@pytest.fixture(scope="module")
+def manifest() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((ASSETS / MANIFEST).read_text())
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def reader() -> AttributeReader:
+    return AttributeReader.from_folder(JUDGE)
+
+
+def test_files_are_those_of_the_manifest(manifest: dict[str, Any]) -> None:
+    found = {
+        path.relative_to(ASSETS).as_posix(): path
+        for path in ASSETS.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }
+    assert set(found) == set(manifest["files"])
+    for name, path in found.items():
+        assert path.stat().st_size == manifest["files"][name]["bytes"], name
+        assert sha256_file(path) == manifest["files"][name]["sha256"], name
+        assert path.suffix not in {".bin", ".pt", ".ckpt", ".pkl"}, name
+    assert sum(path.stat().st_size for path in found.values()) == manifest["bytes"] <= SIZE_LIMIT
+
+
+def test_manifest_tells_of_every_part_and_of_no_machine(manifest: dict[str, Any]) -> None:
+    assert set(manifest["parts"]) == {part.name for part in PARTS}
+    assert all(part["seconds"] > 0 and part["settings"] for part in manifest["parts"].values())
+    for path in ASSETS.rglob("*.json"):
+        text = path.read_text()
+        assert "/work" not in text and "/tmp" not in text and "/home" not in text, path
+
+
+def test_reported_quality_is_within_what_the_mini_world_needs(manifest: dict[str, Any]) -> None:
+    measured = {name: part["measured"] for name, part in manifest["parts"].items()}
+    for kind in ("rendered", "decoded"):
+        assert measured["attributes"][kind]["score"] >= 0.98
+    for report in measured["policy"]["test"].values():
+        assert 0.75 <= report["attribute_accuracy"] <= 0.92
+
+
+@pytest.mark.parametrize("through_autoencoder", [False, True])
+def test_attribute_judge_reads_fresh_pictures(
+    reader: AttributeReader, through_autoencoder: bool
+) -> None:
+    pool = draw_pool(987, "fresh", "test", 200)
+    images = pool.images
+    if through_autoencoder:
+        torch.manual_seed(0)
+        images = reconstruct(load_autoencoder(ASSETS), images)
+    report = accuracy(reader, pool, images)
+    assert min(report[name] for name in ("shape", "colour", "size", "background")) >= 0.97
+    assert report["score"] >= 0.97
+
+
+def test_attribute_judge_scores_alike_batched_and_one_by_one() -> None:
+    pool = draw_pool(988, "fresh", "test", 24)
+    prompts = [*pool.captions[1:12], pool.captions[0], *pool.captions[12:]]
+    many = load_reward(RewardConfig(model="attributes", source=str(JUDGE), batch_size=24), "cpu")
+    single = load_reward(RewardConfig(model="attributes", source=str(JUDGE), batch_size=1), "cpu")
+    scores = many.score(pool.images, prompts)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (24,)
+    assert (scores - single.score(pool.images, prompts)).abs().max() <= 1e-5
+    assert (scores[12:] > scores[:12].mean()).all()
+    assert many.weights_hash == sha256_file(JUDGE / "model.safetensors")
+
+
+def test_attribute_judge_names_what_is_wrong(tmp_path: Path) -> None:
+    images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    judge = load_reward(RewardConfig(model="attributes", source=str(JUDGE)), "cpu")
+    with pytest.raises(UserError, match="'dragon' is not in the world's vocabulary"):
+        judge.score(images, ["a dragon"])
+    with pytest.raises(UserError, match="set source to a folder"):
+        load_reward(RewardConfig(model="attributes"), "cpu")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        load_reward(RewardConfig(model="attributes", source=str(tmp_path)), "cpu")
+    shutil.copy(JUDGE / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        load_reward(RewardConfig(model="attributes", source=str(tmp_path)), "cpu")
+
+
+def test_policy_draws_what_held_out_captions_say(reader: AttributeReader) -> None:
+    pipeline = FluxPipeline.from_pretrained(ASSETS / "policy", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    captions = world.read_captions("test")[:64]
+    images = pipeline(
+        captions,
+        height=32,
+        width=32,
+        num_inference_steps=8,
+        guidance_scale=3.5,
+        max_sequence_length=20,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    shares = caption_shares(reader, pixels, captions)
+    assert sum(shares) / len(shares) >= 0.7
+    moved = caption_shares(reader, pixels, captions[1:] + captions[:1])
+    assert sum(moved) / len(moved) <= 0.6

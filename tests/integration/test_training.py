@@ -1,0 +1,329 @@
+"""Training from outside: killed and resumed, on two ranks, and with what must stop it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from g2rpo.data.prompts import prompts_of_iteration, read_prompts
+from g2rpo.errors import UserError
+from g2rpo.training.checkpoints import (
+    checkpoint_folder,
+    latest_checkpoint,
+    saved_iterations,
+)
+from g2rpo.training.config import TrainConfig
+from g2rpo.training.loop import Trainer, load_train_config
+from g2rpo.training.metrics import read_metrics
+
+ITERATIONS = 5
+
+
+class Brightness:
+    """A cheap reward whose value differs between images: their mean red minus their mean blue."""
+
+    name, version, weights_hash = "brightness", "1", ""
+
+    def __init__(self, change: Callable[[torch.Tensor, Sequence[str]], torch.Tensor] | None = None):
+        self.change = change
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        means = images.float().mean((1, 2)) / 255
+        scores = means[:, 0] - means[:, 2]
+        return scores if self.change is None else self.change(scores, prompts)
+
+
+def config_for(assets: Path, **changes: object) -> TrainConfig:
+    data = {
+        "seed": 3,
+        "policy": {
+            "source": str(assets / "policy"), "resolution": 32, "max_sequence_length": 16,
+        },
+        "prompts": {"file": str(assets / "prompts" / "train.txt")},
+        "rewards": {"hps": {"reward": {"model": "hps"}}},
+        "grid": {"steps": 5},
+        "method": {"name": "g2rpo", "granularities": [1, 2], "stochastic_steps": [0, 1]},
+        "rollout": {"group_size": 3, "prompts_per_iteration": 2},
+        "optimization": {"iterations": 3, "learning_rate": 1e-3},
+        "checkpoints": {"every": 1, "keep_last": 2},
+        "execution": {"device": "cpu", "tensorboard": False},
+        **changes,
+    }  # fmt: skip
+    return load_train_config(data, "test")
+
+
+def trainer_for(config: TrainConfig, run: Path, reward: Brightness | None = None) -> Trainer:
+    run.mkdir(parents=True, exist_ok=True)
+    return Trainer(config, run, rewards={name: reward or Brightness() for name in config.rewards})
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    folder = latest_checkpoint(run)
+    assert folder is not None
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    squares = [((a[name].double() - b[name].double()) ** 2).sum() for name in a]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+@pytest.fixture(scope="session")
+def small_profile(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke profile on the session's assets, without judges that are not trained on."""
+    from reproduce.experiment import HERE
+
+    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
+    for key in ("build", "assets"):
+        profile.pop(key)
+    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
+    path = tmp_path_factory.mktemp("profile") / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+def train_command(profile: Path, results: Path, *extra: str, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    return [
+        *launcher, "reproduce.cli", "train", "table1", "hps/dance_grpo",
+        "--profile", str(profile), "--results", str(results),
+        "-s", f"optimization.iterations={ITERATIONS}", "-s", "execution.device=cpu", *extra,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run_folder(results: Path) -> Path:
+    (folder,) = (results / "runs").glob("dance_grpo-*")
+    return folder
+
+
+def trained(profile: Path, results: Path, *extra: str, ranks: int = 1) -> Path:
+    subprocess.run(
+        train_command(profile, results, *extra, ranks=ranks),
+        check=True,
+        env=environment(),
+        timeout=240,
+    )
+    return run_folder(results)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small_profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(small_profile, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_killed_and_resumed_ends_bit_identical(
+    small_profile: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    after = random.Random().randint(1, ITERATIONS - 1)
+    process = subprocess.Popen(train_command(small_profile, tmp_path), env=environment())
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        logs = list(tmp_path.glob("runs/dance_grpo-*/metrics.jsonl"))
+        if logs and max((row["iteration"] for row in read_metrics(logs[0])), default=0) >= after:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    run = trained(small_profile, tmp_path)
+
+    assert run.name == undisturbed.name
+    resumed, whole = weights(run), weights(undisturbed)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole), f"killed after {after}"
+    rows = [row["iteration"] for row in read_metrics(run / "metrics.jsonl")]
+    assert rows == list(range(ITERATIONS + 1)), f"killed after {after}"
+
+
+def test_two_ranks_train_as_one_does(
+    small_profile: Path, smoke_assets: Path, tmp_path: Path
+) -> None:
+    # In float64: Adam turns the rounding of a tiny gradient into a step of the learning rate.
+    double = yaml.safe_load(small_profile.read_text())
+    double["policy"]["dtype"] = "float64"
+    profile = tmp_path / "double.yaml"
+    profile.write_text(yaml.safe_dump(double))
+    start = load_file(
+        smoke_assets / "policy" / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    one = weights(trained(profile, tmp_path / "one"))
+    two = weights(trained(profile, tmp_path / "two", ranks=2))
+    moved = distance(one, start)
+    assert moved > 0
+    assert distance(two, one) / moved <= 1e-3
+
+    # The control: other prompts must not pass for the same training.
+    shuffled = yaml.safe_load(profile.read_text())
+    lines = Path(shuffled["prompts"]["train"]).read_text().splitlines()
+    other = tmp_path / "shuffled.txt"
+    other.write_text("\n".join(reversed(lines)) + "\n")
+    shuffled["prompts"]["train"] = str(other)
+    profile = tmp_path / "shuffled.yaml"
+    profile.write_text(yaml.safe_dump(shuffled))
+    control = weights(trained(profile, tmp_path / "control", ranks=2))
+    assert distance(control, one) / moved > 1e-2
+
+
+def test_two_ranks_log_the_rewards_and_counts_of_one(
+    small_profile: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = trained(small_profile, tmp_path, ranks=2)
+    both = zip(read_metrics(undisturbed / "metrics.jsonl"), read_metrics(run / "metrics.jsonl"),
+               strict=True)  # fmt: skip
+    for one, two in both:
+        assert one.keys() == two.keys()
+        for key in ("rollout_evaluations", "training_backwards", "images_scored"):
+            assert one.get(key) == two.get(key)
+        for key in one:
+            if key.startswith("reward/") or key.startswith("validation/"):
+                assert two[key] == pytest.approx(one[key], abs=1e-3)
+
+
+def test_ranks_share_the_prompts_of_an_iteration(smoke_assets: Path) -> None:
+    prompts = read_prompts(smoke_assets / "prompts" / "train.txt")
+    whole = prompts_of_iteration(prompts, 4, seed=1, iteration=2)
+    assert whole[0::2] + whole[1::2] != []
+    assert {p.id for p in whole[0::2]} | {p.id for p in whole[1::2]} == {p.id for p in whole}
+    assert not {p.id for p in whole[0::2]} & {p.id for p in whole[1::2]}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_stops_and_names_it(
+    smoke_assets: Path, tmp_path: Path, value: float
+) -> None:
+    config = config_for(smoke_assets)
+    doomed = prompts_of_iteration(
+        read_prompts(Path(config.prompts.file)), 2, config.seed, iteration=1
+    )[0].text
+
+    def spoil(scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        bad = torch.tensor([prompt == doomed for prompt in prompts])
+        return torch.where(bad, torch.tensor(value), scores)
+
+    with pytest.raises(UserError) as caught:
+        trainer_for(config, tmp_path, Brightness(spoil)).train()
+    message = str(caught.value)
+    assert "iteration 2" in message
+    assert "hps" in message
+    assert repr(doomed) in message
+    assert "\n" not in message
+    assert saved_iterations(tmp_path) == [1]
+    assert latest_checkpoint(tmp_path) is not None
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    config = config_for(smoke_assets)
+    trainer = trainer_for(config, tmp_path)
+    trainer.iterate()
+    trainer.save()
+    parameter = next(trainer.policy.transformer.parameters())
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    before = [p.detach().clone() for p in trainer.policy.transformer.parameters()]
+    with pytest.raises(UserError, match="iteration 2: the gradient is not finite.*hps"):
+        trainer.iterate()
+    after = trainer.policy.transformer.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
+
+
+@pytest.mark.parametrize("method", ["g2rpo", "dance_grpo", "mix_grpo", "flow_grpo"])
+def test_ratio_before_the_first_update_is_one(
+    smoke_assets: Path, tmp_path: Path, method: str
+) -> None:
+    config = config_for(smoke_assets, method={"name": method})
+    row = trainer_for(config, tmp_path).iterate()
+    assert row["ratio_deviation"] < 2e-6
+    assert row["clipped_fraction"] == 0.0
+
+
+def test_a_perturbed_anchor_trips_the_ratio_check(
+    smoke_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(config_for(smoke_assets), tmp_path)
+    rollout = trainer.engine.run
+
+    def perturbed(*arguments: object) -> object:
+        result = rollout(*arguments)  # type: ignore[arg-type]
+        result.recorded[0].sources.mul_(1.01)
+        return result
+
+    monkeypatch.setattr(type(trainer.engine), "run", lambda self, *a: perturbed(*a))
+    before = [p.detach().clone() for p in trainer.policy.transformer.parameters()]
+    with pytest.raises(UserError, match="importance ratio before the first update"):
+        trainer.iterate()
+    after = trainer.policy.transformer.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_damaged_checkpoint_is_passed_over(smoke_assets: Path, tmp_path: Path) -> None:
+    config = config_for(smoke_assets)
+    trainer = trainer_for(config, tmp_path)
+    trainer.train()
+    assert saved_iterations(tmp_path) == [2, 3]
+    newest = checkpoint_folder(tmp_path, 3) / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 2)
+    again = trainer_for(config, tmp_path)
+    assert again.progress.iteration == 2
+    whole = {k: v.clone() for k, v in trainer.policy.transformer.state_dict().items()}
+    again.train()
+    for name, value in again.policy.transformer.state_dict().items():
+        assert torch.equal(value, whole[name])
+
+
+def test_ema_is_the_running_average_and_survives_resuming(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    settings = {"iterations": 3, "learning_rate": 1e-3, "ema_decay": 0.5}
+    config = config_for(smoke_assets, optimization=settings)
+    trainer = trainer_for(config, tmp_path / "run")
+    trainer.iterate()
+    trainer.save()
+    resumed = trainer_for(config, tmp_path / "run")
+    for one in (trainer, resumed):
+        one.iterate()
+    assert trainer.ema is not None
+    assert resumed.ema is not None
+    for a, b in zip(trainer.ema.shadow_params, resumed.ema.shadow_params, strict=True):
+        assert torch.equal(a, b)
+    current = dict(trainer.policy.transformer.named_parameters())
+    shadow = trainer.ema.shadow_params
+    assert any(
+        not torch.equal(a, b.detach()) for a, b in zip(shadow, current.values(), strict=True)
+    )
+    trainer.save()
+    folder = checkpoint_folder(tmp_path / "run", 2)
+    saved = load_file(folder / "ema_transformer" / "diffusion_pytorch_model.safetensors")
+    for (name, _), value in zip(current.items(), shadow, strict=True):
+        assert torch.equal(saved[name], value)
+
+
+def test_training_raises_the_reward_it_trains_on(smoke_assets: Path, tmp_path: Path) -> None:
+    """Not only plumbing: a few iterations move a simple reward up on the very same prompts."""
+    config = config_for(
+        smoke_assets,
+        prompts={"file": str(smoke_assets / "prompts" / "train.txt"), "limit": 2},
+        rollout={"group_size": 6, "prompts_per_iteration": 2},
+        optimization={"iterations": 12, "learning_rate": 1e-3},
+    )
+    trainer = trainer_for(config, tmp_path)
+    rewards = [trainer.iterate()["reward/hps/anchor"] for _ in range(12)]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.005, json.dumps(rewards)

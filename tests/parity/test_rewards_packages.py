@@ -1,0 +1,204 @@
+"""The reward models against the packages they stand for, on the same random weights."""
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from benchmarks.mini_world.tokenizers import words
+from benchmarks.small_rewards import SmallImageReward, SmallPickScore, liven
+from g2rpo.rewards import image_reward
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.hps import CHECKPOINTS, HPS
+from g2rpo.rewards.pick_score import PickScore
+from g2rpo.rewards.preprocessing import Preprocessing
+
+PROMPTS = ["a large red circle on black", "two blue stars above a green ring on gray"] * 2
+SHAPES = [(224, 224), (300, 100), (100, 300), (7, 9), (512, 640)]
+
+
+def pictures(height: int, width: int, number: int = 4) -> Tensor:
+    draws = torch.Generator().manual_seed(height)
+    coarse = torch.randint(0, 256, (number, 3, 5, 5), generator=draws).float()
+    image = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    noise = 20 * torch.randn(image.shape, generator=draws)
+    return (image + noise).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def as_pil(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.numpy()) for image in images]
+
+
+@pytest.fixture(scope="module")
+def hpsv2() -> Iterator[Any]:
+    """hpsv2's own open_clip, which lacks a file of its tokenizer and asks for tkinter's turtle."""
+    patched = {
+        "hpsv2.src.open_clip.tokenizer": open_clip.tokenizer,
+        "turtle": types.SimpleNamespace(forward=None),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in patched.items():
+            patch.setitem(sys.modules, name, module)
+        import hpsv2.src.open_clip as vendored
+
+        yield vendored
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_hps_preprocessing_equals_the_package(hpsv2: Any, height: int, width: int) -> None:
+    transform = hpsv2.image_transform(224, is_train=False, resize_longest_max=True)
+    images = pictures(height, width)
+    expected = torch.stack([transform(image) for image in as_pil(images)])
+    torch.testing.assert_close(
+        Preprocessing(224, "longest_padded")(images), expected, atol=1e-6, rtol=0
+    )
+
+
+def test_hps_equals_the_package(
+    hpsv2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published file's path: its key names, its tokenizer, its transform; a toy tower."""
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "layers": 2},
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 4,
+            "layers": 2,
+        },
+    }
+    config["vision_cfg"]["head_width"] = 8  # type: ignore[index]
+    torch.manual_seed(0)
+    package = hpsv2.CLIP(**config).eval()
+    liven(package)
+    torch.save({"state_dict": package.state_dict()}, tmp_path / CHECKPOINTS["v2.1"])
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    ours = HPS.load(RewardConfig(model="hps", source=str(tmp_path)), "cpu")
+    transform = hpsv2.image_transform(224, is_train=False, resize_longest_max=True)
+    tokenize = open_clip.SimpleTokenizer(context_length=77)
+    for height, width in SHAPES:
+        images = pictures(height, width)
+        expected = []
+        with torch.no_grad():
+            for image, prompt in zip(as_pil(images), PROMPTS, strict=True):
+                features = package(transform(image)[None], tokenize([prompt]))[:2]
+                expected.append((features[0] @ features[1].T).item())
+        scores = ours.score(images, PROMPTS)
+        assert scores.std() > 1e-3
+        torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_pick_score_equals_plain_transformers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = SmallPickScore(words())
+    liven(small)
+    small.save(tmp_path)
+    model = CLIPModel.from_pretrained(tmp_path).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ours = PickScore.load(
+        RewardConfig(model="pick_score", source=str(tmp_path), variant="logit"), "cpu"
+    )
+    for height, width in SHAPES:
+        images = pictures(height, width)
+        with torch.no_grad():
+            pixels = processor(as_pil(images), return_tensors="pt").pixel_values
+            tokens = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+            logits = model(
+                pixel_values=pixels,
+                input_ids=tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+            ).logits_per_image.diag()
+        scores = ours.score(images, PROMPTS)
+        assert scores.std() > 1e-2
+        torch.testing.assert_close(scores, logits, atol=1e-5, rtol=1e-5)
+
+
+def _image_reward_package(patch: pytest.MonkeyPatch, tokenizer: BertTokenizer) -> Any:
+    """The image-reward package on transformers 5, which dropped what it imports and calls."""
+    import transformers.modeling_utils
+    import transformers.pytorch_utils
+
+    patch.setitem(sys.modules, "clip", types.ModuleType("clip"))  # other scores of it use this
+    for name in (
+        "apply_chunking_to_forward",
+        "find_pruneable_heads_and_indices",
+        "prune_linear_layer",
+    ):
+        gone = getattr(transformers.pytorch_utils, name, None)
+        patch.setattr(transformers.modeling_utils, name, gone, raising=False)
+    import ImageReward
+    from ImageReward.models.BLIP import blip_pretrain, med
+
+    def inverted_mask(self: Any, mask: Tensor) -> Tensor:
+        wide = mask[:, None, :, :] if mask.ndim == 3 else mask[:, None, None, :]
+        return (1.0 - wide.to(self.dtype)) * torch.finfo(self.dtype).min
+
+    patch.setattr(med.BertModel, "invert_attention_mask", inverted_mask, raising=False)
+    patch.setattr(
+        med.BertModel,
+        "get_head_mask",
+        lambda self, mask, layers, *rest: [None] * layers,
+        raising=False,
+    )
+    patch.setattr(med.BertPreTrainedModel, "all_tied_weights_keys", {}, raising=False)
+    patch.setattr(blip_pretrain, "init_tokenizer", lambda: tokenizer)
+    return ImageReward
+
+
+def test_image_reward_equals_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    small = SmallImageReward(words())
+    vision = {**small.vision_config, "image_size": 224, "patch_size": 56}
+    small.vision_config = vision
+    small.network = type(small.network)(vision, small.text_config)
+    liven(small)
+    small.eval().save(tmp_path)
+    package = _image_reward_package(monkeypatch, small.tokenizer)
+    from ImageReward.models.BLIP import blip_pretrain
+    from ImageReward.models.BLIP.vit import VisionTransformer
+
+    def create_vit(size: str, image_size: int, *rest: Any) -> tuple[nn.Module, int]:
+        width, depth = vision["hidden_size"], vision["num_hidden_layers"]
+        heads, patch = vision["num_attention_heads"], vision["patch_size"]
+        tower = VisionTransformer(image_size, patch, embed_dim=width, depth=depth, num_heads=heads)
+        return tower, width
+
+    monkeypatch.setattr(blip_pretrain, "create_vit", create_vit)
+    med_config = tmp_path / "package_med_config.json"
+    text = small.text_config
+    med_config.write_text(
+        json.dumps({**text, "add_cross_attention": True, "hidden_act": "gelu", "fusion": ""})
+    )
+    theirs = package.ImageReward(med_config=str(med_config)).eval()
+    theirs.mlp = type(theirs.mlp)(text["hidden_size"])
+    result = theirs.load_state_dict(small.network.published_state(), strict=False)
+    assert not result.unexpected_keys
+    unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+    assert all(key.startswith(unused) for key in result.missing_keys)
+    theirs.eval()
+    ours = image_reward.ImageReward.load(
+        RewardConfig(model="image_reward", source=str(tmp_path)), "cpu"
+    )
+    for height, width in SHAPES:
+        images = pictures(height, width)
+        with torch.no_grad():
+            expected = [
+                theirs.score(prompt, image)
+                for prompt, image in zip(PROMPTS, as_pil(images), strict=True)
+            ]
+        scores = ours.score(images, PROMPTS)
+        assert scores.std() > 1e-2
+        np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)

@@ -1,0 +1,263 @@
+"""Group advantages against plain loops, the equal-rewards trap, and invariants."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from g2rpo.flow.forest import Group
+from g2rpo.training.advantages import (
+    AdvantageConfig,
+    group_advantages,
+    normalize,
+    step_advantages,
+)
+
+
+def random_rewards(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.25 + 0.02 * torch.randn(*shape, generator=generator)
+
+
+def loop_std(values: Sequence[float], ddof: int) -> float:
+    center = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - center) ** 2 for v in values) / (len(values) - ddof))
+
+
+def loop_group(values: Sequence[float], ddof: int, epsilon: float) -> list[float]:
+    center = math.fsum(values) / len(values)
+    scale = loop_std(values, ddof) + epsilon
+    return [(value - center) / scale for value in values]
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-4, 0.1, 0.0])
+def test_group_normaliser_equals_the_loop(ddof: int, epsilon: float) -> None:
+    rewards = random_rewards(3, 4, 12)
+    found = normalize(rewards, AdvantageConfig(ddof=ddof, epsilon=epsilon))
+    assert found.values.dtype == torch.float64
+    assert found.equal_groups == 0
+    for prompt in range(3):
+        for group in range(4):
+            expected = loop_group(rewards[prompt, group].tolist(), ddof, epsilon)
+            assert found.values[prompt, group].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_global_std_takes_the_group_mean_and_the_std_of_everything(ddof: int) -> None:
+    rewards = random_rewards(3, 1, 6) + torch.tensor([0.0, 0.5, -0.2]).view(3, 1, 1)
+    config = AdvantageConfig(normalizer="global_std", ddof=ddof, epsilon=1e-4)
+    found = normalize(rewards, config)
+    scale = loop_std(rewards.double().flatten().tolist(), ddof) + 1e-4
+    for prompt in range(3):
+        values = rewards[prompt, 0].tolist()
+        center = math.fsum(values) / 6
+        expected = [(value - center) / scale for value in values]
+        assert found.values[prompt, 0].tolist() == pytest.approx(expected, rel=1e-11)
+
+
+# --- equal rewards -------------------------------------------------------------------------------
+
+
+def test_rewards_equal_up_to_rounding_have_no_advantage() -> None:
+    """The trap: in float32 the mean of equal numbers is not that number."""
+    rounded = np.float32(0.2763)
+    worst = 0.0
+    for size in range(2, 40):
+        values = np.full(size, rounded, dtype=np.float32)
+        mean = np.float32(0)
+        for value in values:
+            mean += value
+        mean /= np.float32(size)
+        spread = values - mean
+        std = np.sqrt((spread**2).sum() / np.float32(size - 1))
+        worst = max(worst, float(np.abs(spread / (std + np.float32(1e-8))).max()))
+        assert normalize(torch.from_numpy(values), AdvantageConfig()).values.eq(0).all()
+    assert worst > 0.5  # computed naively, noise looks like a preference
+
+
+@pytest.mark.parametrize("level", [1.0, -1.0, 0.2763, 25.0, 1e-4, 0.0])
+@pytest.mark.parametrize("normalizer", ["group", "global_std"])
+def test_a_few_units_in_the_last_place_are_equal(level: float, normalizer: str) -> None:
+    base = np.float32(level)
+    above = np.nextafter(base, np.float32(np.inf))
+    flat = [base, above, base, np.nextafter(above, np.float32(np.inf)), base, above]
+    varied = [base * np.float32(f) + np.float32(0.01 * i) for i, f in enumerate((1, 2, 1, 3, 1, 2))]
+    rewards = torch.tensor(np.array([[flat], [varied], [[base] * 6]], dtype=np.float32).reshape(3, 1, 6))
+    if level == 0.0:
+        rewards[0] = 0.0
+    found = normalize(rewards, AdvantageConfig(normalizer=normalizer))
+    assert found.equal_groups == 2
+    assert found.values[0].eq(0).all()
+    assert found.values[2].eq(0).all()
+    assert found.values[1].abs().max() > 0.1
+
+
+def test_a_small_but_real_difference_is_kept() -> None:
+    rewards = torch.tensor([0.25, 0.25, 0.25001, 0.25])
+    found = normalize(rewards, AdvantageConfig())
+    assert found.equal_groups == 0
+    assert float(found.values[2]) == pytest.approx(1.5, rel=1e-2)
+
+
+def test_equal_rewards_without_epsilon_are_not_a_division_by_zero() -> None:
+    for normalizer in ("group", "global_std"):
+        config = AdvantageConfig(normalizer=normalizer, epsilon=0.0)
+        found = normalize(torch.full((2, 3, 4), 0.7), config)
+        assert found.values.eq(0).all()
+        assert found.equal_groups == 6
+
+
+def test_a_sum_of_cancelling_rewards_is_judged_at_the_size_of_its_terms() -> None:
+    one = np.float32(1.0)
+    above = np.nextafter(one, np.float32(2))
+    rewards = {
+        "a": torch.tensor([one, above, one, above]).view(1, 1, 4),
+        "b": torch.tensor([-one, -one, -one, -one]).view(1, 1, 4),
+    }
+    found = group_advantages(
+        rewards, {"a": 1.0, "b": 1.0}, AdvantageConfig(combination="sum_of_rewards")
+    )
+    assert found.values.eq(0).all()
+    assert found.equal_groups == {"sum": 1}
+
+
+# --- combinations --------------------------------------------------------------------------------
+
+REWARDS = {"hps": random_rewards(2, 3, 6, seed=1), "clip": 8 * random_rewards(2, 3, 6, seed=2)}
+WEIGHTS = {"hps": 2.0, "clip": 0.5}
+
+
+@pytest.mark.parametrize("combination", ["sum", "normalized_weights", "sum_of_rewards"])
+def test_combinations_equal_the_loop(combination: str) -> None:
+    found = group_advantages(REWARDS, WEIGHTS, AdvantageConfig(combination=combination))
+    for prompt in range(2):
+        for group in range(3):
+            hps = REWARDS["hps"][prompt, group].double().tolist()
+            clip = REWARDS["clip"][prompt, group].double().tolist()
+            if combination == "sum_of_rewards":
+                summed = [2.0 * h + 0.5 * c for h, c in zip(hps, clip, strict=True)]
+                expected = loop_group(summed, 1, 1e-8)
+            else:
+                a, b = loop_group(hps, 1, 1e-8), loop_group(clip, 1, 1e-8)
+                total = 2.5 if combination == "normalized_weights" else 1.0
+                expected = [(2.0 * x + 0.5 * y) / total for x, y in zip(a, b, strict=True)]
+            assert found.values[prompt, group].tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_equal_groups_are_counted_per_reward() -> None:
+    rewards = {name: values.clone() for name, values in REWARDS.items()}
+    rewards["hps"][0, 1] = 0.3
+    rewards["hps"][1, 2] = 0.3
+    found = group_advantages(rewards, WEIGHTS, AdvantageConfig())
+    assert found.equal_groups == {"hps": 2, "clip": 0}
+    clip_alone = loop_group(rewards["clip"][0, 1].tolist(), 1, 1e-8)
+    assert found.values[0, 1].tolist() == pytest.approx([0.5 * a for a in clip_alone], rel=1e-10)
+
+
+def test_step_advantages_sum_granularities_and_rewards_then_clamp() -> None:
+    groups = [
+        Group((0, 1, 2, 3, 4, 5), step=0, granularity=1),
+        Group((0, 1, 2, 3, 4, 5), step=0, granularity=2),
+        Group((0, 1, 2, 3, 4, 5), step=4, granularity=1),
+    ]
+    weights = {"hps": 1.0, "clip": 1.0}
+    values = group_advantages(REWARDS, weights, AdvantageConfig()).values
+    found = step_advantages(values, groups, 0, clip=2.0)
+    assert found.shape == (2, 6)
+    clipped = 0
+    for prompt in range(2):
+        lists = [
+            loop_group(REWARDS[name][prompt, group].tolist(), 1, 1e-8)
+            for name in REWARDS
+            for group in (0, 1)
+        ]
+        for sample in range(6):
+            total = math.fsum(values[sample] for values in lists)
+            clipped += abs(total) > 2.0
+            expected = min(max(total, -2.0), 2.0)
+            assert float(found[prompt, sample]) == pytest.approx(expected, rel=1e-10)
+    assert 0 < clipped < 12
+    at_four = step_advantages(values, groups, 4, clip=5.0)
+    torch.testing.assert_close(at_four, values[:, 2])
+
+
+def test_the_sum_is_clamped_and_not_its_terms() -> None:
+    groups = [Group((0, 1), step=1, granularity=g) for g in (1, 2, 2)]
+    values = torch.tensor([[[7.0, -1.0], [-4.0, -2.0], [1.0, -9.0]]], dtype=torch.float64)
+    assert step_advantages(values, groups, 1, clip=5.0).tolist() == [[4.0, -5.0]]
+
+
+def test_a_group_without_a_step_credits_every_step() -> None:
+    values = torch.tensor([[[1.0, -6.0]]], dtype=torch.float64)
+    for step in (0, 7):
+        assert step_advantages(values, [Group((0, 1))], step, clip=5.0).tolist() == [[1.0, -5.0]]
+
+
+# --- invariants ----------------------------------------------------------------------------------
+
+# Multiples of 1/64 up to 8: sums, shifts and doublings of them are exact in float32.
+LEVELS = st.integers(-512, 512).map(lambda value: value / 64)
+GROUPS = st.lists(LEVELS, min_size=2, max_size=16)
+CONFIGS = st.builds(
+    AdvantageConfig,
+    ddof=st.sampled_from([0, 1]),
+    epsilon=st.just(0.0),
+    normalizer=st.sampled_from(["group", "global_std"]),
+)
+
+
+def advantages(values: Sequence[float], config: AdvantageConfig) -> torch.Tensor:
+    return normalize(torch.tensor(values, dtype=torch.float32), config).values
+
+
+@given(values=GROUPS, shift=LEVELS, power=st.integers(-6, 6), config=CONFIGS)
+@settings(max_examples=200, deadline=None)
+def test_shift_and_scale_change_nothing(
+    values: list[float], shift: float, power: int, config: AdvantageConfig
+) -> None:
+    reference = advantages(values, config)
+    moved = advantages([value * 2.0**power + shift for value in values], config)
+    torch.testing.assert_close(moved, reference, rtol=1e-9, atol=1e-9)
+
+
+@given(values=GROUPS, config=CONFIGS)
+@settings(max_examples=200, deadline=None)
+def test_advantages_sum_to_zero_with_unit_spread(
+    values: list[float], config: AdvantageConfig
+) -> None:
+    found = advantages(values, config)
+    assert abs(float(found.sum())) < 1e-9
+    if len(set(values)) == 1:
+        assert found.eq(0).all()
+    else:
+        assert float(found.std(correction=config.ddof)) == pytest.approx(1.0, rel=1e-9)
+        order = sorted(range(len(values)), key=values.__getitem__)
+        ranked = found[order].tolist()
+        assert ranked == sorted(ranked)
+
+
+@given(values=GROUPS, config=CONFIGS, data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_permuting_the_samples_permutes_the_advantages(
+    values: list[float], config: AdvantageConfig, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(values))))
+    shuffled = advantages([values[index] for index in order], config)
+    torch.testing.assert_close(shuffled, advantages(values, config)[order], rtol=1e-9, atol=1e-12)
+
+
+@given(values=GROUPS, other=GROUPS)
+@settings(max_examples=100, deadline=None)
+def test_groups_do_not_see_each_other(values: list[float], other: list[float]) -> None:
+    size = min(len(values), len(other))
+    assume(size >= 2)
+    both = torch.tensor([values[:size], other[:size]], dtype=torch.float32)
+    config = AdvantageConfig()
+    together = normalize(both, config).values
+    torch.testing.assert_close(together[0], normalize(both[0], config).values)
+    torch.testing.assert_close(together[1], normalize(both[1], config).values)

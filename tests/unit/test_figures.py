@@ -1,0 +1,149 @@
+"""Learning curves and picture grids: what is drawn, read back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from PIL import Image
+
+from g2rpo.errors import UserError
+from reproduce.figures import Metric, learning_curves, read_metrics, seed_band
+from reproduce.picture_grid import picture_grid
+
+METRIC = Metric("reward/hps/mean", "HPS")
+
+
+def run(seed: int, iterations: int = 12, cost: int = 100) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    steps = np.arange(1, iterations + 1)
+    return pd.DataFrame(
+        {
+            "iteration": steps,
+            "rollout_evaluations": steps * cost,
+            "seconds": steps * (1.0 + seed),
+            "reward/hps/mean": 0.3 + 0.01 * steps + rng.normal(0, 0.01, iterations),
+        }
+    )
+
+
+def test_metrics_are_read_in_order_and_the_last_log_counts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"iteration": 1, "a": 1.0}, {"iteration": 2, "a": 2.0}, {"iteration": 3, "a": 3.0}]
+    again = [{"iteration": 2, "a": 20.0}, {"iteration": 3, "a": 30.0, "b": 5}]
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, *again]) + "\n")
+    frame = read_metrics(path)
+    assert frame["iteration"].tolist() == [1, 2, 3]
+    assert frame["a"].tolist() == [1.0, 20.0, 30.0]
+    assert frame["b"].isna().tolist() == [True, True, False]
+
+
+def test_unreadable_metrics_are_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iterat')
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(path)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no iteration"):
+        read_metrics(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_metrics(tmp_path / "absent.jsonl")
+
+
+def test_band_is_the_t_interval_at_the_shared_iterations() -> None:
+    runs = [run(0), run(1), run(2, iterations=9)]
+    band = seed_band(runs, METRIC, "seconds")
+    assert band is not None
+    assert band.low is not None
+    assert band.high is not None
+    assert band.x == pytest.approx([step * 2.0 for step in range(1, 10)])
+    for index in range(9):
+        values = [frame["reward/hps/mean"][index] for frame in runs]
+        expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert (band.low[index], band.high[index]) == pytest.approx((expected.low, expected.high))
+        assert band.mean[index] == pytest.approx(np.mean(values))
+
+
+def test_no_band_below_three_seeds_and_no_curve_without_the_metric() -> None:
+    band = seed_band([run(0), run(1)], METRIC, "iteration")
+    assert band is not None
+    assert band.low is None
+    assert seed_band([run(0)], Metric("absent", "absent"), "iteration") is None
+
+
+def test_smoothing_is_a_centred_running_mean() -> None:
+    frame = run(0, iterations=40)
+    band = seed_band([frame], Metric("reward/hps/mean", "HPS", smooth=True), "iteration")
+    assert band is not None
+    values = frame["reward/hps/mean"].to_numpy()
+    # An eighth of 40 is 5: two points on either side.
+    middle = {int(x): y for x, y in zip(band.x, band.mean, strict=True)}
+    assert middle[20] == pytest.approx(values[17:22].mean())
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_learning_curves_are_drawn(tmp_path: Path, seeds: int) -> None:
+    curves = {
+        "DanceGRPO": [run(seed) for seed in range(seeds)],
+        "G²RPO": [run(seed + 5, cost=900) for seed in range(seeds)],
+    }
+    path = tmp_path / "curves.png"
+    metrics = [METRIC, Metric("reward/hps/mean", "HPS again", reference=0.3, smooth=True)]
+    assert learning_curves(curves, metrics, path, title="Test") == path
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    # The first two colours of the palette are there: both methods were drawn.
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        assert (np.abs(pixels.astype(int) - colour).sum(axis=2) < 12).sum() > 50
+    first = path.read_bytes()
+    learning_curves(curves, metrics, path, title="Test")
+    assert path.read_bytes() == first
+
+
+def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no learning curve"):
+        learning_curves({"G²RPO": []}, [METRIC], tmp_path / "curves.png")
+
+
+def test_small_images_are_enlarged_pixel_by_pixel(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = {
+        label: [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(2)]
+        for label in ("Base", "G²RPO without granularities")
+    }
+    prompts = ["a red circle", "a caption so long that it has to be wrapped over many lines " * 3]
+    path = picture_grid(images, prompts, tmp_path / "grid.png", side=128, title="Same noise")
+    with Image.open(path) as picture:
+        canvas = np.asarray(picture)
+    for column in images.values():
+        for image in column:
+            assert contains(canvas, np.kron(image, np.ones((4, 4, 1), dtype=np.uint8)))
+
+
+def contains(canvas: np.ndarray, block: np.ndarray) -> bool:
+    height, width = block.shape[:2]
+    corners = np.argwhere((canvas == block[0, 0]).all(axis=2))
+    return any(
+        np.array_equal(canvas[top : top + height, left : left + width], block)
+        for top, left in corners
+    )
+
+
+def test_large_images_are_reduced_and_gaps_are_framed(tmp_path: Path) -> None:
+    large = Image.new("RGB", (720, 360), (200, 30, 30))
+    grid = {"Base": [large], "G²RPO": [None]}
+    path = picture_grid(grid, ["a caption"], tmp_path / "grid.png", side=100)
+    with Image.open(path) as picture:
+        canvas = np.asarray(picture)
+    red = np.argwhere((canvas == (200, 30, 30)).all(axis=2))
+    assert (red.max(axis=0) - red.min(axis=0) + 1).tolist() == [50, 100]
+
+
+def test_grids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+    with pytest.raises(UserError, match="Base has 1 images for 2 prompts"):
+        picture_grid({"Base": [image]}, ["one", "two"], tmp_path / "grid.png")
+    with pytest.raises(UserError, match="no image"):
+        picture_grid({}, [], tmp_path / "grid.png")

@@ -1,0 +1,94 @@
+"""Node lists of the continuations: examples, brute force, coincidences."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from g2rpo.flow.granularity import coinciding_granularities, continuation_nodes
+
+
+def walked_nodes(step: int, granularity: int, steps: int) -> list[int]:
+    """The same list found by walking: one single step, then strides while the grid lasts."""
+    visited = [step + 1]
+    position = step + 2
+    while position <= steps:
+        visited.append(position)
+        position += granularity
+    return visited[:-1]
+
+
+@pytest.mark.parametrize(
+    ("step", "granularity", "expected"),
+    [
+        (0, 1, list(range(1, 16))),
+        (0, 2, [1, 2, 4, 6, 8, 10, 12, 14]),
+        (1, 2, [2, 3, 5, 7, 9, 11, 13]),
+        (0, 3, [1, 2, 5, 8, 11]),
+        (7, 1, list(range(8, 16))),
+        (14, 1, [15]),
+        (14, 3, [15]),
+    ],
+)
+def test_examples_at_sixteen_steps(step: int, granularity: int, expected: list[int]) -> None:
+    assert list(continuation_nodes(step, granularity, 16)) == expected
+
+
+def test_evaluations_of_the_paper_setting() -> None:
+    # Sum of the lists' lengths over M = {0..7}: what the original way evaluates per sample.
+    def total(granularities: tuple[int, ...]) -> int:
+        return sum(len(continuation_nodes(k, g, 16)) for k in range(8) for g in granularities)
+
+    assert total((1, 2, 3)) == 173
+    assert 16 + 12 * (8 + total((1, 2))) == 1792
+    assert 16 + 12 * (8 + total((1,))) == 1216
+
+
+@given(data=st.data(), steps=st.integers(2, 60), granularity=st.integers(1, 70))
+@settings(max_examples=300, deadline=None)
+def test_properties(data: st.DataObject, steps: int, granularity: int) -> None:
+    step = data.draw(st.integers(0, steps - 2))
+    nodes = continuation_nodes(step, granularity, steps)
+    assert list(nodes) == walked_nodes(step, granularity, steps)
+    assert nodes[0] == step + 1
+    assert list(nodes[1:2]) in ([], [step + 2])
+    assert all(b - a == granularity for a, b in zip(nodes[1:], nodes[2:], strict=False))
+    assert nodes[-1] < steps
+    # Nothing that the list could still have held is left out.
+    following = step + 2 if len(nodes) == 1 else nodes[-1] + granularity
+    assert following <= steps < following + granularity
+
+
+@pytest.mark.parametrize(
+    ("step", "granularity", "steps"),
+    [(0, 0, 16), (0, -1, 16), (15, 1, 16), (16, 1, 16), (-1, 1, 16), (1, 1, 2), (0, 1, 1)],
+)
+def test_impossible_inputs_are_refused(step: int, granularity: int, steps: int) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        continuation_nodes(step, granularity, steps)
+
+
+def test_coincidence_at_eight_steps() -> None:
+    assert continuation_nodes(3, 2, 8) == continuation_nodes(3, 3, 8) == (4, 5)
+    assert coinciding_granularities((0, 1, 2, 3), (1, 2, 3), 8) == [(3, 2, 3)]
+    assert coinciding_granularities((0, 1, 2), (1, 2, 3), 8) == []
+
+
+def test_no_coincidence_in_the_paper_setting() -> None:
+    assert coinciding_granularities(tuple(range(8)), (1, 2, 3), 16) == []
+
+
+@given(
+    steps=st.integers(2, 20),
+    granularities=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+)
+@settings(max_examples=200, deadline=None)
+def test_coincidences_by_brute_force(steps: int, granularities: list[int]) -> None:
+    everything = tuple(range(steps - 1))
+    found = coinciding_granularities(everything, tuple(granularities), steps)
+    for step in everything:
+        lists = [tuple(walked_nodes(step, g, steps)) for g in granularities]
+        repeated = len(lists) - len(set(lists))
+        told = [(first, second) for k, first, second in found if k == step]
+        assert len(told) == repeated
+        for first, second in told:
+            assert walked_nodes(step, first, steps) == walked_nodes(step, second, steps)

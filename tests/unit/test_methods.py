@@ -1,0 +1,292 @@
+"""The methods: windows, trained steps, images, refusals, and how a method is found."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+import g2rpo.methods
+from g2rpo.errors import UserError
+from g2rpo.flow.forest import Forest
+from g2rpo.flow.schedule import shifted_sigmas
+from g2rpo.methods import dance_grpo, flow_grpo, g2rpo as granular, mix_grpo
+from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
+
+PAPER = RolloutShape(steps=16, group_size=12, iterations=300)
+RELEASED_MIX = RolloutShape(steps=25, group_size=12, iterations=300)
+
+
+def path(forest: Forest, state: int) -> list[tuple[int, int | None]]:
+    """(node, whose noise) from the initial noise to ``state``."""
+    found = []
+    at: int | None = state
+    while at is not None:
+        found.append((forest.states[at].node, forest.states[at].sample))
+        at = forest.states[at].parent
+    return found[::-1]
+
+
+def recorded_steps(forest: Forest) -> Counter[int]:
+    return Counter(forest.states[state].node - 1 for state in forest.recorded)
+
+
+# --- G2RPO ---------------------------------------------------------------------------------------
+
+
+def test_g2rpo_defaults_are_the_paper_settings() -> None:
+    method = granular.Config()
+    assert method.steps_of(16) == (0, 1, 2, 3, 4, 5, 6, 7)
+    assert method.granularities == (1, 2, 3)
+    assert method.eta == 0.7
+    assert method.check(PAPER) == []
+
+
+def test_g2rpo_forest_has_one_group_per_step_and_granularity() -> None:
+    forest = granular.Config().forest(PAPER, iteration=3)
+    assert [(g.step, g.granularity) for g in forest.groups] == [
+        (k, granularity) for k in range(8) for granularity in (1, 2, 3)
+    ]
+    assert recorded_steps(forest) == Counter(dict.fromkeys(range(8), 12))
+    assert len(forest.logged_images) == 1
+    assert path(forest, forest.logged_images[0]) == [(0, 0), *((n, None) for n in range(1, 17))]
+
+
+def test_g2rpo_paths_have_noise_at_one_step_alone() -> None:
+    forest = granular.Config().forest(PAPER, iteration=0)
+    expected_tail = {(1, 2): [3, 5, 7, 9, 11, 13, 16], (0, 3): [2, 5, 8, 11, 16]}
+    for group in forest.groups:
+        for sample, image in enumerate(group.images):
+            nodes = path(forest, image)
+            assert nodes[0] == (0, 0)
+            assert [node for node in nodes[1:] if node[1] is not None] == [(group.step + 1, sample)]
+            assert [n for n, _ in nodes[: group.step + 2]] == list(range(group.step + 2))
+            if (group.step, group.granularity) in expected_tail:
+                tail = [n for n, _ in nodes[group.step + 2 :]]
+                assert tail == expected_tail[group.step, group.granularity]
+
+
+def test_g2rpo_branches_of_a_step_share_the_anchor_state() -> None:
+    forest = granular.Config(stochastic_steps=(5, 2)).forest(PAPER, iteration=0)
+    parents = {k: set() for k in (2, 5)}
+    for state in forest.recorded:
+        parents[forest.states[state].node - 1].add(forest.states[state].parent)
+    assert all(len(shared) == 1 for shared in parents.values())
+    assert [g.step for g in forest.groups] == [2, 2, 2, 5, 5, 5]
+
+
+def test_g2rpo_without_the_anchor_reward_scores_groups_alone() -> None:
+    forest = granular.Config(log_anchor_reward=False, granularities=(1,)).forest(PAPER, 0)
+    assert forest.logged_images == []
+    assert len(forest.images) == 8 * 12
+
+
+def test_g2rpo_tells_coinciding_granularities() -> None:
+    notes = granular.Config().check(RolloutShape(8, 12, 300))
+    assert len(notes) == 1
+    assert "step 3" in notes[0]
+    assert "2 and 3" in notes[0]
+    assert len(granular.Config(granularities=(1, 1)).check(PAPER)) == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"stochastic_steps": (15,)}, "method.stochastic_steps"),
+        ({"stochastic_steps": (0, 16)}, "method.stochastic_steps"),
+        ({"stochastic_steps": (-1,)}, "method.stochastic_steps"),
+        ({"stochastic_steps": (1, 1)}, "method.stochastic_steps"),
+        ({"stochastic_steps": ()}, "method.stochastic_steps"),
+        ({"granularities": (1, 0)}, "method.granularities"),
+        ({"granularities": (-2,)}, "method.granularities"),
+        ({"granularities": ()}, "method.granularities"),
+    ],
+)
+def test_g2rpo_refuses_impossible_settings(
+    settings: dict[str, tuple[int, ...]], key: str
+) -> None:
+    with pytest.raises(ValueError, match=key) as caught:
+        granular.Config(**settings).check(PAPER)
+    assert "\n" not in str(caught.value)
+
+
+# --- DanceGRPO -----------------------------------------------------------------------------------
+
+
+def test_dance_grpo_trains_nine_of_the_first_fifteen_afresh_per_sample() -> None:
+    method = dance_grpo.Config()
+    recorded = sorted(recorded_steps(method.forest(PAPER, 0)))
+    assert recorded == list(range(15))  # the last transition is not even recorded
+    chosen = {
+        (iteration, prompt, sample): tuple(
+            method.trained_steps(recorded, 42, iteration, (prompt, sample))
+        )
+        for iteration in range(4)
+        for prompt in ("000000", "000001")
+        for sample in range(12)
+    }
+    for steps in chosen.values():
+        assert len(set(steps)) == len(steps) == 9
+        assert set(steps) <= set(range(15))
+        assert list(steps) == sorted(steps)
+    assert len(set(chosen.values())) > 80  # of 96 draws from 5005 subsets
+    again = method.trained_steps(recorded, 42, 2, ("000001", 7))
+    assert tuple(again) == chosen[2, "000001", 7]
+    assert tuple(method.trained_steps(recorded, 43, 2, ("000001", 7))) != tuple(again)
+
+
+def test_dance_grpo_trains_every_step_equally_often() -> None:
+    method, counts = dance_grpo.Config(), Counter[int]()
+    for sample in range(2000):
+        counts.update(method.trained_steps(range(15), 0, 0, ("p", sample)))
+    # 2000 draws at 0.6: standard deviation 22.
+    assert set(counts) == set(range(15))
+    assert all(abs(count - 1200) < 5 * 22 for count in counts.values())
+
+
+def test_dance_grpo_image_is_the_prediction_without_the_last_noise() -> None:
+    forest = dance_grpo.Config().forest(PAPER, 0)
+    (group,) = forest.groups
+    assert group.step is None
+    for sample, image in enumerate(group.images):
+        noises = [(0, 0), *((node, sample) for node in range(1, 16)), (16, None)]
+        assert path(forest, image) == noises
+
+
+def test_dance_grpo_diffusion_is_constant() -> None:
+    assert dance_grpo.Config().diffusion(shifted_sigmas(16, 3.0)) == (0.3,) * 16
+
+
+@pytest.mark.parametrize(("steps", "fraction"), [(2, 0.6), (16, 0.05)])
+def test_dance_grpo_refuses_to_train_nothing(steps: int, fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"^method.trained_fraction [^\n]*$"):
+        dance_grpo.Config(trained_fraction=fraction).check(RolloutShape(steps, 12, 300))
+
+
+# --- MixGRPO -------------------------------------------------------------------------------------
+
+
+def test_mix_grpo_released_windows() -> None:
+    method = mix_grpo.Config()
+    windows = [method.window(RELEASED_MIX, iteration) for iteration in range(300)]
+    assert windows[0] == windows[24] == (0, 1, 2, 3)
+    assert windows[25] == (1, 2, 3, 4)
+    assert max(window[0] for window in windows) == 11
+    assert set().union(*windows) == set(range(15))
+
+
+@pytest.mark.parametrize(
+    ("steps", "size", "stride", "interval"),
+    [(25, 4, 1, 25), (16, 4, 1, 3), (16, 4, 3, 1), (10, 2, 5, 2), (10, 4, 0, 1), (3, 4, 1, 1)],
+)
+def test_mix_grpo_window_slides_and_rolls_back(
+    steps: int, size: int, stride: int, interval: int
+) -> None:
+    method = mix_grpo.Config(window_size=size, stride=stride, interval=interval)
+    start = 0
+    for iteration in range(20 * interval * steps // max(stride, 1)):
+        if iteration and iteration % interval == 0:
+            start += stride
+            if start >= steps - 2:  # past the last trainable step
+                start = 0
+        window = [step for step in range(start, start + size) if step < steps - 2]
+        found = method.window(RolloutShape(steps, 4, 10_000), iteration)
+        assert list(found) == window
+        assert window
+
+
+@pytest.mark.parametrize(
+    ("iterations", "interval"), [(300, 25), (60, 5), (36, 3), (24, 2), (12, 1), (3, 1)]
+)
+def test_mix_grpo_matched_interval_is_a_twelfth(iterations: int, interval: int) -> None:
+    method, shape = mix_grpo.Config(interval=None), RolloutShape(25, 12, iterations)
+    starts = [method.window(shape, iteration)[0] for iteration in range(iterations)]
+    assert starts == [iteration // interval for iteration in range(iterations)]
+    assert max(starts) == (11 if iterations >= 12 else iterations - 1)
+
+
+def test_mix_grpo_is_stochastic_in_the_window_alone() -> None:
+    method = mix_grpo.Config()
+    forest = method.forest(RELEASED_MIX, 130)
+    assert recorded_steps(forest) == Counter(dict.fromkeys((5, 6, 7, 8), 12))
+    for sample, image in enumerate(forest.groups[0].images):
+        nodes = path(forest, image)
+        assert [n for n, _ in nodes] == list(range(26))
+        assert nodes[0] == (0, 0)
+        assert [n for n, noise in nodes[1:] if noise == sample] == [6, 7, 8, 9]
+        assert sum(noise is not None for _, noise in nodes[1:]) == 4
+
+
+def test_mix_grpo_refuses_a_grid_without_trainable_steps() -> None:
+    assert mix_grpo.Config().check(RolloutShape(3, 12, 300)) == []
+    with pytest.raises(ValueError, match=r"^grid.steps 2 [^\n]*$"):
+        mix_grpo.Config().check(RolloutShape(2, 12, 300))
+
+
+# --- Flow-GRPO -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_flow_grpo_trains_all_but_the_last_step_whose_noise_is_in_the_image(shared: bool) -> None:
+    forest = flow_grpo.Config(shared_initial_noise=shared).forest(PAPER, 0)
+    assert recorded_steps(forest) == Counter(dict.fromkeys(range(15), 12))
+    for sample, image in enumerate(forest.groups[0].images):
+        start = 0 if shared else sample
+        assert path(forest, image) == [(0, start), *((node, sample) for node in range(1, 17))]
+
+
+@pytest.mark.parametrize("config", [granular.Config, mix_grpo.Config, flow_grpo.Config])
+def test_flow_form_of_the_diffusion(config: type[Method]) -> None:
+    found = config().diffusion((1.0, 0.8, 0.5, 0.0))  # type: ignore[call-arg]
+    assert found == pytest.approx((0.7 * 5**0.5, 1.4, 0.7))
+
+
+@pytest.mark.parametrize("config", [granular.Config, mix_grpo.Config, flow_grpo.Config])
+def test_by_default_everything_recorded_is_trained(config: type[Method]) -> None:
+    assert list(config().trained_steps([0, 2, 5], 1, 2, ("p", 3))) == [0, 2, 5]  # type: ignore[call-arg]
+
+
+# --- discovery -----------------------------------------------------------------------------------
+
+
+def test_methods_are_the_files_of_the_package() -> None:
+    assert method_names() == ["dance_grpo", "flow_grpo", "g2rpo", "mix_grpo"]
+    for name in method_names():
+        method = parse_method({"name": name})
+        assert method.name == name
+        assert type(method).__module__ == f"g2rpo.methods.{name}"
+        assert parse_method(method) is method
+
+
+def test_a_new_file_is_a_new_method(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    source = (
+        "from typing import Literal\n"
+        "from g2rpo.methods.g2rpo import Config as Base\n"
+        "class Config(Base):\n"
+        "    name: Literal['my_method'] = 'my_method'\n"
+        "    bias: float = 0.0\n"
+    )
+    folder = SimpleNamespace(path=str(tmp_path))
+    with open(f"{folder.path}/my_method.py", "w", encoding="utf-8") as handle:  # noqa: PTH123
+        handle.write(source)
+    monkeypatch.setattr(g2rpo.methods, "__path__", [*g2rpo.methods.__path__, folder.path])
+    assert "my_method" in method_names()
+    method = parse_method({"name": "my_method", "bias": 0.5})
+    assert method.model_dump()["bias"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"name": "g2rp"}, "did you mean 'g2rpo'"),
+        ({"name": "dancegrpo"}, "did you mean 'dance_grpo'"),
+        ({"name": "base"}, "no method 'base'"),
+        ({"name": 3}, "no method '3'"),
+        ({}, "expected a mapping with a name"),
+        ("g2rpo", "expected a mapping with a name"),
+        (None, "expected a mapping with a name"),
+    ],
+)
+def test_an_unknown_method_names_the_nearest(value: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_method(value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,359 @@
+"""The policy's mistakes told in one line, its packing, and the independence of its batches."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_flux import build_tiny_flux
+
+import g2rpo.policy.folder
+from g2rpo.config import validate
+from g2rpo.errors import UserError
+from g2rpo.policy import Conditioning, FluxPolicy, PolicyConfig, export_pipeline
+
+PROMPTS = ["a red square", "a blue circle on the left", "", "two triangles"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_flux(tmp_path_factory.mktemp("flux") / "pipeline")
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the pipeline folder for a test to damage."""
+    return Path(shutil.copytree(folder, tmp_path / "pipeline"))
+
+
+@pytest.fixture(scope="module")
+def policy(folder: Path) -> FluxPolicy:
+    return load(folder)
+
+
+def load(source: Path | str, device: str = "cpu", **changes: object) -> FluxPolicy:
+    values = {"source": str(source), "resolution": 32, "max_sequence_length": 32} | changes
+    return FluxPolicy.load(validate(PolicyConfig, values, "policy"), device)
+
+
+def refusal(action: Callable[[], object]) -> str:
+    """The one line of the UserError that ``action`` raises."""
+    with pytest.raises(UserError) as caught:
+        action()
+    line = str(caught.value)
+    assert line and "\n" not in line
+    return line
+
+
+# Mistakes
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    line = refusal(lambda: load(tmp_path / "nowhere"))
+    assert "nowhere" in line and "no such folder" in line
+
+
+def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    assert "no model_index.json" in refusal(lambda: load(tmp_path))
+
+
+def test_pipeline_of_another_kind(broken: Path) -> None:
+    index = json.loads((broken / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusion3Pipeline"
+    (broken / "model_index.json").write_text(json.dumps(index))
+    assert "StableDiffusion3Pipeline" in refusal(lambda: load(broken))
+
+
+def test_every_missing_part_is_named(broken: Path) -> None:
+    shutil.rmtree(broken / "text_encoder_2")
+    (broken / "vae" / "config.json").unlink()
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (broken / "tokenizer" / "tokenizer.json").unlink()
+    line = refusal(lambda: load(broken))
+    for part in ("text_encoder_2/", "vae/config.json", "transformer/*.safetensors", "tokenizer/"):
+        assert part in line
+
+
+def test_missing_shard_is_named(broken: Path) -> None:
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    transformer = broken / "transformer"
+    (transformer / "diffusion_pytorch_model.safetensors").rename(transformer / "part-1.safetensors")
+    (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    line = refusal(lambda: load(broken))
+    assert "transformer/part-2.safetensors" in line and "part-1" not in line
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_truncated_weights(broken: Path, component: str) -> None:
+    weights = next((broken / component).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    line = refusal(lambda: load(broken).encode(PROMPTS))
+    assert f"/{component}:" in line and "again" in line
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_absent_tensor_is_not_filled_with_random_numbers(broken: Path, component: str) -> None:
+    weights = next((broken / component).glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = sorted(tensors)[len(tensors) // 2]
+    del tensors[name]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert name.split(".")[-2] in refusal(lambda: load(broken).encode(PROMPTS))
+
+
+def test_tokenizer_of_another_model(broken: Path) -> None:
+    config = json.loads((broken / "text_encoder" / "config.json").read_text())
+    weights = broken / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if key.endswith("token_embedding.weight"))
+    tensors[name] = tensors[name][:100].clone()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config |= {"vocab_size": 100, "bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99}
+    (broken / "text_encoder" / "config.json").write_text(json.dumps(config))
+    assert "embeds only 100" in refusal(lambda: load(broken).encode(PROMPTS))
+
+
+def test_hub_id_that_is_not_cached_while_offline() -> None:
+    line = refusal(lambda: load("nobody/no-such-flux"))
+    assert "nobody/no-such-flux" in line and "HF_HUB_OFFLINE" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (huggingface_hub.errors.GatedRepoError, ("licence", "huggingface-cli login")),
+        (huggingface_hub.errors.RepositoryNotFoundError, ("neither a folder", "correct the name")),
+        (huggingface_hub.errors.RevisionNotFoundError, ("'v9'", "policy.revision")),
+    ],
+)
+def test_refusals_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], words: tuple[str, ...]
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        # Without the HTTP response that the constructor asks for: none is at hand offline.
+        raise error.__new__(error)
+
+    monkeypatch.setattr(g2rpo.policy.folder, "snapshot_download", refuse)
+    line = refusal(lambda: load("black-forest-labs/FLUX.1-dev", revision="v9"))
+    assert "black-forest-labs/FLUX.1-dev" in line
+    for word in words:
+        assert word in line
+
+
+def test_hub_snapshot_is_loaded_like_a_folder(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    asked = {}
+
+    def fetch(source: str, **options: object) -> str:
+        asked.update(options, source=source)
+        return str(folder)
+
+    monkeypatch.setattr(g2rpo.policy.folder, "snapshot_download", fetch)
+    loaded = load("owner/flux", revision="main")
+    assert loaded.folder == folder
+    assert (asked["source"], asked["revision"]) == ("owner/flux", "main")
+    assert "transformer/*" in asked["allow_patterns"]
+
+
+@pytest.mark.parametrize("resolution", [8, 40, 719])
+def test_resolution_that_cannot_be_packed(folder: Path, resolution: int) -> None:
+    line = refusal(lambda: load(folder, resolution=resolution))
+    assert "not divisible by 16" in line and "nearest" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_asked_but_absent(folder: Path) -> None:
+    assert "no usable CUDA GPU" in refusal(lambda: load(folder, device="cuda"))
+
+
+def test_unknown_device(folder: Path) -> None:
+    assert "use cpu or cuda" in refusal(lambda: load(folder, device="gpu"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_sequence_length", 513), ("resolution", 0), ("dtype", "float16"), ("guidance", 1.0)],
+)
+def test_configuration_out_of_range(folder: Path, key: str, value: object) -> None:
+    assert key in refusal(lambda: load(folder, **{key: value}))
+
+
+def test_transformer_of_another_architecture(policy: FluxPolicy, tmp_path: Path) -> None:
+    other = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    other.save_pretrained(tmp_path / "other")
+    assert "num_layers=1" in refusal(lambda: policy.load_transformer(tmp_path / "other"))
+    assert "no such folder" in refusal(lambda: policy.load_transformer(tmp_path / "none"))
+    line = refusal(lambda: policy.load_transformer(policy.folder / "vae"))
+    assert "in_channels" in line or "AutoencoderKL" in line
+
+
+def test_export_does_not_overwrite_its_base(broken: Path) -> None:
+    base = load(broken)
+    assert "another folder" in refusal(lambda: export_pipeline(base, broken))
+    assert "another folder" in refusal(lambda: export_pipeline(base, broken.parent))
+    assert (broken / "model_index.json").is_file()
+
+
+# Text
+
+
+def test_truncated_prompts_are_told(policy: FluxPolicy, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="g2rpo"):
+        policy.encode(PROMPTS)
+        assert not caplog.records
+        # 44 and 117 characters: T5 cuts both at 32 tokens, CLIP only the second at 77.
+        policy.encode(["a circle", "a " + "blue " * 8 + "wheel", "a " + "blue " * 23 + "wheel"])
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("2 of 3 prompts are longer than the 32 tokens of T5")
+    assert messages[1].startswith("1 of 3 prompts are longer than the 77 tokens of CLIP")
+
+
+def test_encoding_does_not_depend_on_the_batch(policy: FluxPolicy) -> None:
+    together = policy.encode(PROMPTS)
+    assert len(together) == len(PROMPTS)
+    for index, prompt in enumerate(PROMPTS):
+        alone = policy.encode([prompt])
+        chosen = together.select([index])
+        torch.testing.assert_close(alone.prompt_embeds, chosen.prompt_embeds, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            alone.pooled_prompt_embeds, chosen.pooled_prompt_embeds, atol=1e-5, rtol=0
+        )
+
+
+def test_released_text_encoders_are_read_again(folder: Path) -> None:
+    policy = load(folder)
+    first = policy.encode(PROMPTS)
+    policy.release_text_encoders()
+    assert policy._text_encoders is None
+    assert torch.equal(policy.encode(PROMPTS).prompt_embeds, first.prompt_embeds)
+
+
+def test_conditioning_selects_and_joins() -> None:
+    conditioning = Conditioning(torch.randn(3, 4, 5), torch.randn(3, 6))
+    chosen = conditioning.select(torch.tensor([2, 0, 2]))
+    assert torch.equal(chosen.prompt_embeds, conditioning.prompt_embeds[[2, 0, 2]])
+    assert torch.equal(chosen.pooled_prompt_embeds, conditioning.pooled_prompt_embeds[[2, 0, 2]])
+    joined = Conditioning.cat([conditioning.select([0]), conditioning.select([1, 2])])
+    assert torch.equal(joined.prompt_embeds, conditioning.prompt_embeds)
+    with pytest.raises(ValueError, match="differ in length"):
+        Conditioning(torch.randn(3, 4, 5), torch.randn(2, 6))
+
+
+# Latents
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=st.integers(0, 3), side=st.integers(1, 4), seed=st.integers(0, 2**16))
+def test_packing_is_inverted_and_keeps_patches(
+    folder: Path, policy: FluxPolicy, batch: int, side: int, seed: int
+) -> None:
+    config = policy.config.model_copy(update={"resolution": 16 * side})
+    sized = FluxPolicy(config, folder, policy.transformer, policy.vae)
+    assert sized.latent_shape == (16, 2 * side, 2 * side)
+    shape = (batch, *sized.latent_shape)
+    latents = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
+    packed = sized.pack(latents)
+    assert packed.shape == (batch, side * side, 64)
+    assert torch.equal(sized.unpack(packed), latents)
+    for row in range(side):
+        for column in range(side):
+            patch = latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            assert torch.equal(packed[:, row * side + column], patch.reshape(batch, 64))
+
+
+def test_velocity_does_not_depend_on_the_batch(policy: FluxPolicy) -> None:
+    generator = torch.Generator().manual_seed(3)
+    conditioning = policy.encode(PROMPTS)
+    latents = policy.pack(torch.randn(4, *policy.latent_shape, generator=generator))
+    times = torch.tensor([1.0, 0.75, 0.3, 0.02])
+    with torch.no_grad():
+        together = policy.velocity(latents, times, conditioning)
+        alone = torch.cat(
+            [policy.velocity(latents[[i]], times[[i]], conditioning.select([i])) for i in range(4)]
+        )
+    assert together.dtype == torch.float32
+    assert together.std() >= 0.5
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_gradients_reach_the_transformer_only(folder: Path) -> None:
+    policy = load(folder)
+    conditioning = policy.encode(PROMPTS)
+    latents = policy.pack(torch.randn(4, *policy.latent_shape)).requires_grad_()
+    velocity = policy.velocity(latents, torch.full((4,), 0.6), conditioning)
+    velocity.square().mean().backward()
+    without = [
+        name
+        for name, parameter in policy.transformer.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().max() > 0
+    ]
+    # A key's bias shifts all scores of a query alike, so its gradient is rounding noise or zero.
+    assert [name for name in without if not name.endswith(("to_k.bias", "add_k_proj.bias"))] == []
+    assert latents.grad is not None
+    assert not conditioning.prompt_embeds.requires_grad
+    encoders = policy._text_encoders
+    assert encoders is not None
+    for frozen in (policy.vae, encoders.clip, encoders.t5):
+        assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert not policy.decode(latents).requires_grad
+
+
+def test_wrapped_transformer_is_used_and_saved(folder: Path, tmp_path: Path) -> None:
+    policy = load(folder)
+    conditioning = policy.encode(PROMPTS[:1])
+    latents, time = torch.randn(1, 4, 64), torch.tensor([0.5])
+    with torch.no_grad():
+        expected = policy.velocity(latents, time, conditioning)
+        bare = policy.transformer
+        policy.transformer = torch.nn.DataParallel(bare)
+        assert torch.equal(policy.velocity(latents, time, conditioning), expected)
+        policy.save_transformer(tmp_path / "saved")
+        bare.proj_out.weight.zero_()
+        policy.load_transformer(tmp_path / "saved")
+        assert torch.equal(policy.velocity(latents, time, conditioning), expected)
+    saved = load_file(tmp_path / "saved" / "diffusion_pytorch_model.safetensors")
+    assert set(saved) == set(bare.state_dict())
+
+
+def test_decoding_does_not_depend_on_the_slices(
+    policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(2))
+    whole = policy.decode(latents)
+    monkeypatch.setattr("g2rpo.policy.flux.DECODE_IMAGES", 2)
+    sliced = policy.decode(latents)
+    assert whole.shape == sliced.shape == (5, 32, 32, 3)
+    difference = (whole.int() - sliced.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 1e-3
+    assert policy.decode(latents[:0]).shape == (0, 32, 32, 3)
+
+
+def test_bfloat16_parameters_leave_latents_in_float32(folder: Path) -> None:
+    policy = load(folder, dtype="bfloat16")
+    assert {p.dtype for p in policy.transformer.parameters()} == {torch.bfloat16}
+    conditioning = policy.encode(PROMPTS[:2])
+    velocity = policy.velocity(torch.randn(2, 4, 64), torch.tensor([0.9, 0.2]), conditioning)
+    assert velocity.dtype == torch.float32
+    assert torch.isfinite(velocity).all()

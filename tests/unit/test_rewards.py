@@ -1,0 +1,231 @@
+"""The reward models on tiny random weights: one protocol, same scores however they are batched."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from benchmarks.mini_world import world
+from benchmarks.tiny_models import build_tiny_models
+from g2rpo.errors import UserError
+from g2rpo.rewards.base import RewardConfig, RewardModel
+from g2rpo.rewards.preprocessing import Preprocessing
+from g2rpo.rewards.registry import REWARDS, load_reward
+
+PROMPTS = world.make_captions(7, "train", 6) * 2
+WEIGHTS = {
+    "hps": "open_clip_model.safetensors",
+    "clip": "open_clip_model.safetensors",
+    "pick_score": "model.safetensors",
+    "image_reward": "image_reward.safetensors",
+    "attributes": "model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_models(tmp_path_factory.mktemp("tiny") / "assets")
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Path) -> dict[str, RewardModel]:
+    return {name: load(tiny, name) for name in REWARDS}
+
+
+def load(tiny: Path, name: str, **changes: object) -> RewardModel:
+    config = RewardConfig.model_validate(
+        {"model": name, "source": str(tiny / "rewards" / name), **changes}
+    )
+    return load_reward(config, "cpu")
+
+
+def pictures(number: int = len(PROMPTS), height: int = 32, width: int = 32) -> Tensor:
+    draws = torch.Generator().manual_seed(3)
+    coarse = torch.randint(0, 256, (number, 3, 4, 4), generator=draws, dtype=torch.uint8)
+    smooth = torch.nn.functional.interpolate(coarse.float(), (height, width), mode="bilinear")
+    return smooth.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.mark.parametrize("name", REWARDS)
+class TestEveryReward:
+    def test_fulfils_the_protocol(self, models: dict[str, RewardModel], name: str) -> None:
+        reward = models[name]
+        scores = reward.score(pictures(), PROMPTS)
+        assert scores.shape == (len(PROMPTS),)
+        assert scores.dtype == torch.float32 and scores.device.type == "cpu"
+        assert not scores.requires_grad
+        assert reward.name == name
+        assert reward.version
+        assert len(reward.weights_hash) == 64
+
+    def test_tells_images_and_prompts_apart(
+        self, models: dict[str, RewardModel], name: str
+    ) -> None:
+        same_prompt = models[name].score(pictures(), [PROMPTS[0]] * len(PROMPTS))
+        same_image = models[name].score(pictures()[:1].expand(len(PROMPTS), -1, -1, -1), PROMPTS)
+        least = 0.0 if name == "attributes" else 1e-3
+        assert same_prompt.std() > least
+        assert same_image.std() > least
+
+    @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 40)])
+    def test_batched_equals_one_by_one(
+        self, tiny: Path, models: dict[str, RewardModel], name: str, height: int, width: int
+    ) -> None:
+        images = pictures(height=height, width=width)
+        whole = models[name].score(images, PROMPTS)
+        single = [models[name].score(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(12)]
+        fives = load(tiny, name, batch_size=5).score(images, PROMPTS)
+        torch.testing.assert_close(whole, torch.cat(single), atol=1e-5, rtol=0)
+        torch.testing.assert_close(whole, fives, atol=1e-5, rtol=0)
+
+    def test_order_does_not_matter(self, models: dict[str, RewardModel], name: str) -> None:
+        images = pictures()
+        order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(1))
+        shuffled = models[name].score(images[order], [PROMPTS[i] for i in order.tolist()])
+        straight = models[name].score(images, PROMPTS)
+        torch.testing.assert_close(straight[order], shuffled, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize(
+        ("images", "prompts", "message"),
+        [
+            (pictures().float() / 255, PROMPTS, "uint8"),
+            (pictures().permute(0, 3, 1, 2), PROMPTS, r"\[N, H, W, 3\]"),
+            (pictures()[0], PROMPTS, r"\[N, H, W, 3\]"),
+            (pictures(), PROMPTS[:-1], "12 images but 11 prompts"),
+            (pictures(), [*PROMPTS[:-1], "  "], "prompt 11 is empty"),
+            (pictures(), PROMPTS[0], "list of strings"),
+        ],
+    )
+    def test_refuses_malformed_input(
+        self,
+        models: dict[str, RewardModel],
+        name: str,
+        images: Tensor,
+        prompts: list[str],
+        message: str,
+    ) -> None:
+        with pytest.raises(UserError, match=message):
+            models[name].score(images, prompts)
+
+    def test_nothing_to_score(self, models: dict[str, RewardModel], name: str) -> None:
+        assert models[name].score(pictures()[:0], []).shape == (0,)
+
+    def test_damaged_weights_are_refused(self, tiny: Path, tmp_path: Path, name: str) -> None:
+        folder = tmp_path / "rewards" / name
+        shutil.copytree(tiny / "rewards" / name, folder)
+        weights = folder / WEIGHTS[name]
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(UserError, match=name):
+            load(tmp_path, name)
+
+    def test_missing_weights_are_named(self, tiny: Path, tmp_path: Path, name: str) -> None:
+        folder = tmp_path / "rewards" / name
+        shutil.copytree(tiny / "rewards" / name, folder)
+        (folder / WEIGHTS[name]).unlink()
+        with pytest.raises(UserError, match=WEIGHTS[name].replace(".", r"\.")):
+            load(tmp_path, name)
+
+
+def break_weights(folder: Path, file: str, key: str) -> None:
+    """Puts a NaN into one tensor of the weights in ``folder``."""
+    state = safetensors.torch.load_file(folder / file)
+    state[key].view(-1)[0] = float("nan")
+    safetensors.torch.save_file(state, folder / file)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("hps", "visual.proj"),
+        ("clip", "text_projection"),
+        ("pick_score", "visual_projection.weight"),
+        ("image_reward", "mlp.layers.7.bias"),
+    ],
+)
+def test_a_score_that_is_not_finite_names_the_prompt(
+    tiny: Path, tmp_path: Path, name: str, key: str
+) -> None:
+    shutil.copytree(tiny / "rewards" / name, tmp_path / "rewards" / name)
+    break_weights(tmp_path / "rewards" / name, WEIGHTS[name], key)
+    with pytest.raises(UserError, match="not finite") as caught:
+        load(tmp_path, name).score(pictures(), PROMPTS)
+    assert PROMPTS[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hps", "clip", "pick_score", "image_reward"])
+def test_a_tokenizer_of_the_wrong_size_is_refused(tiny: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "rewards" / name
+    other = "image_reward" if name != "image_reward" else "hps"
+    shutil.copytree(tiny / "rewards" / name, folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / "rewards" / other / file, folder / file)
+    with pytest.raises(UserError, match="tokens but the text model expects"):
+        load(tmp_path, name)
+
+
+def test_weights_of_another_architecture_are_refused(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "rewards" / "hps", tmp_path / "rewards" / "hps")
+    weights = tmp_path / "rewards" / "hps" / WEIGHTS["hps"]
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != "logit_scale"}, weights)
+    with pytest.raises(UserError, match="lacks 'logit_scale'"):
+        load(tmp_path, "hps")
+
+
+@pytest.mark.parametrize("name", ["hps", "clip", "pick_score", "image_reward"])
+def test_published_weights_that_are_not_there_say_how_to_get_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot get .*hf download .*point `source`"):
+        load_reward(RewardConfig(model=name), "cpu")
+
+
+def test_a_folder_that_does_not_exist_is_told() -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        load_reward(RewardConfig(model="hps", source="./nowhere"), "cpu")
+
+
+def test_unknown_reward_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'pick_score'"):
+        load_reward(RewardConfig(model="pickscore"), "cpu")
+
+
+def test_unknown_variant_names_the_nearest(tiny: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'logit'"):
+        load(tiny, "pick_score", variant="logits")
+
+
+def test_pick_score_scales(tiny: Path) -> None:
+    cosine = load(tiny, "pick_score")
+    logit = load(tiny, "pick_score", variant="logit")
+    weights = safetensors.torch.load_file(tiny / "rewards" / "pick_score" / "model.safetensors")
+    expected = weights["logit_scale"].exp() * cosine.score(pictures(), PROMPTS)
+    torch.testing.assert_close(logit.score(pictures(), PROMPTS), expected, atol=1e-5, rtol=1e-5)
+    assert (cosine.version, logit.version) == ("v1-cosine", "v1-logit")
+
+
+class TestPreprocessing:
+    @pytest.mark.parametrize("resize", ["shortest", "squash", "longest_padded"])
+    def test_an_image_of_the_right_size_is_only_normalised(self, resize: str) -> None:
+        images = pictures()
+        prepared = Preprocessing(32, resize, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(images)  # type: ignore[arg-type]
+        for channel, (mean, std) in enumerate(zip((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), strict=True)):
+            expected = (images[..., channel].float() / 255 - mean) / std
+            torch.testing.assert_close(prepared[:, channel], expected)
+
+    def test_padding_is_black_and_on_both_sides(self) -> None:
+        white = torch.full((1, 10, 20, 3), 255, dtype=torch.uint8)
+        prepared = Preprocessing(40, "longest_padded", (0.0,) * 3, (1.0,) * 3)(white)
+        assert prepared.shape == (1, 3, 40, 40)
+        assert prepared[0, :, :10].abs().max() == 0 and prepared[0, :, 30:].abs().max() == 0
+        torch.testing.assert_close(prepared[0, :, 10:30], torch.ones(3, 20, 40))
+
+
+def test_tiny_models_are_built_once(tiny: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
+    build_tiny_models(tiny)
+    assert before == {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}

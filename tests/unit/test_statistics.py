@@ -1,0 +1,205 @@
+"""Intervals and comparisons against closed forms, scipy, plain loops and simulation."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import statistics
+from benchmarks.statistics import (
+    bootstrap_means,
+    checkpoint_comparisons,
+    checkpoint_intervals,
+    holm,
+    method_comparisons,
+    method_intervals,
+    row_intervals,
+    sign_flip_p_values,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def test_method_interval_is_the_t_interval() -> None:
+    means = RNG.normal(0.3, 0.01, size=(4, 5))
+    for row, interval in zip(means, method_intervals(means), strict=True):
+        expected = scipy.stats.ttest_1samp(row, 0).confidence_interval(0.95)
+        assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+        assert interval.mean == pytest.approx(row.mean())
+        assert (interval.label, interval.count) == ("method", 5)
+
+
+def test_method_interval_by_hand() -> None:
+    # Seeds 1, 2, 3: standard deviation 1, standard error 1/sqrt(3), t(0.975, 2) = 4.302653.
+    (interval,) = method_intervals([[1.0, 2.0, 3.0]])
+    assert interval.high - interval.mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+def test_method_comparison_is_the_paired_t_test() -> None:
+    first, second = RNG.normal(0.3, 0.01, size=(2, 3, 4))
+    for one, two, found in zip(first, second, method_comparisons(first, second), strict=True):
+        expected = scipy.stats.ttest_rel(one, two)
+        interval = expected.confidence_interval(0.95)
+        assert found.p_value == pytest.approx(expected.pvalue)
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+        assert found.difference == pytest.approx((one - two).mean())
+
+
+def test_a_model_without_seeds_is_a_constant() -> None:
+    seeds = RNG.normal(0.3, 0.01, size=(1, 3))
+    (found,) = method_comparisons(seeds, np.full((1, 3), 0.29))
+    assert found.p_value == pytest.approx(scipy.stats.ttest_1samp(seeds[0], 0.29).pvalue)
+
+
+@pytest.mark.parametrize(("shift", "p_value"), [(0.0, 1.0), (0.1, 0.0)])
+def test_method_comparison_without_spread(shift: float, p_value: float) -> None:
+    seeds = np.array([[0.1, 0.3, 0.7]])
+    (found,) = method_comparisons(seeds + shift, seeds)
+    assert found.p_value == p_value
+    assert found.difference == pytest.approx(shift)
+
+
+def test_bootstrap_of_two_prompts_has_three_known_means() -> None:
+    means = bootstrap_means([[0.0, 1.0]], resamples=20_000, seed=1)[:, 0]
+    values, counts = np.unique(means, return_counts=True)
+    assert values.tolist() == [0.0, 0.5, 1.0]
+    assert counts / 20_000 == pytest.approx([0.25, 0.5, 0.25], abs=0.015)
+
+
+def test_bootstrap_interval_is_nearly_normal() -> None:
+    scores = RNG.normal(0.3, 0.1, size=(1, 400))
+    (interval,) = checkpoint_intervals(scores)
+    half = 1.96 * scores.std() / 20
+    assert interval.low == pytest.approx(scores.mean() - half, abs=0.05 * half)
+    assert interval.high == pytest.approx(scores.mean() + half, abs=0.05 * half)
+    assert (interval.label, interval.count) == ("checkpoint", 400)
+
+
+def test_bootstrap_resamples_rows_in_pairs() -> None:
+    first, second = RNG.normal(size=(2, 30))
+    both = bootstrap_means([first, second, first - second], resamples=200)
+    assert both[:, 0] - both[:, 1] == pytest.approx(both[:, 2])
+
+
+def test_bootstrap_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = RNG.normal(size=(2, 33))
+    whole = bootstrap_means(scores, resamples=500, seed=4)
+    assert not np.array_equal(whole, bootstrap_means(scores, resamples=500, seed=5))
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 33 * 7)
+    assert bootstrap_means(scores, resamples=500, seed=4) == pytest.approx(whole, rel=1e-12)
+
+
+def test_sign_flip_enumerates_small_samples() -> None:
+    differences = np.array([[0.3, 0.1, 0.4, -0.2, 0.5], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    expected = []
+    for row in differences:
+        means = [abs(np.dot(s, row)) for s in itertools.product((-1, 1), repeat=5)]
+        expected.append(np.mean([mean >= abs(row.sum()) - 1e-12 for mean in means]))
+    assert sign_flip_p_values(differences).tolist() == expected
+    assert expected[1] == 2 / 2**5
+
+
+def test_sign_flip_agrees_with_scipy() -> None:
+    differences = RNG.normal(0.2, 1.0, size=(1, 40))
+    scipys = scipy.stats.permutation_test(
+        (differences[0],),
+        lambda x, axis: x.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=9999,
+        rng=np.random.default_rng(1),
+        vectorized=True,
+    )
+    (ours,) = sign_flip_p_values(differences)
+    assert ours == pytest.approx(scipys.pvalue, abs=0.02)
+
+
+def test_sign_flip_is_uniform_under_the_null() -> None:
+    differences = RNG.standard_t(4, size=(1000, 30))
+    p_values = sign_flip_p_values(differences, resamples=2000)
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+def test_checkpoint_comparison_pairs_the_prompts() -> None:
+    prompts = RNG.normal(0, 1.0, size=(1, 100))
+    better = prompts + 0.02 + RNG.normal(0, 0.02, size=(1, 100))
+    (found,) = checkpoint_comparisons(better, prompts)
+    assert 0 < found.low < found.difference < found.high
+    assert found.p_value < 0.001
+    # Unpaired, so small a shift drowns in the differences between prompts.
+    assert scipy.stats.ttest_ind(better[0], prompts[0]).pvalue > 0.5
+
+
+def test_equal_scores_do_not_differ() -> None:
+    scores = RNG.normal(size=(1, 50))
+    (found,) = checkpoint_comparisons(scores, scores)
+    assert (found.difference, found.low, found.high, found.p_value) == (0, 0, 0, 1)
+
+
+def test_row_intervals_choose_the_label() -> None:
+    cube = RNG.normal(size=(2, 3, 10))
+    assert {interval.label for interval in row_intervals(cube)} == {"method"}
+    assert row_intervals(cube) == method_intervals(cube.mean(axis=2))
+    two = row_intervals(cube[:, :2])
+    assert two == checkpoint_intervals(cube[:, :2].mean(axis=1))
+    assert {interval.count for interval in two} == {10}
+
+
+def test_checkpoint_intervals_cover() -> None:
+    # 1,000 skewed data sets of 80 prompts with mean 1, resampled together.
+    data = np.random.default_rng(2).gamma(4.0, 0.25, size=(1000, 80))
+    intervals = checkpoint_intervals(data, resamples=1000)
+    covered = np.mean([interval.low <= 1 <= interval.high for interval in intervals])
+    assert 0.92 <= covered <= 0.97
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_method_intervals_cover(seeds: int) -> None:
+    data = np.random.default_rng(3).normal(1.0, 0.2, size=(4000, seeds))
+    covered = np.mean([i.low <= 1 <= i.high for i in method_intervals(data)])
+    assert covered == pytest.approx(0.95, abs=0.012)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_keeps_order_and_bounds(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert (adjusted >= np.array(p_values)).all()
+    assert (adjusted <= 1).all()
+    assert (np.diff(adjusted[np.argsort(p_values, kind="stable")]) >= 0).all()
+    assert adjusted.min() == pytest.approx(min(1.0, len(p_values) * min(p_values)))
+
+
+@given(
+    st.lists(st.floats(-10, 10), min_size=2, max_size=12),
+    st.floats(-5, 5),
+    st.floats(0.1, 10),
+)
+def test_intervals_move_and_stretch_with_the_scores(
+    scores: list[float], shift: float, scale: float
+) -> None:
+    plain = checkpoint_intervals([scores], resamples=100)[0]
+    moved = checkpoint_intervals([[scale * s + shift for s in scores]], resamples=100)[0]
+    assert moved.low == pytest.approx(scale * plain.low + shift, abs=1e-9)
+    assert moved.high == pytest.approx(scale * plain.high + shift, abs=1e-9)
+    assert min(scores) - 1e-9 <= plain.low <= plain.high <= max(scores) + 1e-9
+
+
+def test_what_cannot_be_answered_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 3 seeds, got 2"):
+        method_intervals([[0.1, 0.2]])
+    with pytest.raises(ValueError, match="at least 2 prompts, got 1"):
+        checkpoint_intervals([[0.1]])
+    with pytest.raises(ValueError, match="not finite"):
+        checkpoint_intervals([[0.1, float("nan")]])
+    with pytest.raises(ValueError, match="not paired"):
+        checkpoint_comparisons([[0.1, 0.2]], [[0.1, 0.2, 0.3]])
+    with pytest.raises(ValueError, match="shape"):
+        row_intervals([[0.1, 0.2]])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.5, 1.5])
