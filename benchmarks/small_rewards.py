@@ -139,7 +139,7 @@ class SmallDualEncoder(SmallReward):
 
     @abstractmethod
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Features ``[N, D]`` of token ids, not normalised."""
+        """Features ``[N, D]`` of token ids ``[N, L]``, L at most the context length."""
 
     def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
         """Cosines ``[N]``."""
@@ -174,8 +174,16 @@ class SmallOpenClip(SmallDualEncoder):
         return features
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """See :meth:`SmallDualEncoder.encode_text`."""
-        features: Tensor = self.clip.encode_text(ids)
+        """See :meth:`SmallDualEncoder.encode_text`.
+
+        Equal to open_clip's ``encode_text``, which takes ids of the full context length alone;
+        in training most of that would be padding.
+        """
+        clip, length = self.clip, ids.shape[1]
+        hidden = clip.token_embedding(ids) + clip.positional_embedding[:length]
+        hidden = clip.transformer(hidden, attn_mask=clip.attn_mask[:length, :length])
+        last = clip.ln_final(hidden[torch.arange(len(ids)), ids.argmax(-1)])
+        features: Tensor = last @ clip.text_projection
         return features
 
     def save(self, folder: Path) -> None:

@@ -2,12 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
+
+if TYPE_CHECKING:
+    from reproduce.experiment import ResolvedCell
+    from reproduce.stages import Layout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +38,7 @@ Overrides = Annotated[
 ]
 
 
-def _layout(results: Path, *, publish: bool = False) -> "stages.Layout":  # noqa: F821
+def _layout(results: Path, *, publish: bool = False) -> "Layout":
     from reproduce.stages import Layout
 
     return Layout(results / "runs", results if publish else results / "runs")
@@ -42,7 +46,7 @@ def _layout(results: Path, *, publish: bool = False) -> "stages.Layout":  # noqa
 
 def _cell(
     experiment: str, key: str, profile: str, seed: int, overrides: list[str] | None
-) -> "ResolvedCell":  # noqa: F821
+) -> "ResolvedCell":
     from reproduce import experiment as experiments
     from reproduce.runner import build_assets, check_hardware
 

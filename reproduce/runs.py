@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from g2rpo.config import content_hash
+from g2rpo.data.prompts import read_prompts
 from g2rpo.files import sha256_file, sha256_tree, write_json
 from g2rpo.policy import PolicyConfig
 from g2rpo.rewards.base import RewardConfig
@@ -58,13 +59,19 @@ def reward_inputs(config: RewardConfig) -> dict[str, Any]:
     return settings | {"weights": source_fingerprint(config.source, config.revision)}
 
 
+def prompts_hash(path: Path) -> str:
+    """The SHA-256 of a prompt file; :class:`UserError` where it cannot be used."""
+    read_prompts(path)
+    return sha256_file(path)
+
+
 def train_inputs(config: TrainConfig) -> dict[str, Any]:
     """All that determines the trained weights."""
     not_determining = {"validation", "checkpoints", "execution"}
     settings = config.model_dump(
         mode="json", exclude={"policy", "prompts", "rewards", *not_determining}
     )
-    prompts = {"sha256": sha256_file(Path(config.prompts.file)), "limit": config.prompts.limit}
+    prompts = {"sha256": prompts_hash(Path(config.prompts.file)), "limit": config.prompts.limit}
     rewards = {
         name: {"weight": term.weight, "reward": reward_inputs(term.reward)}
         for name, term in config.rewards.items()

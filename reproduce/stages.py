@@ -18,7 +18,7 @@ from benchmarks.held_out import image_path, prune_images, sample_images, score_i
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_text, sha256_file
+from g2rpo.files import atomic_write_text
 from g2rpo.policy import FluxPolicy
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.checkpoints import latest_checkpoint, read_progress
@@ -65,7 +65,7 @@ def evaluation_inputs(cell: ResolvedCell) -> dict[str, Any]:
     return {
         "protocol": cell.evaluation.model_dump(mode="json", exclude={"name"}),
         "policy": runs.policy_inputs(cell.policy),
-        "prompts": sha256_file(Path(cell.evaluation_prompts)),
+        "prompts": runs.prompts_hash(Path(cell.evaluation_prompts)),
         "algorithm_version": runs.ALGORITHM_VERSION,
     }
 

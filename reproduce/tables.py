@@ -34,6 +34,9 @@ __all__ = ["Gap", "TableSpec", "load_table_spec", "print_table", "render_table"]
 _PIPED_WIDTH = 140
 """Columns used where the output is no terminal and its width unknown."""
 
+_FIGURE_WIDTH = 7
+"""Narrowest column of figures, characters."""
+
 
 def load_table_spec(experiment: Path) -> TableSpec:
     """Reads the ``table`` section of an experiment's YAML.
@@ -140,17 +143,22 @@ def _grouped(table: Table) -> bool:
 def _empty(table: Table, title: str) -> RichTable:
     grid = RichTable(title=Text(title), box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
     if _grouped(table):
-        grid.add_column(Text(table.spec.group_label))
-    grid.add_column(Text(table.spec.row_label))
+        grid.add_column(Text(table.spec.group_label), overflow="fold")
+    grid.add_column(Text(table.spec.row_label), overflow="fold")
     return grid
+
+
+def _add_figures(grid: RichTable, label: str) -> None:
+    # Folded, never cut: in a narrow terminal an interval breaks between its two ends.
+    grid.add_column(Text(label), justify="right", min_width=_FIGURE_WIDTH, overflow="fold")
 
 
 def _score_table(table: Table) -> RichTable:
     grid = _empty(table, f"{table.spec.title} (profile {table.profile})")
     for column in table.columns:
-        grid.add_column(Text(column.label), justify="right", no_wrap=True)
-    grid.add_column("Seeds", justify="right")
-    grid.add_column("Interval")
+        _add_figures(grid, column.label)
+    grid.add_column("Seeds", justify="right", overflow="fold")
+    grid.add_column("Interval", overflow="fold")
     for group in table.groups:
         for index, row in enumerate(group.rows):
             values = [_value_text(value) for value in row.values]
@@ -166,7 +174,7 @@ def _score_table(table: Table) -> RichTable:
 def _cost_table(table: Table) -> RichTable:
     grid = _empty(table, "Cost of training")
     for cost in table.spec.costs:
-        grid.add_column(Text(COST_LABELS[cost]), justify="right")
+        _add_figures(grid, COST_LABELS[cost])
     for group in table.groups:
         rows = [row for row in group.rows if not row.from_paper]
         for index, row in enumerate(rows):
@@ -180,7 +188,7 @@ def _paper_table(table: Table) -> RichTable:
     assert table.paper is not None
     grid = _empty(table, table.paper.caption)
     for column in table.paper.columns:
-        grid.add_column(Text(column), justify="right")
+        _add_figures(grid, column)
     for group in table.paper.groups:
         for index, row in enumerate(group.rows):
             first = _first_texts(table, group.label, row, index == 0)

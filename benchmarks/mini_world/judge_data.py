@@ -16,6 +16,9 @@ SIZES, BACKGROUNDS = list(world.RADII), list(world.BACKGROUNDS)
 CELL_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
 """Classes of a cell's colour, shape and size; class 0 is an empty cell."""
 
+LATENT_NOISE = 0.3
+"""Largest standard deviation of the noise in a training picture's normalised latents."""
+
 
 @dataclass(frozen=True)
 class JudgePool:
@@ -37,12 +40,13 @@ class JudgePool:
 
 
 def draw_judge_pool(
-    seed: int, split: str, groups: int, members: int, vae: AutoencoderKL | None
+    seed: int, split: str, groups: int, members: int, vae: AutoencoderKL
 ) -> JudgePool:
     """Draws ``groups`` groups of ``members`` scenes of ``split``.
 
     Half of the groups share their random layout, shifts and tints, so that little but the altered
-    attribute tells their pictures apart. Without ``vae`` the decoded pictures are the rendered.
+    attribute tells their pictures apart. Latents for training are disturbed a little before they
+    are decoded, as those of a policy are not quite the autoencoder's own.
     """
     captions, images, cells, backgrounds = [], [], [], []
     for index in range(groups):
@@ -58,7 +62,7 @@ def draw_judge_pool(
             backgrounds.append(BACKGROUNDS.index(layout.background))
         captions.append([world.caption(scene, rng) for scene in scenes])
     rendered = torch.from_numpy(np.stack(images))
-    decoded = rendered if vae is None else autoencoder.reconstruct(vae, rendered)
+    decoded = _decode(vae, rendered, seed, LATENT_NOISE if split == "judge" else 0.0)
     shape = (groups, members)
     return JudgePool(
         captions,
@@ -84,6 +88,14 @@ def _group(rng: np.random.Generator, split: str, members: int) -> list[world.Sce
     return [first] + [kinds[name][int(rng.integers(len(kinds[name])))] for name in chosen]
 
 
+def _decode(vae: AutoencoderKL, images: Tensor, seed: int, noise: float) -> Tensor:
+    draws = torch.Generator().manual_seed(seed)
+    latents = autoencoder.encode(vae, images, sample=False)
+    spread = noise * torch.rand(len(latents), 1, 1, 1, generator=draws)
+    latents += spread * torch.randn(latents.shape, generator=draws)
+    return autoencoder.decode(vae, latents)
+
+
 def _shown(shown: world.Shown | None) -> list[int]:
     if shown is None:
         return [0, 0, 0]
@@ -91,12 +103,9 @@ def _shown(shown: world.Shown | None) -> list[int]:
     return [1 + options.index(value) for options, value in places]
 
 
-def load_autoencoder(assets: Path) -> AutoencoderKL | None:
-    """The trained autoencoder at ``assets``, or None where it is not there yet."""
-    folder = assets / "policy" / "vae"
-    if not (folder / "config.json").is_file():
-        return None
-    vae = AutoencoderKL.from_pretrained(folder)
+def load_autoencoder(assets: Path) -> AutoencoderKL:
+    """The trained autoencoder at ``assets``."""
+    vae = AutoencoderKL.from_pretrained(assets / "policy" / "vae")
     vae.eval().requires_grad_(False)
     return vae
 

@@ -28,6 +28,7 @@ from benchmarks.mini_world.judge_losses import Batch, ContentHead, contrastive_l
 from benchmarks.mini_world.progress import TrainingProgress
 from benchmarks.mini_world.tokenizers import words
 from benchmarks.small_rewards import (
+    PAD_ID,
     SmallCLIPScore,
     SmallDualEncoder,
     SmallHPS,
@@ -43,6 +44,8 @@ from g2rpo.rewards.registry import load_reward
 
 GROUP = 3
 """Scenes in a training group."""
+LENGTH_BINS = 4
+"""Batches are drawn so many at a time, sorted by length, and one of them is used."""
 
 
 class JudgeSettings(StrictModel):
@@ -165,7 +168,11 @@ def _caption_loss(judge: SmallReward, encoded: Tensor, batch: Batch) -> Tensor:
 def _draw_batch(
     pool: JudgePool, ids: Tensor, settings: JudgeSettings, with_captions: bool
 ) -> Batch:
-    chosen = torch.randint(len(pool), (settings.groups,))
+    # Captions of about the same length go together, for padding costs as much as words.
+    drawn = torch.randint(len(pool), (LENGTH_BINS * settings.groups,))
+    lengths = (ids[drawn] != PAD_ID).sum(-1).amax(-1)
+    chosen = drawn[lengths.argsort()].chunk(LENGTH_BINS)[int(torch.randint(LENGTH_BINS, ()))]
+    texts = ids[chosen].flatten(0, 1)
     rendered, decoded = pool.rendered[chosen].flatten(0, 1), pool.decoded[chosen].flatten(0, 1)
     pixels = settings.augmentation(rendered, decoded)
     worse = None
@@ -173,7 +180,7 @@ def _draw_batch(
         worse = normalise(degrade(pixels[::GROUP]))
     return Batch(
         pixels=normalise(pixels),
-        ids=ids[chosen].flatten(0, 1),
+        ids=texts[:, : int((texts != PAD_ID).sum(-1).max())],
         cells=pool.cells[chosen].flatten(0, 1),
         backgrounds=pool.backgrounds[chosen].flatten(),
         group=GROUP,

@@ -78,8 +78,15 @@ def collect_transitions(
         advantages: for each recorded step, [P, G].
         trained: for each prompt and sample, the steps that are trained.
     """
-    states, prompts, steps, laws = [], [], [], []
-    state_of, samples, next_latents, log_prob, advantage = [], [], [], [], []
+    states: list[Tensor] = []
+    prompts: list[int] = []
+    steps: list[int] = []
+    laws: list[Transition] = []
+    state_of: list[int] = []
+    samples: list[int] = []
+    next_latents: list[Tensor] = []
+    log_prob: list[Tensor] = []
+    advantage: list[Tensor] = []
     for step, value in zip(recorded, advantages, strict=True):
         for prompt in range(len(step.sources)):
             kept = [

@@ -83,11 +83,10 @@ def test_smoothing_is_a_centred_running_mean() -> None:
     assert middle[20] == pytest.approx(values[17:22].mean())
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_learning_curves_are_drawn(tmp_path: Path, seeds: int) -> None:
+def test_learning_curves_are_drawn(tmp_path: Path) -> None:
     curves = {
-        "DanceGRPO": [run(seed) for seed in range(seeds)],
-        "G²RPO": [run(seed + 5, cost=900) for seed in range(seeds)],
+        "DanceGRPO": [run(seed) for seed in range(3)],
+        "G²RPO": [run(seed + 5, cost=900) for seed in range(2)],
     }
     path = tmp_path / "curves.png"
     metrics = [METRIC, Metric("reward/hps/mean", "HPS again", reference=0.3, smooth=True)]

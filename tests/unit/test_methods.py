@@ -1,7 +1,8 @@
 """The methods: windows, trained steps, images, refusals, and how a method is found."""
 
+import sys
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
@@ -257,20 +258,20 @@ def test_methods_are_the_files_of_the_package() -> None:
         assert parse_method(method) is method
 
 
-def test_a_new_file_is_a_new_method(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    source = (
+def test_a_new_file_is_a_new_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "my_method.py").write_text(
         "from typing import Literal\n"
         "from g2rpo.methods.g2rpo import Config as Base\n"
         "class Config(Base):\n"
         "    name: Literal['my_method'] = 'my_method'\n"
         "    bias: float = 0.0\n"
     )
-    folder = SimpleNamespace(path=str(tmp_path))
-    with open(f"{folder.path}/my_method.py", "w", encoding="utf-8") as handle:  # noqa: PTH123
-        handle.write(source)
-    monkeypatch.setattr(g2rpo.methods, "__path__", [*g2rpo.methods.__path__, folder.path])
-    assert "my_method" in method_names()
-    method = parse_method({"name": "my_method", "bias": 0.5})
+    monkeypatch.setattr(g2rpo.methods, "__path__", [*g2rpo.methods.__path__, str(tmp_path)])
+    try:
+        assert "my_method" in method_names()
+        method = parse_method({"name": "my_method", "bias": 0.5})
+    finally:
+        sys.modules.pop("g2rpo.methods.my_method", None)
     assert method.model_dump()["bias"] == 0.5
 
 

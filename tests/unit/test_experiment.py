@@ -1,0 +1,212 @@
+"""Profiles, presets and experiments: what a cell resolves to and what its run is called."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from g2rpo.config import merge
+from g2rpo.errors import UserError
+from g2rpo.training.config import TrainConfig
+from reproduce import runs
+from reproduce.experiment import (
+    HERE,
+    Profile,
+    ResolvedCell,
+    expand,
+    load_experiment,
+    load_preset,
+    load_profile,
+    resolve,
+)
+
+EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
+PROFILES = sorted(path.stem for path in (HERE / "profiles").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.yaml"))
+
+
+def trained(cell: ResolvedCell) -> TrainConfig:
+    assert cell.train is not None
+    return cell.train
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_resolves_under_every_profile(experiment: str, profile: str) -> None:
+    cells = expand(load_experiment(experiment), load_profile(profile), [1, 2])
+    keys = [(cell.key, cell.seed) for cell in cells]
+    assert len(set(keys)) == len(keys)
+    assert all(cell.train is None or cell.preset == "matched" for cell in cells)
+
+
+def test_matched_cells_differ_only_in_what_is_the_method() -> None:
+    profile = load_profile("mini").model_copy(update={"learning_rates": {}})
+    cells = expand(load_experiment("table1"), profile, [5])
+    configs = [trained(cell).model_dump(exclude={"method"}) for cell in cells if cell.train]
+    for rewards in ({"hps"}, {"hps", "clip"}):
+        same = [config for config in configs if set(config["rewards"]) == rewards]
+        assert len(same) == 5
+        assert all(config == same[0] for config in same)
+
+
+def test_in_domain_columns_come_from_the_cells() -> None:
+    rows = {row.key: row for row in load_experiment("table1").table.rows}
+    assert rows["base"].train == ()
+    assert rows["hps/g2rpo"].train == ("hps",)
+    assert rows["hps_clip/dance_grpo"].train == ("hps", "clip")
+
+
+# The released settings as the methods' own scripts have them.
+RELEASED: dict[str, dict[str, Any]] = {
+    "g2rpo": {
+        "grid.steps": 16, "rollout.group_size": 12, "optimization.learning_rate": 2e-6,
+        "optimization.iterations": 301, "optimization.optimizer_step": "per_step",
+        "method.granularities": (1, 2), "method.eta": 0.7,
+        "method.stochastic_steps": tuple(range(8)), "rollout.prompts_per_iteration": 16,
+    },
+    "dance_grpo": {
+        "grid.steps": 16, "rollout.group_size": 12, "optimization.learning_rate": 1e-5,
+        "optimization.iterations": 300, "optimization.updates_per_iteration": 3,
+        "method.eta": 0.3, "rollout.prompts_per_iteration": 16,
+    },
+    "mix_grpo": {
+        "grid.steps": 25, "rollout.group_size": 12, "optimization.learning_rate": 1e-5,
+        "optimization.updates_per_iteration": 4, "method.window_size": 4, "method.interval": 25,
+        "advantage.combination": "normalized_weights", "rollout.prompts_per_iteration": 32,
+    },
+    "flow_grpo": {
+        "grid.steps": 10, "rollout.group_size": 24, "optimization.learning_rate": 3e-4,
+        "optimization.kl_coefficient": 0.04, "advantage.normalizer": "global_std",
+        "advantage.ddof": 0, "advantage.epsilon": 1e-4, "method.shared_initial_noise": False,
+        "rollout.prompts_per_iteration": 48, "optimization.updates_per_iteration": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_released_presets_state_the_released_settings(method: str) -> None:
+    experiment = load_experiment("table1")
+    released = experiment.model_copy(update={"preset": "released"})
+    cell = resolve(released, load_profile("mini"), f"hps/{method}", 42)
+    assert cell.preset == "released"
+    for key, expected in RELEASED[method].items():
+        value: Any = trained(cell)
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value == expected, key
+    optimization = trained(cell).optimization
+    assert optimization.clip_range == 1e-4
+    assert optimization.weight_decay == 1e-4
+    assert optimization.max_grad_norm == 1.0
+
+
+def test_tuned_learning_rates_apply_to_matched_alone() -> None:
+    profile = load_profile("mini").model_copy(update={"learning_rates": {"g2rpo": 0.125}})
+    experiment = load_experiment("table1")
+    assert trained(resolve(experiment, profile, "hps/g2rpo", 1)).optimization.learning_rate == 0.125
+    other = resolve(experiment, profile, "hps/g2rpo_no_mgai", 1)
+    assert trained(other).optimization.learning_rate != 0.125
+    released = experiment.model_copy(update={"preset": "released"})
+    assert trained(resolve(released, profile, "hps/g2rpo", 1)).optimization.learning_rate == 2e-6
+
+
+def test_overrides_win() -> None:
+    settings = {"optimization": {"learning_rate": 0.5, "iterations": 7}}
+    cell = resolve(load_experiment("table1"), load_profile("mini"), "hps/g2rpo", 1, settings)
+    assert trained(cell).optimization.learning_rate == 0.5
+    assert trained(cell).optimization.iterations == 7
+
+
+def test_a_profile_extends_another(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\nextends: mini\nseeds: [7]\nevaluation: {limit: 3}\n")
+    profile, mini = load_profile(str(mine)), load_profile("mini")
+    assert profile.seeds == (7,)
+    assert profile.evaluation == mini.evaluation.model_copy(update={"limit": 3})
+    assert profile.rewards == mini.rewards
+    mine.write_text(f"name: mine\nextends: {mine}\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_profile(str(mine))
+
+
+def test_flux_lora_is_flux_but_for_precision_and_engine() -> None:
+    lora, flux = load_profile("flux-lora"), load_profile("flux")
+    assert lora.hardware.engine == "lora"
+    assert lora.policy.dtype == "bfloat16"
+    assert lora.training == flux.training
+
+
+@pytest.fixture
+def local(smoke_assets: Path, tmp_path: Path) -> Profile:
+    """The smoke profile on a copy of the tiny models, so that a test may change them."""
+    shutil.copytree(smoke_assets, tmp_path / "assets")
+    data = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
+    text = yaml.safe_dump(data).replace("results/runs/assets/smoke", str(tmp_path / "assets"))
+    return Profile.model_validate(yaml.safe_load(text))
+
+
+def name_of(profile: Profile, **changes: Any) -> str:
+    cell = resolve(load_experiment("table1"), profile, "hps/g2rpo", 1, merge({}, changes))
+    runs._folder_hash.cache_clear()
+    return runs.train_run_name(trained(cell))
+
+
+def test_the_run_name_depends_on_what_determines_the_weights(local: Profile) -> None:
+    name = name_of(local)
+    assert name == name_of(local)
+    assert name == name_of(local, execution={"rollout_micro_batch": 3, "device": "cpu"})
+    assert name == name_of(local, checkpoints={"every": 7})
+    assert name != name_of(local, optimization={"learning_rate": 0.25})
+    assert name != name_of(local, method={"eta": 0.8})
+    prompts = Path(local.prompts.train)
+    lines = prompts.read_text()
+    prompts.write_text(lines + "one more prompt\n")
+    assert name != name_of(local)
+    prompts.write_text(lines)
+    assert name == name_of(local)
+    config = Path(local.policy.source) / "transformer" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert name != name_of(local)
+
+
+def test_the_run_name_does_not_depend_on_where_the_files_lie(
+    local: Profile, tmp_path: Path
+) -> None:
+    name = name_of(local)
+    (tmp_path / "assets").rename(tmp_path / "moved")
+    text = local.model_dump_json().replace(str(tmp_path / "assets"), str(tmp_path / "moved"))
+    assert name == name_of(Profile.model_validate_json(text))
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ({"train": ["hps"]}, "base"),
+        ({"method": "g2rpo"}, "train is empty"),
+        ({"method": "g2rpo", "train": ["hps"], "sett": {}}, "'set'"),
+    ],
+)
+def test_a_wrong_cell_is_told_in_one_line(
+    tmp_path: Path, cell: dict[str, Any], told: str
+) -> None:
+    table = {
+        "name": "t", "title": "t", "rows": [{"key": "a", "label": "A"}],
+        "columns": [{"reward": "hps", "label": "HPS"}],
+    }  # fmt: skip
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({"name": "wrong", "cells": {"a": cell}, "table": table}))
+    with pytest.raises(UserError) as caught:
+        load_experiment(str(path))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="table1"):
+        load_experiment("table")
+    with pytest.raises(UserError, match="smoke"):
+        load_profile("smok")
+    with pytest.raises(UserError, match="no section 'tuned'"):
+        load_preset("g2rpo", "tuned")

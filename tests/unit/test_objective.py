@@ -1,0 +1,329 @@
+"""The clipped objective off-policy, the KL, and how an iteration is split into updates."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from g2rpo.flow.sweep import RecordedStep
+from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
+from g2rpo.training.config import OptimizationConfig
+from g2rpo.training.objective import clipped_objective, transition_kl
+from g2rpo.training.transitions import (
+    TrainingBatch,
+    Update,
+    collect_transitions,
+    micro_batches,
+    split_updates,
+)
+
+CLIP = 1e-4
+
+
+def doubles(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loop_loss(new: float, old: float, advantage: float, clip: float) -> float:
+    ratio = math.exp(new - old)
+    limited = min(max(ratio, 1 - clip), 1 + clip)
+    return -min(advantage * ratio, advantage * limited)
+
+
+# --- the clipped objective -----------------------------------------------------------------------
+
+# log-ratios inside and outside of the clip range, both signs of the advantage, and none.
+LOG_RATIOS = [0.0, 4e-5, -4e-5, 9.9e-5, -9.9e-5, 2e-4, -2e-4, 0.1, -0.1, 1.5, -1.5]
+ADVANTAGES = [2.5, -2.5, 0.3, -0.3, 0.0, 5.0, -5.0]
+CASES = [(ratio, advantage) for ratio in LOG_RATIOS for advantage in ADVANTAGES]
+
+
+def test_loss_equals_the_loop_off_policy() -> None:
+    old = 0.3 * random(len(CASES), seed=0)
+    new = old + doubles([ratio for ratio, _ in CASES])
+    advantage = doubles([a for _, a in CASES])
+    terms = clipped_objective(new, old, advantage, CLIP)
+    for i, (log_ratio, _) in enumerate(CASES):
+        expected = loop_loss(float(new[i]), float(old[i]), float(advantage[i]), CLIP)
+        assert float(terms.loss[i]) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+        assert float(terms.ratio[i]) == pytest.approx(math.exp(log_ratio), rel=1e-12)
+        assert bool(terms.clipped[i]) == (abs(math.exp(log_ratio) - 1) > CLIP)
+    assert 0 < int(terms.clipped.sum()) < len(CASES)
+
+
+def test_gradient_equals_finite_differences() -> None:
+    old = 0.3 * random(len(CASES), seed=0)
+    new = (old + doubles([ratio for ratio, _ in CASES])).requires_grad_()
+    advantage = doubles([a for _, a in CASES])
+    clipped_objective(new, old, advantage, CLIP).loss.sum().backward()
+    assert new.grad is not None
+    step = 1e-7  # stays on the same side of every kink above
+    for i in range(len(CASES)):
+        at, before, a = float(new[i].detach()), float(old[i]), float(advantage[i])
+        slope = loop_loss(at + step, before, a, CLIP) - loop_loss(at - step, before, a, CLIP)
+        assert float(new.grad[i]) == pytest.approx(slope / (2 * step), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "gradient"),
+    [
+        (0.1, 2.0, 0.0),  # already more likely than the range allows, and good: no push
+        (-0.1, -2.0, 0.0),  # already less likely, and bad: no push
+        (0.1, -2.0, 2.0 * math.exp(0.1)),  # more likely but bad: pushed back
+        (-0.1, 2.0, -2.0 * math.exp(-0.1)),  # less likely but good: pushed back
+        (0.0, 2.0, -2.0),
+        (0.0, -2.0, 2.0),
+    ],
+)
+def test_where_the_gradient_vanishes(log_ratio: float, advantage: float, gradient: float) -> None:
+    new = doubles([log_ratio]).requires_grad_()
+    clipped_objective(new, doubles([0.0]), doubles([advantage]), CLIP).loss.sum().backward()
+    assert new.grad is not None
+    assert float(new.grad) == pytest.approx(gradient, rel=1e-12)
+
+
+def test_a_nan_is_not_hidden_by_the_clip() -> None:
+    for advantage in (1.0, -1.0):
+        terms = clipped_objective(doubles([math.nan]), doubles([0.0]), doubles([advantage]), CLIP)
+        assert torch.isnan(terms.loss).all()
+        assert torch.isnan(terms.ratio).all()
+
+
+def test_the_old_log_prob_and_ratio_carry_no_gradient() -> None:
+    new = doubles([0.2]).requires_grad_()
+    terms = clipped_objective(new, doubles([0.1]), doubles([1.0]), 0.5)
+    assert terms.loss.requires_grad
+    assert not terms.ratio.requires_grad
+
+
+# --- KL ------------------------------------------------------------------------------------------
+
+
+def test_kl_is_the_mean_over_dimensions_of_the_normals_kl() -> None:
+    mean, reference = random(4, 3, 5, seed=1), random(4, 3, 5, seed=2)
+    stds = [0.05, 0.4, 1.0, 3.0]
+    found = transition_kl(mean, reference, per_state(stds, mean))
+    for i, std in enumerate(stds):
+        normal = torch.distributions.Normal
+        exact = torch.distributions.kl_divergence(normal(mean[i], std), normal(reference[i], std))
+        assert float(found[i]) == pytest.approx(float(exact.mean()), rel=1e-12)
+    assert transition_kl(mean, mean, per_state(stds, mean)).eq(0).all()
+
+
+# --- collecting and splitting transitions --------------------------------------------------------
+
+PROMPTS, GROUP, DIM = 2, 6, (2, 3)
+
+
+def record(step: int, sources: int, seed: int) -> RecordedStep:
+    """Off-policy data: the stored log-probabilities are near, but not, those of the model below."""
+    source_of = torch.arange(GROUP) if sources == GROUP else torch.zeros(GROUP, dtype=torch.long)
+    law = Transition(1.0 - 0.1 * step, 0.9 - 0.1 * step, 0.4 + 0.1 * step)
+    states = random(PROMPTS, sources, *DIM, seed=seed)
+    after = states[:, source_of] + law.std * random(PROMPTS, GROUP, *DIM, seed=seed + 1)
+    old = torch.stack([log_prob_of(states[p, source_of], after[p], law) for p in range(PROMPTS)])
+    shift = 1e-4 * random(PROMPTS, GROUP, seed=seed + 2)
+    return RecordedStep(
+        step, law, states, source_of, tuple(range(GROUP)), after, (old + shift).detach()
+    )
+
+
+WEIGHTS = random(3, 3, seed=90).requires_grad_()
+
+
+def log_prob_of(states: Tensor, after: Tensor, law: Transition) -> Tensor:
+    mean = transition_mean(states, torch.tanh(states @ WEIGHTS), [law] * len(states))
+    return log_prob(after, mean, per_state([law.std] * len(states), mean))
+
+
+RECORDED = (record(0, 1, 10), record(1, GROUP, 20), record(2, GROUP, 30))
+BY_STEP = tuple(2 * random(PROMPTS, GROUP, seed=40 + step) for step in range(3))
+ALL = [[(0, 1, 2)] * GROUP] * PROMPTS
+# Two of three steps for each sample; step 0 of the second prompt is trained by one sample alone.
+SUBSETS = [
+    [(0, 1), (1, 2), (0, 2), (0, 1), (1, 2), (0, 2)],
+    [(1, 2), (1, 2), (1, 2), (0, 2), (1, 2), (1, 2)],
+]
+
+
+def collect(trained: Sequence[Sequence[Sequence[int]]]) -> TrainingBatch:
+    return collect_transitions(RECORDED, BY_STEP, trained)
+
+
+@pytest.mark.parametrize(("trained", "states", "count"), [(ALL, 26, 36), (SUBSETS, 21, 24)])
+def test_collected_transitions_are_the_trained_ones(
+    trained: Sequence[Sequence[Sequence[int]]], states: int, count: int
+) -> None:
+    batch = collect(trained)
+    assert len(batch) == count
+    # A shared state is there once, and only where one of its transitions is trained.
+    assert len(batch.states) == len(batch.steps) == len(batch.transitions) == states
+    assert set(batch.state_of.tolist()) == set(range(states))
+    wanted = {
+        (step, prompt, sample)
+        for prompt in range(PROMPTS)
+        for sample in range(GROUP)
+        for step in trained[prompt][sample]
+    }
+    for i in range(count):
+        state, sample = int(batch.state_of[i]), int(batch.samples[i])
+        step, prompt = batch.steps[state], int(batch.prompts[state])
+        wanted.remove((step, prompt, sample))
+        origin = RECORDED[step]
+        assert torch.equal(batch.states[state], origin.sources[prompt, origin.source_of[sample]])
+        assert torch.equal(batch.next_latents[i], origin.next_latents[prompt, sample])
+        assert batch.log_prob[i] == origin.log_prob[prompt, sample]
+        assert batch.advantage[i] == BY_STEP[step][prompt, sample]
+        assert batch.transitions[state] == origin.transition
+    assert not wanted
+
+
+def keys(batch: TrainingBatch, update: Update) -> set[tuple[int, int, int]]:
+    found = set()
+    for i in update.members.tolist():
+        state = int(batch.state_of[i])
+        found.add((batch.steps[state], int(batch.prompts[state]), int(batch.samples[i])))
+    assert len(found) == len(update.members)
+    return found
+
+
+def test_per_iteration_averages_everything_in_one_update() -> None:
+    batch = collect(ALL)
+    (update,) = split_updates(batch, OptimizationConfig())
+    assert len(keys(batch, update)) == 36
+    assert update.weight == pytest.approx(1 / 36)
+
+
+def test_per_step_makes_one_undivided_update_for_each_step() -> None:
+    batch = collect(ALL)
+    updates = split_updates(batch, OptimizationConfig(optimizer_step="per_step"))
+    assert len(updates) == 3
+    for step, update in enumerate(updates):
+        assert {key[0] for key in keys(batch, update)} == {step}
+        assert len(update.members) == 12
+        assert update.weight == pytest.approx(1 / 12)
+
+
+@pytest.mark.parametrize("trained", [ALL, SUBSETS])
+@pytest.mark.parametrize("updates", [1, 2, 3, 6])
+def test_updates_split_the_samples(
+    updates: int, trained: Sequence[Sequence[Sequence[int]]]
+) -> None:
+    batch = collect(trained)
+    found = split_updates(batch, OptimizationConfig(updates_per_iteration=updates))
+    assert len(found) == updates
+    seen: set[tuple[int, int, int]] = set()
+    for index, update in enumerate(found):
+        members = keys(batch, update)
+        size = GROUP // updates
+        assert {sample for _, _, sample in members} == set(range(index * size, (index + 1) * size))
+        assert update.weight * len(update.members) == pytest.approx(1)
+        assert not seen & members
+        seen |= members
+    assert len(seen) == len(batch)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
+def test_micro_batches_cover_an_update_once(size: int) -> None:
+    batch = collect(SUBSETS)
+    for update in split_updates(batch, OptimizationConfig(updates_per_iteration=2)):
+        parts = list(micro_batches(batch, update, size))
+        members = torch.cat([part.members for part in parts])
+        states = torch.cat([part.states for part in parts])
+        assert sorted(members.tolist()) == sorted(update.members.tolist())
+        # Each state goes through one forward, whatever the number of its transitions.
+        assert len(states) == len(set(states.tolist()))
+        assert all(0 < len(part.states) <= size for part in parts)
+        for part in parts:
+            assert torch.equal(part.states[part.state_of], batch.state_of[part.members])
+
+
+def batched_update(batch: TrainingBatch, update: Update, size: int) -> tuple[float, Tensor]:
+    """Loss and gradient of one update, one forward per micro-batch."""
+    total = 0.0
+    gradient = torch.zeros_like(WEIGHTS)
+    for part in micro_batches(batch, update, size):
+        states = batch.states[part.states]
+        laws = [batch.transitions[i] for i in part.states.tolist()]
+        mean = transition_mean(states, torch.tanh(states @ WEIGHTS), laws)[part.state_of]
+        std = per_state([law.std for law in laws], states)[part.state_of]
+        terms = clipped_objective(
+            log_prob(batch.next_latents[part.members], mean, std),
+            batch.log_prob[part.members],
+            batch.advantage[part.members],
+            CLIP,
+        )
+        loss = terms.loss.sum() * update.weight
+        gradient += torch.autograd.grad(loss, WEIGHTS)[0]
+        total += float(loss.detach())
+    return total, gradient
+
+
+def loop_update(members: set[tuple[int, int, int]]) -> tuple[float, Tensor]:
+    """The mean over (step, prompt, sample), one by one, in the textbook form of the density."""
+    terms = []
+    for step, prompt, sample in sorted(members):
+        origin = RECORDED[step]
+        law = origin.transition
+        x = origin.sources[prompt, 0 if origin.sources.shape[1] == 1 else sample]
+        v = torch.tanh(x @ WEIGHTS)
+        x0 = x - law.sigma * v
+        score = -(x - (1 - law.sigma) * x0) / law.sigma**2
+        dt = law.sigma_next - law.sigma
+        mean = x + (v - 0.5 * law.diffusion**2 * score) * dt
+        normal = torch.distributions.Normal(mean, law.diffusion * math.sqrt(-dt))
+        new = normal.log_prob(origin.next_latents[prompt, sample]).mean()
+        ratio = torch.exp(new - origin.log_prob[prompt, sample])
+        a = float(BY_STEP[step][prompt, sample])
+        inside = 1 - CLIP <= float(ratio) <= 1 + CLIP
+        limited = ratio if inside else torch.tensor(1 + CLIP if float(ratio) > 1 else 1 - CLIP)
+        terms.append(-a * ratio if -a * float(ratio) >= -a * float(limited) else -a * limited)
+    loss = torch.stack([term.double() for term in terms]).mean()
+    return float(loss.detach()), torch.autograd.grad(loss, WEIGHTS)[0]
+
+
+@pytest.mark.parametrize("trained", [ALL, SUBSETS])
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimizationConfig(),
+        OptimizationConfig(optimizer_step="per_step"),
+        OptimizationConfig(updates_per_iteration=3),
+    ],
+)
+def test_loss_and_gradient_equal_the_loop_at_every_micro_batch_size(
+    config: OptimizationConfig, trained: Sequence[Sequence[Sequence[int]]]
+) -> None:
+    batch = collect(trained)
+    for update in split_updates(batch, config):
+        loss, gradient = loop_update(keys(batch, update))
+        assert gradient.abs().max() > 1e-3
+        for size in (1, 2, 5, 100):
+            found_loss, found_gradient = batched_update(batch, update, size)
+            assert found_loss == pytest.approx(loss, rel=1e-10, abs=1e-12)
+            torch.testing.assert_close(found_gradient, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_the_data_of_the_loop_test_is_inside_and_outside_of_the_clip_range() -> None:
+    batch = collect(ALL)
+    with torch.no_grad():
+        new = torch.cat(
+            [
+                log_prob_of(
+                    batch.states[batch.state_of[i : i + 1]],
+                    batch.next_latents[i : i + 1],
+                    batch.transitions[int(batch.state_of[i])],
+                )
+                for i in range(len(batch))
+            ]
+        )
+    terms = clipped_objective(new, batch.log_prob, batch.advantage, CLIP)
+    for sign in (1, -1):
+        chosen = (sign * batch.advantage) > 0
+        assert 0 < int(terms.clipped[chosen].sum()) < int(chosen.sum())
