@@ -102,7 +102,9 @@ class SmallReward(ABC, nn.Module):
     """The reward's name in the registry, and its folder's."""
     tokenizer: PreTrainedTokenizerBase
     width: int
-    """Length of an image's feature vector."""
+    """Length of :meth:`summary`'s vectors."""
+    caption_width: int
+    """Length of :meth:`encode_caption`'s vectors."""
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Token ids ``[N, CONTEXT_LENGTH]``, padded with ``PAD_ID``."""
@@ -124,6 +126,10 @@ class SmallReward(ABC, nn.Module):
         return encoded
 
     @abstractmethod
+    def encode_caption(self, ids: Tensor) -> Tensor:
+        """Features ``[N, caption_width]`` of token ids ``[N, L]``, L at most the context length."""
+
+    @abstractmethod
     def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
         """Scores ``[N]`` of encoded images and token ids, pair by pair."""
 
@@ -137,13 +143,9 @@ class SmallDualEncoder(SmallReward):
 
     logit_scale: nn.Parameter
 
-    @abstractmethod
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """Features ``[N, D]`` of token ids ``[N, L]``, L at most the context length."""
-
     def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
         """Cosines ``[N]``."""
-        return nn.functional.cosine_similarity(encoded, self.encode_text(ids))
+        return nn.functional.cosine_similarity(encoded, self.encode_caption(ids))
 
 
 class SmallOpenClip(SmallDualEncoder):
@@ -154,7 +156,7 @@ class SmallOpenClip(SmallDualEncoder):
     ) -> None:
         super().__init__()
         self.tokenizer = word_tokenizer(words)
-        self.width = embed
+        self.width = self.caption_width = embed
         self.model_config: dict[str, Any] = {
             "embed_dim": embed,
             "vision_cfg": {"image_size": IMAGE_SIZE, **vision},
@@ -173,8 +175,8 @@ class SmallOpenClip(SmallDualEncoder):
         features: Tensor = self.clip.encode_image(pixels)
         return features
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """See :meth:`SmallDualEncoder.encode_text`.
+    def encode_caption(self, ids: Tensor) -> Tensor:
+        """See :meth:`SmallReward.encode_caption`.
 
         Equal to open_clip's ``encode_text``, which takes ids of the full context length alone;
         in training most of that would be padding.
@@ -225,7 +227,7 @@ class SmallPickScore(SmallDualEncoder):
     def __init__(self, words: Sequence[str]) -> None:
         super().__init__()
         self.tokenizer = word_tokenizer(words)
-        self.width = 128
+        self.width = self.caption_width = 128
         text = {
             "vocab_size": len(self.tokenizer),
             "hidden_size": 64,
@@ -256,8 +258,8 @@ class SmallPickScore(SmallDualEncoder):
         """Features ``[N, width]``, normalised."""
         return image_features(self.clip, pixels)
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """Features ``[N, D]``, normalised."""
+    def encode_caption(self, ids: Tensor) -> Tensor:
+        """Features ``[N, caption_width]``, normalised."""
         return text_features(self.clip, ids, (ids != PAD_ID).long())
 
     def save(self, folder: Path) -> None:
@@ -304,6 +306,7 @@ class SmallImageReward(SmallReward):
         }
         self.network = ImageRewardNetwork(self.vision_config, self.text_config)
         liven(self.network)
+        self.caption_width = self.text_config["hidden_size"]
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Tokens ``[N, tokens, width]``."""
@@ -313,12 +316,18 @@ class SmallImageReward(SmallReward):
         """The mean token of each quarter of the picture, side by side."""
         side = self.vision_config["image_size"] // self.vision_config["patch_size"] // 2
         grid = encoded[:, 1:].unflatten(1, (2, side, 2, side))
-        return grid.mean((2, 4)).flatten(1)
+        quarters: Tensor = grid.mean((2, 4)).flatten(1)
+        return quarters
+
+    def encode_caption(self, ids: Tensor) -> Tensor:
+        """The first token's vector after the text tower has looked at an empty picture."""
+        nothing = torch.zeros(len(ids), 1, self.vision_config["hidden_size"])
+        features: Tensor = self.network.read(nothing, _masked(ids))
+        return features
 
     def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
         """Rewards ``[N]``."""
-        text = BatchEncoding({"input_ids": ids, "attention_mask": (ids != PAD_ID).long()})
-        rewards: Tensor = self.network(encoded, text)
+        rewards: Tensor = self.network(encoded, _masked(ids))
         return rewards
 
     def save(self, folder: Path) -> None:
@@ -329,3 +338,7 @@ class SmallImageReward(SmallReward):
         write_json(folder / MED_CONFIG, self.text_config)
         write_json(folder / VISION_CONFIG, self.vision_config)
         self.tokenizer.save_pretrained(folder)
+
+
+def _masked(ids: Tensor) -> BatchEncoding:
+    return BatchEncoding({"input_ids": ids, "attention_mask": (ids != PAD_ID).long()})

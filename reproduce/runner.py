@@ -115,7 +115,7 @@ def _completed(
     by_run: dict[Path, list[ResolvedCell]] = {}
     for cell in todo:
         by_run.setdefault(layout.training(cell), []).append(cell)
-    if jobs == 1 or len(by_run) == 1:
+    if jobs == 1 or len(by_run) <= 1:
         for members in by_run.values():
             yield from _run_members(members, layout, experiment)
         return

@@ -1,6 +1,7 @@
 """The base policy: a small FLUX with its text encoders, trained by flow matching on latents."""
 
 import itertools
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class PolicySettings(StrictModel):
     check_every: int = Field(default=500, ge=1)
     check_steps: int = Field(default=8, ge=1)
     """Sampling steps of the accuracy checks."""
-    stop_accuracy: float = Field(default=0.88, gt=0, le=1)
+    stop_accuracy: float = Field(default=0.86, gt=0, le=1)
     """Training stops at the first check on validation captions that reaches this accuracy."""
     double_blocks: int = 2
     single_blocks: int = 3
@@ -237,7 +238,8 @@ def train(
     training's generators. ``snapshots`` is called with the averaged policy after each check.
     """
     torch.manual_seed(seed)
-    policy = build(settings, folder)
+    with tempfile.TemporaryDirectory() as tokenizers:
+        policy = build(settings, Path(tokenizers))
     trained = policy.trained()
     pool = draw_pool(seed, "base-policy", "train", settings.scenes)
     latents = pack(autoencoder.encode(vae, pool.images))

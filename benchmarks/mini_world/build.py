@@ -19,6 +19,10 @@ from diffusers import AutoencoderKL
 from pydantic import Field
 
 from benchmarks.mini_world import attribute_training, autoencoder, base_policy, judges, world
+from benchmarks.mini_world.attribute_training import AttributeSettings
+from benchmarks.mini_world.autoencoder import AutoencoderSettings
+from benchmarks.mini_world.base_policy import PolicySettings
+from benchmarks.mini_world.judges import JudgesSettings
 from g2rpo.config import StrictModel, content_hash
 from g2rpo.errors import UserError
 from g2rpo.files import (
@@ -48,10 +52,10 @@ class MiniWorldSettings(StrictModel):
 
     seed: int = 1
     prompts: WorldSettings = WorldSettings()
-    autoencoder: autoencoder.AutoencoderSettings = autoencoder.AutoencoderSettings()
-    attributes: attribute_training.AttributeSettings = attribute_training.AttributeSettings()
-    policy: base_policy.PolicySettings = base_policy.PolicySettings()
-    judges: judges.JudgesSettings = judges.JudgesSettings()
+    autoencoder: AutoencoderSettings = AutoencoderSettings()
+    attributes: AttributeSettings = AttributeSettings()
+    policy: PolicySettings = PolicySettings()
+    judges: JudgesSettings = JudgesSettings()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.mini_world import autoencoder, world
 from g2rpo.seeds import generator
@@ -16,22 +17,20 @@ SIZES, BACKGROUNDS = list(world.RADII), list(world.BACKGROUNDS)
 CELL_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
 """Classes of a cell's colour, shape and size; class 0 is an empty cell."""
 
-LATENT_NOISE = 0.3
-"""Largest standard deviation of the noise in a training picture's normalised latents."""
+KIND_WEIGHTS = {"relation": 4.0, "place": 4.0, "size": 2.0}
+"""How much more often than colours, shapes and counts these are altered; they are learned last."""
 
 
 @dataclass(frozen=True)
 class JudgePool:
     """``N`` groups of ``G`` scenes; within a group each differs from the first in one attribute.
 
-    ``rendered`` and ``decoded`` (through the autoencoder) are uint8 ``[N, G, 32, 32, 3]``;
-    ``cells`` is int64 ``[N, G, cells, 3]`` (colour, shape and size) and ``backgrounds`` ``[N, G]``:
-    what each picture shows.
+    ``images`` is uint8 ``[N, G, 32, 32, 3]``; ``cells`` is int64 ``[N, G, cells, 3]`` (colour,
+    shape and size) and ``backgrounds`` ``[N, G]``: what each picture shows.
     """
 
     captions: list[list[str]]
-    rendered: Tensor
-    decoded: Tensor
+    images: Tensor
     cells: Tensor
     backgrounds: Tensor
 
@@ -39,14 +38,11 @@ class JudgePool:
         return len(self.captions)
 
 
-def draw_judge_pool(
-    seed: int, split: str, groups: int, members: int, vae: AutoencoderKL
-) -> JudgePool:
+def draw_judge_pool(seed: int, split: str, groups: int, members: int) -> JudgePool:
     """Draws ``groups`` groups of ``members`` scenes of ``split``.
 
     Half of the groups share their random layout, shifts and tints, so that little but the altered
-    attribute tells their pictures apart. Latents for training are disturbed a little before they
-    are decoded, as those of a policy are not quite the autoencoder's own.
+    attribute tells their pictures apart.
     """
     captions, images, cells, backgrounds = [], [], [], []
     for index in range(groups):
@@ -61,39 +57,79 @@ def draw_judge_pool(
             cells.append([_shown(shown) for shown in layout.cells])
             backgrounds.append(BACKGROUNDS.index(layout.background))
         captions.append([world.caption(scene, rng) for scene in scenes])
-    rendered = torch.from_numpy(np.stack(images))
-    decoded = _decode(vae, rendered, seed, LATENT_NOISE if split == "judge" else 0.0)
     shape = (groups, members)
     return JudgePool(
         captions,
-        rendered.unflatten(0, shape),
-        decoded.unflatten(0, shape),
+        torch.from_numpy(np.stack(images)).unflatten(0, shape),
         torch.tensor(cells).unflatten(0, shape),
         torch.tensor(backgrounds).unflatten(0, shape),
     )
 
 
 def _group(rng: np.random.Generator, split: str, members: int) -> list[world.Scene]:
-    """A scene and ``members - 1`` alterations, of as many different attributes as there are."""
+    """A scene and ``members - 1`` alterations, of as many different attributes."""
+    allowed = ("train", "judge") if split == "judge" else world.SPLITS
     while True:
         first = world.sample_scene(rng, split)
         kinds: dict[str, list[world.Scene]] = {}
         for option in world.alterations(first):
-            if split != "judge" or world.split_of(option) in ("train", "judge"):
-                kinds.setdefault(world.altered_attribute(first, option), []).append(option)
+            kinds.setdefault(world.altered_attribute(first, option), []).append(option)
+        if len(kinds) < members - 1:
+            continue
         names = sorted(kinds)
-        chosen = [names[i] for i in rng.permutation(len(names))[: members - 1]]
-        if len(chosen) == members - 1:
-            break
-    return [first] + [kinds[name][int(rng.integers(len(kinds[name])))] for name in chosen]
+        weights = np.array([KIND_WEIGHTS.get(name, 1.0) for name in names])
+        if split != "judge":
+            weights = np.ones(len(names))
+        chosen = rng.choice(len(names), members - 1, replace=False, p=weights / weights.sum())
+        options = [kinds[names[i]] for i in chosen]
+        altered = [option[int(rng.integers(len(option)))] for option in options]
+        if all(world.split_of(scene) in allowed for scene in altered):
+            return [first, *altered]
 
 
-def _decode(vae: AutoencoderKL, images: Tensor, seed: int, noise: float) -> Tensor:
+def decode_share(
+    pool: JudgePool, vae: AutoencoderKL, share: float, noise: float, seed: int
+) -> JudgePool:
+    """``pool`` with the pictures of a ``share`` of its groups passed through the autoencoder.
+
+    ``noise`` is the largest standard deviation of what disturbs their normalised latents, for
+    those of a policy are not quite the autoencoder's own.
+    """
+    number = round(share * len(pool))
+    latents = autoencoder.encode(vae, pool.images[:number].flatten(0, 1), sample=False)
     draws = torch.Generator().manual_seed(seed)
-    latents = autoencoder.encode(vae, images, sample=False)
     spread = noise * torch.rand(len(latents), 1, 1, 1, generator=draws)
     latents += spread * torch.randn(latents.shape, generator=draws)
-    return autoencoder.decode(vae, latents)
+    decoded = autoencoder.decode(vae, latents).unflatten(0, pool.images[:number].shape[:2])
+    images = torch.cat([decoded, pool.images[number:]])
+    return JudgePool(pool.captions, images, pool.cells, pool.backgrounds)
+
+
+def facts_of(pool: JudgePool) -> Tensor:
+    """What is true of each picture, bool ``[N, G, facts]``.
+
+    Facts join two attributes of one shape (is there a red star? a small star? a star on the
+    left?), tell which colours are there more than once, and the background.
+    """
+    colours, shapes, sizes = (
+        functional.one_hot(pool.cells[..., part], classes)[..., 1:].float()
+        for part, classes in enumerate(CELL_CLASSES)
+    )
+    cells = world.GRAMMAR.place_cells
+    places = torch.zeros(world.GRAMMAR.cells, len(world.SIDES))
+    for column, side in enumerate(world.SIDES):
+        places[cells[side], column] = 1
+    joined = [
+        torch.einsum("ngci,ngcj->ngij", colours, shapes),
+        torch.einsum("ngci,ngcj->ngij", colours, sizes),
+        torch.einsum("ngci,ngcj->ngij", shapes, sizes),
+        torch.einsum("ngci,cj->ngij", colours, places),
+        torch.einsum("ngci,cj->ngij", shapes, places),
+    ]
+    several = torch.stack([colours.sum(2) > 1, colours.sum(2) > 2], -1)
+    background = functional.one_hot(pool.backgrounds, len(BACKGROUNDS)).bool()
+    parts = [(join > 0).flatten(2) for join in joined]
+    return torch.cat([*parts, several.flatten(2), background], -1)
 
 
 def _shown(shown: world.Shown | None) -> list[int]:
@@ -120,17 +156,14 @@ class Augmentation:
     """Largest change of a channel."""
     blur: float = 0.3
     """Largest share of a 3 by 3 mean in the picture."""
-    decoded: float = 0.6
-    """Share of pictures that went through the autoencoder."""
 
-    def __call__(self, rendered: Tensor, decoded: Tensor) -> Tensor:
-        """Pixels ``[N, 3, 32, 32]`` in 0..1 of the same uint8 pictures rendered and decoded."""
-        number = len(rendered)
-        through = torch.rand(number, 1, 1, 1) < self.decoded
-        pixels = to_pixels(torch.where(through, decoded, rendered))
-        some = int(number * 0.4)  # blurring is slow, and most generated pictures are sharp
-        share = torch.rand(some, 1, 1, 1) * self.blur
-        pixels[:some].lerp_(_smooth(pixels[:some]), share)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pixels ``[N, 3, 32, 32]`` in 0..1 of uint8 images ``[N, 32, 32, 3]``."""
+        number = len(images)
+        pixels = to_pixels(images)
+        some = torch.randperm(number)[: int(number * 0.4)]  # blurring is slow; not for all
+        share = torch.rand(len(some), 1, 1, 1) * self.blur
+        pixels[some] = pixels[some].lerp(_smooth(pixels[some]), share)
         pixels += (torch.rand(number, 3, 1, 1) * 2 - 1) * self.brightness
         pixels += torch.randn_like(pixels) * (torch.rand(number, 1, 1, 1) * self.noise)
         return pixels.clamp_(0, 1)
@@ -148,15 +181,15 @@ def to_images(pixels: Tensor) -> Tensor:
 
 def _smooth(pixels: Tensor) -> Tensor:
     """The mean over 3 by 3 pixels."""
-    rows = torch.nn.functional.pad(pixels, (0, 0, 1, 1), mode="replicate")
+    rows = functional.pad(pixels, (0, 0, 1, 1), mode="replicate")
     rows = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 3
-    columns = torch.nn.functional.pad(rows, (1, 1, 0, 0), mode="replicate")
+    columns = functional.pad(rows, (1, 1, 0, 0), mode="replicate")
     return (columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]) / 3
 
 
 def degrade(pixels: Tensor) -> Tensor:
     """Pictures that a person would like less: each is mixed with another one and blurred."""
     mixed = pixels.lerp(pixels.roll(1, 0), 0.15 + 0.35 * torch.rand(len(pixels), 1, 1, 1))
-    small = torch.nn.functional.avg_pool2d(mixed, 2)
-    blurred = torch.nn.functional.interpolate(small, scale_factor=2.0, mode="bilinear")
+    small = functional.avg_pool2d(mixed, 2)
+    blurred = functional.interpolate(small, scale_factor=2.0, mode="bilinear")
     return mixed.lerp(blurred, torch.rand(len(pixels), 1, 1, 1))

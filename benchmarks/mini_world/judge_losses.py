@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.mini_world.judge_data import BACKGROUNDS, CELL_CLASSES
+from benchmarks.mini_world.judge_data import CELL_CLASSES
 from benchmarks.mini_world.world import GRAMMAR
 from benchmarks.small_rewards import SmallDualEncoder, SmallImageReward
 
 MAX_LOGIT_SCALE = 60.0
+FACTS_PER_UNIT = 8.0
+"""So many facts weigh as much as one class of a cell."""
 PREFERENCE_SCALE = 20.0
 """Cosine differences times this are the logits of a preference."""
 
@@ -19,46 +21,60 @@ PREFERENCE_SCALE = 20.0
 class Batch:
     """``B`` pictures in groups of ``group``: what they show, their captions, and worse copies.
 
-    ``pixels`` ``[B, 3, 32, 32]``, ``ids`` ``[B, L]``, ``cells`` ``[B, cells, 3]``, ``backgrounds``
-    ``[B]``; ``worse`` ``[B / group, 3, 32, 32]`` are degraded copies of the groups' first pictures.
+    ``pixels`` ``[B, 3, 32, 32]``, ``ids`` ``[B, L]``, ``cells`` ``[B, cells, 3]``, ``facts``
+    ``[B, facts]``; ``worse`` ``[B / group, 3, 32, 32]`` are degraded copies of the groups' first
+    pictures.
     """
 
     pixels: Tensor
     ids: Tensor
     cells: Tensor
-    backgrounds: Tensor
+    facts: Tensor
     group: int
     worse: Tensor | None = None
 
 
 class ContentHead(nn.Module):
-    """Reads off an image's feature vector what it shows; used in training alone.
+    """Reads off feature vectors what a picture shows, in each cell and as facts.
 
-    Pictures are much cheaper to learn from than pairs, so this teaches the vision tower what a
-    caption may speak of before, and while, it is matched with captions.
+    For training alone. The same facts are read off a caption's vector, for they are what captions
+    speak of; those that it leaves open are a matter of likelihood. Learned this way, both towers
+    know their subject, and put it in common terms, before they are matched with each other.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, picture_width: int, caption_width: int, facts: int) -> None:
         super().__init__()
-        outputs = GRAMMAR.cells * sum(CELL_CLASSES) + len(BACKGROUNDS)
-        self.linear = nn.Linear(width, outputs)
+        self.cells = nn.Linear(picture_width, GRAMMAR.cells * sum(CELL_CLASSES))
+        self.picture_facts = nn.Linear(picture_width, facts)
+        same = picture_width == caption_width
+        self.caption_facts = self.picture_facts if same else nn.Linear(caption_width, facts)
 
-    def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """The cross-entropy of what ``batch`` shows given features ``[B, width]``."""
-        outputs = self.linear(features)
-        loss = functional.cross_entropy(outputs[:, -len(BACKGROUNDS) :], batch.backgrounds)
-        cells = outputs[:, : -len(BACKGROUNDS)].unflatten(1, (GRAMMAR.cells, -1))
+    def picture_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        """Of pictures' feature vectors ``[B, picture_width]``: cross-entropy, summed per cell."""
+        cells = self.cells(features).unflatten(1, (GRAMMAR.cells, -1))
+        loss = _facts_loss(self.picture_facts(features), batch)
         for part, logits in enumerate(cells.split(CELL_CLASSES, -1)):
             answers = batch.cells[..., part].flatten()
             loss = loss + functional.cross_entropy(logits.flatten(0, 1), answers)
         return loss
 
+    def caption_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        """Of captions' feature vectors ``[B, caption_width]``."""
+        return _facts_loss(self.caption_facts(features), batch)
 
-def contrastive_loss(judge: SmallDualEncoder, encoded: Tensor, batch: Batch) -> Tensor:
+
+def _facts_loss(logits: Tensor, batch: Batch) -> Tensor:
+    loss = functional.binary_cross_entropy_with_logits(logits, batch.facts, reduction="sum")
+    return loss / (FACTS_PER_UNIT * len(logits))
+
+
+def contrastive_loss(
+    judge: SmallDualEncoder, encoded: Tensor, captions: Tensor, batch: Batch
+) -> Tensor:
     """CLIP's loss both ways. The batch holds, by its groups, captions and pictures that differ
     from each other in one attribute: without those a judge learns little but the colours."""
     images = functional.normalize(encoded, dim=-1)
-    texts = functional.normalize(judge.encode_text(batch.ids), dim=-1)
+    texts = functional.normalize(captions, dim=-1)
     logits = judge.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * images @ texts.T
     answers = torch.arange(len(logits))
     loss = functional.cross_entropy(logits, answers) + functional.cross_entropy(logits.T, answers)

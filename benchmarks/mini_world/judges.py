@@ -1,12 +1,13 @@
 """Trains the small judges in the roles of HPS, CLIP score, PickScore and ImageReward.
 
 They differ in architecture, seed, augmentation and loss. Training has two parts: pictures alone
-(what does each cell show?), then pictures with captions; those in the role of a preference model
-also see degraded copies of pictures, to like less.
+and captions alone (what does each cell show?), then pictures matched with captions; those in the
+role of a preference model also see degraded copies of pictures, to like less.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from pydantic import Field
 from scipy.stats import rankdata
 from torch import Tensor
 
+from benchmarks.mini_world import world
 from benchmarks.mini_world.judge_data import (
     Augmentation,
     JudgePool,
+    decode_share,
     degrade,
     draw_judge_pool,
+    facts_of,
     load_autoencoder,
     to_images,
     to_pixels,
@@ -44,6 +48,7 @@ from g2rpo.rewards.registry import load_reward
 
 GROUP = 3
 """Scenes in a training group."""
+HELD_OUT_GROUP = 5
 LENGTH_BINS = 4
 """Batches are drawn so many at a time, sorted by length, and one of them is used."""
 
@@ -51,11 +56,11 @@ LENGTH_BINS = 4
 class JudgeSettings(StrictModel):
     """Training of one judge."""
 
-    picture_steps: int = Field(default=600, ge=0)
-    """Steps on pictures alone."""
-    caption_steps: int = Field(default=1600, ge=1)
-    """Steps on pictures with captions."""
-    groups: int = Field(default=64, ge=2)
+    content_steps: int = Field(default=600, ge=0)
+    """Steps in which pictures and captions are understood, each alone."""
+    matching_steps: int = Field(default=1400, ge=1)
+    """Steps in which they are matched."""
+    groups: int = Field(default=40, ge=2)
     """Groups in a batch."""
     learning_rate: float = Field(default=2e-3, gt=0)
     content_weight: float = Field(default=0.3, ge=0)
@@ -68,19 +73,32 @@ class JudgeSettings(StrictModel):
 class JudgesSettings(StrictModel):
     """Training of all judges."""
 
-    groups: int = Field(default=20000, ge=1)
+    groups: int = Field(default=16000, ge=1)
     """Groups of scenes in the training pool, which the judges share."""
+    decoded_share: float = Field(default=0.6, ge=0, le=1)
+    """Share of the pool's pictures that pass through the autoencoder."""
+    latent_noise: float = Field(default=0.3, ge=0)
+    """Largest standard deviation of noise in their normalised latents."""
     held_out: int = Field(default=500, ge=1)
     """Held-out pictures, each with four captions that differ in one attribute from its own."""
-    hps: JudgeSettings = JudgeSettings()
+    hps: JudgeSettings = JudgeSettings(content_steps=500, matching_steps=1700, learning_rate=1.5e-3)
     clip: JudgeSettings = JudgeSettings(
-        preferences=False, augmentation=Augmentation(noise=0.03, brightness=0.06, decoded=0.5)
+        content_steps=500,
+        matching_steps=1900,
+        preferences=False,
+        augmentation=Augmentation(noise=0.03, brightness=0.06),
     )
     pick_score: JudgeSettings = JudgeSettings(
-        augmentation=Augmentation(noise=0.06, brightness=0.03, blur=0.5, decoded=0.7)
+        content_steps=500,
+        matching_steps=1800,
+        learning_rate=1.5e-3,
+        augmentation=Augmentation(noise=0.06, brightness=0.03, blur=0.5),
     )
     image_reward: JudgeSettings = JudgeSettings(
-        augmentation=Augmentation(noise=0.04, brightness=0.05, blur=0.4, decoded=0.6)
+        content_steps=400,
+        matching_steps=1500,
+        learning_rate=1.5e-3,
+        augmentation=Augmentation(noise=0.04, brightness=0.05, blur=0.4),
     )
 
 
@@ -107,8 +125,10 @@ def train_judges(
     """
     settings = settings or JudgesSettings()
     vae = load_autoencoder(assets)
-    pool = draw_judge_pool(seed, "judge", settings.groups, GROUP, vae)
-    held_out = draw_judge_pool(seed, "test", settings.held_out, 5, vae)
+    pool = draw_judge_pool(seed, "judge", settings.groups, GROUP)
+    pool = decode_share(pool, vae, settings.decoded_share, settings.latent_noise, seed)
+    held_out = draw_judge_pool(seed, "test", settings.held_out, HELD_OUT_GROUP)
+    held_out_decoded = decode_share(held_out, vae, 1.0, 0.0, seed)
     report: dict[str, Any] = {}
     for role in roles:
         start = time.monotonic()
@@ -123,7 +143,7 @@ def train_judges(
             "settings": chosen.model_dump(mode="json"),
             "parameters": sum(p.numel() for p in judge.parameters()),
             "seconds": round(time.monotonic() - start),
-            **judge_quality(reward, held_out),
+            **judge_quality(reward, held_out_decoded, held_out),
         }
     return report
 
@@ -131,8 +151,9 @@ def train_judges(
 def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) -> SmallReward:
     """Trains ``judge`` on ``pool`` in place, and returns it in evaluation mode."""
     ids = torch.stack([judge.tokenize(captions) for captions in pool.captions])
-    head = ContentHead(judge.width)
-    steps = settings.picture_steps + settings.caption_steps
+    material = _Material(pool, ids, facts_of(pool))
+    head = ContentHead(judge.width, judge.caption_width, material.facts.shape[-1])
+    steps = settings.content_steps + settings.matching_steps
     parameters = [*judge.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -143,12 +164,19 @@ def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) ->
     judge.train()
     with TrainingProgress(f"judge {judge.name}", steps) as progress:
         for step in range(steps):
-            with_captions = step >= settings.picture_steps
-            batch = _draw_batch(pool, ids, settings, with_captions)
+            matching = step >= settings.content_steps
+            batch = _draw_batch(material, settings, matching)
             encoded = judge.encode_image(batch.pixels)
-            loss = content = head(judge.summary(encoded), batch)
-            if with_captions:
-                loss = settings.content_weight * content + _caption_loss(judge, encoded, batch)
+            content = head.picture_loss(judge.summary(encoded), batch)
+            if isinstance(judge, SmallDualEncoder) or not matching:
+                captions = judge.encode_caption(batch.ids)
+                content = content + head.caption_loss(captions, batch)
+            loss = content
+            if matching and isinstance(judge, SmallDualEncoder):
+                match = contrastive_loss(judge, encoded, captions, batch)
+                loss = settings.content_weight * content + match
+            elif matching and isinstance(judge, SmallImageReward):
+                loss = settings.content_weight * content + reward_loss(judge, encoded, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -158,51 +186,54 @@ def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) ->
     return judge.eval()
 
 
-def _caption_loss(judge: SmallReward, encoded: Tensor, batch: Batch) -> Tensor:
-    if isinstance(judge, SmallDualEncoder):
-        return contrastive_loss(judge, encoded, batch)
-    assert isinstance(judge, SmallImageReward)
-    return reward_loss(judge, encoded, batch)
+@dataclass(frozen=True)
+class _Material:
+    """What one judge is trained on: the pool, its captions as the judge's tokens, and its facts."""
+
+    pool: JudgePool
+    ids: Tensor
+    facts: Tensor
 
 
-def _draw_batch(
-    pool: JudgePool, ids: Tensor, settings: JudgeSettings, with_captions: bool
-) -> Batch:
+def _draw_batch(material: _Material, settings: JudgeSettings, matching: bool) -> Batch:
+    pool, ids = material.pool, material.ids
     # Captions of about the same length go together, for padding costs as much as words.
     drawn = torch.randint(len(pool), (LENGTH_BINS * settings.groups,))
     lengths = (ids[drawn] != PAD_ID).sum(-1).amax(-1)
     chosen = drawn[lengths.argsort()].chunk(LENGTH_BINS)[int(torch.randint(LENGTH_BINS, ()))]
     texts = ids[chosen].flatten(0, 1)
-    rendered, decoded = pool.rendered[chosen].flatten(0, 1), pool.decoded[chosen].flatten(0, 1)
-    pixels = settings.augmentation(rendered, decoded)
+    pixels = settings.augmentation(pool.images[chosen].flatten(0, 1))
     worse = None
-    if settings.preferences and with_captions:
+    if settings.preferences and matching:
         worse = normalise(degrade(pixels[::GROUP]))
     return Batch(
         pixels=normalise(pixels),
         ids=texts[:, : int((texts != PAD_ID).sum(-1).max())],
         cells=pool.cells[chosen].flatten(0, 1),
-        backgrounds=pool.backgrounds[chosen].flatten(),
+        facts=material.facts[chosen].flatten(0, 1).float(),
         group=GROUP,
         worse=worse,
     )
 
 
-def judge_quality(reward: RewardModel, pool: JudgePool) -> dict[str, float]:
+def judge_quality(reward: RewardModel, decoded: JudgePool, rendered: JudgePool) -> dict[str, Any]:
     """How well ``reward`` tells a picture's caption from those that differ in one attribute.
 
     ``auc`` is the chance that a picture's own caption gets the higher score of the two, over
-    pictures and altered captions; ``auc_pooled`` compares across pictures too, which also asks
-    for a score's level to mean the same everywhere; ``_rendered`` is without the autoencoder.
-    ``degraded_auc`` is the chance that a degraded copy of a picture gets the lower score.
+    decoded pictures and altered captions; ``auc_pooled`` compares across pictures too, which also
+    asks for a score's level to mean the same everywhere; ``auc_rendered`` is that of pictures
+    that did not pass through the autoencoder. ``degraded_auc`` is the chance that a degraded copy
+    of a picture gets the lower score. ``auc_by_attribute`` is ``auc`` for each altered attribute.
     """
-    own, altered = _scores(reward, pool.decoded[:, 0], pool)
-    own_rendered, altered_rendered = _scores(reward, pool.rendered[:, 0], pool)
-    first = [captions[0] for captions in pool.captions]
-    torch.manual_seed(0)
-    degraded = reward.score(to_images(degrade(to_pixels(pool.decoded[:, 0]))), first)
+    own, altered = _scores(reward, decoded)
+    own_rendered, altered_rendered = _scores(reward, rendered)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        worse = to_images(degrade(to_pixels(decoded.images[:, 0])))
+    degraded = reward.score(worse, [captions[0] for captions in decoded.captions])
     return {
         "auc": _paired_auc(own, altered),
+        "auc_by_attribute": _auc_by_attribute(own, altered, decoded),
         "auc_pooled": _pooled_auc(own, altered),
         "auc_rendered": _paired_auc(own_rendered, altered_rendered),
         "degraded_auc": _paired_auc(own, degraded[:, None]),
@@ -211,11 +242,23 @@ def judge_quality(reward: RewardModel, pool: JudgePool) -> dict[str, float]:
     }
 
 
-def _scores(reward: RewardModel, images: Tensor, pool: JudgePool) -> tuple[Tensor, Tensor]:
-    """Scores ``[N]`` of images with their own captions and ``[N, G - 1]`` with the altered."""
-    members = len(pool.captions[0])
-    columns = [reward.score(images, [c[i] for c in pool.captions]) for i in range(members)]
+def _scores(reward: RewardModel, pool: JudgePool) -> tuple[Tensor, Tensor]:
+    """Scores ``[N]`` of the groups' first images with their own captions, and ``[N, G - 1]``."""
+    columns = [
+        reward.score(pool.images[:, 0], captions) for captions in zip(*pool.captions, strict=True)
+    ]
     return columns[0], torch.stack(columns[1:], 1)
+
+
+def _auc_by_attribute(own: Tensor, altered: Tensor, pool: JudgePool) -> dict[str, float]:
+    scenes = [[world.scene_of(text) for text in captions] for captions in pool.captions]
+    kinds = [[world.altered_attribute(first, other) for other in rest] for first, *rest in scenes]
+    wins = ((own[:, None] > altered).float() + 0.5 * (own[:, None] == altered).float()).tolist()
+    found: dict[str, list[float]] = {}
+    for names, values in zip(kinds, wins, strict=True):
+        for name, value in zip(names, values, strict=True):
+            found.setdefault(name, []).append(value)
+    return {name: round(sum(found[name]) / len(found[name]), 4) for name in sorted(found)}
 
 
 def _paired_auc(own: Tensor, altered: Tensor) -> float:

@@ -294,7 +294,7 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> Layout:
 
 def draw(layout: Layout, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The picture ``[32, 32, 3]`` of a layout, with small random shifts, sizes and tints."""
-    picture = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
+    picture: Floats = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
     picture[:] = _tint(BACKGROUNDS[layout.background], rng)
     for cell, shown in enumerate(layout.cells):
         if shown is None:

@@ -121,17 +121,21 @@ class ImageRewardNetwork(nn.Module):
         tokens: Tensor = self.vision(pixel_values=pixels).last_hidden_state
         return tokens
 
-    def forward(self, image_tokens: Tensor, text: BatchEncoding) -> Tensor:
-        """Rewards ``[N]`` of encoded images and tokenized prompts, one each, differentiable."""
-        attended = torch.ones(image_tokens.shape[:2], dtype=torch.long, device=image_tokens.device)
-        hidden = self.text(
+    def read(self, image_tokens: Tensor, text: BatchEncoding) -> Tensor:
+        """The first token's vector ``[N, width]`` of prompts read in sight of encoded images."""
+        seen = torch.ones(image_tokens.shape[:2], dtype=torch.long, device=image_tokens.device)
+        hidden: Tensor = self.text(
             input_ids=text.input_ids,
             attention_mask=text.attention_mask,
             encoder_hidden_states=image_tokens,
-            encoder_attention_mask=attended,
+            encoder_attention_mask=seen,
             is_decoder=False,
-        ).last_hidden_state[:, 0]
-        raw: Tensor = self.head(hidden).squeeze(-1)
+        ).last_hidden_state
+        return hidden[:, 0]
+
+    def forward(self, image_tokens: Tensor, text: BatchEncoding) -> Tensor:
+        """Rewards ``[N]`` of encoded images and tokenized prompts, one each, differentiable."""
+        raw: Tensor = self.head(self.read(image_tokens, text)).squeeze(-1)
         return (raw - SCORE_MEAN) / SCORE_STD
 
     def published_state(self) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name
 from g2rpo.training.advantages import AdvantageConfig
 
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

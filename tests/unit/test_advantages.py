@@ -87,7 +87,9 @@ def test_a_few_units_in_the_last_place_are_equal(level: float, normalizer: str) 
     above = np.nextafter(base, np.float32(np.inf))
     flat = [base, above, base, np.nextafter(above, np.float32(np.inf)), base, above]
     varied = [base * np.float32(f) + np.float32(0.01 * i) for i, f in enumerate((1, 2, 1, 3, 1, 2))]
-    rewards = torch.tensor(np.array([[flat], [varied], [[base] * 6]], dtype=np.float32).reshape(3, 1, 6))
+    rewards = torch.tensor(
+        np.array([[flat], [varied], [[base] * 6]], dtype=np.float32).reshape(3, 1, 6)
+    )
     if level == 0.0:
         rewards[0] = 0.0
     found = normalize(rewards, AdvantageConfig(normalizer=normalizer))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from pydantic import Field
 
 from g2rpo.config import StrictModel, content_hash, load_yaml, merge, parse_overrides, validate
 from g2rpo.errors import UserError
@@ -25,8 +26,8 @@ class Tree(StrictModel):
     leaf: Leaf = Leaf()
     needed: int
     maybe: Leaf | None = None
-    many: list[Leaf] = []
-    named: dict[str, dict[str, Leaf]] = {}
+    many: tuple[Leaf, ...] = ()
+    named: dict[str, dict[str, Leaf]] = Field(default_factory=dict)
     either: Leaf | Branch = Leaf()
     rate: float = 1.0
 
@@ -150,7 +151,9 @@ def test_an_override_without_a_point_in_its_exponent_is_still_a_number() -> None
     assert tree.rate == 2e-5
 
 
-@pytest.mark.parametrize("text", ["novalue", "=1", "a..b=1", ".a=1", "a.=1", "a=[1", "a=2024-13-45"])
+@pytest.mark.parametrize(
+    "text", ["novalue", "=1", "a..b=1", ".a=1", "a.=1", "a=[1", "a=2024-13-45"]
+)
 def test_a_bad_override_is_one_line(text: str) -> None:
     with pytest.raises(UserError, match="override") as caught:
         parse_overrides([text])

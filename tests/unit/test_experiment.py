@@ -188,9 +188,7 @@ def test_the_run_name_does_not_depend_on_where_the_files_lie(
         ({"method": "g2rpo", "train": ["hps"], "sett": {}}, "'set'"),
     ],
 )
-def test_a_wrong_cell_is_told_in_one_line(
-    tmp_path: Path, cell: dict[str, Any], told: str
-) -> None:
+def test_a_wrong_cell_is_told_in_one_line(tmp_path: Path, cell: dict[str, Any], told: str) -> None:
     table = {
         "name": "t", "title": "t", "rows": [{"key": "a", "label": "A"}],
         "columns": [{"reward": "hps", "label": "HPS"}],
@@ -205,7 +203,7 @@ def test_a_wrong_cell_is_told_in_one_line(
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="table1"):
-        load_experiment("table")
+        load_experiment("tabel1")
     with pytest.raises(UserError, match="smoke"):
         load_profile("smok")
     with pytest.raises(UserError, match="no section 'tuned'"):

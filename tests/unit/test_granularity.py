@@ -1,5 +1,7 @@
 """Node lists of the continuations: examples, brute force, coincidences."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,7 +53,7 @@ def test_properties(data: st.DataObject, steps: int, granularity: int) -> None:
     assert list(nodes) == walked_nodes(step, granularity, steps)
     assert nodes[0] == step + 1
     assert list(nodes[1:2]) in ([], [step + 2])
-    assert all(b - a == granularity for a, b in zip(nodes[1:], nodes[2:], strict=False))
+    assert all(b - a == granularity for a, b in itertools.pairwise(nodes[1:]))
     assert nodes[-1] < steps
     # Nothing that the list could still have held is left out.
     following = step + 2 if len(nodes) == 1 else nodes[-1] + granularity

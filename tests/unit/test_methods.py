@@ -10,7 +10,8 @@ import g2rpo.methods
 from g2rpo.errors import UserError
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.schedule import shifted_sigmas
-from g2rpo.methods import dance_grpo, flow_grpo, g2rpo as granular, mix_grpo
+from g2rpo.methods import dance_grpo, flow_grpo, mix_grpo
+from g2rpo.methods import g2rpo as granular
 from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
 
 PAPER = RolloutShape(steps=16, group_size=12, iterations=300)
@@ -102,9 +103,7 @@ def test_g2rpo_tells_coinciding_granularities() -> None:
         ({"granularities": ()}, "method.granularities"),
     ],
 )
-def test_g2rpo_refuses_impossible_settings(
-    settings: dict[str, tuple[int, ...]], key: str
-) -> None:
+def test_g2rpo_refuses_impossible_settings(settings: dict[str, tuple[int, ...]], key: str) -> None:
     with pytest.raises(ValueError, match=key) as caught:
         granular.Config(**settings).check(PAPER)
     assert "\n" not in str(caught.value)

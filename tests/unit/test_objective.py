@@ -281,10 +281,12 @@ def loop_update(members: set[tuple[int, int, int]]) -> tuple[float, Tensor]:
         new = normal.log_prob(origin.next_latents[prompt, sample]).mean()
         ratio = torch.exp(new - origin.log_prob[prompt, sample])
         a = float(BY_STEP[step][prompt, sample])
-        inside = 1 - CLIP <= float(ratio) <= 1 + CLIP
-        limited = ratio if inside else torch.tensor(1 + CLIP if float(ratio) > 1 else 1 - CLIP)
-        terms.append(-a * ratio if -a * float(ratio) >= -a * float(limited) else -a * limited)
-    loss = torch.stack([term.double() for term in terms]).mean()
+        value = float(ratio.detach())
+        limited = min(max(value, 1 - CLIP), 1 + CLIP)
+        # Clipped, the term is a number; at equality inside of the range it is the ratio's own.
+        constant = torch.tensor(-a * limited, dtype=torch.float64)
+        terms.append(-a * ratio if -a * value >= -a * limited else constant)
+    loss = torch.stack(terms).mean()
     return float(loss.detach()), torch.autograd.grad(loss, WEIGHTS)[0]
 
 

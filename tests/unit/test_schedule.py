@@ -1,5 +1,6 @@
 """The sigma grid: closed form, ends, and the released float32 truncation."""
 
+import itertools
 import math
 
 import pytest
@@ -22,12 +23,9 @@ SHIFTS = (0.1, 0.2, 0.3, 0.45, 0.5, 1.0, 1.15, 2.0, 2.22, 3.0, 3.16, 5.0, 7.5, 1
 
 def released_times(steps: int, shift: float) -> list[float]:
     """linspace, shift and int(sigma * 1000) / 1000, each in float32 torch as the training loops."""
-    times = []
     schedule = torch.linspace(1, 0, steps + 1)
     schedule = (shift * schedule) / (1 + (shift - 1) * schedule)
-    for sigma in schedule:
-        times.append(int(sigma * 1000) / 1000)
-    return times
+    return [int(sigma * 1000) / 1000 for sigma in schedule]
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -47,7 +45,7 @@ def test_ends_are_exact_and_the_grid_falls(steps: int, shift: float) -> None:
     sigmas = shifted_sigmas(steps, shift)
     assert sigmas[0] == 1.0
     assert sigmas[-1] == 0.0
-    assert all(later < earlier for earlier, later in zip(sigmas, sigmas[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(sigmas))
 
 
 @pytest.mark.parametrize("shift", SHIFTS)

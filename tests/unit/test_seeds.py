@@ -1,9 +1,6 @@
 """Counter-based draws: the key alone decides, and prompts are permuted epoch by epoch."""
 
 import itertools
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +12,9 @@ from scipy import stats
 from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.seeds import gaussian, generator, permutation
+
+GOLDEN_NOISE = (1.9817665, -0.46012923, -1.2540259)
+GOLDEN_ORDER = [5, 0, 2, 3, 1, 4]
 
 # --- draws ---------------------------------------------------------------------------------------
 
@@ -31,18 +31,11 @@ def test_a_draw_depends_on_its_key_alone() -> None:
         torch.rand(5)
 
 
-def test_a_draw_is_the_same_in_another_process() -> None:
-    program = (
-        "from g2rpo.seeds import gaussian, permutation;"
-        "print(gaussian((3,), 42, 'initial-noise', 1, '000003', 0, -1).tolist(),"
-        " permutation(6, 1, 'order', 2))"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "123"}
-    shown = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    here = gaussian((3,), 42, "initial-noise", 1, "000003", 0, -1).tolist()
-    assert shown == f"{here} {permutation(6, 1, 'order', 2)}"
+def test_draws_do_not_change_between_versions() -> None:
+    # Every stored result rests on these numbers; they were recorded once.
+    noise = gaussian((3,), 42, "initial-noise", 1, "000003", 0, -1)
+    torch.testing.assert_close(noise, torch.tensor(GOLDEN_NOISE), rtol=1e-6, atol=0)
+    assert permutation(6, 1, "order", 2) == GOLDEN_ORDER
 
 
 def test_distinct_keys_are_distinct_draws() -> None:
@@ -90,7 +83,9 @@ def test_gaussian_noise_is_standard_normal() -> None:
 
 
 def test_draws_of_neighbouring_keys_are_uncorrelated() -> None:
-    rows = torch.stack([gaussian((4000,), 3, "step-noise", i, "p", s) for i in range(5) for s in range(5)])
+    rows = torch.stack(
+        [gaussian((4000,), 3, "step-noise", i, "p", s) for i in range(5) for s in range(5)]
+    )
     correlation = torch.corrcoef(rows.double())
     off_diagonal = correlation[~torch.eye(25, dtype=torch.bool)]
     assert off_diagonal.abs().max() < 5 / 4000**0.5
@@ -153,7 +148,9 @@ def test_prompts_depend_on_seed_and_iteration_alone() -> None:
 
 
 def test_too_few_prompts_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^training\.prompts_per_iteration|^rollout\.prompts_per_iteration"):
+    with pytest.raises(
+        UserError, match=r"^training\.prompts_per_iteration|^rollout\.prompts_per_iteration"
+    ):
         prompts_of_iteration(prompts(3), 4, 0, 0)
 
 

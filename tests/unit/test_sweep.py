@@ -1,5 +1,6 @@
 """The sweep equals the naive loop over samples, steps and granularities, for every method."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -133,7 +134,7 @@ class Naive:
             visited.append(node)
             node += granularity
         evaluated = visited[:-1]
-        for node, target in zip(evaluated, evaluated[1:], strict=False):
+        for node, target in itertools.pairwise(evaluated):
             x = self.ode(x, node, target, prompt)
         last = evaluated[-1]
         return x - self.sigma(last) * self.velocity(x, last, prompt)

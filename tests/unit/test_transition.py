@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def drift_and_score_mean(
     x: torch.Tensor, v: torch.Tensor, sigma: float, sigma_next: float, g: float
 ) -> torch.Tensor:
-    """Euler-Maruyama of the reverse SDE: probability-flow drift plus half the squared g by score."""
+    """Euler-Maruyama of the reverse SDE: probability-flow drift and half of g^2 times the score."""
     x0 = x - sigma * v
     score = -(x - (1 - sigma) * x0) / sigma**2
     step = sigma_next - sigma
@@ -184,9 +184,7 @@ def chain_moments(
     return mean, variance
 
 
-def kernel(
-    x: torch.Tensor, v: torch.Tensor, sigma: float, after: float, g: float
-) -> torch.Tensor:
+def kernel(x: torch.Tensor, v: torch.Tensor, sigma: float, after: float, g: float) -> torch.Tensor:
     return transition_mean(x, v, [Transition(sigma, after, g)] * len(x))
 
 
@@ -251,9 +249,7 @@ def test_from_pure_noise_the_moments_follow_the_exact_recursion() -> None:
     steps, lines, width = 12, 10, 20_000
     sigmas = shifted_sigmas(steps, 3.0)
     eta = 0.7
-    diffusion = [
-        eta * math.sqrt(s / (1 - (sigmas[1] if s == 1.0 else s))) for s in sigmas[:steps]
-    ]
+    diffusion = [eta * math.sqrt(s / (1 - (sigmas[1] if s == 1.0 else s))) for s in sigmas[:steps]]
     mean, variance = chain_moments(sigmas, diffusion, drift_and_score_mean)
 
     forest = Forest(steps)
