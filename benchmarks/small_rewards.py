@@ -205,8 +205,8 @@ class SmallHPS(SmallOpenClip):
     name = "hps"
 
     def __init__(self, words: Sequence[str]) -> None:
-        vision = {"patch_size": 8, "width": 96, "layers": 3, "head_width": 24}
-        super().__init__(words, 128, vision, {"width": 80, "heads": 4, "layers": 2})
+        vision = {"patch_size": 8, "width": 80, "layers": 3, "head_width": 20}
+        super().__init__(words, 128, vision, {"width": 64, "heads": 2, "layers": 2})
 
 
 class SmallCLIPScore(SmallOpenClip):
@@ -255,12 +255,12 @@ class SmallPickScore(SmallDualEncoder):
         self.logit_scale = self.clip.logit_scale
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Features ``[N, width]``, normalised."""
-        return image_features(self.clip, pixels)
+        """Features ``[N, width]``, all of length ``sqrt(width)``."""
+        return image_features(self.clip, pixels) * self.width**0.5
 
     def encode_caption(self, ids: Tensor) -> Tensor:
-        """Features ``[N, caption_width]``, normalised."""
-        return text_features(self.clip, ids, (ids != PAD_ID).long())
+        """Features ``[N, width]``, all of length ``sqrt(width)``."""
+        return text_features(self.clip, ids, (ids != PAD_ID).long()) * self.width**0.5
 
     def save(self, folder: Path) -> None:
         """Writes an ordinary CLIPModel folder with its processor's files."""

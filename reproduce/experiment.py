@@ -237,7 +237,8 @@ def resolve(
     train = preset = None
     if cell.method is not None:
         preset = cell.preset or experiment.preset
-        train = _train_config(profile, cell, preset, seed, policy, overrides or {}, where)
+        own = {"seed": seed, "policy": policy.model_dump(mode="json")}
+        train = _train_config(profile, cell, preset, own, overrides or {}, where)
     return ResolvedCell(
         key=key,
         seed=None if train is None else seed,
@@ -255,8 +256,7 @@ def _train_config(
     profile: Profile,
     cell: CellConfig,
     preset: str,
-    seed: int,
-    policy: PolicyConfig,
+    own: dict[str, Any],
     overrides: Mapping[str, Any],
     where: str,
 ) -> TrainConfig:
@@ -280,9 +280,8 @@ def _train_config(
         }
     data = merge(
         {
-            "seed": seed,
+            **own,
             "validation": validation,
-            "policy": policy.model_dump(mode="json"),
             "prompts": {"file": absolute(profile.prompts.train)},
             "rewards": rewards,
         },

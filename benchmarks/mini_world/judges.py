@@ -90,8 +90,7 @@ class JudgesSettings(StrictModel):
     )
     pick_score: JudgeSettings = JudgeSettings(
         content_steps=500,
-        matching_steps=1800,
-        learning_rate=1.5e-3,
+        matching_steps=2000,
         augmentation=Augmentation(noise=0.06, brightness=0.03, blur=0.5),
     )
     image_reward: JudgeSettings = JudgeSettings(

@@ -191,7 +191,7 @@ def test_two_ranks_log_the_rewards_and_counts_of_one(
         for key in ("rollout_evaluations", "training_backwards", "images_scored"):
             assert one.get(key) == two.get(key)
         for key in one:
-            if key.startswith("reward/") or key.startswith("validation/"):
+            if key.startswith(("reward/", "validation/")):
                 assert two[key] == pytest.approx(one[key], abs=1e-3)
 
 
@@ -237,7 +237,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
     parameter = next(trainer.policy.transformer.parameters())
     parameter.register_hook(lambda gradient: gradient * float("nan"))
     before = [p.detach().clone() for p in trainer.policy.transformer.parameters()]
-    with pytest.raises(UserError, match="iteration 2: the gradient is not finite.*hps"):
+    with pytest.raises(UserError, match=r"iteration 2: the gradient is not finite.*hps"):
         trainer.iterate()
     after = trainer.policy.transformer.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
