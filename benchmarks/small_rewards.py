@@ -288,9 +288,9 @@ class SmallImageReward(SmallReward):
         tokens = [PAD, UNKNOWN, "[CLS]", "[SEP]", "[MASK]", ",", *words]
         bert = BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
         self.tokenizer = add_blip_tokens(bert)
-        self.width = 4 * 96
+        self.width = 4 * 64
         self.vision_config = {
-            "hidden_size": 96,
+            "hidden_size": 64,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "image_size": IMAGE_SIZE,

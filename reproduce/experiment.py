@@ -53,6 +53,8 @@ class Profile(StrictModel):
     validation_every: int = Field(10, ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
     """Sections of the training configuration that every method shares under ``matched``."""
+    method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What a method's own settings are at this scale under ``matched``, by method."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Tuned learning rates under ``matched``, by method or variant."""
     evaluation: EvaluationConfig
@@ -261,8 +263,11 @@ def _train_config(
     where: str,
 ) -> TrainConfig:
     assert cell.method is not None
+    scaled: dict[str, Any] = {}
     tuned: dict[str, Any] = {}
     rate = profile.learning_rates.get(cell.tuned_as or cell.method)
+    if preset == "matched":
+        scaled = {"method": profile.method_settings.get(cell.method, {})}
     if preset == "matched" and rate is not None:
         tuned = {"optimization": {"learning_rate": rate}}
     rewards = {}
@@ -287,6 +292,7 @@ def _train_config(
         },
         profile.training,
         load_preset(cell.method, preset),
+        scaled,
         tuned,
         cell.set,
         overrides,

@@ -84,7 +84,8 @@ def run_cells(cells: Sequence[ResolvedCell], layout: Layout, experiment: str, jo
     todo = []
     for cell in cells:
         if stages.state(cell, layout) == "done":
-            finished.append(load_cell(stages.collect(cell, layout, experiment)))
+            known = stages.collected(cell, layout, experiment)
+            finished.append(known or load_cell(stages.collect(cell, layout, experiment)))
         else:
             todo.append(cell)
     started = time.monotonic()

@@ -13,7 +13,16 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.cells import Cell, CellInfo, Cost, Protocol, Provenance, cells_folder, save_cell
+from benchmarks.cells import (
+    Cell,
+    CellInfo,
+    Cost,
+    Protocol,
+    Provenance,
+    cells_folder,
+    load_cell,
+    save_cell,
+)
 from benchmarks.held_out import image_path, prune_images, sample_images, score_images
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
@@ -138,16 +147,33 @@ def sample(cell: ResolvedCell, layout: Layout) -> Path:
         UserError: the cell has not been trained to its end.
     """
     folder = layout.evaluation(cell)
+    # Once scored, most images are deleted on purpose.
+    if runs.read_manifest(folder) is None:
+        _sample_missing(cell, layout)
+    return folder
+
+
+def _sample_missing(cell: ResolvedCell, layout: Layout) -> None:
+    images = layout.evaluation(cell) / "images"
     prompts = held_out_prompts(cell)
-    images = folder / "images"
     if all(image_path(images, prompt).exists() for prompt in prompts):
-        return folder
+        return
     if cell.train is not None and runs.read_manifest(layout.training(cell)) is None:
         raise UserError(
             f"{cell.key}, seed {cell.seed}: not trained to its end; run `g2rpo train` first"
         )
-    sample_images(_trained_policy(cell, layout), prompts, cell.evaluation, images, SAMPLING_BATCH)
-    return folder
+    policy = _trained_policy(cell, layout)
+    sample_images(policy, prompts, cell.evaluation, images, SAMPLING_BATCH)
+
+
+def _wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
+    return {name: runs.reward_inputs(config) for name, config in judges(cell.profile).items()}
+
+
+def is_scored(cell: ResolvedCell, layout: Layout) -> bool:
+    """Whether every judge of the profile has scored the cell's images."""
+    manifest = runs.read_manifest(layout.evaluation(cell))
+    return manifest is not None and manifest["rewards"] == _wanted_rewards(cell)
 
 
 def score(cell: ResolvedCell, layout: Layout) -> Path:
@@ -156,12 +182,10 @@ def score(cell: ResolvedCell, layout: Layout) -> Path:
     Afterwards only ``keep_images`` of the images are kept.
     """
     folder = layout.evaluation(cell)
-    manifest = runs.read_manifest(folder)
-    wanted = {name: runs.reward_inputs(config) for name, config in judges(cell.profile).items()}
-    if manifest is not None and manifest["rewards"] == wanted:
+    if is_scored(cell, layout):
         return folder
     prompts = held_out_prompts(cell)
-    sample(cell, layout)
+    _sample_missing(cell, layout)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {name: load_reward(config, device) for name, config in judges(cell.profile).items()}
     score_images(models, prompts, folder / "images", folder / "scores.parquet", SAMPLING_BATCH)
@@ -173,11 +197,27 @@ def score(cell: ResolvedCell, layout: Layout) -> Path:
         {
             "stage": "score",
             "inputs": evaluation_inputs(cell),
-            "rewards": wanted,
+            "rewards": _wanted_rewards(cell),
             "provenance": runs.provenance(weights),
         },
     )
     return folder
+
+
+def collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell | None:
+    """The cell's small result where it is written already and of these very runs."""
+    name = cell.key.replace("/", "--") + ("" if cell.seed is None else f"__seed{cell.seed}")
+    path = cells_folder(layout.tables, cell.profile.name, experiment) / f"{name}.json"
+    if not path.exists():
+        return None
+    found = load_cell(path)
+    same = found.info.runs == _run_names(cell, layout)
+    judged = set(found.rewards) == set(cell.profile.rewards)
+    return found if same and judged else None
+
+
+def _run_names(cell: ResolvedCell, layout: Layout) -> dict[str, str]:
+    return {"train": layout.training(cell).name, "evaluation": layout.evaluation(cell).name}
 
 
 def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
@@ -195,7 +235,7 @@ def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
         preset=cell.preset,
         seed=cell.seed,
         protocol=Protocol(name=cell.evaluation.name, hash=protocol_hash(cell)),
-        runs={"train": run.name, "evaluation": evaluation.name},
+        runs=_run_names(cell, layout),
         checkpoint_iteration=0 if trained is None else trained["progress"]["iteration"],
         cost=_cost(trained, made_by["provenance"]["hardware"]["device"]),
         provenance=Provenance(
@@ -229,7 +269,7 @@ def _cost(trained: Mapping[str, Any] | None, device: str) -> Cost:
 
 def state(cell: ResolvedCell, layout: Layout) -> str:
     """How far a cell is, in a few words."""
-    if runs.read_manifest(layout.evaluation(cell)) is not None:
+    if is_scored(cell, layout):
         return "done"
     run = layout.training(cell)
     if cell.train is None or runs.read_manifest(run) is not None:

@@ -94,8 +94,8 @@ class JudgesSettings(StrictModel):
         augmentation=Augmentation(noise=0.06, brightness=0.03, blur=0.5),
     )
     image_reward: JudgeSettings = JudgeSettings(
-        content_steps=400,
-        matching_steps=1500,
+        content_steps=1000,
+        matching_steps=1600,
         learning_rate=1.5e-3,
         augmentation=Augmentation(noise=0.04, brightness=0.05, blur=0.4),
     )
@@ -166,16 +166,13 @@ def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) ->
             matching = step >= settings.content_steps
             batch = _draw_batch(material, settings, matching)
             encoded = judge.encode_image(batch.pixels)
+            captions = judge.encode_caption(batch.ids)
             content = head.picture_loss(judge.summary(encoded), batch)
-            if isinstance(judge, SmallDualEncoder) or not matching:
-                captions = judge.encode_caption(batch.ids)
-                content = content + head.caption_loss(captions, batch)
+            content = content + head.caption_loss(captions, batch)
             loss = content
-            if matching and isinstance(judge, SmallDualEncoder):
-                match = contrastive_loss(judge, encoded, captions, batch)
+            if matching:
+                match = _matching_loss(judge, encoded, captions, batch)
                 loss = settings.content_weight * content + match
-            elif matching and isinstance(judge, SmallImageReward):
-                loss = settings.content_weight * content + reward_loss(judge, encoded, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -183,6 +180,13 @@ def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) ->
             schedule.step()
             progress.update(step + 1, f"loss {loss.item():.3f}, content {content.item():.3f}")
     return judge.eval()
+
+
+def _matching_loss(judge: SmallReward, encoded: Tensor, captions: Tensor, batch: Batch) -> Tensor:
+    if isinstance(judge, SmallDualEncoder):
+        return contrastive_loss(judge, encoded, captions, batch)
+    assert isinstance(judge, SmallImageReward)
+    return reward_loss(judge, encoded, batch)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The training loop: rollouts, advantages, updates, metrics and checkpoints."""
 
+import copy
 import logging
 import math
 import time
@@ -133,7 +134,10 @@ class Trainer:
         )
         self.updater.keep_reference()
         self._resume()
-        self.policy.transformer = self.accelerator.prepare(transformer)
+        # Only the training forward goes through the wrapper that synchronises gradients: rollouts
+        # and validations may differ in number between ranks.
+        self.updater.policy = copy.copy(self.policy)
+        self.updater.policy.transformer = self.accelerator.prepare(transformer)
 
     def _resume(self) -> None:
         if self.accelerator.is_main_process:
