@@ -205,8 +205,8 @@ class SmallHPS(SmallOpenClip):
     name = "hps"
 
     def __init__(self, words: Sequence[str]) -> None:
-        vision = {"patch_size": 8, "width": 80, "layers": 3, "head_width": 20}
-        super().__init__(words, 128, vision, {"width": 64, "heads": 2, "layers": 2})
+        vision = {"patch_size": 8, "width": 96, "layers": 3, "head_width": 24}
+        super().__init__(words, 128, vision, {"width": 80, "heads": 4, "layers": 2})
 
 
 class SmallCLIPScore(SmallOpenClip):
@@ -256,11 +256,13 @@ class SmallPickScore(SmallDualEncoder):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Features ``[N, width]``, all of length ``sqrt(width)``."""
-        return image_features(self.clip, pixels) * self.width**0.5
+        scale: float = self.width**0.5
+        return scale * image_features(self.clip, pixels)
 
     def encode_caption(self, ids: Tensor) -> Tensor:
         """Features ``[N, width]``, all of length ``sqrt(width)``."""
-        return text_features(self.clip, ids, (ids != PAD_ID).long()) * self.width**0.5
+        scale: float = self.width**0.5
+        return scale * text_features(self.clip, ids, (ids != PAD_ID).long())
 
     def save(self, folder: Path) -> None:
         """Writes an ordinary CLIPModel folder with its processor's files."""

@@ -73,18 +73,26 @@ class ProgressReport:
         elif self.enabled and kind is None and self._last_line != float("-inf"):
             self._print_line()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """Says that ``count`` more units are done; ``note`` is shown beside the bar."""
-        self.done += count
-        self._note = note
+        self.update(self.done + count, note)
+
+    def update(self, done: int, note: str = "", *, always: bool = False) -> None:
+        """Says that ``done`` units are done; ``always`` prints the line now in a log."""
+        self.done, self._note = done, note
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
-        elif self.enabled and time.monotonic() - self._last_line >= self.interval:
+            self._bar.update(self._task, completed=done, note=note)
+        elif self.enabled and (always or time.monotonic() - self._last_line >= self.interval):
             self._print_line()
             self._last_line = time.monotonic()
 
     def _print_line(self) -> None:
-        elapsed = time.monotonic() - self._started
+        elapsed = self.seconds
         made = max(1, self.done - self._first)
         eta = duration(elapsed / made * (self.total - self.done))
         share = f"{self.description}: {self.done}/{self.total}"

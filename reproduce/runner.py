@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.cells import Cell, load_cell
 from g2rpo.errors import UserError
 from g2rpo.progress import duration
-from reproduce import stages
+from reproduce import runs, stages
 from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
 from reproduce.quiet import quiet_libraries
 from reproduce.render.notes import Gap
@@ -79,6 +79,7 @@ def default_jobs() -> int:
 
 def run_cells(cells: Sequence[ResolvedCell], layout: Layout, experiment: str, jobs: int) -> Outcome:
     """Trains, samples, scores and collects every cell; a failed one does not stop the others."""
+    runs.git_state()
     finished: list[Cell] = []
     gaps: list[Gap] = []
     todo = []
@@ -102,6 +103,8 @@ def run_cells(cells: Sequence[ResolvedCell], layout: Layout, experiment: str, jo
         else:
             gaps.append(Gap(cell.key, result, cell.seed))
             console.print(f"{head}: FAILED: {result} {tail}", highlight=False, markup=False)
+    # In one order, whoever finished first: what is written from them must come out the same.
+    finished.sort(key=lambda cell: (cell.info.row, cell.info.seed or 0))
     return Outcome(tuple(finished), tuple(gaps))
 
 
@@ -146,6 +149,7 @@ def _run_members(members: Sequence[ResolvedCell], layout: Layout, experiment: st
 def _start_worker(threads: int) -> None:
     quiet_libraries()
     torch.set_num_threads(threads)
+    runs.git_state()  # of the code as it was imported, not as it is when the cell ends
 
 
 def run_cell(cell: ResolvedCell, layout: Layout, experiment: str) -> Path | str:

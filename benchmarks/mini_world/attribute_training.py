@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.mini_world import autoencoder, world
 from benchmarks.mini_world.pictures import PicturePool, draw_pool
-from benchmarks.mini_world.progress import TrainingProgress
 from g2rpo.config import StrictModel
+from g2rpo.progress import ProgressReport
 from g2rpo.rewards.attributes import AttributeReader, ReaderConfig, share
 
 NOTHING = -100
@@ -98,7 +98,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, settings.steps, pct_start=0.1
     )
-    with TrainingProgress("attribute judge", settings.steps) as progress:
+    with ProgressReport("attribute judge", settings.steps) as progress:
         for step in range(1, settings.steps + 1):
             index = torch.randint(len(images), (settings.batch_size,))
             scores = reader(disturb(reader.prepare(images[index]), settings.noise))

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from benchmarks.mini_world.pictures import PicturePool, draw_pool, to_bytes, to_signed
-from benchmarks.mini_world.progress import TrainingProgress
 from g2rpo.config import StrictModel
+from g2rpo.progress import ProgressReport
 
 
 class AutoencoderSettings(StrictModel):
@@ -56,7 +56,7 @@ def train(settings: AutoencoderSettings, seed: int, folder: Path) -> dict[str, A
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, settings.steps, pct_start=0.05
     )
-    with TrainingProgress("autoencoder", settings.steps) as progress:
+    with ProgressReport("autoencoder", settings.steps) as progress:
         for step in range(settings.steps):
             pixels = to_signed(pool.images[torch.randint(len(pool), (settings.batch_size,))])
             posterior = model.encode(pixels).latent_dist

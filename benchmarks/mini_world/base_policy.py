@@ -28,9 +28,9 @@ from transformers import (
 from benchmarks.mini_world import autoencoder
 from benchmarks.mini_world.attribute_training import caption_shares
 from benchmarks.mini_world.pictures import draw_pool
-from benchmarks.mini_world.progress import TrainingProgress
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
 from g2rpo.config import StrictModel
+from g2rpo.progress import ProgressReport
 from g2rpo.rewards.attributes import AttributeReader
 
 GUIDANCE = 3.5
@@ -263,7 +263,7 @@ def train(
     draws = torch.Generator().manual_seed(seed)
     history: list[tuple[int, float]] = []
     running, step = 0.0, 0
-    with TrainingProgress("base policy", settings.steps) as progress:
+    with ProgressReport("base policy", settings.steps) as progress:
         for step in range(1, settings.steps + 1):
             index = torch.randint(len(latents), (settings.batch_size,), generator=draws)
             clean = latents[index]

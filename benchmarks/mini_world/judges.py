@@ -29,7 +29,6 @@ from benchmarks.mini_world.judge_data import (
     to_pixels,
 )
 from benchmarks.mini_world.judge_losses import Batch, ContentHead, contrastive_loss, reward_loss
-from benchmarks.mini_world.progress import TrainingProgress
 from benchmarks.mini_world.tokenizers import words
 from benchmarks.small_rewards import (
     PAD_ID,
@@ -43,6 +42,7 @@ from benchmarks.small_rewards import (
 )
 from g2rpo.config import StrictModel
 from g2rpo.files import atomic_folder
+from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
 
@@ -161,7 +161,7 @@ def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) ->
         optimizer, settings.learning_rate, steps, pct_start=0.1
     )
     judge.train()
-    with TrainingProgress(f"judge {judge.name}", steps) as progress:
+    with ProgressReport(f"judge {judge.name}", steps) as progress:
         for step in range(steps):
             matching = step >= settings.content_steps
             batch = _draw_batch(material, settings, matching)

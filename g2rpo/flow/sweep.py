@@ -187,7 +187,9 @@ class _Walk:
         prompts, states = latents.shape[:2]
         flat = latents.flatten(0, 1)
         prompt_of = torch.arange(prompts, device=flat.device).repeat_interleave(states)
-        time = flat.new_full((len(flat),), self.grid.timesteps[node])
+        # In bfloat16 a time would keep eight bits.
+        precision = torch.promote_types(flat.dtype, torch.float32)
+        time = flat.new_full((len(flat),), self.grid.timesteps[node], dtype=precision)
         velocities = torch.empty_like(flat)
         for first in range(0, len(flat), self.settings.micro_batch):
             part = slice(first, first + self.settings.micro_batch)

@@ -60,7 +60,8 @@ class Config(Method):
         del iteration
         forest = Forest(shape.steps)
         anchor = [forest.initial(sample=0)]
-        for node in range(1, shape.steps + 1):
+        last = shape.steps if self.log_anchor_reward else max(self.steps_of(shape.steps))
+        for node in range(1, last + 1):
             anchor.append(forest.ode(anchor[-1], node))
         if self.log_anchor_reward:
             forest.logged_images.append(anchor[-1])

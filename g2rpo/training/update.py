@@ -141,7 +141,10 @@ class Updater:
         indices = part.states.tolist()
         states = batch.states[part.states]
         laws = [batch.transitions[i] for i in indices]
-        times = states.new_tensor([self.grid.timesteps[batch.steps[i]] for i in indices])
+        precision = torch.promote_types(states.dtype, torch.float32)
+        times = states.new_tensor(
+            [self.grid.timesteps[batch.steps[i]] for i in indices], dtype=precision
+        )
         chosen = conditioning.select(batch.prompts[part.states].to(device))
         state_of = part.state_of.to(device)
 

@@ -121,7 +121,7 @@ def test_kl_is_the_mean_over_dimensions_of_the_normals_kl() -> None:
 PROMPTS, GROUP, DIM = 2, 6, (2, 3)
 
 
-def record(step: int, sources: int, seed: int) -> RecordedStep:
+def record(step: int, sources: int, seed: int, samples: Sequence[int]) -> RecordedStep:
     """Off-policy data: the stored log-probabilities are near, but not, those of the model below."""
     source_of = torch.arange(GROUP) if sources == GROUP else torch.zeros(GROUP, dtype=torch.long)
     law = Transition(1.0 - 0.1 * step, 0.9 - 0.1 * step, 0.4 + 0.1 * step)
@@ -129,9 +129,7 @@ def record(step: int, sources: int, seed: int) -> RecordedStep:
     after = states[:, source_of] + law.std * random(PROMPTS, GROUP, *DIM, seed=seed + 1)
     old = torch.stack([log_prob_of(states[p, source_of], after[p], law) for p in range(PROMPTS)])
     shift = 1e-4 * random(PROMPTS, GROUP, seed=seed + 2)
-    return RecordedStep(
-        step, law, states, source_of, tuple(range(GROUP)), after, (old + shift).detach()
-    )
+    return RecordedStep(step, law, states, source_of, tuple(samples), after, (old + shift).detach())
 
 
 WEIGHTS = random(3, 3, seed=90).requires_grad_()
@@ -142,7 +140,12 @@ def log_prob_of(states: Tensor, after: Tensor, law: Transition) -> Tensor:
     return log_prob(after, mean, per_state([law.std] * len(states), mean))
 
 
-RECORDED = (record(0, 1, 10), record(1, GROUP, 20), record(2, GROUP, 30))
+IN_ORDER, SHUFFLED = range(GROUP), (3, 0, 5, 1, 4, 2)
+RECORDED = (
+    record(0, 1, 10, IN_ORDER),
+    record(1, GROUP, 20, IN_ORDER),
+    record(2, GROUP, 30, SHUFFLED),
+)
 BY_STEP = tuple(2 * random(PROMPTS, GROUP, seed=40 + step) for step in range(3))
 ALL = [[(0, 1, 2)] * GROUP] * PROMPTS
 # Two of three steps for each sample; step 0 of the second prompt is trained by one sample alone.
@@ -176,9 +179,10 @@ def test_collected_transitions_are_the_trained_ones(
         step, prompt = batch.steps[state], int(batch.prompts[state])
         wanted.remove((step, prompt, sample))
         origin = RECORDED[step]
-        assert torch.equal(batch.states[state], origin.sources[prompt, origin.source_of[sample]])
-        assert torch.equal(batch.next_latents[i], origin.next_latents[prompt, sample])
-        assert batch.log_prob[i] == origin.log_prob[prompt, sample]
+        place = origin.samples.index(sample)
+        assert torch.equal(batch.states[state], origin.sources[prompt, origin.source_of[place]])
+        assert torch.equal(batch.next_latents[i], origin.next_latents[prompt, place])
+        assert batch.log_prob[i] == origin.log_prob[prompt, place]
         assert batch.advantage[i] == BY_STEP[step][prompt, sample]
         assert batch.transitions[state] == origin.transition
     assert not wanted
@@ -271,15 +275,16 @@ def loop_update(members: set[tuple[int, int, int]]) -> tuple[float, Tensor]:
     for step, prompt, sample in sorted(members):
         origin = RECORDED[step]
         law = origin.transition
-        x = origin.sources[prompt, 0 if origin.sources.shape[1] == 1 else sample]
+        place = origin.samples.index(sample)
+        x = origin.sources[prompt, 0 if origin.sources.shape[1] == 1 else place]
         v = torch.tanh(x @ WEIGHTS)
         x0 = x - law.sigma * v
         score = -(x - (1 - law.sigma) * x0) / law.sigma**2
         dt = law.sigma_next - law.sigma
         mean = x + (v - 0.5 * law.diffusion**2 * score) * dt
         normal = torch.distributions.Normal(mean, law.diffusion * math.sqrt(-dt))
-        new = normal.log_prob(origin.next_latents[prompt, sample]).mean()
-        ratio = torch.exp(new - origin.log_prob[prompt, sample])
+        new = normal.log_prob(origin.next_latents[prompt, place]).mean()
+        ratio = torch.exp(new - origin.log_prob[prompt, place])
         a = float(BY_STEP[step][prompt, sample])
         value = float(ratio.detach())
         limited = min(max(value, 1 - CLIP), 1 + CLIP)
