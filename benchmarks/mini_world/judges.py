@@ -226,9 +226,12 @@ def judge_quality(reward: RewardModel, decoded: JudgePool, rendered: JudgePool) 
     decoded pictures and altered captions; ``auc_pooled`` compares across pictures too, which also
     asks for a score's level to mean the same everywhere; ``auc_rendered`` is that of pictures
     that did not pass through the autoencoder. ``degraded_auc`` is the chance that a degraded copy
-    of a picture gets the lower score. ``auc_by_attribute`` is ``auc`` for each altered attribute.
+    of a picture gets the lower score. ``auc_by_attribute`` is ``auc`` for each altered attribute,
+    and ``auc_without_relations`` is that over all attributes of single shapes and the background.
     """
     own, altered = _scores(reward, decoded)
+    wins = _wins_by_attribute(own, altered, decoded)
+    single = [win for name, found in wins.items() if name != "relation" for win in found]
     own_rendered, altered_rendered = _scores(reward, rendered)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -236,7 +239,8 @@ def judge_quality(reward: RewardModel, decoded: JudgePool, rendered: JudgePool) 
     degraded = reward.score(worse, [captions[0] for captions in decoded.captions])
     return {
         "auc": _paired_auc(own, altered),
-        "auc_by_attribute": _auc_by_attribute(own, altered, decoded),
+        "auc_by_attribute": {name: _mean(found) for name, found in sorted(wins.items())},
+        "auc_without_relations": _mean(single),
         "auc_pooled": _pooled_auc(own, altered),
         "auc_rendered": _paired_auc(own_rendered, altered_rendered),
         "degraded_auc": _paired_auc(own, degraded[:, None]),
@@ -253,7 +257,11 @@ def _scores(reward: RewardModel, pool: JudgePool) -> tuple[Tensor, Tensor]:
     return columns[0], torch.stack(columns[1:], 1)
 
 
-def _auc_by_attribute(own: Tensor, altered: Tensor, pool: JudgePool) -> dict[str, float]:
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 4)
+
+
+def _wins_by_attribute(own: Tensor, altered: Tensor, pool: JudgePool) -> dict[str, list[float]]:
     scenes = [[world.scene_of(text) for text in captions] for captions in pool.captions]
     kinds = [[world.altered_attribute(first, other) for other in rest] for first, *rest in scenes]
     wins = ((own[:, None] > altered).float() + 0.5 * (own[:, None] == altered).float()).tolist()
@@ -261,7 +269,7 @@ def _auc_by_attribute(own: Tensor, altered: Tensor, pool: JudgePool) -> dict[str
     for names, values in zip(kinds, wins, strict=True):
         for name, value in zip(names, values, strict=True):
             found.setdefault(name, []).append(value)
-    return {name: round(sum(found[name]) / len(found[name]), 4) for name in sorted(found)}
+    return found
 
 
 def _paired_auc(own: Tensor, altered: Tensor) -> float:
