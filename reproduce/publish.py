@@ -1,5 +1,6 @@
 """What an experiment leaves for people: tables, learning curves, pictures, a reading."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,9 +77,9 @@ def _curves(
     ]
     if not known or not metrics:
         return None
-    stem = "_".join(rewards)
-    title = f"Trained on {group}" if group else None
-    return learning_curves(known, metrics, output / f"curves_{stem}.png", title=title)
+    stem = re.sub(r"[^a-z0-9]+", "_", group.lower()).strip("_") or "all"
+    path = output / f"curves_{stem}.png"
+    return learning_curves(known, metrics, path, title=group or None)
 
 
 def _pictures(
