@@ -125,12 +125,12 @@ def test_an_interrupted_scoring_keeps_what_a_reward_has_done(
 
 
 def test_a_missing_or_broken_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="000007.png: image missing"):
+    with pytest.raises(UserError, match=r"000007\.png: image missing"):
         read_images([tmp_path / "000007.png"])
     broken = tmp_path / "000008.png"
     Image.new("RGB", (8, 8)).save(broken)
     broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(UserError, match="000008.png"):
+    with pytest.raises(UserError, match=r"000008\.png"):
         read_images([broken])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (9, 8)).save(tmp_path / "b.png")

@@ -151,6 +151,18 @@ def test_killed_and_resumed_ends_bit_identical(
     assert rows == list(range(ITERATIONS + 1)), f"killed after {after}"
 
 
+def assert_same_metrics(run: Path, other: Path) -> None:
+    """The rewards and counts of two runs agree, iteration by iteration."""
+    rows, others = read_metrics(run / "metrics.jsonl"), read_metrics(other / "metrics.jsonl")
+    for one, two in zip(rows, others, strict=True):
+        assert one.keys() == two.keys()
+        for key in ("rollout_evaluations", "training_backwards", "images_scored"):
+            assert one.get(key) == two.get(key)
+        for key in one:
+            if key.startswith(("reward/", "validation/")):
+                assert two[key] == pytest.approx(one[key], abs=1e-3)
+
+
 def test_two_ranks_train_as_one_does(
     small_profile: Path, smoke_assets: Path, tmp_path: Path
 ) -> None:
@@ -162,11 +174,13 @@ def test_two_ranks_train_as_one_does(
     start = load_file(
         smoke_assets / "policy" / "transformer" / "diffusion_pytorch_model.safetensors"
     )
-    one = weights(trained(profile, tmp_path / "one"))
-    two = weights(trained(profile, tmp_path / "two", ranks=2))
+    run_of_one = trained(profile, tmp_path / "one")
+    run_of_two = trained(profile, tmp_path / "two", ranks=2)
+    one, two = weights(run_of_one), weights(run_of_two)
     moved = distance(one, start)
     assert moved > 0
     assert distance(two, one) / moved <= 1e-3
+    assert_same_metrics(run_of_one, run_of_two)
 
     # The control: other prompts must not pass for the same training.
     shuffled = yaml.safe_load(profile.read_text())
@@ -178,21 +192,6 @@ def test_two_ranks_train_as_one_does(
     profile.write_text(yaml.safe_dump(shuffled))
     control = weights(trained(profile, tmp_path / "control", ranks=2))
     assert distance(control, one) / moved > 1e-2
-
-
-def test_two_ranks_log_the_rewards_and_counts_of_one(
-    small_profile: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    run = trained(small_profile, tmp_path, ranks=2)
-    both = zip(read_metrics(undisturbed / "metrics.jsonl"), read_metrics(run / "metrics.jsonl"),
-               strict=True)  # fmt: skip
-    for one, two in both:
-        assert one.keys() == two.keys()
-        for key in ("rollout_evaluations", "training_backwards", "images_scored"):
-            assert one.get(key) == two.get(key)
-        for key in one:
-            if key.startswith(("reward/", "validation/")):
-                assert two[key] == pytest.approx(one[key], abs=1e-3)
 
 
 def test_ranks_share_the_prompts_of_an_iteration(smoke_assets: Path) -> None:

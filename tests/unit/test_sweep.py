@@ -41,7 +41,7 @@ class ToyTransformer(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
         self.rows += len(x)
-        phase = torch.stack([torch.sin(4 * time), torch.cos(7 * time)], dim=1)
+        phase = torch.stack([torch.sin(4 * time), torch.cos(7 * time)], dim=1).to(x.dtype)
         h = x @ self.inward + (phase @ self.time + self.prompt[prompt])[:, None]
         query, key, value = (h @ self.qkv).chunk(3, dim=-1)
         h = h + nn.functional.scaled_dot_product_attention(query, key, value)
@@ -412,7 +412,8 @@ def repeated_log_prob(step: RecordedStep, model: ToyTransformer, time: float) ->
     """The training forward over one prompt's states, in the batch of the rollout."""
     states = step.sources.flatten(0, 1)
     prompts, per_prompt = step.sources.shape[:2]
-    times = states.new_full((len(states),), time)
+    precision = torch.promote_types(states.dtype, torch.float32)
+    times = states.new_full((len(states),), time, dtype=precision)
     prompt_of = torch.arange(prompts).repeat_interleave(per_prompt)
     mean = transition_mean(states, model(states, times, prompt_of), [step.transition] * len(states))
     mean = mean.view_as(step.sources)[:, step.source_of]
