@@ -59,7 +59,7 @@ lint: $(READY) ## check style, formatting and types
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-mini-world: $(READY) ## rebuild the committed mini world from its seed (an hour at most)
+mini-world: $(READY) ## train the mini world again from its seed (an hour or more on 2 cores)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world
 
 reproduce-table1: $(READY) ## the paper's Table 1, methods against each other (PROFILE=flux unless given)
