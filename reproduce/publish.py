@@ -82,6 +82,12 @@ def _curves(
     return learning_curves(known, metrics, path, title=group or None)
 
 
+def _pictured(profile: Profile) -> int:
+    """How many prompts are shown: of those whose images are kept after scoring."""
+    kept = profile.keep_images
+    return PICTURED_PROMPTS if kept is None else min(PICTURED_PROMPTS, kept)
+
+
 def _pictures(
     experiment: Experiment,
     profile: Profile,
@@ -101,12 +107,12 @@ def _pictures(
             continue
         resolved = resolve(experiment, profile, row.key, info.seed or 0)
         if prompts is None:
-            prompts = held_out_prompts(resolved)[:PICTURED_PROMPTS]
+            prompts = held_out_prompts(resolved)[: _pictured(profile)]
         run = layout.runs / info.runs["train"]
         folder = run / "evaluations" / info.runs["evaluation"] / "images"
         paths = [image_path(folder, prompt) for prompt in prompts]
         if all(path.exists() for path in paths):
             columns[full_label(row)] = [np.array(Image.open(path)) for path in paths]
-    if prompts is None or not columns:
+    if not prompts or not columns:
         return None
     return picture_grid(columns, [prompt.text for prompt in prompts], output / "pictures.png")
