@@ -195,7 +195,7 @@ class Trainer:
         if self.config.execution.tensorboard:
             purge = {"tensorboard": {"purge_step": self.progress.iteration + 1}}
             self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-        if log is not None and self.progress.iteration == 0 and (first := self.validate()):
+        if log is not None and log.empty and (first := self.validate()):
             log.append({"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0} | first)
         name = f"train {self.config.method.name}"
         with ProgressReport(name, total, done=self.progress.iteration, enabled=main) as report:

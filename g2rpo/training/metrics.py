@@ -25,11 +25,15 @@ class MetricsLog:
     """Appends rows to ``metrics.jsonl``.
 
     On resuming, rows after the checkpoint's iteration are dropped: their iterations run again.
+
+    Attributes:
+        empty: whether nothing was kept of an earlier start.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
         self.path = path
         kept = [row for row in read_metrics(path) if row["iteration"] <= iteration]
+        self.empty = not kept
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
