@@ -139,9 +139,18 @@ class SmallReward(ABC, nn.Module):
 
 
 class SmallDualEncoder(SmallReward):
-    """Two towers; the score is the cosine of their features."""
+    """Two towers; the score is the cosine of their features.
+
+    Features in training have the length ``sqrt(width)``: what is read off them linearly then
+    learns as fast as the towers do.
+    """
 
     logit_scale: nn.Parameter
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """``features`` ``[N, width]`` at the length ``sqrt(width)``."""
+        scale: float = self.width**0.5
+        return scale * nn.functional.normalize(features, dim=-1)
 
     def pair_scores(self, encoded: Tensor, ids: Tensor) -> Tensor:
         """Cosines ``[N]``."""
@@ -171,22 +180,20 @@ class SmallOpenClip(SmallDualEncoder):
         self.logit_scale = self.clip.logit_scale
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Features ``[N, width]``."""
-        features: Tensor = self.clip.encode_image(pixels)
-        return features
+        """Features ``[N, width]``, all of length ``sqrt(width)``."""
+        return self.scaled(self.clip.encode_image(pixels))
 
     def encode_caption(self, ids: Tensor) -> Tensor:
-        """See :meth:`SmallReward.encode_caption`.
+        """Features ``[N, width]``, all of length ``sqrt(width)``.
 
-        Equal to open_clip's ``encode_text``, which takes ids of the full context length alone;
-        in training most of that would be padding.
+        In direction equal to open_clip's ``encode_text``, which takes ids of the full context
+        length alone; in training most of that would be padding.
         """
         clip, length = self.clip, ids.shape[1]
         hidden = clip.token_embedding(ids) + clip.positional_embedding[:length]
         hidden = clip.transformer(hidden, attn_mask=clip.attn_mask[:length, :length])
         last = clip.ln_final(hidden[torch.arange(len(ids)), ids.argmax(-1)])
-        features: Tensor = last @ clip.text_projection
-        return features
+        return self.scaled(last @ clip.text_projection)
 
     def save(self, folder: Path) -> None:
         """Writes ``open_clip_config.json``, the weights and the tokenizer."""
@@ -256,13 +263,11 @@ class SmallPickScore(SmallDualEncoder):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Features ``[N, width]``, all of length ``sqrt(width)``."""
-        scale: float = self.width**0.5
-        return scale * image_features(self.clip, pixels)
+        return self.scaled(image_features(self.clip, pixels))
 
     def encode_caption(self, ids: Tensor) -> Tensor:
         """Features ``[N, width]``, all of length ``sqrt(width)``."""
-        scale: float = self.width**0.5
-        return scale * text_features(self.clip, ids, (ids != PAD_ID).long())
+        return self.scaled(text_features(self.clip, ids, (ids != PAD_ID).long()))
 
     def save(self, folder: Path) -> None:
         """Writes an ordinary CLIPModel folder with its processor's files."""

@@ -3,6 +3,7 @@
 import sys
 import time
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import (
@@ -28,6 +29,9 @@ class ProgressReport:
     and one when the work is done. Silent where ``enabled`` is false (all ranks but the first).
     """
 
+    bars: ClassVar[bool] = True
+    """Whether this process draws bars at all: those of several processes would collide."""
+
     def __init__(
         self,
         description: str,
@@ -44,7 +48,7 @@ class ProgressReport:
         self._note = ""
         self._bar: Progress | None = None
         console = Console(stderr=True)
-        if enabled and console.is_terminal:
+        if enabled and console.is_terminal and self.bars:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

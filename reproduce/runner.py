@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.cells import Cell, load_cell
 from g2rpo.errors import UserError
-from g2rpo.progress import duration
+from g2rpo.progress import ProgressReport, duration
 from reproduce import runs, stages
 from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
 from reproduce.quiet import quiet_libraries
@@ -148,6 +148,7 @@ def _run_members(members: Sequence[ResolvedCell], layout: Layout, experiment: st
 
 def _start_worker(threads: int) -> None:
     quiet_libraries()
+    ProgressReport.bars = False
     torch.set_num_threads(threads)
     runs.git_state()  # of the code as it was imported, not as it is when the cell ends
 

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from benchmarks.mini_world.build import MiniWorldSettings, build
@@ -16,24 +15,23 @@ def main(
     assets: Annotated[Path, typer.Option(help="Folder of the assets.")] = Path(__file__).parent
     / "assets",
     seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Parts built at a time, a core each.")] = 2,
     rebuild: Annotated[
         list[str] | None, typer.Option(help="A part to build again; may be given several times.")
     ] = None,
 ) -> None:
     """Builds what is missing: prompts, autoencoder, attribute judge, base policy, judges."""
-    torch.set_num_threads(threads)
     try:
         manifest = build(
-            MiniWorldSettings(seed=seed), assets, frozenset(rebuild or ()), tell=typer.echo
+            MiniWorldSettings(seed=seed), assets, frozenset(rebuild or ()), typer.echo, jobs
         )
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    total = sum(part["seconds"] for part in manifest["parts"].values())
+    total = sum(part["cpu_seconds"] for part in manifest["parts"].values())
     typer.echo(
         f"{assets}: {len(manifest['files'])} files, {manifest['bytes'] / 1e6:.1f} MB, "
-        f"built in {total / 60:.0f} min"
+        f"built in {total / 60:.0f} CPU-minutes"
     )
 
 

@@ -5,11 +5,13 @@ its files are not those that the manifest names; so an interrupted build goes on
 """
 
 import json
+import multiprocessing
 import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from g2rpo.files import (
     sha256_tree,
     write_json,
 )
+from g2rpo.progress import ProgressReport
 from g2rpo.rewards.attributes import AttributeReader
 
 MANIFEST = "manifest.json"
@@ -180,8 +183,12 @@ def build(
     assets: Path,
     rebuild: frozenset[str] = frozenset(),
     tell: Callable[[str], None] = lambda _: None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Builds what is missing below ``assets`` and returns the manifest.
+
+    Up to ``jobs`` parts are built at a time, each in a process with one thread, so that neither
+    the number of jobs nor that of cores changes what is built.
 
     Raises:
         UserError: ``rebuild`` names no part, or the assets are larger than may be committed.
@@ -194,35 +201,71 @@ def build(
     path = assets / MANIFEST
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
     hashes: dict[str, str | None] = {}
-    for part in PARTS:
-        chosen = getattr(settings, part.name).model_dump(mode="json")
-        inputs = content_hash([settings.seed, chosen, [hashes[need] for need in part.needs]])
-        hashes[part.name] = outputs_hash(part, assets)
-        old = manifest["parts"].get(part.name, {})
-        kept = (old.get("inputs"), old.get("outputs")) == (inputs, hashes[part.name])
-        if kept and hashes[part.name] is not None and part.name not in rebuild:
-            tell(f"{part.name}: already built")
-            continue
-        tell(f"{part.name}: building")
-        start = time.monotonic()
-        measured = part.build(settings, assets)
-        seconds = round(time.monotonic() - start, 1)
-        hashes[part.name] = outputs_hash(part, assets)
-        manifest["parts"][part.name] = {
-            "inputs": inputs,
-            "outputs": hashes[part.name],
-            "settings": chosen,
-            "seconds": seconds,
-            "measured": measured,
-        }
-        manifest |= describe(settings, assets)
-        write_json(path, manifest)
-        tell(f"{part.name}: done in {seconds:.0f} s")
+    waiting = list(PARTS)
+    running: dict[Future[Built], tuple[Part, str]] = {}
+    failures: list[BaseException | None] = []
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _start_worker, max_tasks_per_child=1
+    ) as pool:
+        while waiting or running:
+            for part in [part for part in waiting if hashes.keys() >= set(part.needs)]:
+                waiting.remove(part)
+                chosen = getattr(settings, part.name).model_dump(mode="json")
+                inputs = content_hash([settings.seed, chosen, [hashes[n] for n in part.needs]])
+                found = outputs_hash(part, assets)
+                old = manifest["parts"].get(part.name, {})
+                kept = (old.get("inputs"), old.get("outputs")) == (inputs, found)
+                if kept and found is not None and part.name not in rebuild:
+                    hashes[part.name] = found
+                    tell(f"{part.name}: already built")
+                else:
+                    running[pool.submit(_build_part, part, settings, assets)] = part, inputs
+                    tell(f"{part.name}: building")
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                part, inputs = running.pop(future)
+                if future.exception() is not None:
+                    failures.append(future.exception())
+                    waiting.clear()  # what runs now is still finished and kept
+                    continue
+                built = future.result()
+                hashes[part.name] = outputs_hash(part, assets)
+                manifest["parts"][part.name] = {
+                    "inputs": inputs,
+                    "outputs": hashes[part.name],
+                    "settings": getattr(settings, part.name).model_dump(mode="json"),
+                    **asdict(built),
+                }
+                manifest |= describe(settings, assets)
+                write_json(path, manifest)
+                tell(f"{part.name}: done in {built.seconds:.0f} s")
+    for failure in failures:
+        raise failure or AssertionError
     if manifest["bytes"] > SIZE_LIMIT:
         raise UserError(
             f"the assets have {manifest['bytes']} bytes, more than {SIZE_LIMIT}: make them smaller"
         )
     return manifest
+
+
+@dataclass(frozen=True)
+class Built:
+    """What building a part took, and what was measured on it."""
+
+    seconds: float
+    cpu_seconds: float
+    measured: dict[str, Any]
+
+
+def _build_part(part: Part, settings: MiniWorldSettings, assets: Path) -> Built:
+    start, cpu = time.monotonic(), time.process_time()
+    measured = part.build(settings, assets)
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
+    return Built(round(seconds, 1), round(cpu_seconds, 1), measured)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    ProgressReport.bars = False
 
 
 def describe(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
@@ -242,5 +285,5 @@ def describe(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
         "packages": {
             name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")
         },
-        "machine": {"architecture": platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {"architecture": platform.machine(), "threads_per_part": 1},
     }

@@ -81,7 +81,7 @@ class JudgesSettings(StrictModel):
     """Largest standard deviation of noise in their normalised latents."""
     held_out: int = Field(default=500, ge=1)
     """Held-out pictures, each with four captions that differ in one attribute from its own."""
-    hps: JudgeSettings = JudgeSettings(content_steps=500, matching_steps=1700, learning_rate=1.5e-3)
+    hps: JudgeSettings = JudgeSettings(content_steps=500, matching_steps=2000)
     clip: JudgeSettings = JudgeSettings(
         content_steps=500,
         matching_steps=1900,

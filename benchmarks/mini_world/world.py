@@ -304,8 +304,9 @@ def draw(layout: Layout, rng: np.random.Generator) -> NDArray[np.uint8]:
         centre_y = CELL * row + CELL / 2 + rng.uniform(-1.1, 1.1)
         radius = RADII[shown.size] * rng.uniform(0.94, 1.06)
         colour = _tint(COLOURS[shown.colour], rng)
-        cover = _coverage(shown.shape, centre_x, centre_y, radius)[..., None]
-        picture = picture * (1 - cover) + colour * cover
+        rows, columns = _window(centre_y, radius), _window(centre_x, radius)
+        cover = _coverage(shown.shape, columns, rows, (centre_x, centre_y), radius)[..., None]
+        picture[rows, columns] = picture[rows, columns] * (1 - cover) + colour * cover
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
@@ -318,14 +319,26 @@ def _tint(colour: tuple[int, int, int], rng: np.random.Generator) -> Floats:
     return np.asarray(colour, np.float32) + rng.uniform(-8, 8, 3).astype(np.float32)
 
 
-def _coverage(shape: str, centre_x: float, centre_y: float, r: float) -> Floats:
-    """The share of each pixel ``[32, 32]`` that a shape of radius ``r`` covers."""
-    steps = (np.arange(RESOLUTION * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
-    x, y = (steps - centre_x)[None, :], (steps - centre_y)[:, None]
-    inside = _inside(shape, x, y, r)
-    side = (RESOLUTION, SUPERSAMPLING)
-    cover: Floats = inside.reshape(*side, *side).mean((1, 3), dtype=np.float32)
+def _window(centre: float, r: float) -> slice:
+    """The pixels of a row or column that a shape of radius ``r`` can touch."""
+    return slice(max(0, math.floor(centre - r)), min(RESOLUTION, math.ceil(centre + r)))
+
+
+def _coverage(
+    shape: str, columns: slice, rows: slice, centre: tuple[float, float], r: float
+) -> Floats:
+    """The share of each pixel of a window that a shape of radius ``r`` around ``centre`` covers."""
+    x = _subpixels(columns) - centre[0]
+    y = _subpixels(rows) - centre[1]
+    inside = _inside(shape, x[None, :], y[:, None], r)
+    parts = inside.reshape(len(y) // SUPERSAMPLING, SUPERSAMPLING, -1, SUPERSAMPLING)
+    cover: Floats = parts.mean((1, 3), dtype=np.float32)
     return cover
+
+
+def _subpixels(window: slice) -> Floats:
+    first, last = window.start * SUPERSAMPLING, window.stop * SUPERSAMPLING
+    return (np.arange(first, last, dtype=np.float32) + 0.5) / SUPERSAMPLING
 
 
 def _inside(shape: str, x: Floats, y: Floats, r: float) -> NDArray[np.bool_]:

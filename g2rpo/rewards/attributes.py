@@ -81,10 +81,14 @@ class AttributeReader(nn.Module):
         parts = self.cell_head(cells).flatten(2).transpose(1, 2).split(self.classes, dim=2)
         return parts[0], parts[1], parts[2], self.background_head(cells.mean((2, 3)))
 
-    @torch.no_grad()
     def read(self, images: Tensor) -> list[Reading]:
         """What uint8 images ``[B, H, W, 3]`` show."""
-        scores = self(self.prepare(images))
+        return self.readings(self.prepare(images))
+
+    @torch.no_grad()
+    def readings(self, pixels: Tensor) -> list[Reading]:
+        """What pixels ``[B, 3, side, side]`` show (see :meth:`prepare`)."""
+        scores = self(pixels.to(self.background_head.weight))
         shapes, colours, sizes, backgrounds = (part.argmax(-1).cpu().tolist() for part in scores)
         config = self.config
         return [
@@ -95,13 +99,12 @@ class AttributeReader(nn.Module):
                 ),
                 config.backgrounds[backgrounds[i]],
             )
-            for i in range(len(images))
+            for i in range(len(pixels))
         ]
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 ``[B, H, W, 3]`` to float32 ``[B, 3, side, side]`` in [-1, 1]."""
-        weight = self.background_head.weight
-        pixels = images.to(weight.device).permute(0, 3, 1, 2).to(weight.dtype) / 127.5 - 1
+        pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         side = (self.config.resolution, self.config.resolution)
         if pixels.shape[2:] != side:
             pixels = nn.functional.interpolate(pixels, side, mode="bilinear", antialias=True)
@@ -152,13 +155,20 @@ class AttributeJudge(BatchedReward):
         reader = AttributeReader.from_folder(folder)
         return cls(reader, device, config.batch_size, sha256_file(folder / WEIGHTS_FILE))
 
-    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def prepare(
+        self, images: Sequence[Tensor], prompts: Sequence[str]
+    ) -> tuple[Tensor, list[Scene]]:
+        """See :meth:`BatchedReward.prepare`."""
+        pixels = torch.cat([self.reader.prepare(image[None]) for image in images])
+        return pixels, [self.scene_of(prompt) for prompt in prompts]
+
+    def evaluate(self, prepared: tuple[Tensor, list[Scene]]) -> Tensor:
         """The share of agreeing attributes, ``[B]``."""
+        pixels, scenes = prepared
         grammar = self.reader.config.grammar
-        readings = self.reader.read(images)
+        readings = self.reader.readings(pixels)
         shares = [
-            share(grammar, self.scene_of(prompt), reading)
-            for prompt, reading in zip(prompts, readings, strict=True)
+            share(grammar, scene, reading) for scene, reading in zip(scenes, readings, strict=True)
         ]
         return torch.tensor(shares, dtype=torch.float32)
 

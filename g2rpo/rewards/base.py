@@ -6,7 +6,8 @@ one float32 number per image. A score that is not finite is an error, never a nu
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from g2rpo.config import StrictModel, nearest
 from g2rpo.errors import UserError
+
+Images = Tensor | Sequence[Tensor]
+"""uint8 RGB: one tensor ``[N, H, W, 3]``, or N of ``[H, W, 3]``, each of its own size."""
 
 
 class RewardConfig(StrictModel):
@@ -41,8 +45,8 @@ class RewardModel(Protocol):
     weights_hash: str
     """SHA-256 of the weights file."""
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``images`` (uint8 RGB ``[N, H, W, 3]``) against ``prompts`` (N strings).
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
+        """Scores N images against ``prompts`` (N strings).
 
         Returns:
             float32 ``[N]`` on the CPU, all finite.
@@ -53,16 +57,23 @@ class RewardModel(Protocol):
         ...
 
 
-def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
-    """Refuses anything but uint8 ``[N, H, W, 3]`` images with N non-empty prompts."""
+def check_inputs(name: str, images: Images, prompts: Sequence[str]) -> None:
+    """Refuses anything but N uint8 RGB images with N non-empty prompts."""
     if isinstance(prompts, str):
         raise UserError(f"{name}: prompts must be a list of strings, not one string")
-    if images.dtype != torch.uint8:
-        raise UserError(
-            f"{name}: images must be uint8 in 0..255, as a saved PNG holds them, not {images.dtype}"
-        )
-    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
+    if isinstance(images, Tensor) and images.ndim != 4:
         raise UserError(f"{name}: images must be [N, H, W, 3], not {list(images.shape)}")
+    for image in images[:1] if isinstance(images, Tensor) else images:
+        if image.dtype != torch.uint8:
+            raise UserError(
+                f"{name}: images must be uint8 in 0..255, as a saved PNG holds them, "
+                f"not {image.dtype}"
+            )
+        if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+            raise UserError(
+                f"{name}: images must be [N, H, W, 3], or N of [H, W, 3] each; "
+                f"one is {list(image.shape)}"
+            )
     if len(prompts) != len(images):
         raise UserError(f"{name}: {len(images)} images but {len(prompts)} prompts; need one each")
     for index, prompt in enumerate(prompts):
@@ -95,9 +106,17 @@ def choose_variant(config: RewardConfig, valid: Sequence[str]) -> str:
 
 
 class BatchedReward(ABC):
-    """Base of the reward models: checks, batches, and verifies; a subclass scores one batch."""
+    """Base of the reward models: checks, batches, and verifies.
+
+    A subclass splits the work of a batch in two: :meth:`prepare`, on the CPU and in any thread,
+    so that it can run ahead, and :meth:`evaluate`, on the device.
+    """
 
     name: ClassVar[str]
+    part_names: tuple[str, ...] = ()
+    """What the score is made of, where a model answers several questions."""
+    template_hash: str | None = None
+    """SHA-256 of the question put to the model, where it is asked in words."""
 
     def __init__(
         self, device: torch.device | str, batch_size: int, version: str, weights_hash: str
@@ -117,18 +136,37 @@ class BatchedReward(ABC):
         """
 
     @abstractmethod
-    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``[B]`` of checked uint8 images ``[B, H, W, 3]`` (CPU) and B prompts."""
+    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
+        """What :meth:`evaluate` needs of B checked images and prompts, on the CPU; thread-safe."""
+
+    @abstractmethod
+    def evaluate(self, prepared: Any) -> Tensor:
+        """Scores ``[B]``, or ``[B, 1 + parts]`` with the score first where there are parts."""
+
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt is longer than what the model reads; the rest of it is cut off."""
+        return [False] * len(prompts)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of what :meth:`score_prepared` gives: the reward's own, then its parts'."""
+        return (self.name, *(f"{self.name}.{part}" for part in self.part_names))
 
     @torch.no_grad()
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score_prepared(self, prepared: Any, prompts: Sequence[str]) -> Tensor:
+        """Float32 ``[B, columns]`` on the CPU, all finite, of one prepared batch."""
+        scores = self.evaluate(prepared).float().cpu().reshape(len(prompts), len(self.columns))
+        check_finite(self.name, scores[:, 0], prompts)
+        return scores
+
+    def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
         """See :meth:`RewardModel.score`."""
         check_inputs(self.name, images, prompts)
         scores = torch.empty(len(images), dtype=torch.float32)
         for start in range(0, len(images), self.batch_size):
             part = slice(start, start + self.batch_size)
-            scores[part] = self.score_batch(images[part].cpu(), prompts[part]).float().cpu()
-        check_finite(self.name, scores, prompts)
+            prepared = self.prepare([image.cpu() for image in images[part]], prompts[part])
+            scores[part] = self.score_prepared(prepared, prompts[part])[:, 0]
         return scores
 
 
@@ -141,3 +179,20 @@ def once_each(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
     positions: dict[str, int] = {}
     index = [positions.setdefault(prompt, len(positions)) for prompt in prompts]
     return list(positions), torch.tensor(index, dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """A batch for a model of two towers.
+
+    ``pixels`` ``[B, 3, S, S]``; ``tokens`` of the distinct prompts, and ``index`` ``[B]`` of each
+    image's prompt in them.
+    """
+
+    pixels: Tensor
+    tokens: Any
+    index: Tensor
+
+    def to(self, device: torch.device) -> "PreparedPairs":
+        """The same on ``device``."""
+        return PreparedPairs(self.pixels.to(device), self.tokens.to(device), self.index.to(device))

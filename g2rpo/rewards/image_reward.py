@@ -20,9 +20,10 @@ from transformers import (
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from g2rpo.files import sha256_file
-from g2rpo.rewards.base import BatchedReward, RewardConfig, choose_variant
+from g2rpo.rewards.base import BatchedReward, PreparedPairs, RewardConfig, choose_variant
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
+    PromptTokenizer,
     check_vocabulary,
     load_state,
     load_tokenizer,
@@ -174,9 +175,10 @@ class ImageReward(BatchedReward):
         self.network.to(self.device)
         self.preprocessing = Preprocessing(int(vision["image_size"]), "shortest")
         beside = (Path(source) / "tokenizer_config.json").is_file()
-        tokenizer = source if beside else PUBLISHED_TOKENIZER
-        self.tokenizer = add_blip_tokens(load_tokenizer(tokenizer))
-        check_vocabulary(tokenizer, len(self.tokenizer), int(text["vocab_size"]))
+        name = source if beside else PUBLISHED_TOKENIZER
+        tokenizer = add_blip_tokens(load_tokenizer(name))
+        check_vocabulary(name, len(tokenizer), int(text["vocab_size"]))
+        self.tokenizer = PromptTokenizer(tokenizer, MAX_TOKENS)
 
     @classmethod
     def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
@@ -184,11 +186,17 @@ class ImageReward(BatchedReward):
         choose_variant(config, ("v1.0",))
         return cls(config.source or PUBLISHED, config.revision, device, config.batch_size)
 
-    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``[B]`` of checked images ``[B, H, W, 3]`` and prompts."""
-        tokens = self.network.encode_image(self.preprocessing(images, self.device))
-        text = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        )
-        rewards: Tensor = self.network(tokens, text.to(self.device))
+    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> PreparedPairs:
+        """See :meth:`BatchedReward.prepare`; the text tower reads a prompt once for each image."""
+        index = torch.arange(len(prompts))
+        return PreparedPairs(self.preprocessing(images), self.tokenizer(prompts), index)
+
+    def evaluate(self, prepared: PreparedPairs) -> Tensor:
+        """Rewards ``[B]``."""
+        pairs = prepared.to(self.device)
+        rewards: Tensor = self.network(self.network.encode_image(pairs.pixels), pairs.tokens)
         return rewards
+
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        """See :meth:`BatchedReward.too_long`."""
+        return self.tokenizer.too_long(prompts)

@@ -1,6 +1,6 @@
 """Rewards that are the cosine between the image and text features of an open_clip model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
-from g2rpo.rewards.base import BatchedReward, once_each
+from g2rpo.rewards.base import BatchedReward, PreparedPairs, once_each
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
+    PromptTokenizer,
     check_vocabulary,
     load_state,
     load_tokenizer,
@@ -27,8 +28,6 @@ WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # As ``hf_tokenizer_name``: the tokenizer's files lie beside the weights.
 TOKENIZER_BESIDE = "."
 
-Tokenize = Callable[[Sequence[str]], Tensor]
-
 
 def build_clip(model_config: Mapping[str, Any]) -> open_clip.CLIP:
     """An open_clip model with fresh weights, from the ``model_cfg`` of its configuration."""
@@ -40,31 +39,37 @@ def build_clip(model_config: Mapping[str, Any]) -> open_clip.CLIP:
     return open_clip.CLIP(**arguments)
 
 
-def build_tokenize(model_config: Mapping[str, Any], folder: Path) -> Tokenize:
-    """Prompts to token ids ``[N, context_length]``, cut at the context length."""
-    text = model_config["text_cfg"]
-    length, vocabulary = int(text["context_length"]), int(text["vocab_size"])
-    name = text.get("hf_tokenizer_name")
-    if name is None:
-        simple = open_clip.SimpleTokenizer(context_length=length)
-        check_vocabulary(str(folder), simple.vocab_size, vocabulary)
-        return lambda prompts: simple(list(prompts))
-    source = folder if name == TOKENIZER_BESIDE else name
-    tokenizer = load_tokenizer(source)
-    check_vocabulary(str(source), len(tokenizer), vocabulary)
+class ClipTokenizer:
+    """Prompts to the token ids of an open_clip text tower, cut at its context length."""
 
-    def tokenize(prompts: Sequence[str]) -> Tensor:
-        encoded = tokenizer(
-            [" ".join(prompt.split()) for prompt in prompts],
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        ids: Tensor = encoded.input_ids
+    def __init__(self, model_config: Mapping[str, Any], folder: Path) -> None:
+        text = model_config["text_cfg"]
+        self.context_length, vocabulary = int(text["context_length"]), int(text["vocab_size"])
+        name = text.get("hf_tokenizer_name")
+        self._hf: PromptTokenizer | None = None
+        if name is None:
+            self._simple = open_clip.SimpleTokenizer(context_length=self.context_length)
+            check_vocabulary(str(folder), self._simple.vocab_size, vocabulary)
+            return
+        source = folder if name == TOKENIZER_BESIDE else name
+        tokenizer = load_tokenizer(source)
+        check_vocabulary(str(source), len(tokenizer), vocabulary)
+        self._hf = PromptTokenizer(tokenizer, self.context_length, "max_length")
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids ``[N, context_length]``."""
+        if self._hf is None:
+            ids: Tensor = self._simple(list(prompts))
+        else:
+            ids = self._hf([" ".join(prompt.split()) for prompt in prompts]).input_ids
         return ids
 
-    return tokenize
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        """See :meth:`BatchedReward.too_long`."""
+        if self._hf is None:
+            lengths = [len(self._simple.encode(prompt)) + 2 for prompt in prompts]
+            return [length > self.context_length for length in lengths]
+        return self._hf.too_long([" ".join(prompt.split()) for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,24 @@ class OpenClipReward(BatchedReward):
     ) -> None:
         super().__init__(device, batch_size, version, sha256_file(files.weights))
         self.preprocessing = files.preprocessing
-        self.tokenize = build_tokenize(files.model_config, files.weights.parent)
+        self.tokenizer = ClipTokenizer(files.model_config, files.weights.parent)
         self.clip = build_clip(files.model_config)
         load_state(self.clip, read_weights(files.weights), files.weights)
         self.clip.to(self.device)
 
-    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines ``[B]`` of checked images ``[B, H, W, 3]`` and prompts."""
+    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> PreparedPairs:
+        """See :meth:`BatchedReward.prepare`."""
         distinct, index = once_each(prompts)
-        image_features = self.clip.encode_image(self.preprocessing(images, self.device), True)
-        text_features = self.clip.encode_text(self.tokenize(distinct).to(self.device), True)
-        cosines: Tensor = (image_features * text_features[index.to(self.device)]).sum(-1)
+        return PreparedPairs(self.preprocessing(images), self.tokenizer(distinct), index)
+
+    def evaluate(self, prepared: PreparedPairs) -> Tensor:
+        """Cosines ``[B]``."""
+        pairs = prepared.to(self.device)
+        image_features = self.clip.encode_image(pairs.pixels, True)
+        text_features = self.clip.encode_text(pairs.tokens, True)
+        cosines: Tensor = (image_features * text_features[pairs.index]).sum(-1)
         return cosines
+
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        """See :meth:`BatchedReward.too_long`."""
+        return self.tokenizer.too_long(prompts)

@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from g2rpo.files import sha256_file
-from g2rpo.rewards.base import BatchedReward, RewardConfig, choose_variant, once_each
+from g2rpo.rewards.base import (
+    BatchedReward,
+    PreparedPairs,
+    RewardConfig,
+    choose_variant,
+    once_each,
+)
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
+    PromptTokenizer,
     check_vocabulary,
     load_state,
     load_tokenizer,
@@ -68,9 +75,9 @@ class PickScore(BatchedReward):
         load_state(self.model, read_weights(weights), weights, constants)
         self.model.to(self.device)
         self.preprocessing = read_preprocessing(folder / "preprocessor_config.json")
-        self.tokenizer = load_tokenizer(folder)
-        vocabulary = self.model.config.text_config.vocab_size
-        check_vocabulary(str(folder), len(self.tokenizer), vocabulary)
+        tokenizer, text = load_tokenizer(folder), self.model.config.text_config
+        check_vocabulary(str(folder), len(tokenizer), text.vocab_size)
+        self.tokenizer = PromptTokenizer(tokenizer, int(text.max_position_embeddings))
         self.factor = float(self.model.logit_scale.exp()) if scale == "logit" else 1.0
 
     @classmethod
@@ -86,16 +93,18 @@ class PickScore(BatchedReward):
                 locate(source, (file,), config.revision)
         return cls(folder, weights, scale, device, config.batch_size)
 
-    def score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores ``[B]`` of checked images ``[B, H, W, 3]`` and prompts."""
+    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> PreparedPairs:
+        """See :meth:`BatchedReward.prepare`."""
         distinct, index = once_each(prompts)
-        of_images = image_features(self.model, self.preprocessing(images, self.device))
-        tokens = self.tokenizer(
-            distinct,
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.device)
-        of_texts = text_features(self.model, tokens.input_ids, tokens.attention_mask)
-        return self.factor * (of_images * of_texts[index.to(self.device)]).sum(-1)
+        return PreparedPairs(self.preprocessing(images), self.tokenizer(distinct), index)
+
+    def evaluate(self, prepared: PreparedPairs) -> Tensor:
+        """Scores ``[B]`` at the chosen scale."""
+        pairs = prepared.to(self.device)
+        of_images = image_features(self.model, pairs.pixels)
+        of_texts = text_features(self.model, pairs.tokens.input_ids, pairs.tokens.attention_mask)
+        return self.factor * (of_images * of_texts[pairs.index]).sum(-1)
+
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        """See :meth:`BatchedReward.too_long`."""
+        return self.tokenizer.too_long(prompts)

@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from g2rpo.errors import UserError
+from g2rpo.rewards.base import Images
 
 Resize = Literal["shortest", "squash", "longest_padded"]
 
@@ -46,17 +47,19 @@ class Preprocessing:
         mean = tuple(config.get("mean", OPENAI_DATASET_MEAN))
         return cls(size, resize, mean, tuple(config.get("std", OPENAI_DATASET_STD)))
 
-    def __call__(self, images: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """float32 ``[N, 3, size, size]`` on ``device``, from uint8 ``[N, H, W, 3]``."""
-        if images.shape[1:3] == (self.size, self.size) or self.resize == "longest_padded":
-            pixels = images.to(device).permute(0, 3, 1, 2).float() / 255
-        else:
-            resized = torch.stack([self._resize_8_bit(image) for image in images])
-            pixels = resized.to(device).permute(0, 3, 1, 2).float() / 255
-        if self.resize == "longest_padded":
-            pixels = self._resize_and_pad(pixels)
+    def __call__(self, images: Images) -> Tensor:
+        """float32 ``[N, 3, size, size]`` on the CPU, of N uint8 images of any sizes."""
+        pixels = torch.stack([self._one(image) for image in images])
         normalised: Tensor = transforms.normalize(pixels, list(self.mean), list(self.std))
         return normalised
+
+    def _one(self, image: Tensor) -> Tensor:
+        """float32 ``[3, size, size]`` in 0..1, as resizing leaves it, of uint8 ``[H, W, 3]``."""
+        padded = self.resize == "longest_padded"
+        if not padded and tuple(image.shape[:2]) != (self.size, self.size):
+            image = self._resize_8_bit(image)
+        pixels = image.permute(2, 0, 1).float() / 255
+        return self._resize_and_pad(pixels) if padded else pixels
 
     def _resize_8_bit(self, image: Tensor) -> Tensor:
         size = self.size if self.resize == "shortest" else [self.size, self.size]

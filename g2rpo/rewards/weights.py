@@ -4,6 +4,7 @@ Weights are read as safetensors or with ``torch.load(weights_only=True)``; nothi
 """
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from g2rpo.errors import UserError
 
@@ -128,3 +129,32 @@ def check_vocabulary(source: str, found: int, expected: int) -> None:
             f"{source}: the tokenizer has {found} tokens but the text model expects {expected}; "
             "its files are missing or belong to another model"
         )
+
+
+class PromptTokenizer:
+    """A tokenizer that cuts prompts at ``limit`` tokens (marks included) and says which were."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, limit: int, padding: bool | str = True
+    ) -> None:
+        self.tokenizer, self.limit, self.padding = tokenizer, limit, padding
+        # A fast tokenizer keeps the last call's options in itself: one call at a time.
+        self._lock = threading.Lock()
+
+    def __call__(self, prompts: Sequence[str]) -> BatchEncoding:
+        """Token ids and masks ``[N, L]``, padded."""
+        with self._lock:
+            encoded: BatchEncoding = self.tokenizer(
+                list(prompts),
+                padding=self.padding,
+                truncation=True,
+                max_length=self.limit,
+                return_tensors="pt",
+            )
+        return encoded
+
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt has more than ``limit`` tokens."""
+        with self._lock:
+            ids = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        return [len(tokens) > self.limit for tokens in ids]
