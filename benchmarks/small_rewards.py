@@ -122,7 +122,11 @@ class SmallReward(ABC, nn.Module):
         """Whatever :meth:`pair_scores` needs of pixels ``[N, 3, 32, 32]``, N first."""
 
     def summary(self, encoded: Tensor) -> Tensor:
-        """One vector ``[N, width]`` for each encoded image."""
+        """One vector ``[N, width]`` for each encoded image, from which its cells are read."""
+        return encoded
+
+    def picture_facts(self, encoded: Tensor) -> Tensor:
+        """One vector ``[N, caption_width]`` for each, in common terms with those of captions."""
         return encoded
 
     @abstractmethod
@@ -313,7 +317,19 @@ class SmallImageReward(SmallReward):
         }
         self.network = ImageRewardNetwork(self.vision_config, self.text_config)
         liven(self.network)
+        self._prepare_for_training()
         self.caption_width = self.text_config["hidden_size"]
+
+    @torch.no_grad()
+    def _prepare_for_training(self) -> None:
+        """Calms what adds to the residual stream, and does without the wide head's dropout."""
+        adding = ("self_attn.projection.weight", "mlp.fc2.weight")
+        for name, parameter in self.network.vision.named_parameters():
+            if name.endswith(adding):
+                parameter.mul_((2 * self.vision_config["num_hidden_layers"]) ** -0.5)
+        for module in self.network.head.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Tokens ``[N, tokens, width]``."""
@@ -325,6 +341,10 @@ class SmallImageReward(SmallReward):
         grid = encoded[:, 1:].unflatten(1, (2, side, 2, side))
         quarters: Tensor = grid.mean((2, 4)).flatten(1)
         return quarters
+
+    def picture_facts(self, encoded: Tensor) -> Tensor:
+        """The class token: the text tower then finds in one place what the picture shows."""
+        return encoded[:, 0]
 
     def encode_caption(self, ids: Tensor) -> Tensor:
         """The first token's vector after the text tower has looked at an empty picture."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks.mini_world import attribute_training, autoencoder, base_policy, 
 from benchmarks.mini_world.attribute_training import AttributeSettings
 from benchmarks.mini_world.autoencoder import AutoencoderSettings
 from benchmarks.mini_world.base_policy import PolicySettings
-from benchmarks.mini_world.judges import JudgesSettings
+from benchmarks.mini_world.judges import JudgeSettings, PictureSettings
 from g2rpo.config import StrictModel, content_hash
 from g2rpo.errors import UserError
 from g2rpo.files import (
@@ -58,7 +59,8 @@ class MiniWorldSettings(StrictModel):
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     attributes: AttributeSettings = AttributeSettings()
     policy: PolicySettings = PolicySettings()
-    judges: JudgesSettings = JudgesSettings()
+    judge_pictures: PictureSettings = PictureSettings()
+    judges: dict[str, JudgeSettings] = judges.SETTINGS
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ class Part:
     needs: tuple[str, ...]
     build: Callable[[MiniWorldSettings, Path], dict[str, Any]]
     """Writes the outputs below the assets' folder; returns what it measured."""
+
+    def settings(self, settings: MiniWorldSettings) -> dict[str, Any]:
+        """What of all settings decides how this part comes out."""
+        dumped = settings.model_dump(mode="json")
+        if self.name in settings.judges:
+            return {"pictures": dumped["judge_pictures"], "training": dumped["judges"][self.name]}
+        chosen: dict[str, Any] = dumped[self.name]
+        return chosen
 
 
 def build_prompts(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
@@ -118,9 +128,11 @@ def build_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
     return report
 
 
-def build_judges(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
-    """Trains the judges in the roles of the published reward models."""
-    return judges.train_judges(assets, settings.seed, settings.judges)
+def build_judge(role: str, settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
+    """Trains the judge in the role of one published reward model."""
+    return judges.build_judge(
+        role, assets, settings.seed, settings.judges[role], settings.judge_pictures
+    )
 
 
 PARTS = (
@@ -144,11 +156,9 @@ PARTS = (
         ("prompts", "autoencoder", "attributes"),
         build_policy,
     ),
-    Part(
-        "judges",
-        tuple(f"rewards/{name}" for name in ("hps", "clip", "pick_score", "image_reward")),
-        ("autoencoder",),
-        build_judges,
+    *(
+        Part(role, (f"rewards/{role}",), ("autoencoder",), partial(build_judge, role))
+        for role in judges.MODELS
     ),
 )
 
@@ -210,7 +220,7 @@ def build(
         while waiting or running:
             for part in [part for part in waiting if hashes.keys() >= set(part.needs)]:
                 waiting.remove(part)
-                chosen = getattr(settings, part.name).model_dump(mode="json")
+                chosen = part.settings(settings)
                 inputs = content_hash([settings.seed, chosen, [hashes[n] for n in part.needs]])
                 found = outputs_hash(part, assets)
                 old = manifest["parts"].get(part.name, {})
@@ -232,7 +242,7 @@ def build(
                 manifest["parts"][part.name] = {
                     "inputs": inputs,
                     "outputs": hashes[part.name],
-                    "settings": getattr(settings, part.name).model_dump(mode="json"),
+                    "settings": part.settings(settings),
                     **asdict(built),
                 }
                 manifest |= describe(settings, assets)

@@ -13,6 +13,8 @@ from benchmarks.small_rewards import SmallDualEncoder, SmallImageReward
 MAX_LOGIT_SCALE = 60.0
 FACTS_PER_UNIT = 8.0
 """So many facts weigh as much as one class of a cell."""
+OTHER_GROUPS_SHARE = 0.25
+"""Share of the steps in which captions of other groups are compared too."""
 PREFERENCE_SCALE = 20.0
 """Cosine differences times this are the logits of a preference."""
 
@@ -37,35 +39,30 @@ class Batch:
 class ContentHead(nn.Module):
     """Reads off feature vectors what a picture shows, in each cell and as facts.
 
-    For training alone. The same facts are read off a caption's vector, for they are what captions
-    speak of; those that it leaves open are a matter of likelihood. Learned this way, both towers
-    know their subject, and put it in common terms, before they are matched with each other.
+    For training alone. The same facts are read off a caption's vector, by the same matrix, for
+    they are what captions speak of; those that it leaves open are a matter of likelihood. Learned
+    this way, both towers know their subject, in common terms, before they are matched.
     """
 
-    def __init__(self, picture_width: int, caption_width: int, facts: int) -> None:
+    def __init__(self, picture_width: int, facts_width: int, facts: int) -> None:
         super().__init__()
         self.cells = nn.Linear(picture_width, GRAMMAR.cells * sum(CELL_CLASSES))
-        self.picture_facts = nn.Linear(picture_width, facts)
-        same = picture_width == caption_width
-        self.caption_facts = self.picture_facts if same else nn.Linear(caption_width, facts)
+        self.facts = nn.Linear(facts_width, facts)
 
-    def picture_loss(self, features: Tensor, batch: Batch) -> Tensor:
-        """Of pictures' feature vectors ``[B, picture_width]``: cross-entropy, summed per cell."""
+    def cells_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        """Of pictures' summaries ``[B, picture_width]``: cross-entropy, summed per cell."""
         cells = self.cells(features).unflatten(1, (GRAMMAR.cells, -1))
-        loss = _facts_loss(self.picture_facts(features), batch)
-        for part, logits in enumerate(cells.split(CELL_CLASSES, -1)):
-            answers = batch.cells[..., part].flatten()
-            loss = loss + functional.cross_entropy(logits.flatten(0, 1), answers)
-        return loss
+        losses = [
+            functional.cross_entropy(logits.flatten(0, 1), batch.cells[..., part].flatten())
+            for part, logits in enumerate(cells.split(CELL_CLASSES, -1))
+        ]
+        return torch.stack(losses).sum()
 
-    def caption_loss(self, features: Tensor, batch: Batch) -> Tensor:
-        """Of captions' feature vectors ``[B, caption_width]``."""
-        return _facts_loss(self.caption_facts(features), batch)
-
-
-def _facts_loss(logits: Tensor, batch: Batch) -> Tensor:
-    loss = functional.binary_cross_entropy_with_logits(logits, batch.facts, reduction="sum")
-    return loss / (FACTS_PER_UNIT * len(logits))
+    def facts_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        """Of pictures' or captions' vectors ``[B, facts_width]``."""
+        logits = self.facts(features)
+        loss = functional.binary_cross_entropy_with_logits(logits, batch.facts, reduction="sum")
+        return loss / (FACTS_PER_UNIT * len(logits))
 
 
 def contrastive_loss(
@@ -91,23 +88,32 @@ def preference_loss(margins: Tensor) -> Tensor:
 
 
 def reward_loss(judge: SmallImageReward, encoded: Tensor, batch: Batch) -> Tensor:
-    """ImageReward's loss on pairs: each picture with its own caption against another caption of
-    its group (or, for one step in eight, of another group), and each caption the same way."""
+    """Within each group, every picture picks its caption and every caption its picture; a score's
+    level must mean the same for all, and now and then captions of other groups are compared."""
     number, group = len(encoded), batch.group
     index = torch.arange(number)
-    if torch.rand(()) < 1 / 8:
-        other = index.roll(group)
-    else:
-        shift = int(torch.randint(1, group, ()))
-        other = index - index % group + (index % group + shift) % group
-    right = judge.pair_scores(encoded, batch.ids)
-    wrong = judge.pair_scores(encoded, batch.ids[other])
-    # ``wrong[i]`` pairs picture i with caption other[i]; the right picture of it is other[i].
-    loss = preference_loss(right - wrong) + preference_loss(right[other] - wrong)
-    # The level of a score must mean the same for all pictures, not only its differences.
+    first = index - index % group
+    # ``scores[i, s]``: picture i with the caption ``s`` places further in its group.
+    scores = torch.stack(
+        [
+            judge.pair_scores(encoded, batch.ids[first + (index + shift) % group])
+            for shift in range(group)
+        ],
+        1,
+    )
+    # ``by_caption[j, s]``: caption j with the picture ``s`` places before it.
+    by_caption = torch.stack(
+        [scores[first + (index - shift) % group, shift] for shift in range(group)], 1
+    )
+    right, wrong = scores[:, 0], scores[:, 1:]
+    answers = torch.zeros(number, dtype=torch.long)
+    loss = functional.cross_entropy(scores, answers)
+    loss = loss + functional.cross_entropy(by_caption, answers)
     loss = loss + 0.5 * (preference_loss(right) + preference_loss(-wrong))
+    if torch.rand(()) < OTHER_GROUPS_SHARE:
+        other = judge.pair_scores(encoded, batch.ids[index.roll(group)])
+        loss = loss + preference_loss(right - other)
     if batch.worse is not None:
-        first = batch.ids[::group]
-        worse = judge.pair_scores(judge.encode_image(batch.worse), first)
+        worse = judge.pair_scores(judge.encode_image(batch.worse), batch.ids[::group])
         loss = loss + preference_loss(right[::group] - worse)
     return loss / 2

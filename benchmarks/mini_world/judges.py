@@ -5,7 +5,6 @@ and captions alone (what does each cell show?), then pictures matched with capti
 role of a preference model also see degraded copies of pictures, to like less.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,36 +69,39 @@ class JudgeSettings(StrictModel):
     augmentation: Augmentation = Augmentation()
 
 
-class JudgesSettings(StrictModel):
-    """Training of all judges."""
+class PictureSettings(StrictModel):
+    """The pictures and captions that all judges learn from and are measured on."""
 
     groups: int = Field(default=16000, ge=1)
-    """Groups of scenes in the training pool, which the judges share."""
+    """Groups of scenes in the training pool."""
     decoded_share: float = Field(default=0.6, ge=0, le=1)
     """Share of the pool's pictures that pass through the autoencoder."""
     latent_noise: float = Field(default=0.3, ge=0)
     """Largest standard deviation of noise in their normalised latents."""
     held_out: int = Field(default=500, ge=1)
     """Held-out pictures, each with four captions that differ in one attribute from its own."""
-    hps: JudgeSettings = JudgeSettings(content_steps=500, matching_steps=2000)
-    clip: JudgeSettings = JudgeSettings(
+
+
+SETTINGS: dict[str, JudgeSettings] = {
+    "hps": JudgeSettings(content_steps=500, matching_steps=2000),
+    "clip": JudgeSettings(
         content_steps=500,
         matching_steps=1900,
         preferences=False,
         augmentation=Augmentation(noise=0.03, brightness=0.06),
-    )
-    pick_score: JudgeSettings = JudgeSettings(
+    ),
+    "pick_score": JudgeSettings(
         content_steps=500,
         matching_steps=2000,
         augmentation=Augmentation(noise=0.06, brightness=0.03, blur=0.5),
-    )
-    image_reward: JudgeSettings = JudgeSettings(
-        content_steps=1000,
-        matching_steps=1600,
-        learning_rate=1.5e-3,
+    ),
+    "image_reward": JudgeSettings(
+        content_steps=800,
+        matching_steps=2200,
         augmentation=Augmentation(noise=0.04, brightness=0.05, blur=0.4),
-    )
-
+    ),
+}
+"""How the judge of each role is trained."""
 
 MODELS: dict[str, Callable[[Sequence[str]], SmallReward]] = {
     "hps": SmallHPS,
@@ -109,42 +111,29 @@ MODELS: dict[str, Callable[[Sequence[str]], SmallReward]] = {
 }
 
 
-def train_judges(
-    assets: Path,
-    seed: int,
-    settings: JudgesSettings | None = None,
-    roles: Sequence[str] = tuple(MODELS),
+def build_judge(
+    role: str, assets: Path, seed: int, settings: JudgeSettings, pictures: PictureSettings
 ) -> dict[str, Any]:
-    """Trains the judges of ``roles`` and saves them to ``assets/rewards/<role>``.
+    """Trains the judge of ``role`` and saves it to ``assets/rewards/<role>``.
 
     Pictures also pass through the autoencoder at ``assets/policy/vae``, which must be trained.
 
     Returns:
-        For each role its settings, size and quality on held-out decoded pictures.
+        its size, and its quality on held-out pictures.
     """
-    settings = settings or JudgesSettings()
     vae = load_autoencoder(assets)
-    pool = draw_judge_pool(seed, "judge", settings.groups, GROUP)
-    pool = decode_share(pool, vae, settings.decoded_share, settings.latent_noise, seed)
-    held_out = draw_judge_pool(seed, "test", settings.held_out, HELD_OUT_GROUP)
-    held_out_decoded = decode_share(held_out, vae, 1.0, 0.0, seed)
-    report: dict[str, Any] = {}
-    for role in roles:
-        start = time.monotonic()
-        torch.manual_seed(seed * 1000 + 17 * (1 + list(MODELS).index(role)))
-        chosen: JudgeSettings = getattr(settings, role)
-        judge = train_judge(MODELS[role](words()), chosen, pool)
-        folder = assets / "rewards" / role
-        with atomic_folder(folder) as temporary:
-            judge.save(temporary)
-        reward = load_reward(RewardConfig(model=role, source=str(folder), batch_size=256), "cpu")
-        report[role] = {
-            "settings": chosen.model_dump(mode="json"),
-            "parameters": sum(p.numel() for p in judge.parameters()),
-            "seconds": round(time.monotonic() - start),
-            **judge_quality(reward, held_out_decoded, held_out),
-        }
-    return report
+    pool = draw_judge_pool(seed, "judge", pictures.groups, GROUP)
+    pool = decode_share(pool, vae, pictures.decoded_share, pictures.latent_noise, seed)
+    torch.manual_seed(seed * 1000 + 17 * (1 + list(MODELS).index(role)))
+    judge = train_judge(MODELS[role](words()), settings, pool)
+    folder = assets / "rewards" / role
+    with atomic_folder(folder) as temporary:
+        judge.save(temporary)
+    reward = load_reward(RewardConfig(model=role, source=str(folder), batch_size=256), "cpu")
+    held_out = draw_judge_pool(seed, "test", pictures.held_out, HELD_OUT_GROUP)
+    decoded = decode_share(held_out, vae, 1.0, 0.0, seed)
+    parameters = sum(parameter.numel() for parameter in judge.parameters())
+    return {"parameters": parameters} | judge_quality(reward, decoded, held_out)
 
 
 def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) -> SmallReward:
@@ -167,8 +156,9 @@ def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) ->
             batch = _draw_batch(material, settings, matching)
             encoded = judge.encode_image(batch.pixels)
             captions = judge.encode_caption(batch.ids)
-            content = head.picture_loss(judge.summary(encoded), batch)
-            content = content + head.caption_loss(captions, batch)
+            content = head.cells_loss(judge.summary(encoded), batch)
+            content = content + head.facts_loss(judge.picture_facts(encoded), batch)
+            content = content + head.facts_loss(captions, batch)
             loss = content
             if matching:
                 match = _matching_loss(judge, encoded, captions, batch)

@@ -13,6 +13,7 @@ from benchmarks.mini_world import world
 from benchmarks.mini_world.attribute_training import accuracy, caption_shares
 from benchmarks.mini_world.autoencoder import reconstruct
 from benchmarks.mini_world.build import MANIFEST, PARTS, SIZE_LIMIT, load_autoencoder
+from benchmarks.mini_world.judges import MODELS
 from benchmarks.mini_world.pictures import draw_pool
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
@@ -63,6 +64,10 @@ def test_reported_quality_is_within_what_the_mini_world_needs(manifest: dict[str
         assert measured["attributes"][kind]["score"] >= 0.98
     for report in measured["policy"]["test"].values():
         assert 0.75 <= report["attribute_accuracy"] <= 0.92
+    for role in MODELS:
+        # Over captions that differ in one attribute of any kind, relations included.
+        assert measured[role]["auc"] >= 0.95, role
+        assert measured[role]["auc_rendered"] >= 0.95, role
 
 
 @pytest.mark.parametrize("through_autoencoder", [False, True])
