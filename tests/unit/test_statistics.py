@@ -8,8 +8,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import statistics
 from benchmarks.statistics import (
+    bootstrap,
     bootstrap_means,
     checkpoint_comparisons,
     checkpoint_intervals,
@@ -88,7 +88,7 @@ def test_bootstrap_depends_on_its_seed_alone(monkeypatch: pytest.MonkeyPatch) ->
     scores = RNG.normal(size=(2, 33))
     whole = bootstrap_means(scores, resamples=500, seed=4)
     assert not np.array_equal(whole, bootstrap_means(scores, resamples=500, seed=5))
-    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 33 * 7)
+    monkeypatch.setattr(bootstrap, "CHUNK_ELEMENTS", 33 * 7)
     assert bootstrap_means(scores, resamples=500, seed=4) == pytest.approx(whole, rel=1e-12)
 
 

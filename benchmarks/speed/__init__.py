@@ -1,0 +1,1 @@
+"""Timed benchmarks of single parts, each a module to be run: ``python -m benchmarks.speed.X``."""
