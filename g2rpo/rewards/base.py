@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from g2rpo.config import StrictModel, nearest
 from g2rpo.errors import UserError
+from g2rpo.rewards.unified_reward.config import QuestionConfig
 
 Images = Tensor | Sequence[Tensor]
 """uint8 RGB: one tensor ``[N, H, W, 3]``, or N of ``[H, W, 3]``, each of its own size."""
@@ -33,13 +34,25 @@ class RewardConfig(StrictModel):
     """Choice among a model's published variants or score scales; None means its default."""
     batch_size: int = Field(default=32, ge=1)
     """Images per forward pass; scores do not depend on it beyond float32 rounding."""
+    question: QuestionConfig | None = None
+    """How a model that is asked in words is asked; for no other."""
+
+    @model_serializer(mode="wrap")
+    def _without_an_absent_question(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs are named by a hash of this: those of the other models keep their names.
+        fields: dict[str, Any] = handler(self)
+        if self.question is None:
+            fields.pop("question", None)
+        return fields
 
 
 class RewardModel(Protocol):
     """Anything that scores images against prompts."""
 
-    name: str
-    """Registry name."""
+    @property
+    def name(self) -> str:
+        """Registry name."""
+
     version: str
     """Model version and score convention, e.g. ``v2.1`` or ``v1-cosine``."""
     weights_hash: str
@@ -108,8 +121,8 @@ def choose_variant(config: RewardConfig, valid: Sequence[str]) -> str:
 class BatchedReward(ABC):
     """Base of the reward models: checks, batches, and verifies.
 
-    A subclass splits the work of a batch in two: :meth:`prepare`, on the CPU and in any thread,
-    so that it can run ahead, and :meth:`evaluate`, on the device.
+    The work of a batch is in two parts: :meth:`prepare`, on the CPU and in any thread, so that it
+    can run ahead, and :meth:`evaluate`, on the device.
     """
 
     name: ClassVar[str]
@@ -135,9 +148,12 @@ class BatchedReward(ABC):
             UserError: the weights are not there or do not fit, and how to get them.
         """
 
-    @abstractmethod
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
-        """What :meth:`evaluate` needs of B checked images and prompts, on the CPU; thread-safe."""
+        """What :meth:`evaluate` needs of B checked images and prompts, on the CPU; thread-safe.
+
+        Images and prompts as they are, unless a subclass can do some of its work here.
+        """
+        return images, prompts
 
     @abstractmethod
     def evaluate(self, prepared: Any) -> Tensor:

@@ -1,9 +1,9 @@
 """PickScore: a CLIP ViT-H-14 tuned on Pick-a-Pic preferences (arXiv 2305.01569).
 
-Three scales of one score are in use. The authors' model card gives the logit,
-``exp(logit_scale) * cosine`` (about 22 for a good image); Flow-GRPO's code divides it by 26; the
-G2RPO paper's tables show about 0.226, which is the logit over its scale of 100, the cosine. The
-cosine is the default here, because it is what the reproduced tables hold.
+Several scales of one score are in use. The authors' model card gives the logit,
+``exp(logit_scale) * cosine`` (about 22 for a good image); Flow-GRPO's code divides it by 26; others
+take (logit - 18) / 8; the G2RPO paper's tables show about 0.226, which is the logit over its scale
+of 100, the cosine. The cosine is the default here, because it is what the reproduced tables hold.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from g2rpo.files import sha256_file
-from g2rpo.rewards.base import (
-    BatchedReward,
-    PreparedPairs,
-    RewardConfig,
-    choose_variant,
-    once_each,
-)
+from g2rpo.rewards.base import PreparedPairs, RewardConfig, choose_variant, once_each
+from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
     PromptTokenizer,
@@ -35,7 +30,20 @@ from g2rpo.rewards.weights import (
 
 PUBLISHED = "yuvalkirstain/PickScore_v1"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-SCALES = ("cosine", "logit")
+SCALES = ("cosine", "logit", "logit26", "normalised")
+
+
+def scale_of(name: str, logit_scale: float) -> tuple[float, float]:
+    """Factor and offset that turn a cosine into the score on the scale ``name``.
+
+    ``logit_scale`` is the model's own, about 100.
+    """
+    return {
+        "cosine": (1.0, 0.0),
+        "logit": (logit_scale, 0.0),
+        "logit26": (logit_scale / 26, 0.0),
+        "normalised": (logit_scale / 8, -18 / 8),
+    }[name]
 
 
 def read_preprocessing(path: Path) -> Preprocessing:
@@ -60,8 +68,8 @@ def text_features(model: CLIPModel, ids: Tensor, mask: Tensor) -> Tensor:
     return nn.functional.normalize(features, dim=-1)
 
 
-class PickScore(BatchedReward):
-    """PickScore v1; ``variant`` chooses the scale: ``cosine`` (default) or ``logit``."""
+class PickScore(ImageTower):
+    """PickScore v1; ``variant`` chooses one of :data:`SCALES`, by default the cosine."""
 
     name = "pick_score"
 
@@ -78,7 +86,7 @@ class PickScore(BatchedReward):
         tokenizer, text = load_tokenizer(folder), self.model.config.text_config
         check_vocabulary(str(folder), len(tokenizer), text.vocab_size)
         self.tokenizer = PromptTokenizer(tokenizer, int(text.max_position_embeddings))
-        self.factor = float(self.model.logit_scale.exp()) if scale == "logit" else 1.0
+        self.factor, self.offset = scale_of(scale, float(self.model.logit_scale.exp()))
 
     @classmethod
     def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
@@ -98,12 +106,17 @@ class PickScore(BatchedReward):
         distinct, index = once_each(prompts)
         return PreparedPairs(self.preprocessing(images), self.tokenizer(distinct), index)
 
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """See :meth:`ImageTower.encode_pixels`."""
+        return image_features(self.model, pixels)
+
     def evaluate(self, prepared: PreparedPairs) -> Tensor:
         """Scores ``[B]`` at the chosen scale."""
         pairs = prepared.to(self.device)
-        of_images = image_features(self.model, pairs.pixels)
+        of_images = self.encode_pixels(pairs.pixels)
         of_texts = text_features(self.model, pairs.tokens.input_ids, pairs.tokens.attention_mask)
-        return self.factor * (of_images * of_texts[pairs.index]).sum(-1)
+        cosines = (of_images * of_texts[pairs.index]).sum(-1)
+        return self.factor * cosines + self.offset
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
         """See :meth:`BatchedReward.too_long`."""

@@ -7,7 +7,7 @@ import torch
 
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
-from g2rpo.rewards.base import RewardConfig, RewardModel
+from g2rpo.rewards.base import BatchedReward, RewardConfig
 
 # "module:Class", imported at first use: a run needs only the libraries of its own rewards.
 REWARDS: dict[str, str] = {
@@ -15,6 +15,7 @@ REWARDS: dict[str, str] = {
     "clip": "g2rpo.rewards.clip_score:CLIPScore",
     "pick_score": "g2rpo.rewards.pick_score:PickScore",
     "image_reward": "g2rpo.rewards.image_reward:ImageReward",
+    "unified_reward": "g2rpo.rewards.unified_reward.reward:UnifiedReward",
     "attributes": "g2rpo.rewards.attributes:AttributeJudge",
 }
 
@@ -25,7 +26,7 @@ def check_reward_name(name: str) -> None:
         raise UserError(f"unknown reward {name!r}; {nearest(name, REWARDS)}")
 
 
-def load_reward(config: RewardConfig, device: torch.device | str) -> RewardModel:
+def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedReward:
     """Loads the reward model that ``config`` names.
 
     Raises:
@@ -34,4 +35,6 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> RewardModel
     check_reward_name(config.model)
     module, _, cls = REWARDS[config.model].partition(":")
     loader = getattr(import_module(module), cls)
-    return cast(RewardModel, loader.load(config, device))
+    if config.question is not None and not loader.part_names:
+        raise UserError(f"reward {config.model}: it is not asked in words; remove `question`")
+    return cast(BatchedReward, loader.load(config, device))

@@ -13,7 +13,7 @@ from benchmarks.tiny_models import build_tiny_models
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.preprocessing import Preprocessing
-from g2rpo.rewards.registry import REWARDS, load_reward
+from g2rpo.rewards.registry import load_reward
 
 PROMPTS = world.make_captions(7, "train", 6) * 2
 WEIGHTS = {
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tiny: Path) -> dict[str, RewardModel]:
-    return {name: load(tiny, name) for name in REWARDS}
+    return {name: load(tiny, name) for name in WEIGHTS}
 
 
 def load(tiny: Path, name: str, **changes: object) -> RewardModel:
@@ -49,7 +49,7 @@ def pictures(number: int = len(PROMPTS), height: int = 32, width: int = 32) -> T
     return smooth.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", WEIGHTS)
 class TestEveryReward:
     def test_fulfils_the_protocol(self, models: dict[str, RewardModel], name: str) -> None:
         reward = models[name]
@@ -80,6 +80,18 @@ class TestEveryReward:
         fives = load(tiny, name, batch_size=5).score(images, PROMPTS)
         torch.testing.assert_close(whole, torch.cat(single), atol=1e-5, rtol=0)
         torch.testing.assert_close(whole, fives, atol=1e-5, rtol=0)
+
+    def test_images_of_any_sizes_go_together(
+        self, models: dict[str, RewardModel], name: str
+    ) -> None:
+        sizes = [(32, 32), (20, 60), (64, 64), (90, 30)]
+        images = [pictures(1, *size)[0] for size in sizes]
+        together = models[name].score(images, PROMPTS[:4])
+        alone = [
+            models[name].score(image[None], [prompt])
+            for image, prompt in zip(images, PROMPTS, strict=False)
+        ]
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
     def test_order_does_not_matter(self, models: dict[str, RewardModel], name: str) -> None:
         images = pictures()
@@ -206,6 +218,23 @@ def test_pick_score_scales(tiny: Path) -> None:
     expected = weights["logit_scale"].exp() * cosine.score(pictures(), PROMPTS)
     torch.testing.assert_close(logit.score(pictures(), PROMPTS), expected, atol=1e-5, rtol=1e-5)
     assert (cosine.version, logit.version) == ("v1-cosine", "v1-logit")
+    for variant, of_logit in (("logit26", expected / 26), ("normalised", (expected - 18) / 8)):
+        scores = load(tiny, "pick_score", variant=variant).score(pictures(), PROMPTS)
+        torch.testing.assert_close(scores, of_logit, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("hps", 22), ("clip", 22), ("pick_score", 22), ("image_reward", 33)]
+)
+def test_prompts_longer_than_the_context_are_told(tiny: Path, name: str, words: int) -> None:
+    model = load_reward(RewardConfig(model=name, source=str(tiny / "rewards" / name)), "cpu")
+    fits, too_long = " ".join(["red"] * words), " ".join(["red"] * (words + 1))
+    assert model.too_long([fits, too_long, "a circle"]) == [False, True, False]
+    whole, cut = (
+        model.score(pictures(1), [text])
+        for text in (" ".join(["red"] * (words + 5)), " ".join(["red"] * (words + 9)))
+    )
+    torch.testing.assert_close(whole, cut)
 
 
 class TestPreprocessing:

@@ -1,0 +1,217 @@
+"""A tiny Qwen2.5-VL in the files of the large ones, made offline: random, or taught a few answers.
+
+A random network cannot answer in a format, so :func:`teach` trains one on given examples until it
+repeats them; what it says of anything else means nothing.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from g2rpo.files import atomic_folder, atomic_write_text
+from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER
+
+END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+CONTROL = [END_OF_TEXT, TURN, END_OF_TURN, VISION_START, VISION_END, IMAGE, VIDEO]
+QUESTION = f"Alignment, Coherence and Style Score (1-5) of the image for: {PLACEHOLDER}"
+CHAT = (
+    "{% for turn in messages %}"
+    f"{TURN}"
+    "{{ turn.role }}\n"
+    "{% for part in turn.content %}"
+    "{% if part.type == 'image' %}"
+    f"{VISION_START}{IMAGE}{VISION_END}"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    f"{END_OF_TURN}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    f"{TURN}assistant\n"
+    "{% endif %}"
+)
+PATCH, MERGE = 14, 2
+WIDTH, VISION_WIDTH = 64, 32
+ASPECTS = ("Alignment", "Coherence", "Style")
+MARKS = ("1", "2.5", "3", "4.5", "5")
+CORPUS = [
+    QUESTION,
+    "system user assistant",
+    *(f"{aspect} Score (1-5): {mark}\n" for aspect in ASPECTS for mark in MARKS),
+]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """An image (uint8 ``[H, W, 3]``), its caption, and the answer to be learnt."""
+
+    image: Tensor
+    prompt: str
+    answer: str
+
+
+def build_small_vlm(folder: Path, seed: int = 0) -> Path:
+    """Builds a random network of two layers, its processor and its question in ``folder``.
+
+    Returns:
+        ``folder``, as ``unified_reward`` loads it by ``source``.
+    """
+    with torch.random.fork_rng(devices=[]), atomic_folder(folder) as temporary:
+        torch.manual_seed(seed)
+        processor = _processor()
+        processor.save_pretrained(temporary)
+        _network(processor.tokenizer).save_pretrained(temporary)
+        atomic_write_text(temporary / BESIDE_THE_MODEL, QUESTION)
+    return folder
+
+
+def _processor() -> Qwen2_5_VLProcessor:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # All bytes, so that any text can be written, and the words of the format as one token each.
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=CONTROL, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    written = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in written["merges"]]
+    fast = Qwen2TokenizerFast(
+        vocab=written["vocab"],
+        merges=merges,
+        eos_token=END_OF_TURN,
+        pad_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        additional_special_tokens=CONTROL[1:],
+    )
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            patch_size=PATCH,
+            merge_size=MERGE,
+            temporal_patch_size=2,
+            size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": (4 * PATCH * MERGE) ** 2},
+        ),
+        tokenizer=fast,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT,
+    )
+
+
+def _network(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
+    ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(CONTROL), strict=True))
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 3, 3],
+            },
+            "bos_token_id": ids[END_OF_TEXT],
+            "eos_token_id": ids[END_OF_TURN],
+            "pad_token_id": ids[END_OF_TEXT],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": VISION_WIDTH,
+            "intermediate_size": 2 * VISION_WIDTH,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "window_size": 4 * PATCH,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids[IMAGE],
+        video_token_id=ids[VIDEO],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        tie_word_embeddings=False,
+    )
+    network = Qwen2_5_VLForConditionalGeneration(config).eval()
+    network.generation_config.update(
+        eos_token_id=[ids[END_OF_TURN], ids[END_OF_TEXT]], pad_token_id=ids[END_OF_TEXT]
+    )
+    return network
+
+
+def teach(folder: Path, lessons: Sequence[Lesson], steps: int = 400) -> float:
+    """Trains the network in ``folder`` on ``lessons`` until it says all of them, and saves it.
+
+    Returns:
+        the last loss, a mean over the answers' tokens.
+
+    Raises:
+        RuntimeError: it does not say them after ``steps`` steps.
+    """
+    processor = AutoProcessor.from_pretrained(folder)
+    network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    batch = _lesson_batch(processor, (folder / BESIDE_THE_MODEL).read_text(), lessons)
+    labels = batch.pop("labels")[:, 1:]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(steps):
+        logits = network(**batch).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        if _least_margin(logits.detach(), labels) > 2.0:
+            network.save_pretrained(folder)
+            return float(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+    raise RuntimeError(f"{steps} steps were not enough to learn {len(lessons)} answers")
+
+
+def _least_margin(logits: Tensor, labels: Tensor) -> float:
+    """By how much each answer's tokens lead the next best, at the least."""
+    taught = labels != -100
+    chosen, others = logits[taught], logits[taught].clone()
+    target = labels[taught][:, None]
+    others.scatter_(1, target, float("-inf"))
+    return float((chosen.gather(1, target)[:, 0] - others.amax(1)).min())
+
+
+def _lesson_batch(processor: Any, question: str, lessons: Sequence[Lesson]) -> Any:
+    """Inputs of the network, and labels ``[N, L]`` that are -100 but in the answers."""
+    asked, full = [], []
+    for lesson in lessons:
+        text = question.replace(PLACEHOLDER, lesson.prompt)
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        chat = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        asked.append(chat)
+        full.append(f"{chat}{lesson.answer}{END_OF_TURN}")
+    pictures = [Image.fromarray(lesson.image.numpy()) for lesson in lessons]
+    processor.tokenizer.padding_side = "right"
+    batch = processor(text=full, images=pictures, padding=True, return_tensors="pt")
+    before = processor(text=asked, images=pictures, padding=True, return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, length in enumerate(before["attention_mask"].sum(1).tolist()):
+        labels[row, :length] = -100
+    batch["labels"] = labels
+    return batch

@@ -1,0 +1,156 @@
+"""Reading scores out of answers: many spellings of a score, and nothing that is not one."""
+
+import re
+import string
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from g2rpo.rewards.unified_reward.answers import (
+    MalformedAnswerError,
+    Scores,
+    excerpt,
+    read_scores,
+    well_formed,
+)
+from g2rpo.rewards.unified_reward.config import ASPECTS
+
+TAUGHT = Scores(4.5, 3.0, 5.0)
+PLAIN = "Alignment Score: 4.5\nCoherence Score: 3\nStyle Score: 5\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Alignment Score (1-5): 4.5\nCoherence Score (1-5): 3\nStyle Score (1-5): 5",
+        PLAIN,
+        "alignment: 4.5, COHERENCE: 3.0, Style: 5.",
+        "Alignment: 4.5; coherence: 3; style: 5",
+        "**Alignment Score (1-5):** 4.5\n\n**Coherence Score**: **3**\n* __Style Score__: _5_",
+        "### Alignment Score\n:\n4.5\r\n### Coherence Score :\r\n3\r\n### Style Score =5",
+        "Alignment Score (1 to 5): 4.5/5 Coherence Score (out of 5): 3 / 5 Style: 5 out of 5",
+        '{"alignment_score": 4.5, "coherence_score": 3, "style_score": "5"}',
+        "Style Score: 5 - pleasant\nCoherence Score: 3 (a hand is broken)\nAlignment Score: 4.50",
+        '[["style", 0.3], ["Coherence:", 2], ["[No_mistakes]", 0.9]]\n\n' + PLAIN,
+        "Style: 3D rendering, Coherence: 5 fingers are seen. Alignment: good.\n" + PLAIN,
+        "Alignment Score: 4.5\nCoherence Score: 3\nStyle Score: 5\nAs said, style: 5.0",
+        "Alignment Rating: 4.5\tCoherence Rating: 3\tStyle Rating: 5",
+    ],
+)
+def test_spellings_of_the_same_scores(answer: str) -> None:
+    assert read_scores(answer, 1, 5) == TAUGHT
+
+
+GOOD = "Alignment Score: 4\nCoherence Score: 3\nStyle Score: 5\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "no score for alignment and coherence and style"),
+        ("A fine image. 4.5, 3, 5.", "no score for alignment"),
+        ("Alignment Score: 4\nStyle Score: 5", "no score for coherence$"),
+        ("Misalignment: 4\nnon-coherence: 3\nStylish: 5", "no score for alignment"),
+        ("Alignment 4\nCoherence 3\nStyle 5", "no score for alignment"),
+        ("Alignment Score: X\nCoherence Score: Y\nStyle Score: Z", "no score for alignment"),
+        (GOOD.replace("4", "5.5"), "alignment 5.5 is outside 1 to 5"),
+        (GOOD.replace("4", "0"), "alignment 0 is outside"),
+        (GOOD.replace("4", "-4"), "alignment -4 is outside"),
+        (GOOD.replace("4", "9" * 400), "alignment inf is outside"),
+        (GOOD.replace("4", "NaN"), "score for alignment is not a plain number"),
+        (GOOD.replace("4", "inf"), "not a plain number"),
+        (GOOD.replace("4", "N/A"), "not a plain number"),
+        (GOOD.replace("4", "4,5"), "not a plain number"),
+        (GOOD.replace("4", "4-5"), "not a plain number"),
+        (GOOD.replace("4", "4 - 5"), "not a plain number"),
+        (GOOD.replace("4", "4.5.1"), "not a plain number"),
+        (GOOD.replace("4", "4e0"), "not a plain number"),
+        (GOOD.replace("4", ".5"), "not a plain number"),
+        (GOOD.replace("4", "4 stars"), "not a plain number"),
+        (GOOD.replace("4", "4/10"), "alignment is out of 10, not of 5"),
+        (GOOD.replace("4", "4 out of 10"), "out of 10"),
+        (GOOD.replace("4", "4 (out of 10)"), "out of 10"),
+        (GOOD.replace("Alignment Score", "Alignment Score (1-10)"), r"on the scale \(1-10\)"),
+        (GOOD + "Alignment: 3", "alignment is both 4 and 3"),
+        (GOOD + "Alignment Score: none", "not a plain number"),
+    ],
+)
+def test_what_is_no_answer_is_refused(answer: str, reason: str) -> None:
+    with pytest.raises(MalformedAnswerError, match=reason):
+        read_scores(answer, 1, 5)
+    assert not well_formed(answer, 1, 5)
+
+
+def test_the_scale_is_the_templates() -> None:
+    answer = "Alignment Score (0-10): 7/10\nCoherence Score: 0\nStyle Score: 9.5"
+    assert read_scores(answer, 0, 10) == Scores(7.0, 0.0, 9.5)
+    assert not well_formed(answer, 1, 5)
+
+
+scores = st.integers(10, 50).map(lambda tenths: tenths / 10)
+
+
+@st.composite
+def spelled(draw: st.DrawFn, aspect: str, value: float) -> str:
+    """One way to write that ``aspect`` has ``value``."""
+    name = draw(st.sampled_from([aspect, aspect.title(), aspect.upper()]))
+    word = draw(st.sampled_from(["", " Score", " score", "_score", " rating"]))
+    scale = draw(st.sampled_from(["", " (1-5)", " (1 to 5)", " (out of 5)"]))
+    mark = draw(st.sampled_from(["", "**", "_", "`"]))
+    colon = draw(st.sampled_from([":", ": ", " : ", " = ", ":\n", f"{mark}: "]))
+    number = draw(st.sampled_from([f"{value:g}", f"{value:.1f}", f"{value:.3f}"]))
+    top = draw(st.sampled_from(["", "/5", " / 5", " out of 5"]))
+    return f"{mark}{name}{word}{scale}{colon}{mark}{number}{top}{mark}"
+
+
+@given(st.data(), scores, scores, scores)
+def test_formatted_answers_round_trip(
+    data: st.DataObject, alignment: float, coherence: float, style: float
+) -> None:
+    written = Scores(alignment, coherence, style)
+    parts = [data.draw(spelled(a, v)) for a, v in zip(ASPECTS, written, strict=True)]
+    order = data.draw(st.permutations(parts))
+    between = data.draw(st.sampled_from(["\n", "\r\n", "\n\n- ", ", ", "; ", ".\n", " | "]))
+    assert read_scores(between.join(order), 1, 5) == written
+
+
+@given(st.text(max_size=300))
+def test_random_text_is_never_a_score(text: str) -> None:
+    assume(any(aspect not in text.lower() for aspect in ASPECTS))
+    assert not well_formed(text, 1, 5)
+
+
+pieces = st.sampled_from(
+    ["alignment", "Coherence", "style", " score", ":", "=", " ", "\n", "4", "5", ".", ",", "/",
+     "-", "(", ")", "1-5", "nan", "*", "_"]
+)  # fmt: skip
+
+
+@given(st.lists(pieces, max_size=40).map("".join))
+def test_pieces_of_answers_give_scores_in_range_or_nothing(text: str) -> None:
+    if well_formed(text, 1, 5):
+        found = read_scores(text, 1, 5)
+        assert all(1 <= value <= 5 for value in found)
+        assert all(aspect in text.lower() for aspect in ASPECTS)
+        assert all(re.search(rf"(?<![0-9.]){value:g}(?![0-9])", text) for value in found)
+
+
+@given(st.sampled_from(ASPECTS), scores, scores)
+def test_an_aspect_with_two_scores_is_refused(aspect: str, first: float, second: float) -> None:
+    assume(first != second)
+    others = [f"{other}: 3" for other in ASPECTS if other != aspect]
+    text = "\n".join([f"{aspect}: {first}", *others, f"{aspect}: {second}"])
+    with pytest.raises(MalformedAnswerError, match=f"{aspect} is both"):
+        read_scores(text, 1, 5)
+
+
+def test_long_runs_of_marks_are_read_in_linear_time() -> None:
+    assert not well_formed("alignment" + "*" * 200_000 + "style (" * 50_000, 1, 5)
+
+
+@given(st.text(alphabet=string.printable, max_size=500))
+def test_an_excerpt_is_one_short_line(text: str) -> None:
+    line = excerpt(text)
+    assert len(line) <= 200 and "\n" not in line
+    assert " ".join(text.split()).endswith(line.removeprefix("…"))

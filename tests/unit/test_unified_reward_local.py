@@ -1,0 +1,348 @@
+"""UnifiedReward in this process: a tiny Qwen2.5-VL, random and taught, and its cache of answers."""
+
+import json
+import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from benchmarks.small_vlm import Lesson, build_small_vlm, teach
+from g2rpo.errors import UserError
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.registry import load_reward
+from g2rpo.rewards.unified_reward.cache import AnswerCache, answer_key, default_folder
+from g2rpo.rewards.unified_reward.local import hash_files
+from g2rpo.rewards.unified_reward.reward import UnifiedReward
+
+
+def plain(red: int, green: int, blue: int, height: int = 40, width: int = 40) -> Tensor:
+    colour = torch.tensor([red, green, blue], dtype=torch.uint8)
+    return colour.expand(height, width, 3).contiguous()
+
+
+def written(alignment: float, coherence: float, style: float) -> str:
+    scores = {"Alignment": alignment, "Coherence": coherence, "Style": style}
+    return "\n".join(f"{aspect} Score (1-5): {score:g}" for aspect, score in scores.items())
+
+
+# The first two differ in their image alone.
+LESSONS = [
+    Lesson(plain(220, 30, 30), "a red square", written(4.5, 3, 5)),
+    Lesson(plain(30, 30, 220, 60, 40), "a red square", written(1, 2.5, 4.5)),
+    Lesson(plain(30, 220, 30, 40, 80), "a much longer caption: a field", written(5, 1, 3)),
+]
+IMAGES = [lesson.image for lesson in LESSONS]
+PROMPTS = [lesson.prompt for lesson in LESSONS]
+TAUGHT = torch.tensor([[12.5, 4.5, 3, 5], [8, 1, 2.5, 4.5], [9, 5, 1, 3]])
+TAUGHT[:, 0] /= 3
+
+
+@pytest.fixture(autouse=True)
+def _cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small_vlm(tmp_path_factory.mktemp("random") / "vlm")
+
+
+@pytest.fixture(scope="module")
+def folder(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    taught = tmp_path_factory.mktemp("taught") / "vlm"
+    shutil.copytree(random_folder, taught)
+    teach(taught, LESSONS)
+    return taught
+
+
+def load(folder: Path, **question: Any) -> UnifiedReward:
+    config = {"model": "unified_reward", "source": str(folder), "question": question}
+    reward = load_reward(RewardConfig.model_validate(config), "cpu")
+    assert isinstance(reward, UnifiedReward)
+    return reward
+
+
+def ask(reward: UnifiedReward, images: list[Tensor], prompts: list[str]) -> list[str]:
+    return reward.backend.ask(reward.prepare(images, prompts).inputs)
+
+
+def scores(reward: UnifiedReward, order: list[int]) -> Tensor:
+    prompts = [PROMPTS[i] for i in order]
+    return reward.score_prepared(reward.prepare([IMAGES[i] for i in order], prompts), prompts)
+
+
+class TestGeneration:
+    @pytest.mark.parametrize("penalty", [1.0, 1.5])
+    def test_batched_equals_single(
+        self, random_folder: Path, tmp_path: Path, penalty: float
+    ) -> None:
+        folder = tmp_path / "vlm"
+        shutil.copytree(random_folder, folder)
+        settings = json.loads((folder / "generation_config.json").read_text())
+        # As published checkpoints have it; sampling must not come of it.
+        settings |= {"repetition_penalty": penalty, "do_sample": True, "temperature": 1.5}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        reward = load(folder, max_answer_tokens=24, cache=False)
+        draws = torch.Generator().manual_seed(1)
+        sizes = [(28, 28), (64, 40), (90, 30), (33, 80), (50, 50), (112, 112)]
+        images = [
+            torch.randint(0, 256, (*size, 3), generator=draws, dtype=torch.uint8) for size in sizes
+        ]
+        prompts = ["a", "a cat " * 9, "x" * 40, "ein Kätzchen, 猫", '{prompt} "q"\n', "b c"]
+        together = ask(reward, images, prompts)
+        alone = [ask(reward, [i], [p])[0] for i, p in zip(images, prompts, strict=True)]
+        assert together == alone
+        assert len(set(together)) == len(together) and all(together)
+        # A repetition penalty counts the question's tokens, padding included: no new one is there.
+        padded = reward.prepare(images, prompts).inputs["input_ids"]
+        for row, image, prompt in zip(padded, images, prompts, strict=True):
+            plainly = reward.prepare([image], [prompt]).inputs["input_ids"]
+            assert set(row.tolist()) == set(plainly[0].tolist())
+
+    def test_answers_are_of_the_configured_length(self, random_folder: Path) -> None:
+        short = ask(load(random_folder, max_answer_tokens=3), IMAGES[:1], PROMPTS[:1])[0]
+        longer = ask(load(random_folder, max_answer_tokens=9), IMAGES[:1], PROMPTS[:1])[0]
+        assert longer.startswith(short.rstrip("\ufffd")) and len(longer) > len(short)
+
+    def test_prepare_is_thread_safe(self, random_folder: Path) -> None:
+        reward = load(random_folder, cache=False)
+        orders = [[0], [1, 2], [2, 0, 1], [1]] * 4
+
+        def one(order: list[int]) -> dict[str, Tensor]:
+            prepared = reward.prepare([IMAGES[i] for i in order], [PROMPTS[i] for i in order])
+            return dict(prepared.inputs)
+
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(one, orders))
+        for order, inputs in zip(orders, together, strict=True):
+            expected = one(order)
+            assert inputs.keys() == expected.keys()
+            assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+class TestScores:
+    def test_taught_scores_are_read(self, folder: Path) -> None:
+        reward = load(folder)
+        torch.testing.assert_close(scores(reward, [0, 1, 2]), TAUGHT, atol=1e-6, rtol=0)
+        assert reward.columns == (
+            "unified_reward",
+            "unified_reward.alignment",
+            "unified_reward.coherence",
+            "unified_reward.style",
+        )
+
+    def test_batches_and_order_do_not_matter(self, folder: Path) -> None:
+        reward = load(folder, cache=False)
+        order = [2, 0, 1, 1, 0]
+        together = scores(reward, order)
+        torch.testing.assert_close(together, TAUGHT[order], atol=1e-6, rtol=0)
+        assert torch.equal(together, torch.cat([scores(reward, [i]) for i in order]))
+        reward.batch_size = 2
+        prompts = [PROMPTS[i] for i in order]
+        assert torch.equal(reward.score([IMAGES[i] for i in order], prompts), together[:, 0])
+        assert reward.score([], []).shape == (0,)
+
+    @pytest.mark.parametrize(
+        ("aggregate", "weights"),
+        [
+            ("alignment", (1, 0, 0)),
+            ("coherence", (0, 1, 0)),
+            ("style", (0, 0, 1)),
+            ({"alignment": 3, "style": 1}, (0.75, 0, 0.25)),
+        ],
+    )
+    def test_aggregates(self, folder: Path, aggregate: Any, weights: tuple[float, ...]) -> None:
+        found = scores(load(folder, aggregate=aggregate), [0, 1, 2])
+        expected = [sum(w * float(s) for w, s in zip(weights, row[1:])) for row in TAUGHT]  # noqa: B905
+        torch.testing.assert_close(found[:, 0], torch.tensor(expected))
+        assert torch.equal(found[:, 1:], TAUGHT[:, 1:])
+
+    def test_names_what_was_measured(self, folder: Path) -> None:
+        reward = load(folder, aggregate="style")
+        assert reward.name == "unified_reward"
+        assert reward.version == "vlm-style"
+        assert reward.weights_hash == hash_files(folder, ("model.safetensors",))
+        assert len(reward.template_hash or "") == 64
+        assert load(folder, template="own").template_hash != reward.template_hash
+
+    def test_an_answer_without_scores_is_refused(self, random_folder: Path) -> None:
+        reward = load(random_folder, max_answer_tokens=300)
+        with pytest.raises(UserError, match="no score for") as caught:
+            reward.score(IMAGES[:1], ["a red square"])
+        message = str(caught.value)
+        assert "'a red square'" in message and "\n" not in message
+        assert len(message) < 200 + 350
+        assert not list(default_folder().rglob("*.json"))
+
+    def test_control_tokens_in_a_prompt_are_refused(self, folder: Path) -> None:
+        with pytest.raises(UserError, match=r"<\|image_pad\|> stands in .*two <\|image_pad\|>"):
+            load(folder).score(IMAGES[:1], ["two <|image_pad|>"])
+
+    def test_precision_is_chosen(self, folder: Path) -> None:
+        assert load(folder).backend.settings["dtype"] == "float32"
+        low = load(folder, dtype="bfloat16")
+        assert next(low.backend.network.parameters()).dtype == torch.bfloat16  # type: ignore[attr-defined]
+        torch.testing.assert_close(scores(low, [0, 1, 2]), TAUGHT, atol=1e-6, rtol=0)
+
+
+class TestCache:
+    def test_a_known_answer_is_not_asked_again(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = scores(load(folder), [0, 1])
+        assert len(list((tmp_path / "cache" / "g2rpo" / "answers").rglob("*.json"))) == 2
+        again = load(folder)
+        asked: list[int] = []
+        real = again.backend.ask
+
+        def counted(inputs: Any) -> list[str]:
+            asked.append(len(inputs["input_ids"]))
+            return real(inputs)
+
+        monkeypatch.setattr(again.backend, "ask", counted)
+        assert torch.equal(scores(again, [1, 0]), first[[1, 0]])
+        assert asked == []
+        torch.testing.assert_close(scores(again, [1, 2, 0]), TAUGHT[[1, 2, 0]])
+        assert asked == [1]
+
+    def test_can_be_switched_off_and_moved(self, folder: Path, tmp_path: Path) -> None:
+        scores(load(folder, cache=False), [0])
+        assert not (tmp_path / "cache").exists()
+        scores(load(folder, cache_folder=str(tmp_path / "mine")), [0])
+        assert len(list((tmp_path / "mine").rglob("*.json"))) == 1
+        assert not (tmp_path / "cache").exists()
+
+    def test_damaged_and_malformed_entries_are_asked_again(self, folder: Path) -> None:
+        scores(load(folder), [0])
+        entry = next(default_folder().rglob("*.json"))
+        whole = entry.read_text()
+        for damage in ("", whole[:20], "[1]", '{"answer": 3}', '{"answer": "no scores"}'):
+            entry.write_text(damage)
+            torch.testing.assert_close(scores(load(folder), [0]), TAUGHT[[0]])
+            assert entry.read_text() == whole
+
+    def test_a_key_is_of_all_that_an_answer_depends_on(self, folder: Path) -> None:
+        image, asked = plain(1, 2, 3), {"model": "m", "template": "t", "settings": {"a": 1}}
+        other = image.clone()
+        other[0, 0, 0] = 2
+        keys = {
+            answer_key(image, "p", asked),
+            answer_key(other, "p", asked),
+            answer_key(image.reshape(20, 80, 3), "p", asked),
+            answer_key(image, "q", asked),
+            *(answer_key(image, "p", asked | {key: "x"}) for key in asked),
+        }
+        assert len(keys) == 4 + len(asked)
+        assert answer_key(image.clone(), "p", dict(asked)) in keys
+        # A change of the question, the precision or a length is another key.
+        reward = load(folder)
+        changed = [
+            load(folder, template="own"),
+            load(folder, dtype="bfloat16"),
+            load(folder, max_answer_tokens=99),
+        ]
+        first = reward.prepare(IMAGES[:1], PROMPTS[:1]).keys
+        assert all(first != one.prepare(IMAGES[:1], PROMPTS[:1]).keys for one in changed)
+        # The aggregate is not: the same answer serves all of them.
+        assert first == load(folder, aggregate="style").prepare(IMAGES[:1], PROMPTS[:1]).keys
+
+    def test_a_folder_that_cannot_be_written_is_told(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"file/in: answers cannot be kept .*cache_folder"):
+            scores(load(folder, cache_folder=str(tmp_path / "file" / "in")), [0])
+
+    def test_processes_share_it(self, tmp_path: Path) -> None:
+        jobs = [(str(tmp_path), worker) for worker in range(3)]
+        with ProcessPoolExecutor(3, mp_context=get_context("fork")) as processes:
+            assert list(processes.map(hammer, jobs)) == [True] * 3
+        assert len(list(tmp_path.rglob("*.json"))) == 20
+        assert not list(tmp_path.rglob("*.tmp"))
+
+    def test_the_default_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        assert default_folder() == tmp_path / "cache" / "g2rpo" / "answers"
+        for value in ("", "relative"):
+            monkeypatch.setenv("XDG_CACHE_HOME", value)
+            assert default_folder() == Path.home() / ".cache" / "g2rpo" / "answers"
+
+
+def hammer(job: tuple[str, int]) -> bool:
+    """Writes and reads the same 20 entries as others do; True if none was ever half there."""
+    cache = AnswerCache(Path(job[0]))
+    for turn in range(60):
+        key = f"{turn % 20:064x}"
+        answer = f"answer {key} " * 500
+        cache.put(key, answer)
+        if cache.get(key) != answer:
+            return False
+    return True
+
+
+class TestLoading:
+    def test_missing_files_are_named(self, random_folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no such folder"):
+            load(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=r"has no config\.json"):
+            load(tmp_path)
+        folder = tmp_path / "vlm"
+        shutil.copytree(random_folder, folder)
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=r"has no \*\.safetensors"):
+            load(folder)
+
+    def test_damaged_weights_are_refused(self, random_folder: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "vlm"
+        shutil.copytree(random_folder, folder)
+        weights = folder / "model.safetensors"
+        whole = safetensors.torch.load_file(weights)
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(UserError, match="vlm: cannot be loaded"):
+            load(folder)
+        for change in ("missing", "shape"):
+            state = dict(whole)
+            name = "lm_head.weight"
+            if change == "missing":
+                del state[name]
+            else:
+                state[name] = state[name][:-1].contiguous()
+            safetensors.torch.save_file(state, weights, metadata={"format": "pt"})
+            with pytest.raises(UserError, match=r"vlm: .*lm_head"):
+                load(folder)
+
+    def test_another_architecture_is_refused(self, random_folder: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "vlm"
+        shutil.copytree(random_folder, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
+        with pytest.raises(UserError, match=r"'qwen3_vl', but only .*question\.server"):
+            load(folder)
+
+    def test_a_tokenizer_of_another_model_is_refused(
+        self, random_folder: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "vlm"
+        shutil.copytree(random_folder, folder)
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(UserError, match=r"tokeni[sz]er|processor"):
+            load(folder)
+
+    def test_a_hub_id_that_cannot_be_fetched(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        config = {"model": "unified_reward", "question": {"template": "own"}}
+        with pytest.raises(UserError, match=r"cannot get CodeGoat24/.*hf download"):
+            load_reward(RewardConfig.model_validate(config), "cpu")
+
+    def test_several_files_of_weights_have_one_hash(self, tmp_path: Path) -> None:
+        (tmp_path / "a.safetensors").write_bytes(b"a")
+        one = hash_files(tmp_path, ("*.safetensors",))
+        (tmp_path / "b.safetensors").write_bytes(b"b")
+        both = hash_files(tmp_path, ("*.safetensors",))
+        (tmp_path / "b.safetensors").write_bytes(b"c")
+        assert len({one, both, hash_files(tmp_path, ("*.safetensors",))}) == 3

@@ -1,0 +1,363 @@
+"""UnifiedReward on a server: a real one on the loopback, with every way in which one can fail."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from g2rpo.errors import UserError
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.registry import load_reward
+from g2rpo.rewards.unified_reward import server as server_module
+from g2rpo.rewards.unified_reward.reward import UnifiedReward
+from g2rpo.rewards.unified_reward.server import _retry_after
+
+MODEL, KEY = "judges/small", "sk-very-secret"
+
+
+@dataclass
+class Reply:
+    """What the server says to one request."""
+
+    status: int = 200
+    body: str | bytes = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    wait: float = 0.0
+    hang_up: bool = False
+
+
+def says(text: str | None) -> Reply:
+    message = {"role": "assistant", "content": text}
+    return Reply(body=json.dumps({"choices": [{"index": 0, "message": message}]}))
+
+
+def good(alignment: float = 4, coherence: float = 3, style: float = 5) -> Reply:
+    return says(
+        f"Alignment Score (1-5): {alignment:g}\nCoherence Score (1-5): {coherence:g}\n"
+        f"Style Score (1-5): {style:g}"
+    )
+
+
+class FakeServer:
+    """Speaks the chat-completions protocol; ``answer`` decides what it says."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[dict[str, Any], int], Reply] = lambda body, number: good()
+        self.requests: list[dict[str, Any]] = []
+        self.authorizations: list[str | None] = []
+        self.times: list[float] = []
+        self.models: list[str] | None = [MODEL, "judges/large"]
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+                pass
+
+            def do_GET(self) -> None:
+                if self.path == "/v1/models" and outer.models is not None:
+                    listed = {"data": [{"id": model} for model in outer.models]}
+                    self.send(Reply(body=json.dumps(listed)))
+                else:
+                    self.send(Reply(404, "no such page"))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.requests.append(body)
+                    outer.times.append(time.monotonic())
+                    outer.authorizations.append(self.headers["Authorization"])
+                    number = len(outer.requests)
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                reply = outer.answer(body, number)
+                if self.path != "/v1/chat/completions":
+                    reply = Reply(404, "no such page")
+                elif body["model"] != MODEL:
+                    reply = Reply(404, json.dumps({"error": "no such model"}))
+                time.sleep(reply.wait)
+                with outer.lock:
+                    outer.now -= 1
+                if reply.hang_up:
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                else:
+                    self.send(reply)
+
+            def send(self, reply: Reply) -> None:
+                data = reply.body.encode() if isinstance(reply.body, str) else reply.body
+                try:
+                    self.send_response(reply.status)
+                    for name, value in reply.headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:  # the client has given up waiting
+                    self.close_connection = True
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    def sequence(self, *replies: Reply) -> None:
+        """The replies in turn, the last of them for ever."""
+        self.answer = lambda body, number: replies[min(number, len(replies)) - 1]
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(server_module, "FIRST_DELAY", 0.01)
+
+
+def load(url: str, cache: bool = True, **server: Any) -> UnifiedReward:
+    question = {
+        "template": "own",
+        "cache": cache,
+        "max_answer_tokens": 64,
+        "server": {"url": url, "model": MODEL, "retries": 3, **server},
+    }
+    config = {"model": "unified_reward", "question": question}
+    reward = load_reward(RewardConfig.model_validate(config), "cpu")
+    assert isinstance(reward, UnifiedReward)
+    return reward
+
+
+def picture(seed: int) -> Tensor:
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (8, 12, 3), generator=draws, dtype=torch.uint8)
+
+
+def scores(reward: UnifiedReward, number: int = 1) -> Tensor:
+    prompts = [f"drawing {i}" for i in range(number)]
+    prepared = reward.prepare([picture(i) for i in range(number)], prompts)
+    return reward.score_prepared(prepared, prompts)
+
+
+def number_in(body: dict[str, Any]) -> int:
+    """Which picture a request asks about."""
+    text = body["messages"][0]["content"][1]["text"]
+    return int(text.partition("drawing ")[2].split()[0])
+
+
+class TestProtocol:
+    def test_what_is_sent_and_read(self, server: FakeServer) -> None:
+        reward = load(server.url)
+        expected = torch.tensor([[4, 4, 3, 5]], dtype=torch.float32)
+        assert torch.equal(scores(reward), expected)
+        (body,) = server.requests
+        assert (body["model"], body["temperature"], body["max_tokens"]) == (MODEL, 0, 64)
+        image, text = body["messages"][0]["content"]
+        assert text["text"] == reward.template.question("drawing 0")
+        head, _, data = image["image_url"]["url"].partition(",")
+        assert head == "data:image/png;base64"
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        assert np.array_equal(pixels, picture(0).numpy())
+        assert server.authorizations == [None]
+
+    def test_names_what_was_measured(self, server: FakeServer) -> None:
+        reward = load(server.url)
+        assert reward.version == f"{MODEL}-mean"
+        assert reward.weights_hash == f"server:{MODEL}"
+        assert server.requests == []
+
+    def test_each_answer_belongs_to_its_question(self, server: FakeServer) -> None:
+        draws = np.random.default_rng(0).uniform(0, 0.05, 24)
+
+        def answer(body: dict[str, Any], number: int) -> Reply:
+            which = number_in(body)
+            reply = good(1 + which / 10)
+            reply.wait = float(draws[which])
+            return reply
+
+        server.answer = answer
+        found = scores(load(server.url, concurrency=6), 24)
+        torch.testing.assert_close(found[:, 1], 1 + torch.arange(24) / 10)
+        assert 1 < server.most <= 6
+
+    def test_answers_are_kept(self, server: FakeServer) -> None:
+        first = scores(load(server.url), 3)
+        server.close()
+        assert torch.equal(scores(load(server.url, retries=0), 3), first)
+
+    def test_the_key_is_sent(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("JUDGE_KEY", KEY)
+        scores(load(server.url, api_key_env="JUDGE_KEY"))
+        assert server.authorizations == [f"Bearer {KEY}"]
+
+
+class TestRetries:
+    @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503])
+    def test_failures_that_pass(self, server: FakeServer, status: int) -> None:
+        server.sequence(Reply(status, "busy"), Reply(status, "busy"), good())
+        assert scores(load(server.url))[0, 0] == 4
+        assert len(server.requests) == 3
+
+    def test_retry_after_is_respected(self, server: FakeServer) -> None:
+        server.sequence(Reply(429, "busy", {"Retry-After": "0.4"}), good())
+        scores(load(server.url))
+        assert server.times[1] - server.times[0] >= 0.4
+
+    def test_retry_after_as_a_date(self) -> None:
+        soon = datetime.now(UTC) + timedelta(seconds=30)
+        assert _retry_after(format_datetime(soon, usegmt=True)) == pytest.approx(30, abs=2)
+        past = format_datetime(soon - timedelta(days=1), usegmt=True)
+        assert (_retry_after(past), _retry_after("-3"), _retry_after("soon")) == (0, 0, None)
+
+    def test_delays_grow(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(server_module, "FIRST_DELAY", 0.1)
+        server.answer = lambda body, number: Reply(500)
+        with pytest.raises(UserError, match="no answer after 4 tries: HTTP 500"):
+            scores(load(server.url))
+        waits = np.diff(server.times)
+        for wait, longest in zip(waits, (0.1, 0.2, 0.4), strict=True):
+            assert longest / 2 <= wait < longest + 0.3
+
+    def test_a_connection_that_breaks_off(self, server: FakeServer) -> None:
+        server.sequence(Reply(hang_up=True), good())
+        assert scores(load(server.url))[0, 0] == 4
+
+    def test_a_time_out(self, server: FakeServer) -> None:
+        server.sequence(Reply(wait=0.5), good())
+        assert scores(load(server.url, timeout_seconds=0.2))[0, 0] == 4
+        server.answer = lambda body, number: Reply(wait=0.5)
+        with pytest.raises(UserError, match=r"after 2 tries: time-out of 0\.2 s; .*timeout_sec"):
+            scores(load(server.url, cache=False, timeout_seconds=0.2, retries=1))
+
+    @pytest.mark.parametrize("body", ["<html>", "{", "[]", "{}", '{"choices": []}', b"\xff\xfe"])
+    def test_a_response_that_is_no_completion(self, server: FakeServer, body: Any) -> None:
+        server.sequence(Reply(body=body), good())
+        assert scores(load(server.url))[0, 0] == 4
+        server.answer = lambda _, number: Reply(body=body)
+        with pytest.raises(UserError, match="2 tries: the response is not a chat completion"):
+            scores(load(server.url, cache=False, retries=1))
+
+    def test_no_content(self, server: FakeServer) -> None:
+        server.sequence(says(None), good())
+        assert scores(load(server.url))[0, 0] == 4
+
+
+class TestAnswersWithoutScores:
+    def test_are_asked_for_once_more(self, server: FakeServer) -> None:
+        server.sequence(says("I like it."), good())
+        assert scores(load(server.url))[0, 0] == 4
+        assert len(server.requests) == 2
+
+    def test_are_then_refused_and_not_kept(self, server: FakeServer, tmp_path: Path) -> None:
+        long = "I like it.\n" + "very " * 300 + "nice"
+        server.answer = lambda body, number: says(long) if number_in(body) == 1 else good()
+        with pytest.raises(UserError, match="no score for alignment") as caught:
+            scores(load(server.url), 3)
+        message = str(caught.value)
+        assert "'drawing 1'" in message and "very nice'" in message
+        assert "\n" not in message and len(message) < 500
+        assert len(server.requests) == 4
+        # Those of the two others are: only one is asked for again.
+        assert len(list((tmp_path / "cache").rglob("*.json"))) == 2
+        server.answer = lambda body, number: good(2)
+        assert scores(load(server.url), 3)[:, 1].tolist() == [4, 2, 4]
+        assert len(server.requests) == 5
+
+
+class TestRefusals:
+    def test_a_key_that_is_needed(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server.answer = lambda body, number: Reply(401, f"bad key {KEY}")
+        with pytest.raises(UserError, match=r"HTTP 401, .* name it in api_key_env"):
+            scores(load(server.url))
+        monkeypatch.setenv("JUDGE_KEY", KEY)
+        with pytest.raises(UserError, match=r"does not accept the key in \$JUDGE_KEY") as caught:
+            scores(load(server.url, api_key_env="JUDGE_KEY"))
+        assert KEY not in str(caught.value)
+        assert len(server.requests) == 2
+
+    @pytest.mark.parametrize("value", [None, "", " \n", "a\nb"])
+    def test_a_key_that_is_not_there(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch, value: str | None
+    ) -> None:
+        monkeypatch.delenv("JUDGE_KEY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("JUDGE_KEY", value)
+        with pytest.raises(UserError, match=r"\$JUDGE_KEY"):
+            load(server.url, api_key_env="JUDGE_KEY")
+
+    def test_the_key_is_never_shown(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("JUDGE_KEY", KEY)
+        for status in (400, 503):
+            server.answer = lambda body, number, s=status: Reply(s, f"with {KEY}: no")  # type: ignore[misc]
+            with pytest.raises(UserError, match=rf"HTTP {status}: with \*\*\*: no") as caught:
+                scores(load(server.url, api_key_env="JUDGE_KEY", retries=1))
+            assert KEY not in repr(caught.value) + repr(caught.value.__context__)
+
+    def test_a_model_that_is_not_served(self, server: FakeServer) -> None:
+        with pytest.raises(UserError, match="model 'other'; it serves: judges/small, judges/large"):
+            scores(load(server.url, model="other"))
+        assert len(server.requests) == 1
+
+    def test_a_server_of_something_else(self, server: FakeServer) -> None:
+        server.models = None
+        with pytest.raises(UserError, match=r"no OpenAI-compatible API is there; .*server's root"):
+            scores(load(f"{server.url}/elsewhere"))
+
+    def test_nothing_listens(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"{url}: no answer after 3 tries: the connection"):
+            scores(load(url, retries=2))
+
+    def test_a_redirection_is_not_followed(self, server: FakeServer) -> None:
+        server.answer = lambda body, number: Reply(302, "", {"Location": "http://127.0.0.1:9/"})
+        with pytest.raises(UserError, match="HTTP 302"):
+            scores(load(server.url))
+
+    def test_the_first_failure_ends_all(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(server_module, "FIRST_DELAY", 30.0)
+
+        def answer(body: dict[str, Any], number: int) -> Reply:
+            return Reply(500) if number_in(body) else Reply(400, "too large", wait=0.2)
+
+        server.answer = answer
+        began = time.monotonic()
+        with pytest.raises(UserError, match="HTTP 400: too large"):
+            scores(load(server.url, concurrency=4), 12)
+        assert time.monotonic() - began < 5
+        assert len(server.requests) <= 6
