@@ -218,7 +218,10 @@ def build(
         jobs, multiprocessing.get_context("spawn"), _start_worker, max_tasks_per_child=1
     ) as pool:
         while waiting or running:
+            # In the order of PARTS, as workers are free: what takes long stands before the rest.
             for part in [part for part in waiting if hashes.keys() >= set(part.needs)]:
+                if len(running) == jobs:
+                    break
                 waiting.remove(part)
                 chosen = part.settings(settings)
                 inputs = content_hash([settings.seed, chosen, [hashes[n] for n in part.needs]])

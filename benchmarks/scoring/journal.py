@@ -1,0 +1,77 @@
+"""Scores on disk as they come: one line per image, so that a kill loses one batch at most."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from g2rpo.config import content_hash
+from g2rpo.rewards.base import BatchedReward
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one item.
+
+    Attributes:
+        item: its id.
+        key: names the image's bytes and the prompt that were scored.
+        scores: by column; float32 values, which float64 holds exactly.
+        reason: why there are none, where the image could not be read.
+    """
+
+    item: str
+    key: str
+    scores: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def judge_name(model: BatchedReward) -> str:
+    """The name of a reward model's journals: another version, weights or question, another name."""
+    asked = [model.version, model.weights_hash, model.template_hash, list(model.columns)]
+    return f"{model.name}-{content_hash(asked)}"
+
+
+class Journal:
+    """What one process writes of one reward model; all processes' lines are read together.
+
+    Lines are only ever appended. One that a kill cut short is not complete JSON, and is ignored.
+    """
+
+    def __init__(self, folder: Path, judge: str, rank: int) -> None:
+        self.folder, self.judge = folder, judge
+        self.path = folder / f"{judge}-rank{rank}.jsonl"
+
+    def read(self) -> dict[str, Entry]:
+        """The entries of all ranks by item; the latest where there are several."""
+        entries = {}
+        for path in sorted(self.folder.glob(f"{self.judge}-rank*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    entry = Entry(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue
+                entries[entry.item] = entry
+        return entries
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Writes the entries of a batch and waits until they are on disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        with self.path.open("ab") as file:
+            if file.tell() and not _ends_with_newline(self.path):
+                file.write(b"\n")  # after a line that was cut short
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def valid(self, keys: Mapping[str, str]) -> dict[str, Entry]:
+        """The entries of items whose image and prompt are still those of ``keys``."""
+        return {name: entry for name, entry in self.read().items() if keys.get(name) == entry.key}
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,143 @@
+"""``g2rpo score`` as a user runs it: in processes of its own, on the mini world's judges."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.mini_world import world
+from g2rpo.data.images import load_image
+from g2rpo.rewards.registry import load_reward
+from g2rpo.seeds import generator
+from reproduce.experiment import judges, load_profile
+
+SCORE = [sys.executable, "-m", "reproduce.cli", "score"]
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pictures of the mini world, of several sizes and kinds, and their prompt set."""
+    folder = tmp_path_factory.mktemp("gallery")
+    captions = world.make_captions(3, "test", 20)
+    rng = generator(3, "gallery")
+    rows = []
+    for number, caption in enumerate(captions):
+        rows.append({"id": f"q{number}", "prompt": caption, "style": "ab"[number % 2]})
+        for copy in range(2):
+            picture = Image.fromarray(world.render(world.scene_of(caption), rng))
+            kind = (number + copy) % 3
+            if kind == 1:
+                picture = picture.resize((96, 64))
+            path = folder / f"q{number}_{copy}.{'png' if kind else 'webp'}"
+            picture.save(path)
+    pd.DataFrame(rows).to_csv(folder / "set.csv", index=False)
+    return folder
+
+
+def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [*SCORE, *map(str, arguments)]
+    if ranks > 1:
+        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(ranks)]
+        command = [sys.executable, "-m", *launch, "-m", *command[2:]]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+
+
+def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Path) -> None:
+    options = ["--prompts", gallery / "set.csv", "--profile", "mini", "--output", tmp_path / "out"]
+    done = run(gallery, *options, "--rewards", "hps,attributes", ranks=2)
+    assert done.returncode == 0, done.stderr
+    scores = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    assert len(scores) == 80
+    prompts = pd.read_csv(gallery / "set.csv").set_index("id")["prompt"]
+    hps = load_reward(judges(load_profile("mini"))["hps"], "cpu")
+    own = scores[scores["reward"] == "hps"].set_index("id")
+    assert set(own["weights_hash"]) == {hps.weights_hash}
+    for path in sorted(gallery.glob("q1*_*")):
+        alone = hps.score([load_image(path).pixels], [prompts[path.stem.split("_")[0]]])
+        found = torch.tensor(own.loc[path.stem, "score"])
+        torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=0)
+    table = pd.read_csv(tmp_path / "out" / "summary.csv")
+    assert list(table["style"]) == ["all", "a", "b"] * 2
+    assert (table["low"] <= table["mean"]).all()
+    assert set(table["interval"]) == {"checkpoint"}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["images"] == 40
+    assert manifest["provenance"]["weights"]["hps"] == hps.weights_hash
+    assert "95 % interval" in done.stdout
+    # Another reward is added; those that are scored are not scored again.
+    before = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
+    done = run(gallery, *options, "--rewards", "hps,clip")
+    assert done.returncode == 0, done.stderr
+    after = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
+    assert before.items() <= after.items()
+    again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    pd.testing.assert_frame_equal(
+        again[again["reward"] == "hps"], scores[scores["reward"] == "hps"]
+    )
+
+
+def test_killed_it_goes_on(gallery: Path, tmp_path: Path) -> None:
+    options = [
+        *(gallery, "--prompts", gallery / "set.csv", "--profile", "mini"),
+        *("--rewards", "pick_score", "--batch-size", 1),
+    ]
+    output = tmp_path / "killed"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [*SCORE, *map(str, options), "--output", str(output)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((output / "journal").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (journal,) = (output / "journal").iterdir()
+    lines = journal.read_bytes().count(b"\n")
+    assert 1 <= lines < 40
+    done = run(*options, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert journal.read_bytes().count(b"\n") == 40
+    whole = run(*options, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(output / "scores.parquet"),
+        pd.read_parquet(tmp_path / "whole" / "scores.parquet"),
+    )
+
+
+def test_mistakes_are_one_line(gallery: Path, tmp_path: Path) -> None:
+    options = ["--profile", "mini", "--output", tmp_path / "out", "--rewards"]
+    for arguments, message in (
+        ([tmp_path / "nowhere", *options, "hps"], "no such folder of images or manifest"),
+        ([gallery, *options, "hsp"], "hps"),
+        ([gallery, *options, "hps"], "--prompts"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    broken = tmp_path / "gallery"
+    broken.mkdir()
+    for name in ("one", "two"):
+        Image.new("RGB", (32, 32)).save(broken / f"{name}.png")
+        (broken / f"{name}.txt").write_text("a red circle on black")
+    (broken / "two.png").write_bytes((broken / "two.png").read_bytes()[:60])
+    done = run(broken, *options, "attributes")
+    assert done.returncode == 2
+    assert "two.png" in done.stderr
+    done = run(broken, *options, "attributes", "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert "skipped two: " in done.stdout
+    assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["two"]
+    assert list(pd.read_parquet(tmp_path / "out" / "scores.parquet")["id"]) == ["one"]

@@ -1,0 +1,311 @@
+"""The scoring engine: nothing lost, nothing scored twice, nothing left out in silence."""
+
+import json
+import random
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.scoring import summary
+from benchmarks.scoring.engine import COLUMNS, Ranks, Scorer
+from benchmarks.scoring.items import Item, read_source, refuse_bad
+from benchmarks.scoring.journal import Entry, Journal, judge_name
+from g2rpo.data.prompts import Prompt
+from g2rpo.errors import UserError
+from g2rpo.rewards.base import BatchedReward, RewardConfig
+
+
+class Brightness(BatchedReward):
+    """Mean brightness plus a hundredth of the prompt's length, and its two parts."""
+
+    name = "brightness"
+    part_names = ("mean", "length")
+
+    def __init__(self, batch_size: int = 3, memory: int = 1000, fail_after: int = 1000) -> None:
+        super().__init__("cpu", batch_size, "1", "abc")
+        self.memory, self.fail_after = memory, fail_after
+        self.sizes: list[int] = []
+
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> "Brightness":
+        return cls()
+
+    def evaluate(self, prepared: Any) -> Tensor:
+        images, prompts = prepared
+        if len(images) > self.memory:
+            raise torch.OutOfMemoryError("too many")
+        if sum(self.sizes) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.sizes.append(len(images))
+        means = torch.stack([image.float().mean() for image in images])
+        lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return torch.stack([means + lengths / 100, means, lengths], 1)
+
+    def too_long(self, prompts: Sequence[str]) -> list[bool]:
+        return [len(prompt) > 8 for prompt in prompts]
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[Item]:
+    """Images of all sizes, two for each of five prompts, in no order."""
+    draws = np.random.default_rng(1)
+    made = []
+    for index in range(10):
+        size = (int(draws.integers(4, 40)), int(draws.integers(4, 40)), 3)
+        path = tmp_path / "images" / f"p{index % 5}_{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, size, dtype=np.uint8)).save(path)
+        prompt = "prompt " + "x" * (index % 5)
+        made.append(Item(path.stem, path, prompt, f"p{index % 5}", "ab"[index % 2]))
+    random.Random(0).shuffle(made)
+    return made
+
+
+def expected(items: Sequence[Item]) -> list[float]:
+    means = [np.asarray(Image.open(item.image)).mean() for item in items]
+    return [mean + len(item.prompt) / 100 for mean, item in zip(means, items, strict=True)]
+
+
+def check(scores: pd.DataFrame, items: Sequence[Item]) -> None:
+    own = scores[scores["reward"] == "light"]
+    assert list(own["id"]) == [item.id for item in items]
+    np.testing.assert_allclose(own["score"], expected(items), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_scores_do_not_depend_on_batches(
+    items: list[Item], tmp_path: Path, batch_size: int
+) -> None:
+    scores = Scorer(tmp_path / "journal", items).score("light", Brightness(batch_size))
+    check(scores, items)
+    assert tuple(scores.columns) == COLUMNS
+    assert scores["score"].dtype == np.float32
+    assert list(scores["reward"].unique()) == ["light", "light.mean", "light.length"]
+    lengths = scores[scores["reward"] == "light.length"]["score"]
+    assert list(lengths) == [float(len(item.prompt)) for item in items]
+
+
+def test_an_interruption_loses_one_batch_at_most(items: list[Item], tmp_path: Path) -> None:
+    stopped = Brightness(3, fail_after=6)
+    with pytest.raises(KeyboardInterrupt):
+        Scorer(tmp_path / "journal", items).score("light", stopped)
+    again = Brightness(3)
+    check(Scorer(tmp_path / "journal", items).score("light", again), items)
+    assert sum(stopped.sizes) == 6
+    assert sum(again.sizes) == 4
+    third = Brightness(3)
+    check(Scorer(tmp_path / "journal", items).score("light", third), items)
+    assert third.sizes == []
+
+
+def test_a_line_cut_short_is_scored_again(items: list[Item], tmp_path: Path) -> None:
+    Scorer(tmp_path / "journal", items).score("light", Brightness())
+    (path,) = (tmp_path / "journal").iterdir()
+    path.write_bytes(path.read_bytes()[:-30])
+    again = Brightness()
+    check(Scorer(tmp_path / "journal", items).score("light", again), items)
+    assert sum(again.sizes) == 1
+    check(Scorer(tmp_path / "journal", items).score("light", Brightness()), items)
+
+
+def test_a_changed_image_prompt_or_judge_is_scored_again(items: list[Item], tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    Scorer(journal, items).score("light", Brightness())
+    Image.new("RGB", (5, 5), "white").save(items[0].image)
+    items[1] = Item(items[1].id, items[1].image, "another", items[1].prompt_id)
+    again = Brightness()
+    check(Scorer(journal, items).score("light", again), items)
+    assert sum(again.sizes) == 2
+    other = Brightness()
+    other.template_hash = "a new question"
+    check(Scorer(journal, items).score("light", other), items)
+    assert sum(other.sizes) == 10
+
+
+def test_several_processes_share_the_work(items: list[Item], tmp_path: Path) -> None:
+    barrier = threading.Barrier(2, timeout=60)
+
+    def work(rank: int) -> tuple[Brightness, pd.DataFrame]:
+        model = Brightness()
+        scorer = Scorer(
+            tmp_path / "journal", items, Ranks(rank, 2, lambda: barrier.wait() and None)
+        )
+        return model, scorer.score("light", model)
+
+    with ThreadPoolExecutor(2) as pool:
+        (first, scores), (second, _) = pool.map(work, (0, 1))
+    check(scores, items)
+    assert (sum(first.sizes), sum(second.sizes)) == (5, 5)
+    names = sorted(path.name[-12:] for path in (tmp_path / "journal").iterdir())
+    assert names == ["-rank0.jsonl", "-rank1.jsonl"]
+    alone = Brightness()
+    check(Scorer(tmp_path / "journal", items).score("light", alone), items)
+    assert alone.sizes == []
+
+
+def test_batches_shrink_until_they_fit(items: list[Item], tmp_path: Path) -> None:
+    model = Brightness(8, memory=2)
+    scorer = Scorer(tmp_path / "journal", items)
+    check(scorer.score("light", model), items)
+    assert scorer.findings.batch_size == {"light": 2}
+    with pytest.raises(UserError, match="out of memory with one image"):
+        Scorer(tmp_path / "other", items).score("light", Brightness(8, memory=0))
+
+
+def test_a_damaged_image_stops_or_is_listed(items: list[Item], tmp_path: Path) -> None:
+    items[4].image.write_bytes(items[4].image.read_bytes()[:50])
+    with pytest.raises(UserError, match=rf"{items[4].image.name}.*--skip-bad"):
+        Scorer(tmp_path / "journal", items).score("light", Brightness())
+    scorer = Scorer(tmp_path / "journal", items, skip_bad=True)
+    scores = scorer.score("light", Brightness())
+    check(scores, [item for item in items if item is not items[4]])
+    assert [name for name, _ in scorer.findings.skipped] == [items[4].id]
+    with pytest.raises(UserError, match="truncated"):
+        Scorer(tmp_path / "journal", items).score("light", Brightness())
+
+
+def test_a_score_that_is_not_finite_names_its_prompt(items: list[Item], tmp_path: Path) -> None:
+    class Broken(Brightness):
+        def evaluate(self, prepared: Any) -> Tensor:
+            return super().evaluate(prepared) * float("nan")
+
+    with pytest.raises(UserError, match="not finite for prompt 'prompt"):
+        Scorer(tmp_path / "journal", items).score("light", Broken())
+
+
+def test_an_image_that_vanishes_while_scoring_is_named(items: list[Item], tmp_path: Path) -> None:
+    scorer = Scorer(tmp_path / "journal", items)
+    Image.new("RGB", (5, 5)).save(items[2].image)
+    with pytest.raises(UserError, match=rf"{items[2].image.name}: it changed"):
+        scorer.score("light", Brightness())
+
+
+def test_long_prompts_are_counted(items: list[Item], tmp_path: Path) -> None:
+    scorer = Scorer(tmp_path / "journal", items)
+    scorer.score("light", Brightness())
+    assert scorer.findings.too_long == {"light": 3}
+
+
+def test_the_journal_reads_lines_of_all_ranks(tmp_path: Path) -> None:
+    name = judge_name(Brightness())
+    Journal(tmp_path, name, 0).append([Entry("a", "k", {"brightness": 0.1})])
+    Journal(tmp_path, name, 3).append([Entry("b", "k", {"brightness": 0.2})])
+    assert Journal(tmp_path, name, 0).read().keys() == {"a", "b"}
+    assert Journal(tmp_path, name, 0).valid({"a": "k", "b": "other"}).keys() == {"a"}
+
+
+class TestSources:
+    PROMPTS = (Prompt("p0", "zero"), Prompt("p0_a", "zero a", "photo"), Prompt("p1", "one"))
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("p0.png", "p0_1.jpg", "p0_a.png", "sub/p1_x.webp"):
+            path = tmp_path / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+        (tmp_path / "images" / "notes.md").write_text("no image")
+        return tmp_path / "images"
+
+    def test_file_names_name_prompts(self, folder: Path) -> None:
+        source = read_source(folder, self.PROMPTS)
+        assert source.bad == []
+        found = {item.id: (item.prompt_id, item.prompt, item.style) for item in source.items}
+        assert found == {
+            "p0": ("p0", "zero", None),
+            "p0_1": ("p0", "zero", None),
+            "p0_a": ("p0_a", "zero a", "photo"),
+            "sub/p1_x": ("p1", "one", None),
+        }
+
+    def test_what_does_not_match_is_told(self, folder: Path) -> None:
+        source = read_source(folder, [*self.PROMPTS[:2], Prompt("p9", "nine")])
+        assert dict(source.bad).keys() == {"sub/p1_x", "p9"}
+        with pytest.raises(UserError, match=r"2 cannot be scored: sub/p1_x: .*p9: .*--skip-bad"):
+            refuse_bad(source, skip=False)
+        refuse_bad(source, skip=True)
+
+    def test_captions_beside_the_images(self, folder: Path) -> None:
+        for image in list(folder.rglob("*.[pjw]*g*")):
+            if image.suffix != ".md":
+                image.with_suffix(".txt").write_text(f" about {image.stem}\n")
+        source = read_source(folder)
+        assert {item.prompt for item in source.items} >= {"about p0", "about p0_a"}
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+    def test_a_manifest(self, folder: Path, kind: str) -> None:
+        rows: list[dict[str, Any]] = [
+            {"image": "p0.png", "prompt": "a, b", "id": "one", "style": "anime"},
+            {"image": "p0_1.jpg", "prompt": 'say "x"', "id": "two", "style": ""},
+        ]
+        path = folder / f"manifest.{kind}"
+        if kind == "csv":
+            pd.DataFrame(rows).to_csv(path, index=False)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for source in (read_source(path), read_source(folder)):
+            assert source.bad == []
+            assert [(i.id, i.prompt, i.style) for i in source.items] == [
+                ("one", "a, b", "anime"),
+                ("two", 'say "x"', None),
+            ]
+
+    def test_bad_rows_are_all_told(self, folder: Path) -> None:
+        rows = [
+            {"image": "p0.png", "prompt": "x", "id": "same"},
+            {"image": "p0_1.jpg", "prompt": "y", "id": "same"},
+            {"image": "gone.png", "prompt": "z", "id": "missing"},
+            {"image": "p0_a.png", "prompt": " ", "id": "empty"},
+        ]
+        path = folder / "m.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = read_source(path)
+        reasons = dict(source.bad)
+        assert reasons["same"] == "the id is there 2 times"
+        assert "gone.png" in reasons["missing"]
+        assert reasons["empty"] == "its prompt is empty"
+        with pytest.raises(UserError, match="nothing is left"):
+            refuse_bad(source, skip=True)
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("m.csv", "image,caption_\na.png,x\n", "no 'prompt'"),
+            ("m.jsonl", '{"image": "a.png", "prompt": "x"}\n{broken\n', "manifest"),
+            ("m.jsonl", "[1]\n", "line 1: not a JSON object"),
+            ("m.yaml", "a: b", r"\.csv or \.jsonl"),
+        ],
+    )
+    def test_unreadable_manifests(self, tmp_path: Path, name: str, text: str, message: str) -> None:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_source(tmp_path / name)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no such folder"):
+            read_source(tmp_path / "none")
+        with pytest.raises(UserError, match="no images to score"):
+            read_source(tmp_path)
+
+
+def test_the_summary_averages_a_prompts_images_first(items: list[Item], tmp_path: Path) -> None:
+    scores = Scorer(tmp_path / "journal", items).score("light", Brightness())
+    lines = summary.summarise(scores)
+    total = next(line for line in lines if (line.reward, line.style) == ("light", summary.ALL))
+    assert (total.images, total.prompts) == (10, 5)
+    own = scores[scores["reward"] == "light"]
+    means = [own[own["prompt_id"] == f"p{i}"]["score"].astype(float).mean() for i in range(5)]
+    assert total.mean == pytest.approx(np.mean(means))
+    assert total.interval is not None
+    assert total.interval.label == "checkpoint"
+    assert total.interval.low < total.mean < total.interval.high
+    assert {line.style for line in lines} == {summary.ALL, "a", "b"}
+    assert len(summary.as_frame(lines)) == 9
