@@ -122,11 +122,7 @@ class SmallReward(ABC, nn.Module):
         """Whatever :meth:`pair_scores` needs of pixels ``[N, 3, 32, 32]``, N first."""
 
     def summary(self, encoded: Tensor) -> Tensor:
-        """One vector ``[N, width]`` for each encoded image, from which its cells are read."""
-        return encoded
-
-    def picture_facts(self, encoded: Tensor) -> Tensor:
-        """One vector ``[N, caption_width]`` for each, in common terms with those of captions."""
+        """One vector ``[N, width]`` for each encoded image."""
         return encoded
 
     @abstractmethod
@@ -341,10 +337,6 @@ class SmallImageReward(SmallReward):
         grid = encoded[:, 1:].unflatten(1, (2, side, 2, side))
         quarters: Tensor = grid.mean((2, 4)).flatten(1)
         return quarters
-
-    def picture_facts(self, encoded: Tensor) -> Tensor:
-        """The class token: the text tower then finds in one place what the picture shows."""
-        return encoded[:, 0]
 
     def encode_caption(self, ids: Tensor) -> Tensor:
         """The first token's vector after the text tower has looked at an empty picture."""

@@ -39,30 +39,35 @@ class Batch:
 class ContentHead(nn.Module):
     """Reads off feature vectors what a picture shows, in each cell and as facts.
 
-    For training alone. The same facts are read off a caption's vector, by the same matrix, for
-    they are what captions speak of; those that it leaves open are a matter of likelihood. Learned
-    this way, both towers know their subject, in common terms, before they are matched.
+    For training alone. The same facts are read off a caption's vector, for they are what captions
+    speak of; those that it leaves open are a matter of likelihood. Learned this way, both towers
+    know their subject, and put it in common terms, before they are matched with each other.
     """
 
-    def __init__(self, picture_width: int, facts_width: int, facts: int) -> None:
+    def __init__(self, picture_width: int, caption_width: int, facts: int) -> None:
         super().__init__()
         self.cells = nn.Linear(picture_width, GRAMMAR.cells * sum(CELL_CLASSES))
-        self.facts = nn.Linear(facts_width, facts)
+        self.picture_facts = nn.Linear(picture_width, facts)
+        same = picture_width == caption_width
+        self.caption_facts = self.picture_facts if same else nn.Linear(caption_width, facts)
 
-    def cells_loss(self, features: Tensor, batch: Batch) -> Tensor:
+    def picture_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Of pictures' summaries ``[B, picture_width]``: cross-entropy, summed per cell."""
         cells = self.cells(features).unflatten(1, (GRAMMAR.cells, -1))
-        losses = [
-            functional.cross_entropy(logits.flatten(0, 1), batch.cells[..., part].flatten())
-            for part, logits in enumerate(cells.split(CELL_CLASSES, -1))
-        ]
-        return torch.stack(losses).sum()
+        loss = _facts_loss(self.picture_facts(features), batch)
+        for part, logits in enumerate(cells.split(CELL_CLASSES, -1)):
+            answers = batch.cells[..., part].flatten()
+            loss = loss + functional.cross_entropy(logits.flatten(0, 1), answers)
+        return loss
 
-    def facts_loss(self, features: Tensor, batch: Batch) -> Tensor:
-        """Of pictures' or captions' vectors ``[B, facts_width]``."""
-        logits = self.facts(features)
-        loss = functional.binary_cross_entropy_with_logits(logits, batch.facts, reduction="sum")
-        return loss / (FACTS_PER_UNIT * len(logits))
+    def caption_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        """Of captions' vectors ``[B, caption_width]``."""
+        return _facts_loss(self.caption_facts(features), batch)
+
+
+def _facts_loss(logits: Tensor, batch: Batch) -> Tensor:
+    loss = functional.binary_cross_entropy_with_logits(logits, batch.facts, reduction="sum")
+    return loss / (FACTS_PER_UNIT * len(logits))
 
 
 def contrastive_loss(

@@ -97,7 +97,7 @@ SETTINGS: dict[str, JudgeSettings] = {
     ),
     "image_reward": JudgeSettings(
         content_steps=800,
-        matching_steps=2200,
+        matching_steps=3600,
         augmentation=Augmentation(noise=0.04, brightness=0.05, blur=0.4),
     ),
 }
@@ -156,9 +156,8 @@ def train_judge(judge: SmallReward, settings: JudgeSettings, pool: JudgePool) ->
             batch = _draw_batch(material, settings, matching)
             encoded = judge.encode_image(batch.pixels)
             captions = judge.encode_caption(batch.ids)
-            content = head.cells_loss(judge.summary(encoded), batch)
-            content = content + head.facts_loss(judge.picture_facts(encoded), batch)
-            content = content + head.facts_loss(captions, batch)
+            content = head.picture_loss(judge.summary(encoded), batch)
+            content = content + head.caption_loss(captions, batch)
             loss = content
             if matching:
                 match = _matching_loss(judge, encoded, captions, batch)
