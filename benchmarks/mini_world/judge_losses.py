@@ -54,11 +54,11 @@ class ContentHead(nn.Module):
     def picture_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Of pictures' summaries ``[B, picture_width]``: cross-entropy, summed per cell."""
         cells = self.cells(features).unflatten(1, (GRAMMAR.cells, -1))
-        loss = _facts_loss(self.picture_facts(features), batch)
-        for part, logits in enumerate(cells.split(CELL_CLASSES, -1)):
-            answers = batch.cells[..., part].flatten()
-            loss = loss + functional.cross_entropy(logits.flatten(0, 1), answers)
-        return loss
+        losses = [
+            functional.cross_entropy(logits.flatten(0, 1), batch.cells[..., part].flatten())
+            for part, logits in enumerate(cells.split(CELL_CLASSES, -1))
+        ]
+        return torch.stack(losses).sum() + _facts_loss(self.picture_facts(features), batch)
 
     def caption_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Of captions' vectors ``[B, caption_width]``."""
