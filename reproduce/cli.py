@@ -8,6 +8,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
+from reproduce.commands import prompts, weights
 
 if TYPE_CHECKING:
     from reproduce.experiment import ResolvedCell
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, sample, score and compare RL fine-tuning of flow-matching image models.",
 )
+app.add_typer(weights.app, name="weights")
+app.add_typer(prompts.app, name="prompts")
 
 ExperimentName = Annotated[
     str, typer.Argument(help="table1, table2, table3, or the path of an experiment's YAML.")
@@ -51,10 +54,10 @@ def _cell(
     from reproduce.runner import build_assets, check_hardware
 
     chosen = experiments.load_profile(profile)
-    check_hardware(chosen)
+    loaded = experiments.load_experiment(experiment)
+    check_hardware(chosen, loaded)
     build_assets(chosen)
     settings = parse_overrides(overrides or [])
-    loaded = experiments.load_experiment(experiment)
     return experiments.resolve(loaded, chosen, key, seed, settings)
 
 
@@ -83,7 +86,7 @@ def reproduce(
 
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
-    runner.check_hardware(chosen)
+    runner.check_hardware(chosen, loaded)
     runner.build_assets(chosen)
     settings = parse_overrides(overrides or [])
     chosen_seeds = chosen.seeds if seeds is None else _parse_seeds(seeds)
@@ -143,18 +146,57 @@ def sample(
 
 @app.command()
 def score(
-    experiment: ExperimentName,
-    cell: CellKey,
-    profile: ProfileName = "mini",
+    source: Annotated[
+        str, typer.Argument(help="Folder of images, a manifest (.csv, .jsonl), or an experiment.")
+    ],
+    cell: Annotated[
+        str | None, typer.Argument(help="The cell of the experiment whose images are scored.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompt set (.txt, .csv, .jsonl) whose ids name the folder's images."),
+    ] = None,
+    rewards: Annotated[
+        str | None, typer.Option(help="Rewards of the profile, e.g. hps,clip; default: all.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Scale; default: mini for a cell, flux for other images.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the result; default: SOURCE-scores beside it.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what cannot be scored, and list it.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; halved where memory is short.")
+    ] = None,
     seed: Seed = 1,
     results: Results = Path("results"),
     overrides: Overrides = None,
 ) -> None:
-    """Score the held-out images of one trained cell with every judge of the profile."""
-    from reproduce import stages
+    """Score images with reward models: any folder or manifest, or one cell of an experiment.
 
-    resolved = _cell(experiment, cell, profile, seed, overrides)
-    typer.echo(stages.score(resolved, _layout(results)) / "scores.parquet")
+    Interrupted, the same command goes on where it was. Several GPUs: `accelerate launch -m
+    reproduce.cli score ...`. With -s a reward's settings are changed: -s clip.variant=378.
+    """
+    if cell is not None:
+        from reproduce import stages
+
+        resolved = _cell(source, cell, profile or "mini", seed, overrides)
+        typer.echo(stages.score(resolved, _layout(results)) / "scores.parquet")
+        return
+    from reproduce import experiment as experiments
+    from reproduce import judging
+    from reproduce.runner import build_assets
+
+    chosen = experiments.load_profile(profile or "flux")
+    build_assets(chosen)
+    names = [] if rewards is None else [name.strip() for name in rewards.split(",")]
+    configs = judging.chosen_rewards(chosen, names, parse_overrides(overrides or []), batch_size)
+    path = Path(source)
+    folder = output or path.with_name(f"{path.resolve().stem}-scores")
+    judging.judge(judging.Request(path, prompts, folder, skip_bad), configs)
 
 
 @app.command()

@@ -6,7 +6,7 @@ one layout; what is missing in that layout is named before any weights are read.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from g2rpo.errors import UserError
+from g2rpo.hub.lock import revision_of
 
 MODEL_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 TOKENIZER_FILES = {
@@ -65,7 +66,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
             raise UserError(
                 f"policy source {source!r}: no such folder, nor a hub id of the form owner/name"
             )
-        folder = _fetch(source, revision)
+        folder = _fetch(source, revision or revision_of(source))
     check_pipeline_folder(folder)
     return folder
 
@@ -73,12 +74,27 @@ def resolve_source(source: str, revision: str | None) -> Path:
 def _fetch(source: str, revision: str | None) -> Path:
     # The named folders only: FLUX repositories also hold the same weights in other formats.
     patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
+    return fetch_snapshot("policy", source, revision, patterns)
+
+
+def fetch_snapshot(what: str, source: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The cached snapshot of a hub repository, with its files that match ``patterns`` fetched.
+
+    Args:
+        what: the section of the configuration that names it, for messages.
+        source: the hub id.
+        revision: branch, tag or commit; None is the default branch.
+        patterns: as ``fnmatch`` has them; other formats of weights than safetensors are left out.
+
+    Raises:
+        UserError: the repository is gated, unknown, or not in the cache while offline.
+    """
     unwanted = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.h5"]
-    where = f"policy source {source!r}" + (f" at revision {revision!r}" if revision else "")
+    where = f"{what} source {source!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return Path(
             snapshot_download(
-                source, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted
+                source, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted
             )
         )
     except GatedRepoError:
@@ -87,7 +103,7 @@ def _fetch(source: str, revision: str | None) -> Path:
             "then log in with `huggingface-cli login` (or set HF_TOKEN)"
         ) from None
     except RevisionNotFoundError:
-        raise UserError(f"{where}: the hub has no such revision; correct policy.revision") from None
+        raise UserError(f"{where}: the hub has no such revision; correct {what}.revision") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
             f"{where}: neither a folder here nor a hub repository you can see; correct the name, "

@@ -17,13 +17,18 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from g2rpo.errors import UserError
+from g2rpo.hub.fetch import check_cached
+from g2rpo.hub.lock import revision_of
 
 
 def locate(source: str, names: Sequence[str], revision: str | None = None) -> Path:
     """The path of the first of ``names`` that ``source`` holds, fetched if ``source`` is a hub id.
 
+    A hub id without a ``revision`` means the one that the catalogue or the lock file pins.
+
     Raises:
-        UserError: none of ``names`` is there or can be fetched; says which, and how to get it.
+        UserError: none of ``names`` is there or can be fetched, or it is not the file that the
+            catalogue or the lock file states; says which, and how to get it.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -33,10 +38,13 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
         raise UserError(f"{source}: the folder has no {' or '.join(names)}")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder of reward weights")
+    revision = revision or revision_of(source)
     reason = "it has no such file"
     for name in names:
         try:
-            return Path(hf_hub_download(source, name, revision=revision))
+            path = Path(hf_hub_download(source, name, revision=revision))
+            check_cached(path, source, name, revision)
+            return path
         except LocalEntryNotFoundError:
             reason = "it is not in the local cache and the hub cannot be reached"
         except EntryNotFoundError:
@@ -44,8 +52,8 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
         except (HFValidationError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
     raise UserError(
-        f"cannot get {names[0]} of {source}: {reason}; run `hf download {source}` where there is "
-        "network, or point `source` at a folder that holds the file"
+        f"cannot get {names[0]} of {source}: {reason}; run `g2rpo weights fetch` (or `hf download "
+        f"{source}`) where there is network, or point `source` at a folder that holds the file"
     )
 
 
@@ -114,8 +122,9 @@ def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     Offline, transformers can return a nearly empty tokenizer without a word: check the number of
     its tokens with :func:`check_vocabulary`.
     """
+    pinned = None if Path(source).is_dir() else revision_of(str(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=pinned or "main")
     except (OSError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(f"{source}: cannot load its tokenizer ({line})") from None

@@ -1,19 +1,22 @@
 """Held-out sampling and scoring: noise named by the prompt, nothing done twice, no silent gaps."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cell_factory import make_cell
 from PIL import Image
 
+from benchmarks.diversity import DiversityConfig
 from benchmarks.held_out import (
     EvaluationConfig,
+    compared_images,
     image_path,
     prune_images,
-    read_images,
     sample_images,
     score_images,
 )
@@ -21,20 +24,27 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig
 from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.rewards.base import BatchedReward, RewardConfig
 
 
-class CountingReward:
+class CountingReward(BatchedReward):
     """Mean brightness; counts the images it is asked about."""
 
-    name, version, weights_hash = "counting", "1", "abc"
+    name = "counting"
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str = "abc") -> None:
+        super().__init__("cpu", 4, "1", weights)
         self.asked = 0
 
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> "CountingReward":
+        return cls()
+
+    def evaluate(self, prepared: Any) -> torch.Tensor:
+        images, prompts = prepared
         assert len(images) == len(prompts)
         self.asked += len(images)
-        return images.float().mean((1, 2, 3))
+        return torch.stack([image.float().mean() for image in images])
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,38 @@ def test_images_do_not_depend_on_batch_order_or_company(
     assert np.abs(changed).mean() > 5
 
 
+def test_further_images_of_a_prompt_have_noise_of_their_own(
+    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    sample_images(policy, prompts[:2], PROTOCOL, tmp_path, batch=2)
+    sample_images(policy, prompts[:2], PROTOCOL, tmp_path, batch=2, index=1)
+    assert sample_images(policy, prompts[1:2], PROTOCOL, tmp_path, batch=1, index=2) == 1
+    sample_images(policy, prompts[1::-1], PROTOCOL, tmp_path / "alone", batch=1, index=1)
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {f"00000{end}.png" for end in ("0", "1", "0_1", "1_1", "1_2")}
+    images = {
+        path.name: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("*.png")
+    }
+    for one, two in (("000001", "000001_1"), ("000001_1", "000001_2"), ("000000", "000000_1")):
+        assert np.abs(images[f"{one}.png"] - images[f"{two}.png"]).mean() > 5
+    alone = np.asarray(Image.open(tmp_path / "alone" / "000001_1.png")).astype(int)
+    assert np.abs(alone - images["000001_1.png"]).max() <= 1
+    files = compared_images(prompts, DiversityConfig(prompts=2, images=3), tmp_path, tmp_path / "x")
+    assert [str(path.relative_to(tmp_path)) for path in files["000001"]] == [
+        "000001.png", "x/000001_1.png", "x/000001_2.png",
+    ]  # fmt: skip
+    prune_images(tmp_path, prompts, 1, images=3)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"000000.png", "000000_1.png"}
+
+
+def test_sections_name_the_protocol_only_where_they_are_there() -> None:
+    plain = PROTOCOL.model_dump(mode="json")
+    assert not {"diversity", "drift"} & plain.keys()
+    section = {"diversity": {"prompts": 2, "images": 2}}
+    full = EvaluationConfig.model_validate(plain | section).model_dump(mode="json")
+    assert full == plain | {"diversity": {"prompts": 2, "images": 2, "features": "clip"}}
+
+
 def test_an_interrupted_sampling_makes_only_what_is_missing(
     policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
 ) -> None:
@@ -92,10 +134,8 @@ def test_scores_have_a_row_for_each_image_and_reward(
     policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     sample_images(policy, prompts, PROTOCOL, tmp_path / "images")
-    rewards = {"a": CountingReward(), "b": CountingReward()}
-    scores = score_images(
-        rewards, prompts, tmp_path / "images", tmp_path / "scores.parquet", batch=4
-    )
+    rewards = {"a": CountingReward(), "b": CountingReward("def")}
+    scores = score_images(rewards, prompts, tmp_path / "images", tmp_path / "scores.parquet")
     assert list(scores["reward"]) == ["a"] * 6 + ["b"] * 6
     assert scores["score"].dtype == np.float32
     for row in scores.itertuples():
@@ -104,19 +144,31 @@ def test_scores_have_a_row_for_each_image_and_reward(
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), scores)
 
 
+def test_styles_of_the_prompts_come_into_the_cell(
+    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    styled = [replace(p, style=("anime", "photo")[i % 2]) for i, p in enumerate(prompts)]
+    sample_images(policy, styled, PROTOCOL, tmp_path / "images")
+    judge = {"a": CountingReward()}
+    scores = score_images(judge, styled, tmp_path / "images", tmp_path / "scores.parquet")
+    cell = make_cell("base", seed=None, scores=scores)
+    styles = dict(zip(cell.scores["prompt_id"], cell.scores["style"], strict=True))
+    assert styles == {prompt.id: prompt.style for prompt in styled}
+
+
 def test_an_interrupted_scoring_keeps_what_a_reward_has_done(
     policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     sample_images(policy, prompts, PROTOCOL, tmp_path / "images")
-    first, second = CountingReward(), CountingReward()
+    first, second = CountingReward(), CountingReward("def")
 
     class Broken(CountingReward):
-        def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        def evaluate(self, prepared: Any) -> torch.Tensor:
             raise UserError("out of order")
 
     output = tmp_path / "scores.parquet"
     with pytest.raises(UserError, match="out of order"):
-        score_images({"a": first, "b": Broken()}, prompts, tmp_path / "images", output)
+        score_images({"a": first, "b": Broken("def")}, prompts, tmp_path / "images", output)
     assert not output.exists()
     again = CountingReward()
     score_images({"a": again, "b": second}, prompts, tmp_path / "images", output)
@@ -124,18 +176,9 @@ def test_an_interrupted_scoring_keeps_what_a_reward_has_done(
     assert sorted(path.name for path in tmp_path.glob("scores*")) == ["scores.parquet"]
 
 
-def test_a_missing_or_broken_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"000007\.png: image missing"):
-        read_images([tmp_path / "000007.png"])
-    broken = tmp_path / "000008.png"
-    Image.new("RGB", (8, 8)).save(broken)
-    broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"000008\.png"):
-        read_images([broken])
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    Image.new("RGB", (9, 8)).save(tmp_path / "b.png")
-    with pytest.raises(UserError, match=r"b\.png: its size differs"):
-        read_images([tmp_path / "a.png", tmp_path / "b.png"])
+def test_a_missing_image_is_named(prompts: list[Prompt], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"000000\.png"):
+        score_images({"a": CountingReward()}, prompts, tmp_path, tmp_path / "scores.parquet")
 
 
 def test_pruning_keeps_the_first_prompts(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from benchmarks.mini_world import world
 from g2rpo.data.images import load_image
 from g2rpo.rewards.registry import load_reward
 from g2rpo.seeds import generator
-from reproduce.experiment import judges, load_profile
+from reproduce.cli import main
+from reproduce.experiment import ROOT, judges, load_profile
 
 SCORE = [sys.executable, "-m", "reproduce.cli", "score"]
 
@@ -51,6 +52,18 @@ def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, env=environment
     )
+
+
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """The command in this process, which saves the imports: exit code, output, errors."""
+    monkeypatch.setattr(sys, "argv", ["g2rpo", "score", *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    streams = capsys.readouterr()
+    return int(ended.value.code or 0), streams.out, streams.err
 
 
 def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Path) -> None:
@@ -87,7 +100,12 @@ def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Pat
     )
 
 
-def test_killed_it_goes_on(gallery: Path, tmp_path: Path) -> None:
+def test_killed_it_goes_on(
+    gallery: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     options = [
         *(gallery, "--prompts", gallery / "set.csv", "--profile", "mini"),
         *("--rewards", "pick_score", "--batch-size", 1),
@@ -107,37 +125,54 @@ def test_killed_it_goes_on(gallery: Path, tmp_path: Path) -> None:
     done = run(*options, "--output", output)
     assert done.returncode == 0, done.stderr
     assert journal.read_bytes().count(b"\n") == 40
-    whole = run(*options, "--output", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    code, _, errors = run_here(monkeypatch, capsys, *options, "--output", tmp_path / "whole")
+    assert code == 0, errors
     pd.testing.assert_frame_equal(
         pd.read_parquet(output / "scores.parquet"),
         pd.read_parquet(tmp_path / "whole" / "scores.parquet"),
     )
 
 
-def test_mistakes_are_one_line(gallery: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    gallery: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     options = ["--profile", "mini", "--output", tmp_path / "out", "--rewards"]
     for arguments, message in (
         ([tmp_path / "nowhere", *options, "hps"], "no such folder of images or manifest"),
-        ([gallery, *options, "hsp"], "hps"),
+        ([gallery, *options, "hsp"], "did you mean 'hps'"),
         ([gallery, *options, "hps"], "--prompts"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2
-        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        code, _, errors = run_here(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert errors.strip().splitlines()[-1].startswith("error: ")
+        assert message in errors
     broken = tmp_path / "gallery"
     broken.mkdir()
     for name in ("one", "two"):
         Image.new("RGB", (32, 32)).save(broken / f"{name}.png")
         (broken / f"{name}.txt").write_text("a red circle on black")
     (broken / "two.png").write_bytes((broken / "two.png").read_bytes()[:60])
-    done = run(broken, *options, "attributes")
-    assert done.returncode == 2
-    assert "two.png" in done.stderr
-    done = run(broken, *options, "attributes", "--skip-bad")
-    assert done.returncode == 0, done.stderr
-    assert "skipped two: " in done.stdout
+    code, _, errors = run_here(monkeypatch, capsys, broken, *options, "attributes")
+    assert code == 2
+    assert "two.png" in errors
+    code, printed, errors = run_here(
+        monkeypatch, capsys, broken, *options, "attributes", "--skip-bad"
+    )
+    assert code == 0, errors
+    assert "skipped two: " in printed
     assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["two"]
     assert list(pd.read_parquet(tmp_path / "out" / "scores.parquet")["id"]) == ["one"]
+
+
+def test_the_readmes_gallery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last two pictures contradict their captions, and no other does."""
+    options = ["--profile", "mini", "--rewards", "attributes", "--output", tmp_path]
+    code, _, errors = run_here(monkeypatch, capsys, ROOT / "docs" / "gallery", *options)
+    assert code == 0, errors
+    scores = pd.read_parquet(tmp_path / "scores.parquet")["score"]
+    assert list(scores == 1) == [True] * 6 + [False] * 2

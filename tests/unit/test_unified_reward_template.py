@@ -8,6 +8,8 @@ import pytest
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
+from g2rpo.hub.cache import repository_folder
+from g2rpo.hub.catalogue import catalogue
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.rewards.unified_reward.config import QuestionConfig, ServerConfig
@@ -15,6 +17,7 @@ from g2rpo.rewards.unified_reward.template import (
     OWN_FILE,
     Template,
     choose_template,
+    published_question,
     question_inputs,
 )
 
@@ -85,7 +88,7 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({}, r"UnifiedReward-qwen-7b was trained .* set question\.template to its path"),
+            ({}, r"UnifiedReward-qwen-7b was trained .* set question\.template to 'published'"),
             ({"server": SERVER | {"model": "CodeGoat24/UnifiedReward-7b"}}, "its authors' quest"),
             ({"server": SERVER}, "no question is known for some/model; set question.template"),
         ],
@@ -177,3 +180,60 @@ def test_a_variant_or_a_source_beside_a_server_is_refused() -> None:
     question = QuestionConfig.model_validate({"server": SERVER, "template": "own"})
     with pytest.raises(UserError, match="remove `source`"):
         load_reward(RewardConfig(model="unified_reward", source="a/b", question=question), "cpu")
+
+
+class TestPublishedQuestion:
+    """The text in an example script; this one is ours, built like the authors'."""
+
+    SCRIPT = """
+import sys
+sys.exit("this script is never run")
+name = "x"
+prompt = ""
+path = f"/images/{name}"
+message = {"text": ("Look at the picture.\\n\\n" "- One (1 to 5): \\"A\\"\\n" f"Now: {1}")}
+message = {"text": ("Look at the picture.\\n\\n" "- One: \\"A\\" {{x}}\\n" f"Now: [{prompt}]")}
+"""
+
+    def script(self, folder: Path, text: str) -> Path:
+        path = folder / "example.py"
+        path.write_text(text)
+        return path
+
+    def test_is_read_and_not_run(self, tmp_path: Path) -> None:
+        template = published_question(self.script(tmp_path, self.SCRIPT))
+        text = 'Look at the picture.\n\n- One: "A" {{x}}\nNow: [{prompt}]'
+        assert template.text == text
+        assert template.sha256 == hashlib.sha256(text.encode()).hexdigest()
+        assert template.question("a cat").endswith("Now: [a cat]")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("x = 'no caption'", "0 texts with a caption"),
+            ("a = f'{prompt} one'\nb = f'{prompt} two'", "2 texts with a caption"),
+            ("a = (", "cannot be read as a script"),
+        ],
+    )
+    def test_what_is_no_question_is_refused(self, tmp_path: Path, text: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            published_question(self.script(tmp_path, text))
+
+    def test_it_must_be_fetched_first_and_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("G2RPO_CACHE", str(tmp_path))
+        config = QuestionConfig(template="published")
+        with pytest.raises(UserError, match="weights fetch unified-reward-question"):
+            choose_template(config, "CodeGoat24/UnifiedReward-qwen-7b")
+        (artifact,) = catalogue().select(["unified-reward-question"], ("reward",))
+        (file,) = artifact.files
+        assert artifact.revision is not None
+        path = repository_folder(artifact) / artifact.revision / file.path
+        path.parent.mkdir(parents=True)
+        path.write_text(self.SCRIPT)
+        found = choose_template(config, "CodeGoat24/UnifiedReward-qwen-7b")
+        assert found == published_question(path)
+        wrong = QuestionConfig(template="published", template_sha256="0" * 64)
+        with pytest.raises(UserError, match="published: the template's SHA-256"):
+            choose_template(wrong, "CodeGoat24/UnifiedReward-qwen-7b")

@@ -75,13 +75,14 @@ class QuestionConfig(StrictModel):
     """How a reward model that is asked in words is asked."""
 
     template: str | None = None
-    """File with the question, ``{prompt}`` where the caption goes; ``own`` is the project's. None
+    """File with the question, ``{prompt}`` where the caption goes; ``own`` is the project's,
+    ``published`` the authors' (fetched with ``g2rpo weights fetch unified-reward-question``). None
     means the ``question_template.txt`` that the model's folder brings."""
     template_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """What the template file must hash to."""
     aggregate: Aggregate = "mean"
     """The score made of the three aspects: their mean, one of them, or a weighted mean."""
-    max_answer_tokens: int = Field(default=2048, ge=1)
+    max_answer_tokens: int = Field(default=4096, ge=1)
     """The answer is cut off here; one that is cut before its scores is refused."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of a model in this process; None means float32 on the CPU and bfloat16 on CUDA."""

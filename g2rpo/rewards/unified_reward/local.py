@@ -15,6 +15,7 @@ from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLForConditionalGe
 
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
+from g2rpo.hub.lock import revision_of
 from g2rpo.rewards.unified_reward.answers import excerpt
 from g2rpo.rewards.unified_reward.config import QuestionConfig
 from g2rpo.rewards.weights import check_vocabulary, locate, read_json
@@ -46,7 +47,11 @@ def model_folder(source: str, revision: str | None = None) -> Path:
 
 def _fetched(source: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(_FILES)))
+        return Path(
+            snapshot_download(
+                source, revision=revision or revision_of(source), allow_patterns=list(_FILES)
+            )
+        )
     except LocalEntryNotFoundError:
         reason = "it is not in the local cache and the hub cannot be reached"
     except (HfHubHTTPError, HFValidationError, OSError) as error:

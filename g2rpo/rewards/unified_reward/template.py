@@ -2,8 +2,12 @@
 
 A template file may start with a header, ``scale: 1 to 5`` and a line ``---``; without one the
 scale is 1 to 5. The hash is of the whole file, so that one number names all that is asked.
+
+The authors' question is their text and no part of this project. It stands in an example script of
+theirs, which is fetched like weights; it is read from there as text, the script is never run.
 """
 
+import ast
 import hashlib
 import re
 from dataclasses import dataclass
@@ -11,9 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.errors import UserError
+from g2rpo.files import sha256_file
+from g2rpo.hub import cache
+from g2rpo.hub.catalogue import catalogue
+from g2rpo.hub.fetch import difference
+from g2rpo.hub.lock import expected, read_lock
 from g2rpo.rewards.unified_reward.config import QuestionConfig
 
-OWN = "own"
+OWN, PUBLISHED = "own", "published"
+QUESTION_ARTIFACT = "unified-reward-question"
 OWN_FILE = Path(__file__).parent.parent / "templates" / "unified_reward_own.txt"
 BESIDE_THE_MODEL = "question_template.txt"
 PLACEHOLDER = "{prompt}"
@@ -71,6 +81,8 @@ def choose_template(config: QuestionConfig, model: str, folder: Path | None = No
         UserError: none is named and the model brings none, it cannot be read, or it does not
             hash to what the configuration says.
     """
+    if config.template == PUBLISHED:
+        return _checked(published_question(published_script()), PUBLISHED, config)
     if config.template == OWN:
         path = OWN_FILE
     elif config.template is not None:
@@ -80,21 +92,91 @@ def choose_template(config: QuestionConfig, model: str, folder: Path | None = No
     elif model.startswith(PUBLISHERS):
         raise UserError(
             f"reward unified_reward: {model} was trained on its authors' question, which is not "
-            f"part of this project; save it as a file with {PLACEHOLDER} where the caption goes "
-            "and set question.template to its path (see docs/unified_reward.md)"
+            f"part of this project; set question.template to {PUBLISHED!r} after "
+            f"`g2rpo weights fetch {QUESTION_ARTIFACT}`, or to a file of yours"
         )
     else:
         raise UserError(
             f"reward unified_reward: no question is known for {model}; set question.template to "
             f"a file, or to {OWN!r} for the project's own question"
         )
-    template = Template.read(path)
+    return _checked(Template.read(path), str(path), config)
+
+
+def _checked(template: Template, where: str, config: QuestionConfig) -> Template:
     if config.template_sha256 not in (None, template.sha256):
         raise UserError(
-            f"{path}: the template's SHA-256 is {template.sha256}, not the configured "
+            f"{where}: the template's SHA-256 is {template.sha256}, not the configured "
             f"{config.template_sha256}; fetch the right one or correct question.template_sha256"
         )
     return template
+
+
+def published_script() -> Path:
+    """The authors' example script in the cache.
+
+    Raises:
+        UserError: it has not been fetched, or is not what the catalogue or the lock file states.
+    """
+    (artifact,) = catalogue().select([QUESTION_ARTIFACT], ("reward",))
+    (file,) = artifact.files
+    want = expected(artifact, file, read_lock())
+    path = cache.find(artifact, file, want.revision)
+    if path is None:
+        raise UserError(
+            "reward unified_reward: the published question is not in the cache; run "
+            f"`g2rpo weights fetch {QUESTION_ARTIFACT}`"
+        )
+    problem = difference(path, sha256_file(path), want)
+    if problem is not None:
+        raise UserError(
+            f"{QUESTION_ARTIFACT} is {problem}; run `g2rpo weights fetch {QUESTION_ARTIFACT}`"
+        )
+    return path
+
+
+def published_question(script: Path) -> Template:
+    """The question in an example script: its one formatted text with the variable ``prompt``.
+
+    Its hash is of the text as a template, so that it does not depend on the code around it.
+
+    Raises:
+        UserError: the script cannot be read, or does not hold exactly one such text.
+    """
+    try:
+        tree = ast.parse(script.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{script}: cannot be read as a script ({error}); fetch it again") from None
+    texts = {
+        text
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr) and (text := _template_text(node)) is not None
+    }
+    if len(texts) != 1:
+        raise UserError(
+            f"{script}: {len(texts)} texts with a caption where one is expected; save the question "
+            "as a file and set question.template to it"
+        )
+    (text,) = texts
+    return Template(text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _template_text(node: ast.JoinedStr) -> str | None:
+    """The text with the placeholder for ``{prompt}``, or None where it holds anything else."""
+    parts = []
+    for value in node.values:
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            parts.append(value.value)
+        elif (
+            isinstance(value, ast.FormattedValue)
+            and isinstance(value.value, ast.Name)
+            and value.value.id == "prompt"
+        ):
+            parts.append(PLACEHOLDER)
+        else:
+            return None
+    text = "".join(parts)
+    return text if PLACEHOLDER in text else None
 
 
 def question_inputs(config: QuestionConfig) -> dict[str, Any]:

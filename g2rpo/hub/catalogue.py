@@ -1,0 +1,136 @@
+"""The catalogue of published artifacts: a typed view of ``catalogue.yaml``."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+from g2rpo.config import StrictModel, load_yaml, nearest, validate
+from g2rpo.errors import UserError
+
+CATALOGUE = Path(__file__).with_name("catalogue.yaml")
+SHA256 = r"^[0-9a-f]{64}$"
+COMMIT = r"^[0-9a-f]{40}$"
+
+
+class PublishedFile(StrictModel):
+    """One file of a repository; None where no page states it."""
+
+    path: str
+    """Path inside the repository, with ``/``."""
+    size: int | None = Field(None, ge=0)
+    """Bytes."""
+    sha256: str | None = Field(None, pattern=SHA256)
+
+    @pydantic.field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
+            raise ValueError("must stay inside the repository")
+        return path
+
+
+class Artifact(StrictModel):
+    """What is published, fetched and checked together."""
+
+    name: str
+    kind: Literal["model", "dataset", "github"] = "model"
+    """A Hugging Face model or dataset, or raw files of a GitHub repository."""
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """``owner/name``."""
+    revision: str | None = Field(None, pattern=COMMIT)
+    """Commit; None means the newest, or what the lock file says."""
+    files: tuple[PublishedFile, ...] = Field(min_length=1)
+    licence: str | None = None
+    gated: bool = False
+    """Whether the publisher must grant access first, on ``page``."""
+    page: str
+    """Where the artifact is described, and access to it granted."""
+    purpose: Literal["policy", "reward", "checkpoint", "prompts"]
+    reward: str | None = None
+    """Registry name of the reward that needs it."""
+    variant: str | None = None
+    """The variant of the reward that needs it; None: all."""
+    default: bool = True
+    """Whether ``variant`` is the reward's default."""
+    prompts: int | None = Field(None, ge=1)
+    """Prompts in a list, all files together."""
+    approximate_size: int | None = Field(None, ge=0)
+    """Bytes, not exact; see ``size_note``."""
+    size_note: str | None = None
+    sources: tuple[str, ...] = ()
+    """Pages that state the revision, sizes, hashes or licence."""
+    note: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The repository's name in the lock file."""
+        prefix = {"model": "", "dataset": "datasets/", "github": "github.com/"}[self.kind]
+        return prefix + self.repo
+
+    @property
+    def needed_by(self) -> str:
+        """What needs it, in words."""
+        if self.purpose != "reward":
+            return self.purpose
+        return f"reward {self.reward}" + (f" {self.variant}" if self.variant else "")
+
+    def size(self) -> tuple[int | None, bool]:
+        """Bytes of all files, and whether that is exact."""
+        sizes = [file.size for file in self.files]
+        known = [size for size in sizes if size is not None]
+        if len(known) == len(sizes):
+            return sum(known), True
+        return self.approximate_size, False
+
+
+class Catalogue(StrictModel):
+    """All artifacts, by unique names."""
+
+    artifacts: tuple[Artifact, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Catalogue":
+        names = [artifact.name for artifact in self.artifacts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"artifact {twice[0]!r} is there twice")
+        revisions: dict[str, str | None] = {}
+        for artifact in self.artifacts:
+            if revisions.setdefault(artifact.key, artifact.revision) != artifact.revision:
+                raise ValueError(f"{artifact.key}: its artifacts state different revisions")
+        return self
+
+    def select(self, names: Sequence[str], purposes: Iterable[str]) -> tuple[Artifact, ...]:
+        """The artifacts of ``purposes``, all or those named (by name or ``owner/name``).
+
+        Raises:
+            UserError: a name is not in the catalogue.
+        """
+        wanted = set(purposes)
+        among = [artifact for artifact in self.artifacts if artifact.purpose in wanted]
+        for name in names:
+            if not any(name in (artifact.name, artifact.repo) for artifact in among):
+                hint = nearest(name, [artifact.name for artifact in among])
+                raise UserError(f"unknown artifact {name!r}; {hint}")
+        if not names:
+            return tuple(among)
+        return tuple(a for a in among if a.name in names or a.repo in names)
+
+    def of_repository(self, repo: str) -> tuple[Artifact, ...]:
+        """The artifacts of the Hugging Face model ``repo``."""
+        return tuple(a for a in self.artifacts if a.kind == "model" and a.repo == repo)
+
+
+def read_catalogue(path: Path) -> Catalogue:
+    """Reads a catalogue; raises :class:`UserError` where it is wrong."""
+    return validate(Catalogue, load_yaml(path), str(path))
+
+
+@functools.cache
+def catalogue() -> Catalogue:
+    """The catalogue that comes with the package."""
+    return read_catalogue(CATALOGUE)

@@ -1,0 +1,120 @@
+"""The lock file: revisions and hashes of what was fetched, where the catalogue states none.
+
+It lies beside the catalogue, so that a working copy can commit it; ``G2RPO_WEIGHTS_LOCK`` names
+another.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from g2rpo.config import StrictModel, validate
+from g2rpo.errors import UserError
+from g2rpo.files import write_json
+from g2rpo.hub.catalogue import COMMIT, SHA256, Artifact, PublishedFile, catalogue
+
+LOCK_VARIABLE = "G2RPO_WEIGHTS_LOCK"
+
+
+class LockedFile(StrictModel):
+    """What a file was when it was locked."""
+
+    sha256: str = Field(pattern=SHA256)
+    size: int = Field(ge=0)
+
+
+class LockedRepository(StrictModel):
+    """A repository's commit, None where the files came from a mirror folder, and its files."""
+
+    revision: str | None = Field(None, pattern=COMMIT)
+    files: dict[str, LockedFile] = Field(default_factory=dict)
+
+
+class Lock(StrictModel):
+    """Repositories by :attr:`Artifact.key`."""
+
+    version: int = Field(1, ge=1, le=1)
+    repositories: dict[str, LockedRepository] = Field(default_factory=dict)
+
+    def repository(self, key: str) -> LockedRepository:
+        """The entry of a repository, empty where there is none."""
+        return self.repositories.get(key, LockedRepository())
+
+    def with_repository(self, key: str, entry: LockedRepository) -> "Lock":
+        """A lock with the entry of one repository replaced."""
+        return Lock(repositories={**self.repositories, key: entry})
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a file should be, from the catalogue and then the lock; None where neither says."""
+
+    revision: str | None
+    size: int | None
+    sha256: str | None
+
+
+def lock_path() -> Path:
+    """Where the lock file is, or would be."""
+    named = os.environ.get(LOCK_VARIABLE)
+    return Path(named).expanduser() if named else Path(__file__).with_name("lock.json")
+
+
+def read_lock(path: Path | None = None) -> Lock:
+    """The lock at ``path`` (default: :func:`lock_path`), empty where there is no file.
+
+    Raises:
+        UserError: the file cannot be read or is not a lock file.
+    """
+    path = path or lock_path()
+    try:
+        data: object = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Lock()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read as a lock file ({error}); restore it or delete it"
+        ) from None
+    return validate(Lock, data, str(path))
+
+
+def write_lock(lock: Lock, path: Path | None = None) -> None:
+    """Writes ``lock`` with sorted keys, atomically."""
+    write_json(path or lock_path(), lock.model_dump(mode="json"))
+
+
+def pinned_revision(artifact: Artifact, lock: Lock) -> str | None:
+    """The commit that ``artifact`` is pinned to."""
+    return artifact.revision or lock.repository(artifact.key).revision
+
+
+def expected(artifact: Artifact, file: PublishedFile, lock: Lock) -> Expected:
+    """What ``file`` should be."""
+    locked = lock.repository(artifact.key).files.get(file.path)
+    size = file.size if file.size is not None or locked is None else locked.size
+    sha256 = file.sha256 or (locked.sha256 if locked else None)
+    return Expected(pinned_revision(artifact, lock), size, sha256)
+
+
+def revision_of(repo: str) -> str | None:
+    """The commit that the Hugging Face model ``repo`` is pinned to; None where it is not."""
+    lock = read_lock()
+    pinned = [pinned_revision(artifact, lock) for artifact in catalogue().of_repository(repo)]
+    return pinned[0] if pinned else lock.repository(repo).revision
+
+
+def expected_of(repo: str, path: str) -> Expected:
+    """What the file ``path`` of the Hugging Face model ``repo`` should be."""
+    lock = read_lock()
+    for artifact in catalogue().of_repository(repo):
+        for file in artifact.files:
+            if file.path == path:
+                return expected(artifact, file, lock)
+    locked: Mapping[str, LockedFile] = lock.repository(repo).files
+    if path in locked:
+        return Expected(revision_of(repo), locked[path].size, locked[path].sha256)
+    return Expected(revision_of(repo), None, None)

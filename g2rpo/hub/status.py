@@ -1,0 +1,137 @@
+"""What is cached, whether it is whole, and recording that in the lock."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from g2rpo.errors import UserError
+from g2rpo.hub import cache
+from g2rpo.hub.catalogue import Artifact, PublishedFile
+from g2rpo.hub.fetch import difference, misnamed
+from g2rpo.hub.lock import Lock, LockedFile, LockedRepository, expected
+
+FileWord = Literal["ok", "missing", "altered", "not locked"]
+ArtifactWord = Literal["missing", "partly", "cached", "locked", "altered"]
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One file: ``ok`` agrees with its hash, ``not locked`` is there but no hash is stated."""
+
+    file: PublishedFile
+    word: FileWord
+    path: Path | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class ArtifactState:
+    """An artifact: ``locked`` has all files, with a stated hash each; ``cached`` has all files."""
+
+    artifact: Artifact
+    word: ArtifactWord
+    folder: Path | None
+    """Where its first cached file lies."""
+
+
+def file_state(artifact: Artifact, file: PublishedFile, lock: Lock, *, rehash: bool) -> FileState:
+    """The state of one file; ``rehash`` reads it, else a remembered hash is compared."""
+    want = expected(artifact, file, lock)
+    path = cache.find(artifact, file, want.revision)
+    if path is None:
+        return FileState(file, "missing")
+    digests = cache.Digests()
+    sha256 = digests.measure(path) if rehash else digests.known(path)
+    problem = difference(path, sha256, want)
+    if problem is None and rehash and sha256 is not None:
+        problem = misnamed(path, sha256, path.resolve().name)
+    if problem is not None:
+        return FileState(file, "altered", path, problem)
+    return FileState(file, "not locked" if want.sha256 is None else "ok", path)
+
+
+def artifact_state(artifact: Artifact, lock: Lock) -> ArtifactState:
+    """The state of an artifact without reading its files."""
+    states = [file_state(artifact, file, lock, rehash=False) for file in artifact.files]
+    words = {state.word for state in states}
+    paths = [state.path for state in states if state.path is not None]
+    word: ArtifactWord
+    if "altered" in words:
+        word = "altered"
+    elif words == {"missing"}:
+        word = "missing"
+    elif "missing" in words:
+        word = "partly"
+    else:
+        word = "locked" if words == {"ok"} else "cached"
+    return ArtifactState(artifact, word, paths[0].parent if paths else None)
+
+
+@dataclass(frozen=True)
+class LockChange:
+    """A value that the lock does not have yet (``old`` None) or has otherwise."""
+
+    what: str
+    old: str | None
+    new: str
+
+
+def lock_cached(
+    artifacts: Iterable[Artifact], lock: Lock, *, update: bool
+) -> tuple[Lock, list[LockChange]]:
+    """The lock with what is cached recorded where the catalogue states nothing.
+
+    ``update``: also look at the newest cached revision and take over what differs; without it a
+    difference is in the list of changes but not in the lock.
+
+    Raises:
+        UserError: a cached file is not what its name in the cache says.
+    """
+    changes: list[LockChange] = []
+    digests = cache.Digests()
+    for artifact in artifacts:
+        for file in artifact.files:
+            entry = lock.repository(artifact.key)
+            path = cache.find(artifact, file, artifact.revision) if update else None
+            path = path or cache.find(artifact, file, artifact.revision or entry.revision)
+            if path is None:
+                continue
+            if file.sha256 is None:
+                sha256 = digests.measure(path)
+                problem = misnamed(path, sha256, path.resolve().name)
+                if problem is not None:
+                    raise UserError(
+                        f"{artifact.name}: {file.path} is {problem}; not locked: fetch it again"
+                    )
+                locked = LockedFile(sha256=sha256, size=path.stat().st_size)
+                label = f"{artifact.key} {file.path}"
+                entry = _with_file(entry, file.path, locked, changes, label, update=update)
+            commit = cache.commit_of(artifact, path)
+            if artifact.revision is None and commit not in (None, entry.revision):
+                assert commit is not None
+                label = f"{artifact.key} revision"
+                changes.append(LockChange(label, entry.revision, commit))
+                if entry.revision is None or update:
+                    entry = LockedRepository(revision=commit, files=entry.files)
+            if entry != LockedRepository():
+                lock = lock.with_repository(artifact.key, entry)
+    return lock, changes
+
+
+def _with_file(
+    entry: LockedRepository,
+    path: str,
+    new: LockedFile,
+    changes: list[LockChange],
+    label: str,
+    *,
+    update: bool,
+) -> LockedRepository:
+    old = entry.files.get(path)
+    if old == new:
+        return entry
+    changes.append(LockChange(label, old.sha256 if old else None, new.sha256))
+    if old is not None and not update:
+        return entry
+    return LockedRepository(revision=entry.revision, files={**entry.files, path: new})

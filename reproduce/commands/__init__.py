@@ -1,0 +1,1 @@
+"""Groups of sub-commands of `g2rpo`, one file each."""

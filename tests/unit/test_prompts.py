@@ -1,0 +1,188 @@
+"""Prompt sets: the three formats, what is refused, and what two sets share."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from g2rpo.data.overlap import Overlap, normalise, overlap, summarise
+from g2rpo.data.prompts import LONGEST_ID, Prompt, read_prompts, write_prompts
+from g2rpo.errors import UserError
+from reproduce.commands.prompts import app
+
+TEXTS = st.text(min_size=1, max_size=30).map(str.strip).filter(bool)
+IDS = (
+    st.text(st.characters(exclude_characters="/\\", exclude_categories=("C", "Z")), min_size=1)
+    .filter(lambda text: not text.startswith("."))
+    .filter(lambda text: len(text.encode()) <= LONGEST_ID)
+)
+STYLES = st.none() | TEXTS
+
+
+@st.composite
+def sets(draw: st.DrawFn) -> list[Prompt]:
+    ids = draw(st.lists(IDS, min_size=1, max_size=6, unique=True))
+    return [Prompt(identity, draw(TEXTS), draw(STYLES)) for identity in ids]
+
+
+def through_a_file(name: str, prompts: list[Prompt]) -> list[Prompt]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        write_prompts(path, prompts)
+        return read_prompts(path)
+
+
+def written(tmp_path: Path, name: str, text: str) -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set.jsonl"])
+@given(prompts=sets())
+def test_csv_and_jsonl_give_back_what_was_written(name: str, prompts: list[Prompt]) -> None:
+    assert through_a_file(name, prompts) == prompts
+
+
+@given(texts=st.lists(TEXTS.filter(lambda t: not set(t) & set("\r\n\ufeff")), min_size=1))
+def test_txt_gives_back_the_texts_and_numbers_them(texts: list[str]) -> None:
+    numbered = [Prompt(f"{number:06d}", text) for number, text in enumerate(texts)]
+    assert through_a_file("set.txt", numbered) == numbered
+
+
+def test_txt_cannot_hold_a_line_break(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompt 7 has a line break; write \.jsonl"):
+        write_prompts(tmp_path / "set.txt", [Prompt("7", "two\nlines")])
+    assert not (tmp_path / "set.txt").exists()
+
+
+def test_id_and_style_may_be_left_out(tmp_path: Path) -> None:
+    csv = written(tmp_path, "a.csv", 'style,prompt\nphoto,"a cat, a dog"\n,plain\n')
+    assert read_prompts(csv) == [
+        Prompt("000000", "a cat, a dog", "photo"),
+        Prompt("000001", "plain"),
+    ]
+    lines = '{"prompt": "a"}\r\n{"prompt": "b", "style": null}\n{"prompt": "c", "id": "z"}\n'
+    assert read_prompts(written(tmp_path, "a.jsonl", lines)) == [
+        Prompt("000000", "a"),
+        Prompt("000001", "b"),
+        Prompt("z", "c"),
+    ]
+    assert read_prompts(csv, limit=1)[0].style == "photo"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "prompt,id\nx,1\ny,1\n", r"line 3: the id '1' is that of line 2 too"),
+        ("a.csv", "prompt,id\nx,\n", r"line 2: the id '' is empty"),
+        ("a.csv", "prompt,id\nx,1\n  ,2\n", r"line 3: empty prompt"),
+        ("a.csv", "prompt\nx\n\ny\n", r"line 3: empty prompt"),
+        ("a.csv", "prompt,di\nx,1\n", r"line 1: unknown column 'di'"),
+        ("a.csv", "id\n1\n", r"line 1: no column 'prompt'"),
+        ("a.csv", "prompt,prompt\nx,y\n", r"line 1: a column is there twice"),
+        ("a.csv", "prompt,id\na cat, a dog,1\n", r"line 2: 3 values .* double quotes"),
+        ("a.csv", 'prompt\n"open\n', r"not valid CSV"),
+        ("a.csv", "prompt\n", r"no prompts"),
+        ("a.csv", "", r"no column 'prompt'"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', r"line 2: not valid JSON"),
+        ("a.jsonl", '["x"]\n', r"line 1: expected an object"),
+        ("a.jsonl", '{"prompt": "x", "id": 3}\n', r"line 1: id must be a string"),
+        ("a.jsonl", '{"prompt": "x", "seed": "3"}\n', r"line 1: unknown column 'seed'"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": " "}\n', r"line 2: empty prompt"),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": "y", "id": "000000"}\n',
+            r"line 2: the id '000000' is that of line 1 too",
+        ),
+        ("a.jsonl", '{"prompt": "x", "id": "a/b"}\n', r"line 1: the id 'a/b' cannot name a file"),
+        ("a.jsonl", '{"prompt": "x", "id": "..\\\\b"}\n', r"cannot name a file"),
+        ("a.jsonl", '{"prompt": "x", "id": ".."}\n', r"cannot name a file"),
+        ("a.jsonl", '{"prompt": "x", "id": "a\\u0000b"}\n', r"cannot name a file"),
+        ("a.jsonl", json.dumps({"prompt": "x", "id": "ü" * 101}), r"longer than 200 bytes"),
+        ("a.txt", "x\n\ny\n", r"line 2: empty prompt"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    path = written(tmp_path, name, text)
+    with pytest.raises(UserError, match=message) as error:
+        read_prompts(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- normalising and overlap ---------------------------------------------------------------------
+
+
+@given(st.text(max_size=40))
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    once = normalise(text)
+    assert normalise(once) == once
+
+
+@given(TEXTS)
+def test_case_width_punctuation_and_spaces_do_not_count(text: str) -> None:
+    assert normalise(f"  X. {text}\t!") == normalise(f"x {text}")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("A red cat.", "a   RED, cat"),
+        ("ＡＢＣ ﬁsh", "abc fish"),
+        ("Straße", "STRASSE"),
+        ("a cat -- at night", "a cat — at night!"),
+    ],
+)
+def test_the_same_prompt_in_other_clothes(first: str, second: str) -> None:
+    assert normalise(first) == normalise(second)
+
+
+def test_other_prompts_stay_apart() -> None:
+    texts = ["a cat", "a bat", "cat a", "1 + 1", "1 - 1", "!!!", "???", "猫", "犬", "😀", "😡"]
+    assert len({normalise(text) for text in texts}) == len(texts)
+
+
+@given(sets(), sets())
+def test_overlap_is_symmetric_and_whole_with_itself(a: list[Prompt], b: list[Prompt]) -> None:
+    assert overlap(a, b) == overlap(b, a)
+    assert set(overlap(a, a).exact) == {prompt.text for prompt in a}
+    assert {normalise(text) for text in overlap(a, b).exact} <= set(overlap(a, b).normalised)
+
+
+def test_overlap_counts_a_prompt_once() -> None:
+    train = [Prompt("0", "a cat"), Prompt("1", "a cat"), Prompt("2", "A dog!")]
+    test = [Prompt("0", "a dog"), Prompt("1", "a cat")]
+    assert overlap(train, test) == Overlap(("a cat",), ("a cat", "a dog"))
+
+
+def test_a_summary_counts_like_wc(tmp_path: Path) -> None:
+    text = "a red  cat\nA red cat.\nein Hund – groß\n"
+    path = written(tmp_path, "a.txt", text)
+    found = summarise(path)
+    assert (found.prompts, found.distinct, found.words) == (3, 2, 10)
+    assert found.bytes == len(text.encode())
+    assert found.sha256 == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_check_shows_counts_and_the_first_ten_examples(tmp_path: Path) -> None:
+    train = written(tmp_path, "train.txt", "".join(f"prompt {n}\n" for n in range(30)))
+    test = written(tmp_path, "test.csv", "prompt\n" + "".join(f"Prompt {n}!\n" for n in range(12)))
+    result = CliRunner().invoke(app, ["check", str(train), str(test)])
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0].startswith(f"{train}: 30 prompts (30 distinct), 60 words, ")
+    assert lines[2].startswith("in both: 0 prompts exactly, 12 without case")
+    assert lines[3:] == [f"  {t}" for t in sorted(f"prompt {n}" for n in range(12))[:10]] + [
+        "  … and 2 more"
+    ]
