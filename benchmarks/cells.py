@@ -3,8 +3,9 @@
 A cell is what remains when its run directory is gone: which configuration and weights it was,
 what it cost, and the score of every held-out prompt under every reward model. On disk it is
 ``<name>.json`` with what is said about it, ``<name>.parquet`` with the scores and, where given,
-``<name>__curve.parquet`` with the learning curve. The JSON is written last and holds the hashes of
-the others, so a cell is either whole or absent.
+``<name>__curve.parquet`` with the learning curve and ``<name>__metrics.parquet`` with what else was
+measured. The JSON is written last and holds the hashes of the others, so a cell is either whole or
+absent.
 """
 
 import io
@@ -22,6 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
+from benchmarks.diversity import DiversityConfig
+from benchmarks.drift import DriftConfig
+from benchmarks.metrics import checked_metrics
 from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_bytes, sha256_file, write_json
@@ -30,6 +34,8 @@ Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0
 """A row's key, such as ``base`` or ``hps/g2rpo``: it names files, so it is kept plain."""
 
 SCORE_COLUMNS = ("prompt_id", "reward", "score")
+STYLE = "style"
+"""A further column of the scores, where the prompt set has styles."""
 
 
 class Cost(StrictModel):
@@ -58,6 +64,8 @@ class Protocol(StrictModel):
 
     name: str
     hash: str
+    diversity: DiversityConfig | None = None
+    drift: DriftConfig | None = None
 
 
 class Provenance(StrictModel):
@@ -70,6 +78,8 @@ class Provenance(StrictModel):
     weights: dict[str, str]
     """Name of the policy or reward to the SHA-256 of its weights."""
     hardware: dict[str, str]
+    checkpoint: str | None = None
+    """Where weights that were trained elsewhere came from: a path, or a hub id with its commit."""
 
 
 class CellInfo(StrictModel):
@@ -77,14 +87,14 @@ class CellInfo(StrictModel):
 
     Attributes:
         row: the table row it belongs to.
-        method: the method's name, or ``base``.
-        train_rewards: the rewards it was trained on, empty for the base.
-        preset: ``released`` or ``matched``, or None for the base.
-        seed: the training seed, or None for a base that has none.
+        method: the method's name, ``base``, or ``checkpoint`` for weights trained elsewhere.
+        train_rewards: the rewards it was trained on, empty for the base or where not stated.
+        preset: ``released`` or ``matched``, or None where nothing was trained here.
+        seed: the training seed, or None for a base or a checkpoint that has none.
         protocol: how it was sampled and scored.
         runs: stage name to the hash of its run.
-        checkpoint_iteration: the iteration evaluated, 0 for the base.
-        cost: what training up to that checkpoint took.
+        checkpoint_iteration: the iteration evaluated, 0 for the base; None where not known.
+        cost: what training up to that checkpoint took; None where not known.
         provenance: commit, packages, weights and hardware.
     """
 
@@ -95,8 +105,8 @@ class CellInfo(StrictModel):
     seed: int | None = None
     protocol: Protocol
     runs: dict[str, str]
-    checkpoint_iteration: int = pydantic.Field(ge=0)
-    cost: Cost
+    checkpoint_iteration: int | None = pydantic.Field(ge=0)
+    cost: Cost | None
     provenance: Provenance
 
     @property
@@ -113,6 +123,7 @@ class _CellFile(StrictModel):
     cell: CellInfo
     scores_sha256: str
     curve_sha256: str | None = None
+    metrics_sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,19 +132,26 @@ class Cell:
 
     Attributes:
         info: what it is.
-        scores: one row per prompt and reward: prompt_id (str), reward (str), score (float32).
+        scores: one row per prompt and reward: prompt_id (str), reward (str), score (float32), and
+            style (str) where the prompt set has styles.
         curve: the learning curve, one row per logged iteration, or None.
+        metrics: one row per metric and prompt that it was measured on: prompt_id (str), metric
+            (str, as in :mod:`benchmarks.metrics`), value (float64); or None.
 
     Raises:
-        UserError: a score is missing, doubled or not finite; the message names it.
+        UserError: a score or metric is missing, doubled or not finite; the message names it.
     """
 
     info: CellInfo
     scores: pd.DataFrame
     curve: pd.DataFrame | None = None
+    metrics: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", _checked(self.scores, self.info.name))
+        if self.metrics is not None:
+            prompts, where = set(self.scores["prompt_id"]), f"cell {self.info.name}"
+            object.__setattr__(self, "metrics", checked_metrics(self.metrics, prompts, where))
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -153,7 +171,9 @@ def _checked(scores: pd.DataFrame, name: str) -> pd.DataFrame:
     if scores.empty:
         raise UserError(f"cell {name}: there is not one score")
     types = {"prompt_id": "str", "reward": "str", "score": "float32"}
-    kept = scores.loc[:, list(SCORE_COLUMNS)].astype(types)
+    if STYLE in scores.columns and scores[STYLE].notna().any():
+        types[STYLE] = "str"
+    kept = scores.loc[:, list(types)].astype(types)
     kept = kept.sort_values(["reward", "prompt_id"], ignore_index=True)
     bad = kept.loc[~np.isfinite(kept["score"])]
     if not bad.empty:
@@ -204,26 +224,32 @@ def save_cell(cell: Cell, folder: Path) -> Path:
     An older cell of the same name is replaced; killed in between, it is absent, not mixed.
     """
     json_path = folder / f"{cell.info.name}.json"
-    scores_path, curve_path = _parquet_paths(json_path)
+    scores_path = _parquet_path(json_path)
     folder.mkdir(parents=True, exist_ok=True)
     json_path.unlink(missing_ok=True)
     atomic_write_bytes(scores_path, _parquet(cell.scores))
-    if cell.curve is None:
-        curve_path.unlink(missing_ok=True)
-    else:
-        atomic_write_bytes(curve_path, _parquet(cell.curve))
     document = _CellFile(
         cell=cell.info,
         scores_sha256=sha256_file(scores_path),
-        curve_sha256=None if cell.curve is None else sha256_file(curve_path),
+        curve_sha256=_save_optional(cell.curve, _parquet_path(json_path, "curve")),
+        metrics_sha256=_save_optional(cell.metrics, _parquet_path(json_path, "metrics")),
     )
     write_json(json_path, document.model_dump(mode="json"))
     return json_path
 
 
-def _parquet_paths(json_path: Path) -> tuple[Path, Path]:
-    folder, name = json_path.parent, json_path.name.removesuffix(".json")
-    return folder / f"{name}.parquet", folder / f"{name}__curve.parquet"
+def _save_optional(frame: pd.DataFrame | None, path: Path) -> str | None:
+    """Writes ``frame`` and returns its file's hash; without one the file is not left either."""
+    if frame is None:
+        path.unlink(missing_ok=True)
+        return None
+    atomic_write_bytes(path, _parquet(frame))
+    return sha256_file(path)
+
+
+def _parquet_path(json_path: Path, part: str | None = None) -> Path:
+    name = json_path.name.removesuffix(".json")
+    return json_path.parent / (f"{name}__{part}.parquet" if part else f"{name}.parquet")
 
 
 def load_cell(json_path: Path) -> Cell:
@@ -249,11 +275,15 @@ def load_cell(json_path: Path) -> Cell:
             f"{json_path}: holds the cell {document.cell.name!r}; rename the file to "
             f"{document.cell.name}.json"
         )
-    scores_path, curve_path = _parquet_paths(json_path)
-    curve = None
-    if document.curve_sha256 is not None:
-        curve = _read_parquet(curve_path, document.curve_sha256)
-    return Cell(document.cell, _read_parquet(scores_path, document.scores_sha256), curve)
+    scores = _read_parquet(_parquet_path(json_path), document.scores_sha256)
+    curve, metrics = (
+        None if sha256 is None else _read_parquet(_parquet_path(json_path, part), sha256)
+        for part, sha256 in (
+            ("curve", document.curve_sha256),
+            ("metrics", document.metrics_sha256),
+        )
+    )
+    return Cell(document.cell, scores, curve, metrics)
 
 
 def _read_parquet(path: Path, sha256: str) -> pd.DataFrame:
@@ -310,6 +340,31 @@ class RowScores:
             for place, reward in enumerate(rewards):
                 cube[place, index] = by_reward[reward]["score"].to_numpy(np.float64)
         return cube
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that were measured of every cell of the row, sorted."""
+        measured = [set() if c.metrics is None else set(c.metrics["metric"]) for c in self.cells]
+        return tuple(sorted(set.intersection(*measured)))
+
+    def metric(
+        self, metric: str, seeds: Sequence[int] | None = None
+    ) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
+        """A metric as [1, cells, prompts], float64, and the ids of the prompts measured.
+
+        Raises:
+            UserError: the cells were measured on different prompts.
+        """
+        parts = [
+            cell.metrics.loc[cell.metrics["metric"] == metric]
+            for cell in self.cells
+            if cell.metrics is not None and (seeds is None or cell.info.seed in seeds)
+        ]
+        prompts = {tuple(part["prompt_id"]) for part in parts}
+        if len(prompts) != 1:
+            raise UserError(f"row {self.row!r}: {metric!r} was measured on different prompts")
+        values = [part["value"].to_numpy(np.float64) for part in parts]
+        return np.stack(values)[None], prompts.pop()
 
 
 def gather_rows(cells: Iterable[Cell]) -> dict[str, RowScores]:

@@ -1,29 +1,29 @@
-"""Held-out sampling and scoring: images whose noise depends on (seed, prompt id) alone.
+"""Held-out sampling and scoring: images whose noise depends on (seed, prompt, image) alone.
 
-Both stages resume: an image that is there is not sampled again, a reward that has scored all
-images does not score them again.
+Both stages resume: an image that is there is not sampled again, nor is a score taken again.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from benchmarks.diversity import DiversityConfig
+from benchmarks.drift import DriftConfig
+from benchmarks.scoring.engine import Scorer
+from benchmarks.scoring.items import Item
 from g2rpo.config import StrictModel
 from g2rpo.data.prompts import Prompt
-from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
 from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.policy import FluxPolicy
 from g2rpo.progress import ProgressReport
-from g2rpo.rewards.base import RewardModel
-from g2rpo.sampling import sample_ode
+from g2rpo.rewards.base import BatchedReward
+from g2rpo.sampling import HybridConfig, sample_ode
 
 
 class EvaluationConfig(StrictModel):
@@ -40,11 +40,48 @@ class EvaluationConfig(StrictModel):
     """The released evaluation: 50 steps on diffusers' own grid."""
     resolution: int = Field(1024, gt=0)
     guidance_scale: float = Field(3.5, ge=0)
+    diversity: DiversityConfig | None = None
+    """Measures how different the images of one prompt are; null leaves it out."""
+    drift: DriftConfig | None = None
+    """Measures how far the policy is from its base; null leaves it out."""
+    hybrid: HybridConfig | None = None
+    """Finishes the images of a tuned policy with its base; null does not."""
+
+    @model_validator(mode="after")
+    def _handover_on_the_grid(self) -> "EvaluationConfig":
+        if self.hybrid is not None and self.hybrid.steps_of(self.grid.steps) > self.grid.steps:
+            raise ValueError(
+                f"hybrid.tuned_steps: {self.hybrid.tuned_steps} is more than the "
+                f"{self.grid.steps} steps of the grid"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Evaluations are named by a hash of this: those without the sections keep their names.
+        fields: dict[str, Any] = handler(self)
+        for name in ("diversity", "drift", "hybrid"):
+            if getattr(self, name) is None:
+                fields.pop(name, None)
+        return fields
 
 
-def image_path(folder: Path, prompt: Prompt) -> Path:
-    """Where the image of ``prompt`` is kept."""
-    return folder / f"{prompt.id}.png"
+def image_path(folder: Path, prompt: Prompt, index: int = 0) -> Path:
+    """Where image ``index`` of ``prompt`` is kept; the first is the one that is scored."""
+    return folder / (f"{prompt.id}_{index}.png" if index else f"{prompt.id}.png")
+
+
+def compared_images(
+    prompts: Sequence[Prompt], config: DiversityConfig, scored: Path, others: Path
+) -> dict[str, list[Path]]:
+    """For each prompt id the files whose diversity is measured: the scored one, then the others."""
+    return {
+        prompt.id: [
+            image_path(scored, prompt),
+            *(image_path(others, prompt, index) for index in range(1, config.images)),
+        ]
+        for prompt in prompts[: config.prompts]
+    }
 
 
 def sample_images(
@@ -53,6 +90,7 @@ def sample_images(
     config: EvaluationConfig,
     folder: Path,
     batch: int = 64,
+    index: int = 0,
 ) -> int:
     """Samples the images that ``folder`` does not have yet, by ODE, as PNG files.
 
@@ -60,51 +98,31 @@ def sample_images(
         policy: loaded at the protocol's resolution and guidance.
         prompts: the held-out prompts.
         config: the protocol.
-        folder: where ``<prompt id>.png`` go.
+        folder: where the files go, see :func:`image_path`.
         batch: images sampled at a time; the noise of an image does not depend on it.
+        index: which image of each prompt.
 
     Returns:
         How many images were sampled.
     """
-    missing = [prompt for prompt in prompts if not image_path(folder, prompt).exists()]
+    missing = [prompt for prompt in prompts if not image_path(folder, prompt, index).exists()]
     grid = build_grid(config.grid, policy.image_tokens)
     with ProgressReport("sample", len(prompts), done=len(prompts) - len(missing)) as report:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
-            images = sample_ode(policy, part, grid, config.seed, batch)
+            images = sample_ode(policy, part, grid, config.seed, batch, index)
             for prompt, pixels in zip(part, images, strict=True):
-                with atomic_path(image_path(folder, prompt)) as temporary:
+                with atomic_path(image_path(folder, prompt, index)) as temporary:
                     Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
             report.advance(len(part))
     return len(missing)
 
 
-def read_images(paths: Sequence[Path]) -> Tensor:
-    """Images of one size as uint8 [N, H, W, 3].
-
-    Raises:
-        UserError: a file is missing, is no image, or has another size than the first; it is named.
-    """
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(torch.from_numpy(np.array(image.convert("RGB"))))
-        except FileNotFoundError:
-            raise UserError(f"{path}: image missing; sample it again") from None
-        except OSError as error:
-            raise UserError(f"{path}: not a readable image ({error}); sample it again") from None
-        if images[-1].shape != images[0].shape:
-            raise UserError(f"{path}: its size differs from that of {paths[0].name}")
-    return torch.stack(images)
-
-
 def score_images(
-    rewards: Mapping[str, RewardModel],
+    rewards: Mapping[str, BatchedReward],
     prompts: Sequence[Prompt],
     images: Path,
     output: Path,
-    batch: int = 64,
 ) -> pd.DataFrame:
     """Scores every prompt's image with every reward and writes ``output`` (Parquet).
 
@@ -112,69 +130,38 @@ def score_images(
         rewards: reward models by column name.
         prompts: the held-out prompts.
         images: the folder of ``<prompt id>.png``.
-        output: the Parquet file; each reward's part is kept beside it until all are done.
-        batch: images read and scored at a time.
+        output: the Parquet file; a journal is kept beside it until all is done.
 
     Returns:
-        One row per image and reward: prompt_id, prompt, image, reward, version, weights_hash,
-        score (float32).
+        One row per image and reward, with :data:`benchmarks.scoring.engine.COLUMNS`.
+
+    Raises:
+        UserError: an image is missing or damaged; it is named.
     """
-    parts = []
-    total = len(rewards) * len(prompts)
-    with ProgressReport("score", total) as report:
-        for name, model in rewards.items():
-            part_path = output.with_name(f"{output.stem}-{name}.parquet")
-            part = _finished_part(part_path, model, prompts)
-            if part is None:
-                part = _score_part(name, model, prompts, images, batch)
-                with atomic_path(part_path) as temporary:
-                    part.to_parquet(temporary, index=False)
-            parts.append(part)
-            report.advance(len(prompts))
-    scores = pd.concat(parts, ignore_index=True)
+    items = [
+        Item(prompt.id, image_path(images, prompt), prompt.text, prompt.id, prompt.style)
+        for prompt in prompts
+    ]
+    journal = output.with_name(f"{output.stem}-journal")
+    scorer = Scorer(journal, items)
+    scores = pd.concat(
+        [scorer.score(name, model) for name, model in rewards.items()], ignore_index=True
+    )
     with atomic_path(output) as temporary:
         scores.to_parquet(temporary, index=False)
-    for name in rewards:
-        output.with_name(f"{output.stem}-{name}.parquet").unlink(missing_ok=True)
+    shutil.rmtree(journal)
     return scores
 
 
-def _finished_part(
-    path: Path, model: RewardModel, prompts: Sequence[Prompt]
-) -> pd.DataFrame | None:
-    """What an interrupted scoring left for this model and these prompts, or None."""
-    if not path.exists():
-        return None
-    part = pd.read_parquet(path)
-    same_model = set(part["weights_hash"]) == {model.weights_hash}
-    same_prompts = list(part["prompt_id"]) == [prompt.id for prompt in prompts]
-    return part if same_model and same_prompts else None
+def prune_images(
+    folder: Path, prompts: Sequence[Prompt], keep: int | None, images: int = 1
+) -> None:
+    """Keeps the images of the first ``keep`` prompts (all where it is null), deletes the rest.
 
-
-def _score_part(
-    name: str, model: RewardModel, prompts: Sequence[Prompt], images: Path, batch: int
-) -> pd.DataFrame:
-    scores = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        pixels = read_images([image_path(images, prompt) for prompt in part])
-        scores.append(model.score(pixels, [prompt.text for prompt in part]).numpy())
-    return pd.DataFrame(
-        {
-            "prompt_id": [prompt.id for prompt in prompts],
-            "prompt": [prompt.text for prompt in prompts],
-            "image": [image_path(images, prompt).name for prompt in prompts],
-            "reward": name,
-            "version": model.version,
-            "weights_hash": model.weights_hash,
-            "score": np.concatenate(scores).astype(np.float32),
-        }
-    )
-
-
-def prune_images(folder: Path, prompts: Sequence[Prompt], keep: int | None) -> None:
-    """Keeps the images of the first ``keep`` prompts (all where it is null), deletes the rest."""
+    ``images`` is how many a prompt has.
+    """
     if keep is None:
         return
     for prompt in prompts[keep:]:
-        image_path(folder, prompt).unlink(missing_ok=True)
+        for index in range(images):
+            image_path(folder, prompt, index).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ weights.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +93,34 @@ def liven(module: nn.Module) -> None:
             if name in ("proj", "text_projection"):  # open_clip keeps these transposed
                 inputs = parameter.shape[0]
             parameter.normal_(0.0, inputs**-0.5)
+
+
+def save_open_clip(
+    clip: nn.Module, model_config: Mapping[str, Any], resize_mode: str, folder: Path
+) -> None:
+    """Writes ``open_clip_config.json`` and the weights of an open_clip model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": list(_MEAN), "std": list(_STD), "resize_mode": resize_mode}
+    write_json(folder / CONFIG_FILE, {"model_cfg": model_config, "preprocess_cfg": preprocess})
+    safetensors.torch.save_file(clip.state_dict(), folder / WEIGHTS_FILES[0])
+
+
+def save_transformers_clip(
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Writes an ordinary CLIPModel folder with its processor's files."""
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = int(clip.config.vision_config.image_size)
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(_MEAN),
+        "image_std": list(_STD),
+        "resample": 3,
+    }
+    write_json(folder / "preprocessor_config.json", preprocessor)
 
 
 class SmallReward(ABC, nn.Module):
@@ -197,12 +225,7 @@ class SmallOpenClip(SmallDualEncoder):
 
     def save(self, folder: Path) -> None:
         """Writes ``open_clip_config.json``, the weights and the tokenizer."""
-        folder.mkdir(parents=True, exist_ok=True)
-        preprocess = {"mean": list(_MEAN), "std": list(_STD), "resize_mode": "shortest"}
-        write_json(
-            folder / CONFIG_FILE, {"model_cfg": self.model_config, "preprocess_cfg": preprocess}
-        )
-        safetensors.torch.save_file(self.clip.state_dict(), folder / WEIGHTS_FILES[0])
+        save_open_clip(self.clip, self.model_config, "shortest", folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -271,17 +294,7 @@ class SmallPickScore(SmallDualEncoder):
 
     def save(self, folder: Path) -> None:
         """Writes an ordinary CLIPModel folder with its processor's files."""
-        self.clip.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        preprocessor = {
-            "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": IMAGE_SIZE},
-            "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            "image_mean": list(_MEAN),
-            "image_std": list(_STD),
-            "resample": 3,
-        }
-        write_json(folder / "preprocessor_config.json", preprocessor)
+        save_transformers_clip(self.clip, self.tokenizer, folder)
 
 
 class SmallImageReward(SmallReward):

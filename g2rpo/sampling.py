@@ -1,55 +1,125 @@
-"""Deterministic sampling of a policy: one image per prompt, by ODE."""
+"""Deterministic sampling of a policy by ODE, from noise that is named by prompt and image."""
 
 from collections.abc import Sequence
 
+import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from g2rpo.config import StrictModel
 from g2rpo.data.prompts import Prompt
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import SweepSettings, sweep
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Conditioning, FluxPolicy
 from g2rpo.seeds import gaussian
 
 
-def evaluation_noise(policy: FluxPolicy, seed: int, prompt: Prompt) -> Tensor:
-    """The packed initial noise of a held-out prompt, [tokens, channels].
+class HybridConfig(StrictModel):
+    """MixGRPO's hybrid inference: the first steps with the tuned weights, the rest with the base's.
 
-    It depends on (seed, prompt id) alone: not on the batch, the ranks or the policy's weights.
+    One of the two is given; the released script has 30 of 50 steps.
     """
-    drawn = gaussian(policy.latent_shape, seed, "evaluation-noise", prompt.id)
+
+    tuned_steps: int | None = Field(None, ge=0)
+    tuned_fraction: float | None = Field(None, ge=0, le=1)
+    """Share of the grid's steps, rounded to whole ones."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_two(self) -> "HybridConfig":
+        if (self.tuned_steps is None) == (self.tuned_fraction is None):
+            raise ValueError("give either tuned_steps or tuned_fraction")
+        return self
+
+    def steps_of(self, steps: int) -> int:
+        """How many of ``steps`` the tuned weights take."""
+        if self.tuned_steps is not None:
+            return self.tuned_steps
+        assert self.tuned_fraction is not None
+        return round(self.tuned_fraction * steps)
+
+
+def evaluation_noise(policy: FluxPolicy, seed: int, prompt: Prompt, image: int = 0) -> Tensor:
+    """The packed initial noise of a held-out prompt's image, [tokens, channels].
+
+    It depends on (seed, prompt id, image index) alone: not on the batch, the ranks or the
+    policy's weights. Image 0 is the one that is scored; its noise is named without an index.
+    """
+    key = (prompt.id, image) if image else (prompt.id,)
+    drawn = gaussian(policy.latent_shape, seed, "evaluation-noise", *key)
     return policy.pack(drawn[None])[0]
 
 
 @torch.no_grad()
-def sample_ode(
-    policy: FluxPolicy, prompts: Sequence[Prompt], grid: SigmaGrid, seed: int, batch: int = 64
+def sample_latents(
+    policy: FluxPolicy,
+    prompts: Sequence[Prompt],
+    grid: SigmaGrid,
+    seed: int,
+    batch: int = 64,
+    image: int = 0,
 ) -> Tensor:
-    """One image per prompt, by Euler steps along ``grid``.
+    """The packed latents at sigma = 0 of one image per prompt, by Euler steps along ``grid``.
 
     Args:
-        policy: the policy.
+        policy: the policy; where it has a ``handover``, that one's base takes the later steps.
         prompts: P prompts; their ids name the noise.
         grid: sigmas and model times.
         seed: the evaluation seed.
         batch: states per velocity evaluation.
+        image: which of a prompt's images, named with the noise.
 
     Returns:
-        uint8 [P, H, W, 3] on the CPU.
+        [P, tokens, channels] on the policy's device.
     """
     conditioning = policy.encode([prompt.text for prompt in prompts])
+    latents = torch.stack([evaluation_noise(policy, seed, prompt, image) for prompt in prompts])
+    for walker, stretch in _stretches(policy, grid):
+        latents = _walk(walker, conditioning, stretch, latents, batch)
+    return latents
+
+
+def _stretches(policy: FluxPolicy, grid: SigmaGrid) -> list[tuple[FluxPolicy, SigmaGrid]]:
+    """Which policy takes which steps of ``grid``, in order; none of them is empty."""
+    if policy.handover is None:
+        return [(policy, grid)]
+    after = min(policy.handover.tuned_steps, grid.steps)
+    stretches = [
+        (policy, grid.stretch(0, after)),
+        (policy.handover.base, grid.stretch(after, grid.steps)),
+    ]
+    return [(walker, stretch) for walker, stretch in stretches if stretch.steps]
+
+
+def _walk(
+    policy: FluxPolicy, conditioning: Conditioning, grid: SigmaGrid, start: Tensor, batch: int
+) -> Tensor:
+    """Euler steps from ``start`` [P, tokens, channels] along ``grid``, which may be a stretch."""
     forest = Forest(grid.steps)
-    start = forest.initial(sample=0)
-    forest.logged_images.append(forest.follow(start, tuple(range(1, grid.steps))))
+    forest.logged_images.append(
+        forest.follow(forest.initial(sample=0), tuple(range(1, grid.steps)))
+    )
 
     def velocity(latents: Tensor, times: Tensor, prompt_of: Tensor) -> Tensor:
         return policy.velocity(latents, times, conditioning.select(prompt_of))
 
-    def noise(prompt: int, sample: int, step: int) -> Tensor:
+    def first_latents(prompt: int, sample: int, step: int) -> Tensor:
         del sample, step  # one sample a prompt, and an ODE draws nothing after the start
-        return evaluation_noise(policy, seed, prompts[prompt])
+        return start[prompt]
 
     settings = SweepSettings((0.0,) * grid.steps, micro_batch=batch, device=policy.device)
-    swept = sweep(forest, grid, len(prompts), velocity, noise, settings)
-    return policy.decode(swept.images[:, 0])
+    swept = sweep(forest, grid, len(start), velocity, first_latents, settings)
+    return swept.images[:, 0]
+
+
+def sample_ode(
+    policy: FluxPolicy,
+    prompts: Sequence[Prompt],
+    grid: SigmaGrid,
+    seed: int,
+    batch: int = 64,
+    image: int = 0,
+) -> Tensor:
+    """The images of :func:`sample_latents` (same arguments): uint8 [P, H, W, 3] on the CPU."""
+    return policy.decode(sample_latents(policy, prompts, grid, seed, batch, image))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -12,7 +12,7 @@ from benchmarks.cells import Key
 from benchmarks.held_out import EvaluationConfig
 from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
-from g2rpo.policy import PolicyConfig
+from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
 from reproduce.render.spec import TableSpec
@@ -68,12 +68,14 @@ class Profile(StrictModel):
 
 
 class CellConfig(StrictModel):
-    """One row of a table: what is trained, and what it changes of the profile."""
+    """One row of a table: what is trained or loaded, and what it changes of the profile."""
 
     method: str | None = None
-    """The method's name; null is the untrained base."""
+    """The method's name; null is not trained here: the base, or a ``checkpoint``."""
+    checkpoint: CheckpointConfig | None = None
+    """Weights trained elsewhere, which take the place of the base's transformer."""
     train: tuple[str, ...] = ()
-    """The rewards it is trained on, by column name."""
+    """The rewards it is trained on, by column name; of a checkpoint, as its authors state them."""
     preset: Literal["released", "matched"] | None = None
     """Overrides the experiment's preset."""
     tuned_as: str | None = None
@@ -85,6 +87,13 @@ class CellConfig(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "CellConfig":
+        if self.checkpoint is not None:
+            if self.method is not None or self.set or self.preset or self.tuned_as:
+                raise ValueError(
+                    "a cell is trained (method) or loaded (checkpoint), not both: with a "
+                    "checkpoint leave out method, set, preset and tuned_as"
+                )
+            return self
         if self.method is None and (self.train or self.set):
             raise ValueError("the base (no method) takes neither train nor set")
         if self.method is not None and not self.train:
@@ -100,6 +109,11 @@ class Experiment(StrictModel):
     cells: dict[Key, CellConfig] = Field(min_length=1)
     table: TableSpec
 
+    @property
+    def trains(self) -> bool:
+        """Whether any of its cells is trained here."""
+        return any(cell.method is not None for cell in self.cells.values())
+
     @pydantic.model_validator(mode="after")
     def _rows_have_cells(self) -> "Experiment":
         for row in self.table.rows:
@@ -114,14 +128,16 @@ class ResolvedCell:
 
     Attributes:
         key: its row.
-        seed: the training seed; None for the base.
-        preset: the preset it was resolved under; None for the base.
-        method: method name or ``base``.
-        train: the training configuration; None for the base.
+        seed: the training seed; None where nothing is trained.
+        preset: the preset it was resolved under; None where nothing is trained.
+        method: method name, ``base`` or ``checkpoint``.
+        train: the training configuration; None where nothing is trained.
         policy: the policy to evaluate, at the protocol's resolution and guidance.
         evaluation: the protocol.
         evaluation_prompts: the held-out prompt file.
         profile: the profile.
+        train_rewards: the rewards behind the weights, by column name, as far as they are known.
+        checkpoint: weights trained elsewhere, for a cell that loads them.
     """
 
     key: str
@@ -133,6 +149,13 @@ class ResolvedCell:
     evaluation: EvaluationConfig
     evaluation_prompts: str
     profile: Profile
+    train_rewards: tuple[str, ...] = ()
+    checkpoint: CheckpointConfig | None = None
+
+    @property
+    def is_base(self) -> bool:
+        """Whether its weights are the base's own."""
+        return self.train is None and self.checkpoint is None
 
 
 def _named_file(folder: str, name: str, what: str) -> Path:
@@ -199,8 +222,11 @@ def absolute(path: str) -> str:
     return str(ROOT / path)
 
 
-def _located(config: RewardConfig) -> RewardConfig:
-    if config.source is None:
+Located = TypeVar("Located", RewardConfig, CheckpointConfig | None)
+
+
+def _located(config: Located) -> Located:
+    if config is None or config.source is None:
         return config
     return config.model_copy(update={"source": absolute(config.source)})
 
@@ -229,6 +255,13 @@ def resolve(
         merge(profile.evaluation.model_dump(mode="json"), cell.evaluation),
         f"{where}: evaluation",
     )
+    diversity = evaluation.diversity
+    if diversity is not None and diversity.features not in profile.rewards:
+        hint = nearest(diversity.features, profile.rewards)
+        raise UserError(
+            f"{where}: evaluation.diversity.features: profile {profile.name} has no reward "
+            f"{diversity.features!r}; {hint}"
+        )
     policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
     evaluation_policy = policy.model_copy(
         update={
@@ -245,12 +278,14 @@ def resolve(
         key=key,
         seed=None if train is None else seed,
         preset=preset,
-        method=cell.method or "base",
+        method=cell.method or ("base" if cell.checkpoint is None else "checkpoint"),
         train=train,
         policy=evaluation_policy,
         evaluation=evaluation,
         evaluation_prompts=absolute(getattr(profile.prompts, evaluation.split)),
         profile=profile,
+        train_rewards=cell.train,
+        checkpoint=_located(cell.checkpoint),
     )
 
 
@@ -311,7 +346,7 @@ def expand(
     seeds: Sequence[int],
     overrides: Mapping[str, Any] | None = None,
 ) -> list[ResolvedCell]:
-    """All cells of an experiment: the base once, every other cell at each seed, seed by seed."""
+    """All cells of an experiment: what is not trained once, the others at each seed."""
     base = [key for key, cell in experiment.cells.items() if cell.method is None]
     trained = [key for key in experiment.cells if key not in base]
     resolved = [resolve(experiment, profile, key, 0, overrides) for key in base]

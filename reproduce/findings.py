@@ -11,22 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
-from benchmarks.cells import Cell, RowScores
-from benchmarks.statistics import (
-    MIN_SEEDS,
-    Comparison,
-    Label,
-    checkpoint_comparisons,
-    holm,
-    method_comparisons,
-)
+from benchmarks.cells import Cell
+from benchmarks.statistics import Comparison, holm
+from reproduce.comparisons import ALPHA, compare_rows, strongest_label
 from reproduce.paper import DIGITS, PaperTables, load_paper_tables
 from reproduce.render.spec import ColumnSpec, RowSpec, TableSpec
 from reproduce.render.values import select_rows
-
-ALPHA = 0.05
 
 UNCLEAR = "no clear difference"
 VERDICTS = (
@@ -87,43 +77,6 @@ class Finding:
         if self.significant:
             return "confirmed" if same else "contradicted"
         return "same direction" if same else "opposite direction"
-
-
-def strongest_label(first: RowScores, second: RowScores) -> Label:
-    """``method`` where two rows share three seeds, or where one has three and the other is a model
-    without seeds; else ``checkpoint``."""
-    if not first.seeds or not second.seeds:
-        seeds = max(len(first.seeds), len(second.seeds))
-    else:
-        seeds = len(set(first.seeds) & set(second.seeds))
-    return "method" if seeds >= MIN_SEEDS else "checkpoint"
-
-
-def compare_rows(
-    first: RowScores, second: RowScores, rewards: Sequence[str], label: Label
-) -> list[Comparison]:
-    """Compares two rows of a table in several score columns.
-
-    Args:
-        first: one row.
-        second: a row scored on the same prompts.
-        rewards: the score columns; both rows have them.
-        label: ``method`` pairs the means of shared seeds. ``checkpoint`` pairs the prompts, each
-            averaged over the shared seeds, or over each row's own seeds when they share none.
-
-    Returns:
-        One comparison (first - second) for each reward.
-
-    Raises:
-        ValueError: ``method``, though the rows share fewer than three seeds.
-    """
-    shared = sorted(set(first.seeds) & set(second.seeds)) or None
-    one, two = first.scores(rewards, shared), second.scores(rewards, shared)
-    if label == "checkpoint":
-        return checkpoint_comparisons(one.mean(axis=1), two.mean(axis=1))
-    if strongest_label(first, second) != "method":
-        raise ValueError(f"rows {first.row!r} and {second.row!r} share too few seeds")
-    return method_comparisons(*np.broadcast_arrays(one.mean(axis=2), two.mean(axis=2)))
 
 
 def findings(

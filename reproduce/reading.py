@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from benchmarks.cells import Cell, RowScores
 from benchmarks.statistics import MIN_SEEDS
-from reproduce.findings import ALPHA, UNCLEAR, VERDICTS, Finding, findings
+from reproduce.comparisons import ALPHA
+from reproduce.findings import UNCLEAR, VERDICTS, Finding, findings
 from reproduce.paper import DIGITS
 from reproduce.render.formats import IN_DOMAIN, NOTHING, markdown_escape
 from reproduce.render.spec import COST_LABELS, CostColumn, TableSpec
@@ -136,13 +137,14 @@ def _cost_sentence(focus: RowScores, other: RowScores) -> str:
         "images_scored",
         "device_seconds",
     )
-    devices = {cell.info.cost.device for row in (focus, other) for cell in row.cells}
+    costs = [cell.info.cost for row in (focus, other) for cell in row.cells]
+    devices = {cost.device for cost in costs if cost is not None}
     pairs = zip(row_costs(focus, measures), row_costs(other, measures), strict=True)
     ratios = [
         f"{COST_LABELS[measure].lower()} {ours / theirs:.2f}×"
         for measure, (ours, theirs) in zip(measures, pairs, strict=True)
         # Seconds on another device are no measure.
-        if theirs > 0 and (measure != "device_seconds" or len(devices) == 1)
+        if ours is not None and theirs and (measure != "device_seconds" or len(devices) == 1)
     ]
     return f" Cost against it: {', '.join(ratios)}." if ratios else ""
 

@@ -38,15 +38,24 @@ class Outcome:
     gaps: tuple[Gap, ...]
 
 
-def check_hardware(profile: Profile) -> None:
+def check_hardware(profile: Profile, experiment: Experiment) -> None:
     """Refuses a profile that this machine or this version cannot run.
 
+    Sampling and scoring alone take one GPU, however many the training takes.
+
     Raises:
-        UserError: one line that names what is missing and ``PROFILE=mini``.
+        UserError: one line that names what is missing and how to mend it.
     """
     needs = profile.hardware
     mend = "PROFILE=mini runs the same experiment here"
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not experiment.trains:
+        if found < min(1, needs.gpus):
+            raise UserError(
+                f"profile {profile.name} needs a GPU of {needs.gpu_memory_gb} GB or more to sample "
+                "and this machine shows none; run it where there is one"
+            )
+        return
     if found < needs.gpus:
         raise UserError(
             f"profile {profile.name} needs {needs.gpus} GPUs of {needs.gpu_memory_gb} GB or more "

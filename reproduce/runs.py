@@ -5,11 +5,13 @@ algorithm version), not of the device, the ranks or the micro-batch.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,14 @@ import torch
 
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import read_prompts
+from g2rpo.errors import UserError
 from g2rpo.files import sha256_file, sha256_tree, write_json
-from g2rpo.policy import PolicyConfig
+from g2rpo.hub.cache import Digests
+from g2rpo.hub.lock import revision_of
+from g2rpo.policy import CheckpointConfig, PolicyConfig
+from g2rpo.policy.checkpoint import CheckpointFiles, files_at, find_checkpoint, local_path
 from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.unified_reward.template import question_inputs
 from g2rpo.training.config import TrainConfig
 
 ALGORITHM_VERSION = 1
@@ -37,14 +44,20 @@ def _folder_hash(folder: Path) -> str:
     return sha256_tree(folder)
 
 
+@functools.cache
+def _file_hash(path: Path) -> str:
+    return sha256_file(path)
+
+
 def source_fingerprint(source: str | None, revision: str | None) -> str | dict[str, str | None]:
     """What names the weights at ``source``: a hash of a local folder or file, else the hub id."""
     path = Path(source) if source is not None else None
     if path is not None and path.is_dir():
         return _folder_hash(path.resolve())
     if path is not None and path.is_file():
-        return sha256_file(path)
-    return {"id": source, "revision": revision}
+        return _file_hash(path.resolve())
+    pinned = revision_of(source) if source is not None and revision is None else None
+    return {"id": source, "revision": revision or pinned}
 
 
 def policy_inputs(config: PolicyConfig) -> dict[str, Any]:
@@ -55,8 +68,43 @@ def policy_inputs(config: PolicyConfig) -> dict[str, Any]:
 
 def reward_inputs(config: RewardConfig) -> dict[str, Any]:
     """A reward's configuration with its weights in place of their path."""
-    settings = config.model_dump(mode="json", exclude={"source", "revision", "batch_size"})
+    settings = config.model_dump(
+        mode="json", exclude={"source", "revision", "batch_size", "question"}
+    )
+    if config.question is not None:
+        settings["question"] = question_inputs(config.question)
     return settings | {"weights": source_fingerprint(config.source, config.revision)}
+
+
+def _one_hash(files: CheckpointFiles, of: Callable[[Path], str]) -> str:
+    """The SHA-256 of the weights: the file's own, or one over those of several."""
+    hashes = {file.name: of(file) for file in files.weights}
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    lines = "".join(f"{name} {sha256}\n" for name, sha256 in hashes.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def checkpoint_inputs(config: CheckpointConfig) -> str | dict[str, str | None]:
+    """What names the weights of a checkpoint: their hash, or their place on the hub."""
+    path = local_path(config)
+    if path is None:
+        return config.model_dump(mode="json") | {
+            "revision": config.revision or revision_of(config.source)
+        }
+    try:
+        return _one_hash(files_at(path, str(path)), _file_hash)
+    except UserError:  # told where the cell is run, so that other cells are
+        return config.model_dump(mode="json")
+
+
+def checkpoint_provenance(config: CheckpointConfig) -> tuple[str, str]:
+    """Where the files of a checkpoint came from, and the SHA-256 of the weights in them."""
+    files = find_checkpoint(config)
+    if local_path(config) is not None:
+        return files.label, _one_hash(files, _file_hash)
+    digests = Digests()
+    return files.label, _one_hash(files, lambda file: digests.known(file) or digests.measure(file))
 
 
 def prompts_hash(path: Path) -> str:

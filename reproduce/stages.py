@@ -29,15 +29,20 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from g2rpo.policy import FluxPolicy
+from g2rpo.policy.checkpoint import find_checkpoint
+from g2rpo.policy.flux import Handover
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.checkpoints import latest_checkpoint, read_progress
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from reproduce import runs
+from reproduce.behaviour import Behaviour
 from reproduce.experiment import ResolvedCell, judges
 
 logger = logging.getLogger(__name__)
 SAMPLING_BATCH = 64
+SAMPLING_PIXELS = 2**22
+"""Pixels sampled at once: four images of 1024x1024. The transformer's memory grows with it."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,25 @@ class Layout:
     tables: Path
 
     def training(self, cell: ResolvedCell) -> Path:
-        """The training run folder of a cell; the base has one of its own."""
+        """The training run folder of a cell; the base and a checkpoint have one of their own."""
+        if cell.checkpoint is not None:
+            inputs = {
+                "base": runs.policy_inputs(cell.policy)["weights"],
+                "checkpoint": runs.checkpoint_inputs(cell.checkpoint),
+            }
+            return self.runs / f"checkpoint-{content_hash(inputs)}"
         if cell.train is None:
-            inputs = runs.source_fingerprint(cell.policy.source, cell.policy.revision)
-            return self.runs / f"base-{content_hash(inputs)}"
+            return self._base(cell)
         return self.runs / runs.train_run_name(cell.train)
+
+    def _base(self, cell: ResolvedCell) -> Path:
+        inputs = runs.source_fingerprint(cell.policy.source, cell.policy.revision)
+        return self.runs / f"base-{content_hash(inputs)}"
+
+    def drift_reference(self, cell: ResolvedCell) -> Path:
+        """The file of the base's inputs and velocities under the cell's protocol."""
+        digest = content_hash(evaluation_inputs(cell))
+        return self._base(cell) / "drift" / f"{digest}.safetensors"
 
     def evaluation(self, cell: ResolvedCell) -> Path:
         """The evaluation folder of a cell: inside of its training run."""
@@ -120,10 +139,29 @@ def _policy_hash(cell: ResolvedCell) -> str:
     return fingerprint if isinstance(fingerprint, str) else content_hash(fingerprint)
 
 
+def _sampling_batch(cell: ResolvedCell) -> int:
+    return max(1, min(SAMPLING_BATCH, SAMPLING_PIXELS // cell.policy.resolution**2))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _base_policy(cell: ResolvedCell) -> FluxPolicy:
+    policy = FluxPolicy.load(cell.policy, _device())
+    policy.transformer.eval()
+    return policy
+
+
 def _trained_policy(cell: ResolvedCell, layout: Layout) -> FluxPolicy:
-    """The policy to evaluate: the base, or the last checkpoint (its EMA where it keeps one)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = FluxPolicy.load(cell.policy, device)
+    """The policy to evaluate: the base, a given checkpoint, or the last (its EMA where kept)."""
+    policy = _base_policy(cell)
+    hybrid = cell.evaluation.hybrid
+    if hybrid is not None and not cell.is_base:
+        steps = hybrid.steps_of(cell.evaluation.grid.steps)
+        policy.handover = Handover(policy.with_base_transformer(), steps)
+    if cell.checkpoint is not None:
+        policy.load_checkpoint(find_checkpoint(cell.checkpoint))
     if cell.train is not None:
         run = layout.training(cell)
         checkpoint = latest_checkpoint(run)
@@ -131,13 +169,23 @@ def _trained_policy(cell: ResolvedCell, layout: Layout) -> FluxPolicy:
             raise UserError(f"{run}: no checkpoint; train this cell first")
         averaged = checkpoint / "ema_transformer"
         policy.load_transformer(averaged if averaged.exists() else checkpoint / "transformer")
-    policy.transformer.eval()
     return policy
 
 
 def held_out_prompts(cell: ResolvedCell) -> list[Prompt]:
     """The prompts that the cell is judged on."""
     return read_prompts(Path(cell.evaluation_prompts), cell.evaluation.limit)
+
+
+def _behaviour(cell: ResolvedCell, layout: Layout) -> Behaviour:
+    return Behaviour(
+        cell.evaluation,
+        held_out_prompts(cell),
+        layout.evaluation(cell),
+        layout.drift_reference(cell),
+        is_base=cell.is_base,
+        batch=_sampling_batch(cell),
+    )
 
 
 def sample(cell: ResolvedCell, layout: Layout) -> Path:
@@ -155,15 +203,18 @@ def sample(cell: ResolvedCell, layout: Layout) -> Path:
 
 def _sample_missing(cell: ResolvedCell, layout: Layout) -> None:
     images = layout.evaluation(cell) / "images"
-    prompts = held_out_prompts(cell)
-    if all(image_path(images, prompt).exists() for prompt in prompts):
+    behaviour = _behaviour(cell, layout)
+    prompts = behaviour.prompts
+    if behaviour.sampled and all(image_path(images, prompt).exists() for prompt in prompts):
         return
     if cell.train is not None and runs.read_manifest(layout.training(cell)) is None:
         raise UserError(
             f"{cell.key}, seed {cell.seed}: not trained to its end; run `g2rpo train` first"
         )
+    behaviour.prepare(lambda: _base_policy(cell))
     policy = _trained_policy(cell, layout)
-    sample_images(policy, prompts, cell.evaluation, images, SAMPLING_BATCH)
+    sample_images(policy, prompts, cell.evaluation, images, _sampling_batch(cell))
+    behaviour.sample(policy)
 
 
 def _wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
@@ -184,21 +235,27 @@ def score(cell: ResolvedCell, layout: Layout) -> Path:
     folder = layout.evaluation(cell)
     if is_scored(cell, layout):
         return folder
-    prompts = held_out_prompts(cell)
+    behaviour = _behaviour(cell, layout)
+    prompts = behaviour.prompts
     _sample_missing(cell, layout)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = {name: load_reward(config, device) for name, config in judges(cell.profile).items()}
-    score_images(models, prompts, folder / "images", folder / "scores.parquet", SAMPLING_BATCH)
+    models = {name: load_reward(config, _device()) for name, config in judges(cell.profile).items()}
+    tower = behaviour.tower(models)
+    score_images(models, prompts, folder / "images", folder / "scores.parquet")
+    behaviour.judge(tower)
+    behaviour.prune(cell.profile.keep_images)
     prune_images(folder / "images", prompts, cell.profile.keep_images)
     weights = {name: model.weights_hash for name, model in models.items()}
     weights["policy"] = _policy_hash(cell)
+    origin = {}
+    if cell.checkpoint is not None:
+        origin["checkpoint"], weights["checkpoint"] = runs.checkpoint_provenance(cell.checkpoint)
     runs.write_manifest(
         folder,
         {
             "stage": "score",
             "inputs": evaluation_inputs(cell),
             "rewards": _wanted_rewards(cell),
-            "provenance": runs.provenance(weights),
+            "provenance": runs.provenance(weights) | origin,
         },
     )
     return folder
@@ -231,13 +288,17 @@ def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
     info = CellInfo(
         row=cell.key,
         method=cell.method,
-        train_rewards=() if cell.train is None else tuple(cell.train.rewards),
+        train_rewards=cell.train_rewards if cell.train is None else tuple(cell.train.rewards),
         preset=cell.preset,
         seed=cell.seed,
-        protocol=Protocol(name=cell.evaluation.name, hash=protocol_hash(cell)),
+        protocol=Protocol(
+            name=cell.evaluation.name,
+            hash=protocol_hash(cell),
+            diversity=cell.evaluation.diversity,
+            drift=cell.evaluation.drift,
+        ),
         runs=_run_names(cell, layout),
-        checkpoint_iteration=0 if trained is None else trained["progress"]["iteration"],
-        cost=_cost(trained, made_by["provenance"]["hardware"]["device"]),
+        **_training_cost(cell, trained, made_by["provenance"]["hardware"]["device"]),
         provenance=Provenance(
             **made_by["provenance"]
             | {"weights": made_by["provenance"]["weights"] | scored["provenance"]["weights"]}
@@ -247,9 +308,19 @@ def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
     curve = None
     if cell.train is not None:
         curve = pd.DataFrame(read_metrics(run / "metrics.jsonl"))
-    result = Cell(info, scores[["prompt_id", "reward", "score"]], curve)
+    result = Cell(info, scores, curve, _behaviour(cell, layout).read())
     folder = cells_folder(layout.tables, cell.profile.name, experiment)
     return save_cell(result, folder)
+
+
+def _training_cost(
+    cell: ResolvedCell, trained: Mapping[str, Any] | None, device: str
+) -> dict[str, Any]:
+    """The fields of a cell that say how long it was trained; unknown for a checkpoint."""
+    if cell.checkpoint is not None:
+        return {"checkpoint_iteration": None, "cost": None}
+    cost = _cost(trained, device)
+    return {"checkpoint_iteration": cost.iterations, "cost": cost}
 
 
 def _cost(trained: Mapping[str, Any] | None, device: str) -> Cost:

@@ -16,9 +16,12 @@ from reproduce.paper import load_paper_tables
 from reproduce.render.formats import (
     IN_DOMAIN,
     NOTHING,
+    hacking_text,
     human,
     interval_text,
     legend,
+    metric_labels,
+    metric_values,
     paper_csv,
     seeds_text,
     to_csv,
@@ -27,6 +30,7 @@ from reproduce.render.formats import (
 )
 from reproduce.render.notes import Gap
 from reproduce.render.spec import COST_LABELS, TableSpec
+from reproduce.render.styles import style_table
 from reproduce.render.values import Row, Table, Value, build_table
 
 __all__ = ["Gap", "TableSpec", "load_table_spec", "print_table", "render_table"]
@@ -65,11 +69,13 @@ def render_table(
         cells: finished cells of this profile; those of other tables' rows are left out.
         profile: the profile the cells were measured under. Under those that train the paper's own
             model the paper's figures stand next to ours, else in a block of their own.
-        output: the folder for ``<name>.md``, ``.csv``, ``.tex`` and ``<name>_paper.csv``.
+        output: the folder for ``<name>.md``, ``.csv``, ``.tex`` and ``<name>_paper.csv``, and for
+            ``<name>_by_style.md`` and ``.csv`` where the prompts have styles.
         gaps: reasons for rows and seeds that are missing.
 
     Returns:
-        Format (``markdown``, ``csv``, ``latex``, ``paper_csv``) to the file written.
+        Format (``markdown``, ``csv``, ``latex``, ``paper_csv``, ``by_style``, ``by_style_csv``) to
+        the file written.
 
     Raises:
         UserError: the cells do not fit the table or each other.
@@ -83,6 +89,10 @@ def render_table(
     published = paper_csv(table)
     if published is not None:
         texts["paper_csv"] = (f"{spec.name}_paper.csv", published)
+    styles = style_table(spec, cells, profile=profile)
+    if styles is not None:
+        texts["by_style"] = (f"{styles.spec.name}.md", to_markdown(styles))
+        texts["by_style_csv"] = (f"{styles.spec.name}.csv", to_csv(styles))
     for name, text in texts.values():
         atomic_write_text(output / name, text)
     return {kind: output / name for kind, (name, _) in texts.items()}
@@ -96,7 +106,7 @@ def print_table(
     gaps: Sequence[Gap] = (),
     console: Console | None = None,
 ) -> None:
-    """Prints scores, costs, notes and the paper's block to the terminal.
+    """Prints scores, metrics, costs, notes and the paper's block to the terminal.
 
     Arguments and errors are those of :func:`render_table`.
     """
@@ -105,6 +115,8 @@ def print_table(
     if not console.is_terminal:
         console.width = max(console.width, _PIPED_WIDTH)
     console.print(_score_table(table))
+    if table.metrics:
+        console.print(_metric_table(table))
     if spec.costs:
         console.print(_cost_table(table))
     for note in (*_gaps(table), *legend(table), *table.notes):
@@ -168,6 +180,21 @@ def _score_table(table: Table) -> RichTable:
             first = _first_texts(table, group.label, row, index == 0)
             last = index == len(group.rows) - 1
             grid.add_row(*first, *values, Text(seeds_text(row)), label, end_section=last)
+    return grid
+
+
+def _metric_table(table: Table) -> RichTable:
+    grid = _empty(table, "Beside the rewards")
+    for label in metric_labels(table)[:-1]:
+        _add_figures(grid, label)
+    grid.add_column(Text(metric_labels(table)[-1]), overflow="fold")
+    for group in table.groups:
+        rows = [row for row in group.rows if not row.from_paper]
+        for index, row in enumerate(rows):
+            first = _first_texts(table, group.label, row, index == 0)
+            values = [_value_text(value) for value in metric_values(table, row)]
+            hacking = Text(hacking_text(table, row))
+            grid.add_row(*first, *values, hacking, end_section=index == len(rows) - 1)
     return grid
 
 

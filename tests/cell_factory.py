@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.cells import Cell, CellInfo, Cost, Protocol, Provenance
+from benchmarks.metrics import metric_frame
 from reproduce.render.spec import TableSpec
 
 REWARDS = ("hps", "clip", "attributes")
@@ -64,6 +65,20 @@ def make_cell(
         ),
     }
     return Cell(CellInfo(**(fields | changes)), scores)
+
+
+def make_metrics(
+    means: dict[str, float], *, prompts: int = 6, seed: int = 0, noise: float = 0.01
+) -> pd.DataFrame:
+    """Metrics of the first prompts around ``means``; the prompts' own effect is always the same."""
+    effect = np.random.default_rng(98).normal(0, 0.05, prompts)
+    draws = np.random.default_rng(seed)
+    ids = [f"p{index:03d}" for index in range(prompts)]
+    frames = [
+        metric_frame(name, ids, mean + effect + draws.normal(0, noise, prompts))
+        for name, mean in means.items()
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 COLUMNS = [

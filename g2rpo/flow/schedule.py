@@ -42,6 +42,13 @@ class SigmaGrid:
         """The number of denoising steps T."""
         return len(self.sigmas) - 1
 
+    def stretch(self, first: int, last: int) -> "SigmaGrid":
+        """The steps ``first`` to ``last`` - 1 alone, with the same floating-point levels.
+
+        It begins below sigma = 1 and ends above 0 unless it holds the grid's own ends.
+        """
+        return SigmaGrid(self.sigmas[first : last + 1], self.timesteps[first : last + 1])
+
 
 def shifted_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     """sigma = s u / (1 + (s - 1) u) for u = linspace(1, 0, T + 1), in float64.

@@ -1,6 +1,7 @@
 """The policy: FLUX through diffusers, seen by everything else as velocities over packed latents."""
 
+from g2rpo.policy.checkpoint import CheckpointConfig
 from g2rpo.policy.conditioning import Conditioning
 from g2rpo.policy.flux import FluxPolicy, PolicyConfig, export_pipeline
 
-__all__ = ["Conditioning", "FluxPolicy", "PolicyConfig", "export_pipeline"]
+__all__ = ["CheckpointConfig", "Conditioning", "FluxPolicy", "PolicyConfig", "export_pipeline"]

@@ -4,9 +4,11 @@ All of the architecture is diffusers'. What is here is the part of ``FluxPipelin
 between noise and picture, with the sampling loop left out: the sweep has its own.
 """
 
+import copy
 import gc
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
+from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
 from g2rpo.policy.conditioning import Conditioning, TextEncoders
 from g2rpo.policy.folder import (
     COMPONENTS,
@@ -52,6 +55,19 @@ class PolicyConfig(StrictModel):
     checking numerics: there everything but noise and rewards is float64."""
 
 
+@dataclass(frozen=True)
+class Handover:
+    """Sampling that begins with a policy's own velocities and goes on with another's.
+
+    Attributes:
+        base: whose velocities finish the image; of the same architecture.
+        tuned_steps: the steps before that.
+    """
+
+    base: "FluxPolicy"
+    tuned_steps: int
+
+
 class FluxPolicy:
     """A FLUX transformer with its frozen autoencoder and text encoders.
 
@@ -64,6 +80,7 @@ class FluxPolicy:
         vae: the frozen autoencoder.
         latent_shape: (channels, height / f, width / f) of one unpacked latent, the shape in which
             initial noise is drawn; f is the autoencoder's downsampling factor.
+        handover: how held-out images are finished; None is with this policy's own velocities.
     """
 
     def __init__(
@@ -98,6 +115,7 @@ class FluxPolicy:
             )
         side = config.resolution // factor
         self.latent_shape: tuple[int, int, int] = (channels, side, side)
+        self.handover: Handover | None = None
         self._text_encoders: TextEncoders | None = None
         self._image_ids = _image_position_ids(side // 2, side // 2).to(self.device)
         self._text_ids: dict[int, Tensor] = {}
@@ -114,7 +132,7 @@ class FluxPolicy:
         folder = resolve_source(config.source, config.revision)
         dtype = getattr(torch, config.dtype)
         vae = load_model(AutoencoderKL, folder / "vae", torch_dtype=dtype)
-        transformer = load_model(FluxTransformer2DModel, folder / "transformer", torch_dtype=dtype)
+        transformer = cls._read_transformer(config, folder)
         return cls(config, folder, transformer.to(device), vae.requires_grad_(False).to(device))
 
     @property
@@ -244,30 +262,49 @@ class FluxPolicy:
         with atomic_folder(folder) as temporary:
             self._unwrapped().save_pretrained(temporary)
 
-    def load_transformer(self, folder: Path) -> None:
+    def load_transformer(self, path: Path) -> None:
         """Lays fine-tuned transformer weights over the loaded ones, in place.
 
         Args:
-            folder: a diffusers ``transformer/`` folder, or a pipeline folder that has one.
+            path: a diffusers ``transformer/`` folder, a pipeline folder that has one, or a
+                safetensors file of a whole transformer.
 
         Raises:
-            UserError: no such folder, weights that are incomplete or unreadable, or a transformer
-                of another architecture than the base.
+            UserError: as :meth:`load_checkpoint`.
         """
-        if (folder / "transformer").is_dir():
-            folder = folder / "transformer"
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder of transformer weights")
-        saved = read_json(folder / "config.json")
+        self.load_checkpoint(files_at(path, str(path)))
+
+    def load_checkpoint(self, files: CheckpointFiles) -> None:
+        """Lays the weights of a checkpoint over the loaded ones, in place.
+
+        Raises:
+            UserError: weights that are incomplete or unreadable, or a transformer of another
+                architecture than the base; nothing has been changed then.
+        """
+        saved = {} if files.config is None else read_json(files.config)
         for key, value in self.transformer_config.items():
             if not key.startswith("_") and saved.get(key, _plain(value)) != _plain(value):
                 raise UserError(
-                    f"{folder}: a transformer with {key}={saved[key]} does not go over the base "
-                    f"in {self.folder} with {key}={_plain(value)}; load it over its own base"
+                    f"{files.label}: a transformer with {key}={saved[key]} does not go over the "
+                    f"base in {self.folder} with {key}={_plain(value)}; load it over its own base"
                 )
-        dtype = next(self.transformer.parameters()).dtype
-        tuned = load_model(FluxTransformer2DModel, folder, torch_dtype=dtype)
-        self._unwrapped().load_state_dict(tuned.state_dict())
+        read_into(self._unwrapped().state_dict(), files)
+
+    def with_base_transformer(self) -> "FluxPolicy":
+        """The untrained policy: the base's transformer, read anew, with all else shared.
+
+        It is read, not copied: on the CPU the last bit of a velocity depends on where in memory
+        the weights begin, and so two policies of the same files agree in every bit.
+        """
+        other = copy.copy(self)
+        other.handover = None
+        other.transformer = self._read_transformer(self.config, self.folder).to(self.device)
+        return other
+
+    @staticmethod
+    def _read_transformer(config: PolicyConfig, folder: Path) -> FluxTransformer2DModel:
+        dtype = getattr(torch, config.dtype)
+        return load_model(FluxTransformer2DModel, folder / "transformer", torch_dtype=dtype)
 
     def _unwrapped(self) -> Any:
         return extract_model_from_parallel(self.transformer, keep_torch_compile=False)

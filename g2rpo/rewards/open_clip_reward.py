@@ -11,7 +11,8 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
-from g2rpo.rewards.base import BatchedReward, PreparedPairs, once_each
+from g2rpo.rewards.base import PreparedPairs, once_each
+from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
     PromptTokenizer,
@@ -93,7 +94,7 @@ def clip_folder(source: str, revision: str | None = None) -> ClipFiles:
     return ClipFiles(config["model_cfg"], preprocessing, locate(source, WEIGHTS_FILES, revision))
 
 
-class OpenClipReward(BatchedReward):
+class OpenClipReward(ImageTower):
     """Cosine of image and text features; the subclasses say which weights and preprocessing."""
 
     def __init__(
@@ -111,10 +112,15 @@ class OpenClipReward(BatchedReward):
         distinct, index = once_each(prompts)
         return PreparedPairs(self.preprocessing(images), self.tokenizer(distinct), index)
 
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """See :meth:`ImageTower.encode_pixels`."""
+        features: Tensor = self.clip.encode_image(pixels, True)
+        return features
+
     def evaluate(self, prepared: PreparedPairs) -> Tensor:
         """Cosines ``[B]``."""
         pairs = prepared.to(self.device)
-        image_features = self.clip.encode_image(pairs.pixels, True)
+        image_features = self.encode_pixels(pairs.pixels)
         text_features = self.clip.encode_text(pairs.tokens, True)
         cosines: Tensor = (image_features * text_features[pairs.index]).sum(-1)
         return cosines

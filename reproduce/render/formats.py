@@ -4,12 +4,13 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
 
-from reproduce.render.spec import COST_LABELS
+from benchmarks.metrics import DISTANCE, DRIFT, VENDI
+from reproduce.render.spec import COST_LABELS, HACKING_LABEL, METRIC_LABELS
 from reproduce.render.values import Group, Row, Table, Value
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -113,6 +114,27 @@ def seeds_text(row: Row) -> str:
     return str(row.seeds) if row.seeds else NOTHING
 
 
+def metric_labels(table: Table) -> list[str]:
+    """The headings of the columns beside the rewards; none where nothing was measured."""
+    labels = [METRIC_LABELS[metric] for metric in table.metrics]
+    return [*labels, HACKING_LABEL] if labels else []
+
+
+def metric_values(table: Table, row: Row) -> tuple[Value, ...]:
+    """The row's metrics, one for each that the table shows; gaps for the paper's rows."""
+    return row.metrics or tuple(Value(0) for _ in table.metrics)
+
+
+def hacking_text(table: Table, row: Row) -> str:
+    """``no``, ``yes`` with what fell, or a dash where it cannot be judged."""
+    if row.hacking is None:
+        return NOTHING
+    if not row.hacking.flagged:
+        return "no"
+    labels = {column.reward: column.label for column in table.columns} | METRIC_LABELS
+    return f"yes ({', '.join(labels[name] for name in row.hacking.fell)})"
+
+
 def legend(table: Table) -> tuple[str, ...]:
     """What the marks and intervals of a table mean; only those that occur."""
     rows = [row for group in table.groups for row in group.rows]
@@ -135,7 +157,38 @@ def legend(table: Table) -> tuple[str, ...]:
             "Checkpoint intervals: 95% bootstrap intervals over prompts; they are about these "
             "trained weights alone and say nothing of another seed."
         )
-    return tuple(sentences)
+    return (*sentences, *_metric_legend(table))
+
+
+_METRIC_SENTENCES = {
+    DISTANCE: (
+        "Image distance: mean of 1 - cosine over the pairs of a prompt's images in the features "
+        "of an image tower; 0 where they are all alike."
+    ),
+    VENDI: (
+        "Vendi score (Friedman and Dieng, 2022): the effective number of different images among "
+        "those of a prompt; 1 where they are all alike."
+    ),
+    DRIFT: (
+        "Drift: mean squared difference of velocity from the base on the base's own noised "
+        "samples; 0 for the base, and neither good nor bad in itself."
+    ),
+}
+
+
+_HACKING_SENTENCE = (
+    f"{HACKING_LABEL}: yes where a reward that the row trains on is above the baseline with "
+    "significance while another reward or the diversity is below it (those named); p < 0.05 after "
+    "Holm's correction over the row's comparisons, about what its intervals are about; "
+    f"{NOTHING} where it cannot be judged."
+)
+
+
+def _metric_legend(table: Table) -> list[str]:
+    """One sentence a metric that the table shows, and one on reward hacking."""
+    if not table.metrics:
+        return []
+    return [*(_METRIC_SENTENCES[metric] for metric in table.metrics), _HACKING_SENTENCE]
 
 
 def _environment() -> jinja2.Environment:
@@ -155,7 +208,13 @@ def _environment() -> jinja2.Environment:
         autoescape=False,  # noqa: S701 - the output is not HTML; the templates escape
     )
     environment.filters.update(
-        md=markdown_escape, tex=latex_escape, human=human, interval=interval_text, seeds=seeds_text
+        md=markdown_escape,
+        tex=latex_escape,
+        human=human,
+        interval=interval_text,
+        seeds=seeds_text,
+        metrics=metric_values,
+        hacking=hacking_text,
     )
     return environment
 
@@ -166,6 +225,7 @@ def _render(template: str, table: Table) -> str:
         .get_template(template)
         .render(
             table=table,
+            metric_labels=metric_labels(table),
             cost_labels=[COST_LABELS[cost] for cost in table.spec.costs],
             notes=(*legend(table), *table.notes),
             nothing=NOTHING,
@@ -190,23 +250,32 @@ def _number(value: float | None) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """One line a row, all digits: group, row, seeds, interval label, scores, costs.
+    """One line a row, all digits: group, row, seeds, interval label, scores, metrics, costs.
 
-    Each reward has its score, the ends of its interval, and 1 or 0 for in-domain and best.
+    Each reward has its score, the ends of its interval, and 1 or 0 for in-domain and best. Each
+    metric has its value and ends; ``hacking`` is 1, 0 or empty, ``hacking_fell`` what fell.
     """
     rewards = [column.reward for column in table.columns]
-    head = ["source", "group", "row", "label", "seeds", "interval", "missing"]
-    return _csv([*head, *_score_heads(rewards), *table.spec.costs], table.groups)
+    metrics = [f"{metric}{end}" for metric in table.metrics for end in ("", "_low", "_high")]
+    if metrics:
+        metrics += ["hacking", "hacking_fell"]
+    lines = [
+        [*start, *_csv_metrics(table, row), *(_number(cost) for cost in row.costs)]
+        for row, start in _csv_starts(table.groups)
+    ]
+    return _csv([*_CSV_HEAD, *_score_heads(rewards), *metrics, *table.spec.costs], lines)
 
 
 def paper_csv(table: Table) -> str | None:
     """The paper's separate block as CSV, or None where it has none."""
     if table.paper is None:
         return None
-    head = ["source", "group", "row", "label", "seeds", "interval", "missing"]
-    return _csv(
-        [*head, *_score_heads(table.paper.columns)], table.paper.groups, table.paper.caption
-    )
+    starts = _csv_starts(table.paper.groups, table.paper.caption)
+    heads = [*_CSV_HEAD, *_score_heads(table.paper.columns)]
+    return _csv(heads, [start for _, start in starts])
+
+
+_CSV_HEAD = ("source", "group", "row", "label", "seeds", "interval", "missing")
 
 
 def _score_heads(rewards: Sequence[str]) -> list[str]:
@@ -214,22 +283,40 @@ def _score_heads(rewards: Sequence[str]) -> list[str]:
     return [f"{reward}{end}" for reward in rewards for end in ends]
 
 
-def _csv(head: Sequence[str], groups: Sequence[Group], paper_source: str = "paper") -> str:
+def _csv(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(head)
-    for group in groups:
-        for row in group.rows:
-            source = paper_source if row.from_paper else "measured"
-            seeds = "" if row.seeds is None else row.seeds
-            first = [source, group.label, row.key, row.label, seeds, row.interval_label or ""]
-            scores = [text for value in row.values for text in _csv_value(value)]
-            costs = [_number(cost) for cost in row.costs]
-            writer.writerow([*first, row.gap or "", *scores, *costs])
+    writer.writerows(lines)
     return buffer.getvalue()
 
 
-def _csv_value(value: Value) -> list[str]:
+def _csv_starts(
+    groups: Sequence[Group], paper_source: str = "paper"
+) -> Iterator[tuple[Row, list[str]]]:
+    """Each row with the beginning of its line: what it is, and its scores."""
+    for group in groups:
+        for row in group.rows:
+            source = paper_source if row.from_paper else "measured"
+            seeds = "" if row.seeds is None else str(row.seeds)
+            first = [source, group.label, row.key, row.label, seeds, row.interval_label or ""]
+            scores = [text for value in row.values for text in _csv_value(value)]
+            yield row, [*first, row.gap or "", *scores]
+
+
+def _csv_metrics(table: Table, row: Row) -> list[str]:
+    if not table.metrics:
+        return []
+    texts = [text for value in metric_values(table, row) for text in _csv_interval(value)]
+    if row.hacking is None:
+        return [*texts, "", ""]
+    return [*texts, str(int(row.hacking.flagged)), ";".join(row.hacking.fell)]
+
+
+def _csv_interval(value: Value) -> list[str]:
     ends = (None, None) if value.interval is None else (value.interval.low, value.interval.high)
-    flags = [str(int(value.in_domain)), str(int(value.best))]
-    return [_number(value.mean), *(_number(end) for end in ends), *flags]
+    return [_number(value.mean), *(_number(end) for end in ends)]
+
+
+def _csv_value(value: Value) -> list[str]:
+    return [*_csv_interval(value), str(int(value.in_domain)), str(int(value.best))]

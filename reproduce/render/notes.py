@@ -52,13 +52,31 @@ def table_notes(
         named = ", ".join(f"{name} ({digest})" for name, digest in sorted(protocols))
         prompts = " or ".join(str(count) for count in counts)
         notes.append(f"Evaluation: {named}, {prompts} held-out prompts.")
+        notes.extend(_measurements(cells))
         presets = sorted({c.info.preset for c in cells if c.info.preset is not None})
         if presets:
             notes.append(f"Preset: {', '.join(presets)}.")
         notes.append(_commits(cells))
     notes.extend(_cost_notes(spec, cells))
+    notes.extend(_checkpoint_notes(spec, results))
     notes.extend(_gap_notes(spec, columns, results, gaps))
     return (*notes, *spec.notes)
+
+
+def _measurements(cells: Iterable[Cell]) -> list[str]:
+    """What the columns beside the rewards were measured on."""
+    notes = []
+    for protocol in (cell.info.protocol for cell in cells):
+        diversity, drift = protocol.diversity, protocol.drift
+        if diversity is not None:
+            notes.append(
+                f"Diversity: {diversity.images} images of each of the first {diversity.prompts} "
+                f"prompts, features of {diversity.features}."
+            )
+        if drift is not None:
+            sigmas = ", ".join(f"{sigma:g}" for sigma in drift.sigmas)
+            notes.append(f"Drift: the first {drift.prompts} prompts at sigma {sigmas}.")
+    return list(dict.fromkeys(notes))
 
 
 def _commits(cells: Iterable[Cell]) -> str:
@@ -71,8 +89,21 @@ def _commits(cells: Iterable[Cell]) -> str:
     return f"Measured at commit {', '.join(named)}."
 
 
+def _checkpoint_notes(spec: TableSpec, results: Mapping[str, RowScores]) -> list[str]:
+    """Where weights that were trained elsewhere came from."""
+    notes = []
+    for row in spec.rows:
+        cells = results[row.key].cells if row.key in results else ()
+        sources = {cell.info.provenance.checkpoint for cell in cells} - {None}
+        for source in sorted(str(source) for source in sources):
+            cost = "; what it took to train them is not known" if spec.costs else ""
+            notes.append(f"{full_label(row)}: weights of {source}, not trained here{cost}.")
+    return notes
+
+
 def _cost_notes(spec: TableSpec, cells: Sequence[Cell]) -> list[str]:
-    trained = [cell.info.cost for cell in cells if cell.info.cost.iterations > 0]
+    known = [cell.info.cost for cell in cells if cell.info.cost is not None]
+    trained = [cost for cost in known if cost.iterations > 0]
     if not spec.costs or not trained:
         return []
     notes = ["Costs: one training run up to the evaluated checkpoint, mean over seeds."]

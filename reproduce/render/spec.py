@@ -8,6 +8,7 @@ from typing import Literal
 import pydantic
 
 from benchmarks.cells import Key
+from benchmarks.metrics import DISTANCE, DRIFT, VENDI
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from reproduce.paper import PaperColumn, PaperKey, TableName
@@ -31,6 +32,15 @@ COST_LABELS: dict[CostColumn, str] = {
     "equal_cost_evaluations": "Rollout evaluations + 3 × backwards",
     "iterations": "Iterations",
 }
+
+METRIC_LABELS: dict[str, str] = {
+    DISTANCE: "Image distance",
+    VENDI: "Vendi score",
+    DRIFT: "Drift",
+}
+"""The columns beside the rewards, in order; a table has those that its cells were measured in."""
+
+HACKING_LABEL = "Reward hacking"
 
 DEFAULT_COSTS: tuple[CostColumn, ...] = (
     "rollout_evaluations",

@@ -1,16 +1,22 @@
 """The numbers of a table, computed once for every format."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from benchmarks.cells import Cell, RowScores, gather_rows
-from benchmarks.statistics import Interval, row_intervals
+from benchmarks.metrics import DRIFT
+from benchmarks.statistics import Interval, Label, row_intervals
 from g2rpo.errors import UserError
+from reproduce.comparisons import Hacking, judge_hacking
 from reproduce.paper import DIGITS, PAPER_COLUMNS, PaperRow, PaperTables
 from reproduce.render.notes import Gap, missing_reason, table_notes
-from reproduce.render.spec import ColumnSpec, CostColumn, RowSpec, TableSpec
+from reproduce.render.spec import METRIC_LABELS, ColumnSpec, CostColumn, RowSpec, TableSpec
+
+METRIC_DIGITS = 3
+"""Decimals of the measures of diversity, and figures of the largest drift of a table."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Row:
         seeds: how many training seeds are behind it; 0 for a model without, None for no result.
         gap: the reason why there is no result.
         from_paper: the figures are the paper's.
+        metrics: one for each metric that the table shows.
+        hacking: whether it looks like reward hacking; None where that cannot be judged.
     """
 
     label: str
@@ -63,9 +71,11 @@ class Row:
     seeds: int | None = None
     gap: str | None = None
     from_paper: bool = False
+    metrics: tuple[Value, ...] = ()
+    hacking: Hacking | None = None
 
     @property
-    def interval_label(self) -> str | None:
+    def interval_label(self) -> Label | None:
         """``checkpoint`` or ``method``, or None where there is no interval."""
         return next((v.interval.label for v in self.values if v.interval is not None), None)
 
@@ -89,7 +99,7 @@ class PaperBlock:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything a template needs."""
+    """Everything a template needs; ``metrics`` are those that any of its cells has."""
 
     spec: TableSpec
     profile: str
@@ -97,6 +107,7 @@ class Table:
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
     paper: PaperBlock | None
+    metrics: tuple[str, ...] = ()
 
 
 def fixed(number: float, digits: int) -> str:
@@ -119,15 +130,15 @@ def mark_best(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(replace(row, values=tuple(v)) for row, v in zip(rows, marked, strict=True))
 
 
-def row_costs(row: RowScores, columns: Sequence[CostColumn]) -> tuple[float, ...]:
-    """Mean over the row's cells of each cost."""
-    return tuple(
-        float(np.mean([getattr(cell.info.cost, column) for cell in row.cells]))
-        for column in columns
-    )
+def row_costs(row: RowScores, columns: Sequence[CostColumn]) -> tuple[float | None, ...]:
+    """Mean over the row's cells of each cost; None where it is not known."""
+    costs = [cell.info.cost for cell in row.cells if cell.info.cost is not None]
+    if len(costs) < len(row.cells):
+        return (None,) * len(columns)
+    return tuple(float(np.mean([getattr(cost, column) for cost in costs])) for column in columns)
 
 
-def _our_row(
+def measured_row(
     row: RowSpec, table: TableSpec, columns: Sequence[ColumnSpec], result: RowScores
 ) -> Row:
     scored = [column.reward for column in columns if column.reward in result.rewards]
@@ -142,6 +153,48 @@ def _our_row(
     )
     costs = row_costs(result, table.costs)
     return Row(row.label, row.key, values, costs, seeds=len(result.seeds))
+
+
+def shown_metrics(results: Mapping[str, RowScores]) -> tuple[str, ...]:
+    """The metrics that any row has, in the order of their columns."""
+    measured = {metric for result in results.values() for metric in result.metrics}
+    return tuple(metric for metric in METRIC_LABELS if metric in measured)
+
+
+def _with_metrics(
+    rows: Mapping[str, Row],
+    results: Mapping[str, RowScores],
+    columns: Sequence[ColumnSpec],
+    baseline: str | None,
+) -> dict[str, Row]:
+    """The rows by key with their metrics and whether they look like reward hacking."""
+    shown = shown_metrics(results)
+    if not shown:
+        return dict(rows)
+    intervals = {
+        (key, metric): row_intervals(result.metric(metric)[0])[0]
+        for key, result in results.items()
+        for metric in result.metrics
+    }
+    drifts = [one.mean for (_, metric), one in intervals.items() if metric == DRIFT]
+    digits = dict.fromkeys(shown, METRIC_DIGITS) | {DRIFT: _decimals(max(drifts, default=0.0))}
+    rewards = [column.reward for column in columns]
+    base = None if baseline is None else results.get(baseline)
+    complete = {}
+    for key, row in rows.items():
+        label, hacking = row.interval_label, None
+        if key in results and label is not None:
+            hacking = judge_hacking(results[key], base, rewards, label)
+        values = tuple(Value(digits[m], interval=intervals.get((key, m))) for m in shown)
+        complete[key] = replace(row, metrics=values, hacking=hacking)
+    return complete
+
+
+def _decimals(largest: float) -> int:
+    """Decimals that show ``METRIC_DIGITS`` figures of a number, at most eight."""
+    if largest <= 0:
+        return METRIC_DIGITS
+    return min(8, max(0, METRIC_DIGITS - 1 - math.floor(math.log10(largest))))
 
 
 def _missing_row(row: RowSpec, columns: Sequence[ColumnSpec], costs: int, reason: str) -> Row:
@@ -236,15 +289,16 @@ def build_table(
     columns = spec.columns_for(profile)
     results = select_rows(spec, cells)
     beside = spec.paper_table is not None and profile in spec.paper_profiles
+    measured = {
+        row.key: measured_row(row, spec, columns, results[row.key])
+        if row.key in results
+        else _missing_row(row, columns, len(spec.costs), missing_reason(row.key, gaps))
+        for row in spec.rows
+    }
+    measured = _with_metrics(measured, results, columns, spec.baseline)
     groups = []
     for label, rows in spec.groups():
-        ours = [
-            _our_row(row, spec, columns, results[row.key])
-            if row.key in results
-            else _missing_row(row, columns, len(spec.costs), missing_reason(row.key, gaps))
-            for row in rows
-        ]
-        lines = list(mark_best(ours))
+        lines = list(mark_best([measured[row.key] for row in rows]))
         if beside and spec.paper_table is not None:
             lines = _interleave(spec, rows, lines, paper, columns)
         groups.append(Group(label, tuple(lines)))
@@ -252,7 +306,8 @@ def build_table(
     notes = table_notes(spec, columns, results, gaps)
     if beside:
         notes = (*notes, f"Paper: the figures of {paper.source} ({paper.model}, {paper.prompts}).")
-    return Table(spec, profile, columns, tuple(groups), notes, block)
+    metrics = shown_metrics(results)
+    return Table(spec, profile, columns, tuple(groups), notes, block, metrics)
 
 
 def _interleave(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -26,6 +27,7 @@ TABLE = {
     "table": {
         "name": "two_rows",
         "title": "Two rows",
+        "baseline": "base",
         "rows": [
             {"key": "base", "label": "Base"},
             {"key": "hps/g2rpo", "label": "G2RPO", "group": "HPS"},
@@ -92,6 +94,32 @@ def test_the_whole_path_leaves_cells_tables_figures_and_pictures(finished: Path)
     manifest = json.loads((finished / g2rpo_cell.runs["train"] / "manifest.json").read_text())
     assert manifest["seed"] == 1
     assert manifest["provenance"]["weights"].keys() == {"hps", "policy"}
+
+
+def test_diversity_and_drift_are_measured_and_shown(finished: Path) -> None:
+    output = finished / "smoke" / "two_rows"
+    base, trained, _ = load_cells(output / "cells")
+    for cell in (base, trained):
+        assert cell.metrics is not None
+        assert len(cell.metrics) == 3 * 2
+        values = cell.metrics.set_index(["metric", "prompt_id"])["value"]
+        assert (values["diversity/distance"] > 0).all() and (values["diversity/distance"] < 2).all()
+        assert (values["diversity/vendi"] > 1).all() and (values["diversity/vendi"] <= 2).all()
+        assert ((values["drift"] > 0) == (cell is trained)).all()
+        evaluation = finished / cell.info.runs["train"] / "evaluations"
+        evaluation /= cell.info.runs["evaluation"]
+        others = sorted(path.name for path in (evaluation / "diversity").glob("*.png"))
+        assert others == ["000000_1.png", "000001_1.png"]
+        # Another noise than that of the image that is scored.
+        pixels = [np.asarray(Image.open(evaluation / name)).astype(int)
+                  for name in ("images/000000.png", "diversity/000000_1.png")]  # fmt: skip
+        assert np.abs(pixels[0] - pixels[1]).mean() > 5
+    assert len(list(finished.glob("base-*/drift/*.safetensors"))) == 1
+    text = (output / "two_rows.md").read_text()
+    assert "| Image distance | Vendi score | Drift | Reward hacking |" in text
+    rows = pd.read_csv(output / "two_rows.csv").set_index("row")
+    assert rows.loc["base", "drift"] == 0
+    assert rows["hacking"].isna().tolist() == [True, False, False]
 
 
 def _stamps(folder: Path) -> dict[Path, int]:

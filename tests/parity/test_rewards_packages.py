@@ -1,8 +1,6 @@
 """The reward models against the packages they stand for, on the same random weights."""
 
 import json
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from benchmarks.mini_world.tokenizers import words
+from benchmarks.packages import hpsv2_open_clip, image_reward_package
 from benchmarks.small_rewards import SmallImageReward, SmallPickScore, liven
 from g2rpo.rewards import image_reward
 from g2rpo.rewards.base import RewardConfig
@@ -41,16 +40,8 @@ def as_pil(images: Tensor) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def hpsv2() -> Iterator[Any]:
-    """hpsv2's own open_clip, which lacks a file of its tokenizer and asks for tkinter's turtle."""
-    patched = {
-        "hpsv2.src.open_clip.tokenizer": open_clip.tokenizer,
-        "turtle": types.SimpleNamespace(forward=None),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in patched.items():
-            patch.setitem(sys.modules, name, module)
-        import hpsv2.src.open_clip as vendored
-
+    """hpsv2's own open_clip."""
+    with hpsv2_open_clip() as vendored:
         yield vendored
 
 
@@ -126,39 +117,7 @@ def test_pick_score_equals_plain_transformers(tmp_path: Path) -> None:
         torch.testing.assert_close(scores, logits, atol=1e-5, rtol=1e-5)
 
 
-def _image_reward_package(patch: pytest.MonkeyPatch, tokenizer: BertTokenizer) -> Any:
-    """The image-reward package on transformers 5, which dropped what it imports and calls."""
-    import transformers.modeling_utils
-    import transformers.pytorch_utils
-
-    patch.setitem(sys.modules, "clip", types.ModuleType("clip"))  # other scores of it use this
-    for name in (
-        "apply_chunking_to_forward",
-        "find_pruneable_heads_and_indices",
-        "prune_linear_layer",
-    ):
-        gone = getattr(transformers.pytorch_utils, name, None)
-        patch.setattr(transformers.modeling_utils, name, gone, raising=False)
-    import ImageReward
-    from ImageReward.models.BLIP import blip_pretrain, med
-
-    def inverted_mask(self: Any, mask: Tensor) -> Tensor:
-        wide = mask[:, None, :, :] if mask.ndim == 3 else mask[:, None, None, :]
-        return (1.0 - wide.to(self.dtype)) * torch.finfo(self.dtype).min
-
-    patch.setattr(med.BertModel, "invert_attention_mask", inverted_mask, raising=False)
-    patch.setattr(
-        med.BertModel,
-        "get_head_mask",
-        lambda self, mask, layers, *rest: [None] * layers,
-        raising=False,
-    )
-    patch.setattr(med.BertPreTrainedModel, "all_tied_weights_keys", {}, raising=False)
-    patch.setattr(blip_pretrain, "init_tokenizer", lambda: tokenizer)
-    return ImageReward
-
-
-def test_image_reward_equals_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_reward_equals_the_package(tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = SmallImageReward(words())
     vision = {**small.vision_config, "image_size": 224, "patch_size": 56}
@@ -166,31 +125,25 @@ def test_image_reward_equals_the_package(tmp_path: Path, monkeypatch: pytest.Mon
     small.network = type(small.network)(vision, small.text_config)
     liven(small)
     small.eval().save(tmp_path)
-    package = _image_reward_package(monkeypatch, small.tokenizer)
-    from ImageReward.models.BLIP import blip_pretrain
-    from ImageReward.models.BLIP.vit import VisionTransformer
-
-    def create_vit(size: str, image_size: int, *rest: Any) -> tuple[nn.Module, int]:
-        width, depth = vision["hidden_size"], vision["num_hidden_layers"]
-        heads, patch = vision["num_attention_heads"], vision["patch_size"]
-        tower = VisionTransformer(image_size, patch, embed_dim=width, depth=depth, num_heads=heads)
-        return tower, width
-
-    monkeypatch.setattr(blip_pretrain, "create_vit", create_vit)
     med_config = tmp_path / "package_med_config.json"
     text = small.text_config
     med_config.write_text(
         json.dumps({**text, "add_cross_attention": True, "hidden_act": "gelu", "fusion": ""})
     )
+    with image_reward_package(small.tokenizer, vision) as package:
+        _image_reward_agrees(package, small, med_config)
+
+
+def _image_reward_agrees(package: Any, small: SmallImageReward, med_config: Path) -> None:
     theirs = package.ImageReward(med_config=str(med_config)).eval()
-    theirs.mlp = type(theirs.mlp)(text["hidden_size"])
+    theirs.mlp = type(theirs.mlp)(small.text_config["hidden_size"])
     result = theirs.load_state_dict(small.network.published_state(), strict=False)
     assert not result.unexpected_keys
     unused = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
     assert all(key.startswith(unused) for key in result.missing_keys)
     theirs.eval()
     ours = image_reward.ImageReward.load(
-        RewardConfig(model="image_reward", source=str(tmp_path)), "cpu"
+        RewardConfig(model="image_reward", source=str(med_config.parent)), "cpu"
     )
     for height, width in SHAPES:
         images = pictures(height, width)

@@ -112,6 +112,20 @@ def test_tuned_learning_rates_apply_to_matched_alone() -> None:
     assert trained(resolve(released, profile, "hps/g2rpo", 1)).optimization.learning_rate == 2e-6
 
 
+def test_features_come_from_a_judge_of_the_profile() -> None:
+    experiment, profile = load_experiment("table1"), load_profile("mini")
+    section = {"diversity": {"prompts": 2, "images": 2, "features": "clib"}}
+    changed = {"base": experiment.cells["base"].model_copy(update={"evaluation": section})}
+    wrong = experiment.model_copy(update={"cells": changed})
+    with pytest.raises(UserError, match=r"diversity.features: .* no reward 'clib'.*'clip'"):
+        resolve(wrong, profile, "base", 0)
+    section = {"diversity": None, "drift": None}
+    changed = {"base": experiment.cells["base"].model_copy(update={"evaluation": section})}
+    without = resolve(experiment.model_copy(update={"cells": changed}), profile, "base", 0)
+    assert without.evaluation.diversity is None
+    assert resolve(experiment, profile, "base", 0).evaluation.drift is not None
+
+
 def test_overrides_win() -> None:
     settings = {"optimization": {"learning_rate": 0.5, "iterations": 7}}
     cell = resolve(load_experiment("table1"), load_profile("mini"), "hps/g2rpo", 1, settings)

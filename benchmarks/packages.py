@@ -1,0 +1,146 @@
+"""The reward models' own packages, made to run beside today's libraries without a network.
+
+hpsv2 1.2.0 lacks a file of its tokenizer and imports tkinter's turtle; image-reward 1.5 imports and
+calls what transformers 5 dropped. Each context manager mends that for as long as it is open, and no
+weights are fetched. They are what this project's reward models are compared with.
+"""
+
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def _modules(replaced: Mapping[str, Any]) -> Iterator[None]:
+    """Other modules under these names; unlike under ``patch.dict``, what is imported stays."""
+    before = {name: sys.modules.get(name) for name in replaced}
+    sys.modules.update(replaced)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+@contextmanager
+def hpsv2_open_clip() -> Iterator[Any]:
+    """hpsv2's own copy of open_clip, ``hpsv2.src.open_clip``."""
+    # Its tokenizer is open_clip's, but its word list is not in the wheel.
+    faults = {
+        "hpsv2.src.open_clip.tokenizer": open_clip.tokenizer,
+        "turtle": types.SimpleNamespace(forward=None),
+    }
+    with _modules(faults):
+        import hpsv2.src.open_clip as vendored
+
+        yield vendored
+
+
+@contextmanager
+def hpsv2_package(
+    checkpoint: Path, device: torch.device, architecture: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """The package ``hpsv2``, whose documented ``score`` reads ``checkpoint`` at every call.
+
+    Args:
+        checkpoint: in place of the published file.
+        device: where it computes.
+        architecture: open_clip configuration in place of ViT-H-14's.
+    """
+    with hpsv2_open_clip(), ExitStack() as stack:
+        import hpsv2
+        from hpsv2 import img_score
+        from hpsv2.src.open_clip import factory
+
+        create = factory.create_model_and_transforms
+
+        def without_laion(name: str, pretrained: str, **options: Any) -> Any:
+            # The laion2B weights that it asks for are overwritten by the checkpoint's.
+            del pretrained
+            return create(name, None, **options)
+
+        changes: list[tuple[Any, str, Any]] = [
+            (img_score, "create_model_and_transforms", without_laion),
+            (img_score, "device", str(device)),
+            (img_score, "model_dict", {}),
+            (img_score, "root_path", str(checkpoint.parent)),
+            (img_score.huggingface_hub, "hf_hub_download", lambda *_, **__: str(checkpoint)),
+        ]
+        if architecture is not None:
+            changes.append((factory, "get_model_config", lambda _: dict(architecture)))
+        for owner, name, value in changes:
+            stack.enter_context(patch.object(owner, name, value))
+        yield hpsv2
+
+
+def _inverted_mask(self: Any, mask: Tensor) -> Tensor:
+    wide = mask[:, None, :, :] if mask.ndim == 3 else mask[:, None, None, :]
+    return (1.0 - wide.to(self.dtype)) * torch.finfo(self.dtype).min
+
+
+def _no_head_mask(self: Any, mask: Any, layers: int, *rest: Any) -> list[None]:
+    del self, mask, rest
+    return [None] * layers
+
+
+@contextmanager
+def image_reward_package(
+    tokenizer: PreTrainedTokenizerBase, vision: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """The package ``ImageReward`` on transformers 5.
+
+    Args:
+        tokenizer: in place of BERT's with BLIP's two tokens, which it would fetch.
+        vision: sizes of the vision tower (as in ``vision_config.json``) in place of BLIP-large's.
+    """
+    import transformers.modeling_utils
+    import transformers.pytorch_utils
+
+    with _modules({"clip": types.ModuleType("clip")}), ExitStack() as stack:
+
+        def change(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(patch.object(owner, name, value, create=True))
+
+        for name in (
+            "apply_chunking_to_forward",
+            "find_pruneable_heads_and_indices",
+            "prune_linear_layer",
+        ):
+            gone = getattr(transformers.pytorch_utils, name, None)
+            change(transformers.modeling_utils, name, gone)
+        import ImageReward
+        from ImageReward.models.BLIP import blip_pretrain, med
+        from ImageReward.models.BLIP.vit import VisionTransformer
+
+        change(med.BertModel, "invert_attention_mask", _inverted_mask)
+        change(med.BertModel, "get_head_mask", _no_head_mask)
+        change(med.BertPreTrainedModel, "all_tied_weights_keys", {})
+        change(blip_pretrain, "init_tokenizer", lambda: tokenizer)
+        if vision is not None:
+
+            def create_vit(size: str, image_size: int, *rest: Any) -> tuple[nn.Module, int]:
+                del size, rest
+                width = int(vision["hidden_size"])
+                tower = VisionTransformer(
+                    image_size,
+                    vision["patch_size"],
+                    embed_dim=width,
+                    depth=vision["num_hidden_layers"],
+                    num_heads=vision["num_attention_heads"],
+                )
+                return tower, width
+
+            change(blip_pretrain, "create_vit", create_vit)
+        yield ImageReward

@@ -1,0 +1,149 @@
+"""What is measured of a cell's policy beside its scores: diversity of its images, drift of its
+velocities. The sampling stage makes what needs the policy, the scoring stage what needs a judge.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from benchmarks.diversity import measure_diversity
+from benchmarks.drift import DriftReference, base_reference, measure_drift, no_drift
+from benchmarks.held_out import (
+    EvaluationConfig,
+    compared_images,
+    image_path,
+    prune_images,
+    sample_images,
+)
+from g2rpo.data.prompts import Prompt
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path
+from g2rpo.flow.schedule import build_grid
+from g2rpo.policy import FluxPolicy
+from g2rpo.rewards.base import BatchedReward
+from g2rpo.rewards.image_tower import ImageTower
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """The measurements of one evaluation.
+
+    Attributes:
+        config: the protocol; its absent sections are not measured.
+        prompts: all held-out prompts.
+        folder: of the evaluation.
+        reference: the file of the base's inputs and velocities.
+        is_base: whether the policy is the base itself, whose drift is 0.
+        batch: images, or velocities, at a time.
+    """
+
+    config: EvaluationConfig
+    prompts: Sequence[Prompt]
+    folder: Path
+    reference: Path
+    is_base: bool
+    batch: int
+
+    @property
+    def _images(self) -> Path:
+        return self.folder / "diversity"
+
+    @property
+    def _drift(self) -> Path:
+        return self.folder / "drift.parquet"
+
+    @property
+    def _diversity(self) -> Path:
+        return self.folder / "diversity.parquet"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether nothing is left that needs the policy."""
+        others = [image_path(self._images, *one) for one in self._other_images()]
+        drift_known = self.config.drift is None or self._drift.exists()
+        return drift_known and all(path.exists() for path in others)
+
+    def _other_images(self) -> list[tuple[Prompt, int]]:
+        section = self.config.diversity
+        if section is None:
+            return []
+        numbers = range(1, section.images)
+        return [(p, number) for p in self.prompts[: section.prompts] for number in numbers]
+
+    def prepare(self, load_base: Callable[[], FluxPolicy]) -> None:
+        """Makes the base's reference where it is not there; the base has left memory afterwards."""
+        section = self.config.drift
+        if section is None or self.is_base or self._drift.exists() or self.reference.exists():
+            return
+        base = load_base()
+        grid = build_grid(self.config.grid, base.image_tokens)
+        seed = self.config.seed
+        base_reference(base, self.prompts, section, grid, seed, self.batch).save(self.reference)
+        del base
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def sample(self, policy: FluxPolicy) -> None:
+        """Samples the further images of a prompt and measures the drift, where not done yet."""
+        section = self.config.diversity
+        if section is not None:
+            chosen = self.prompts[: section.prompts]
+            for index in range(1, section.images):
+                sample_images(policy, chosen, self.config, self._images, self.batch, index)
+        if self.config.drift is not None and not self._drift.exists():
+            _write(self._measured_drift(policy), self._drift)
+
+    def _measured_drift(self, policy: FluxPolicy) -> pd.DataFrame:
+        section = self.config.drift
+        assert section is not None
+        if self.is_base:
+            return no_drift(self.prompts, section)
+        reference = DriftReference.load(self.reference)
+        return measure_drift(policy, self.prompts, section, reference, self.batch)
+
+    def tower(self, models: Mapping[str, BatchedReward]) -> ImageTower | None:
+        """The judge whose features tell images apart; None where that is not measured.
+
+        Raises:
+            UserError: the protocol's judge has no image tower.
+        """
+        if self.config.diversity is None:
+            return None
+        name = self.config.diversity.features
+        model = models[name]
+        if not isinstance(model, ImageTower):
+            valid = ", ".join(key for key, one in models.items() if isinstance(one, ImageTower))
+            raise UserError(
+                f"evaluation.diversity.features: the judge {name!r} has no image tower; "
+                f"valid: {valid or 'none of the profile'}"
+            )
+        return model
+
+    def judge(self, tower: ImageTower | None) -> None:
+        """Measures the diversity, once all images are there."""
+        section = self.config.diversity
+        if section is None or tower is None:
+            return
+        files = compared_images(self.prompts, section, self.folder / "images", self._images)
+        _write(measure_diversity(tower, files, section.features), self._diversity)
+
+    def prune(self, keep: int | None) -> None:
+        """Deletes the further images of all but the first ``keep`` prompts."""
+        if self.config.diversity is not None:
+            prune_images(self._images, self.prompts, keep, self.config.diversity.images)
+
+    def read(self) -> pd.DataFrame | None:
+        """All that was measured, or None where the protocol measures nothing."""
+        measured = {self._diversity: self.config.diversity, self._drift: self.config.drift}
+        frames = [pd.read_parquet(path) for path, section in measured.items() if section]
+        return pd.concat(frames, ignore_index=True) if frames else None
+
+
+def _write(frame: pd.DataFrame, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary, index=False)
