@@ -96,9 +96,10 @@ def reproduce(
     runner.report(loaded, chosen, outcome, layout)
     if outcome.gaps:
         first = outcome.gaps[0]
+        where = first.row if first.seed is None else f"{first.row}, seed {first.seed}"
         raise UserError(
-            f"{len(outcome.gaps)} of {len(cells)} cells failed; the first: {first.row}, seed "
-            f"{first.seed}: {first.reason}; run the same command to try them again"
+            f"{len(outcome.gaps)} of {len(cells)} cells failed; the first: {where}: "
+            f"{first.reason}; run the same command to try them again"
         )
 
 

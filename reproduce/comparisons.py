@@ -9,15 +9,18 @@ import numpy.typing as npt
 from benchmarks.cells import RowScores
 from benchmarks.metrics import DISTANCE, VENDI
 from benchmarks.statistics import (
+    ALPHA,
     MIN_SEEDS,
     Comparison,
+    Interval,
     Label,
     checkpoint_comparisons,
+    checkpoint_improvements,
     holm,
     method_comparisons,
+    method_improvements,
 )
 
-ALPHA = 0.05
 DIVERSITY = (DISTANCE, VENDI)
 """Metrics whose fall counts against a row; how far it drifted is neither good nor bad."""
 
@@ -52,6 +55,21 @@ def compare_rows(
     """
     shared = _shared_seeds(first, second, label)
     return _compare(first.scores(rewards, shared), second.scores(rewards, shared), label)
+
+
+def improvements(
+    first: RowScores, second: RowScores, rewards: Sequence[str], label: Label
+) -> list[Interval]:
+    """How likely ``first`` scores higher than ``second`` on a prompt, for each reward.
+
+    Arguments and pairing are those of :func:`compare_rows`.
+    """
+    shared = _shared_seeds(first, second, label)
+    one, two = np.broadcast_arrays(first.scores(rewards, shared), second.scores(rewards, shared))
+    if label == "method":
+        return method_improvements(one, two)
+    means = (scores.mean(axis=1, keepdims=True) for scores in (one, two))
+    return checkpoint_improvements(*means)
 
 
 def compare_metric(

@@ -12,13 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from benchmarks.cells import Cell
-from benchmarks.statistics import Comparison, holm
-from reproduce.comparisons import ALPHA, compare_rows, strongest_label
+from benchmarks.statistics import (
+    ALPHA,
+    Comparison,
+    CorrectedComparison,
+    Interval,
+    comparison_sentence,
+    holm,
+    improvement_sentence,
+)
+from reproduce.comparisons import compare_rows, improvements, strongest_label
 from reproduce.paper import DIGITS, PaperTables, load_paper_tables
 from reproduce.render.spec import ColumnSpec, RowSpec, TableSpec
 from reproduce.render.values import select_rows
 
-UNCLEAR = "no clear difference"
+UNCLEAR = "not settled"
 VERDICTS = (
     "above",
     "below",
@@ -42,7 +50,9 @@ class Finding:
         other: the row it is compared with.
         column: the score.
         comparison: focus minus other.
+        improvement: how likely focus scores higher than other on a prompt.
         adjusted: Holm-corrected p-value.
+        family: comparisons that were corrected together.
         published: the paper's difference, as far as its printed decimals tell; None without one.
     """
 
@@ -52,7 +62,9 @@ class Finding:
     other: RowSpec
     column: ColumnSpec
     comparison: Comparison
+    improvement: Interval
     adjusted: float = 1.0
+    family: int = 1
     published: float | None = None
 
     @property
@@ -67,6 +79,21 @@ class Finding:
             return UNCLEAR
         direction = "above" if self.comparison.difference > 0 else "below"
         return direction if self.significant else f"{direction} before correction only"
+
+    @property
+    def sentences(self) -> str:
+        """The difference, and how often it shows on a prompt, in two plain sentences."""
+        found = CorrectedComparison(
+            first=self.focus.label,
+            second=self.other.label,
+            reward=self.column.label,
+            comparison=self.comparison,
+            adjusted=self.adjusted,
+            family=self.family,
+            improvement=self.improvement,
+        )
+        difference = comparison_sentence(found, digits=self.column.digits)
+        return f"{difference} {improvement_sentence(found)}"
 
     @property
     def paper_verdict(self) -> PaperVerdict | None:
@@ -105,10 +132,12 @@ def findings(
             for column in spec.columns_for(profile)
             if all(column.reward in row.rewards for row in pair)
         ]
-        compared = compare_rows(*pair, [c.reward for c in columns], strongest_label(*pair))
-        for column, comparison in zip(columns, compared, strict=True):
+        rewards, label = [column.reward for column in columns], strongest_label(*pair)
+        compared = compare_rows(*pair, rewards, label)
+        improved = improvements(*pair, rewards, label)
+        for column, comparison, improvement in zip(columns, compared, improved, strict=True):
             theirs = _published(spec, published, focus, other, column)
-            finding = Finding(focus.group, question, focus, other, column, comparison)
+            finding = Finding(focus.group, question, focus, other, column, comparison, improvement)
             found.append(replace(finding, published=theirs))
     return _corrected(found)
 
@@ -151,5 +180,5 @@ def _corrected(found: Sequence[Finding]) -> tuple[Finding, ...]:
     for members in families.values():
         adjusted = holm([found[index].comparison.p_value for index in members])
         for index, value in zip(members, adjusted, strict=True):
-            corrected[index] = replace(found[index], adjusted=float(value))
+            corrected[index] = replace(found[index], adjusted=float(value), family=len(members))
     return tuple(corrected)

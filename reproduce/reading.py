@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.cells import Cell, RowScores
-from benchmarks.statistics import MIN_SEEDS
-from reproduce.comparisons import ALPHA
+from benchmarks.statistics import ALPHA, MIN_SEEDS
 from reproduce.findings import UNCLEAR, VERDICTS, Finding, findings
 from reproduce.paper import DIGITS
 from reproduce.render.formats import IN_DOMAIN, NOTHING, markdown_escape
@@ -46,7 +45,16 @@ def write_reading(
             sentences.append(f"- {markdown_escape(pair_sentence(pair) + costs)}")
         parts.append("\n".join(sentences))
     parts.append(_paper_sentences(spec, found, profile))
+    parts.append(_in_words(found))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _in_words(found: Sequence[Finding]) -> str:
+    """Every comparison in plain sentences, folded away."""
+    lines = "\n".join(
+        f"- {markdown_escape((f'{f.group}: ' if f.group else '') + f.sentences)}" for f in found
+    )
+    return f"<details><summary>Every comparison in words</summary>\n\n{lines}\n\n</details>"
 
 
 def _method_sentences(found: Sequence[Finding]) -> str:
@@ -57,7 +65,8 @@ def _method_sentences(found: Sequence[Finding]) -> str:
         sentences.append(
             f"Differences labelled method: means over {seeds} shared training seeds, 95% t "
             f"interval, paired t-test. With {counts[0]} seeds it has {counts[0] - 1} degrees of "
-            "freedom: what it does not find may still be there."
+            "freedom: what it does not find may still be there. They are about these held-out "
+            "prompts."
         )
     if any(f.comparison.label == "checkpoint" for f in found):
         sentences.append(

@@ -28,10 +28,10 @@ def main(
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    total = sum(part["cpu_seconds"] for part in manifest["parts"].values())
+    total = sum(part["seconds"] for part in manifest["parts"].values())
     typer.echo(
         f"{assets}: {len(manifest['files'])} files, {manifest['bytes'] / 1e6:.1f} MB, "
-        f"built in {total / 60:.0f} CPU-minutes"
+        f"parts built in {total / 60:.0f} min, one after the other"
     )
 
 

@@ -221,7 +221,7 @@ def main(
         int | None, typer.Option(min=1, help="Times so many calls of a package, not all.")
     ] = None,
 ) -> None:
-    """Times every reward model against its package. Full size takes 4 GB in TMPDIR and memory."""
+    """Times every reward model against its package. Full size takes up to 4 GB in TMPDIR."""
     try:
         _main(size, (images, prompts, sample), rewards.split(","), device)
     except UserError as error:

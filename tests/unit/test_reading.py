@@ -90,8 +90,8 @@ def test_only_shared_seeds_are_paired() -> None:
     [
         (1, 1e-5, "above", "confirmed"),
         (-1, 1e-5, "below", "contradicted"),
-        (1, 10.0, "no clear difference", "same direction"),
-        (-1, 10.0, "no clear difference", "opposite direction"),
+        (1, 10.0, "not settled", "same direction"),
+        (-1, 10.0, "not settled", "opposite direction"),
     ],
 )
 def test_verdicts(sign: int, spread: float, verdict: str, paper_verdict: str) -> None:
@@ -124,6 +124,9 @@ def test_the_reading_says_what_was_found() -> None:
         assert cells[1] == finding.other.label
         assert float(cells[3]) == pytest.approx(finding.comparison.difference, abs=5.1e-4)
         assert cells[8] == finding.verdict
+        assert f"- {finding.focus.group}: {finding.sentences}".replace("<", "\\<") in text
+        assert f"over {finding.family} comparisons" in finding.sentences
+        assert 0 <= finding.improvement.mean <= 1
     assert "3 shared training seeds" in text
     assert "2 degrees of freedom" in text
     # Made with the same costs for every method.
