@@ -19,7 +19,8 @@ CHOICES = $(if $(SEEDS),--seeds $(SEEDS))
 OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
-	reproduce-table1 reproduce-table2 reproduce-table3
+	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
+	bench-rewards bench-statistics
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
@@ -59,14 +60,21 @@ lint: $(READY) ## check style, formatting and types
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-mini-world: $(READY) ## train the mini world again from its seed (an hour or more on 2 cores)
+mini-world: $(READY) ## train the mini world again from its seed (about an hour on 2 cores)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world
 
 reproduce-table1: $(READY) ## the paper's Table 1, methods against each other (PROFILE=flux unless given)
 reproduce-table2: $(READY) ## the paper's Table 2, sets of granularities (PROFILE=flux unless given)
 reproduce-table3: $(READY) ## the paper's Table 3, inference steps (PROFILE=flux unless given)
-reproduce-table1 reproduce-table2 reproduce-table3:
+reproduce-released: $(READY) ## published checkpoints, sampled and scored, no training (PROFILE=flux unless given)
+reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released:
 	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES)
+
+bench-rewards: $(READY) ## images a second of the reward models against their packages (ViT-H size, minutes)
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.rewards
+
+bench-statistics: $(READY) ## seconds that the statistics of a whole table take
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.statistics
 
 clean: ## remove caches and build products; .venv and results/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

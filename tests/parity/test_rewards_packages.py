@@ -23,7 +23,7 @@ from g2rpo.rewards.pick_score import PickScore
 from g2rpo.rewards.preprocessing import Preprocessing
 
 PROMPTS = ["a large red circle on black", "two blue stars above a green ring on gray"] * 2
-SHAPES = [(224, 224), (300, 100), (100, 300), (7, 9), (512, 640)]
+SHAPES = [(224, 224), (300, 100), (100, 300), (7, 9), (512, 640), (1600, 2200)]
 
 
 def pictures(height: int, width: int, number: int = 4) -> Tensor:
@@ -106,6 +106,7 @@ def test_pick_score_equals_plain_transformers(tmp_path: Path) -> None:
         images = pictures(height, width)
         with torch.no_grad():
             pixels = processor(as_pil(images), return_tensors="pt").pixel_values
+            torch.testing.assert_close(ours.preprocessing(images), pixels, atol=1e-6, rtol=0)
             tokens = tokenizer(PROMPTS, padding=True, return_tensors="pt")
             logits = model(
                 pixel_values=pixels,
@@ -152,6 +153,8 @@ def _image_reward_agrees(package: Any, small: SmallImageReward, med_config: Path
                 theirs.score(prompt, image)
                 for prompt, image in zip(PROMPTS, as_pil(images), strict=True)
             ]
+        prepared = torch.stack([theirs.preprocess(image) for image in as_pil(images)])
+        assert torch.equal(ours.preprocessing(images), prepared)
         scores = ours.score(images, PROMPTS)
         assert scores.std() > 1e-2
         np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
