@@ -52,8 +52,8 @@ mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one 
 smoke: $(READY) ## the whole path on tiny random models, two minutes at most
 	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile smoke $(CHOICES)
 
-test: $(READY) ## run all tests
-	$(OFFLINE) $(RUN)/python -m pytest
+test: $(READY) ## run all tests, in two processes
+	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## check style, formatting and types
 	$(RUN)/ruff check .
