@@ -67,7 +67,6 @@ def test_reported_quality_is_within_what_the_mini_world_needs(manifest: dict[str
     for role in MODELS:
         # Over captions that differ in one attribute of any kind, relations included.
         assert measured[role]["auc"] >= 0.95, role
-        assert measured[role]["auc_rendered"] >= 0.95, role
 
 
 @pytest.mark.parametrize("through_autoencoder", [False, True])
