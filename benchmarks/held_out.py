@@ -139,8 +139,9 @@ def score_images(
         UserError: an image is missing or damaged; it is named.
     """
     items = [
-        Item(prompt.id, image_path(images, prompt), prompt.text, prompt.id, prompt.style)
+        Item(prompt.id, path, prompt.text, prompt.id, prompt.style, path.name)
         for prompt in prompts
+        for path in [image_path(images, prompt)]
     ]
     journal = output.with_name(f"{output.stem}-journal")
     scorer = Scorer(journal, items)

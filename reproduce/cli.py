@@ -174,14 +174,28 @@ def score(
     ] = None,
     seed: Seed = 1,
     results: Results = Path("results"),
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", help="A reward's setting, e.g. -s clip.variant=378; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Score images with reward models: any folder or manifest, or one cell of an experiment.
 
     Interrupted, the same command goes on where it was. Several GPUs: `accelerate launch -m
-    reproduce.cli score ...`. With -s a reward's settings are changed: -s clip.variant=378.
+    reproduce.cli score ...`.
     """
     if cell is not None:
+        for name, given in (
+            ("--prompts", prompts),
+            ("--rewards", rewards),
+            ("--output", output),
+            ("--skip-bad", skip_bad or None),
+            ("--batch-size", batch_size),
+        ):
+            if given is not None:
+                raise UserError(f"{name} is for a folder or manifest, not for an experiment's cell")
         from reproduce import stages
 
         resolved = _cell(source, cell, profile or "mini", seed, overrides)
@@ -193,11 +207,13 @@ def score(
 
     chosen = experiments.load_profile(profile or "flux")
     build_assets(chosen)
-    names = [] if rewards is None else [name.strip() for name in rewards.split(",")]
+    names = [name.strip() for name in (rewards or "").split(",") if name.strip()]
+    if rewards is not None and not names:
+        raise UserError("--rewards names none; leave it out to score with all of the profile")
     configs = judging.chosen_rewards(chosen, names, parse_overrides(overrides or []), batch_size)
     path = Path(source)
-    folder = output or path.with_name(f"{path.resolve().stem}-scores")
-    judging.judge(judging.Request(path, prompts, folder, skip_bad), configs)
+    request = judging.Request(path, prompts, output or judging.default_output(path), skip_bad)
+    judging.judge(request, configs)
 
 
 @app.command()

@@ -106,6 +106,8 @@ class Experiment(StrictModel):
 
     name: str
     preset: Literal["released", "matched"] = "matched"
+    policy: str | None = None
+    """Hub id of the base that its checkpoints belong to; None where any policy will do."""
     cells: dict[Key, CellConfig] = Field(min_length=1)
     table: TableSpec
 
@@ -246,6 +248,12 @@ def resolve(
     Raises:
         UserError: no such cell, or an impossible configuration; in one line.
     """
+    wanted = experiment.policy
+    if wanted is not None and Path(wanted).name != Path(profile.policy.source).name:
+        raise UserError(
+            f"{experiment.name} is about {wanted}, which profile {profile.name} does not hold "
+            f"({profile.policy.source}); use --profile flux"
+        )
     if key not in experiment.cells:
         raise UserError(f"{experiment.name} has no cell {key!r}; {nearest(key, experiment.cells)}")
     cell = experiment.cells[key]

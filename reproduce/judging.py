@@ -1,6 +1,7 @@
 """Scores any folder or manifest of images with chosen reward models: ``g2rpo score``."""
 
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import typer
 from rich.console import Console
 
 from benchmarks.scoring import summary
@@ -40,6 +42,12 @@ class Request:
     skip_bad: bool = False
 
 
+def default_output(source: Path) -> Path:
+    """Where the result goes unless told otherwise: beside the source, by its whole name."""
+    whole = source.resolve()
+    return whole.with_name(f"{whole.name}-scores")
+
+
 def chosen_rewards(
     profile: Profile,
     names: Sequence[str],
@@ -59,6 +67,11 @@ def chosen_rewards(
             hint = nearest(name, known)
             raise UserError(f"profile {profile.name} has no reward {name!r}; {hint}")
     configs = {name: known[name] for name in names or known}
+    for name, changes in overrides.items():
+        if name not in configs:
+            raise UserError(f"-s {name}: this reward is not scored; add it to --rewards")
+        if not isinstance(changes, Mapping) or "model" in changes:
+            raise UserError(f"-s {name}: change one of its settings, e.g. -s {name}.batch_size=8")
     size = {} if batch_size is None else {"batch_size": batch_size}
     return {
         name: validate(
@@ -70,47 +83,84 @@ def chosen_rewards(
     }
 
 
-def _device(ranks: Ranks) -> str:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return f"cuda:{ranks.rank % count}" if count else "cpu"
-
-
 def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame:
     """Scores, writes ``scores.parquet``, ``summary.csv`` and ``manifest.json``, prints a table.
 
-    Started again it goes on where it was; rewards that were added later are scored alone.
+    Started again it goes on where it was. Rewards that were scored there before stay in the
+    result, where it was on the same images and prompts.
 
     Raises:
         UserError: something cannot be scored, in one line; what is scored is kept.
     """
     ranks = Ranks.launched()
+    if ranks.main:
+        _check_writable(request.output)
     prompts = None if request.prompts is None else read_prompts(request.prompts)
     source = read_source(request.source, prompts)
     refuse_bad(source, request.skip_bad)
     scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
-    device = (
-        f"cuda:{ranks.rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    )
-    frames, weights = [], {}
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = f"cuda:{ranks.local % count}" if count else "cpu"
+    frames = []
     for name, config in rewards.items():
         model = load_reward(config, device)
         frames.append(scorer.score(name, model))
-        weights[name] = model.weights_hash
         del model  # before the next one is loaded
-        if torch.cuda.is_available():
+        if count:
             torch.cuda.empty_cache()
     scores = pd.concat(frames, ignore_index=True)
     if ranks.main:
-        _write(request, source, scorer, scores, weights)
+        earlier, left_out = _earlier(request.output, scores)
+        scores = pd.concat([*earlier, scores], ignore_index=True)
+        _write(request, rewards, source, scorer, scores)
+        for name in left_out:
+            typer.echo(f"{name}: its earlier scores are of other images or prompts; left out")
     return scores
+
+
+def _check_writable(output: Path) -> None:
+    """Before anything is loaded: whether the results can be written."""
+    try:
+        (output / "journal").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); choose another --output"
+        ) from None
+    for name in ("scores.parquet", "summary.csv", "skipped.csv", "manifest.json"):
+        if (output / name).is_dir():
+            raise UserError(f"{output / name}: a folder is in the way; choose another --output")
+
+
+def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str]]:
+    """Rows of other rewards that an earlier run left, and the rewards whose rows do not fit."""
+    path = output / "scores.parquet"
+    if not path.is_file():
+        return [], []
+    try:
+        old = pd.read_parquet(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path}: cannot be read; delete it and score again") from None
+    old = old[~old["reward"].isin(scores["reward"].unique())]
+    what = ["id", "prompt", "image_sha256"]
+    now = scores[what].drop_duplicates()
+    kept, left_out = [], []
+    for reward, rows in old.groupby("reward", sort=False):
+        same = len(rows) == len(now) and len(rows.merge(now, on=what)) == len(now)
+        if same:
+            kept.append(rows)
+        else:
+            left_out.append(str(reward))
+    return kept, left_out
 
 
 def _write(
     request: Request,
+    rewards: Mapping[str, RewardConfig],
     source: Source,
     scorer: Scorer,
     scores: pd.DataFrame,
-    weights: dict[str, str],
 ) -> None:
     bad = [*source.bad, *scorer.findings.skipped]
     lines = summary.summarise(scores)
@@ -120,6 +170,8 @@ def _write(
         summary.as_frame(lines).to_csv(temporary, index=False)
     with atomic_path(request.output / "skipped.csv") as temporary:
         pd.DataFrame(bad, columns=["item", "reason"]).to_csv(temporary, index=False)
+    hashes = scores.groupby("reward", sort=False)["weights_hash"].first()
+    weights = {str(reward): str(sha256) for reward, sha256 in hashes.items()}
     runs.write_manifest(
         request.output,
         {
@@ -127,6 +179,7 @@ def _write(
             "images": len(scorer.items),
             "images_sha256": content_hash(scorer.keys),
             "prompts_sha256": None if request.prompts is None else sha256_file(request.prompts),
+            "rewards": {name: config.model_dump(mode="json") for name, config in rewards.items()},
             "skipped": len(bad),
             "too_long": scorer.findings.too_long,
             "batch_size": scorer.findings.batch_size,

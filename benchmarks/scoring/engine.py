@@ -7,7 +7,7 @@ was scored survives a kill, and any number of processes may go on with it.
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,11 +20,10 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from benchmarks.scoring.items import Item
+from benchmarks.scoring.items import Item, Source, refuse_bad
 from benchmarks.scoring.journal import Entry, Journal, judge_name
-from g2rpo.data.images import LoadedImage, load_image
+from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import BatchedReward
 
@@ -42,6 +41,8 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
+    local: int = 0
+    """The number of this process on its machine."""
     wait: Callable[[], None] = lambda: None
     """Returns when all processes have come here."""
 
@@ -49,8 +50,13 @@ class Ranks:
     def launched(cls) -> "Ranks":
         """Those that ``accelerate launch`` started; one where nothing did."""
         # One process may wait for the others as long as scoring takes.
-        state = PartialState(timeout=timedelta(days=7))
-        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+        return cls(
+            state.process_index,
+            state.num_processes,
+            state.local_process_index,
+            state.wait_for_everyone,
+        )
 
     @property
     def main(self) -> bool:
@@ -64,26 +70,22 @@ class Findings:
 
     Attributes:
         skipped: pairs of an item's id and why it was left out.
-        too_long: for each reward the number of prompts that it read only the beginning of.
+        too_long: for each reward the ids of the prompts that it read only the beginning of.
         batch_size: for each reward the largest batch that fitted into memory.
     """
 
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    too_long: dict[str, int] = field(default_factory=dict)
+    too_long: dict[str, list[str]] = field(default_factory=dict)
     batch_size: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch that is ready for the device: its items, their keys, and the model's own input.
+    """A batch that is ready for the device: its items, their keys, and the model's own input."""
 
-    ``bad`` tells of the items that could not be read.
-    """
-
-    items: list[Item]
+    items: Sequence[Item]
     keys: list[str]
     inputs: Any
-    bad: list[Entry]
 
 
 Prepare = Callable[[Sequence[Item]], Prepared]
@@ -94,25 +96,35 @@ def item_key(image_sha256: str, prompt: str) -> str:
     return hashlib.sha256(f"{image_sha256}\n{prompt}".encode()).hexdigest()
 
 
-def hash_images(items: Sequence[Item], ranks: Ranks) -> dict[str, str]:
-    """The SHA-256 of each item's file, by path; every process hashes all, for each needs them."""
+def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], dict[str, str]]:
+    """Reads every file once, so that all that is wrong is told before anything is scored.
+
+    Returns:
+        by path the SHA-256 of those that can be scored, and why the others cannot.
+    """
     paths = sorted({str(item.image) for item in items})
-    hashes: dict[str, str] = {}
+    hashes, reasons = {}, {}
     with (
         ThreadPoolExecutor(_threads()) as pool,
         ProgressReport("read images", len(paths), enabled=ranks.main) as report,
     ):
-        for path, digest in zip(paths, pool.map(_hash, paths), strict=True):
-            hashes[path] = digest
+        for path, found in zip(paths, pool.map(_hash_or_reason, paths), strict=True):
+            if found.startswith(_HASH):
+                hashes[path] = found.removeprefix(_HASH)
+            else:
+                reasons[path] = found
             report.advance()
-    return hashes
+    return hashes, reasons
 
 
-def _hash(path: str) -> str:
+_HASH = "sha256:"
+
+
+def _hash_or_reason(path: str) -> str:
     try:
-        return sha256_file(Path(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        return _HASH + load_image(Path(path)).sha256
+    except UserError as error:
+        return str(error)
 
 
 def _threads() -> int:
@@ -126,7 +138,10 @@ class Scorer:
         folder: where the journals are kept.
         items: what is scored; their order is that of the result.
         ranks: the processes that share the work.
-        skip_bad: leaves out images that cannot be read, where otherwise scoring stops.
+        skip_bad: leaves out images that cannot be read.
+
+    Raises:
+        UserError: images cannot be read and are not to be skipped, or none is left.
     """
 
     def __init__(
@@ -136,10 +151,18 @@ class Scorer:
         ranks: Ranks | None = None,
         skip_bad: bool = False,
     ) -> None:
-        self.folder, self.items, self.skip_bad = folder, list(items), skip_bad
-        self.ranks = ranks or Ranks()
-        self.findings = Findings()
-        self.hashes = hash_images(items, self.ranks)
+        self.folder, self.ranks = folder, ranks or Ranks()
+        self.hashes, reasons = read_images(items, self.ranks)
+        source = Source([], [])
+        for item in items:
+            reason = reasons.get(str(item.image))
+            if reason is None:
+                source.items.append(item)
+            else:
+                source.bad.append((item.id, reason))
+        refuse_bad(source, skip_bad)
+        items = self.items = source.items
+        self.findings = Findings(skipped=source.bad)
         self.keys = {item.id: item_key(self.hashes[str(item.image)], item.prompt) for item in items}
 
     def score(self, name: str, model: BatchedReward) -> pd.DataFrame:
@@ -154,11 +177,11 @@ class Scorer:
             parts) all items in their order. Only the main process has all rows.
 
         Raises:
-            UserError: an image cannot be read, a score is not finite, or memory is too small.
+            UserError: a score is not finite, an image changed meanwhile, or memory is too small.
         """
         journal = Journal(self.folder, judge_name(model), self.ranks.rank)
         self._tell_too_long(name, model)
-        done = {item for item, entry in journal.valid(self.keys).items() if not entry.reason}
+        done = journal.valid(self.keys)
         self.ranks.wait()  # nobody writes before all have read
         # Images of one prompt together: its text is then encoded once.
         waiting = sorted(
@@ -172,34 +195,26 @@ class Scorer:
                 f"score {name}", seen, done=seen - len(mine), enabled=self.ranks.main
             ) as report,
         ):
-            prepare = partial(_prepare, model, self.keys, readers)
+            prepare = partial(_prepare, model, readers)
             for prepared in _prepared_ahead(lambda: model.batch_size, mine, prepare):
-                if prepared.bad and not self.skip_bad:
-                    raise UserError(
-                        f"{prepared.bad[0].reason}; mend it, or leave it out with --skip-bad "
-                        "(what is scored is kept)"
-                    )
-                journal.append([*_evaluate(model, prepared, prepare), *prepared.bad])
-                report.advance(len(prepared.items) + len(prepared.bad))
+                journal.append(_evaluate(model, prepared, prepare))
+                report.advance(len(prepared.items))
         self.findings.batch_size[name] = model.batch_size
         self.ranks.wait()
         return self._rows(name, model, journal.valid(self.keys))
 
     def _tell_too_long(self, name: str, model: BatchedReward) -> None:
-        prompts = list(dict.fromkeys(item.prompt for item in self.items))
-        self.findings.too_long[name] = sum(model.too_long(prompts))
+        prompts = {item.prompt_id: item.prompt for item in self.items}
+        cut = model.too_long(list(prompts.values()))
+        self.findings.too_long[name] = [
+            prompt_id for prompt_id, long in zip(prompts, cut, strict=True) if long
+        ]
 
     def _rows(self, name: str, model: BatchedReward, done: dict[str, Entry]) -> pd.DataFrame:
-        items = []
-        for item in self.items:
-            entry = done.get(item.id)
-            if entry is None:
-                if self.ranks.main:
-                    raise UserError(f"{item.image}: it changed while it was scored; score again")
-            elif entry.reason is None:
-                items.append(item)
-            elif (item.id, entry.reason) not in self.findings.skipped:
-                self.findings.skipped.append((item.id, entry.reason))
+        changed = [item for item in self.items if item.id not in done]
+        if changed and self.ranks.main:
+            raise UserError(f"{changed[0].image}: it changed while it was scored; score again")
+        items = [item for item in self.items if item.id in done]
         frames = []
         for column in model.columns:
             frame = pd.DataFrame(
@@ -208,7 +223,7 @@ class Scorer:
                     "prompt_id": [item.prompt_id for item in items],
                     "prompt": [item.prompt for item in items],
                     "style": [item.style for item in items],
-                    "image": [item.image.name for item in items],
+                    "image": [item.name for item in items],
                     "image_sha256": [self.hashes[str(item.image)] for item in items],
                     "reward": column.replace(model.name, name, 1),
                     "version": model.version,
@@ -242,30 +257,11 @@ def _prepared_ahead(
                 future.cancel()
 
 
-def _prepare(
-    model: BatchedReward,
-    keys: Mapping[str, str],
-    readers: ThreadPoolExecutor,
-    items: Sequence[Item],
-) -> Prepared:
-    good, found, images = [], [], []
-    bad: list[Entry] = []
-    for item, image in zip(items, readers.map(_load_or_reason, items), strict=True):
-        if isinstance(image, str):
-            bad.append(Entry(item.id, keys[item.id], reason=image))
-            continue
-        good.append(item)
-        images.append(image.pixels)
-        found.append(item_key(image.sha256, item.prompt))
-    inputs = model.prepare(images, [item.prompt for item in good]) if good else None
-    return Prepared(good, found, inputs, bad)
-
-
-def _load_or_reason(item: Item) -> LoadedImage | str:
-    try:
-        return load_image(item.image)
-    except UserError as error:
-        return str(error)
+def _prepare(model: BatchedReward, readers: ThreadPoolExecutor, items: Sequence[Item]) -> Prepared:
+    images = list(readers.map(lambda item: load_image(item.image), items))
+    keys = [item_key(image.sha256, item.prompt) for item, image in zip(items, images, strict=True)]
+    inputs = model.prepare([image.pixels for image in images], [item.prompt for item in items])
+    return Prepared(items, keys, inputs)
 
 
 def _evaluate(model: BatchedReward, prepared: Prepared, prepare: Prepare) -> list[Entry]:
@@ -290,8 +286,6 @@ def _evaluate(model: BatchedReward, prepared: Prepared, prepare: Prepare) -> lis
 
 def _scores(model: BatchedReward, prepared: Prepared) -> list[list[float]] | None:
     """The batch's scores by item and column, or None where memory is too small."""
-    if not prepared.items:
-        return []
     try:
         scores: list[list[float]] = model.score_prepared(
             prepared.inputs, [item.prompt for item in prepared.items]

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from g2rpo.config import content_hash
@@ -12,19 +12,17 @@ from g2rpo.rewards.base import BatchedReward
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one item.
+    """The scores of one item.
 
     Attributes:
         item: its id.
         key: names the image's bytes and the prompt that were scored.
         scores: by column; float32 values, which float64 holds exactly.
-        reason: why there are none, where the image could not be read.
     """
 
     item: str
     key: str
-    scores: dict[str, float] = field(default_factory=dict)
-    reason: str | None = None
+    scores: dict[str, float]
 
 
 def judge_name(model: BatchedReward) -> str:
@@ -43,17 +41,18 @@ class Journal:
         self.folder, self.judge = folder, judge
         self.path = folder / f"{judge}-rank{rank}.jsonl"
 
-    def read(self) -> dict[str, Entry]:
-        """The entries of all ranks by item; the latest where there are several."""
-        entries = {}
+    def read(self) -> Iterator[Entry]:
+        """The entries of all ranks."""
         for path in sorted(self.folder.glob(f"{self.judge}-rank*.jsonl")):
             for line in path.read_text().splitlines():
                 try:
-                    entry = Entry(**json.loads(line))
+                    yield Entry(**json.loads(line))
                 except (ValueError, TypeError):
                     continue
-                entries[entry.item] = entry
-        return entries
+
+    def valid(self, keys: Mapping[str, str]) -> dict[str, Entry]:
+        """The entries, by item, whose image and prompt are still those of ``keys``."""
+        return {entry.item: entry for entry in self.read() if keys.get(entry.item) == entry.key}
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Writes the entries of a batch and waits until they are on disk."""
@@ -65,10 +64,6 @@ class Journal:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
-
-    def valid(self, keys: Mapping[str, str]) -> dict[str, Entry]:
-        """The entries of items whose image and prompt are still those of ``keys``."""
-        return {name: entry for name, entry in self.read().items() if keys.get(name) == entry.key}
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -72,7 +72,7 @@ def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
     )
 
 
-def show(lines: Sequence[Line], too_long: Mapping[str, int], console: Console) -> None:
+def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: Console) -> None:
     """Prints the summary, and how many prompts were cut at a model's context length."""
     table = Table(title="Mean scores with 95 % intervals over the prompts (of these images)")
     for name in ("reward", "style", "images", "prompts"):
@@ -86,9 +86,11 @@ def show(lines: Sequence[Line], too_long: Mapping[str, int], console: Console) -
         cells = (line.reward, line.style, str(line.images), str(line.prompts))
         table.add_row(*cells, f"{line.mean:.4f}", bounds, f"{line.std:.4f}")
     console.print(table)
-    for reward, number in too_long.items():
-        if number:
+    for reward, ids in too_long.items():
+        if ids:
+            shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
             console.print(
-                f"{reward}: {number} prompts are longer than it reads; their ends were not scored",
+                f"{reward} reads only the beginning of {len(ids)} prompts, which are too long for "
+                f"it: {shown}",
                 markup=False,
             )

@@ -27,7 +27,7 @@ from torch import Tensor
 from g2rpo.errors import UserError
 
 SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
 )
 """File names that are taken for images in a folder."""
 _TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}

@@ -119,6 +119,23 @@ def lock_cached(
     return lock, changes
 
 
+def implausible(artifact: Artifact, lock: Lock) -> str | None:
+    """What is odd about the cached files' size, where it is roughly known; else None.
+
+    What nobody has stated a hash of is locked as it is, so this is worth a look.
+    """
+    revision = artifact.revision or lock.repository(artifact.key).revision
+    paths = [cache.find(artifact, file, revision) for file in artifact.files]
+    found = [path for path in paths if path is not None]
+    about = artifact.approximate_size
+    if about is None or len(found) < len(paths):
+        return None
+    total = sum(path.stat().st_size for path in found)
+    if total >= about / 2:
+        return None
+    return f"{artifact.name}: {total:,} bytes in all, where about {about:,} are expected"
+
+
 def _with_file(
     entry: LockedRepository,
     path: str,

@@ -7,10 +7,10 @@ one float32 number per image. A score that is not finite is an error, never a nu
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from g2rpo.config import StrictModel, nearest
@@ -19,6 +19,11 @@ from g2rpo.rewards.unified_reward.config import QuestionConfig
 
 Images = Tensor | Sequence[Tensor]
 """uint8 RGB: one tensor ``[N, H, W, 3]``, or N of ``[H, W, 3]``, each of its own size."""
+
+
+def _as_text(value: object) -> object:
+    """A variant may look like a number, and YAML then reads it as one."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class RewardConfig(StrictModel):
@@ -30,7 +35,7 @@ class RewardConfig(StrictModel):
     """Folder or hub id of the weights; None means the published default of the model."""
     revision: str | None = None
     """Hub revision (commit) of the weights; None means the newest."""
-    variant: str | None = None
+    variant: Annotated[str | None, BeforeValidator(_as_text)] = None
     """Choice among a model's published variants or score scales; None means its default."""
     batch_size: int = Field(default=32, ge=1)
     """Images per forward pass; scores do not depend on it beyond float32 rounding."""
@@ -95,11 +100,11 @@ def check_inputs(name: str, images: Images, prompts: Sequence[str]) -> None:
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> None:
-    """Refuses scores ``[N]`` that are NaN or infinite, naming the first such prompt."""
-    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    """Refuses scores ``[N, columns]`` that are NaN or infinite, naming the first such prompt."""
+    bad = (~torch.isfinite(scores)).any(1).nonzero().flatten().tolist()
     if bad:
         raise UserError(
-            f"{name}: score {scores[bad[0]].item()} is not finite for prompt {prompts[bad[0]]!r} "
+            f"{name}: score {scores[bad[0]].tolist()} is not finite for prompt {prompts[bad[0]]!r} "
             f"({len(bad)} of {len(prompts)} images); check the image and the model's weights"
         )
 
@@ -172,7 +177,7 @@ class BatchedReward(ABC):
     def score_prepared(self, prepared: Any, prompts: Sequence[str]) -> Tensor:
         """Float32 ``[B, columns]`` on the CPU, all finite, of one prepared batch."""
         scores = self.evaluate(prepared).float().cpu().reshape(len(prompts), len(self.columns))
-        check_finite(self.name, scores[:, 0], prompts)
+        check_finite(self.name, scores, prompts)
         return scores
 
     def score(self, images: Images, prompts: Sequence[str]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Self
 import open_clip
 import torch
 
+from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig, choose_variant
 from g2rpo.rewards.open_clip_reward import CONFIG_FILE, ClipFiles, OpenClipReward, clip_folder
 from g2rpo.rewards.preprocessing import Preprocessing
@@ -23,8 +24,8 @@ CHECKPOINTS = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 class HPS(OpenClipReward):
     """HPS v2.1 (default) or v2.0, chosen by ``variant``; around 0.2 to 0.4, higher is better.
 
-    A ``source`` folder with ``open_clip_config.json`` is loaded as it describes itself; any other
-    source must hold the published checkpoint.
+    A ``source`` folder with ``open_clip_config.json`` is loaded as it describes itself, and has no
+    variants; any other source must hold the published checkpoint.
     """
 
     name = "hps"
@@ -32,10 +33,12 @@ class HPS(OpenClipReward):
     @classmethod
     def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
         """Loads the checkpoint; see :meth:`BatchedReward.load`."""
-        version = choose_variant(config, tuple(CHECKPOINTS))
         source = config.source or PUBLISHED
+        version = choose_variant(config, tuple(CHECKPOINTS))
         if (Path(source) / CONFIG_FILE).is_file():
-            files = clip_folder(source)
+            if config.variant is not None:
+                raise UserError(f"reward hps: a variant cannot be chosen of {source}")
+            files, version = clip_folder(source), "custom"
         else:
             weights = locate(source, (CHECKPOINTS[version],), config.revision)
             model_config = open_clip.get_model_config("ViT-H-14")

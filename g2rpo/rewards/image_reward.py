@@ -166,9 +166,10 @@ class ImageReward(BatchedReward):
         self, source: str, revision: str | None, device: torch.device | str, batch_size: int
     ) -> None:
         weights = locate(source, WEIGHTS_FILES, revision)
-        super().__init__(device, batch_size, "v1.0", sha256_file(weights))
-        text = read_json(locate(source, (MED_CONFIG,), revision))
         own = Path(source) / VISION_CONFIG
+        version = "custom" if own.is_file() else "v1.0"
+        super().__init__(device, batch_size, version, sha256_file(weights))
+        text = read_json(locate(source, (MED_CONFIG,), revision))
         vision = read_json(own) if own.is_file() else PUBLISHED_VISION
         self.network = ImageRewardNetwork(vision, text)
         self.network.load_published(read_weights(weights), weights)

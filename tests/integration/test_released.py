@@ -240,6 +240,15 @@ def test_the_published_weights_are_refused_without_a_gpu(
     assert "\n" not in told
 
 
+def test_the_published_weights_are_not_mixed_with_a_small_base(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "reproduce", "released", "--profile", "mini") == 2
+    told = capsys.readouterr().err.strip()
+    assert "is about black-forest-labs/FLUX.1-dev" in told
+    assert "\n" not in told
+
+
 def test_a_cell_is_trained_or_loaded(tmp_path: Path, workplace: Path) -> None:
     from g2rpo.errors import UserError
 

@@ -46,7 +46,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     command = [*SCORE, *map(str, arguments)]
     if ranks > 1:
-        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(ranks)]
+        launch = ["torch.distributed.run", "--nproc_per_node", str(ranks)]
         command = [sys.executable, "-m", *launch, "-m", *command[2:]]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -72,6 +72,8 @@ def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     scores = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert len(scores) == 80
+    ranks = {path.name.split("-")[-1] for path in (tmp_path / "out" / "journal").iterdir()}
+    assert ranks == {"rank0.jsonl", "rank1.jsonl"}
     prompts = pd.read_csv(gallery / "set.csv").set_index("id")["prompt"]
     hps = load_reward(judges(load_profile("mini"))["hps"], "cpu")
     own = scores[scores["reward"] == "hps"].set_index("id")
@@ -95,9 +97,12 @@ def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Pat
     after = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
     assert before.items() <= after.items()
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
-    pd.testing.assert_frame_equal(
-        again[again["reward"] == "hps"], scores[scores["reward"] == "hps"]
-    )
+    for reward in ("hps", "attributes"):
+        one, two = (
+            frame[frame["reward"] == reward].reset_index(drop=True) for frame in (again, scores)
+        )
+        pd.testing.assert_frame_equal(one, two)
+    assert (again["reward"] == "clip").sum() == 40
 
 
 def test_killed_it_goes_on(
@@ -158,6 +163,23 @@ def test_mistakes_are_one_line(
     code, _, errors = run_here(monkeypatch, capsys, broken, *options, "attributes")
     assert code == 2
     assert "two.png" in errors
+    (tmp_path / "file").write_text("in the way")
+    for changes, message in (
+        (["-s", "pick_score=logit"], "not scored"),
+        (["-s", "attributes=logit"], "change one of its settings"),
+        (["-s", "attributes.model=hps"], "change one of its settings"),
+        (["-s", "attributes.batch_sise=3"], "batch_size"),
+        (["--output", tmp_path / "file"], "cannot be written"),
+        (["--rewards", ","], "--rewards names none"),
+    ):
+        code, _, errors = run_here(
+            monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", *changes
+        )
+        assert code == 2, changes
+        assert message in errors.strip().splitlines()[-1]
+    code, _, errors = run_here(monkeypatch, capsys, "table1", "base", "--rewards", "hps")
+    assert code == 2
+    assert "--rewards is for a folder" in errors
     code, printed, errors = run_here(
         monkeypatch, capsys, broken, *options, "attributes", "--skip-bad"
     )

@@ -162,21 +162,47 @@ def test_batches_shrink_until_they_fit(items: list[Item], tmp_path: Path) -> Non
 
 
 def test_a_damaged_image_stops_or_is_listed(items: list[Item], tmp_path: Path) -> None:
-    items[4].image.write_bytes(items[4].image.read_bytes()[:50])
-    with pytest.raises(UserError, match=rf"{items[4].image.name}.*--skip-bad"):
-        Scorer(tmp_path / "journal", items).score("light", Brightness())
+    for item in (items[4], items[7]):
+        item.image.write_bytes(item.image.read_bytes()[:50])
+    names = rf"2 cannot be scored.*{items[4].image.name}.*{items[7].image.name}.*--skip-bad"
+    with pytest.raises(UserError, match=names):
+        Scorer(tmp_path / "journal", items)
     scorer = Scorer(tmp_path / "journal", items, skip_bad=True)
     scores = scorer.score("light", Brightness())
-    check(scores, [item for item in items if item is not items[4]])
-    assert [name for name, _ in scorer.findings.skipped] == [items[4].id]
-    with pytest.raises(UserError, match="truncated"):
-        Scorer(tmp_path / "journal", items).score("light", Brightness())
+    check(scores, [item for item in items if item not in (items[4], items[7])])
+    assert [name for name, _ in scorer.findings.skipped] == [items[4].id, items[7].id]
+    with pytest.raises(UserError, match="nothing is left"):
+        Scorer(tmp_path / "journal", [items[4]], skip_bad=True)
 
 
 def test_a_score_that_is_not_finite_names_its_prompt(items: list[Item], tmp_path: Path) -> None:
     class Broken(Brightness):
         def evaluate(self, prepared: Any) -> Tensor:
             return super().evaluate(prepared) * float("nan")
+
+    with pytest.raises(UserError, match="not finite for prompt 'prompt"):
+        Scorer(tmp_path / "journal", items).score("light", Broken())
+
+
+def test_what_an_old_process_left_does_not_hide_what_is_new(
+    items: list[Item], tmp_path: Path
+) -> None:
+    """Another rank's journal is read later, but its entry is of the image as it was."""
+    journal = tmp_path / "journal"
+    name = judge_name(Brightness())
+    Scorer(journal, items).score("light", Brightness())
+    (journal / f"{name}-rank0.jsonl").rename(journal / f"{name}-rank1.jsonl")
+    Image.new("RGB", (5, 5), "white").save(items[0].image)
+    again = Brightness()
+    check(Scorer(journal, items).score("light", again), items)
+    assert sum(again.sizes) == 1
+    check(Scorer(journal, items).score("light", Brightness()), items)
+
+
+def test_a_part_that_is_not_finite_is_refused_too(items: list[Item], tmp_path: Path) -> None:
+    class Broken(Brightness):
+        def evaluate(self, prepared: Any) -> Tensor:
+            return super().evaluate(prepared) * torch.tensor([1.0, float("inf"), 1.0])
 
     with pytest.raises(UserError, match="not finite for prompt 'prompt"):
         Scorer(tmp_path / "journal", items).score("light", Broken())
@@ -192,14 +218,14 @@ def test_an_image_that_vanishes_while_scoring_is_named(items: list[Item], tmp_pa
 def test_long_prompts_are_counted(items: list[Item], tmp_path: Path) -> None:
     scorer = Scorer(tmp_path / "journal", items)
     scorer.score("light", Brightness())
-    assert scorer.findings.too_long == {"light": 3}
+    assert scorer.findings.too_long == {"light": ["p2", "p3", "p4"]}
 
 
 def test_the_journal_reads_lines_of_all_ranks(tmp_path: Path) -> None:
     name = judge_name(Brightness())
     Journal(tmp_path, name, 0).append([Entry("a", "k", {"brightness": 0.1})])
     Journal(tmp_path, name, 3).append([Entry("b", "k", {"brightness": 0.2})])
-    assert Journal(tmp_path, name, 0).read().keys() == {"a", "b"}
+    assert {entry.item for entry in Journal(tmp_path, name, 0).read()} == {"a", "b"}
     assert Journal(tmp_path, name, 0).valid({"a": "k", "b": "other"}).keys() == {"a"}
 
 
@@ -251,8 +277,9 @@ class TestSources:
             pd.DataFrame(rows).to_csv(path, index=False)
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for source in (read_source(path), read_source(folder)):
-            assert source.bad == []
+        unlisted = {"p0_a", "sub/p1_x"}
+        for source, bad in ((read_source(path), set()), (read_source(folder), unlisted)):
+            assert dict(source.bad).keys() == bad
             assert [(i.id, i.prompt, i.style) for i in source.items] == [
                 ("one", "a, b", "anime"),
                 ("two", 'say "x"', None),
@@ -269,7 +296,7 @@ class TestSources:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = read_source(path)
         reasons = dict(source.bad)
-        assert reasons["same"] == "the id is there 2 times"
+        assert reasons["same"].startswith("the id is there 2 times")
         assert "gone.png" in reasons["missing"]
         assert reasons["empty"] == "its prompt is empty"
         with pytest.raises(UserError, match="nothing is left"):
@@ -278,8 +305,9 @@ class TestSources:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
-            ("m.csv", "image,caption_\na.png,x\n", "no 'prompt'"),
-            ("m.jsonl", '{"image": "a.png", "prompt": "x"}\n{broken\n', "manifest"),
+            ("m.csv", "image,prompt\na.png,a circle, on gray\n", "line 2: .*double quotes"),
+            ("m.csv", "image,prompt\na.png\n", "line 2: another number of columns"),
+            ("m.jsonl", '{"image": "a.png", "prompt": "x"}\n{broken\n', "line 2: not JSON"),
             ("m.jsonl", "[1]\n", "line 1: not a JSON object"),
             ("m.yaml", "a: b", r"\.csv or \.jsonl"),
         ],
@@ -288,6 +316,41 @@ class TestSources:
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):
             read_source(tmp_path / name)
+
+    def test_rows_that_say_too_little_are_bad(self, folder: Path) -> None:
+        rows: list[dict[str, Any]] = [
+            {"image": "p0.png", "prompt": ["a", "b"]},
+            {"image": "p0_1.jpg"},
+            {"prompt": "no image"},
+            {"image": "p0_a.png", "prompt": "\ud83d"},
+            {"image": "sub/p1_x.webp", "prompt": "fine", "id": 0, "prompt_id": 0},
+        ]
+        path = folder / "M.JSONL"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = read_source(path)
+        assert len(source.bad) == 4
+        (item,) = source.items
+        assert (item.id, item.prompt_id, item.name) == ("0", "0", "sub/p1_x.webp")
+
+    def test_equal_prompts_belong_together(self, folder: Path) -> None:
+        path = folder / "m.jsonl"
+        rows = [
+            {"image": name, "prompt": prompt}
+            for name, prompt in (("p0.png", "a"), ("p0_1.jpg", "b"), ("p0_a.png", "a"))
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        first, second, third = (item.prompt_id for item in read_source(path).items)
+        assert first == third != second
+
+    def test_what_is_hidden_or_unreadable(self, folder: Path) -> None:
+        for name in (".ipynb_checkpoints/p1.png", "__MACOSX/p1.png"):
+            (folder / name).parent.mkdir()
+            Image.new("RGB", (8, 8)).save(folder / name)
+        (folder / "p1.HEIC").write_bytes(b"heic")
+        (folder / "p0.txt").write_bytes("é".encode("latin-1"))
+        reasons = dict(read_source(folder).bad)
+        assert reasons.keys() == {"p0", "p0_1", "p0_a", "sub/p1_x", "p1.HEIC"}
+        assert reasons["p0"] == "p0.txt is not UTF-8 text"
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such folder"):
