@@ -15,7 +15,7 @@ from g2rpo.hub.cache import Digests
 from g2rpo.hub.catalogue import Artifact, PublishedFile, catalogue, read_catalogue
 from g2rpo.hub.fetch import FetchOptions, fetch
 from g2rpo.hub.lock import Lock, expected, lock_path, read_lock, revision_of, write_lock
-from g2rpo.hub.status import artifact_state, file_state, lock_cached
+from g2rpo.hub.status import artifact_state, file_state, implausible, lock_cached
 from g2rpo.rewards import clip_score, hps, image_reward, pick_score
 from g2rpo.rewards.weights import locate
 
@@ -117,6 +117,9 @@ def test_locking_records_commit_hash_and_size(hub: FakeHub) -> None:
     assert want.size == 15
     assert want.sha256 == hashlib.sha256(b"weights of v2.1").hexdigest()
     assert locked(["hps-v2.1"], lock) == (lock, [])
+    odd = implausible(named("hps-v2.1"), lock)
+    assert odd == "hps-v2.1: 15 bytes in all, where about 1,972,000,000 are expected"
+    assert implausible(named("pick-score"), lock) is None  # nothing of it is cached
     write_lock(lock)
     assert read_lock() == lock
     first = lock_path().read_bytes()
