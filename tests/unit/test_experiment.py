@@ -35,7 +35,12 @@ def trained(cell: ResolvedCell) -> TrainConfig:
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resolves_under_every_profile(experiment: str, profile: str) -> None:
-    cells = expand(load_experiment(experiment), load_profile(profile), [1, 2])
+    loaded, chosen = load_experiment(experiment), load_profile(profile)
+    if loaded.policy is not None and not profile.startswith("flux"):
+        with pytest.raises(UserError, match=f"is about {loaded.policy}.*--profile flux"):
+            expand(loaded, chosen, [1])
+        return
+    cells = expand(loaded, chosen, [1, 2])
     keys = [(cell.key, cell.seed) for cell in cells]
     assert len(set(keys)) == len(keys)
     assert all(cell.train is None or cell.preset == "matched" for cell in cells)
