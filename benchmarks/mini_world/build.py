@@ -158,7 +158,8 @@ PARTS = (
     ),
     *(
         Part(role, (f"rewards/{role}",), ("autoencoder",), partial(build_judge, role))
-        for role in judges.MODELS
+        # The one that takes longest first, so that no worker is idle at the end.
+        for role in sorted(judges.MODELS, key=lambda role: role != "image_reward")
     ),
 )
 
