@@ -5,13 +5,11 @@ algorithm version), not of the device, the ranks or the micro-batch.
 """
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,11 @@ import torch
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file, sha256_tree, write_json
+from g2rpo.files import sha256_file, sha256_files, sha256_tree, write_json
 from g2rpo.hub.cache import Digests
 from g2rpo.hub.lock import revision_of
 from g2rpo.policy import CheckpointConfig, PolicyConfig
-from g2rpo.policy.checkpoint import CheckpointFiles, files_at, find_checkpoint, local_path
+from g2rpo.policy.checkpoint import files_at, find_checkpoint, local_path
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.unified_reward.template import question_inputs
 from g2rpo.training.config import TrainConfig
@@ -76,15 +74,6 @@ def reward_inputs(config: RewardConfig) -> dict[str, Any]:
     return settings | {"weights": source_fingerprint(config.source, config.revision)}
 
 
-def _one_hash(files: CheckpointFiles, of: Callable[[Path], str]) -> str:
-    """The SHA-256 of the weights: the file's own, or one over those of several."""
-    hashes = {file.name: of(file) for file in files.weights}
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    lines = "".join(f"{name} {sha256}\n" for name, sha256 in hashes.items())
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def checkpoint_inputs(config: CheckpointConfig) -> str | dict[str, str | None]:
     """What names the weights of a checkpoint: their hash, or their place on the hub."""
     path = local_path(config)
@@ -93,7 +82,7 @@ def checkpoint_inputs(config: CheckpointConfig) -> str | dict[str, str | None]:
             "revision": config.revision or revision_of(config.source)
         }
     try:
-        return _one_hash(files_at(path, str(path)), _file_hash)
+        return sha256_files(files_at(path, str(path)).weights, _file_hash)
     except UserError:  # told where the cell is run, so that other cells are
         return config.model_dump(mode="json")
 
@@ -102,9 +91,11 @@ def checkpoint_provenance(config: CheckpointConfig) -> tuple[str, str]:
     """Where the files of a checkpoint came from, and the SHA-256 of the weights in them."""
     files = find_checkpoint(config)
     if local_path(config) is not None:
-        return files.label, _one_hash(files, _file_hash)
+        return files.label, sha256_files(files.weights, _file_hash)
     digests = Digests()
-    return files.label, _one_hash(files, lambda file: digests.known(file) or digests.measure(file))
+    return files.label, sha256_files(
+        files.weights, lambda file: digests.known(file) or digests.measure(file)
+    )
 
 
 def prompts_hash(path: Path) -> str:

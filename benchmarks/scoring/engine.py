@@ -108,23 +108,20 @@ def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], di
         ThreadPoolExecutor(_threads()) as pool,
         ProgressReport("read images", len(paths), enabled=ranks.main) as report,
     ):
-        for path, found in zip(paths, pool.map(_hash_or_reason, paths), strict=True):
-            if found.startswith(_HASH):
-                hashes[path] = found.removeprefix(_HASH)
+        for path, found in zip(paths, pool.map(_hash_or_error, paths), strict=True):
+            if isinstance(found, UserError):
+                reasons[path] = str(found)
             else:
-                reasons[path] = found
+                hashes[path] = found
             report.advance()
     return hashes, reasons
 
 
-_HASH = "sha256:"
-
-
-def _hash_or_reason(path: str) -> str:
+def _hash_or_error(path: str) -> str | UserError:
     try:
-        return _HASH + load_image(Path(path)).sha256
+        return load_image(Path(path)).sha256
     except UserError as error:
-        return str(error)
+        return error
 
 
 def _threads() -> int:
@@ -153,7 +150,7 @@ class Scorer:
     ) -> None:
         self.folder, self.ranks = folder, ranks or Ranks()
         self.hashes, reasons = read_images(items, self.ranks)
-        source = Source([], [])
+        source = Source()
         for item in items:
             reason = reasons.get(str(item.image))
             if reason is None:

@@ -13,6 +13,7 @@ from g2rpo.files import (
     atomic_write_bytes,
     atomic_write_text,
     sha256_file,
+    sha256_files,
     sha256_tree,
     write_json,
 )
@@ -167,3 +168,14 @@ def test_sha256_tree_sees_names_contents_and_places(tmp_path: Path) -> None:
     assert len({reference, *others}) == 7
     os.utime(tmp_path / "reference" / "a", (0, 0))
     assert sha256_tree(tmp_path / "reference") == reference
+
+
+def test_sha256_files_is_the_files_own_or_one_over_names_and_hashes(tmp_path: Path) -> None:
+    one, two = tmp_path / "a.bin", tmp_path / "b.bin"
+    one.write_bytes(b"first")
+    two.write_bytes(b"second")
+    first, second = (hashlib.sha256(data).hexdigest() for data in (b"first", b"second"))
+    assert sha256_files([one]) == first
+    listing = f"a.bin {first}\nb.bin {second}\n"
+    assert sha256_files([one, two]) == hashlib.sha256(listing.encode()).hexdigest()
+    assert sha256_files([one], lambda path: f"known {path.name}") == "known a.bin"

@@ -1,6 +1,5 @@
 """Questions to a Qwen2.5-VL model in this process, through transformers."""
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLForConditionalGeneration
 
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file
+from g2rpo.files import sha256_files
 from g2rpo.hub.lock import revision_of
 from g2rpo.rewards.unified_reward.answers import excerpt
 from g2rpo.rewards.unified_reward.config import QuestionConfig
@@ -63,12 +62,8 @@ def _fetched(source: str, revision: str | None) -> Path:
 
 
 def hash_files(folder: Path, patterns: Sequence[str]) -> str:
-    """The SHA-256 of the one file in ``folder`` that fits, else of all names and hashes."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    if len(files) == 1:
-        return sha256_file(files[0])
-    listing = "".join(f"{path.name} {sha256_file(path)}\n" for path in files)
-    return hashlib.sha256(listing.encode()).hexdigest()
+    """One hash of the files in ``folder`` that fit, see :func:`g2rpo.files.sha256_files`."""
+    return sha256_files(sorted({path for pattern in patterns for path in folder.glob(pattern)}))
 
 
 class LocalModel:
