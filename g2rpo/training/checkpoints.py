@@ -6,13 +6,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from g2rpo.errors import UserError
@@ -112,6 +114,27 @@ def load_optimizer(
             }
 
 
+def save_ema(
+    folder: Path,
+    ema: EMAModel,
+    parameters: NamedParameters,
+    save_transformer: Callable[[Path], None],
+) -> None:
+    """Writes ``ema.safetensors`` and, by ``save_transformer``, ``ema_transformer/``."""
+    shadow: dict[str, Any] = {
+        name: tensor for (name, _), tensor in zip(parameters, ema.shadow_params, strict=True)
+    }
+    shadow["optimization_step"] = torch.tensor(ema.optimization_step)
+    save_file(shadow, folder / "ema.safetensors")
+    trained = [parameter for _, parameter in parameters]
+    ema.store(trained)
+    ema.copy_to(trained)
+    try:
+        save_transformer(folder / "ema_transformer")
+    finally:
+        ema.restore(trained)
+
+
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file; :class:`UserError` where it is missing or damaged."""
     try:
@@ -187,9 +210,10 @@ def writing(run: Path, what: str) -> Iterator[None]:
         full = any(word in str(error) for word in FULL_DISK)
         mend = "free space there (or raise the quota)" if full else "mend that"
         saved = saved_iterations(run)
-        last = f"checkpoint {checkpoint_folder(run, saved[-1]).name} is intact and is gone on from"
-        intact = last if saved else "there is no checkpoint yet, so training begins anew"
+        rest = "there is no checkpoint yet, so training begins anew"
+        if saved:
+            rest = f"{checkpoint_folder(run, saved[-1]).name} is intact, and training goes on there"
         raise UserError(
             f"{run}: {what} cannot be written ({text}); {mend} and run the same command again: "
-            f"{intact}"
+            f"{rest}"
         ) from error

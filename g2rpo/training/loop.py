@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import save_file
 
 from g2rpo.config import validate
 from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
@@ -26,7 +25,13 @@ from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training import checkpoints
 from g2rpo.training.advantages import group_advantages, step_advantages
 from g2rpo.training.checkpoints import Progress
-from g2rpo.training.collective import Turn, decide, raise_together, sum_over_ranks
+from g2rpo.training.collective import (
+    Turn,
+    decide,
+    make_accelerator,
+    raise_together,
+    sum_over_ranks,
+)
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
@@ -34,25 +39,6 @@ from g2rpo.training.transitions import TrainingBatch, collect_transitions
 from g2rpo.training.update import Updater, UpdateStatistics
 
 logger = logging.getLogger(__name__)
-
-
-def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
-    """The accelerator for ``config``; ranks come from the launcher's environment.
-
-    Raises:
-        UserError: a CUDA device is asked for and none is there.
-    """
-    device = config.execution.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "execution.device is cuda but no GPU is visible; use execution.device=cpu or auto"
-        )
-    tracker = "tensorboard" if config.execution.tensorboard else None
-    return Accelerator(
-        cpu=device == "cpu" or not torch.cuda.is_available(),
-        log_with=tracker,
-        project_dir=str(run) if tracker else None,
-    )
 
 
 class Trainer:
@@ -185,22 +171,9 @@ class Trainer:
                 temporary / "optimizer.safetensors", self.optimizer, self._named
             )
             if self.ema is not None:
-                self._save_ema(temporary)
+                checkpoints.save_ema(temporary, self.ema, self._named, self.policy.save_transformer)
             checkpoints.write_state(temporary, self.progress)
         checkpoints.prune(self.run, self.config.checkpoints)
-
-    def _save_ema(self, folder: Path) -> None:
-        assert self.ema is not None
-        names = [name for name, _ in self._named]
-        shadow: dict[str, Any] = dict(zip(names, self.ema.shadow_params, strict=True))
-        shadow["optimization_step"] = torch.tensor(self.ema.optimization_step)
-        save_file(shadow, folder / "ema.safetensors")
-        self.ema.store([parameter for _, parameter in self._named])
-        self.ema.copy_to([parameter for _, parameter in self._named])
-        try:
-            self.policy.save_transformer(folder / "ema_transformer")
-        finally:
-            self.ema.restore([parameter for _, parameter in self._named])
 
     def train(self) -> Progress:
         """Runs the iterations that are left and returns the counters.
