@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from g2rpo.lease import latest_attempt
 from g2rpo.progress import duration
 from reproduce.status import Show, StageStatus
+from reproduce.work import latest_attempt
 from slurm.graph import Stage
 from slurm.submission import Submission
 
@@ -78,10 +78,7 @@ def _remark(status: StageStatus) -> str:
     if status.word in ("failed", "interrupted"):
         log = "" if status.log is None else f"; log: {shown_path(status.log)}"
         return status.reason + log
-    progress = None if status.attempt is None else status.attempt.progress
-    if status.word == "running" and progress is not None:
-        return progress.note
-    return status.reason
+    return status.progress.note if status.word == "running" else status.reason
 
 
 def shown_path(path: Path) -> str:
@@ -154,11 +151,12 @@ class LocalDisplay:
     """Says what a run on this machine does: a line for each stage that ends, live ones below.
 
     Args:
-        submission_log: gives the log of a stage.
+        submission: what is run.
         total: stages that are to run.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, submission: Submission, total: int) -> None:
+        self.submission = submission
         self.total, self.ended_count = total, 0
         self.console = Console(stderr=True)
         self.started_at = time.monotonic()
@@ -187,9 +185,10 @@ class LocalDisplay:
             self._say(stage, f"finished in {duration(took)}")
             return
         attempt = latest_attempt(Path(stage.lease))
-        reason = attempt.reason if attempt is not None and attempt.reason else f"exit code {code}"
-        log = None if attempt is None else attempt.log
-        where = "" if log is None else f"; log: {shown_path(Path(log))}"
+        record = None if attempt is None else attempt.record
+        reason = record.reason if record is not None and record.reason else f"exit code {code}"
+        log = self.submission.local_log(stage.name)
+        where = f"; log: {shown_path(log)}" if log.exists() else ""
         self._say(stage, f"FAILED: {reason}{where}")
 
     def cancelled(self, stage: Stage, because: Stage) -> None:
@@ -222,10 +221,11 @@ class LocalDisplay:
 
 def _running_line(stage: Stage) -> str:
     attempt = latest_attempt(Path(stage.lease))
-    if attempt is None or attempt.progress is None:
+    if attempt is None or attempt.record is None or attempt.record.progress.done is None:
         return ""
-    progress = attempt.progress
-    eta = "" if progress.remaining is None else f", ETA {duration(progress.remaining)}"
+    progress = attempt.record.progress
+    left = progress.remaining_seconds
+    eta = "" if left is None else f", ETA {duration(left)}"
     share = f"{progress.done}/{progress.total}"
     return f"  {stage.kind} {stage.label}: {share}{eta}  {progress.note}".rstrip()
 

@@ -28,7 +28,9 @@ OfSubmission = Annotated[
 
 def status(
     name: Name = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it live until all has ended.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it live until all has ended.")
+    ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every stage.")] = False,
     results: Results = Path("results"),
 ) -> None:
@@ -106,36 +108,34 @@ def cancel(
 ) -> None:
     """Cancel what waits or runs of a submission; what is done is kept, and can be gone on with."""
     from reproduce.launch import latest_submission
-    from reproduce.status import read_status
+    from reproduce.status import OVER, read_status
 
     submission = latest_submission(results / "runs", name)
     if submission.cluster.kind == "slurm":
         from slurm.states import cancel_jobs
 
-        alive = [s.job for s in read_status(submission) if s.job and s.word not in _OVER]
+        alive = [s.job for s in read_status(submission) if s.job and s.word not in OVER]
         cancel_jobs(alive)
         typer.echo(f"{submission.name}: {len(alive)} jobs cancelled")
         return
     _stop_driver(submission)
 
 
-_OVER = ("done", "failed", "cancelled", "interrupted")
-
-
 def _stop_driver(submission: "Submission") -> None:
-    from g2rpo.lease import latest_attempt
+    from g2rpo.lease import is_alive
     from reproduce.launch import DRIVER
+    from reproduce.work import latest_attempt
 
     attempt = latest_attempt(submission.folder / DRIVER)
-    if attempt is None or not attempt.alive:
+    if attempt is None or attempt.record is None or not is_alive(attempt):
         typer.echo(f"{submission.name}: nothing of it runs")
         return
-    if attempt.owner.host != os.uname().nodename:
+    owner = attempt.record.owner
+    if owner.host != os.uname().nodename:
         raise UserError(
-            f"{submission.name} runs on {attempt.owner.host}, process {attempt.owner.pid}: "
-            "cancel it there"
+            f"{submission.name} runs on {owner.host}, process {owner.pid}: cancel it there"
         )
-    os.kill(attempt.owner.pid, signal.SIGINT)
+    os.kill(owner.pid, signal.SIGINT)
     typer.echo(f"{submission.name}: asked to stop; what is done is kept")
 
 

@@ -1,5 +1,6 @@
 """``g2rpo reproduce``, ``plan`` and ``submit``: a whole experiment, wherever it runs."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,12 +125,15 @@ def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
         submission = _submit(plan, cluster)
         follow_submission(submission)
         return
-    with LocalDisplay(len(plan.todo) - 1) as display:
+    submission = launch.save_submission(plan, cluster)
+    # The table is written by this process, which prints it.
+    todo = plan.todo.without(s.name for s in plan.graph.stages.values() if s.kind == "render")
+    with LocalDisplay(submission, len(todo)) as display:
         if cluster.kind == "debug":
-            launch.run_in_this_process(plan, cluster, display)
+            launch.run_in_this_process(submission, todo, display)
         else:
             slots = Slots.found(jobs, launch.PREPARE)
-            launch.run_on_this_machine(plan, cluster, slots, display)
+            launch.run_on_this_machine(submission, todo, slots, display)
 
 
 def _submit(plan: "Plan", cluster: "Cluster") -> "Submission":
@@ -174,6 +178,31 @@ def _detach(request: Request, plan: "Plan", cluster: "Cluster", jobs: int | None
     typer.echo(f"runs in the background: `g2rpo status` shows it; its output: {log}", err=True)
 
 
+def run_again(submission: "Submission", *, only_failed: bool) -> None:
+    """Runs what a submission did not finish, from its own inputs, on its own cluster.
+
+    Raises:
+        UserError: nothing failed, or it cannot run.
+    """
+    from reproduce import runner
+    from reproduce.plan import make_plan
+    from reproduce.status import read_status
+    from reproduce.work import Inputs
+
+    os.chdir(submission.directory)
+    inputs = Inputs.load(submission.folder)
+    made = make_plan(inputs.experiment, inputs.profile, inputs.cells(), inputs.layout)
+    if only_failed:
+        failed = [s.stage.name for s in read_status(submission) if s.word == "failed"]
+        if not failed:
+            raise UserError(f"{submission.name}: no stage failed")
+        made = made.only(made.graph.downstream(failed))
+    runner.check_hardware(inputs.profile, inputs.experiment, submission.cluster)
+    if made.todo:
+        _run(made, submission.cluster, None)
+    _report(made)
+
+
 def _arguments(request: Request, jobs: int | None) -> Sequence[str]:
     """The command line of the same request in the foreground."""
     arguments = ["reproduce", request.experiment, "--profile", request.profile]
@@ -199,7 +228,8 @@ def _report(plan: "Plan") -> None:
         _refuse_gaps(render(*work), len(plan.cells))
         return
     (stage,) = (stage for stage in plan.graph.stages.values() if stage.kind == "render")
-    with Lease.acquire(Path(stage.lease)):
+    place = Path(stage.lease)
+    with Lease.acquire(place.parent, place.name):
         gaps = render(*work)
     _refuse_gaps(gaps, len(plan.cells))
 

@@ -276,7 +276,7 @@ def test_a_requeued_job_succeeds_its_earlier_self(
     survivor = Lease.acquire(tmp_path, "work", AT_ONCE)
     assert "scancel 100_4" if array else "scancel 123" in refused(tmp_path)
 
-    monkeypatch.setenv("SLURM_RESTART_CNT", "1")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     if array:
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
         refused(tmp_path)  # another one of the array
@@ -285,7 +285,7 @@ def test_a_requeued_job_succeeds_its_earlier_self(
     successor.check()
     with pytest.raises(LeaseLost, match="attempt 2"):
         survivor.check()
-    monkeypatch.delenv("SLURM_RESTART_CNT")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     refused(tmp_path)  # the survivor must not have it back
 
 
