@@ -1,5 +1,6 @@
 """What every method says of itself: its rollout, what it trains, and how it is found by name."""
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -75,8 +76,13 @@ class Method(StrictModel):
 
 def method_names() -> list[str]:
     """The names of all methods: the files of this package."""
-    modules = pkgutil.iter_modules(g2rpo.methods.__path__)
-    return sorted(module.name for module in modules if module.name != "base")
+    return list(_names(tuple(g2rpo.methods.__path__)))
+
+
+@functools.cache
+def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
+    modules = pkgutil.iter_modules(folders)
+    return tuple(sorted(module.name for module in modules if module.name != "base"))
 
 
 def parse_method(value: Any) -> Method:
