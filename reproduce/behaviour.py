@@ -26,6 +26,7 @@ from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.image_tower import ImageTower
+from reproduce.shares import WHOLE, Share
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Behaviour:
         reference: the file of the base's inputs and velocities.
         is_base: whether the policy is the base itself, whose drift is 0.
         batch: images, or velocities, at a time.
+        share: whose further images are sampled; the first share measures the drift and, when all
+            are there, the diversity.
     """
 
     config: EvaluationConfig
@@ -47,6 +50,7 @@ class Behaviour:
     reference: Path
     is_base: bool
     batch: int
+    share: Share = WHOLE
 
     @property
     def _images(self) -> Path:
@@ -64,20 +68,26 @@ class Behaviour:
     def sampled(self) -> bool:
         """Whether nothing is left that needs the policy."""
         others = [image_path(self._images, *one) for one in self._other_images()]
-        drift_known = self.config.drift is None or self._drift.exists()
-        return drift_known and all(path.exists() for path in others)
+        return not self._drift_is_due and all(path.exists() for path in others)
+
+    @property
+    def _drift_is_due(self) -> bool:
+        return self.config.drift is not None and self.share.first and not self._drift.exists()
+
+    def _compared(self) -> Sequence[Prompt]:
+        """The share's prompts of which further images are sampled."""
+        section = self.config.diversity
+        return [] if section is None else self.share.of(self.prompts[: section.prompts])
 
     def _other_images(self) -> list[tuple[Prompt, int]]:
         section = self.config.diversity
-        if section is None:
-            return []
-        numbers = range(1, section.images)
-        return [(p, number) for p in self.prompts[: section.prompts] for number in numbers]
+        numbers = range(1, 1 if section is None else section.images)
+        return [(prompt, number) for prompt in self._compared() for number in numbers]
 
     def prepare(self, load_base: Callable[[], FluxPolicy]) -> None:
         """Makes the base's reference where it is not there; the base has left memory afterwards."""
         section = self.config.drift
-        if section is None or self.is_base or self._drift.exists() or self.reference.exists():
+        if section is None or not self._drift_is_due or self.is_base or self.reference.exists():
             return
         base = load_base()
         grid = build_grid(self.config.grid, base.image_tokens)
@@ -92,10 +102,11 @@ class Behaviour:
         """Samples the further images of a prompt and measures the drift, where not done yet."""
         section = self.config.diversity
         if section is not None:
-            chosen = self.prompts[: section.prompts]
             for index in range(1, section.images):
-                sample_images(policy, chosen, self.config, self._images, self.batch, index)
-        if self.config.drift is not None and not self._drift.exists():
+                sample_images(
+                    policy, self._compared(), self.config, self._images, self.batch, index
+                )
+        if self._drift_is_due:
             _write(self._measured_drift(policy), self._drift)
 
     def _measured_drift(self, policy: FluxPolicy) -> pd.DataFrame:
@@ -127,7 +138,7 @@ class Behaviour:
     def judge(self, tower: ImageTower | None) -> None:
         """Measures the diversity, once all images are there."""
         section = self.config.diversity
-        if section is None or tower is None:
+        if section is None or tower is None or not self.share.first:
             return
         files = compared_images(self.prompts, section, self.folder / "images", self._images)
         _write(measure_diversity(tower, files, section.features), self._diversity)

@@ -12,7 +12,7 @@ from reproduce.commands import prompts, weights
 
 if TYPE_CHECKING:
     from reproduce.experiment import ResolvedCell
-    from reproduce.stages import Layout
+    from reproduce.layout import Layout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +42,7 @@ Overrides = Annotated[
 
 
 def _layout(results: Path, *, publish: bool = False) -> "Layout":
-    from reproduce.stages import Layout
+    from reproduce.layout import Layout
 
     return Layout(results / "runs", results if publish else results / "runs")
 

@@ -37,6 +37,22 @@ class Hardware(StrictModel):
     gpu_memory_gb: int = Field(0, ge=0)
     engine: Literal["replicated", "sharded", "lora"] = "replicated"
     """How the policy is held: whole on every rank, sharded over them, or frozen under LoRA."""
+    ranks: int | None = Field(None, ge=1)
+    """Processes of a training run; null is one per GPU, one without."""
+    evaluation_gpus: int | None = Field(None, ge=0)
+    """GPUs of one sampling or scoring job; null is one where training has any."""
+    evaluation_shares: int = Field(1, ge=1)
+    """Jobs that share the sampling, and the scoring, of one cell's prompts."""
+
+    @property
+    def training_ranks(self) -> int:
+        """Processes of a training run."""
+        return self.ranks or max(1, self.gpus)
+
+    @property
+    def evaluation_devices(self) -> int:
+        """GPUs of one sampling or scoring job."""
+        return min(1, self.gpus) if self.evaluation_gpus is None else self.evaluation_gpus
 
 
 class Profile(StrictModel):

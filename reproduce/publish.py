@@ -14,11 +14,12 @@ from benchmarks.held_out import image_path
 from g2rpo.files import atomic_write_text
 from reproduce.experiment import Experiment, Profile, resolve
 from reproduce.figures import Metric, learning_curves
+from reproduce.layout import Layout
 from reproduce.picture_grid import picture_grid
 from reproduce.reading import write_reading
 from reproduce.render.notes import Gap, full_label
 from reproduce.render.spec import TableSpec
-from reproduce.stages import Layout, held_out_prompts
+from reproduce.stages import held_out_prompts
 from reproduce.tables import print_table, render_table
 
 PICTURED_PROMPTS = 6

@@ -1,0 +1,134 @@
+"""Starting a plan: on SLURM, on this machine, or in this process."""
+
+import time
+from pathlib import Path
+
+from g2rpo.lease import Lease
+from reproduce import runs
+from reproduce.plan import Plan
+from reproduce.work import ENTRY, Inputs, run_stage
+from slurm import states, submit
+from slurm.cluster import Cluster
+from slurm.distributed import Ranks
+from slurm.graph import Stage
+from slurm.local import LocalRun, Observer, Slots
+from slurm.submission import Submission, job_groups, list_submissions, new_folder
+
+PREPARE = "reproduce.launch:prepare_worker"
+DRIVER = "driver"
+"""The lease of the process that runs a submission on this machine."""
+
+
+def submissions_folder(runs_folder: Path) -> Path:
+    """Where submissions are kept."""
+    return runs_folder / "submissions"
+
+
+def prepare_worker() -> None:
+    """What a worker on this machine does before its first stage."""
+    from g2rpo.progress import ProgressReport
+    from reproduce.quiet import quiet_libraries
+
+    quiet_libraries()
+    ProgressReport.bars = False
+    runs.git_state()  # of the code as it was imported, not as it is when the stage ends
+
+
+def new_submission(plan: Plan, cluster: Cluster, folder: Path) -> Submission:
+    """The submission of ``plan``; it is not saved."""
+    return Submission(
+        folder=folder.absolute(),
+        title=f"{plan.experiment.name}, profile {plan.profile.name}",
+        entry=ENTRY,
+        directory=Path.cwd(),
+        cluster=cluster,
+        graph=plan.graph,
+        created=time.time(),
+        done=plan.done,
+    )
+
+
+def _saved(plan: Plan, cluster: Cluster) -> Submission:
+    parent = submissions_folder(plan.layout.runs)
+    folder = new_folder(parent, f"{plan.experiment.name}-{plan.profile.name}")
+    submission = new_submission(plan, cluster, folder)
+    Inputs(submission.folder, plan.experiment, plan.profile, plan.layout).save(plan.cells)
+    submission.save()
+    return submission
+
+
+def active_stages(runs_folder: Path) -> dict[str, str]:
+    """The SLURM jobs that wait or run for stages of this results folder, by stage.
+
+    Jobs are known by the comment that they were submitted with, so neither a shell that was killed
+    right after sbatch nor ids that a new cluster gives again can mislead.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    by_comment: dict[str, set[str]] = {}
+    for job in states.active_jobs().values():
+        by_comment.setdefault(job.comment, set()).add(job.job)
+    found: dict[str, str] = {}
+    for folder in list_submissions(submissions_folder(runs_folder)):
+        for group in job_groups(folder):
+            alive = by_comment.get(group.comment)
+            if not alive:
+                continue
+            base = next(iter(alive)).split("_")[0]
+            for index, stage in enumerate(group.stages):
+                job = base if len(group.stages) == 1 else f"{base}_{index}"
+                if job in alive:
+                    found[stage] = job
+    return found
+
+
+def left_to_submit(plan: Plan, active: dict[str, str]) -> list[Stage]:
+    """The stages that are to do and have no job; the table again where any other is."""
+    todo = list(plan.todo.stages.values())
+    idle = [stage for stage in todo if stage.name not in active]
+    if any(stage.kind != "render" for stage in idle):
+        return [stage for stage in todo if stage.name not in active or stage.kind == "render"]
+    return idle
+
+
+def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
+    """Submits what is neither done nor waiting or running already; None where that is nothing.
+
+    Raises:
+        UserError: SLURM does not answer or refuses a job, or another submission is under way.
+    """
+    # Two at once would both submit the same stages.
+    with Lease.acquire(submissions_folder(plan.layout.runs) / "lease"):
+        active = active_stages(plan.layout.runs)
+        todo = left_to_submit(plan, active)
+        if not todo:
+            return None
+        submission = _saved(plan, cluster)
+        submit.submit(submission, todo, active)
+    return submission
+
+
+def run_on_this_machine(plan: Plan, cluster: Cluster, slots: Slots, observer: Observer) -> None:
+    """Runs what is not done; a failed stage is told to ``observer`` and stops what needs it alone.
+
+    Raises:
+        KeyboardInterrupt: interrupted; the running stages have saved what is done.
+    """
+    submission = _saved(plan, cluster)
+    with Lease.acquire(submission.folder / DRIVER):
+        LocalRun(submission, plan.todo, slots, observer).run()
+
+
+def run_in_this_process(plan: Plan, cluster: Cluster, observer: Observer) -> None:
+    """Runs what is not done, one stage after the other; the first error is raised where it arose.
+
+    Raises:
+        Exception: whatever a stage raises.
+    """
+    submission = _saved(plan, cluster)
+    with Lease.acquire(submission.folder / DRIVER):
+        for stage in plan.todo.stages.values():
+            observer.started(stage)
+            run_stage(submission, stage, Ranks())
+            observer.ended(stage, 0)

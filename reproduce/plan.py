@@ -1,0 +1,117 @@
+"""An experiment as a graph of stages: embed, train, sample, score, render."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reproduce.experiment import Experiment, Hardware, Profile, ResolvedCell
+from reproduce.layout import Layout
+from reproduce.shares import Share
+from reproduce.work import Work, cell_file
+from slurm.graph import Graph, Needs, Stage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of an experiment, and which of them are done.
+
+    Attributes:
+        experiment: the experiment.
+        profile: the profile.
+        cells: its cells at all seeds.
+        layout: where things are.
+        graph: the stages.
+        works: what each stage but the rendering does.
+        done: the stages whose outputs are complete.
+    """
+
+    experiment: Experiment
+    profile: Profile
+    cells: tuple[ResolvedCell, ...]
+    layout: Layout
+    graph: Graph
+    works: Mapping[str, Work]
+    done: frozenset[str]
+
+    @property
+    def todo(self) -> Graph:
+        """The stages that are left; empty where only the table would be rendered again."""
+        todo = self.graph.without(self.done)
+        if all(stage.kind == "render" for stage in todo.stages.values()):
+            return Graph(())
+        return todo
+
+
+def make_plan(
+    experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
+) -> Plan:
+    """The plan of ``cells``: stages that several cells share are there once."""
+    stages: dict[str, Stage] = {}
+    works: dict[str, Work] = {}
+    done: set[str] = set()
+    judged: list[str] = []
+    for cell in cells:
+        for work, stage in _cell_stages(cell, layout, profile.hardware):
+            if stage.name not in stages:
+                stages[stage.name], works[stage.name] = stage, work
+                if work.done():
+                    done.add(stage.name)
+            if stage.kind == "score":
+                judged.append(stage.name)
+    # What was made from something that is not needed any more is done as well.
+    render = Stage(
+        name=f"render/{profile.name}/{experiment.name}",
+        kind="render",
+        label=experiment.table.title,
+        after=tuple(dict.fromkeys(judged)),
+        lease=str(layout.experiment(profile.name, experiment.name).resolve() / "leases" / "render"),
+    )
+    graph = Graph([*stages.values(), render])
+    done |= _not_needed(graph, done)
+    return Plan(experiment, profile, tuple(cells), layout, graph, works, frozenset(done))
+
+
+def _not_needed(graph: Graph, done: set[str]) -> set[str]:
+    """Stages that are not done but made only for stages that are."""
+    wanted: set[str] = set()
+    for stage in reversed(graph.stages.values()):
+        if stage.kind == "render" or (stage.name in wanted and stage.name not in done):
+            wanted.update(stage.needs)
+            wanted.update(name for name in stage.after if name not in done)
+    return {s.name for s in graph.stages.values() if s.kind != "render" and s.name not in wanted}
+
+
+def _cell_stages(
+    cell: ResolvedCell, layout: Layout, hardware: Hardware
+) -> Iterator[tuple[Work, Stage]]:
+    """The stages of one cell, each after those it needs."""
+    training: tuple[str, ...] = ()
+    if cell.train is not None:
+        work = Work("train", cell, layout)
+        resources = Needs(hardware.training_ranks, hardware.gpus)
+        yield work, _stage(work, (), resources, None)
+        training = (work.name,)
+    resources = Needs(1, hardware.evaluation_devices)
+    shares = [Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)]
+    before = training
+    for kind in ("sample", "score"):
+        works = [Work(kind, cell, layout, share) for share in shares]
+        names = tuple(work.name for work in works)
+        array = names[0].rpartition("/")[0] if len(works) > 1 else None
+        for work in works:
+            yield work, _stage(work, before, resources, array)
+        before = names
+
+
+def _stage(work: Work, needs: tuple[str, ...], resources: Needs, array: str | None) -> Stage:
+    share = work.share
+    return Stage(
+        name=work.name,
+        kind=work.kind,
+        label=work.label,
+        payload={"cell": cell_file(work.cell), "share": [share.index, share.count]},
+        needs=needs,
+        resources=resources,
+        array=array,
+        lease=str(Path(work.lease).absolute()),
+    )

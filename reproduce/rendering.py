@@ -1,0 +1,67 @@
+"""The last stage: collects the finished cells and writes the table, with gaps for the others."""
+
+from collections.abc import Sequence
+
+from benchmarks.cells import Cell, load_cell
+from g2rpo.errors import UserError
+from g2rpo.lease import latest_attempt
+from reproduce.collecting import collect, collected
+from reproduce.experiment import Experiment, Profile, ResolvedCell
+from reproduce.layout import Layout
+from reproduce.render.notes import Gap
+from reproduce.shares import Share
+from reproduce.work import Inputs, Work, finish
+
+
+def gather(
+    cells: Sequence[ResolvedCell], layout: Layout, experiment: str
+) -> tuple[list[Cell], list[Gap]]:
+    """The finished cells, and why the others are not."""
+    finished: list[Cell] = []
+    gaps: list[Gap] = []
+    for cell in cells:
+        shares = cell.profile.hardware.evaluation_shares
+        try:
+            if finish(cell, layout, shares):
+                known = collected(cell, layout, experiment)
+                finished.append(known or load_cell(collect(cell, layout, experiment)))
+            else:
+                gaps.append(Gap(cell.key, why_not(cell, layout), cell.seed))
+        except UserError as error:
+            gaps.append(Gap(cell.key, str(error), cell.seed))
+    # In one order, whoever finished first: what is written from them must come out the same.
+    finished.sort(key=lambda cell: (cell.info.row, cell.info.seed or 0))
+    return finished, gaps
+
+
+def why_not(cell: ResolvedCell, layout: Layout) -> str:
+    """Why a cell is not finished, in one line: the first of its stages that is not done."""
+    hardware = cell.profile.hardware
+    shares = [Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)]
+    works = [] if cell.train is None else [Work("train", cell, layout)]
+    works += [Work(kind, cell, layout, share) for kind in ("sample", "score") for share in shares]
+    for work in works:
+        if work.done():
+            continue
+        attempt = latest_attempt(work.lease)
+        if attempt is not None and attempt.reason:
+            return attempt.reason
+        return f"{work.kind} has not run" if attempt is None else f"{work.kind} was interrupted"
+    return "its scores are not put together yet"
+
+
+def render(
+    experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
+) -> list[Gap]:
+    """Writes and prints the table and the figures; returns the gaps."""
+    # Drawing is not needed by other stages, and importing it takes seconds.
+    from reproduce.publish import publish
+
+    finished, gaps = gather(cells, layout, experiment.name)
+    publish(experiment, profile, finished, gaps, layout)
+    return gaps
+
+
+def render_stage(inputs: Inputs) -> None:
+    """Renders the cells of a submission."""
+    render(inputs.experiment, inputs.profile, inputs.cells(), inputs.layout)

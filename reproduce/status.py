@@ -1,0 +1,206 @@
+"""Where every stage of a submission stands, from what is on disk and what SLURM says.
+
+Nothing is asked of the process that submitted it, so this works when that is gone.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from g2rpo.errors import UserError
+from g2rpo.lease import Attempt, latest_attempt
+from reproduce.launch import DRIVER
+from reproduce.work import Inputs
+from slurm import states
+from slurm.graph import Stage
+from slurm.states import JobState
+from slurm.submission import Submission, job_groups
+
+Word = Literal["done", "running", "starting", "waiting", "failed", "cancelled", "interrupted"]
+OVER: tuple[Word, ...] = ("done", "failed", "cancelled", "interrupted")
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage.
+
+    Attributes:
+        stage: the stage.
+        word: its state.
+        reason: why it waits or failed, in plain words; may be empty.
+        job: its SLURM job, or empty.
+        node: where it runs or ran.
+        attempt: its latest start, or None.
+        log: the file that its output goes to, where there is one.
+    """
+
+    stage: Stage
+    word: Word
+    reason: str = ""
+    job: str = ""
+    node: str = ""
+    attempt: Attempt | None = None
+    log: Path | None = None
+
+    @property
+    def restarts(self) -> int:
+        """How often it was started again."""
+        return 0 if self.attempt is None else self.attempt.number - 1
+
+    @property
+    def share_done(self) -> float | None:
+        """How much of it is done, 0..1, while that is known."""
+        progress = None if self.attempt is None else self.attempt.progress
+        if self.word == "done":
+            return 1.0
+        if progress is None or not progress.total:
+            return None
+        return min(1.0, progress.done / progress.total)
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until it is done, as its own progress says."""
+        if self.word != "running" or self.attempt is None or self.attempt.progress is None:
+            return None
+        return self.attempt.progress.remaining
+
+
+def read_status(submission: Submission) -> list[StageStatus]:
+    """The state of every stage, in the order of the graph.
+
+    Raises:
+        UserError: the submission cannot be read, or SLURM does not answer.
+    """
+    jobs = {
+        stage: job
+        for group in job_groups(submission.folder)
+        for stage in group.stages
+        if (job := group.job_of(stage)) is not None
+    }
+    known = _job_states(submission, jobs)
+    alive = _driver_lives(submission)
+    inputs = Inputs.load(submission.folder)
+    found: dict[str, StageStatus] = {}
+    for stage in submission.graph.stages.values():
+        job = jobs.get(stage.name)
+        reader = _Reader(submission, inputs, found, driver_lives=alive)
+        found[stage.name] = reader.read(stage, None if job is None else known.get(job), job or "")
+    return list(found.values())
+
+
+def _job_states(submission: Submission, jobs: Mapping[str, str]) -> dict[str, JobState]:
+    if submission.cluster.kind != "slurm" or not jobs:
+        return {}
+    comments = {group.comment for group in job_groups(submission.folder)}
+    active = {
+        job: state for job, state in states.active_jobs().items() if state.comment in comments
+    }
+    ended = states.ended_jobs(job for job in jobs.values() if job not in active)
+    return {job: state for job, state in ended.items() if not state.active} | active
+
+
+def _driver_lives(submission: Submission) -> bool:
+    attempt = latest_attempt(submission.folder / DRIVER)
+    return attempt is not None and attempt.alive
+
+
+@dataclass(frozen=True)
+class _Reader:
+    submission: Submission
+    inputs: Inputs
+    found: Mapping[str, StageStatus]
+    driver_lives: bool
+
+    def read(self, stage: Stage, job_state: JobState | None, job: str) -> StageStatus:
+        attempt = latest_attempt(Path(stage.lease))
+        word, reason = self._judge(stage, attempt, job_state, submitted=bool(job))
+        node = job_state.node if job_state is not None else ""
+        if not node and attempt is not None:
+            node = attempt.owner.host
+        return StageStatus(stage, word, reason, job, node, attempt, self._log(stage, job))
+
+    def _log(self, stage: Stage, job: str) -> Path | None:
+        path = self.submission.local_log(stage.name)
+        if job:
+            path = self.submission.jobs_folder / f"{job}_0_log.out"
+        return path if path.exists() else None
+
+    def _judge(
+        self, stage: Stage, attempt: Attempt | None, job: JobState | None, *, submitted: bool
+    ) -> tuple[Word, str]:
+        if self._is_done(stage, attempt):
+            return "done", ""
+        if attempt is not None and attempt.alive:
+            return "running", ""
+        if job is not None and job.active:
+            word: Word = "waiting" if job.state == "PENDING" else "starting"
+            return word, job.words
+        if attempt is not None and attempt.state == "failed" and self._recent(attempt):
+            return "failed", attempt.reason or "no reason was told"
+        blocked = self._blocked(stage)
+        if blocked is not None:
+            return "cancelled", f"{blocked.stage.kind} {blocked.stage.label} {blocked.word}"
+        if job is not None:
+            if job.state == "CANCELLED":
+                return "cancelled", ""
+            return "failed", self._ended(job)
+        if self.driver_lives:
+            return "waiting", "waiting for the stages that it needs or a free device"
+        if submitted:
+            return "interrupted", "SLURM does not know its job any more"
+        return "interrupted", "it was stopped" if attempt is not None else "it was not started"
+
+    def _ended(self, job: JobState) -> str:
+        if job.state == "COMPLETED":
+            return "its job ended but its outputs are not there"
+        code = f" (exit code {job.reason})" if job.state == "FAILED" and job.reason else ""
+        return job.words + code
+
+    def _recent(self, attempt: Attempt) -> bool:
+        return attempt.updated >= self.submission.created
+
+    def _is_done(self, stage: Stage, attempt: Attempt | None) -> bool:
+        if stage.kind == "render":
+            return attempt is not None and attempt.state == "done" and self._recent(attempt)
+        return stage.name in self.submission.done or self.inputs.work(stage).done()
+
+    def _blocked(self, stage: Stage) -> StageStatus | None:
+        for name in stage.needs:
+            status = self.found[name]
+            if status.word in ("failed", "cancelled"):
+                return status
+        return None
+
+
+def is_over(statuses: Iterable[StageStatus]) -> bool:
+    """Whether nothing will happen any more."""
+    return all(status.word in OVER for status in statuses)
+
+
+def follow(submission: Submission, show: "Show", every: float = 10.0) -> list[StageStatus]:
+    """Reads the status again and again until nothing will happen any more.
+
+    SLURM may not answer for a while: that is told and waited for, never taken for an end.
+    """
+    while True:
+        try:
+            statuses = read_status(submission)
+        except UserError as error:
+            show.trouble(str(error))
+        else:
+            show.update(statuses)
+            if is_over(statuses):
+                return statuses
+        time.sleep(every)
+
+
+class Show:
+    """What :func:`follow` tells."""
+
+    def update(self, statuses: list[StageStatus]) -> None:
+        """A new reading."""
+
+    def trouble(self, message: str) -> None:
+        """A reading that failed."""

@@ -1,0 +1,259 @@
+"""One stage of an experiment as a job runs it: read what it is, take its lease, do it, or pass.
+
+The lease keeps a stage from being done twice at once, wherever it is started from: a job, a worker
+on this machine, or the command line.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from g2rpo.config import validate
+from g2rpo.errors import UserError
+from g2rpo.files import write_json
+from g2rpo.lease import Lease, latest_attempt
+from g2rpo.policy import CheckpointConfig, PolicyConfig
+from g2rpo.training.config import TrainConfig
+from benchmarks.held_out import EvaluationConfig
+from reproduce import stages
+from reproduce.experiment import Experiment, Profile, ResolvedCell
+from reproduce.layout import Layout
+from reproduce.shares import WHOLE, Share
+from slurm.distributed import Ranks
+from slurm.graph import Stage
+from slurm.submission import Submission
+
+ENTRY = "reproduce.work:run_stage"
+KINDS = ("embed", "train", "sample", "score", "render")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage does.
+
+    Attributes:
+        kind: one of :data:`KINDS` but ``render``.
+        cell: the cell it is of.
+        layout: where things are.
+        share: which part of the prompts, where the stage is shared.
+    """
+
+    kind: str
+    cell: ResolvedCell
+    layout: Layout
+    share: Share = WHOLE
+
+    @property
+    def name(self) -> str:
+        """Names what it makes: the same for the same configuration and inputs."""
+        run = self.layout.training(self.cell)
+        if self.kind == "train":
+            return f"train/{run.name}"
+        return f"{self.kind}/{run.name}/{self.layout.evaluation(self.cell).name}/{self.share}"
+
+    @property
+    def lease(self) -> Path:
+        """Where its attempts are told."""
+        if self.kind == "train":
+            return self.layout.training(self.cell) / "leases" / "train"
+        folder = self.layout.evaluation(self.cell) / "leases"
+        return folder / f"{self.kind}-{self.share}"
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        cell = self.cell
+        name = cell.key if cell.seed is None else f"{cell.key}, seed {cell.seed}"
+        if self.kind == "train" or self.share.count == 1:
+            return name
+        return f"{name}, {self.share.index + 1}/{self.share.count}"
+
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        if self.kind == "train":
+            return stages.is_trained(self.cell, self.layout)
+        if self.kind == "sample":
+            return stages.is_sampled(self.cell, self.layout, self.share)
+        return stages.is_scored(self.cell, self.layout, self.share)
+
+    def do(self) -> None:
+        """Does what is left."""
+        if self.kind == "train":
+            stages.train(self.cell, self.layout)
+        elif self.kind == "sample":
+            stages.sample(self.cell, self.layout, self.share)
+        else:
+            stages.score_share(self.cell, self.layout, self.share)
+
+
+def perform(work: Work, ranks: Ranks, log: Path | None = None) -> None:
+    """Does ``work`` under its lease; returns at once where it is done.
+
+    Raises:
+        UserError: another process has the lease and keeps it too long, or the work fails.
+        Stopped: the process was asked to stop; what is done is kept.
+    """
+    lease, message = None, None
+    if ranks.first and not work.done():
+        try:
+            lease = Lease.acquire(work.lease, log=log)
+        except UserError as error:
+            message = str(error)
+        if lease is not None and work.done():  # the owner that was waited for has finished it
+            lease.release()
+            lease = None
+    decision = ranks.agree("run" if lease is not None else message)
+    if decision is None:
+        return
+    if decision != "run":
+        raise UserError(decision)
+    with lease or nullcontext():
+        work.do()
+
+
+def finish(cell: ResolvedCell, layout: Layout, shares: int) -> bool:
+    """Puts the scores of a cell together once all shares are scored; whether they are."""
+    if stages.is_scored(cell, layout):
+        return True
+    parts = [Share(index, shares) for index in range(shares)]
+    if not all(stages.is_scored(cell, layout, part) for part in parts):
+        return False
+    with Lease.acquire(layout.evaluation(cell) / "leases" / "finish"):
+        stages.finish_scores(cell, layout, shares)
+    return True
+
+
+def run_stage(submission: Submission, stage: Stage, ranks: Ranks) -> None:
+    """The entry point of all jobs.
+
+    Raises:
+        UserError: the stage fails.
+        Stopped: the process was asked to stop.
+    """
+    os.chdir(submission.directory)
+    inputs = Inputs.load(submission.folder)
+    if stage.kind == "render":
+        from reproduce.rendering import render_stage
+
+        render_stage(inputs)
+        return
+    work = inputs.work(stage)
+    perform(work, ranks)
+    if stage.kind == "score":
+        finish(work.cell, work.layout, work.share.count)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages of a submission are made from, as it was when they were submitted.
+
+    Attributes:
+        folder: of the submission.
+        experiment: the experiment.
+        profile: the profile.
+        layout: where things are.
+    """
+
+    folder: Path
+    experiment: Experiment
+    profile: Profile
+    layout: Layout
+
+    @classmethod
+    def load(cls, folder: Path) -> "Inputs":
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            UserError: it cannot be read by this version.
+        """
+        data = _read(folder / "inputs" / "experiment.json")
+        where = str(folder)
+        return cls(
+            folder,
+            validate(Experiment, data["experiment"], where),
+            validate(Profile, data["profile"], where),
+            Layout(Path(data["runs"]), Path(data["tables"])),
+        )
+
+    def save(self, cells: Iterable[ResolvedCell]) -> None:
+        """Writes everything that jobs need, into the submission's folder."""
+        inputs = self.folder / "inputs"
+        for cell in cells:
+            write_json(inputs / "cells" / f"{cell_file(cell)}", cell_document(cell))
+        write_json(
+            inputs / "experiment.json",
+            {
+                "experiment": self.experiment.model_dump(mode="json"),
+                "profile": self.profile.model_dump(mode="json"),
+                "runs": str(self.layout.runs),
+                "tables": str(self.layout.tables),
+            },
+        )
+
+    def cells(self) -> list[ResolvedCell]:
+        """All cells of the submission, by row and seed."""
+        files = sorted((self.folder / "inputs" / "cells").glob("*.json"))
+        cells = [cell_from(_read(path), self.profile, str(path)) for path in files]
+        return sorted(cells, key=lambda cell: (cell.key, cell.seed or 0))
+
+    def work(self, stage: Stage) -> Work:
+        """What ``stage`` does."""
+        path = self.folder / "inputs" / "cells" / stage.payload["cell"]
+        cell = cell_from(_read(path), self.profile, str(path))
+        return Work(stage.kind, cell, self.layout, Share(*stage.payload["share"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); submit again") from None
+    return data
+
+
+def cell_file(cell: ResolvedCell) -> str:
+    """The file name of a cell: keys hold neither ``--`` nor ``__``."""
+    plain = cell.key.replace("/", "--")
+    return f"{plain}.json" if cell.seed is None else f"{plain}__seed{cell.seed}.json"
+
+
+def cell_document(cell: ResolvedCell) -> dict[str, Any]:
+    """A resolved cell as JSON, without its profile."""
+    return {
+        "key": cell.key,
+        "seed": cell.seed,
+        "preset": cell.preset,
+        "method": cell.method,
+        "train": None if cell.train is None else cell.train.model_dump(mode="json"),
+        "policy": cell.policy.model_dump(mode="json"),
+        "evaluation": cell.evaluation.model_dump(mode="json"),
+        "evaluation_prompts": cell.evaluation_prompts,
+        "train_rewards": list(cell.train_rewards),
+        "checkpoint": None if cell.checkpoint is None else cell.checkpoint.model_dump(mode="json"),
+    }
+
+
+def cell_from(data: Mapping[str, Any], profile: Profile, where: str) -> ResolvedCell:
+    """The cell that :func:`cell_document` described.
+
+    Raises:
+        UserError: it does not fit this version.
+    """
+    train, checkpoint = data["train"], data["checkpoint"]
+    return ResolvedCell(
+        key=data["key"],
+        seed=data["seed"],
+        preset=data["preset"],
+        method=data["method"],
+        train=None if train is None else validate(TrainConfig, train, where),
+        policy=validate(PolicyConfig, data["policy"], where),
+        evaluation=validate(EvaluationConfig, data["evaluation"], where),
+        evaluation_prompts=data["evaluation_prompts"],
+        profile=profile,
+        train_rewards=tuple(data["train_rewards"]),
+        checkpoint=None if checkpoint is None else validate(CheckpointConfig, checkpoint, where),
+    )

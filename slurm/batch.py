@@ -1,0 +1,222 @@
+"""Stages as a SLURM batch script, through submitit: parameters, container, requeueing.
+
+Requeueing is the batch script's: it runs outside of any container, where ``scontrol`` is. A stage
+that was asked to stop in time leaves a marker, which the lines after ``srun`` look for.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm import slurm as submitit_slurm
+
+from g2rpo.errors import UserError
+from slurm.cluster import Cluster
+from slurm.graph import Stage
+from slurm.job import requeue_marker
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+JOB = "JOB"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Stages that are submitted by one sbatch call.
+
+    Attributes:
+        comment: names them in SLURM.
+        stages: one, or those of an array; all take the same resources.
+        dependency: as sbatch's ``--dependency`` has it; None where nothing is waited for.
+    """
+
+    comment: str
+    stages: tuple[Stage, ...]
+    dependency: str | None = None
+
+
+def parameters(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> dict[str, Any]:
+    """What submitit is told about a batch, by the names of its parameters.
+
+    Args:
+        cluster: the cluster profile.
+        batch: the stages.
+        jobs: the submission's jobs folder.
+        results: the folder that jobs write to.
+    """
+    stage = batch.stages[0]
+    needs = stage.resources
+    tasks = cluster.tasks(needs)
+    settings: dict[str, Any] = {
+        "job_name": f"g2rpo-{stage.kind}",
+        "time": cluster.time_limit(stage.kind),
+        "nodes": cluster.nodes(needs),
+        "ntasks_per_node": tasks,
+        "cpus_per_task": cluster.cpus_per_task,
+        "partition": cluster.partition if needs.gpus else _cpu_partition(cluster),
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint if needs.gpus else None,
+        "exclusive": cluster.exclusive and needs.gpus > 0 or None,
+        "signal_delay_s": cluster.signal_lead_seconds,
+        "comment": batch.comment,
+        "dependency": batch.dependency,
+        "array_parallelism": cluster.array_parallelism,
+        "stderr_to_stdout": True,
+        "setup": setup(cluster),
+        "teardown": teardown(jobs, cluster.max_restarts),
+        "srun_args": srun_arguments(cluster, results),
+        # A child of a failed stage is cancelled instead of pending for ever, and a site's default
+        # against requeueing does not apply.
+        "additional_parameters": {
+            "kill-on-invalid-dep": "yes",
+            "requeue": True,
+            **cluster.extra,
+        },
+    }
+    memory = needs.memory_gb or (cluster.memory_gb_per_task or 0) * tasks
+    if memory:
+        settings["mem"] = f"{memory}GB"
+    if needs.gpus:
+        settings |= _gpus(cluster, tasks)
+    if cluster.mail is not None:
+        settings["mail_user"] = cluster.mail.user
+        settings["mail_type"] = ",".join(cluster.mail.events)
+    given = {name: value for name, value in settings.items() if value is not None}
+    return given | {"wckey": None}  # submitit's own default is a key that sites may refuse
+
+
+def _cpu_partition(cluster: Cluster) -> str | None:
+    return cluster.cpu_partition or cluster.partition
+
+
+def _gpus(cluster: Cluster, per_node: int) -> dict[str, Any]:
+    kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+    if cluster.gpu_flag == "gres":
+        return {"gres": f"gpu:{kind}{per_node}"}
+    return {"gpus_per_node": f"{kind}{per_node}"}
+
+
+def setup(cluster: Cluster) -> list[str]:
+    """Shell lines before a job's command."""
+    exports = {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(REPOSITORY),  # the code that was submitted, in a container too
+        **cluster.environment,
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    return [*lines, *cluster.setup]
+
+
+def teardown(jobs: Path, max_restarts: int) -> list[str]:
+    """Shell lines after a job's command: requeue it where it asked for that, keep its exit code."""
+    before, after = str(requeue_marker(jobs, JOB)).rsplit(JOB, 1)
+    return [
+        "g2rpo_code=$?",
+        'g2rpo_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}'
+        '${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
+        f'g2rpo_marker={shlex.quote(before)}"$g2rpo_job"{shlex.quote(after)}',
+        'if [ -e "$g2rpo_marker" ]; then',
+        '  rm -f "$g2rpo_marker"',
+        f'  if [ "${{SLURM_RESTART_CNT:-0}}" -lt {max_restarts} ]; then',
+        '    echo "requeueing job $g2rpo_job"',
+        '    scontrol requeue "$g2rpo_job"',
+        "  else",
+        f'    echo "job $g2rpo_job was requeued {max_restarts} times: not again"',
+        "  fi",
+        "fi",
+        'exit "$g2rpo_code"',
+    ]
+
+
+def mounts(cluster: Cluster, results: Path) -> list[str]:
+    """What a container sees of the machine, ``path:path``: the code, the results, the rest."""
+    paths = [str(REPOSITORY), str(results), *cluster.container.mounts]
+    return [path if ":" in path else f"{path}:{path}" for path in dict.fromkeys(paths)]
+
+
+def srun_arguments(cluster: Cluster, results: Path) -> list[str]:
+    """What srun is told: a rank that fails ends the others."""
+    arguments = ["--kill-on-bad-exit=1"]
+    if cluster.container.kind == "pyxis":
+        assert cluster.container.image is not None
+        arguments += [
+            f"--container-image={cluster.container.image}",
+            f"--container-mounts={','.join(mounts(cluster, results))}",
+            f"--container-workdir={REPOSITORY}",
+            "--no-container-mount-home",
+            *cluster.container.arguments,
+        ]
+    return arguments
+
+
+def python_command(cluster: Cluster, results: Path) -> str:
+    """The command that starts Python in a job, as a line of shell."""
+    container = cluster.container
+    seen = mounts(cluster, results)
+    if container.kind == "none":
+        return shlex.quote(sys.executable)
+    if container.kind == "pyxis":  # srun itself starts the container
+        return shlex.quote(container.python)
+    assert container.image is not None
+    if container.kind == "apptainer":
+        binds = [part for mount in seen for part in ("--bind", mount)]
+        words = ["apptainer", "exec", "--nv", *binds, "--pwd", str(REPOSITORY)]
+        return shlex.join([*words, *container.arguments, container.image, container.python])
+    volumes = [part for mount in seen for part in ("--volume", mount)]
+    # podman passes no environment by itself; the ranks find each other by SLURM's.
+    names = ("SLURM*", "SUBMITIT*", "MASTER*", "G2RPO*", *exported_names(cluster))
+    environment = [part for name in names for part in ("--env", name)]
+    words = ["podman", "run", "--rm", "--network=host", "--ipc=host", "--entrypoint", ""]
+    words += [*volumes, *environment, "--workdir", str(REPOSITORY), *container.arguments]
+    return shlex.join([*words, container.image, container.python])
+
+
+def exported_names(cluster: Cluster) -> list[str]:
+    """The environment variables that the batch script sets for the job."""
+    return ["PYTHONPATH", "PYTHONUNBUFFERED", *cluster.environment]
+
+
+class Executor(submitit_slurm.SlurmExecutor):
+    """submitit's executor for SLURM; its texts can be made where there is no SLURM."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The name under which submitit's job environment is found."""
+        return "slurm"
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Whether it can be used: told by sbatch itself when something is submitted."""
+        return 2
+
+
+def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Executor:
+    """The executor that submits ``batch``.
+
+    Args:
+        cluster: the cluster profile.
+        batch: the stages.
+        jobs: where submitit keeps its files.
+        results: the folder that jobs write to, seen from inside of a container too.
+
+    Raises:
+        UserError: the profile has what submitit does not take.
+    """
+    made = Executor(jobs, python=python_command(cluster, results))
+    try:
+        made.update_parameters(**parameters(cluster, batch, jobs, results))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"cluster {cluster.name}: {' '.join(str(error).split())[:300]}") from None
+    return made
+
+
+def batch_text(made: Executor, stages: Sequence[Stage]) -> str:
+    """The batch script that ``made`` would submit."""
+    extra = {"map_count": len(stages)} if len(stages) > 1 else {}
+    text: str = submitit_slurm._make_sbatch_string(
+        command=made._submitit_command_str, folder=made.folder, **made.parameters, **extra
+    )
+    return text

@@ -1,0 +1,164 @@
+"""Cluster profiles: what a site calls its partitions, how large its nodes are, how it starts things.
+
+A profile is a YAML file; the bundled ones in ``slurm/clusters/`` are commented examples.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from g2rpo.config import StrictModel, load_yaml, nearest, validate
+from g2rpo.errors import UserError
+from slurm.graph import Needs
+
+HERE = Path(__file__).resolve().parent
+OneLine = Annotated[str, StringConstraints(pattern=r"^[^\r\n]*$")]
+"""Text that may stand in a line of a batch script."""
+BUILT_IN = ("auto", "slurm", "local", "debug")
+
+
+class Mail(StrictModel):
+    """Whom SLURM writes to, and when."""
+
+    user: OneLine
+    events: tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "ALL"], ...] = ("FAIL",)
+
+
+class Container(StrictModel):
+    """The container that jobs run in; the repository and the results are mounted as they are."""
+
+    kind: Literal["none", "apptainer", "pyxis", "podman"] = "none"
+    image: OneLine | None = None
+    """A .sif file for apptainer, an image name or .sqsh for pyxis, an image name for podman."""
+    mounts: tuple[OneLine, ...] = ()
+    """Further folders, ``path`` or ``path:path-inside``, e.g. the cache of published weights."""
+    arguments: tuple[OneLine, ...] = ()
+    """Further arguments of apptainer exec, srun (pyxis) or podman run."""
+    python: OneLine = "python3"
+    """The interpreter inside of the image."""
+
+    @model_validator(mode="after")
+    def _has_an_image(self) -> "Container":
+        if self.kind != "none" and self.image is None:
+            raise ValueError(f"image: name the image that {self.kind} is to run")
+        return self
+
+
+class Minutes(StrictModel):
+    """Time limits by kind of stage; a stage that needs longer is requeued and goes on."""
+
+    embed: int = Field(120, ge=1)
+    train: int = Field(1440, ge=1)
+    sample: int = Field(240, ge=1)
+    score: int = Field(240, ge=1)
+    render: int = Field(30, ge=1)
+
+
+class Cluster(StrictModel):
+    """One place to run."""
+
+    name: str = "slurm"
+    kind: Literal["slurm", "local", "debug"] = "slurm"
+    """``local``: this machine, as many stages at once as it has devices. ``debug``: this process,
+    one stage after the other, errors with their traceback."""
+    partition: OneLine | None = None
+    cpu_partition: OneLine | None = None
+    """For stages without a GPU; null is the same."""
+    account: OneLine | None = None
+    qos: OneLine | None = None
+    constraint: OneLine | None = None
+    gpus_per_node: int = Field(8, ge=1)
+    tasks_per_node: int = Field(8, ge=1)
+    """Ranks on a node of a stage without GPUs."""
+    gpu_flag: Literal["gpus_per_node", "gres"] = "gpus_per_node"
+    """How GPUs are asked for: ``--gpus-per-node=N`` or ``--gres=gpu:N``."""
+    gpu_type: OneLine | None = None
+    """As in ``--gres=gpu:TYPE:N``; null takes any."""
+    cpus_per_task: int = Field(8, ge=1)
+    memory_gb_per_task: int | None = Field(None, ge=1)
+    """Main memory for each rank; null takes the partition's default."""
+    minutes: Minutes = Minutes()
+    signal_lead_seconds: int = Field(300, ge=1)
+    """SLURM signals so long before a time limit; a checkpoint and one iteration must fit in."""
+    max_restarts: int = Field(100, ge=0)
+    """A job that was requeued so often is not requeued by itself any more."""
+    array_parallelism: int = Field(64, ge=1)
+    """Jobs of one array that run at once."""
+    exclusive: bool = False
+    mail: Mail | None = None
+    setup: tuple[OneLine, ...] = ()
+    """Shell lines before each job's command, e.g. ``module load``."""
+    environment: dict[str, OneLine] = Field(default_factory=dict)
+    """Environment variables of jobs. Not for secrets: batch scripts are readable."""
+    container: Container = Container()
+    extra: dict[str, OneLine | int | bool] = Field(default_factory=dict)
+    """Further sbatch flags by their long name, e.g. ``reservation: course``."""
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> "Cluster":
+        if self.signal_lead_seconds >= 60 * self.minutes.train:
+            raise ValueError("signal_lead_seconds: must be shorter than minutes.train")
+        return self
+
+    def nodes(self, needs: Needs) -> int:
+        """Nodes that a stage takes."""
+        return -(-needs.ranks // self._per_node(needs))
+
+    def tasks(self, needs: Needs) -> int:
+        """Tasks on each of its nodes.
+
+        Raises:
+            UserError: its ranks cannot be shared equally among nodes.
+        """
+        per_node = min(needs.ranks, self._per_node(needs))
+        if needs.ranks % per_node:
+            raise UserError(
+                f"cluster {self.name}: {needs.ranks} ranks do not fill nodes of {per_node}; set "
+                f"gpus_per_node or tasks_per_node to a divisor of {needs.ranks}"
+            )
+        return per_node
+
+    def _per_node(self, needs: Needs) -> int:
+        return self.gpus_per_node if needs.gpus else self.tasks_per_node
+
+    def time_limit(self, kind: str) -> int:
+        """The time limit of a kind of stage in minutes."""
+        found: int = getattr(self.minutes, kind)
+        return found
+
+
+def has_slurm() -> bool:
+    """Whether this machine submits to a SLURM cluster."""
+    return shutil.which("sbatch") is not None
+
+
+def load_cluster(name: str, *, gpus: int = 0) -> Cluster:
+    """The cluster that ``name`` stands for.
+
+    Args:
+        name: ``slurm``, ``local``, ``debug``, a bundled profile or a YAML file; ``auto`` is the
+            file in ``G2RPO_CLUSTER`` where that is set, else SLURM where it is found and the work
+            needs GPUs, else this machine.
+        gpus: how many GPUs the work needs.
+
+    Raises:
+        UserError: there is no such profile, or it is wrong; in one line.
+    """
+    configured = os.environ.get("G2RPO_CLUSTER")
+    if name == "auto" and configured:
+        name = configured
+    if name == "auto":
+        name = "slurm" if gpus and has_slurm() else "local"
+    if name in BUILT_IN:
+        return validate(Cluster, {"name": name, "kind": name}, f"cluster {name}")
+    path = Path(name)
+    if not name.endswith((".yaml", ".yml")):
+        path = HERE / "clusters" / f"{name}.yaml"
+        if not path.exists():
+            valid = [*BUILT_IN, *(found.stem for found in path.parent.glob("*.yaml"))]
+            raise UserError(f"no cluster {name!r}; {nearest(name, valid)}, or the path of a YAML")
+    data: dict[str, Any] = {"name": path.stem} | load_yaml(path)
+    return validate(Cluster, data, f"cluster {name}")

@@ -1,0 +1,115 @@
+"""What runs inside of a job: one stage, with its signals, its ranks, and an honest exit code."""
+
+import errno
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from g2rpo.errors import UserError
+from g2rpo.stop import Stopped, handle_signals
+from slurm.distributed import Ranks, join
+from slurm.graph import Stage
+from slurm.submission import Submission
+
+logger = logging.getLogger(__name__)
+
+REQUEUE = 85
+"""Exit code of a job that stopped in time and is to go on: its batch script requeues it."""
+TERMINATED = 143
+"""Exit code of a job that was told to end: it is not requeued by itself."""
+
+Entry = Callable[[Submission, Stage, Ranks], None]
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """The function that submitit runs: pickled by its names alone, it survives a change of code.
+
+    Attributes:
+        submission: the submission's folder.
+        stage: the name of the stage.
+    """
+
+    submission: str
+    stage: str
+
+    def __call__(self) -> None:
+        """Runs the stage; leaves the process with an exit code where it does not succeed."""
+        # submitit bypasses signals, or requeues by itself where scontrol may be out of reach (in
+        # a container): here they ask the stage to stop, and the batch script requeues the job.
+        with handle_signals():
+            code = run_stage(Path(self.submission), self.stage)
+        if code:
+            sys.exit(code)
+
+
+def run_stage(folder: Path, name: str) -> int:
+    """Runs stage ``name`` of the submission in ``folder``; returns the exit code.
+
+    0 it is complete, 2 a mistake that is told in one line, 1 an error with its traceback,
+    :data:`REQUEUE` or :data:`TERMINATED` where it was asked to stop.
+    """
+    try:
+        submission = Submission.load(folder)
+        entry: Entry = import_function(submission.entry)
+        with join(submission.graph[name].resources.ranks) as ranks:
+            try:
+                entry(submission, submission.graph[name], ranks)
+            except Stopped as stopped:
+                return _stopped(submission, stopped, ranks)
+    except UserError as error:
+        return _told(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            return 1
+        where = error.filename or folder
+        return _told(f"{where}: the disk or quota is full; free space and run the same command")
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            return _told(f"out of memory on the GPU ({' '.join(str(error).split())[:200]})")
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _told(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+    return 2
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names."""
+    module, _, name = path.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def slurm_job_id() -> str | None:
+    """The id of the SLURM job that this process is part of, with its array index."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def requeue_marker(jobs: Path, job: str) -> Path:
+    """The file by which a job asks its batch script to requeue it."""
+    return jobs / f"{job}.requeue"
+
+
+def _stopped(submission: Submission, stopped: Stopped, ranks: Ranks) -> int:
+    sys.stderr.write(f"stopped: {stopped.reason}; what is done is kept\n")
+    job = slurm_job_id()
+    if not stopped.resume or job is None:
+        return TERMINATED
+    if ranks.first:
+        requeue_marker(submission.jobs_folder, job).touch()
+    return REQUEUE
