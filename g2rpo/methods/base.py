@@ -3,7 +3,7 @@
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -62,6 +62,15 @@ class Method(StrictModel):
     def forest(self, shape: RolloutShape, iteration: int) -> Forest:
         """The rollout of one prompt in ``iteration`` (counted from 0)."""
         raise NotImplementedError
+
+    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """What :meth:`forest` depends on in ``iteration``: equal keys mean equal forests.
+
+        By default every iteration has a forest of its own. It is for counting beforehand what a
+        run will cost.
+        """
+        del shape
+        return iteration
 
     def trained_steps(
         self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]

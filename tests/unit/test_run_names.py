@@ -15,7 +15,7 @@ from g2rpo.hub.lock import LOCK_VARIABLE
 from g2rpo.training.config import TrainConfig
 from reproduce import runs
 from reproduce.experiment import ROOT, Experiment, Profile, expand, load_experiment, load_profile
-from reproduce.stages import Layout
+from reproduce.layout import Layout
 
 LAYOUT = Layout(Path("runs"), Path("tables"))
 COMMITTED = sorted(path.parent.name for path in (ROOT / "results" / "mini").glob("*/cells"))
