@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,7 +31,9 @@ from g2rpo.policy.conditioning import TextEncoders, row_of
 from g2rpo.policy.folder import folder_here, read_json, resolve_source, text_fingerprint
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment import ResolvedCell
-from reproduce.stages import Layout
+
+if TYPE_CHECKING:  # the stages import this file
+    from reproduce.stages import Layout
 
 FLUX_WIDTHS = {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
 """What FluxTransformer2DModel takes unless its configuration says otherwise."""
@@ -129,7 +132,7 @@ def _opened(folder: Path) -> EmbeddingCache:
     return EmbeddingCache(folder)
 
 
-def _cache_folder(key: CacheKey, layout: Layout) -> Path:
+def _cache_folder(key: CacheKey, layout: "Layout") -> Path:
     return layout.runs / "embeddings" / key.name
 
 
@@ -168,7 +171,7 @@ def _by_policy(
     ]
 
 
-def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
+def is_embedded(cell: ResolvedCell, layout: "Layout") -> bool:
     """Whether all prompts that the cell will encode are in the cache.
 
     Reads indices and prompt files, each once while they do not change; no tensor, no network.
@@ -185,7 +188,7 @@ def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
 
 def embed(
     cells: Sequence[ResolvedCell],
-    layout: Layout,
+    layout: "Layout",
     part: Part = WHOLE,
     *,
     every_prompt: bool = False,
@@ -234,7 +237,7 @@ def _encoder(
     return lambda prompt: row_of(encoders.encode_one(prompt), 0)
 
 
-def attach(policy: FluxPolicy, layout: Layout) -> None:
+def attach(policy: FluxPolicy, layout: "Layout") -> None:
     """Lets ``policy`` read its text embeddings from the cache, where there is one for it."""
     key = cache_key(policy.config)
     if key is not None and _cache_folder(key, layout).is_dir():

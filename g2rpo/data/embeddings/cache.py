@@ -92,6 +92,11 @@ def rows_digest(rows: Rows) -> str:
     return digest.hexdigest()
 
 
+def shard_name(keys: Sequence[str]) -> str:
+    """The file name of the shard of these prompts: it says what the shard shall hold."""
+    return content_hash(list(keys)) + SHARD_SUFFIX
+
+
 def index_path(shard: Path) -> Path:
     """The index of a shard."""
     return shard.with_suffix(".json")
@@ -158,6 +163,9 @@ class EmbeddingCache:
         try:
             data: object = json.loads(path.read_text())
             index = validate(ShardIndex, data, str(path))
+            keys = tuple(entry.prompt for entry in index.entries)
+            if shard_name(keys) != shard.name:
+                raise ValueError("the index of another shard")
             size = shard.stat().st_size
         except FileNotFoundError:
             if path.exists():
@@ -169,7 +177,7 @@ class EmbeddingCache:
         if size != index.size:
             self._tell(shard, f"has {size} bytes where {index.size} were written")
             return
-        self._shards[path.name] = tuple(entry.prompt for entry in index.entries)
+        self._shards[path.name] = keys
         for row, entry in enumerate(index.entries):
             self._entries[entry.prompt] = Entry(shard, row, entry.content)
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from g2rpo.config import content_hash
 from g2rpo.data.embeddings.cache import (
     SHARD_SUFFIX,
     EmbeddingCache,
@@ -25,6 +24,7 @@ from g2rpo.data.embeddings.cache import (
     index_path,
     prompt_key,
     rows_digest,
+    shard_name,
 )
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, write_json
@@ -151,8 +151,7 @@ def _write_shard(
     folder: Path, prompts: Sequence[str], rows: Sequence[Rows], origin: dict[str, str]
 ) -> None:
     keys = [prompt_key(prompt) for prompt in prompts]
-    # Named by its prompts: whoever writes these prompts into one shard writes the same file.
-    shard = folder / f"{content_hash(keys)}{SHARD_SUFFIX}"
+    shard = folder / shard_name(keys)
     tensors: dict[str, Tensor] = {
         name: torch.stack([row[name] for row in rows]) for name in rows[0]
     }
