@@ -266,7 +266,8 @@ def test_a_writer_waits_for_another_of_the_same_part(
     def after(done: int) -> None:
         if done == 1:
             other.start()
-        while not caplog.records:  # the first goes on once the second waits
+        deadline = time.monotonic() + 60
+        while not caplog.records and time.monotonic() < deadline:  # until the second waits
             time.sleep(0.005)
 
     first.after = after

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from g2rpo.config import StrictModel, content_hash, validate
 from g2rpo.errors import UserError
-from g2rpo.hub.catalogue import SHA256
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised when the same encoders would write other files than before."""
+SHA256 = r"^[0-9a-f]{64}$"
 SHARD_SUFFIX = ".safetensors"
 SETTLED_NS = 2 * 10**9
 """A folder that changed so recently may change again under the same time stamp."""
