@@ -7,6 +7,7 @@ from pathlib import Path
 from g2rpo.errors import UserError
 from slurm.cluster import Cluster
 from slurm.doctor import limits, nodes, place, requeue, trial
+from slurm.doctor.answers import disk
 from slurm.doctor.finding import Case, Finding, Options, listed
 from slurm.doctor.site import Site, ask, missing
 from slurm.graph import Needs
@@ -81,7 +82,7 @@ def _folder(case: Case, site: Site | None) -> Iterator[Finding]:
         with trial.trial_folder(case.results) as folder:
             if case.cluster.kind != "slurm":
                 yield Finding("ok", what, "can be written to")
-                yield trial.disk(case, shutil.disk_usage(folder).free / 1e9, "disk")
+                yield disk(case, shutil.disk_usage(folder).free / 1e9, "disk")
             elif case.options.quick:
                 yield Finding("ok", what, "can be written to here; no job was asked to (--quick)")
             elif site is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 from g2rpo.errors import UserError
+from slurm.doctor.answers import gpu_memory
 from slurm.doctor.finding import Case, Finding, counted, listed
 from slurm.doctor.site import ask
 
@@ -68,8 +69,6 @@ def this_machine(case: Case) -> Iterator[Finding]:
 
 def _devices(case: Case) -> Iterator[Finding]:
     import torch
-
-    from slurm.doctor.trial import gpu_memory
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for needs, kinds in case.groups.items():

@@ -19,6 +19,7 @@ from typing import Any
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
 from slurm.batch import Batch, batch_text, executor, python_command, setup, srun_arguments
+from slurm.doctor.answers import judged
 from slurm.doctor.finding import Case, Finding, listed
 from slurm.doctor.probe import ANSWERS, QUESTION
 from slurm.doctor.site import ask, fields
@@ -253,8 +254,9 @@ class Trial:
             if path.exists():
                 lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
                 told = [line for line in lines if line and not line.startswith("srun: error: ")]
+                wrong = [line for line in told if "error" in line.lower()]
                 if told:
-                    return told[-1][:300]
+                    return (wrong or told)[-1][:300]
         return ""
 
 
@@ -282,90 +284,6 @@ def _cancel(job: str) -> None:
         ask("scancel", job)
     except UserError:
         return  # it has ended
-
-
-def judged(case: Case, needs: Needs, answer: dict[str, Any]) -> Iterator[Finding]:
-    """The lines of what one rank of the trial job found."""
-    node = answer["node"]
-    broken = {name: problem for name, problem in answer["modules"].items() if problem}
-    if broken:
-        name, problem = next(iter(broken.items()))
-        mend = "install the project for the Python that jobs run (setup:, container:)"
-        yield Finding("failed", f"Python on {node}", f"{name} cannot be imported: {problem}", mend)
-    else:
-        found = f"Python {answer['python']} imports {listed(answer['modules'])}"
-        yield Finding("ok", f"Python on {node}", found)
-    several = any(each.ranks > 1 for each in case.wanted.values())
-    if answer["meeting"]:
-        yield Finding(
-            "failed" if several else "warning",
-            f"names on {node}",
-            f"the first node's name does not resolve ({answer['meeting']}); ranks meet there",
-            "the site: names of nodes in its name service or /etc/hosts",
-        )
-    else:
-        yield Finding("ok", f"names on {node}", "the first node's name resolves; ranks meet there")
-    if needs.gpus:
-        yield _gpus(case, answer)
-    yield disk(case, answer["free_gb"], f"disk on {node}")
-    if answer["absent"]:
-        yield Finding(
-            "failed",
-            f"files on {node}",
-            f"not there: {listed(answer['absent'])}",
-            "put them on a shared file system, or mount their folder (container.mounts)",
-        )
-    elif case.options.files:
-        yield Finding("ok", f"files on {node}", f"all {len(case.options.files)} there")
-    yield from _weights(case, answer)
-
-
-def _gpus(case: Case, answer: dict[str, Any]) -> Finding:
-    what = f"GPUs on {answer['node']}"
-    problem = answer.get("gpus_problem")
-    if problem or not answer["gpus"]:
-        found = "asked for one, torch sees none" + (f" ({problem})" if problem else "")
-        mend = "`nvidia-smi` there; a torch for its driver; --nv or the like for the container"
-        return Finding("failed", what, found, mend)
-    return gpu_memory(case, answer["gpus"], what)
-
-
-def gpu_memory(case: Case, gpus: list[dict[str, Any]], what: str) -> Finding:
-    """Whether GPUs that torch sees have the memory that the profile needs."""
-    wanted = case.options.gpu_memory_gb
-    least = min(gpu["memory_gb"] for gpu in gpus)
-    found = listed(f"{gpu['name']}, {gpu['memory_gb']:.0f} GiB" for gpu in gpus)
-    # A card sold as one of 80 GB shows 79.
-    if least < 0.95 * wanted:
-        return Finding("failed", what, f"{found}; needs {wanted} GB", "use larger GPUs (gpu_type)")
-    return Finding("ok", what, found)
-
-
-def disk(case: Case, free_gb: float, what: str) -> Finding:
-    """Whether the results folder has room."""
-    if free_gb < case.options.disk_gb:
-        found = f"{free_gb:.1f} GB free, {case.options.disk_gb:.0f} GB are likely to be needed"
-        return Finding("warning", what, found, "free some, or --results on a larger disk")
-    return Finding("ok", what, f"{free_gb:.0f} GB free")
-
-
-def _weights(case: Case, answer: dict[str, Any]) -> Iterator[Finding]:
-    what = f"weights on {answer['node']}"
-    if not case.options.artifacts:
-        return
-    mend = "a shared HF_HOME (environment:), mounted in a container (container.mounts)"
-    if answer.get("artifacts_problem"):
-        yield Finding("failed", what, answer["artifacts_problem"], mend)
-        return
-    words = answer["artifacts"]
-    absent = [
-        name for name in case.options.artifacts if words.get(name) not in ("cached", "locked")
-    ]
-    if absent:
-        found = f"cached here, but not in {answer['cache']} there: {listed(absent)}"
-        yield Finding("failed", what, found, mend)
-    else:
-        yield Finding("ok", what, f"all {len(words)} in {answer['cache']}")
 
 
 @contextmanager

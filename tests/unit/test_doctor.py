@@ -16,6 +16,7 @@ from reproduce.experiment import load_profile
 from slurm.cluster import Cluster
 from slurm.doctor import limits, nodes, place, requeue
 from slurm.doctor import site as sites
+from slurm.doctor.answers import judged
 from slurm.doctor.examine import examine
 from slurm.doctor.finding import Case, Finding, Options
 from slurm.doctor.site import Site
@@ -346,8 +347,6 @@ def probe(folder: Path, question: dict[str, Any], **environment: str) -> dict[st
 
 
 def test_what_a_job_sees_where_names_weights_and_files_are_missing(tmp_path: Path) -> None:
-    from slurm.doctor.trial import judged
-
     question = {
         "files": [str(tmp_path / "gone.txt")], "modules": ["json", "no_such_module"],
         "artifacts": ["flux-dev"], "gpus": 0,
@@ -372,8 +371,6 @@ def test_what_a_job_sees_where_names_weights_and_files_are_missing(tmp_path: Pat
 
 
 def test_gpus_too_small_or_not_seen() -> None:
-    from slurm.doctor.trial import judged
-
     answer: dict[str, Any] = {
         "node": "n", "python": "3", "free_gb": 9, "absent": [], "modules": {}, "meeting": "",
         "artifacts": {}, "gpus": [],
