@@ -226,6 +226,8 @@ def constraint(case: Case, site: Site) -> Iterator[Finding]:
     if not asked or not any(needs.gpus for needs in case.wanted.values()):
         return
     nodes = site.nodes_of(case.cluster.partition)
+    if not nodes:
+        return  # told by the partition's own line
     known = {feature for node in nodes for feature in node.features}
     unknown = sorted(_features(asked) - known)
     what = f"constraint {asked}"

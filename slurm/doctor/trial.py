@@ -91,8 +91,12 @@ class Trial:
 
     def script(self) -> str:
         """The job: a stage's own flags but for output and time, then the trial."""
+        memory = self.case.cluster.memory_gb_per_task
         small = self.case.cluster.model_copy(
             update={
+                # A small job starts soon; importing torch takes no more.
+                "cpus_per_task": min(2, self.case.cluster.cpus_per_task),
+                "memory_gb_per_task": memory and min(8, memory),
                 "gpus_per_node": 1,
                 "tasks_per_node": 1,
                 "exclusive": False,
