@@ -1,5 +1,6 @@
 # Targets are thin names for commands; every one that needs the environment sets it up first.
-# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), PYTHON (the interpreter of .venv).
+# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), PYTHON (the
+# interpreter of .venv).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
-	bench-rewards bench-statistics \
+	doctor bench-rewards bench-statistics \
 	slurm-up slurm-down test-slurm test-slurm-core
 
 help: ## show this list
@@ -82,6 +83,9 @@ reproduce-table3: $(READY) ## the paper's Table 3, inference steps (PROFILE=flux
 reproduce-released: $(READY) ## published checkpoints, sampled and scored, no training (PROFILE=flux unless given)
 reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released:
 	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES)
+
+doctor: $(READY) ## does the cluster fit, with a tiny job (CLUSTER=auto, PROFILE=mini unless given)
+	$(RUN)/g2rpo doctor --cluster $(or $(CLUSTER),auto) --profile $(or $(PROFILE),mini)
 
 bench-rewards: $(READY) ## images a second of the reward models against their packages (ViT-H size, minutes)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.rewards

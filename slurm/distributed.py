@@ -60,7 +60,8 @@ def join(expected: int) -> Iterator[Ranks]:
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if count != expected:
         raise UserError(f"{count} ranks were started for a stage of {expected}; submit it again")
-    check_meeting_point(address, port, first=rank == 0)
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun has opened the port itself
+    check_meeting_point(address, port, first=rank == 0 and not launched)
     import torch
     from accelerate import PartialState
 
@@ -78,8 +79,11 @@ def _export() -> None:
         return
     from submitit.helpers import TorchDistributedEnvironment
 
-    # Which GPU a rank takes is accelerate's choice, by LOCAL_RANK.
+    # What the cluster profile sets goes before what submitit finds. Which GPU a rank takes is
+    # accelerate's choice, by LOCAL_RANK.
+    given = {name: os.environ[name] for name in ("MASTER_ADDR",) if name in os.environ}
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ.update(given)
 
 
 def check_meeting_point(address: str, port: int, *, first: bool) -> None:

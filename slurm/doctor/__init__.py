@@ -1,0 +1,1 @@
+"""Checks a cluster profile against the cluster that it describes."""

@@ -1,0 +1,227 @@
+"""`g2rpo doctor` on a real cluster: what is right, and what is wrong, each with its line."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from harness import Cluster
+
+from reproduce import cli
+
+pytestmark = pytest.mark.slurm
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOOD = {
+    "partition": "main",
+    "gpus_per_node": 2,
+    "cpus_per_task": 1,
+    "memory_gb_per_task": 1,
+    "signal_lead_seconds": 10,
+}
+
+
+@dataclass
+class Examination:
+    """What the command answered."""
+
+    code: int
+    lines: list[tuple[str, str]]
+    error: str
+
+    def line(self, what: str) -> tuple[str, str]:
+        """The word and the whole text of the one line that begins so."""
+        found = [(word, text) for word, text in self.lines if text.startswith(what)]
+        assert len(found) == 1, (what, self.lines)
+        return found[0]
+
+    def words(self) -> set[str]:
+        return {word for word, _ in self.lines}
+
+
+class Doctor:
+    """Runs the command; in this process, since importing everything takes seconds."""
+
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        self.results = folder / "results"
+
+    def command(self, *arguments: str, **changes: Any) -> list[str]:
+        """The words of the command on a profile that fits but for ``changes``."""
+        profile = self.folder / "here.yaml"
+        profile.write_text(yaml.safe_dump(GOOD | changes))
+        where = ("--cluster", str(profile), "--results", str(self.results))
+        return ["doctor", *where, *arguments]
+
+    def __call__(self, *arguments: str, **changes: Any) -> Examination:
+        self.monkeypatch.setattr(sys, "argv", ["g2rpo", *self.command(*arguments, **changes)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        captured = self.capsys.readouterr()
+        return examination(code, captured.out, captured.err)
+
+    def profile(self, **hardware: Any) -> str:
+        """A scale like mini that takes GPUs."""
+        path = self.folder / "scale.yaml"
+        path.write_text(yaml.safe_dump({"name": "scale", "extends": "mini", "hardware": hardware}))
+        return str(path)
+
+
+def examination(code: int, out: str, error: str) -> Examination:
+    """What the command printed, by line."""
+    rows = (row.partition(" ") for row in out.splitlines())
+    lines = [(word, text.strip()) for word, _, text in rows if word in ("ok", "warning", "failed")]
+    assert lines, error
+    return Examination(code, lines, (error.strip().splitlines() or [""])[-1])
+
+
+@pytest.fixture
+def doctor(
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Doctor:
+    monkeypatch.setattr("reproduce.quiet.quiet_libraries", lambda: None)
+    return Doctor(tmp_path, monkeypatch, capsys)
+
+
+def test_a_profile_that_fits_is_all_ok(doctor: Doctor, cluster: Cluster) -> None:
+    done = doctor(cpu_partition="high", account="root", qos="normal")
+    assert (done.code, done.words()) == (0, {"ok"}), done
+    assert "seen here" in done.line(f"the folder {doctor.results}")[1]
+    assert "imports g2rpo.training.loop" in done.line("Python on node")[1]
+    assert "resolves" in done.line("names on node")[1]
+    # Nothing is left: no job, no folder.
+    assert cluster.run("squeue", "--noheader") == ""
+    assert not doctor.results.exists()
+
+
+def test_two_nodes_with_gpus_that_torch_does_not_see(doctor: Doctor) -> None:
+    # The cluster hands out GPUs that are none, and that is what is found on both nodes.
+    done = doctor("--profile", doctor.profile(gpus=4))
+    assert done.code == 2
+    failed = [text.split("  ")[0] for word, text in done.lines if word == "failed"]
+    assert sorted(failed) == ["GPUs on node1", "GPUs on node2"]
+    assert "2 nodes with 2 GPUs" in done.line("devices of train")[1]
+    assert done.error.startswith("error: cluster here, profile scale: 2 of ")
+
+
+def test_what_slurm_would_refuse(doctor: Doctor) -> None:
+    scale = doctor.profile(gpus=16)
+    done = doctor("--quick", "--profile", scale, partition="mian")
+    assert done.code == 2
+    assert "did you mean 'main'?" in done.line("partition mian")[1]
+    done = doctor("--quick", "--profile", scale, gpus_per_node=8)
+    assert done.code == 2
+    assert "set gpus_per_node: 2 or less" in done.line("devices of train")[1]
+    word, text = done.line("sbatch takes train")
+    assert word == "failed" and "Requested node configuration is not available" in text
+    done = doctor("--quick", "--profile", scale)
+    assert "2 such nodes in all" in done.line("devices of train")[1]
+    assert done.line("sbatch takes sample, score")[0] == "ok"
+
+
+def test_a_time_limit_above_the_partition_s(doctor: Doctor, cluster: Cluster) -> None:
+    cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=60")
+    try:
+        done = doctor("--quick")
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
+    assert done.code == 2
+    word, text = done.line("time of train, sample, score")
+    assert word == "failed"
+    assert "asks for 1440 minutes, partition main allows 60" in text
+    assert "set minutes: {train: 60, sample: 60, score: 60}" in text
+
+
+def test_preemption_without_time_to_save_is_a_warning(doctor: Doctor) -> None:
+    done = doctor("--quick", signal_lead_seconds=120)
+    assert (done.code, done.words()) == (0, {"ok", "warning"})
+    assert "10 s (GraceTime)" in done.line("preemption in main")[1]
+
+
+def test_nodes_that_are_drained(doctor: Doctor, cluster: Cluster) -> None:
+    scale = doctor.profile(gpus=4)
+    cluster.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=fan is broken")
+    done = doctor("--quick", "--profile", scale)
+    assert done.code == 2
+    assert done.line("nodes of main")[0] == "warning"
+    assert "node2 (idle+drain: fan is broken)" in done.line("nodes of main")[1]
+    assert "1 of 2 such are usable now" in done.line("devices of train")[1]
+    cluster.run("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=power")
+    done = doctor()
+    assert done.code == 2
+    word, text = done.line("nodes of main")
+    assert word == "failed" and "node1 (idle+drain: power)" in text
+    assert "not submitted" in done.line("trial job in main")[1]
+
+
+def test_a_results_folder_that_cannot_be_written_here(doctor: Doctor) -> None:
+    doctor.results = doctor.folder / "here.yaml" / "results"
+    done = doctor()
+    assert done.code == 2
+    word, text = done.line(f"the folder {doctor.results}")
+    assert word == "failed" and "Not a directory" in text
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed")
+def test_a_results_folder_that_nodes_do_not_share(doctor: Doctor) -> None:
+    # A disk that this command alone sees, mounted over the place that nodes know.
+    doctor.results.mkdir()
+    mounted = f'mount -t tmpfs none {doctor.results} && exec "$@"'
+    command = [sys.executable, "-m", "reproduce.cli", *doctor.command()]
+    ran = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mounted, "sh", *command],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    done = examination(ran.returncode, ran.stdout, ran.stderr)
+    assert done.code == 2
+    word, text = done.line(f"the folder {doctor.results}")
+    assert word == "failed" and "cannot be written to on node" in text
+    assert "a file system that all nodes share" in done.error
+
+
+def test_jobs_whose_python_does_not_start(doctor: Doctor) -> None:
+    done = doctor(environment={"PYTHONHOME": "/nowhere"})
+    assert done.code == 2
+    word, text = done.line("Python in a job")
+    assert word == "failed" and "No module named 'encodings'" in text
+    # On nodes without podman the shell does not find it; this machine may have it.
+    absent = ["command() { false; }"]
+    done = doctor(container={"kind": "podman", "image": "no-such-image"}, setup=absent)
+    assert "podman was not found on node" in done.line("container")[1]
+    assert done.code == 2
+
+
+def test_a_trial_that_does_not_start_is_a_warning(
+    doctor: Doctor, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slurm.cluster import Cluster as ClusterProfile
+    from slurm.doctor import trial
+    from slurm.doctor.examine import examine
+    from slurm.graph import Needs
+
+    monkeypatch.setattr(trial, "START_SECONDS", 3)
+    blocking = cluster.submit("sleep 300", "--nodes=2", "--exclusive")
+    cluster.wait_running(blocking)
+    found = examine(ClusterProfile(**GOOD), {"train": Needs()}, doctor.results)
+    told = [each for each in found if each.what == "trial job in main"]
+    assert [each.word for each in told] == ["warning"]
+    assert "did not start within 3 s: waiting for free devices" in told[0].found
+    assert cluster.run("squeue", "--noheader", "--format=%i") == blocking
