@@ -8,6 +8,7 @@ import copy
 import gc
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
+from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
 from g2rpo.policy.conditioning import Conditioning, TextEncoders
 from g2rpo.policy.folder import (
@@ -30,6 +32,7 @@ from g2rpo.policy.folder import (
     read_json,
     resolve_source,
 )
+from g2rpo.policy.lora import LoraConfig
 
 DECODE_PIXELS = 2**21
 """Pixels decoded at once: four images of 720x720. The decoder's memory grows with it."""
@@ -51,8 +54,9 @@ class PolicyConfig(StrictModel):
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """T5 tokens a prompt is padded or cut to."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the parameters; latents stay float32 outside of the transformer. ``float64`` is for
-    checking numerics: there everything but noise and rewards is float64."""
+    """In which everything is computed; latents stay float32 outside of the transformer, and what is
+    trained is kept in float32 beside it. ``float64`` is for checking numerics: there everything but
+    noise and rewards is float64."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,13 @@ class FluxPolicy:
         self._text_ids: dict[int, Tensor] = {}
 
     @classmethod
-    def load(cls, config: PolicyConfig, device: torch.device | str) -> "FluxPolicy":
+    def load(
+        cls, config: PolicyConfig, device: torch.device | str, *, weights: bool = True
+    ) -> "FluxPolicy":
         """Loads transformer and autoencoder onto ``device`` in ``config.dtype``.
+
+        Without ``weights`` the transformer is left on the meta device, in float32 or more, for
+        whoever shards it before it is filled (:meth:`fill_transformer`).
 
         Raises:
             UserError: the source cannot be found, fetched or read, the parts do not fit together,
@@ -132,8 +141,11 @@ class FluxPolicy:
         folder = resolve_source(config.source, config.revision)
         dtype = getattr(torch, config.dtype)
         vae = load_model(AutoencoderKL, folder / "vae", torch_dtype=dtype)
-        transformer = cls._read_transformer(config, folder)
-        return cls(config, folder, transformer.to(device), vae.requires_grad_(False).to(device))
+        if weights:
+            transformer = cls._read_transformer(config, folder).to(device)
+        else:
+            transformer = cls.empty_transformer(config, folder)
+        return cls(config, folder, transformer, vae.requires_grad_(False).to(device))
 
     @property
     def image_tokens(self) -> int:
@@ -207,8 +219,7 @@ class FluxPolicy:
         Returns:
             [B, tokens, 4C], float32 (float64 where the latents are).
         """
-        parameter = next(self.transformer.parameters())
-        dtype, device = parameter.dtype, latents.device
+        dtype, device = getattr(torch, self.config.dtype), latents.device
         guidance = None
         if self.transformer_config["guidance_embeds"]:
             guidance = torch.full(
@@ -290,6 +301,47 @@ class FluxPolicy:
                 )
         read_into(self._unwrapped().state_dict(), files)
 
+    def fill_transformer(self) -> None:
+        """Reads the base's weights into the transformer that is there, each rank its own part.
+
+        They are rounded to ``config.dtype`` on the way, so that a transformer that is kept in
+        float32 begins where one in ``config.dtype`` does.
+
+        Raises:
+            UserError: as :meth:`load_checkpoint`.
+        """
+        files = files_at(self.folder / "transformer", str(self.folder))
+        rounding = getattr(torch, self.config.dtype)
+        read_into(self._unwrapped().state_dict(), files, rounding)
+
+    # Adapters
+
+    def add_lora(self, config: LoraConfig, seed: int = 0) -> None:
+        """Freezes the transformer and adds trainable adapters (:func:`lora.add_lora`)."""
+        lora.add_lora(self._unwrapped(), config, seed)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the transformer has adapters."""
+        return bool(lora.lora_parameters(self._unwrapped()))
+
+    def save_lora(self, folder: Path) -> None:
+        """Writes the adapters as a LoRA file that FluxPipeline loads, atomically."""
+        with atomic_folder(folder) as temporary:
+            lora.save_lora(self._unwrapped(), temporary)
+
+    def load_lora(self, folder: Path) -> None:
+        """Reads adapters that :meth:`save_lora` wrote, adding them where there are none.
+
+        Raises:
+            UserError: the file is missing, damaged or does not fit.
+        """
+        lora.load_lora(self._unwrapped(), folder)
+
+    def lora_disabled(self) -> AbstractContextManager[None]:
+        """A context in which the transformer is its frozen base."""
+        return lora.lora_disabled(self._unwrapped())
+
     def with_base_transformer(self) -> "FluxPolicy":
         """The untrained policy: the base's transformer, read anew, with all else shared.
 
@@ -305,6 +357,15 @@ class FluxPolicy:
     def _read_transformer(config: PolicyConfig, folder: Path) -> FluxTransformer2DModel:
         dtype = getattr(torch, config.dtype)
         return load_model(FluxTransformer2DModel, folder / "transformer", torch_dtype=dtype)
+
+    @staticmethod
+    def empty_transformer(config: PolicyConfig, folder: Path) -> FluxTransformer2DModel:
+        """The transformer of ``folder`` without storage, in float32 or more."""
+        settings = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
+        dtype = torch.promote_types(getattr(torch, config.dtype), torch.float32)
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(settings)
+        return transformer.to(dtype).eval()
 
     def _unwrapped(self) -> Any:
         return extract_model_from_parallel(self.transformer, keep_torch_compile=False)
