@@ -18,12 +18,13 @@ from benchmarks.scoring.engine import Scorer
 from benchmarks.scoring.items import Item
 from g2rpo.config import StrictModel
 from g2rpo.data.prompts import Prompt
-from g2rpo.files import atomic_path
+from g2rpo.files import atomic_path, check_publication
 from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.policy import FluxPolicy
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.sampling import HybridConfig, sample_ode
+from g2rpo.stop import StopRequest
 
 
 class EvaluationConfig(StrictModel):
@@ -104,11 +105,15 @@ def sample_images(
 
     Returns:
         How many images were sampled.
+
+    Raises:
+        Stopped: a stop was asked for; the images so far are kept.
     """
     missing = [prompt for prompt in prompts if not image_path(folder, prompt, index).exists()]
     grid = build_grid(config.grid, policy.image_tokens)
     with ProgressReport("sample", len(prompts), done=len(prompts) - len(missing)) as report:
         for start in range(0, len(missing), batch):
+            StopRequest.obey()
             part = missing[start : start + batch]
             images = sample_ode(policy, part, grid, config.seed, batch, index)
             for prompt, pixels in zip(part, images, strict=True):
@@ -137,6 +142,7 @@ def score_images(
 
     Raises:
         UserError: an image is missing or damaged; it is named.
+        Stopped: a stop was asked for; the scores so far are kept.
     """
     items = [
         Item(prompt.id, path, prompt.text, prompt.id, prompt.style, path.name)
@@ -150,6 +156,7 @@ def score_images(
     )
     with atomic_path(output) as temporary:
         scores.to_parquet(temporary, index=False)
+    check_publication()
     shutil.rmtree(journal)
     return scores
 
@@ -163,6 +170,7 @@ def prune_images(
     """
     if keep is None:
         return
+    check_publication()
     for prompt in prompts[keep:]:
         for index in range(images):
             image_path(folder, prompt, index).unlink(missing_ok=True)

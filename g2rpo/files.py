@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: atomic writes, and hashes of what was written."""
+"""Files that are either whole or absent: atomic writes, and hashes of what was written.
+
+A guard (:func:`publication_guard`) keeps a process that may no longer write from publishing.
+"""
 
 import hashlib
 import json
@@ -19,6 +22,43 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_guards: list[Callable[[], None]] = []
+
+
+@contextmanager
+def publication_guard(check: Callable[[], None]) -> Iterator[None]:
+    """Inside of the block, in all threads, nothing is published unless ``check`` returns.
+
+    ``check`` raises where this process may no longer write; what it would have replaced stays.
+    """
+    _guards.append(check)
+    try:
+        yield
+    finally:
+        _guards.remove(check)
+
+
+def check_publication() -> None:
+    """Asks all guards whether this process may still write or delete.
+
+    Everything below does so right before it publishes; call it before other writes and deletions
+    of shared files, after they have been listed.
+    """
+    for check in tuple(_guards):
+        check()
+
+
+@contextmanager
+def _told_by_guards() -> Iterator[None]:
+    """An error in the block is the guards', where they have one."""
+    try:
+        yield
+    except OSError:
+        # Whoever took over may have deleted the temporary files: that is not what went wrong.
+        check_publication()
+        raise
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, renamed to ``path`` when the block succeeds."""
@@ -27,15 +67,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        # mkstemp creates the file for its owner alone; give it the ordinary permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with _told_by_guards():
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            # mkstemp creates the file for its owner alone; give it the ordinary permissions.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            check_publication()
+            temporary.replace(path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,6 +98,15 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def _sync_tree(folder: Path) -> None:
+    for written in (folder, *sorted(folder.rglob("*"))):
+        if written.is_dir():
+            _sync_folder(written)
+        elif written.is_file():
+            with written.open("rb+") as handle:
+                os.fsync(handle.fileno())
+
+
 def _temporary_folder(path: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
 
@@ -70,21 +121,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = _temporary_folder(path)
     retired: Path | None = None
     try:
-        yield temporary
-        for written in (temporary, *sorted(temporary.rglob("*"))):
-            if written.is_dir():
-                _sync_folder(written)
-            elif written.is_file():
-                with written.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if path.exists():
-            retired = _temporary_folder(path)
-            path.replace(retired)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with _told_by_guards():
+            yield temporary
+            _sync_tree(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o777 & ~umask)
+            check_publication()
+            if path.exists():
+                retired = _temporary_folder(path)
+                path.replace(retired)
+            temporary.replace(path)
+            _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if retired is not None:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar
 
@@ -22,6 +24,18 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+@dataclass(frozen=True)
+class ProgressSnapshot:
+    """How far some work is: ``done`` of ``total`` units, and the seconds it took and will take."""
+
+    description: str
+    done: int
+    total: int
+    note: str
+    elapsed: float
+    remaining: float
+
+
 class ProgressReport:
     """A context that reports how far some work is.
 
@@ -31,6 +45,8 @@ class ProgressReport:
 
     bars: ClassVar[bool] = True
     """Whether this process draws bars at all: those of several processes would collide."""
+    listener: ClassVar[Callable[[ProgressSnapshot], None] | None] = None
+    """Is told the start and every update of the reports that are not silent."""
 
     def __init__(
         self,
@@ -64,6 +80,7 @@ class ProgressReport:
     def __enter__(self) -> "ProgressReport":
         if self._bar is not None:
             self._bar.start()
+        self._tell_listener()
         return self
 
     def __exit__(
@@ -82,6 +99,12 @@ class ProgressReport:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
+    @property
+    def remaining(self) -> float:
+        """Seconds that the rest takes at the speed so far."""
+        made = max(1, self.done - self._first)
+        return self.seconds / made * (self.total - self.done)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """Says that ``count`` more units are done; ``note`` is shown beside the bar."""
         self.update(self.done + count, note)
@@ -89,17 +112,22 @@ class ProgressReport:
     def update(self, done: int, note: str = "", *, always: bool = False) -> None:
         """Says that ``done`` units are done; ``always`` prints the line now in a log."""
         self.done, self._note = done, note
+        self._tell_listener()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
         elif self.enabled and (always or time.monotonic() - self._last_line >= self.interval):
             self._print_line()
             self._last_line = time.monotonic()
 
+    def _tell_listener(self) -> None:
+        listener = type(self).listener
+        if self.enabled and listener is not None:
+            times = (self.seconds, self.remaining)
+            listener(ProgressSnapshot(self.description, self.done, self.total, self._note, *times))
+
     def _print_line(self) -> None:
-        elapsed = self.seconds
-        made = max(1, self.done - self._first)
-        eta = duration(elapsed / made * (self.total - self.done))
         share = f"{self.description}: {self.done}/{self.total}"
-        line = f"{share}, {duration(elapsed)} so far, ETA {eta}  {self._note}".rstrip()
+        times = f"{duration(self.seconds)} so far, ETA {duration(self.remaining)}"
+        line = f"{share}, {times}  {self._note}".rstrip()
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

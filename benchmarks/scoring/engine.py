@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from benchmarks.scoring.items import Item, Source, refuse_bad
 from benchmarks.scoring.journal import Entry, Journal, judge_name
@@ -26,6 +27,7 @@ from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import BatchedReward
+from g2rpo.stop import Stopped, StopReason, StopRequest
 
 AHEAD = 3
 """Batches that are prepared while one is scored."""
@@ -45,6 +47,8 @@ class Ranks:
     """The number of this process on its machine."""
     wait: Callable[[], None] = lambda: None
     """Returns when all processes have come here."""
+    share: Callable[[StopReason | None], Sequence[StopReason | None]] = lambda reason: [reason]
+    """Gives what all processes gave, when all have come here."""
 
     @classmethod
     def launched(cls) -> "Ranks":
@@ -56,6 +60,7 @@ class Ranks:
             state.num_processes,
             state.local_process_index,
             state.wait_for_everyone,
+            lambda reason: gather_object([reason]),
         )
 
     @property
@@ -175,6 +180,7 @@ class Scorer:
 
         Raises:
             UserError: a score is not finite, an image changed meanwhile, or memory is too small.
+            Stopped: a stop was asked for; the scores so far are in the journals.
         """
         journal = Journal(self.folder, judge_name(model), self.ranks.rank)
         self._tell_too_long(name, model)
@@ -193,12 +199,22 @@ class Scorer:
             ) as report,
         ):
             prepare = partial(_prepare, model, readers)
+            stop = None
             for prepared in _prepared_ahead(lambda: model.batch_size, mine, prepare):
+                if (stop := StopRequest.requested()) is not None:
+                    break
                 journal.append(_evaluate(model, prepared, prepare))
                 report.advance(len(prepared.items))
         self.findings.batch_size[name] = model.batch_size
         self.ranks.wait()
+        self._stop_together(stop)
         return self._rows(name, model, journal.valid(self.keys))
+
+    def _stop_together(self, stop: StopReason | None) -> None:
+        """Raises on all ranks where one has stopped before its end; none waits for another."""
+        for found in self.ranks.share(stop):
+            if found is not None:
+                raise Stopped(found.text, found.resume)
 
     def _tell_too_long(self, name: str, model: BatchedReward) -> None:
         prompts = {item.prompt_id: item.prompt for item in self.items}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from g2rpo.config import content_hash
+from g2rpo.files import check_publication
 from g2rpo.rewards.base import BatchedReward
 
 
@@ -55,7 +56,11 @@ class Journal:
         return {entry.item: entry for entry in self.read() if keys.get(entry.item) == entry.key}
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Writes the entries of a batch and waits until they are on disk."""
+        """Writes the entries of a batch and waits until they are on disk.
+
+        Nothing is written by a process that may not publish (:mod:`g2rpo.files`).
+        """
+        check_publication()
         self.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
         with self.path.open("ab") as file:

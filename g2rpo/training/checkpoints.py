@@ -1,10 +1,13 @@
 """Checkpoints: whole or absent, safetensors only, the newest sound one is resumed from."""
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,11 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from g2rpo.errors import UserError
+from g2rpo.files import check_publication
 from g2rpo.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"iteration-(\d{6})")
+FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+"""safetensors tells an error of the system by its text alone."""
 NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
 
 
@@ -135,16 +141,55 @@ def read_progress(folder: Path) -> Progress:
 
 
 def prune(run: Path, config: CheckpointConfig) -> None:
-    """Deletes the checkpoints that are not kept."""
+    """Deletes the checkpoints that are not kept, where this process may."""
     iterations = saved_iterations(run)
     kept = set(iterations[-config.keep_last :])
     if config.keep_every is not None:
         kept.update(i for i in iterations if i % config.keep_every == 0)
-    for iteration in set(iterations) - kept:
-        shutil.rmtree(checkpoint_folder(run, iteration))
+    for iteration in sorted(set(iterations) - kept):
+        _delete(checkpoint_folder(run, iteration))
 
 
 def remove_unfinished(run: Path) -> None:
-    """Deletes what a killed write left beside the checkpoints."""
-    for leftover in (run / "checkpoints").glob(".iteration-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Deletes what a killed write left beside the checkpoints, where this process may.
+
+    That of a process which has lost its lease and writes on can go too: it finds its temporary
+    folder gone, and may not publish. A successor's cannot be hit: what was listed before the guards
+    were asked is older than any successor.
+    """
+    for leftover in sorted((run / "checkpoints").glob(".iteration-*.tmp")):
+        _delete(leftover)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder that was listed before; a part that cannot go now goes another time."""
+    check_publication()
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        logger.warning("%s cannot be deleted altogether", folder)
+
+
+@contextmanager
+def writing(run: Path, what: str) -> Iterator[None]:
+    """Around a write into the run folder: a full disk, and the like, is told in one line.
+
+    Args:
+        run: the run folder.
+        what: is written, for the message.
+
+    Raises:
+        UserError: it could not be written; the checkpoints before it are as they were.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        full = any(word in str(error) for word in FULL_DISK)
+        mend = "free space there (or raise the quota)" if full else "mend that"
+        saved = saved_iterations(run)
+        last = f"checkpoint {checkpoint_folder(run, saved[-1]).name} is intact and is gone on from"
+        intact = last if saved else "there is no checkpoint yet, so training begins anew"
+        raise UserError(
+            f"{run}: {what} cannot be written ({text}); {mend} and run the same command again: "
+            f"{intact}"
+        ) from error

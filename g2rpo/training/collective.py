@@ -1,24 +1,67 @@
 """Decisions that all ranks take together."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from g2rpo.errors import UserError
+from g2rpo.stop import StopReason
+
+Value = TypeVar("Value")
 
 
-def raise_together(accelerator: Accelerator, message: str | None) -> None:
-    """Raises on every rank if any rank has a ``message``, so that none waits for another.
+def of_all_ranks(accelerator: Accelerator, value: Value) -> list[Value]:
+    """Each rank's ``value``, in the order of the ranks; with one rank nothing is exchanged."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values: list[Value] = gather_object([value])
+    return values
+
+
+def raise_together(accelerator: Accelerator, error: UserError | str | None) -> None:
+    """Raises on every rank if any rank has an ``error``, so that none waits for another.
 
     Raises:
-        UserError: the first rank's message.
+        UserError: the first rank's error or message.
     """
-    messages = [message] if accelerator.num_processes == 1 else gather_object([message])
-    for found in messages:
+    for found in of_all_ranks(accelerator, error):
         if found is not None:
-            raise UserError(found)
+            raise found if isinstance(found, UserError) else UserError(found)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one rank, or all of them, say between two iterations.
+
+    Attributes:
+        error: what is wrong.
+        stop: why the training is to stop.
+        due: whether it is time for a checkpoint.
+    """
+
+    error: UserError | None = None
+    stop: StopReason | None = None
+    due: bool = False
+
+
+def decide(accelerator: Accelerator, turn: Turn) -> Turn:
+    """What holds for all ranks: a stop or a checkpoint that any of them wants.
+
+    Raises:
+        UserError: the first rank's error, on every rank.
+    """
+    turns = of_all_ranks(accelerator, turn)
+    for one in turns:
+        if one.error is not None:
+            raise one.error
+    stops = [one.stop for one in turns if one.stop is not None]
+    # Where one of them wants to be resumed, the run is.
+    stop = max(stops, key=lambda reason: reason.resume, default=None)
+    return Turn(stop=stop, due=any(one.due for one in turns))
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:

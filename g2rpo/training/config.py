@@ -85,6 +85,9 @@ class CheckpointConfig(StrictModel):
     """When checkpoints are written and which are kept (the last one always is)."""
 
     every: int = Field(50, ge=1)
+    """Iterations between two checkpoints."""
+    every_minutes: float | None = Field(30.0, gt=0)
+    """One is written as well when so many minutes have passed since the last; null: none is."""
     keep_last: int = Field(1, ge=1)
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this are kept for good."""

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardModel
 from g2rpo.rewards.registry import load_reward
 from g2rpo.sampling import sample_ode
+from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training import checkpoints
 from g2rpo.training.advantages import group_advantages, step_advantages
 from g2rpo.training.checkpoints import Progress
-from g2rpo.training.collective import raise_together, sum_over_ranks
+from g2rpo.training.collective import Turn, decide, raise_together, sum_over_ranks
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.metrics import MetricsLog
+from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
 from g2rpo.training.transitions import TrainingBatch, collect_transitions
 from g2rpo.training.update import Updater, UpdateStatistics
@@ -111,6 +111,7 @@ class Trainer:
         )
         self.progress = Progress()
         self._prepare()
+        self._saved, self._saved_at = self.progress.iteration, time.monotonic()
 
     def _prepare(self) -> None:
         """Optimiser, EMA, reference and ranks; then whatever a checkpoint restores."""
@@ -140,9 +141,13 @@ class Trainer:
         self.updater.policy.transformer = self.accelerator.prepare(transformer)
 
     def _resume(self) -> None:
+        error = None
         if self.accelerator.is_main_process:
-            checkpoints.remove_unfinished(self.run)
-        self.accelerator.wait_for_everyone()
+            try:
+                checkpoints.remove_unfinished(self.run)
+            except UserError as found:
+                error = found
+        raise_together(self.accelerator, error)
         folder = checkpoints.latest_checkpoint(self.run)
         if folder is None:
             return
@@ -157,19 +162,32 @@ class Trainer:
         logger.info("resuming after iteration %d", self.progress.iteration)
 
     def save(self) -> None:
-        """Writes a checkpoint of the current state, atomically, and deletes what is not kept."""
+        """Writes a checkpoint of the current state, atomically, and deletes what is not kept.
+
+        Raises:
+            UserError: on all ranks, where it cannot be written; the last one stays intact.
+        """
+        error = None
         if self.accelerator.is_main_process:
             folder = checkpoints.checkpoint_folder(self.run, self.progress.iteration)
-            with atomic_folder(folder) as temporary:
-                self.policy.save_transformer(temporary / "transformer")
-                checkpoints.save_optimizer(
-                    temporary / "optimizer.safetensors", self.optimizer, self._named
-                )
-                if self.ema is not None:
-                    self._save_ema(temporary)
-                checkpoints.write_state(temporary, self.progress)
-            checkpoints.prune(self.run, self.config.checkpoints)
-        self.accelerator.wait_for_everyone()
+            try:
+                with checkpoints.writing(self.run, f"checkpoint {folder.name}"):
+                    self._write_checkpoint(folder)
+            except UserError as found:
+                error = found
+        raise_together(self.accelerator, error)
+        self._saved, self._saved_at = self.progress.iteration, time.monotonic()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        with atomic_folder(folder) as temporary:
+            self.policy.save_transformer(temporary / "transformer")
+            checkpoints.save_optimizer(
+                temporary / "optimizer.safetensors", self.optimizer, self._named
+            )
+            if self.ema is not None:
+                self._save_ema(temporary)
+            checkpoints.write_state(temporary, self.progress)
+        checkpoints.prune(self.run, self.config.checkpoints)
 
     def _save_ema(self, folder: Path) -> None:
         assert self.ema is not None
@@ -179,40 +197,86 @@ class Trainer:
         save_file(shadow, folder / "ema.safetensors")
         self.ema.store([parameter for _, parameter in self._named])
         self.ema.copy_to([parameter for _, parameter in self._named])
-        self.policy.save_transformer(folder / "ema_transformer")
-        self.ema.restore([parameter for _, parameter in self._named])
+        try:
+            self.policy.save_transformer(folder / "ema_transformer")
+        finally:
+            self.ema.restore([parameter for _, parameter in self._named])
 
     def train(self) -> Progress:
         """Runs the iterations that are left and returns the counters.
 
         Raises:
-            UserError: a reward, loss or gradient is not finite, or the ratio before an update is
-                not 1. The last checkpoint stays intact.
+            UserError: a reward, loss or gradient is not finite, the ratio before an update is
+                not 1, or the run folder cannot be written. The last checkpoint stays intact.
+            Stopped: on all ranks, where a stop was asked for on any and iterations are left; a
+                checkpoint of those that are done has been written.
         """
         total = self.config.optimization.iterations
         main = self.accelerator.is_main_process
-        log = MetricsLog(self.run / "metrics.jsonl", self.progress.iteration) if main else None
+        self._saved_at = time.monotonic()
+        log = self._open_log()
         if self.config.execution.tensorboard:
             purge = {"tensorboard": {"purge_step": self.progress.iteration + 1}}
             self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-        if log is not None and log.empty and (first := self.validate()):
-            log.append({"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0} | first)
         name = f"train {self.config.method.name}"
-        with ProgressReport(name, total, done=self.progress.iteration, enabled=main) as report:
-            while self.progress.iteration < total:
-                row = self.iterate() | self.validate()
-                if log is not None:
-                    log.append(row)
-                self.accelerator.log(
-                    {k: v for k, v in row.items() if k != "iteration"}, step=row["iteration"]
-                )
-                every = self.config.checkpoints.every
-                if self.progress.iteration % every == 0 or self.progress.iteration == total:
-                    self.save()
-                shown = next(iter(self.config.rewards))
-                report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
+        try:
+            with ProgressReport(name, total, done=self.progress.iteration, enabled=main) as report:
+                self._between_iterations()
+                while self.progress.iteration < total:
+                    row = self.iterate()
+                    error = self._record(log, row)
+                    shown = next(iter(self.config.rewards))
+                    report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
+                    self._between_iterations(error)
+        except Stopped:
+            self.accelerator.end_training()
+            raise
         self.accelerator.end_training()
         return self.progress
+
+    def _open_log(self) -> MetricsLog | None:
+        """The first rank's metrics, with a validation before the first iteration."""
+        log, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                with checkpoints.writing(self.run, METRICS_FILE):
+                    log = MetricsLog(self.run / METRICS_FILE, self.progress.iteration)
+                if log.empty and (first := self.validate()):
+                    start = {"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0}
+                    with checkpoints.writing(self.run, METRICS_FILE):
+                        log.append(start | first)
+            except UserError as found:
+                error = found
+        raise_together(self.accelerator, error)
+        return log
+
+    def _record(self, log: MetricsLog | None, row: dict[str, Any]) -> UserError | None:
+        """Validates where that is due and writes the row; gives what went wrong to all ranks."""
+        if log is None:
+            return None
+        try:
+            row |= self.validate()
+            with checkpoints.writing(self.run, METRICS_FILE):
+                log.append(row)
+                values = {k: v for k, v in row.items() if k != "iteration"}
+                self.accelerator.log(values, step=row["iteration"])
+        except UserError as error:
+            return error
+        return None
+
+    def _between_iterations(self, error: UserError | None = None) -> None:
+        """All ranks together raise an error, write a checkpoint that is due, or stop."""
+        config, done = self.config.checkpoints, self.progress.iteration
+        last = done == self.config.optimization.iterations
+        minutes = config.every_minutes
+        due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        due = due and self.accelerator.is_main_process  # the ranks' clocks differ
+        turn = decide(self.accelerator, Turn(error, StopRequest.requested(), due))
+        wanted = turn.due or turn.stop is not None or done % config.every == 0 or last
+        if wanted and done > self._saved:
+            self.save()
+        if turn.stop is not None and not last:
+            raise Stopped(turn.stop.text, turn.stop.resume)
 
     def validate(self) -> dict[str, float]:
         """Mean in-domain rewards on the validation prompts, where they are due now.
@@ -327,7 +391,7 @@ class Trainer:
             "advantage": float(batch.advantage.abs().mean()),
         }
         for name in self.config.rewards:
-            sums |= _reward_sums(rollout, name)
+            sums |= reward_sums(rollout, name)
         sums = sum_over_ranks(self.accelerator, sums)
         progress = self.progress
         progress.iteration += 1
@@ -350,33 +414,8 @@ class Trainer:
         for name, count in equal_groups.items():
             row[f"advantage/{name}/equal_groups"] = count
         for name in self.config.rewards:
-            row |= _reward_row(sums, name)
+            row |= reward_row(sums, name)
         return row
-
-
-def _reward_sums(rollout: Rollout, name: str) -> dict[str, float]:
-    values = rollout.group_rewards(name).double()
-    logged = rollout.logged_rewards(name).double()
-    return {
-        f"{name}/sum": float(values.sum()),
-        f"{name}/count": values.numel(),
-        f"{name}/group_std": float(values.std(dim=-1).sum()),
-        f"{name}/groups": values.numel() // values.shape[-1],
-        f"{name}/logged_sum": float(logged.sum()),
-        f"{name}/logged_count": logged.numel(),
-    }
-
-
-def _reward_row(sums: dict[str, float], name: str) -> dict[str, float]:
-    row = {
-        f"reward/{name}/mean": sums[f"{name}/sum"] / sums[f"{name}/count"],
-        f"reward/{name}/group_std": sums[f"{name}/group_std"] / sums[f"{name}/groups"],
-    }
-    if sums[f"{name}/logged_count"]:
-        row[f"reward/{name}/anchor"] = sums[f"{name}/logged_sum"] / sums[f"{name}/logged_count"]
-    if not all(math.isfinite(value) for value in row.values()):
-        raise UserError(f"reward {name} has values too large to average: check that reward model")
-    return row
 
 
 def load_train_config(data: Any, where: str) -> TrainConfig:

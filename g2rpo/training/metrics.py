@@ -1,11 +1,16 @@
 """The run's metrics: one JSON object per iteration, kept in step with the checkpoints."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from g2rpo.files import atomic_write_text
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_write_text, check_publication
+from g2rpo.training.rollout import Rollout
+
+METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -37,6 +42,38 @@ class MetricsLog:
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes one iteration's row."""
+        """Writes one iteration's row, where this process may (:mod:`g2rpo.files`)."""
+        check_publication()
         with self.path.open("a") as handle:
             handle.write(json.dumps(dict(row), allow_nan=False) + "\n")
+
+
+def reward_sums(rollout: Rollout, name: str) -> dict[str, float]:
+    """What one rank's rewards of this name contribute to :func:`reward_row`."""
+    values = rollout.group_rewards(name).double()
+    logged = rollout.logged_rewards(name).double()
+    return {
+        f"{name}/sum": float(values.sum()),
+        f"{name}/count": values.numel(),
+        f"{name}/group_std": float(values.std(dim=-1).sum()),
+        f"{name}/groups": values.numel() // values.shape[-1],
+        f"{name}/logged_sum": float(logged.sum()),
+        f"{name}/logged_count": logged.numel(),
+    }
+
+
+def reward_row(sums: Mapping[str, float], name: str) -> dict[str, float]:
+    """Means of a reward from the sums over all ranks.
+
+    Raises:
+        UserError: a mean is not finite.
+    """
+    row = {
+        f"reward/{name}/mean": sums[f"{name}/sum"] / sums[f"{name}/count"],
+        f"reward/{name}/group_std": sums[f"{name}/group_std"] / sums[f"{name}/groups"],
+    }
+    if sums[f"{name}/logged_count"]:
+        row[f"reward/{name}/anchor"] = sums[f"{name}/logged_sum"] / sums[f"{name}/logged_count"]
+    if not all(math.isfinite(value) for value in row.values()):
+        raise UserError(f"reward {name} has values too large to average: check that reward model")
+    return row

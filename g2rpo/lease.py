@@ -1,0 +1,404 @@
+"""A lease on a piece of work, so that no two processes on any machine do it at once.
+
+The work has a folder with one file per attempt (:mod:`g2rpo.attempts`). Whoever creates the next
+file owns the work: its number is a fencing token. The owner shows that it is alive by writing its
+file anew; one that does not is succeeded by the next number. A process that was only slow, or cut
+off from the file server, finds the higher number before it publishes anything, and stops.
+
+Between the look and the rename that follows it there are microseconds in which a process can be
+held up; nothing that relies on creation and rename alone can close that gap. The files are then
+still whole, and a run's name says what is in them.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from g2rpo.attempts import (
+    Attempt,
+    LeaseSettings,
+    Record,
+    State,
+    attempt_path,
+    create_file,
+    file_server_time,
+    is_alive,
+    latest,
+    newest_number,
+    one_line,
+    read_attempt,
+    read_attempts,
+    replace_file,
+)
+from g2rpo.errors import UserError
+from g2rpo.files import publication_guard
+from g2rpo.owner import Owner
+from g2rpo.progress import ProgressReport, ProgressSnapshot, duration
+from g2rpo.stop import Stopped, StopRequest
+
+__all__ = ["Lease", "LeaseLost", "LeaseSettings", "is_alive", "latest", "read_attempts"]
+
+logger = logging.getLogger(__name__)
+TELL_SECONDS = 60.0
+"""How often a waiting process says whom it waits for."""
+POLL_SECONDS = 5.0
+"""How often it looks, at most."""
+
+
+class LeaseLost(UserError):  # noqa: N818 - it is what has happened
+    """Somebody else does the work now; this process may not publish anything of it."""
+
+
+def _utc() -> float:
+    return datetime.now(UTC).timestamp()
+
+
+class _Wait:
+    """One process's waiting for the owner: how long, and what it saw of the owner meanwhile."""
+
+    def __init__(self, settings: LeaseSettings, say: Callable[[str], None]) -> None:
+        self.settings, self.say = settings, say
+        self.started = self._seen_at = time.monotonic()
+        self._told_at = float("-inf")
+        self._seen: tuple[int, int, bytes] | None = None
+
+    def look(self, owner: Attempt) -> None:
+        """Notes whether the owner's file has changed since the last look."""
+        if owner.written != self._seen:
+            self._seen, self._seen_at = owner.written, time.monotonic()
+
+    def reason_to_succeed(self, owner: Attempt) -> str | None:
+        """Why the work may be taken over, or None while the owner has to be waited for."""
+        record = owner.record
+        if record is not None:
+            if record.state != "running":
+                return record.state
+            if record.owner.precedes(Owner.this_process()):
+                return "the same SLURM job before its restart"
+            if record.owner.is_gone():
+                return "that process has ended"
+        unchanged = time.monotonic() - self._seen_at
+        silent = max(owner.age, unchanged)
+        settings = self.settings
+        # Some file systems date files by the writer's clock after all. An owner whose clock is
+        # slow only seems silent: its file changes while one looks.
+        watched = min(2 * settings.heartbeat_seconds, settings.stale_seconds)
+        watched = min(watched, settings.wait_seconds / 2)
+        if silent >= settings.stale_seconds and unchanged >= watched:
+            return f"no heartbeat for {duration(silent)}"
+        return None
+
+    def pause(self, owner: Attempt, work: Path) -> None:
+        """Waits a little, and says so now and then.
+
+        Raises:
+            UserError: the time for waiting is over.
+            Stopped: this process is to stop.
+        """
+        StopRequest.obey()
+        now = time.monotonic()
+        waited = now - self.started
+        left = self.settings.wait_seconds - waited
+        if left <= 0:
+            raise UserError(
+                f"{_described(owner, work)}; waited for {duration(waited)}: let it finish, or end "
+                f"it ({_how_to_end(owner)}), and run the same command again"
+            )
+        if now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self.say(f"{_described(owner, work)}; waiting for it, {duration(left)} at most")
+        time.sleep(min(POLL_SECONDS, self.settings.heartbeat_seconds, left))
+
+
+def _described(owner: Attempt, work: Path) -> str:
+    """The owner, how far it is, and when it was last heard of."""
+    progress = "" if owner.record is None else str(owner.record.progress)
+    shown = f": {progress}" if progress else ""
+    heard = f"last heartbeat {duration(owner.age)} ago"
+    return one_line(f"{work} is being worked on by {owner}{shown}, {heard}")
+
+
+def _how_to_end(owner: Attempt) -> str:
+    return "its process" if owner.record is None else owner.record.owner.how_to_end
+
+
+class Lease:
+    """The right to do a piece of work, held from :meth:`acquire` to :meth:`release`.
+
+    As a context it guards all publications of this process (:mod:`g2rpo.files`), carries the
+    numbers of its progress reports, and releases itself: as done, as stopped after
+    :class:`g2rpo.stop.Stopped` or a keyboard interrupt, as failed after another exception. All
+    threads are guarded, so a process does one piece of work at a time, or one inside of another.
+
+    Attributes:
+        directory: the folder of the attempts.
+        number: this attempt's.
+        previous: the attempt before, as it was when this one took over; None for the first.
+    """
+
+    def __init__(
+        self, directory: Path, record: Record, settings: LeaseSettings, previous: Attempt | None
+    ) -> None:
+        """Of an attempt whose file has just been created; use :meth:`acquire`."""
+        self.directory, self.number, self.previous = directory, record.attempt, previous
+        self._path = attempt_path(directory, record.attempt)
+        self._settings, self._record = settings, record
+        self._progress = record.progress
+        self._progress_lock, self._file_lock = threading.Lock(), threading.Lock()
+        self._lost: str | None = None
+        self._released = threading.Event()
+        self._warned = False
+        self._context = contextlib.ExitStack()
+        self._thread = threading.Thread(
+            target=self._beat_until_released, name=f"lease of {directory.name}", daemon=True
+        )
+        self._thread.start()
+
+    @classmethod
+    def acquire(
+        cls,
+        folder: Path,
+        name: str,
+        settings: LeaseSettings | None = None,
+        on_wait: Callable[[str], None] = logger.info,
+        log: Path | None = None,
+    ) -> "Lease":
+        """Takes the lease; waits while its owner is alive.
+
+        Whoever had to wait looks again whether the work is done: the owner may have finished it.
+
+        Args:
+            folder: on a file system that all who do the work share.
+            name: of the work: a folder inside of ``folder``, made if it is not there.
+            settings: how long to wait and for whom; the environment goes before them.
+            on_wait: is told in one line whom this waits for, at once and then every minute.
+            log: where this process's output goes, for those who look at the attempt.
+
+        Raises:
+            UserError: the owner is alive still after ``wait_seconds``, or the folder cannot be
+                used.
+            Stopped: this process was asked to stop while it waited.
+        """
+        settings = (settings or LeaseSettings()).resolved()
+        work = folder / name
+        wait = _Wait(settings, on_wait)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            while True:
+                number = newest_number(work)
+                owner = read_attempt(work, number, file_server_time(work)) if number else None
+                reason = ""
+                if owner is not None:
+                    wait.look(owner)
+                    found = wait.reason_to_succeed(owner)
+                    if found is None:
+                        wait.pause(owner, work)
+                        continue
+                    reason = found
+                record = _first_record(number + 1, log)
+                if create_file(attempt_path(work, number + 1), _encoded(record)):
+                    if owner is not None:
+                        _tell_succession(work, owner, reason)
+                    return cls(work, record, settings, owner)
+        except OSError as error:
+            raise UserError(
+                f"{work}: cannot be used to keep others from the same work "
+                f"({error.strerror or error}); see that it can be written"
+            ) from None
+
+    # What the owner says
+
+    def progress(
+        self,
+        description: str | None = None,
+        done: int | None = None,
+        total: int | None = None,
+        note: str | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Says how far the work is; what is left out stays. The next heartbeat takes it along."""
+        given = {
+            "description": description, "done": done, "total": total, "note": note, "text": text,
+        }  # fmt: skip
+        self._set_progress({key: value for key, value in given.items() if value is not None})
+
+    def follow(self, snapshot: ProgressSnapshot) -> None:
+        """Takes over the numbers of a progress report."""
+        self._set_progress(
+            {
+                "description": snapshot.description,
+                "done": snapshot.done,
+                "total": snapshot.total,
+                "note": snapshot.note,
+                "elapsed_seconds": snapshot.elapsed,
+                "remaining_seconds": snapshot.remaining,
+            }
+        )
+
+    def _set_progress(self, changes: dict[str, Any]) -> None:
+        with self._progress_lock:
+            self._progress = self._progress.model_copy(update=changes)
+
+    # Heartbeats
+
+    def _beat_until_released(self) -> None:
+        while not self._released.wait(self._settings.heartbeat_seconds):
+            with self._file_lock:
+                if not self._released.is_set():
+                    self._beat()
+
+    def _beat(self) -> None:
+        try:
+            if not self._is_mine():
+                return
+            self._record = self._refreshed()
+            replace_file(self._path, _encoded(self._record))
+            self._warned = False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.utime(self._path)  # needs no space where the disk is full
+                return
+            if not self._warned:
+                self._warned = True
+                logger.warning("%s: no heartbeat (%s); trying again", self._path, error)
+
+    def _refreshed(self, **changes: Any) -> Record:
+        with self._progress_lock:
+            progress = self._progress
+        return self._record.model_copy(update={"progress": progress, "updated": _utc()} | changes)
+
+    def _is_mine(self) -> bool:
+        """Whether the file is this attempt's: somebody may have deleted the folder and begun anew.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        found = read_attempt(self.directory, self.number, 0.0)
+        if found is not None:
+            record = found.record
+            mine = (self._record.owner, self._record.started)
+            if record is None or (record.owner, record.started) == mine:
+                return True
+        self._lost = self._deleted
+        return False
+
+    @property
+    def _deleted(self) -> str:
+        return f"{self._path}: this process's file was deleted; it writes nothing more"
+
+    def check(self) -> None:
+        """Returns while this process owns the work.
+
+        Raises:
+            LeaseLost: it does no more, or the folder cannot be read, so that nobody knows.
+        """
+        if self._lost is None:
+            try:
+                newest = newest_number(self.directory)
+                if newest > self.number:
+                    self._lost = self._lost_to(read_attempt(self.directory, newest, 0.0), newest)
+                elif newest < self.number:
+                    self._lost = self._deleted
+            except OSError as error:
+                # Not remembered: the next look may succeed.
+                raise LeaseLost(
+                    f"{self.directory}: cannot be read ({error.strerror or error}), so that "
+                    "another process may own this work; nothing is written"
+                ) from None
+        if self._lost is not None:
+            raise LeaseLost(self._lost)
+
+    def _lost_to(self, successor: Attempt | None, number: int) -> str:
+        return (
+            f"{self.directory}: {successor or f'attempt {number}'} has taken over from attempt "
+            f"{self.number}, this process; it writes nothing more"
+        )
+
+    # The end
+
+    def release(self, state: State, reason: str = "") -> None:
+        """Ends the attempt as ``state``. Never raises: what cannot be written is warned of."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        with self._file_lock:
+            try:
+                if self._lost is None or self._is_mine():
+                    self._write_last(_encoded(self._refreshed(state=state, reason=reason)))
+            except OSError as error:
+                logger.warning("%s: the end as %s is not noted (%s)", self._path, state, error)
+
+    def _write_last(self, data: bytes) -> None:
+        try:
+            replace_file(self._path, data)
+        except OSError:
+            # On a full disk there may still be room in the file itself; half of it is no record,
+            # and ages like one without heartbeats.
+            with self._path.open("rb+") as file:
+                file.write(data)
+                file.truncate()
+
+    def __enter__(self) -> "Lease":
+        self._context.enter_context(publication_guard(self.check))
+        earlier = ProgressReport.listener
+        ProgressReport.listener = self.follow
+        self._context.callback(setattr, ProgressReport, "listener", earlier)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._context.close()
+        self.release(*_outcome(error))
+
+
+def _outcome(error: BaseException | None) -> tuple[State, str]:
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "done", ""
+    if isinstance(error, Stopped):
+        return "stopped", one_line(error.reason)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", "interrupted from the keyboard"
+    name = type(error).__name__
+    text = one_line(str(error))
+    if isinstance(error, UserError):
+        return "failed", text
+    return "failed", f"{name}: {text}" if text else name
+
+
+def _first_record(number: int, log: Path | None) -> Record:
+    now = _utc()
+    return Record(
+        attempt=number,
+        owner=Owner.this_process(),
+        state="running",
+        started=now,
+        updated=now,
+        node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        log=None if log is None else str(log),
+    )
+
+
+def _encoded(record: Record) -> bytes:
+    return record.model_dump_json(indent=2).encode() + b"\n"
+
+
+def _tell_succession(work: Path, owner: Attempt, reason: str) -> None:
+    # What ended by itself is no news; what was cut short is.
+    ended = owner.record is not None and owner.record.state != "running"
+    logger.log(
+        logging.INFO if ended else logging.WARNING,
+        "%s: takes over from %s, last heartbeat %s ago: %s",
+        work, owner, duration(owner.age), reason,
+    )  # fmt: skip

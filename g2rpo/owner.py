@@ -1,0 +1,121 @@
+"""Which process something belongs to, and whether that process is still there."""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+from typing import Self
+
+import psutil
+from pydantic import Field
+
+from g2rpo.config import StrictModel
+
+
+def process_start(pid: int) -> float | None:
+    """When process ``pid`` of this machine started; None where there is no such process.
+
+    On Linux in clock ticks since boot, which a change of the clock does not move; elsewhere in
+    seconds since 1970. A process that has ended, and that nobody has waited for yet, is none.
+    """
+    try:
+        # The name in parentheses may hold spaces and parentheses of its own.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else float(fields[19])
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        process = psutil.Process(pid)
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return None if ended else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def _boot() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _pid_namespace() -> str | None:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
+
+
+def _slurm_job() -> str | None:
+    """The job's id; of a job array ``<array's id>_<index>``, as SLURM's own tools write it."""
+    array, index = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID") or None
+
+
+class Owner(StrictModel):
+    """A process, told apart from every other one on machines that share a file system."""
+
+    host: str
+    pid: int = Field(gt=0)
+    process_start: float | None
+    """See :func:`process_start`: a process id is given to another process in time."""
+    boot: str | None
+    """Names the machine's present boot, where that can be read."""
+    pid_namespace: str | None
+    """The namespace that ``pid`` is counted in (a container has one of its own)."""
+    slurm_cluster: str | None = None
+    slurm_job: str | None = None
+    slurm_restarts: int = 0
+    """How often SLURM has put the job back into its queue."""
+
+    @classmethod
+    def this_process(cls) -> Self:
+        """The process that asks."""
+        restarts = 0
+        with contextlib.suppress(ValueError):
+            restarts = int(os.environ.get("SLURM_RESTART_CNT", "0"))
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process_start=process_start(os.getpid()),
+            boot=_boot(),
+            pid_namespace=_pid_namespace(),
+            slurm_cluster=os.environ.get("SLURM_CLUSTER_NAME") or None,
+            slurm_job=_slurm_job(),
+            slurm_restarts=restarts,
+        )
+
+    def is_gone(self) -> bool:
+        """Whether the process has certainly ended; false for one that cannot be seen from here."""
+        here = Owner.this_process()
+        for name in ("host", "boot", "pid_namespace"):
+            if getattr(self, name) != getattr(here, name):
+                return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # somebody else's, of which not all may be readable
+            return False
+        start = process_start(self.pid)
+        return start is None or (self.process_start is not None and start != self.process_start)
+
+    def precedes(self, other: "Owner") -> bool:
+        """Whether ``other`` is the same SLURM job after another restart."""
+        job = (self.slurm_cluster, self.slurm_job)
+        return (
+            self.slurm_job is not None
+            and job == (other.slurm_cluster, other.slurm_job)
+            and self.slurm_restarts < other.slurm_restarts
+        )
+
+    @property
+    def how_to_end(self) -> str:
+        """The command that asks the process to stop."""
+        if self.slurm_job is not None:
+            return f"scancel {self.slurm_job}"
+        return f"kill {self.pid} on {self.host}"
+
+    def __str__(self) -> str:
+        job = "" if self.slurm_job is None else f", SLURM job {self.slurm_job}"
+        return f"{self.host}, pid {self.pid}{job}"
