@@ -92,7 +92,9 @@ def _cell_stages(
         yield work, _stage(work, (), resources, None)
         training = (work.name,)
     resources = Needs(1, hardware.evaluation_devices)
-    shares = [Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)]
+    shares = [
+        Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)
+    ]
     before = training
     for kind in ("sample", "score"):
         works = [Work(kind, cell, layout, share) for share in shares]

@@ -37,7 +37,9 @@ def gather(
 def why_not(cell: ResolvedCell, layout: Layout) -> str:
     """Why a cell is not finished, in one line: the first of its stages that is not done."""
     hardware = cell.profile.hardware
-    shares = [Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)]
+    shares = [
+        Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)
+    ]
     works = [] if cell.train is None else [Work("train", cell, layout)]
     works += [Work(kind, cell, layout, share) for kind in ("sample", "score") for share in shares]
     for work in works:

@@ -45,29 +45,3 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
         # cuDNN's attention was seen to fail in the backward with gradient checkpointing.
         torch.backends.cuda.enable_cudnn_sdp(False)
     return weights
-
-
-def build_optimizer(config: TrainConfig, weights: TrainedWeights) -> torch.optim.Optimizer:
-    """AdamW over the trained weights, with whole or 8-bit states.
-
-    Raises:
-        UserError: 8-bit states are asked for and torchao is not installed.
-    """
-    settings = config.optimization
-    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
-    if settings.optimizer == "adamw_8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise UserError(
-                "optimization.optimizer: adamw_8bit needs torchao; install it with "
-                "`pip install torchao`, or use adamw"
-            ) from None
-        kind = AdamW8bit
-    return kind(
-        weights.parameters,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )

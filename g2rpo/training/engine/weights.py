@@ -30,7 +30,9 @@ class TrainedWeights:
 
     def __init__(self, policy: FluxPolicy, accelerator: Accelerator) -> None:
         self.policy, self.accelerator = policy, accelerator
-        self.computed = [(n, p) for n, p in policy.transformer.named_parameters() if p.requires_grad]
+        self.computed = [
+            (n, p) for n, p in policy.transformer.named_parameters() if p.requires_grad
+        ]
         self.named = self.computed
 
     @property
