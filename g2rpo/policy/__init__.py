@@ -2,7 +2,8 @@
 
 from g2rpo.policy.checkpoint import CheckpointConfig
 from g2rpo.policy.conditioning import Conditioning
-from g2rpo.policy.flux import FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy.export import export_pipeline
+from g2rpo.policy.flux import FluxPolicy, PolicyConfig
 from g2rpo.policy.lora import LoraConfig
 
 __all__ = [

@@ -6,7 +6,6 @@ between noise and picture, with the sampling loop left out: the sweep has its ow
 
 import copy
 import gc
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
 from g2rpo.policy.conditioning import Conditioning, TextEncoders
 from g2rpo.policy.folder import (
-    COMPONENTS,
     checked_device,
     load_model,
     read_json,
@@ -364,30 +362,11 @@ class FluxPolicy:
         settings = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
         dtype = torch.promote_types(getattr(torch, config.dtype), torch.float32)
         with torch.device("meta"):
-            transformer = FluxTransformer2DModel.from_config(settings)
-        return transformer.to(dtype).eval()
+            transformer = FluxTransformer2DModel.from_config(settings).eval()
+        return transformer if dtype == torch.float32 else transformer.to(dtype)
 
     def _unwrapped(self) -> Any:
         return extract_model_from_parallel(self.transformer, keep_torch_compile=False)
-
-
-def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
-    """Writes an ordinary FluxPipeline folder: the base's components, the policy's transformer.
-
-    ``FluxPipeline.from_pretrained(folder)`` loads it. The base's files are copied byte for byte;
-    an existing ``folder`` is replaced.
-
-    Raises:
-        UserError: ``folder`` is, or holds, the folder the policy was loaded from.
-    """
-    if policy.folder.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: would overwrite the base pipeline; export to another folder")
-    with atomic_folder(folder) as temporary:
-        shutil.copy2(policy.folder / "model_index.json", temporary)
-        for name in COMPONENTS:
-            if name != "transformer":
-                shutil.copytree(policy.folder / name, temporary / name)
-        policy.save_transformer(temporary / "transformer")
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""LoRA on the transformer: small trained matrices beside frozen weights, through peft and diffusers.
+"""LoRA on the transformer: small trained matrices beside frozen weights, through peft.
 
 The adapters are an ordinary diffusers LoRA file, which ``FluxPipeline.load_lora_weights`` loads
 with the same strength.

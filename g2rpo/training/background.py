@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from g2rpo.errors import UserError
 from g2rpo.files import check_publication, publish_folder
@@ -41,7 +42,7 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) 
         UserError: the checkpoint is damaged, or lacks one of them.
     """
     try:
-        dcp.load(
+        load_distributed(
             dict(tensors),
             checkpoint_id=folder / SHARDS,
             process_group=group,
@@ -74,7 +75,7 @@ class BackgroundWriter:
     def __init__(self, run: Path, config: CheckpointConfig, accelerator: Accelerator) -> None:
         self.run, self.config, self.accelerator = run, config, accelerator
         several = accelerator.num_processes > 1
-        self.group = torch.distributed.new_group(backend="gloo") if several else None
+        self.group: Any = torch.distributed.new_group(backend="gloo") if several else None
         self._pending: _Pending | None = None
 
     def start(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
@@ -96,7 +97,7 @@ class BackgroundWriter:
             except UserError as found:
                 error = found
         raise_together(self.accelerator, error)
-        future = dcp.async_save(
+        future = async_save(
             dict(tensors),
             checkpoint_id=temporary / SHARDS,
             process_group=self.group,

@@ -146,7 +146,7 @@ class Updater:
         for part in parts:
             loss = self._loss(batch, part, conditioning, statistics, first=first)
             loss = loss * update.weight
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
             statistics.forwards += len(part.states)
             statistics.backwards += len(part.states)

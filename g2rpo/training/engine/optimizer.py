@@ -1,6 +1,7 @@
 """The optimiser and its states: whole or in 8 bits, on whole or sharded parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def build_optimizer(
     Raises:
         UserError: 8-bit states are asked for and torchao is not installed.
     """
-    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if settings.optimizer == "adamw_8bit":
         try:
             from torchao.optim import AdamW8bit
@@ -32,12 +33,12 @@ def build_optimizer(
                 "`pip install torchao`, or use adamw"
             ) from None
         kind = AdamW8bit
-    options = {"betas": settings.betas, "eps": settings.epsilon}
     return kind(
-        parameters,  # type: ignore[arg-type]
+        parameters,
         lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.epsilon,
         weight_decay=settings.weight_decay,
-        **options,
     )
 
 
@@ -48,7 +49,7 @@ def unpacked(value: Tensor) -> Tensor:
     """
     if isinstance(value, DTensor):
         local = value.to_local()
-        if not is_traceable_wrapper_subclass(local):
+        if not _is_packed(local):
             return value
         return DTensor.from_local(
             local.dequantize(),
@@ -57,7 +58,7 @@ def unpacked(value: Tensor) -> Tensor:
             shape=value.shape,
             stride=value.stride(),
         )
-    return value.dequantize() if is_traceable_wrapper_subclass(value) else torch.as_tensor(value)
+    return value.dequantize() if _is_packed(value) else torch.as_tensor(value)
 
 
 def _make_states(optimizer: torch.optim.Optimizer) -> None:
@@ -113,11 +114,15 @@ def write_back(
         for key, value in optimizer.state[parameter].items():
             given = tensors[f"optimizer.{key}.{name}"]
             if isinstance(value, DTensor) and isinstance(given, DTensor):
-                local = value.to_local()
-                if is_traceable_wrapper_subclass(local):
-                    local.copy_(given.to_local())
-            elif is_traceable_wrapper_subclass(value):
-                value.copy_(given)
+                target, given = value.to_local(), given.to_local()
+            else:
+                target = value
+            if _is_packed(target):
+                target.copy_(given)
+
+
+def _is_packed(value: Any) -> bool:
+    return is_traceable_wrapper_subclass(value)
 
 
 def _copy_state(target: Tensor, whole: Tensor) -> None:

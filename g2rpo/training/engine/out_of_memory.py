@@ -1,4 +1,4 @@
-"""Memory that runs out in training: all ranks together go on with micro-batches of half the size."""
+"""Memory that runs out in training: all ranks together go on with half the micro-batch."""
 
 import gc
 import json
