@@ -49,10 +49,17 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) 
             no_dist=group is None,
         )
     except (CheckpointException, RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{folder}: cannot be read ({reason}); delete this checkpoint to use the one before"
+            f"{folder}: cannot be read ({_reason(error)}); delete this checkpoint to use the one "
+            "before"
         ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first rank's error, where ``error`` is of several."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300]
 
 
 @dataclass
@@ -127,7 +134,7 @@ class BackgroundWriter:
                 try:
                     pending.future.result()
                 except (CheckpointException, RuntimeError) as failed:
-                    raise OSError(" ".join(str(failed).split())[:300]) from failed
+                    raise OSError(_reason(failed)) from failed
         except UserError as found:
             error = found
         raise_together(self.accelerator, error)

@@ -32,6 +32,7 @@ from g2rpo.training.collective import (
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
+from g2rpo.training.engine.out_of_memory import RankStopped
 from g2rpo.training.memory import check_fits, weights_bytes
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
@@ -107,6 +108,11 @@ class Trainer:
         self.config, self.run = config, run
         self.accelerator = accelerator or make_accelerator(config, run)
         ranks = self.accelerator.num_processes
+        if len(set(of_all_ranks(self.accelerator, str(run.resolve())))) > 1:
+            raise UserError(
+                f"{run}: the ranks have different run folders, so their inputs differ; let them "
+                "see the same files, and start again once those are all there"
+            )
         if config.rollout.prompts_per_iteration % ranks:
             raise UserError(
                 f"rollout.prompts_per_iteration {config.rollout.prompts_per_iteration} cannot be "
@@ -162,6 +168,7 @@ class Trainer:
                 not 1, or the run folder cannot be written. The last checkpoint stays intact.
             Stopped: on all ranks, where a stop was asked for on any and iterations are left; a
                 checkpoint of those that are done has been written.
+            RankStopped: memory ran out on this rank, which the others wait for.
         """
         total = self.config.optimization.iterations
         main = self.accelerator.is_main_process
@@ -180,6 +187,8 @@ class Trainer:
                     shown = next(iter(self.config.rewards))
                     report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
                     self._between_iterations(error)
+        except RankStopped:
+            raise
         except Stopped:
             self.accelerator.end_training()
             raise

@@ -357,7 +357,7 @@ def test_eight_bit_states_train_and_resume(
     run_to(packed, 3)
     run_to(resumed, 3)
     weights = [trained_weights(one) for one in (packed, resumed)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert relative(weights[1], weights[0], start) < 0.02  # what is packed again is rounded again
 
 
 def test_gradient_checkpointing_changes_nothing(smoke_assets: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def build_optimizer(
 def unpacked(value: Tensor) -> Tensor:
     """A state as an ordinary tensor; of an 8-bit one, a float32 copy.
 
-    Packed again it gives the same 8 bits, as long as the blocks of its scales are the same.
+    Packed again, most of it gives the same 8 bits; blocks whose largest entry is negative do not,
+    since the 8-bit numbers reach 1 but not -1.
     """
     if isinstance(value, DTensor):
         local = value.to_local()

@@ -22,6 +22,10 @@ SIZE_FILE = "training_micro_batch.json"
 """In the run folder: the size to resume with, where a run had to end for it."""
 
 
+class RankStopped(Stopped):
+    """This rank has stopped alone: it can do nothing more together with the others."""
+
+
 @dataclass
 class Attempt:
     """Whether the work of one attempt was done on every rank."""
@@ -65,7 +69,7 @@ class MicroBatchSize:
 
         Raises:
             UserError: a single state does not fit.
-            Stopped: with sharded weights.
+            RankStopped: with sharded weights.
         """
         attempt = Attempt()
         exhausted = False
@@ -76,7 +80,10 @@ class MicroBatchSize:
         if exhausted and sharded:
             self._halve()
             write_json(self.run / SIZE_FILE, {"states": self.states})
-            raise Stopped(
+            if self.accelerator.device.type == "cuda":
+                # What this rank has begun with the others never ends, and is not to be waited for.
+                torch.distributed.distributed_c10d._abort_process_group()
+            raise RankStopped(
                 f"out of memory in training: it goes on from the last checkpoint, with "
                 f"micro-batches of {self.states} states",
                 resume=True,
