@@ -20,7 +20,8 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
-	bench-rewards bench-statistics
+	bench-rewards bench-statistics \
+	slurm-up slurm-down test-slurm test-slurm-core
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
@@ -54,6 +55,18 @@ smoke: $(READY) ## the whole path on tiny random models, two minutes at most
 
 test: $(READY) ## run all tests, in two processes
 	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-slurm: $(READY) ## the tests on a real SLURM cluster, in about ten minutes (root and Debian)
+	PYTHON=$(RUN)/python tests/slurm/run.sh slurm
+
+test-slurm-core: $(READY) ## those of them that every change must pass, in four minutes
+	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and core'
+
+slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Debian)
+	tests/slurm/cluster/up.sh
+
+slurm-down: ## take that cluster down
+	tests/slurm/cluster/down.sh
 
 lint: $(READY) ## check style, formatting and types
 	$(RUN)/ruff check .

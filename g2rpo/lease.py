@@ -5,9 +5,8 @@ file owns the work: its number is a fencing token. The owner shows that it is al
 file anew; one that does not is succeeded by the next number. A process that was only slow, or cut
 off from the file server, finds the higher number before it publishes anything, and stops.
 
-Between the look and the rename that follows it there are microseconds in which a process can be
-held up; nothing that relies on creation and rename alone can close that gap. The files are then
-still whole, and a run's name says what is in them.
+A process can be held up between that look and the rename right after it; creation and rename alone
+cannot close this gap of microseconds. The files are whole even then.
 """
 
 import contextlib

@@ -73,7 +73,7 @@ class Owner(StrictModel):
         """The process that asks."""
         restarts = 0
         with contextlib.suppress(ValueError):
-            restarts = int(os.environ.get("SLURM_RESTART_CNT", "0"))
+            restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),

@@ -1,5 +1,6 @@
 """The ``g2rpo`` command: one verb per stage, and ``reproduce`` for a whole experiment."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +9,14 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from reproduce.commands import prompts, weights
+from reproduce.commands import jobs, prompts, run, weights
+from reproduce.commands.options import (
+    ExperimentName,
+    Overrides,
+    ProfileName,
+    Results,
+    layout_of,
+)
 
 if TYPE_CHECKING:
     from reproduce.experiment import ResolvedCell
@@ -23,28 +31,8 @@ app = typer.Typer(
 app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
 
-ExperimentName = Annotated[
-    str, typer.Argument(help="table1, table2, table3, or the path of an experiment's YAML.")
-]
 CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
-ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, flux, or a YAML file.")]
 Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]
-Results = Annotated[
-    Path,
-    typer.Option("--results", help="Folder for runs/ and, with --publish, for the tables."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", help="Training setting, e.g. -s optimization.iterations=10; repeatable."
-    ),
-]
-
-
-def _layout(results: Path, *, publish: bool = False) -> "Layout":
-    from reproduce.layout import Layout
-
-    return Layout(results / "runs", results if publish else results / "runs")
 
 
 def _cell(
@@ -52,65 +40,27 @@ def _cell(
 ) -> "ResolvedCell":
     from reproduce import experiment as experiments
     from reproduce.runner import build_assets, check_hardware
+    from slurm.cluster import load_cluster
 
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
-    check_hardware(chosen, loaded)
+    check_hardware(chosen, loaded, load_cluster("local"))
     build_assets(chosen)
     settings = parse_overrides(overrides or [])
     return experiments.resolve(loaded, chosen, key, seed, settings)
 
 
-@app.command()
-def reproduce(
-    experiment: ExperimentName,
-    profile: ProfileName = "mini",
-    seeds: Annotated[
-        str | None, typer.Option(help="Training seeds, e.g. 1,2,3; default: the profile's.")
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Parallel workers; default: one per core.")
-    ] = None,
-    results: Results = Path("results"),
-    publish: Annotated[
-        bool, typer.Option(help="Write tables to results/PROFILE instead of results/runs.")
-    ] = False,
-    overrides: Overrides = None,
-) -> None:
-    """Run every cell of an experiment, then write and print its table.
+def _perform(kind: str, cell: "ResolvedCell", results: Path) -> "Layout":
+    """Does one stage of a cell under its lease, on the ranks that were launched."""
+    from reproduce.work import Work, finish, perform
+    from slurm.distributed import join
 
-    What is done already is not done again; interrupted, it goes on where it was.
-    """
-    from reproduce import experiment as experiments
-    from reproduce import runner
-
-    chosen = experiments.load_profile(profile)
-    loaded = experiments.load_experiment(experiment)
-    runner.check_hardware(chosen, loaded)
-    runner.build_assets(chosen)
-    settings = parse_overrides(overrides or [])
-    chosen_seeds = chosen.seeds if seeds is None else _parse_seeds(seeds)
-    cells = experiments.expand(loaded, chosen, chosen_seeds, settings)
-    layout = _layout(results, publish=publish)
-    outcome = runner.run_cells(cells, layout, loaded.name, jobs or runner.default_jobs())
-    runner.report(loaded, chosen, outcome, layout)
-    if outcome.gaps:
-        first = outcome.gaps[0]
-        where = first.row if first.seed is None else f"{first.row}, seed {first.seed}"
-        raise UserError(
-            f"{len(outcome.gaps)} of {len(cells)} cells failed; the first: {where}: "
-            f"{first.reason}; run the same command to try them again"
-        )
-
-
-def _parse_seeds(text: str) -> tuple[int, ...]:
-    try:
-        seeds = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--seeds {text!r}: expected integers, e.g. 1,2,3") from None
-    if len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {text!r}: a seed is there twice")
-    return seeds
+    layout = layout_of(results)
+    with join(int(os.environ.get("WORLD_SIZE", "1"))) as ranks:
+        perform(Work(kind, cell, layout), ranks)
+    if kind == "score":
+        finish(cell, layout, 1)
+    return layout
 
 
 @app.command()
@@ -123,10 +73,8 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one cell, or go on with it. Start it with `accelerate launch` for several ranks."""
-    from reproduce import stages
-
     resolved = _cell(experiment, cell, profile, seed, overrides)
-    typer.echo(stages.train(resolved, _layout(results)))
+    typer.echo(_perform("train", resolved, results).training(resolved))
 
 
 @app.command()
@@ -139,10 +87,8 @@ def sample(
     overrides: Overrides = None,
 ) -> None:
     """Sample the held-out images of one trained cell."""
-    from reproduce import stages
-
     resolved = _cell(experiment, cell, profile, seed, overrides)
-    typer.echo(stages.sample(resolved, _layout(results)) / "images")
+    typer.echo(_perform("sample", resolved, results).evaluation(resolved) / "images")
 
 
 @app.command()
@@ -196,10 +142,10 @@ def score(
         ):
             if given is not None:
                 raise UserError(f"{name} is for a folder or manifest, not for an experiment's cell")
-        from reproduce import stages
-
         resolved = _cell(source, cell, profile or "mini", seed, overrides)
-        typer.echo(stages.score(resolved, _layout(results)) / "scores.parquet")
+        _perform("sample", resolved, results)
+        layout = _perform("score", resolved, results)
+        typer.echo(layout.evaluation(resolved) / "scores.parquet")
         return
     from reproduce import experiment as experiments
     from reproduce import judging
@@ -228,18 +174,27 @@ def render(
     """Write and print an experiment's table and figures from its finished cells."""
     from benchmarks.cells import cells_folder, load_cells
     from reproduce import experiment as experiments
-    from reproduce import runner
+    from reproduce.publish import publish as write_table
 
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
-    layout = _layout(results, publish=publish)
+    layout = layout_of(results, publish=publish)
     folder = cells_folder(layout.tables, chosen.name, loaded.name)
     cells = load_cells(folder)
     if not cells:
         raise UserError(
             f"{folder}: no finished cells; run `g2rpo reproduce {experiment} --profile {profile}`"
         )
-    runner.report(loaded, chosen, runner.Outcome(tuple(cells), ()), layout)
+    write_table(loaded, chosen, cells, (), layout)
+
+
+app.command()(run.reproduce)
+app.command()(run.plan)
+app.command()(run.submit)
+app.command()(jobs.status)
+app.command()(jobs.logs)
+app.command()(jobs.cancel)
+app.command()(jobs.retry)
 
 
 def main() -> None:

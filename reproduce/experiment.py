@@ -1,7 +1,7 @@
 """Experiments and profiles: which cells a table has, and how each is trained and evaluated."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -249,6 +249,161 @@ def _located(config: Located) -> Located:
     return config.model_copy(update={"source": absolute(config.source)})
 
 
+class Resolver:
+    """Resolves the cells of one experiment under one profile.
+
+    An experiment may have thousands of cells: what they share is made and validated once.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        profile: Profile,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepares what all cells share.
+
+        Args:
+            experiment: whose cells.
+            profile: at which scale.
+            overrides: changes to the training configuration of every cell.
+
+        Raises:
+            UserError: the profile does not hold the policy that the experiment is about.
+        """
+        wanted = experiment.policy
+        if wanted is not None and Path(wanted).name != Path(profile.policy.source).name:
+            raise UserError(
+                f"{experiment.name} is about {wanted}, which profile {profile.name} does not hold "
+                f"({profile.policy.source}); use --profile flux"
+            )
+        self.experiment, self.profile, self.overrides = experiment, profile, overrides or {}
+        self._policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
+        self._evaluation = profile.evaluation.model_dump(mode="json")
+        self._rewards = judges(profile)
+        self._prompts = {
+            split: absolute(getattr(profile.prompts, split)) for split in PromptSplits.model_fields
+        }
+        self._evaluations: dict[str, tuple[EvaluationConfig, PolicyConfig]] = {}
+        self._presets: dict[tuple[str, str], dict[str, Any]] = {}
+        self._first: dict[str, ResolvedCell] = {}
+
+    def resolve(self, key: str, seed: int) -> ResolvedCell:
+        """Everything that cell ``key`` at ``seed`` is, see :func:`resolve`."""
+        known = self._first.get(key)
+        if known is None:
+            return self._resolve(key, seed)
+        if known.train is None:
+            return known
+        return replace(known, seed=seed, train=known.train.model_copy(update={"seed": seed}))
+
+    def _resolve(self, key: str, seed: int) -> ResolvedCell:
+        experiment, profile = self.experiment, self.profile
+        if key not in experiment.cells:
+            hint = nearest(key, experiment.cells)
+            raise UserError(f"{experiment.name} has no cell {key!r}; {hint}")
+        cell = experiment.cells[key]
+        where = f"{experiment.name}, cell {key}"
+        evaluation, policy = self._evaluated(cell, where)
+        train = preset = None
+        again = True
+        if cell.method is not None:
+            preset = cell.preset or experiment.preset
+            layers = self._layers(cell, preset, where)
+            train = validate(TrainConfig, merge({"seed": seed}, *layers), where)
+            again = not any("seed" in layer for layer in layers)
+        resolved = ResolvedCell(
+            key=key,
+            seed=None if train is None else seed,
+            preset=preset,
+            method=cell.method or ("base" if cell.checkpoint is None else "checkpoint"),
+            train=train,
+            policy=policy,
+            evaluation=evaluation,
+            evaluation_prompts=self._prompts[evaluation.split],
+            profile=profile,
+            train_rewards=cell.train,
+            checkpoint=_located(cell.checkpoint),
+        )
+        if again:
+            self._first[key] = resolved
+        return resolved
+
+    def _evaluated(self, cell: CellConfig, where: str) -> tuple[EvaluationConfig, PolicyConfig]:
+        """The protocol, and the policy at its resolution and guidance."""
+        changes = repr(cell.evaluation)
+        if changes in self._evaluations:
+            return self._evaluations[changes]
+        data = merge(self._evaluation, cell.evaluation)
+        evaluation = validate(EvaluationConfig, data, f"{where}: evaluation")
+        diversity, rewards = evaluation.diversity, self.profile.rewards
+        if diversity is not None and diversity.features not in rewards:
+            hint = nearest(diversity.features, rewards)
+            raise UserError(
+                f"{where}: evaluation.diversity.features: profile {self.profile.name} has no "
+                f"reward {diversity.features!r}; {hint}"
+            )
+        update = {
+            "resolution": evaluation.resolution,
+            "guidance_scale": evaluation.guidance_scale,
+        }
+        self._evaluations[changes] = evaluation, self._policy.model_copy(update=update)
+        return self._evaluations[changes]
+
+    def _preset(self, method: str, preset: str) -> dict[str, Any]:
+        if (method, preset) not in self._presets:
+            self._presets[method, preset] = load_preset(method, preset)
+        return self._presets[method, preset]
+
+    def _layers(self, cell: CellConfig, preset: str, where: str) -> tuple[Mapping[str, Any], ...]:
+        """What a training configuration is laid together from; later layers win."""
+        profile = self.profile
+        assert cell.method is not None
+        scaled: dict[str, Any] = {}
+        tuned: dict[str, Any] = {}
+        rate = profile.learning_rates.get(cell.tuned_as or cell.method)
+        if preset == "matched":
+            scaled = {"method": profile.method_settings.get(cell.method, {})}
+        if preset == "matched" and rate is not None:
+            tuned = {"optimization": {"learning_rate": rate}}
+        for name in cell.train:
+            if name not in self._rewards:
+                hint = nearest(name, profile.rewards)
+                raise UserError(f"{where}: profile {profile.name} has no reward {name!r}; {hint}")
+        validation = None
+        if profile.validation_prompts:
+            validation = {
+                "file": self._prompts["validation"],
+                "limit": profile.validation_prompts,
+                "every": profile.validation_every,
+            }
+        shared = {
+            "policy": self._policy,
+            "validation": validation,
+            "prompts": {"file": self._prompts["train"]},
+            "rewards": {name: {"reward": self._rewards[name]} for name in cell.train},
+        }
+        changes = (
+            profile.training,
+            self._preset(cell.method, preset),
+            scaled,
+            tuned,
+            cell.set,
+            self.overrides,
+        )
+        changed = {section for change in changes for section in change}
+        for name in changed & {"policy", "rewards"}:  # laid over, and validated with the changes
+            shared[name] = _plain(shared[name])
+        return shared, *changes
+
+
+def _plain(value: Any) -> Any:
+    """Validated models as the mappings that they were made from."""
+    if isinstance(value, StrictModel):
+        return value.model_dump(mode="json")
+    return {name: _plain(one) for name, one in value.items()}
+
+
 def resolve(
     experiment: Experiment,
     profile: Profile,
@@ -264,99 +419,7 @@ def resolve(
     Raises:
         UserError: no such cell, or an impossible configuration; in one line.
     """
-    wanted = experiment.policy
-    if wanted is not None and Path(wanted).name != Path(profile.policy.source).name:
-        raise UserError(
-            f"{experiment.name} is about {wanted}, which profile {profile.name} does not hold "
-            f"({profile.policy.source}); use --profile flux"
-        )
-    if key not in experiment.cells:
-        raise UserError(f"{experiment.name} has no cell {key!r}; {nearest(key, experiment.cells)}")
-    cell = experiment.cells[key]
-    where = f"{experiment.name}, cell {key}"
-    evaluation = validate(
-        EvaluationConfig,
-        merge(profile.evaluation.model_dump(mode="json"), cell.evaluation),
-        f"{where}: evaluation",
-    )
-    diversity = evaluation.diversity
-    if diversity is not None and diversity.features not in profile.rewards:
-        hint = nearest(diversity.features, profile.rewards)
-        raise UserError(
-            f"{where}: evaluation.diversity.features: profile {profile.name} has no reward "
-            f"{diversity.features!r}; {hint}"
-        )
-    policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
-    evaluation_policy = policy.model_copy(
-        update={
-            "resolution": evaluation.resolution,
-            "guidance_scale": evaluation.guidance_scale,
-        }
-    )
-    train = preset = None
-    if cell.method is not None:
-        preset = cell.preset or experiment.preset
-        own = {"seed": seed, "policy": policy.model_dump(mode="json")}
-        train = _train_config(profile, cell, preset, own, overrides or {}, where)
-    return ResolvedCell(
-        key=key,
-        seed=None if train is None else seed,
-        preset=preset,
-        method=cell.method or ("base" if cell.checkpoint is None else "checkpoint"),
-        train=train,
-        policy=evaluation_policy,
-        evaluation=evaluation,
-        evaluation_prompts=absolute(getattr(profile.prompts, evaluation.split)),
-        profile=profile,
-        train_rewards=cell.train,
-        checkpoint=_located(cell.checkpoint),
-    )
-
-
-def _train_config(
-    profile: Profile,
-    cell: CellConfig,
-    preset: str,
-    own: dict[str, Any],
-    overrides: Mapping[str, Any],
-    where: str,
-) -> TrainConfig:
-    assert cell.method is not None
-    scaled: dict[str, Any] = {}
-    tuned: dict[str, Any] = {}
-    rate = profile.learning_rates.get(cell.tuned_as or cell.method)
-    if preset == "matched":
-        scaled = {"method": profile.method_settings.get(cell.method, {})}
-    if preset == "matched" and rate is not None:
-        tuned = {"optimization": {"learning_rate": rate}}
-    rewards = {}
-    for name in cell.train:
-        if name not in profile.rewards:
-            hint = nearest(name, profile.rewards)
-            raise UserError(f"{where}: profile {profile.name} has no reward {name!r}; {hint}")
-        rewards[name] = {"reward": _located(profile.rewards[name]).model_dump(mode="json")}
-    validation = None
-    if profile.validation_prompts:
-        validation = {
-            "file": absolute(profile.prompts.validation),
-            "limit": profile.validation_prompts,
-            "every": profile.validation_every,
-        }
-    data = merge(
-        {
-            **own,
-            "validation": validation,
-            "prompts": {"file": absolute(profile.prompts.train)},
-            "rewards": rewards,
-        },
-        profile.training,
-        load_preset(cell.method, preset),
-        scaled,
-        tuned,
-        cell.set,
-        overrides,
-    )
-    return validate(TrainConfig, data, where)
+    return Resolver(experiment, profile, overrides).resolve(key, seed)
 
 
 def judges(profile: Profile) -> dict[str, RewardConfig]:
@@ -372,8 +435,9 @@ def expand(
 ) -> list[ResolvedCell]:
     """All cells of an experiment: what is not trained once, the others at each seed."""
     base = [key for key, cell in experiment.cells.items() if cell.method is None]
-    trained = [key for key in experiment.cells if key not in base]
-    resolved = [resolve(experiment, profile, key, 0, overrides) for key in base]
+    trained = [key for key, cell in experiment.cells.items() if cell.method is not None]
+    resolver = Resolver(experiment, profile, overrides)
+    resolved = [resolver.resolve(key, 0) for key in base]
     for seed in seeds:
-        resolved += [resolve(experiment, profile, key, seed, overrides) for key in trained]
+        resolved += [resolver.resolve(key, seed) for key in trained]
     return resolved

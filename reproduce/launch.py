@@ -1,8 +1,13 @@
 """Starting a plan: on SLURM, on this machine, or in this process."""
 
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from g2rpo.config import nearest
+from g2rpo.errors import UserError
 from g2rpo.lease import Lease
 from reproduce import runs
 from reproduce.plan import Plan
@@ -10,7 +15,7 @@ from reproduce.work import ENTRY, Inputs, run_stage
 from slurm import states, submit
 from slurm.cluster import Cluster
 from slurm.distributed import Ranks
-from slurm.graph import Stage
+from slurm.graph import Graph, Stage
 from slurm.local import LocalRun, Observer, Slots
 from slurm.submission import Submission, job_groups, list_submissions, new_folder
 
@@ -48,7 +53,8 @@ def new_submission(plan: Plan, cluster: Cluster, folder: Path) -> Submission:
     )
 
 
-def _saved(plan: Plan, cluster: Cluster) -> Submission:
+def save_submission(plan: Plan, cluster: Cluster) -> Submission:
+    """Writes a submission of ``plan``, with all that its jobs need to know."""
     parent = submissions_folder(plan.layout.runs)
     folder = new_folder(parent, f"{plan.experiment.name}-{plan.profile.name}")
     submission = new_submission(plan, cluster, folder)
@@ -99,36 +105,73 @@ def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
         UserError: SLURM does not answer or refuses a job, or another submission is under way.
     """
     # Two at once would both submit the same stages.
-    with Lease.acquire(submissions_folder(plan.layout.runs) / "lease"):
+    with Lease.acquire(submissions_folder(plan.layout.runs), "lease"):
         active = active_stages(plan.layout.runs)
         todo = left_to_submit(plan, active)
         if not todo:
             return None
-        submission = _saved(plan, cluster)
+        submission = save_submission(plan, cluster)
         submit.submit(submission, todo, active)
     return submission
 
 
-def run_on_this_machine(plan: Plan, cluster: Cluster, slots: Slots, observer: Observer) -> None:
-    """Runs what is not done; a failed stage is told to ``observer`` and stops what needs it alone.
+def run_on_this_machine(
+    submission: Submission, todo: Graph, slots: Slots, observer: Observer
+) -> None:
+    """Runs stages; one that fails is told to ``observer`` and stops what needs it alone.
 
     Raises:
         KeyboardInterrupt: interrupted; the running stages have saved what is done.
     """
-    submission = _saved(plan, cluster)
-    with Lease.acquire(submission.folder / DRIVER):
-        LocalRun(submission, plan.todo, slots, observer).run()
+    with Lease.acquire(submission.folder, DRIVER):
+        LocalRun(submission, todo, slots, observer).run()
 
 
-def run_in_this_process(plan: Plan, cluster: Cluster, observer: Observer) -> None:
-    """Runs what is not done, one stage after the other; the first error is raised where it arose.
+def run_in_this_process(submission: Submission, todo: Graph, observer: Observer) -> None:
+    """Runs stages one after the other; the first error is raised where it arose.
 
     Raises:
         Exception: whatever a stage raises.
     """
-    submission = _saved(plan, cluster)
-    with Lease.acquire(submission.folder / DRIVER):
-        for stage in plan.todo.stages.values():
+    with Lease.acquire(submission.folder, DRIVER):
+        for stage in todo.stages.values():
             observer.started(stage)
             run_stage(submission, stage, Ranks())
             observer.ended(stage, 0)
+
+
+def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
+    """Starts ``g2rpo`` with ``arguments`` in the background, where no closed shell ends it.
+
+    Returns:
+        the file that its output goes to.
+    """
+    folder = submissions_folder(runs_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"background-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    with log.open("x") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "reproduce.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return log
+
+
+def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
+    """The latest submission, of an experiment or of all; or the one of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    parent = submissions_folder(runs_folder)
+    folders = list_submissions(parent)
+    wanted = [f for f in folders if name in (None, f.name) or f.name.startswith(f"{name}-")]
+    if wanted:
+        return Submission.load(wanted[-1])
+    if not folders:
+        raise UserError(f"{parent}: nothing was submitted; `g2rpo submit` does that")
+    hint = nearest(str(name), (folder.name for folder in folders[-10:]))
+    raise UserError(f"no submission {name!r}; {hint}")

@@ -1,7 +1,7 @@
 """An experiment as a graph of stages: embed, train, sample, score, render."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reproduce.experiment import Experiment, Hardware, Profile, ResolvedCell
@@ -41,6 +41,11 @@ class Plan:
             return Graph(())
         return todo
 
+    def only(self, names: Collection[str]) -> "Plan":
+        """The same plan with nothing to do but the stages ``names`` and the rendering."""
+        left = {s.name for s in self.graph.stages.values() if s.kind != "render"} - set(names)
+        return replace(self, done=self.done | left)
+
 
 def make_plan(
     experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
@@ -58,7 +63,6 @@ def make_plan(
                     done.add(stage.name)
             if stage.kind == "score":
                 judged.append(stage.name)
-    # What was made from something that is not needed any more is done as well.
     render = Stage(
         name=f"render/{profile.name}/{experiment.name}",
         kind="render",

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 from benchmarks.cells import Cell, load_cell
 from g2rpo.errors import UserError
-from g2rpo.lease import latest_attempt
 from reproduce.collecting import collect, collected
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
 from reproduce.render.notes import Gap
 from reproduce.shares import Share
-from reproduce.work import Inputs, Work, finish
+from reproduce.work import Inputs, Work, finish, latest_attempt
 
 
 def gather(
@@ -46,9 +45,9 @@ def why_not(cell: ResolvedCell, layout: Layout) -> str:
         if work.done():
             continue
         attempt = latest_attempt(work.lease)
-        if attempt is not None and attempt.reason:
-            return attempt.reason
-        return f"{work.kind} has not run" if attempt is None else f"{work.kind} was interrupted"
+        if attempt is None or attempt.record is None:
+            return f"{work.kind} has not run"
+        return attempt.record.reason or f"{work.kind} was interrupted"
     return "its scores are not put together yet"
 
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file, sha256_files, sha256_tree, write_json
 from g2rpo.hub.cache import Digests
-from g2rpo.hub.lock import revision_of
+from g2rpo.hub.lock import lock_path, revision_of
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.policy.checkpoint import files_at, find_checkpoint, local_path
 from g2rpo.rewards.base import RewardConfig
@@ -47,14 +48,45 @@ def _file_hash(path: Path) -> str:
     return sha256_file(path)
 
 
+FileState = tuple[int, int, int, int]
+"""Device, inode, time of the last change in ns, and size: another one where a file was changed."""
+
+
+def _state(path: Path) -> FileState | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolved(source: str, device: int, inode: int) -> Path:
+    # A path leads elsewhere when the folder that it is relative to changes: hence the other two.
+    del device, inode
+    return Path(source).resolve()
+
+
+@functools.lru_cache(maxsize=1024)
+def _pinned(source: str, lock: Path, state: FileState | None) -> str | None:
+    del lock, state  # what is pinned can change with them
+    return revision_of(source)
+
+
 def source_fingerprint(source: str | None, revision: str | None) -> str | dict[str, str | None]:
     """What names the weights at ``source``: a hash of a local folder or file, else the hub id."""
-    path = Path(source) if source is not None else None
-    if path is not None and path.is_dir():
-        return _folder_hash(path.resolve())
-    if path is not None and path.is_file():
-        return _file_hash(path.resolve())
-    pinned = revision_of(source) if source is not None and revision is None else None
+    if source is None:
+        return {"id": None, "revision": revision or None}
+    try:
+        found = Path(source).stat()
+    except (OSError, ValueError):
+        found = None
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        return _folder_hash(_resolved(source, found.st_dev, found.st_ino))
+    if found is not None and stat.S_ISREG(found.st_mode):
+        return _file_hash(_resolved(source, found.st_dev, found.st_ino))
+    lock = lock_path()
+    pinned = _pinned(source, lock, _state(lock)) if revision is None else None
     return {"id": source, "revision": revision or pinned}
 
 
@@ -98,10 +130,17 @@ def checkpoint_provenance(config: CheckpointConfig) -> tuple[str, str]:
     )
 
 
-def prompts_hash(path: Path) -> str:
-    """The SHA-256 of a prompt file; :class:`UserError` where it cannot be used."""
+@functools.lru_cache(maxsize=256)
+def _prompts_hash(path: Path, state: FileState | None) -> str:
+    del state
     read_prompts(path)
     return sha256_file(path)
+
+
+def prompts_hash(path: Path) -> str:
+    """The SHA-256 of a prompt file; :class:`UserError` where it cannot be used."""
+    # Thousands of cells share a file: it is read again only where it has changed.
+    return _prompts_hash(path, _state(path))
 
 
 def train_inputs(config: TrainConfig) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from g2rpo.attempts import Attempt, Record, WorkProgress
 from g2rpo.errors import UserError
-from g2rpo.lease import Attempt, latest_attempt
+from g2rpo.lease import is_alive
 from reproduce.launch import DRIVER
-from reproduce.work import Inputs
+from reproduce.work import Inputs, latest_attempt
 from slurm import states
 from slurm.graph import Stage
 from slurm.states import JobState
@@ -50,21 +51,25 @@ class StageStatus:
         return 0 if self.attempt is None else self.attempt.number - 1
 
     @property
+    def progress(self) -> WorkProgress:
+        """What it says of itself; empty before it started."""
+        record = None if self.attempt is None else self.attempt.record
+        return WorkProgress() if record is None else record.progress
+
+    @property
     def share_done(self) -> float | None:
         """How much of it is done, 0..1, while that is known."""
-        progress = None if self.attempt is None else self.attempt.progress
         if self.word == "done":
             return 1.0
-        if progress is None or not progress.total:
+        progress = self.progress
+        if progress.done is None or not progress.total:
             return None
         return min(1.0, progress.done / progress.total)
 
     @property
     def remaining(self) -> float | None:
         """Seconds until it is done, as its own progress says."""
-        if self.word != "running" or self.attempt is None or self.attempt.progress is None:
-            return None
-        return self.attempt.progress.remaining
+        return self.progress.remaining_seconds if self.word == "running" else None
 
 
 def read_status(submission: Submission) -> list[StageStatus]:
@@ -103,7 +108,12 @@ def _job_states(submission: Submission, jobs: Mapping[str, str]) -> dict[str, Jo
 
 def _driver_lives(submission: Submission) -> bool:
     attempt = latest_attempt(submission.folder / DRIVER)
-    return attempt is not None and attempt.alive
+    return attempt is not None and _lives(attempt)
+
+
+def _lives(attempt: Attempt) -> bool:
+    record = attempt.record
+    return record is not None and is_alive(attempt)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class _Reader:
         word, reason = self._judge(stage, attempt, job_state, submitted=bool(job))
         node = job_state.node if job_state is not None else ""
         if not node and attempt is not None:
-            node = attempt.owner.host
+            node = "" if attempt.record is None else attempt.record.node
         return StageStatus(stage, word, reason, job, node, attempt, self._log(stage, job))
 
     def _log(self, stage: Stage, job: str) -> Path | None:
@@ -132,13 +142,14 @@ class _Reader:
     ) -> tuple[Word, str]:
         if self._is_done(stage, attempt):
             return "done", ""
-        if attempt is not None and attempt.alive:
+        record = None if attempt is None else attempt.record
+        if attempt is not None and _lives(attempt):
             return "running", ""
         if job is not None and job.active:
             word: Word = "waiting" if job.state == "PENDING" else "starting"
             return word, job.words
-        if attempt is not None and attempt.state == "failed" and self._recent(attempt):
-            return "failed", attempt.reason or "no reason was told"
+        if record is not None and record.state == "failed" and self._recent(record):
+            return "failed", record.reason or "no reason was told"
         blocked = self._blocked(stage)
         if blocked is not None:
             return "cancelled", f"{blocked.stage.kind} {blocked.stage.label} {blocked.word}"
@@ -158,12 +169,13 @@ class _Reader:
         code = f" (exit code {job.reason})" if job.state == "FAILED" and job.reason else ""
         return job.words + code
 
-    def _recent(self, attempt: Attempt) -> bool:
-        return attempt.updated >= self.submission.created
+    def _recent(self, record: Record) -> bool:
+        return record.updated >= self.submission.created
 
     def _is_done(self, stage: Stage, attempt: Attempt | None) -> bool:
         if stage.kind == "render":
-            return attempt is not None and attempt.state == "done" and self._recent(attempt)
+            record = None if attempt is None else attempt.record
+            return record is not None and record.state == "done" and self._recent(record)
         return stage.name in self.submission.done or self.inputs.work(stage).done()
 
     def _blocked(self, stage: Stage) -> StageStatus | None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.held_out import EvaluationConfig
+from g2rpo.attempts import Attempt
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
-from g2rpo.lease import Lease, latest_attempt
+from g2rpo.lease import Lease, latest
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.training.config import TrainConfig
-from benchmarks.held_out import EvaluationConfig
 from reproduce import stages
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
@@ -90,6 +91,11 @@ class Work:
             stages.score_share(self.cell, self.layout, self.share)
 
 
+def latest_attempt(lease: Path) -> Attempt | None:
+    """The latest start of the work whose lease is at ``lease``; None where there was none."""
+    return latest(lease.parent, lease.name)
+
+
 def perform(work: Work, ranks: Ranks, log: Path | None = None) -> None:
     """Does ``work`` under its lease; returns at once where it is done.
 
@@ -100,11 +106,11 @@ def perform(work: Work, ranks: Ranks, log: Path | None = None) -> None:
     lease, message = None, None
     if ranks.first and not work.done():
         try:
-            lease = Lease.acquire(work.lease, log=log)
+            lease = Lease.acquire(work.lease.parent, work.lease.name, log=log)
         except UserError as error:
             message = str(error)
         if lease is not None and work.done():  # the owner that was waited for has finished it
-            lease.release()
+            lease.release("done")
             lease = None
     decision = ranks.agree("run" if lease is not None else message)
     if decision is None:
@@ -122,7 +128,7 @@ def finish(cell: ResolvedCell, layout: Layout, shares: int) -> bool:
     parts = [Share(index, shares) for index in range(shares)]
     if not all(stages.is_scored(cell, layout, part) for part in parts):
         return False
-    with Lease.acquire(layout.evaluation(cell) / "leases" / "finish"):
+    with Lease.acquire(layout.evaluation(cell) / "leases", "finish"):
         stages.finish_scores(cell, layout, shares)
     return True
 

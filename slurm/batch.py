@@ -16,10 +16,12 @@ from submitit.slurm import slurm as submitit_slurm
 from g2rpo.errors import UserError
 from slurm.cluster import Cluster
 from slurm.graph import Stage
-from slurm.job import requeue_marker
+from slurm.job import TERMINATED, requeue_marker
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOB = "JOB"
+KILLED_BY_USR2 = 128 + 12
+"""What srun ends with when the signal came while Python was still importing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def parameters(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> dic
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint if needs.gpus else None,
-        "exclusive": cluster.exclusive and needs.gpus > 0 or None,
+        "exclusive": (cluster.exclusive and needs.gpus > 0) or None,
         "signal_delay_s": cluster.signal_lead_seconds,
         "comment": batch.comment,
         "dependency": batch.dependency,
@@ -111,23 +113,29 @@ def setup(cluster: Cluster) -> list[str]:
 
 
 def teardown(jobs: Path, max_restarts: int) -> list[str]:
-    """Shell lines after a job's command: requeue it where it asked for that, keep its exit code."""
-    before, after = str(requeue_marker(jobs, JOB)).rsplit(JOB, 1)
+    """Shell lines after a job's command: requeue it where it is to go on, keep its exit code.
+
+    It is to go on where it left a marker, where USR2 ended it before Python could handle that, and
+    where preemption gave it SIGTERM alone; never once it is not RUNNING, for then it was cancelled,
+    and requeueing would revive it.
+    """
+    before, after = (shlex.quote(part) for part in str(requeue_marker(jobs, JOB)).rsplit(JOB, 1))
     return [
-        "g2rpo_code=$?",
-        'g2rpo_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}'
-        '${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"',
-        f'g2rpo_marker={shlex.quote(before)}"$g2rpo_job"{shlex.quote(after)}',
-        'if [ -e "$g2rpo_marker" ]; then',
-        '  rm -f "$g2rpo_marker"',
-        f'  if [ "${{SLURM_RESTART_CNT:-0}}" -lt {max_restarts} ]; then',
-        '    echo "requeueing job $g2rpo_job"',
-        '    scontrol requeue "$g2rpo_job"',
-        "  else",
-        f'    echo "job $g2rpo_job was requeued {max_restarts} times: not again"',
-        "  fi",
-        "fi",
-        'exit "$g2rpo_code"',
+        "code=$?",
+        # One task of an array may have the number of the whole array: the plain id will not do.
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-$SLURM_JOB_ID}",
+        f'marker={before}"$job"{after}',
+        "again=",
+        '[ -e "$marker" ] && again=yes',
+        f'[ "$code" = {KILLED_BY_USR2} ] && again=yes',
+        f'[ "$code" = {TERMINATED} ] && '
+        '[[ "$(scontrol show job --oneliner "$job")" = *PreemptTime=[0-9]* ]] && again=yes',
+        'rm -f "$marker"',
+        f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_restarts} ] && again=',
+        'state=$(squeue --noheader --jobs="$job" --format=%T)',
+        '[ -n "$again" ] && [ "$state" = RUNNING ] && scontrol requeue "$job"',
+        'exit "$code"',
     ]
 
 

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.errors import UserError
-from g2rpo.stop import Stopped, handle_signals
+from g2rpo.stop import Stopped, StopRequest
 from slurm.distributed import Ranks, join
 from slurm.graph import Stage
 from slurm.submission import Submission
@@ -23,6 +24,9 @@ REQUEUE = 85
 """Exit code of a job that stopped in time and is to go on: its batch script requeues it."""
 TERMINATED = 143
 """Exit code of a job that was told to end: it is not requeued by itself."""
+
+MARKER_SECONDS = 20.0
+"""How long a rank waits to see the first one's marker on a shared file system."""
 
 Entry = Callable[[Submission, Stage, Ranks], None]
 
@@ -43,7 +47,8 @@ class StageJob:
         """Runs the stage; leaves the process with an exit code where it does not succeed."""
         # submitit bypasses signals, or requeues by itself where scontrol may be out of reach (in
         # a container): here they ask the stage to stop, and the batch script requeues the job.
-        with handle_signals():
+        with StopRequest.handle_signals():
+            remove_leftovers(Path(self.submission) / "jobs")
             code = run_stage(Path(self.submission), self.stage)
         if code:
             sys.exit(code)
@@ -106,10 +111,27 @@ def requeue_marker(jobs: Path, job: str) -> Path:
 
 
 def _stopped(submission: Submission, stopped: Stopped, ranks: Ranks) -> int:
-    sys.stderr.write(f"stopped: {stopped.reason}; what is done is kept\n")
+    sys.stderr.write(f"{stopped}; what is done is kept\n")
+    sys.stderr.flush()
     job = slurm_job_id()
     if not stopped.resume or job is None:
         return TERMINATED
+    marker = requeue_marker(submission.jobs_folder, job)
     if ranks.first:
-        requeue_marker(submission.jobs_folder, job).touch()
+        marker.touch()
+    # The first rank that leaves has the others killed: none does before the marker is there.
+    deadline = time.monotonic() + MARKER_SECONDS
+    while not marker.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
     return REQUEUE
+
+
+def remove_leftovers(jobs: Path) -> None:
+    """Deletes what an earlier start of this job left where submitit writes its result.
+
+    A start that ended on a full disk leaves a file at which every later start would fail.
+    """
+    job = slurm_job_id()
+    if job is not None:
+        rank = os.environ.get("SLURM_PROCID", "0")
+        (jobs / f"{job}_{rank}_result.pkl.save_tmp").unlink(missing_ok=True)

@@ -297,14 +297,14 @@ def _work(connection: Any, folder: str, prepare: str | None, threads: int) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes an interruption on
     import torch
 
-    from g2rpo.stop import handle_signals
+    from g2rpo.stop import StopRequest
     from slurm.job import import_function
 
     torch.set_num_threads(threads)
     if prepare is not None:
         import_function(prepare)()
     submission = Submission.load(Path(folder))
-    with handle_signals():
+    with StopRequest.handle_signals():
         while True:
             try:
                 stage = connection.recv()

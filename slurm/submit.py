@@ -55,7 +55,9 @@ def dependency(stages: Sequence[Stage], job_of: Mapping[str, str]) -> str | None
     return ",".join(parts) or None
 
 
-def scripts(submission: Submission, todo: Iterable[Stage], active: Mapping[str, str]) -> list[Script]:
+def scripts(
+    submission: Submission, todo: Iterable[Stage], active: Mapping[str, str]
+) -> list[Script]:
     """The batch scripts of all that is to do, exactly as :func:`submit` would submit them.
 
     Args:
@@ -83,7 +85,9 @@ def _results(submission: Submission) -> Path:
     return submission.folder.parent.parent
 
 
-def submit(submission: Submission, todo: Iterable[Stage], active: Mapping[str, str]) -> dict[str, str]:
+def submit(
+    submission: Submission, todo: Iterable[Stage], active: Mapping[str, str]
+) -> dict[str, str]:
     """Submits all that is to do; returns the job of each stage.
 
     What was submitted is recorded at once, so an error or a kill in between loses nothing: the

@@ -1,8 +1,9 @@
 """What every method says of itself: its rollout, what it trains, and how it is found by name."""
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -62,6 +63,15 @@ class Method(StrictModel):
         """The rollout of one prompt in ``iteration`` (counted from 0)."""
         raise NotImplementedError
 
+    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """What :meth:`forest` depends on in ``iteration``: equal keys mean equal forests.
+
+        By default every iteration has a forest of its own. It is for counting beforehand what a
+        run will cost.
+        """
+        del shape
+        return iteration
+
     def trained_steps(
         self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]
     ) -> Sequence[int]:
@@ -75,8 +85,13 @@ class Method(StrictModel):
 
 def method_names() -> list[str]:
     """The names of all methods: the files of this package."""
-    modules = pkgutil.iter_modules(g2rpo.methods.__path__)
-    return sorted(module.name for module in modules if module.name != "base")
+    return list(_names(tuple(g2rpo.methods.__path__)))
+
+
+@functools.cache
+def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
+    modules = pkgutil.iter_modules(folders)
+    return tuple(sorted(module.name for module in modules if module.name != "base"))
 
 
 def parse_method(value: Any) -> Method:

@@ -1,6 +1,6 @@
 """DanceGRPO: noise at every step, a random part of the steps trained (arXiv 2505.07818)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -39,6 +39,11 @@ class Config(Method):
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """Constant: eta."""
         return constant_diffusion(self.eta, sigmas)
+
+    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.forest_key`: the same in every iteration."""
+        del shape, iteration
+        return None
 
     def forest(self, shape: RolloutShape, iteration: int) -> Forest:
         """G stochastic lines; the image is x_0 predicted from the last node's state."""

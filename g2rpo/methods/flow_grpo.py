@@ -1,6 +1,6 @@
 """Flow-GRPO: noise at every step, all but the last trained (arXiv 2505.05470)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -22,6 +22,11 @@ class Config(Method):
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
+
+    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.forest_key`: the same in every iteration."""
+        del shape, iteration
+        return None
 
     def forest(self, shape: RolloutShape, iteration: int) -> Forest:
         """G stochastic lines down to the image; the last step's noise is part of the image."""

@@ -1,6 +1,6 @@
 """G2RPO: singular stochastic sampling and multi-granularity advantages (arXiv 2510.01982)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -54,6 +54,11 @@ class Config(Method):
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
+
+    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.forest_key`: the same in every iteration."""
+        del shape, iteration
+        return None
 
     def forest(self, shape: RolloutShape, iteration: int) -> Forest:
         """The anchor, its branches and their continuations."""

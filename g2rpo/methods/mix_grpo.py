@@ -1,6 +1,6 @@
 """MixGRPO: noise inside a sliding window of steps, ODE outside (arXiv 2507.21802)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -46,6 +46,10 @@ class Config(Method):
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """Flow form: eta sqrt(sigma / (1 - sigma)); used inside the window only."""
         return flow_diffusion(self.eta, sigmas)
+
+    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.forest_key`: where the window is."""
+        return self.window(shape, iteration)
 
     def forest(self, shape: RolloutShape, iteration: int) -> Forest:
         """ODE shared by the group up to the window, SDE inside it, ODE after it."""

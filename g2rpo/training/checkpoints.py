@@ -168,9 +168,10 @@ def writing(run: Path, what: str) -> Iterator[None]:
         full = any(word in str(error) for word in FULL_DISK)
         mend = "free space there (or raise the quota)" if full else "mend that"
         saved = saved_iterations(run)
-        last = f"checkpoint {checkpoint_folder(run, saved[-1]).name} is intact and is gone on from"
-        intact = last if saved else "there is no checkpoint yet, so training begins anew"
+        rest = "there is no checkpoint yet, so training begins anew"
+        if saved:
+            rest = f"{checkpoint_folder(run, saved[-1]).name} is intact, and training goes on there"
         raise UserError(
             f"{run}: {what} cannot be written ({text}); {mend} and run the same command again: "
-            f"{intact}"
+            f"{rest}"
         ) from error

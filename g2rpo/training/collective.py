@@ -1,7 +1,8 @@
-"""Decisions that all ranks take together."""
+"""The ranks of a training, and the decisions that they take together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -10,8 +11,28 @@ from accelerate.utils import gather_object
 
 from g2rpo.errors import UserError
 from g2rpo.stop import StopReason
+from g2rpo.training.config import TrainConfig
 
 Value = TypeVar("Value")
+
+
+def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
+    """The accelerator for ``config``; ranks come from the launcher's environment.
+
+    Raises:
+        UserError: a CUDA device is asked for and none is there.
+    """
+    device = config.execution.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "execution.device is cuda but no GPU is visible; use execution.device=cpu or auto"
+        )
+    tracker = "tensorboard" if config.execution.tensorboard else None
+    return Accelerator(
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        log_with=tracker,
+        project_dir=str(run) if tracker else None,
+    )
 
 
 def of_all_ranks(accelerator: Accelerator, value: Value) -> list[Value]:

@@ -25,6 +25,7 @@ from g2rpo.training.checkpoints import Progress
 from g2rpo.training.collective import (
     Turn,
     decide,
+    make_accelerator,
     of_all_ranks,
     raise_together,
     sum_over_ranks,
@@ -42,25 +43,6 @@ from g2rpo.training.update import Updater, UpdateStatistics
 from g2rpo.training.validation import is_due, validation_rewards
 
 logger = logging.getLogger(__name__)
-
-
-def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
-    """The accelerator for ``config``; ranks come from the launcher's environment.
-
-    Raises:
-        UserError: a CUDA device is asked for and none is there.
-    """
-    device = config.execution.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "execution.device is cuda but no GPU is visible; use execution.device=cpu or auto"
-        )
-    tracker = "tensorboard" if config.execution.tensorboard else None
-    return Accelerator(
-        cpu=device == "cpu" or not torch.cuda.is_available(),
-        log_with=tracker,
-        project_dir=str(run) if tracker else None,
-    )
 
 
 def _check_memory(config: TrainConfig, accelerator: Accelerator) -> None:

@@ -24,7 +24,9 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig
 from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import BatchedReward, RewardConfig
+from g2rpo.stop import Stopped, StopRequest
 
 
 class CountingReward(BatchedReward):
@@ -189,3 +191,25 @@ def test_pruning_keeps_the_first_prompts(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
     prune_images(tmp_path, prompts, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.png", "000001.png"]
+
+
+def test_sampling_stops_between_batches_and_goes_on(
+    policy: FluxPolicy,
+    prompts: list[Prompt],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = EvaluationConfig(name="tiny", grid=GridConfig(steps=2), resolution=32)
+    monkeypatch.setattr(
+        ProgressReport,
+        "listener",
+        lambda shot: StopRequest.request("enough", resume=True) if shot.done == 4 else None,
+    )
+    try:
+        with pytest.raises(Stopped, match="enough"):
+            sample_images(policy, prompts, config, tmp_path, batch=2)
+    finally:
+        monkeypatch.undo()
+        StopRequest.clear()
+    assert [image_path(tmp_path, prompt).exists() for prompt in prompts] == [True] * 4 + [False] * 2
+    assert sample_images(policy, prompts, config, tmp_path, batch=2) == 2

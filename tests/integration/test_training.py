@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from training_runs import Brightness, config_for, distance, trainer_for, weights
 
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
@@ -21,61 +22,9 @@ from g2rpo.training.checkpoints import (
     latest_checkpoint,
     saved_iterations,
 )
-from g2rpo.training.config import TrainConfig
-from g2rpo.training.loop import Trainer, load_train_config
 from g2rpo.training.metrics import read_metrics
 
 ITERATIONS = 5
-
-
-class Brightness:
-    """A cheap reward whose value differs between images: their mean red minus their mean blue."""
-
-    name, version, weights_hash = "brightness", "1", ""
-
-    def __init__(self, change: Callable[[torch.Tensor, Sequence[str]], torch.Tensor] | None = None):
-        self.change = change
-
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        means = images.float().mean((1, 2)) / 255
-        scores = means[:, 0] - means[:, 2]
-        return scores if self.change is None else self.change(scores, prompts)
-
-
-def config_for(assets: Path, **changes: object) -> TrainConfig:
-    data = {
-        "seed": 3,
-        "policy": {
-            "source": str(assets / "policy"), "resolution": 32, "max_sequence_length": 16,
-        },
-        "prompts": {"file": str(assets / "prompts" / "train.txt")},
-        "rewards": {"hps": {"reward": {"model": "hps"}}},
-        "grid": {"steps": 5},
-        "method": {"name": "g2rpo", "granularities": [1, 2], "stochastic_steps": [0, 1]},
-        "rollout": {"group_size": 3, "prompts_per_iteration": 2},
-        "optimization": {"iterations": 3, "learning_rate": 1e-3},
-        "checkpoints": {"every": 1, "keep_last": 2},
-        "execution": {"device": "cpu", "tensorboard": False},
-        **changes,
-    }  # fmt: skip
-    return load_train_config(data, "test")
-
-
-def trainer_for(config: TrainConfig, run: Path, reward: Brightness | None = None) -> Trainer:
-    run.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, run, rewards={name: reward or Brightness() for name in config.rewards})
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    folder = latest_checkpoint(run)
-    assert folder is not None
-    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    squares = [((a[name].double() - b[name].double()) ** 2).sum() for name in a]
-    return float(torch.stack(squares).sum().sqrt())
 
 
 @pytest.fixture(scope="session")

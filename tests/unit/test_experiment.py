@@ -185,6 +185,41 @@ def test_what_a_run_has_not_leaves_its_name(local: Profile) -> None:
     assert len(names | {plain}) == 4
 
 
+def test_what_cells_share_does_not_mix_them() -> None:
+    experiment, profile = load_experiment("table1"), load_profile("mini")
+    ways: list[dict[str, Any]] = [
+        {}, {"seed": 9}, {"policy": {"dtype": "float64"}},
+        {"rewards": {"hps": {"weight": 2.0}, "clip": {"weight": 3.0}}},
+    ]  # fmt: skip
+    for overrides in ways[:3]:
+        together = expand(experiment, profile, [1, 2], overrides)
+        alone = [
+            resolve(experiment, profile, cell.key, cell.seed or 0, overrides) for cell in together
+        ]
+        assert together == alone
+        assert {trained(c).seed for c in together if c.train} == (
+            {9} if "seed" in overrides else {1, 2}
+        )
+    both = resolve(experiment, profile, "hps_clip/g2rpo", 1, ways[3])
+    assert {name: term.weight for name, term in trained(both).rewards.items()} == {
+        "hps": 2.0, "clip": 3.0,
+    }  # fmt: skip
+    assert (
+        trained(both).rewards["hps"].reward
+        == trained(resolve(experiment, profile, "hps_clip/g2rpo", 1)).rewards["hps"].reward
+    )
+
+
+def test_a_reward_that_is_not_registered_is_told_where_it_is_trained_on() -> None:
+    experiment, profile = load_experiment("table1"), load_profile("mini")
+    unknown = profile.rewards["clip"].model_copy(update={"model": "clipp"})
+    changed = profile.model_copy(update={"rewards": profile.rewards | {"clip": unknown}})
+    assert resolve(experiment, changed, "hps/g2rpo", 1).train is not None
+    with pytest.raises(UserError, match=r"^table1, cell hps_clip/g2rpo: .*'clip'") as caught:
+        resolve(experiment, changed, "hps_clip/g2rpo", 1)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def local(smoke_assets: Path, tmp_path: Path) -> Profile:
     """The smoke profile on a copy of the tiny models, so that a test may change them."""

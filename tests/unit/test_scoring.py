@@ -3,7 +3,7 @@
 import json
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from benchmarks.scoring.journal import Entry, Journal, judge_name
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import BatchedReward, RewardConfig
+from g2rpo.stop import Stopped, StopReason, StopRequest
 
 
 class Brightness(BatchedReward):
@@ -150,6 +151,64 @@ def test_several_processes_share_the_work(items: list[Item], tmp_path: Path) -> 
     alone = Brightness()
     check(Scorer(tmp_path / "journal", items).score("light", alone), items)
     assert alone.sizes == []
+
+
+class Stopping(Brightness):
+    """Asks this process to stop when it has scored a batch."""
+
+    def evaluate(self, prepared: Any) -> Tensor:
+        StopRequest.request("enough", resume=True)
+        return super().evaluate(prepared)
+
+
+@pytest.fixture
+def no_request() -> Iterator[None]:
+    yield
+    StopRequest.clear()
+
+
+@pytest.mark.usefixtures("no_request")
+def test_a_stop_between_batches_keeps_what_is_scored(items: list[Item], tmp_path: Path) -> None:
+    scorer = Scorer(tmp_path / "journal", items)
+    first = Stopping()
+    with pytest.raises(Stopped, match="enough"):
+        scorer.score("light", first)
+    assert first.sizes == [3]
+    with pytest.raises(Stopped):  # asked for before it begins
+        scorer.score("light", first)
+    assert first.sizes == [3]
+    StopRequest.clear()
+    rest = Brightness()
+    check(scorer.score("light", rest), items)
+    assert sum(rest.sizes) == 7
+    StopRequest.request("enough", resume=True)
+    check(scorer.score("light", rest), items)  # nothing was left to stop
+
+
+@pytest.mark.usefixtures("no_request")
+def test_processes_stop_together(items: list[Item], tmp_path: Path) -> None:
+    """One has nothing left to score when the other stops: it stops as well, and is not stuck."""
+    barrier = threading.Barrier(2, timeout=60)
+    shared: dict[int, StopReason | None] = {}
+
+    def work(rank: int) -> Stopped:
+        def share(reason: StopReason | None) -> list[StopReason | None]:
+            shared[rank] = reason
+            barrier.wait()
+            return [shared[0], shared[1]]
+
+        mine = Ranks(rank, 2, wait=lambda: barrier.wait() and None, share=share)
+        scorer = Scorer(tmp_path / "journal", items, mine)
+        model = Stopping(batch_size=2) if rank == 1 else Brightness(batch_size=5)
+        with pytest.raises(Stopped, match="enough") as caught:
+            scorer.score("light", model)
+        return caught.value
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(stopped.resume for stopped in pool.map(work, (0, 1)))
+    assert shared[1] is not None
+    StopRequest.clear()
+    check(Scorer(tmp_path / "journal", items).score("light", Brightness()), items)
 
 
 def test_batches_shrink_until_they_fit(items: list[Item], tmp_path: Path) -> None:

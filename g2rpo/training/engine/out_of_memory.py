@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.distributed import distributed_c10d
 
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
@@ -82,7 +83,7 @@ class MicroBatchSize:
             write_json(self.run / SIZE_FILE, {"states": self.states})
             if self.accelerator.device.type == "cuda":
                 # What this rank has begun with the others never ends, and is not to be waited for.
-                torch.distributed.distributed_c10d._abort_process_group()
+                distributed_c10d._abort_process_group()  # noqa: SLF001
             raise RankStopped(
                 f"out of memory in training: it goes on from the last checkpoint, with "
                 f"micro-batches of {self.states} states",

@@ -1,0 +1,153 @@
+"""``g2rpo status``, ``logs``, ``cancel`` and ``retry``: what became of a submission."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from g2rpo.config import nearest
+from g2rpo.errors import UserError
+from reproduce.commands.options import Results
+
+if TYPE_CHECKING:
+    from reproduce.status import StageStatus
+    from slurm.submission import Submission
+
+Name = Annotated[
+    str | None,
+    typer.Argument(help="A submission, or an experiment for its latest; default: the latest."),
+]
+OfSubmission = Annotated[
+    str | None, typer.Option("--of", help="A submission or an experiment; default: the latest.")
+]
+
+
+def status(
+    name: Name = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it live until all has ended.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show every stage.")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Show every stage: its job, state, node, progress, ETA, restarts, and why it waits or failed.
+
+    Works from any shell, also when the one that submitted is gone.
+    """
+    from reproduce.commands.run import follow_submission
+    from reproduce.display import print_status
+    from reproduce.launch import latest_submission
+    from reproduce.status import read_status
+
+    submission = latest_submission(results / "runs", name)
+    if watch:
+        follow_submission(submission)
+    print_status(submission, read_status(submission), everything=everything)
+
+
+def logs(
+    stage: Annotated[str, typer.Argument(help="Part of a stage's name, e.g. train or hps/g2rpo.")],
+    of: OfSubmission = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end.")] = 50,
+    results: Results = Path("results"),
+) -> None:
+    """Print the log of a stage; of several that fit the failed one, else the latest to start."""
+    from reproduce.display import shown_path
+    from reproduce.launch import latest_submission
+    from reproduce.status import read_status
+
+    submission = latest_submission(results / "runs", of)
+    chosen = _chosen(read_status(submission), stage)
+    if chosen.log is None:
+        raise UserError(
+            f"{chosen.stage.kind} {chosen.stage.label} has no log yet: it is {chosen.word}"
+            + (f" ({chosen.reason})" if chosen.reason else "")
+        )
+    typer.echo(f"{chosen.stage.kind} {chosen.stage.label}: {shown_path(chosen.log)}", err=True)
+    _print_tail(chosen.log, lines, follow=follow)
+
+
+def _chosen(statuses: "list[StageStatus]", part: str) -> "StageStatus":
+    words = part.split()
+    fitting = [
+        status
+        for status in statuses
+        if all(w in f"{status.stage.kind} {status.stage.label} {status.stage.name}" for w in words)
+    ]
+    if not fitting:
+        names = {f"{status.stage.kind} {status.stage.label}" for status in statuses}
+        raise UserError(f"no stage {part!r}; {nearest(part, names)}")
+    logged = [status for status in fitting if status.log is not None]
+    failed = [status for status in logged if status.word == "failed"]
+    started = [(status.attempt.started if status.attempt else 0.0) for status in logged]
+    if failed:
+        return failed[0]
+    return logged[started.index(max(started))] if logged else fitting[0]
+
+
+def _print_tail(path: Path, lines: int, *, follow: bool) -> None:
+    with path.open(errors="replace") as file:
+        for line in file.read().splitlines()[-lines:]:
+            typer.echo(line)
+        while follow:
+            more = file.read()
+            if more:
+                sys.stdout.write(more)
+                sys.stdout.flush()
+            time.sleep(1.0)
+
+
+def cancel(
+    name: Name = None,
+    results: Results = Path("results"),
+) -> None:
+    """Cancel what waits or runs of a submission; what is done is kept, and can be gone on with."""
+    from reproduce.launch import latest_submission
+    from reproduce.status import OVER, read_status
+
+    submission = latest_submission(results / "runs", name)
+    if submission.cluster.kind == "slurm":
+        from slurm.states import cancel_jobs
+
+        alive = [s.job for s in read_status(submission) if s.job and s.word not in OVER]
+        cancel_jobs(alive)
+        typer.echo(f"{submission.name}: {len(alive)} jobs cancelled")
+        return
+    _stop_driver(submission)
+
+
+def _stop_driver(submission: "Submission") -> None:
+    from g2rpo.lease import is_alive
+    from reproduce.launch import DRIVER
+    from reproduce.work import latest_attempt
+
+    attempt = latest_attempt(submission.folder / DRIVER)
+    if attempt is None or attempt.record is None or not is_alive(attempt):
+        typer.echo(f"{submission.name}: nothing of it runs")
+        return
+    owner = attempt.record.owner
+    if owner.host != os.uname().nodename:
+        raise UserError(
+            f"{submission.name} runs on {owner.host}, process {owner.pid}: cancel it there"
+        )
+    os.kill(owner.pid, signal.SIGINT)
+    typer.echo(f"{submission.name}: asked to stop; what is done is kept")
+
+
+def retry(
+    name: Name = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only what failed, and what needs it.")
+    ] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Submit again what a submission did not finish, as it was then, to the same cluster."""
+    from reproduce.commands.run import run_again
+    from reproduce.launch import latest_submission
+
+    run_again(latest_submission(results / "runs", name), only_failed=failed)

@@ -1,0 +1,245 @@
+"""``g2rpo reproduce``, ``plan`` and ``submit``: a whole experiment, wherever it runs."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from g2rpo.errors import UserError
+from reproduce.commands.options import (
+    ClusterName,
+    ExperimentName,
+    Overrides,
+    ProfileName,
+    Publish,
+    Request,
+    Results,
+    Seeds,
+)
+
+if TYPE_CHECKING:
+    from reproduce.plan import Plan
+    from reproduce.render.notes import Gap
+    from slurm.cluster import Cluster
+    from slurm.submission import Submission
+
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stages at once on this machine; default: one per GPU, else core."),
+]
+
+
+def reproduce(
+    experiment: ExperimentName,
+    profile: ProfileName = "mini",
+    seeds: Seeds = None,
+    cluster: ClusterName = "auto",
+    jobs: Jobs = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once it is submitted (see `g2rpo status`).")
+    ] = False,
+    results: Results = Path("results"),
+    publish: Publish = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run every cell of an experiment, then write and print its table.
+
+    What is done already is not done again; interrupted, it goes on where it was. On SLURM it
+    submits, then follows: Ctrl-C or a closed shell leaves the jobs running.
+    """
+    request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
+    plan, place = request.plan(runnable=True)
+    if plan.todo and detach:
+        _detach(request, plan, place, jobs)
+        return
+    if plan.todo:
+        _run(plan, place, jobs)
+    _report(plan)
+
+
+def submit(
+    experiment: ExperimentName,
+    profile: ProfileName = "mini",
+    seeds: Seeds = None,
+    cluster: ClusterName = "auto",
+    jobs: Jobs = None,
+    results: Results = Path("results"),
+    publish: Publish = False,
+    overrides: Overrides = None,
+) -> None:
+    """Submit what is not done of an experiment, and return: `reproduce --detach`."""
+    reproduce(experiment, profile, seeds, cluster, jobs, True, results, publish, overrides)
+
+
+def plan(
+    experiment: ExperimentName,
+    profile: ProfileName = "mini",
+    seeds: Seeds = None,
+    cluster: ClusterName = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch scripts as SLURM would get them.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every stage.")] = False,
+    results: Results = Path("results"),
+    publish: Publish = False,
+    overrides: Overrides = None,
+) -> None:
+    """Show what would be run: stages, GPUs, hours and disk, and what is done already."""
+    request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
+    made, place = request.plan(runnable=False)
+    if dry_run:
+        _print_scripts(made, place)
+        return
+    from reproduce.plan_display import print_plan
+
+    print_plan(made, place, everything=everything)
+
+
+def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
+    from reproduce import launch
+    from slurm.cluster import has_slurm
+    from slurm.submit import scripts
+
+    if cluster.kind != "slurm":
+        raise UserError(
+            f"--dry-run prints batch scripts, and cluster {cluster.name} has none: "
+            "add --cluster slurm or a cluster profile"
+        )
+    folder = launch.submissions_folder(plan.layout.runs) / "SUBMISSION"
+    submission = launch.new_submission(plan, cluster, folder)
+    active = launch.active_stages(plan.layout.runs) if has_slurm() else {}
+    for script in scripts(submission, launch.left_to_submit(plan, active), active):
+        typer.echo(f"# {', '.join(script.stages)}")
+        typer.echo(script.text)
+
+
+def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
+    from reproduce import launch
+    from reproduce.display import LocalDisplay
+    from slurm.local import Slots
+
+    if cluster.kind == "slurm":
+        submission = _submit(plan, cluster)
+        follow_submission(submission)
+        return
+    submission = launch.save_submission(plan, cluster)
+    # The table is written by this process, which prints it.
+    todo = plan.todo.without(s.name for s in plan.graph.stages.values() if s.kind == "render")
+    with LocalDisplay(submission, len(todo)) as display:
+        if cluster.kind == "debug":
+            launch.run_in_this_process(submission, todo, display)
+        else:
+            slots = Slots.found(jobs, launch.PREPARE)
+            launch.run_on_this_machine(submission, todo, slots, display)
+
+
+def _submit(plan: "Plan", cluster: "Cluster") -> "Submission":
+    """Submits what has no job yet; the submission that now has the plan's stages."""
+    from reproduce import launch
+
+    submission = launch.submit_to_slurm(plan, cluster)
+    if submission is None:
+        typer.echo("all that is left to do waits or runs already", err=True)
+        return launch.latest_submission(plan.layout.runs, plan.experiment.name)
+    typer.echo(f"submitted {submission.name}: `g2rpo status --watch` follows it", err=True)
+    return submission
+
+
+def follow_submission(submission: "Submission") -> None:
+    """Shows a submission's state until nothing will happen any more."""
+    from reproduce.display import Follow
+    from reproduce.status import follow
+
+    try:
+        with Follow(submission) as show:
+            follow(submission, show)
+    except KeyboardInterrupt:
+        typer.echo(
+            "the jobs go on without this shell; `g2rpo status` shows them, `g2rpo cancel` ends "
+            "them, the same command follows them again",
+            err=True,
+        )
+        sys.exit(130)
+
+
+def _detach(request: Request, plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
+    from reproduce import launch
+
+    if cluster.kind == "slurm":
+        _submit(plan, cluster)
+        return
+    if cluster.kind == "debug":
+        raise UserError("cluster debug runs in this process: leave out --detach")
+    arguments = _arguments(request, jobs)
+    log = launch.start_driver(plan.layout.runs, arguments)
+    typer.echo(f"runs in the background: `g2rpo status` shows it; its output: {log}", err=True)
+
+
+def run_again(submission: "Submission", *, only_failed: bool) -> None:
+    """Runs what a submission did not finish, from its own inputs, on its own cluster.
+
+    Raises:
+        UserError: nothing failed, or it cannot run.
+    """
+    from reproduce import runner
+    from reproduce.plan import make_plan
+    from reproduce.status import read_status
+    from reproduce.work import Inputs
+
+    os.chdir(submission.directory)
+    inputs = Inputs.load(submission.folder)
+    made = make_plan(inputs.experiment, inputs.profile, inputs.cells(), inputs.layout)
+    if only_failed:
+        failed = [s.stage.name for s in read_status(submission) if s.word == "failed"]
+        if not failed:
+            raise UserError(f"{submission.name}: no stage failed")
+        made = made.only(made.graph.downstream(failed))
+    runner.check_hardware(inputs.profile, inputs.experiment, submission.cluster)
+    if made.todo:
+        _run(made, submission.cluster, None)
+    _report(made)
+
+
+def _arguments(request: Request, jobs: int | None) -> Sequence[str]:
+    """The command line of the same request in the foreground."""
+    arguments = ["reproduce", request.experiment, "--profile", request.profile]
+    arguments += ["--cluster", "local", "--results", str(request.results)]
+    if request.seeds is not None:
+        arguments += ["--seeds", request.seeds]
+    if jobs is not None:
+        arguments += ["--jobs", str(jobs)]
+    if request.publish:
+        arguments.append("--publish")
+    for override in request.overrides:
+        arguments += ["--set", override]
+    return arguments
+
+
+def _report(plan: "Plan") -> None:
+    """Writes and prints the table; cells that failed are an error."""
+    from g2rpo.lease import Lease
+    from reproduce.rendering import render
+
+    work = (plan.experiment, plan.profile, plan.cells, plan.layout)
+    if not plan.todo:
+        _refuse_gaps(render(*work), len(plan.cells))
+        return
+    (stage,) = (stage for stage in plan.graph.stages.values() if stage.kind == "render")
+    place = Path(stage.lease)
+    with Lease.acquire(place.parent, place.name):
+        gaps = render(*work)
+    _refuse_gaps(gaps, len(plan.cells))
+
+
+def _refuse_gaps(gaps: "Sequence[Gap]", cells: int) -> None:
+    if not gaps:
+        return
+    first = gaps[0]
+    where = first.row if first.seed is None else f"{first.row}, seed {first.seed}"
+    raise UserError(
+        f"{len(gaps)} of {cells} cells failed; the first: {where}: {first.reason}; run the same "
+        "command to try them again"
+    )

@@ -1,0 +1,90 @@
+"""The counters of real, tiny training runs against the counts that were told before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from g2rpo.training.config import TrainConfig
+from g2rpo.training.loop import Trainer, load_train_config
+from reproduce.counts import training_counts, validations
+from reproduce.estimates import checkpoint_bytes, checkpoint_disk, prompt_count
+from reproduce.experiment import Hardware
+
+WINDOW = {"name": "mix_grpo", "window_size": 2, "interval": 1}
+RUNS: dict[str, dict[str, Any]] = {
+    "g2rpo": {
+        "method": {"name": "g2rpo", "granularities": [1, 2], "stochastic_steps": [0, 2]},
+        "optimization": {"optimizer_step": "per_step"},
+    },
+    "g2rpo, two updates": {
+        "method": {"name": "g2rpo", "granularities": [1], "log_anchor_reward": False},
+        "optimization": {"updates_per_iteration": 2},
+    },
+    "mix_grpo": {"method": WINDOW, "optimization": {"optimizer_step": "per_step"}},
+    "mix_grpo, two updates": {"method": WINDOW, "optimization": {"updates_per_iteration": 2}},
+    "dance_grpo": {"method": {"name": "dance_grpo"}, "optimization": {"updates_per_iteration": 2}},
+    "flow_grpo, KL": {
+        "method": {"name": "flow_grpo"},
+        "optimization": {"kl_coefficient": 0.1, "updates_per_iteration": 4, "ema_decay": 0.9},
+    },
+    "flow_grpo, own noise": {"method": {"name": "flow_grpo", "shared_initial_noise": False}},
+}  # fmt: skip
+
+
+class Redness:
+    """A cheap reward whose value differs between images; it counts them."""
+
+    name, version, weights_hash = "redness", "1", ""
+
+    def __init__(self) -> None:
+        self.scored = 0
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        assert len(images) == len(prompts)
+        self.scored += len(images)
+        return images.float().mean((1, 2))[:, 0] / 255
+
+
+def config_for(assets: Path, run: dict[str, Any]) -> TrainConfig:
+    data = {
+        "seed": 5,
+        "policy": {"source": str(assets / "policy"), "resolution": 32, "max_sequence_length": 16},
+        "prompts": {"file": str(assets / "prompts" / "train.txt")},
+        "rewards": {"hps": {"reward": {"model": "hps"}}},
+        "grid": {"steps": 5},
+        "method": run["method"],
+        "rollout": {"group_size": 4, "prompts_per_iteration": 2},
+        "optimization": {"iterations": 3, **run.get("optimization", {})},
+        "validation": {"file": str(assets / "prompts" / "validation.txt"), "limit": 3, "every": 2},
+        "checkpoints": {"every": 1, "keep_last": 2},
+        "execution": {"device": "cpu", "tensorboard": False, "training_micro_batch": 3},
+    }
+    return load_train_config(data, "test")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_counts_what_was_told(name: str, smoke_assets: Path, tmp_path: Path) -> None:
+    config = config_for(smoke_assets, RUNS[name])
+    reward = Redness()
+    progress = Trainer(config, tmp_path, rewards={"hps": reward}).train()
+    counts = training_counts(config, draw=True)
+    assert counts.exact
+    assert counts.rollout_evaluations == progress.rollout_evaluations
+    assert counts.training_forwards == progress.training_forwards
+    assert counts.training_backwards == progress.training_backwards
+    assert counts.images_scored == progress.images_scored
+    validation = config.validation
+    assert validation is not None
+    held_out = prompt_count(Path(validation.file))
+    assert held_out is not None
+    seen = min(validation.limit, held_out) * validations(validation, progress.iteration)
+    assert reward.scored == progress.images_scored + seen
+
+    size, most, written = checkpoint_disk(config, Hardware())
+    assert (most, written) == (3, 3)  # two that are kept and the one being written
+    files = [p for p in (tmp_path / "checkpoints" / "iteration-000003").rglob("*") if p.is_file()]
+    # Beside the tensors there are their names.
+    assert size == checkpoint_bytes(config, Hardware())
+    assert size <= sum(path.stat().st_size for path in files) < 1.1 * size

@@ -1,0 +1,281 @@
+"""Training that is stopped, finds its disk full or loses its lease: nothing of it is lost."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import Brightness, config_for
+
+from g2rpo.attempts import LeaseSettings, attempt_path
+from g2rpo.errors import UserError
+from g2rpo.lease import Lease, LeaseLost, latest
+from g2rpo.stop import Stopped, StopRequest
+from g2rpo.training.checkpoints import latest_checkpoint, saved_iterations
+from g2rpo.training.config import TrainConfig
+from g2rpo.training.loop import Trainer
+from g2rpo.training.metrics import read_metrics
+
+ITERATIONS = 6
+SELDOM = {"every": 50, "keep_last": 2, "every_minutes": None}
+ALWAYS = SELDOM | {"every_minutes": 1e-9}
+AT_ONCE = LeaseSettings(heartbeat_seconds=1000, stale_seconds=2000, wait_seconds=0)
+
+
+@pytest.fixture(autouse=True)
+def no_request() -> Iterator[None]:
+    StopRequest.clear()
+    yield
+    StopRequest.clear()
+
+
+class Disturbed(Trainer):
+    """Something happens while iteration ``at`` is computed."""
+
+    at = 0
+
+    def iterate(self) -> dict[str, object]:
+        row = super().iterate()
+        if self.progress.iteration == self.at:
+            self.disturb()
+        return row
+
+    def disturb(self) -> None:
+        StopRequest.request("time is over", resume=True)
+
+
+class FullDisk(Disturbed):
+    """The metrics lie on a device that has no space left."""
+
+    def disturb(self) -> None:
+        path = self.run / "metrics.jsonl"
+        path.unlink()
+        path.symlink_to("/dev/full")
+
+
+class FullCheckpoint(Disturbed):
+    """The disk is full when the weights of the next checkpoint are written."""
+
+    def disturb(self) -> None:
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            Path("/dev/full").write_text("weights")
+
+        self.policy.save_transformer = write  # type: ignore[method-assign]
+
+
+class Overtaken(Disturbed):
+    """Somebody else takes the lease over."""
+
+    def disturb(self) -> None:
+        path = attempt_path(self.run / "lease", 1)
+        os.utime(path, (1, 1))
+        Lease.acquire(self.run, "lease", AT_ONCE)
+
+
+def config_of(assets: Path, checkpoints: dict[str, object]) -> TrainConfig:
+    settings = {"iterations": ITERATIONS, "learning_rate": 1e-3, "ema_decay": 0.5}
+    return config_for(
+        assets,
+        optimization=settings,
+        checkpoints=checkpoints,
+        validation={"file": str(assets / "prompts" / "test.txt"), "limit": 2, "every": 2},
+    )
+
+
+def made(
+    kind: type[Trainer], config: TrainConfig, run: Path, at: int = 0, **arguments: object
+) -> Trainer:
+    run.mkdir(parents=True, exist_ok=True)
+    trainer = kind(config, run, rewards={"hps": Brightness()}, **arguments)  # type: ignore[arg-type]
+    trainer.at = at  # type: ignore[attr-defined]
+    return trainer
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint: weights, optimiser and running average."""
+    folder = latest_checkpoint(run)
+    assert folder is not None
+    assert folder.name == f"iteration-{ITERATIONS:06d}"
+    return {
+        f"{path.relative_to(folder)}/{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    ours, theirs = state(run), state(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    timed = {"device_seconds", "seconds"}
+    rows, others = (
+        [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(one)]
+        for one in (run / "metrics.jsonl", other / "metrics.jsonl")
+    )
+    assert rows == others
+    assert [row["iteration"] for row in rows] == list(range(ITERATIONS + 1))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed")
+    made(Trainer, config_of(smoke_assets, SELDOM), run).train()
+    assert saved_iterations(run) == [ITERATIONS]
+    return run
+
+
+def stopped(trainer: Trainer) -> Stopped:
+    with pytest.raises(Stopped) as caught:
+        trainer.train()
+    StopRequest.clear()
+    return caught.value
+
+
+def test_stopped_three_times_ends_bit_identical(
+    smoke_assets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    config = config_of(smoke_assets, SELDOM)
+    for at in sorted(random.Random().sample(range(1, ITERATIONS), 3)):
+        reason = stopped(made(Disturbed, config, tmp_path, at))
+        assert (reason.reason, reason.resume) == ("time is over", True)
+        assert saved_iterations(tmp_path)[-1] == at
+    made(Trainer, config, tmp_path).train()
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_checkpoints_by_time_change_nothing(
+    smoke_assets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    saved: list[int] = []
+
+    class Counting(Trainer):
+        def save(self) -> None:
+            super().save()
+            saved.append(self.progress.iteration)
+
+    made(Counting, config_of(smoke_assets, ALWAYS), tmp_path).train()
+    assert saved == list(range(1, ITERATIONS + 1))
+    assert saved_iterations(tmp_path) == [ITERATIONS - 1, ITERATIONS]
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_stop_before_the_first_iteration_or_in_the_last(
+    smoke_assets: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    config = config_of(smoke_assets, SELDOM)
+    trainer = made(Disturbed, config, tmp_path, at=ITERATIONS)
+    StopRequest.request("at once", resume=False)
+    assert not stopped(trainer).resume
+    assert saved_iterations(tmp_path) == []
+    trainer.train()  # all is done when it looks
+    assert StopRequest.requested() is not None
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_metrics_on_a_full_disk(smoke_assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = config_of(smoke_assets, ALWAYS)
+    with pytest.raises(UserError) as caught:
+        made(FullDisk, config, tmp_path, at=2).train()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(tmp_path), "metrics.jsonl", "No space left", "free space", "iteration-000001"):
+        assert part in message
+    assert saved_iterations(tmp_path) == [1]
+
+
+def test_a_checkpoint_on_a_full_disk(smoke_assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = config_of(smoke_assets, ALWAYS)
+    trainer = made(FullCheckpoint, config, tmp_path, at=2)
+    with pytest.raises(
+        UserError, match=r"checkpoint iteration-000002 .*iteration-000001 is intact"
+    ):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration-000001"]
+    made(Trainer, config, tmp_path).train()
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_run_that_lost_its_lease_writes_nothing_more(smoke_assets: Path, tmp_path: Path) -> None:
+    config = config_of(smoke_assets, ALWAYS)
+    with (
+        pytest.raises(LeaseLost, match="attempt 2"),
+        Lease.acquire(tmp_path, "lease", AT_ONCE),
+    ):
+        made(Overtaken, config, tmp_path, at=2).train()
+    assert saved_iterations(tmp_path) == [1]
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["iteration"] == 1
+    owner = latest(tmp_path, "lease")
+    assert owner is not None
+    assert (owner.number, owner.state) == (2, "running")
+
+
+# --- two ranks -----------------------------------------------------------------------------------
+
+
+def run_of_two(assets: Path, folder: Path) -> None:
+    """What each of two ranks does in :func:`test_two_ranks`: only one of them is disturbed."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.end_training = lambda: None  # type: ignore[method-assign]
+    rank = accelerator.process_index
+    told: list[str] = []
+
+    def train(kind: type[Trainer], name: str, at: int, of: dict[str, object] = SELDOM) -> None:
+        config = config_of(assets, of)
+        try:
+            made(kind, config, folder / name, at, accelerator=accelerator).train()
+            told.append("done")
+        except (UserError, Stopped) as error:
+            told.append(f"{type(error).__name__}: {error}")
+        accelerator.wait_for_everyone()
+        StopRequest.clear()
+
+    train(Trainer, "undisturbed", 0)
+    for at in (1, 3, 4):
+        train(Disturbed, "stopped", at if rank == 1 else 0)
+    train(Trainer, "stopped", 0)
+    train(Trainer, "timed", 0, ALWAYS)
+    train(FullDisk, "full", 2 if rank == 0 else 0, ALWAYS)
+    train(FullCheckpoint, "checkpoint", 2 if rank == 0 else 0, ALWAYS)
+    run = folder / "overtaken"
+    if rank == 0:
+        with Lease.acquire(run, "lease", AT_ONCE):
+            train(Overtaken, "overtaken", 2, ALWAYS)
+    else:
+        train(Trainer, "overtaken", 0, ALWAYS)
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+
+
+def test_two_ranks(smoke_assets: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        __file__, str(smoke_assets), str(tmp_path),
+    ]  # fmt: skip
+    places = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
+    subprocess.run(command, check=True, timeout=200, env=os.environ | environment)
+    first, second = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    undisturbed, *stops, resumed, timed, full, checkpoint, overtaken = first
+    assert [undisturbed, resumed, timed] == ["done"] * 3
+    assert stops == ["Stopped: stopped: time is over"] * 3
+    assert "No space left" in full
+    assert "iteration-000001 is intact" in checkpoint
+    assert overtaken.startswith("LeaseLost: ")
+    assert_same_run(tmp_path / "stopped", tmp_path / "undisturbed")
+    assert_same_run(tmp_path / "timed", tmp_path / "undisturbed")
+    for name in ("full", "checkpoint", "overtaken"):
+        assert saved_iterations(tmp_path / name) == [1], name
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_of_two(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,107 @@
+"""What a run will compute, counted beforehand, against what runs have counted."""
+
+import json
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import pytest
+
+from g2rpo.flow.forest import Forest
+from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
+from g2rpo.methods.mix_grpo import Config as MixGRPO
+from g2rpo.training.config import TrainConfig, ValidationConfig
+from reproduce.counts import TrainingCounts, _groups, training_counts, validations
+from reproduce.experiment import ROOT, ResolvedCell, expand, load_experiment, load_profile
+
+COUNTERS = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
+
+
+def counted(counts: TrainingCounts) -> dict[str, int]:
+    return {name: getattr(counts, name) for name in COUNTERS}
+
+
+def trained_cells(experiment: str, seeds: list[int]) -> Iterator[tuple[ResolvedCell, TrainConfig]]:
+    for cell in expand(load_experiment(experiment), load_profile("mini"), seeds):
+        if cell.train is not None:
+            yield cell, cell.train
+
+
+@pytest.mark.parametrize(("experiment", "seed"), [("table1", 1), ("table1", 2), ("tuning", 101)])
+def test_counts_are_those_of_committed_runs(experiment: str, seed: int) -> None:
+    for cell, config in trained_cells(experiment, [seed]):
+        name = f"{cell.key.replace('/', '--')}__seed{seed}.json"
+        path = ROOT / "results" / "mini" / experiment / "cells" / name
+        cost = json.loads(path.read_text())["cell"]["cost"]
+        counts = training_counts(config, draw=True)
+        assert counts.exact
+        assert counted(counts) == {counter: cost[counter] for counter in COUNTERS}, cell.key
+
+
+def test_a_random_choice_of_steps_is_averaged_unless_it_is_drawn() -> None:
+    for cell, config in trained_cells("table1", [1]):
+        drawn, averaged = training_counts(config, draw=True), training_counts(config)
+        assert averaged.exact == (cell.method != "dance_grpo")
+        if averaged.exact:
+            assert averaged == drawn
+        else:
+            assert averaged.rollout_evaluations == drawn.rollout_evaluations
+            assert averaged.training_forwards == pytest.approx(drawn.training_forwards, rel=0.01)
+
+
+SHAPE = RolloutShape(steps=9, group_size=3, iterations=24)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_equal_keys_mean_equal_forests(name: str) -> None:
+    method = parse_method({"name": name, **({"interval": 5} if name == "mix_grpo" else {})})
+    forests: dict[Hashable, Forest] = {}
+    for iteration in range(SHAPE.iterations):
+        forest = method.forest(SHAPE, iteration)
+        assert forests.setdefault(method.forest_key(SHAPE, iteration), forest) == forest
+    assert (len(forests) > 1) == (name == "mix_grpo")
+    counted = _groups((type(method), method.model_dump_json()), SHAPE)
+    assert sum(counted.values()) == SHAPE.iterations
+    plain = [method.forest(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
+    assert sum(g.evaluations * times for g, times in counted.items()) == sum(plain)
+
+
+class Hurried(MixGRPO):
+    """A window that moves every iteration, with the key of one that does not."""
+
+    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+        return super().forest(shape, iteration * (self.interval or 1))
+
+
+def test_a_derived_method_with_another_forest_is_counted_by_its_own() -> None:
+    method: Method = Hurried(interval=24)
+    counted = _groups((Hurried, method.model_dump_json()), SHAPE)
+    plain = [method.forest(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
+    assert len(set(plain)) > 3
+    assert sum(g.evaluations * times for g, times in counted.items()) == sum(plain)
+
+
+def test_published_iterations_of_g2rpo() -> None:
+    """One prompt and iteration of the paper's setting: 1708 evaluations, 8 x 36 images and one."""
+    data: dict[str, Any] = {
+        "policy": {"source": "nowhere", "resolution": 720},
+        "prompts": {"file": "nowhere.txt"},
+        "rewards": {"hps": {"reward": {"model": "hps"}}},
+        "grid": {"steps": 16},
+        "method": {"name": "g2rpo", "granularities": [1, 2, 3]},
+        "rollout": {"group_size": 12, "prompts_per_iteration": 1},
+        "optimization": {"iterations": 1},
+    }
+    counts = training_counts(TrainConfig.model_validate(data))
+    assert counts.rollout_evaluations == 1708
+    assert (counts.training_forwards, counts.training_backwards) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("every", "iterations", "expected"),
+    [(5, 30, 7), (10, 30, 4), (7, 30, 6), (100, 30, 2), (1, 3, 4)],
+)
+def test_validations(every: int, iterations: int, expected: int) -> None:
+    config = ValidationConfig(file="nowhere.txt", every=every)
+    due = [n for n in range(1, iterations + 1) if n % every == 0 or n == iterations]
+    assert validations(config, iterations) == 1 + len(due) == expected
+    assert validations(None, iterations) == 0

@@ -1,0 +1,626 @@
+"""Leases: one owner at a time, and a process that lost its lease publishes nothing."""
+
+import errno
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from benchmarks.scoring.journal import Entry, Journal
+from g2rpo import attempts as attempts_module
+from g2rpo import lease as lease_module
+from g2rpo.attempts import Attempt, attempt_path
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_folder, atomic_path, atomic_write_text, sha256_tree
+from g2rpo.lease import Lease, LeaseLost, LeaseSettings, is_alive, latest, read_attempts
+from g2rpo.progress import ProgressReport
+from g2rpo.stop import Stopped, StopRequest
+from g2rpo.training import checkpoints
+from g2rpo.training.config import CheckpointConfig
+from g2rpo.training.metrics import MetricsLog
+
+QUICK = LeaseSettings(heartbeat_seconds=0.03, stale_seconds=20, wait_seconds=60)
+AT_ONCE = LeaseSettings(heartbeat_seconds=1000, stale_seconds=2000, wait_seconds=0)
+HOUR = 3600.0
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "G2RPO_LEASE"))]:
+        monkeypatch.delenv(name)
+    yield
+    StopRequest.clear()
+
+
+def newest(folder: Path) -> Attempt:
+    attempt = latest(folder, "work")
+    assert attempt is not None
+    return attempt
+
+
+def rewrite(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    """Changes an attempt's file behind its owner's back."""
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def make_foreign(path: Path) -> None:
+    """As if the owner were on a machine that cannot be looked into."""
+    rewrite(path, lambda data: data["owner"].update(host="elsewhere", pid=77))  # type: ignore[attr-defined]
+
+
+def shift(path: Path, seconds: float) -> None:
+    """Dates a file ``seconds`` from now."""
+    moment = time.time() + seconds
+    os.utime(path, (moment, moment))
+
+
+def refused(folder: Path, settings: LeaseSettings = AT_ONCE) -> str:
+    with pytest.raises(UserError) as caught:
+        Lease.acquire(folder, "work", settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- racing --------------------------------------------------------------------------------------
+
+
+def test_of_many_threads_one_is_inside_at_a_time(tmp_path: Path) -> None:
+    inside, most = 0, 0
+    owned: list[int] = []
+    lock = threading.Lock()
+
+    def work(_: int) -> None:
+        nonlocal inside, most
+        for _ in range(3):
+            lease = Lease.acquire(tmp_path, "work", QUICK)
+            with lock:
+                inside += 1
+                most = max(most, inside)
+                owned.append(lease.number)
+            time.sleep(0.005)
+            lease.check()
+            with lock:
+                inside -= 1
+            lease.release("done")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert most == 1
+    assert owned == list(range(1, 25))
+    assert [attempt.state for attempt in read_attempts(tmp_path, "work")] == ["done"] * 24
+
+
+RACER = """
+import os, sys, time
+from pathlib import Path
+from g2rpo.lease import Lease, LeaseSettings
+folder = Path(sys.argv[1])
+settings = LeaseSettings(heartbeat_seconds=0.03, stale_seconds=20, wait_seconds=60)
+for _ in range(4):
+    lease = Lease.acquire(folder, "work", settings)
+    os.close(os.open(folder / "busy", os.O_CREAT | os.O_EXCL))  # fails where another is inside
+    time.sleep(0.005)
+    lease.check()
+    (folder / "busy").unlink()
+    lease.release("done")
+    print(lease.number)
+"""
+
+
+def test_of_many_processes_one_is_inside_at_a_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACER, str(tmp_path)]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    printed = [racer.communicate(timeout=100)[0] for racer in racers]
+    assert [racer.returncode for racer in racers] == [0] * 4
+    assert sorted(int(line) for text in printed for line in text.split()) == list(range(1, 17))
+
+
+def test_of_many_who_find_a_dead_owner_one_succeeds_it(tmp_path: Path) -> None:
+    Lease.acquire(tmp_path, "work", AT_ONCE)
+    path = attempt_path(tmp_path / "work", 1)
+    make_foreign(path)
+    shift(path, -HOUR)
+    start = threading.Barrier(8)
+
+    def try_it(_: int) -> Lease | None:
+        start.wait()
+        try:
+            return Lease.acquire(tmp_path, "work", AT_ONCE)
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [lease for lease in pool.map(try_it, range(8)) if lease is not None]
+    assert [lease.number for lease in winners] == [2]
+
+
+class Leases(RuleBasedStateMachine):
+    """Any order of takings, silences, damages and releases; a model says who owns the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = TemporaryDirectory()
+        self.folder = Path(self.place.name)
+        self.held: list[Lease] = []
+        self.free = True  # whether the next one may take over
+
+    def teardown(self) -> None:
+        for lease in self.held:
+            lease.release("stopped")
+        self.place.cleanup()
+
+    @property
+    def _path(self) -> Path:
+        return attempt_path(self.folder / "work", len(self.held))
+
+    @rule()
+    def take(self) -> None:
+        if not self.free:
+            assert "is being worked on by" in refused(self.folder)
+            return
+        self.held.append(Lease.acquire(self.folder, "work", AT_ONCE))
+        assert self.held[-1].number == len(self.held)
+        self.free = False
+
+    @precondition(lambda self: self.held)
+    @rule(silent=st.booleans())
+    def be_silent(self, silent: bool) -> None:
+        shift(self._path, -2 * HOUR if silent else 0)
+        self.free = newest(self.folder).state in {"done", "failed"} or silent
+
+    @precondition(lambda self: self.held)
+    @rule(part=st.integers(0, 60))
+    def be_killed_while_writing(self, part: int) -> None:
+        self._path.write_bytes(self._path.read_bytes()[:part])
+        self.free = False
+        assert newest(self.folder).state == "unknown"
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 100), state=st.sampled_from(["done", "failed"]))
+    def release(self, which: int, state: str) -> None:
+        lease = self.held[which % len(self.held)]
+        ended = lease._released.is_set()
+        lease.release(state)  # type: ignore[arg-type]
+        if lease is self.held[-1] and not ended:
+            self.free = True
+
+    @invariant()
+    def only_the_last_may_publish(self) -> None:
+        for lease in self.held[:-1]:
+            with pytest.raises(LeaseLost, match=f"attempt {len(self.held)}"):
+                fresh(lease).check()
+        if self.held:
+            self.held[-1].check()
+
+
+def fresh(lease: Lease) -> Lease:
+    """Makes the lease look again: once lost, it remembers by whom."""
+    lease._lost = None
+    return lease
+
+
+TestLeases = Leases.TestCase
+TestLeases.settings = hypothesis_settings(
+    max_examples=25, stateful_step_count=15, deadline=None, derandomize=True
+)
+
+
+# --- owners that died ----------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from g2rpo.lease import Lease
+with Lease.acquire(Path(sys.argv[1]), "work") as lease:
+    lease.progress("train", 3, 9, text="half asleep")
+    lease._beat()
+    print("holding", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_killed_owner_on_the_same_machine_is_succeeded_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holding\n"
+        message = refused(tmp_path)
+        for part in (f"pid {holder.pid}", "train 3/9", "half asleep", f"kill {holder.pid}"):
+            assert part in message
+        assert is_alive(newest(tmp_path))
+
+        holder.kill()
+        time.sleep(0.2)  # nobody has waited for it yet: it is a zombie
+        assert not is_alive(newest(tmp_path))
+        with caplog.at_level(logging.WARNING):
+            lease = Lease.acquire(tmp_path, "work", AT_ONCE)
+    assert lease.number == 2
+    assert lease.previous is not None
+    (told,) = caplog.messages
+    assert re.search(rf"attempt 1 \(.*pid {holder.pid}.*\), last heartbeat .* ago: .*ended", told)
+
+
+def test_a_process_id_that_was_given_away_is_not_the_owner(tmp_path: Path) -> None:
+    Lease.acquire(tmp_path, "work", AT_ONCE)
+    path = attempt_path(tmp_path / "work", 1)
+    rewrite(path, lambda data: data["owner"].update(process_start=1.0))  # type: ignore[attr-defined]
+    assert Lease.acquire(tmp_path, "work", AT_ONCE).number == 2
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_requeued_job_succeeds_its_earlier_self(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "100")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    survivor = Lease.acquire(tmp_path, "work", AT_ONCE)
+    assert "scancel 100_4" if array else "scancel 123" in refused(tmp_path)
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+        refused(tmp_path)  # another one of the array
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    successor = Lease.acquire(tmp_path, "work", AT_ONCE)
+    successor.check()
+    with pytest.raises(LeaseLost, match="attempt 2"):
+        survivor.check()
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    refused(tmp_path)  # the survivor must not have it back
+
+
+# --- clocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_clock", [-HOUR, HOUR])
+def test_the_owners_clock_does_not_matter(tmp_path: Path, own_clock: float) -> None:
+    Lease.acquire(tmp_path, "work", AT_ONCE)
+    path = attempt_path(tmp_path / "work", 1)
+    make_foreign(path)
+    rewrite(path, lambda data: data.update(updated=data["updated"] + own_clock))  # type: ignore[operator]
+    assert newest(tmp_path).age < 10
+    assert is_alive(newest(tmp_path))
+    assert "elsewhere" in refused(tmp_path)
+    shift(path, -HOUR)
+    assert newest(tmp_path).age == pytest.approx(HOUR, abs=10)
+    assert not is_alive(newest(tmp_path))
+    assert Lease.acquire(tmp_path, "work", AT_ONCE).number == 2
+
+
+def test_a_silent_file_dated_in_the_future_goes_stale_all_the_same(tmp_path: Path) -> None:
+    settings = LeaseSettings(heartbeat_seconds=0.05, stale_seconds=0.4, wait_seconds=30)
+    Lease.acquire(tmp_path, "work", AT_ONCE)
+    path = attempt_path(tmp_path / "work", 1)
+    make_foreign(path)
+    shift(path, HOUR)
+    started = time.monotonic()
+    assert Lease.acquire(tmp_path, "work", settings).number == 2
+    assert time.monotonic() - started >= 0.4
+
+
+def test_a_file_dated_in_the_past_that_changes_is_alive(tmp_path: Path) -> None:
+    settings = LeaseSettings(heartbeat_seconds=0.2, stale_seconds=60, wait_seconds=1.5)
+    Lease.acquire(tmp_path, "work", AT_ONCE)
+    path = attempt_path(tmp_path / "work", 1)
+    make_foreign(path)
+    shift(path, -HOUR)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            shift(path, -HOUR)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        refused(tmp_path, settings)
+    finally:
+        over.set()
+        beating.join()
+    assert Lease.acquire(tmp_path, "work", settings).number == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"attempt": 1}', b"\xff\x00"])
+def test_a_damaged_file_is_judged_by_its_age(tmp_path: Path, content: bytes) -> None:
+    path = attempt_path(tmp_path / "work", 1)
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert "its file says nothing" in refused(tmp_path)
+    assert (newest(tmp_path).state, newest(tmp_path).record) == ("unknown", None)
+    assert is_alive(newest(tmp_path))
+    shift(path, -HOUR)
+    assert not is_alive(newest(tmp_path))
+    assert Lease.acquire(tmp_path, "work", AT_ONCE).number == 2
+
+
+# --- what an owner that lost its lease can still do ----------------------------------------------
+
+
+def published(folder: Path) -> dict[str, Callable[[], None]]:
+    """Ways to change what is in ``folder``, each by what it is called."""
+    log, journal = MetricsLog(folder / "metrics.jsonl", 5), Journal(folder / "journal", "judge", 0)
+    entry = Entry("1", "key", {"score": 1.0})
+    log.append({"iteration": 5})
+    journal.append([entry])
+    atomic_write_text(folder / "config.json", "old")
+    for iteration in (1, 2, 3):
+        with atomic_folder(checkpoints.checkpoint_folder(folder, iteration)) as temporary:
+            (temporary / "weights").write_text(f"{iteration}")
+    (folder / "checkpoints" / ".iteration-000004.abc.tmp").mkdir()
+
+    def replace_folder() -> None:
+        with atomic_folder(checkpoints.checkpoint_folder(folder, 3)) as temporary:
+            (temporary / "weights").write_text("new")
+
+    return {
+        "a file": lambda: atomic_write_text(folder / "config.json", "new"),
+        "a folder": replace_folder,
+        "metrics": lambda: log.append({"iteration": 6}),
+        "new metrics": lambda: void(MetricsLog(folder / "metrics.jsonl", 0)),
+        "scores": lambda: journal.append([entry]),
+        "pruning": lambda: checkpoints.prune(folder, CheckpointConfig(keep_last=1)),
+        "leftovers": lambda: checkpoints.remove_unfinished(folder),
+    }
+
+
+def void(_: object) -> None:
+    return
+
+
+def test_an_owner_that_lost_its_lease_changes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ways = published(run)
+    before = sha256_tree(run), sorted(run.rglob("*"))
+    with Lease.acquire(tmp_path, "work", AT_ONCE) as lease:
+        shift(attempt_path(tmp_path / "work", 1), -HOUR)
+        successor = Lease.acquire(tmp_path, "work", AT_ONCE)
+        for what, publish in ways.items():
+            with pytest.raises(LeaseLost, match="attempt 2"):
+                publish()
+            assert (sha256_tree(run), sorted(run.rglob("*"))) == before, what
+        shown = newest(tmp_path).path.read_bytes()
+        lease.release("done")
+    assert newest(tmp_path).path.read_bytes() == shown  # nor is the successor's own file touched
+    # The control: the same works where no lease is lost.
+    with successor:
+        for what, publish in ways.items():
+            old = sha256_tree(run), sorted(run.rglob("*"))
+            publish()
+            assert (sha256_tree(run), sorted(run.rglob("*"))) != old, what
+    assert newest(tmp_path).state == "done"
+
+
+@pytest.mark.parametrize("kind", [atomic_path, atomic_folder])
+def test_temporary_files_that_the_successor_deleted_are_a_lost_lease(
+    tmp_path: Path, kind: Callable[[Path], object]
+) -> None:
+    with Lease.acquire(tmp_path, "work", AT_ONCE):
+        shift(attempt_path(tmp_path / "work", 1), -HOUR)
+        with pytest.raises(LeaseLost), kind(tmp_path / "run" / "x") as temporary:  # type: ignore[attr-defined]  # noqa: PT012
+            Lease.acquire(tmp_path, "work", AT_ONCE)
+            if temporary.is_dir():
+                temporary.rmdir()
+            else:
+                temporary.unlink()
+            (temporary / "part").write_text("x")
+
+
+def test_the_successors_file_is_safe_where_the_folder_was_made_anew(tmp_path: Path) -> None:
+    lost = Lease.acquire(tmp_path, "work", AT_ONCE)
+    lost._path.unlink()
+    with pytest.raises(LeaseLost, match="deleted"):
+        lost.check()
+    fresh(lost)
+    Lease.acquire(tmp_path, "work", AT_ONCE).release("done")
+    shown = attempt_path(tmp_path / "work", 1).read_bytes()
+    lost._beat()
+    lost.release("failed", "it should not be seen")
+    assert attempt_path(tmp_path / "work", 1).read_bytes() == shown
+    with pytest.raises(LeaseLost, match="deleted"):
+        lost.check()
+
+
+# --- file systems that fail ----------------------------------------------------------------------
+
+
+def test_a_listing_that_fails_for_a_moment_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts_module, "_RETRY_SECONDS", (0.0, 0.0))
+    lease = Lease.acquire(tmp_path, "work", AT_ONCE)
+    failures = 0
+    listing = Path.iterdir
+
+    def failing(self: Path) -> Iterator[Path]:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return listing(self)
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    failures = 2
+    lease.check()
+    failures = 3
+    with pytest.raises(LeaseLost, match=r"cannot be read \(Stale file handle\)"):
+        lease.check()
+    lease.check()
+
+
+def test_a_full_disk_stops_neither_heartbeats_nor_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease.acquire(tmp_path, "work", AT_ONCE)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lease_module, "replace_file", full)
+    shift(lease._path, -HOUR)
+    lease._beat()
+    assert newest(tmp_path).age < 10
+    lease.release("failed", "the disk is full")
+    record = newest(tmp_path).record
+    assert record is not None
+    assert (record.state, record.reason) == ("failed", "the disk is full")
+
+
+def test_a_release_that_cannot_be_written_only_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Lease.acquire(tmp_path, "work", AT_ONCE) as lease:
+        lease._path.unlink()
+        lease._path.mkdir()
+    assert "is not noted" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("a file")
+    assert "cannot be used" in refused(tmp_path)
+
+
+# --- what others see -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (None, "done", ""),
+        (SystemExit(0), "done", ""),
+        (SystemExit(3), "failed", "SystemExit: 3"),
+        (Stopped("time is over", resume=True), "stopped", "time is over"),
+        (KeyboardInterrupt(), "stopped", "interrupted from the keyboard"),
+        (UserError("no such\nfile"), "failed", "no such file"),
+        (ValueError("a\n  b"), "failed", "ValueError: a b"),
+        (AssertionError(), "failed", "AssertionError"),
+    ],
+)
+def test_the_end_is_noted(
+    tmp_path: Path, error: BaseException | None, state: str, reason: str
+) -> None:
+    listener = ProgressReport.listener
+
+    def work() -> None:
+        with Lease.acquire(tmp_path, "work", AT_ONCE, log=tmp_path / "log.txt"):
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(type(error)):
+            work()
+    attempt = newest(tmp_path)
+    assert attempt.record is not None
+    assert (attempt.state, attempt.record.reason) == (state, reason)
+    assert attempt.record.log == str(tmp_path / "log.txt")
+    assert not is_alive(attempt)
+    assert ProgressReport.listener is listener
+    # The next one need not wait, and the guard is gone.
+    Lease.acquire(tmp_path, "work", AT_ONCE)
+    atomic_write_text(tmp_path / "free.txt", "")
+
+
+def test_heartbeats_carry_the_progress(tmp_path: Path) -> None:
+    with (
+        Lease.acquire(tmp_path, "work", QUICK) as lease,
+        ProgressReport("train", 10, done=2) as report,
+    ):
+        lease.progress(text="on a cold node")
+        report.advance(3, note="hps 0.3")
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            record = newest(tmp_path).record
+            if record is not None and record.progress.done == 5:
+                break
+            time.sleep(0.01)
+        assert record is not None
+        progress = record.progress
+        assert (progress.description, progress.done, progress.total) == ("train", 5, 10)
+        assert (progress.note, progress.text) == ("hps 0.3", "on a cold node")
+        assert progress.elapsed_seconds is not None
+        assert progress.remaining_seconds == pytest.approx(
+            progress.elapsed_seconds * 5 / 3, abs=0.05
+        )
+        assert record.updated > record.started
+        assert str(progress).startswith("train 5/10, on a cold node, ETA 0:00:0")
+
+
+def test_attempts_are_read_in_order(tmp_path: Path) -> None:
+    assert read_attempts(tmp_path, "work") == []
+    assert latest(tmp_path, "work") is None
+    for state in ("failed", "stopped", "done"):
+        Lease.acquire(tmp_path, "work", AT_ONCE).release(state)  # type: ignore[arg-type]
+    found = read_attempts(tmp_path, "work")
+    assert [(one.number, one.state) for one in found] == [
+        (1, "failed"), (2, "stopped"), (3, "done"),
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [
+        "000001.json", "000002.json", "000003.json",
+    ]  # fmt: skip
+
+
+def test_waiting_is_told_and_ends(tmp_path: Path) -> None:
+    owner = Lease.acquire(tmp_path, "work", AT_ONCE)
+    told: list[str] = []
+    settings = LeaseSettings(heartbeat_seconds=0.02, stale_seconds=50, wait_seconds=50)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(Lease.acquire, tmp_path, "work", settings, told.append)
+        deadline = time.monotonic() + 20
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not waiting.done()
+        owner.release("done")
+        lease = waiting.result(timeout=20)
+    assert lease.number == 2
+    (line,) = told
+    assert f"pid {os.getpid()}" in line
+    assert "\n" not in line
+    with pytest.raises(LeaseLost):
+        owner.check()
+
+
+def test_a_stop_ends_the_waiting(tmp_path: Path) -> None:
+    Lease.acquire(tmp_path, "work", AT_ONCE)
+    StopRequest.request("enough", resume=True)
+    with pytest.raises(Stopped, match="enough"):
+        Lease.acquire(tmp_path, "work", QUICK)
+    assert newest(tmp_path).number == 1
+
+
+def test_the_environment_goes_before_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("G2RPO_LEASE_WAIT_SECONDS", "0")
+    Lease.acquire(tmp_path, "work")
+    refused(tmp_path, QUICK)
+    monkeypatch.setenv("G2RPO_LEASE_STALE_SECONDS", "3")
+    with pytest.raises(UserError, match=r"G2RPO_LEASE_\*: .*stale_seconds 3 must be more"):
+        LeaseSettings().resolved()
+    monkeypatch.setenv("G2RPO_LEASE_HEARTBEAT_SECONDS", "0.5")
+    assert LeaseSettings().resolved() == LeaseSettings(
+        heartbeat_seconds=0.5, stale_seconds=3, wait_seconds=0
+    )
+    monkeypatch.setenv("G2RPO_LEASE_STALE_SECONDS", "soon")
+    with pytest.raises(UserError, match="stale_seconds"):
+        Lease.acquire(tmp_path, "other")
