@@ -156,16 +156,14 @@ def train_inputs(config: TrainConfig) -> dict[str, Any]:
     }
     # Weights that are computed with in bfloat16 were once stepped in it as well.
     stepped = {"stepped_in": "float32"} if config.policy.dtype == "bfloat16" else {}
-    return (
-        settings
-        | stepped
-        | {
-            "policy": policy_inputs(config.policy),
-            "prompts": prompts,
-            "rewards": rewards,
-            "algorithm_version": ALGORITHM_VERSION,
-        }
-    )
+    return {
+        **settings,
+        **stepped,
+        "policy": policy_inputs(config.policy),
+        "prompts": prompts,
+        "rewards": rewards,
+        "algorithm_version": ALGORITHM_VERSION,
+    }
 
 
 def train_run_name(config: TrainConfig) -> str:

@@ -18,7 +18,7 @@ from g2rpo.offload import OffloadedReward
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
-from g2rpo.stop import Stopped, StopRequest
+from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training import checkpoints
 from g2rpo.training.advantages import group_advantages, step_advantages
 from g2rpo.training.checkpoints import Progress
@@ -33,7 +33,6 @@ from g2rpo.training.collective import (
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
-from g2rpo.training.engine.out_of_memory import RankStopped
 from g2rpo.training.memory import check_fits, weights_bytes
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
@@ -150,7 +149,7 @@ class Trainer:
                 not 1, or the run folder cannot be written. The last checkpoint stays intact.
             Stopped: on all ranks, where a stop was asked for on any and iterations are left; a
                 checkpoint of those that are done has been written.
-            RankStopped: memory ran out on this rank, which the others wait for.
+            StoppedAlone: memory ran out on this rank, which the others wait for.
         """
         total = self.config.optimization.iterations
         main = self.accelerator.is_main_process
@@ -169,7 +168,7 @@ class Trainer:
                     shown = next(iter(self.config.rewards))
                     report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
                     self._between_iterations(error)
-        except RankStopped:
+        except StoppedAlone:
             raise
         except Stopped:
             self.accelerator.end_training()

@@ -14,17 +14,13 @@ from torch.distributed import distributed_c10d
 
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
-from g2rpo.stop import Stopped
+from g2rpo.stop import StoppedAlone
 from g2rpo.training.collective import of_all_ranks
 
 logger = logging.getLogger(__name__)
 
 SIZE_FILE = "training_micro_batch.json"
 """In the run folder: the size to resume with, where a run had to end for it."""
-
-
-class RankStopped(Stopped):
-    """This rank has stopped alone: it can do nothing more together with the others."""
 
 
 @dataclass
@@ -70,7 +66,7 @@ class MicroBatchSize:
 
         Raises:
             UserError: a single state does not fit.
-            RankStopped: with sharded weights.
+            StoppedAlone: with sharded weights.
         """
         attempt = Attempt()
         exhausted = False
@@ -84,7 +80,7 @@ class MicroBatchSize:
             if self.accelerator.device.type == "cuda":
                 # What this rank has begun with the others never ends, and is not to be waited for.
                 distributed_c10d._abort_process_group()  # noqa: SLF001
-            raise RankStopped(
+            raise StoppedAlone(
                 f"out of memory in training: it goes on from the last checkpoint, with "
                 f"micro-batches of {self.states} states",
                 resume=True,
