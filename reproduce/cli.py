@@ -9,7 +9,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from reproduce.commands import export, jobs, prompts, run, weights
+from reproduce.commands import embed, export, jobs, prompts, run, weights
 from reproduce.commands.options import (
     ExperimentName,
     Overrides,
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
+app.command()(embed.embed)
 
 CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]

@@ -43,7 +43,7 @@ def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
 
 def summary(statuses: Sequence[StageStatus]) -> str:
     """How many stages are in which state."""
-    counts = Counter(status.word for status in statuses)
+    counts = Counter(str(status.word) for status in statuses)
     return ", ".join(f"{counts[word]} {word}" for word in STYLES if counts[word])
 
 

@@ -73,8 +73,8 @@ def active_stages(runs_folder: Path) -> dict[str, str]:
         UserError: SLURM does not answer.
     """
     by_comment: dict[str, set[str]] = {}
-    for job in states.active_jobs().values():
-        by_comment.setdefault(job.comment, set()).add(job.job)
+    for state in states.active_jobs().values():
+        by_comment.setdefault(state.comment, set()).add(state.job)
     found: dict[str, str] = {}
     for folder in list_submissions(submissions_folder(runs_folder)):
         for group in job_groups(folder):

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from reproduce.experiment import Experiment, Hardware, Profile, ResolvedCell
 from reproduce.layout import Layout
 from reproduce.shares import Share
-from reproduce.work import Work, cell_file
+from reproduce.work import Embedding, Work, cell_file
 from slurm.graph import Graph, Needs, Stage
 
 
@@ -30,7 +30,7 @@ class Plan:
     cells: tuple[ResolvedCell, ...]
     layout: Layout
     graph: Graph
-    works: Mapping[str, Work]
+    works: Mapping[str, Work | Embedding]
     done: frozenset[str]
 
     @property
@@ -51,12 +51,14 @@ def make_plan(
     experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
 ) -> Plan:
     """The plan of ``cells``: stages that several cells share are there once."""
-    stages: dict[str, Stage] = {}
-    works: dict[str, Work] = {}
+    prompts = Embedding(tuple(cells), layout)
+    resources = Needs(1, profile.hardware.evaluation_devices)
+    stages = {prompts.name: _stage(prompts, (), resources)}
+    works: dict[str, Work | Embedding] = {prompts.name: prompts}
     done: set[str] = set()
     judged: list[str] = []
     for cell in cells:
-        for work, stage in _cell_stages(cell, layout, profile.hardware):
+        for work, stage in _cell_stages(cell, layout, profile.hardware, (prompts.name,)):
             if stage.name not in stages:
                 stages[stage.name], works[stage.name] = stage, work
                 if work.done():
@@ -72,6 +74,8 @@ def make_plan(
     )
     graph = Graph([*stages.values(), render])
     done |= _not_needed(graph, done)
+    if prompts.name not in done and prompts.done():
+        done.add(prompts.name)
     return Plan(experiment, profile, tuple(cells), layout, graph, works, frozenset(done))
 
 
@@ -85,23 +89,23 @@ def _not_needed(graph: Graph, done: set[str]) -> set[str]:
     return {s.name for s in graph.stages.values() if s.kind != "render" and s.name not in wanted}
 
 
+def shares_of(hardware: Hardware) -> list[Share]:
+    """The shares in which a cell's prompts are sampled and scored."""
+    return [Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)]
+
+
 def _cell_stages(
-    cell: ResolvedCell, layout: Layout, hardware: Hardware
+    cell: ResolvedCell, layout: Layout, hardware: Hardware, embedded: tuple[str, ...]
 ) -> Iterator[tuple[Work, Stage]]:
     """The stages of one cell, each after those it needs."""
-    training: tuple[str, ...] = ()
+    before = embedded
     if cell.train is not None:
         work = Work("train", cell, layout)
-        resources = Needs(hardware.training_ranks, hardware.gpus)
-        yield work, _stage(work, (), resources, None)
-        training = (work.name,)
+        yield work, _stage(work, before, Needs(hardware.training_ranks, hardware.gpus))
+        before = (work.name,)
     resources = Needs(1, hardware.evaluation_devices)
-    shares = [
-        Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)
-    ]
-    before = training
     for kind in ("sample", "score"):
-        works = [Work(kind, cell, layout, share) for share in shares]
+        works = [Work(kind, cell, layout, share) for share in shares_of(hardware)]
         names = tuple(work.name for work in works)
         array = names[0].rpartition("/")[0] if len(works) > 1 else None
         for work in works:
@@ -109,15 +113,20 @@ def _cell_stages(
         before = names
 
 
-def _stage(work: Work, needs: tuple[str, ...], resources: Needs, array: str | None) -> Stage:
-    share = work.share
+def _stage(
+    work: Work | Embedding, needs: tuple[str, ...], resources: Needs, array: str | None = None
+) -> Stage:
+    payload: dict[str, Any] = {}
+    if isinstance(work, Work):
+        share = work.share
+        payload = {"cell": cell_file(work.cell), "share": [share.index, share.count]}
     return Stage(
         name=work.name,
         kind=work.kind,
         label=work.label,
-        payload={"cell": cell_file(work.cell), "share": [share.index, share.count]},
+        payload=payload,
         needs=needs,
         resources=resources,
         array=array,
-        lease=str(Path(work.lease).absolute()),
+        lease=str(work.lease.absolute()),
     )

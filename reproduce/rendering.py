@@ -7,8 +7,8 @@ from g2rpo.errors import UserError
 from reproduce.collecting import collect, collected
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
+from reproduce.plan import shares_of
 from reproduce.render.notes import Gap
-from reproduce.shares import Share
 from reproduce.work import Inputs, Work, finish, latest_attempt
 
 
@@ -35,10 +35,7 @@ def gather(
 
 def why_not(cell: ResolvedCell, layout: Layout) -> str:
     """Why a cell is not finished, in one line: the first of its stages that is not done."""
-    hardware = cell.profile.hardware
-    shares = [
-        Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)
-    ]
+    shares = shares_of(cell.profile.hardware)
     works = [] if cell.train is None else [Work("train", cell, layout)]
     works += [Work(kind, cell, layout, share) for kind in ("sample", "score") for share in shares]
     for work in works:

@@ -1,4 +1,4 @@
-"""What a profile needs before any of its stages can run: devices, and files that it makes itself."""
+"""What a profile needs before its stages can run: devices, and files that it makes itself."""
 
 import importlib
 

@@ -11,6 +11,9 @@ import os
 import platform
 import stat
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +140,23 @@ def _prompts_hash(path: Path, state: FileState | None) -> str:
     return sha256_file(path)
 
 
+_absent_prompts: ContextVar[bool] = ContextVar("absent prompts are named", default=False)
+
+
+@contextmanager
+def absent_prompts_named() -> Iterator[None]:
+    """Lets runs be named, for a plan, whose prompt files are not there yet."""
+    token = _absent_prompts.set(True)
+    try:
+        yield
+    finally:
+        _absent_prompts.reset(token)
+
+
 def prompts_hash(path: Path) -> str:
     """The SHA-256 of a prompt file; :class:`UserError` where it cannot be used."""
+    if _absent_prompts.get() and not path.exists():
+        return f"absent: {path}"
     # Thousands of cells share a file: it is read again only where it has changed.
     return _prompts_hash(path, _state(path))
 

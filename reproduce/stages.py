@@ -24,7 +24,7 @@ from g2rpo.policy.flux import Handover
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.loop import Trainer
 from g2rpo.training.trained import load_trained
-from reproduce import runs
+from reproduce import embedding, runs
 from reproduce.behaviour import Behaviour
 from reproduce.experiment import ResolvedCell, judges
 from reproduce.layout import Layout, evaluation_inputs
@@ -56,6 +56,7 @@ def train(cell: ResolvedCell, layout: Layout) -> Path:
     text = cell.train.model_dump_json(indent=2)
     atomic_write_text(folder / "config.json", text + "\n")
     trainer = Trainer(cell.train, folder)
+    embedding.attach(trainer.policy, layout)
     progress = trainer.train()
     weights = {name: model.weights_hash for name, model in trainer.engine.rewards.items()}
     weights["policy"] = _policy_hash(cell)
@@ -84,15 +85,16 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _base_policy(cell: ResolvedCell) -> FluxPolicy:
+def _base_policy(cell: ResolvedCell, layout: Layout) -> FluxPolicy:
     policy = FluxPolicy.load(cell.policy, _device())
+    embedding.attach(policy, layout)
     policy.transformer.eval()
     return policy
 
 
 def _trained_policy(cell: ResolvedCell, layout: Layout) -> FluxPolicy:
     """The policy to evaluate: the base, a given checkpoint, or the last (its EMA where kept)."""
-    policy = _base_policy(cell)
+    policy = _base_policy(cell, layout)
     hybrid = cell.evaluation.hybrid
     if hybrid is not None and not cell.is_base:
         steps = hybrid.steps_of(cell.evaluation.grid.steps)
@@ -150,7 +152,7 @@ def sample(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> Path:
             f"{cell.key}, seed {cell.seed}: not trained to its end; run `g2rpo train` first"
         )
     behaviour = cell_behaviour(cell, layout, share)
-    behaviour.prepare(lambda: _base_policy(cell))
+    behaviour.prepare(lambda: _base_policy(cell, layout))
     policy = _trained_policy(cell, layout)
     prompts = share.of(behaviour.prompts)
     sample_images(policy, prompts, cell.evaluation, folder / "images", _sampling_batch(cell))

@@ -51,6 +51,12 @@ class StageStatus:
         return 0 if self.attempt is None else self.attempt.number - 1
 
     @property
+    def started(self) -> float:
+        """When its latest start was, in seconds since the epoch; 0 where it has not started."""
+        record = None if self.attempt is None else self.attempt.record
+        return 0.0 if record is None else record.started
+
+    @property
     def progress(self) -> WorkProgress:
         """What it says of itself; empty before it started."""
         record = None if self.attempt is None else self.attempt.record
@@ -140,28 +146,41 @@ class _Reader:
     def _judge(
         self, stage: Stage, attempt: Attempt | None, job: JobState | None, *, submitted: bool
     ) -> tuple[Word, str]:
-        if self._is_done(stage, attempt):
-            return "done", ""
-        record = None if attempt is None else attempt.record
-        if attempt is not None and _lives(attempt):
-            return "running", ""
+        done = self._is_done(stage, attempt)
+        if done or (attempt is not None and _lives(attempt)):
+            return ("done" if done else "running"), ""
         if job is not None and job.active:
-            word: Word = "waiting" if job.state == "PENDING" else "starting"
-            return word, job.words
-        if record is not None and record.state == "failed" and self._recent(record):
-            return "failed", record.reason or "no reason was told"
-        blocked = self._blocked(stage)
-        if blocked is not None:
-            return "cancelled", f"{blocked.stage.kind} {blocked.stage.label} {blocked.word}"
-        if job is not None:
-            if job.state == "CANCELLED":
-                return "cancelled", ""
-            return "failed", self._ended(job)
+            return ("waiting" if job.state == "PENDING" else "starting"), job.words
+        ended = self._told_end(attempt) or self._blocked(stage) or self._job_end(job)
+        if ended is not None:
+            return ended
         if self.driver_lives:
             return "waiting", "waiting for the stages that it needs or a free device"
-        if submitted:
-            return "interrupted", "SLURM does not know its job any more"
-        return "interrupted", "it was stopped" if attempt is not None else "it was not started"
+        stopped = "it was stopped" if attempt is not None else "it was not started"
+        return "interrupted", "SLURM does not know its job any more" if submitted else stopped
+
+    def _told_end(self, attempt: Attempt | None) -> tuple[Word, str] | None:
+        """What its own record says of its end, where that is of this submission."""
+        record = None if attempt is None else attempt.record
+        if record is None or record.state != "failed" or not self._recent(record):
+            return None
+        return "failed", record.reason or "no reason was told"
+
+    def _blocked(self, stage: Stage) -> tuple[Word, str] | None:
+        """Whether a stage that it needs will not come."""
+        for name in stage.needs:
+            other = self.found[name]
+            if other.word in ("failed", "cancelled"):
+                return "cancelled", f"{other.stage.kind} {other.stage.label} {other.word}"
+        return None
+
+    def _job_end(self, job: JobState | None) -> tuple[Word, str] | None:
+        """What SLURM says of the end of its job."""
+        if job is None:
+            return None
+        if job.state == "CANCELLED":
+            return "cancelled", "its job was cancelled"
+        return "failed", self._ended(job)
 
     def _ended(self, job: JobState) -> str:
         if job.state == "COMPLETED":
@@ -177,13 +196,6 @@ class _Reader:
             record = None if attempt is None else attempt.record
             return record is not None and record.state == "done" and self._recent(record)
         return stage.name in self.submission.done or self.inputs.work(stage).done()
-
-    def _blocked(self, stage: Stage) -> StageStatus | None:
-        for name in stage.needs:
-            status = self.found[name]
-            if status.word in ("failed", "cancelled"):
-                return status
-        return None
 
 
 def is_over(statuses: Iterable[StageStatus]) -> bool:

@@ -4,6 +4,7 @@ The lease keeps a stage from being done twice at once, wherever it is started fr
 on this machine, or the command line.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,13 +15,13 @@ from typing import Any
 
 from benchmarks.held_out import EvaluationConfig
 from g2rpo.attempts import Attempt
-from g2rpo.config import validate
+from g2rpo.config import content_hash, validate
 from g2rpo.errors import UserError
-from g2rpo.files import write_json
+from g2rpo.files import atomic_write_text
 from g2rpo.lease import Lease, latest
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.training.config import TrainConfig
-from reproduce import stages
+from reproduce import embedding, stages
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
 from reproduce.shares import WHOLE, Share
@@ -29,7 +30,6 @@ from slurm.graph import Stage
 from slurm.submission import Submission
 
 ENTRY = "reproduce.work:run_stage"
-KINDS = ("embed", "train", "sample", "score", "render")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Work:
     """What one stage does.
 
     Attributes:
-        kind: one of :data:`KINDS` but ``render``.
+        kind: ``train``, ``sample`` or ``score``.
         cell: the cell it is of.
         layout: where things are.
         share: which part of the prompts, where the stage is shared.
@@ -91,12 +91,50 @@ class Work:
             stages.score_share(self.cell, self.layout, self.share)
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """The stage that encodes the prompts of all cells.
+
+    Attributes:
+        cells: the cells.
+        layout: where things are.
+    """
+
+    cells: tuple[ResolvedCell, ...]
+    layout: Layout
+    kind = "embed"
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Names the prompts and the encoders, whoever needs them."""
+        uses = {repr(use) for cell in self.cells for use in embedding.prompt_uses(cell)}
+        return f"embed/{content_hash(sorted(uses))}"
+
+    @property
+    def lease(self) -> Path:
+        """Where its attempts are told."""
+        return self.layout.runs / "embeddings" / "leases" / self.name.removeprefix("embed/")
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return "all prompts"
+
+    def done(self) -> bool:
+        """Whether all prompts are encoded."""
+        return all(embedding.is_embedded(cell, self.layout) for cell in self.cells)
+
+    def do(self) -> None:
+        """Encodes those that are not."""
+        embedding.embed(self.cells, self.layout)
+
+
 def latest_attempt(lease: Path) -> Attempt | None:
     """The latest start of the work whose lease is at ``lease``; None where there was none."""
     return latest(lease.parent, lease.name)
 
 
-def perform(work: Work, ranks: Ranks, log: Path | None = None) -> None:
+def perform(work: Work | Embedding, ranks: Ranks, log: Path | None = None) -> None:
     """Does ``work`` under its lease; returns at once where it is done.
 
     Raises:
@@ -149,7 +187,7 @@ def run_stage(submission: Submission, stage: Stage, ranks: Ranks) -> None:
         return
     work = inputs.work(stage)
     perform(work, ranks)
-    if stage.kind == "score":
+    if isinstance(work, Work) and work.kind == "score":
         finish(work.cell, work.layout, work.share.count)
 
 
@@ -189,8 +227,8 @@ class Inputs:
         """Writes everything that jobs need, into the submission's folder."""
         inputs = self.folder / "inputs"
         for cell in cells:
-            write_json(inputs / "cells" / f"{cell_file(cell)}", cell_document(cell))
-        write_json(
+            _write(inputs / "cells" / cell_file(cell), cell_document(cell))
+        _write(
             inputs / "experiment.json",
             {
                 "experiment": self.experiment.model_dump(mode="json"),
@@ -206,11 +244,18 @@ class Inputs:
         cells = [cell_from(_read(path), self.profile, str(path)) for path in files]
         return sorted(cells, key=lambda cell: (cell.key, cell.seed or 0))
 
-    def work(self, stage: Stage) -> Work:
+    def work(self, stage: Stage) -> Work | Embedding:
         """What ``stage`` does."""
+        if stage.kind == "embed":
+            return Embedding(tuple(self.cells()), self.layout)
         path = self.folder / "inputs" / "cells" / stage.payload["cell"]
         cell = cell_from(_read(path), self.profile, str(path))
         return Work(stage.kind, cell, self.layout, Share(*stage.payload["share"]))
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    # Not sorted: the order of rewards is part of a run's name, and of its sums.
+    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ that was asked to stop in time leaves a marker, which the lines after ``srun`` l
 
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,8 @@ def parameters(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> dic
         "dependency": batch.dependency,
         "array_parallelism": cluster.array_parallelism,
         "stderr_to_stdout": True,
-        "setup": setup(cluster),
-        "teardown": teardown(jobs, cluster.max_restarts),
+        "setup": setup(cluster, jobs),
+        "teardown": teardown(cluster.max_restarts),
         "srun_args": srun_arguments(cluster, results),
         # A child of a failed stage is cancelled instead of pending for ever, and a site's default
         # against requeueing does not apply.
@@ -101,40 +100,48 @@ def _gpus(cluster: Cluster, per_node: int) -> dict[str, Any]:
     return {"gpus_per_node": f"{kind}{per_node}"}
 
 
-def setup(cluster: Cluster) -> list[str]:
-    """Shell lines before a job's command."""
+def setup(cluster: Cluster, jobs: Path) -> list[str]:
+    """Shell lines before a job's command: its id, no leftovers, the environment, the site's own."""
     exports = {
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": str(REPOSITORY),  # the code that was submitted, in a container too
         **cluster.environment,
     }
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
-    return [*lines, *cluster.setup]
+    before, after = (shlex.quote(part) for part in str(requeue_marker(jobs, JOB)).rsplit(JOB, 1))
+    return [
+        # One task of an array may have the number of the whole array: the plain id will not do.
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-$SLURM_JOB_ID}",
+        f'marker={before}"$job"{after}',
+        'rm -f "$marker"',
+        # A start that ended on a full disk leaves these, and submitit refuses to go on at them.
+        f'rm -f {before}"$job"_*_result.pkl.save_tmp',
+        *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        *cluster.setup,
+    ]
 
 
-def teardown(jobs: Path, max_restarts: int) -> list[str]:
+def teardown(max_restarts: int) -> list[str]:
     """Shell lines after a job's command: requeue it where it is to go on, keep its exit code.
 
     It is to go on where it left a marker, where USR2 ended it before Python could handle that, and
     where preemption gave it SIGTERM alone; never once it is not RUNNING, for then it was cancelled,
     and requeueing would revive it.
     """
-    before, after = (shlex.quote(part) for part in str(requeue_marker(jobs, JOB)).rsplit(JOB, 1))
     return [
         "code=$?",
-        # One task of an array may have the number of the whole array: the plain id will not do.
-        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
-        "job=${job:-$SLURM_JOB_ID}",
-        f'marker={before}"$job"{after}',
         "again=",
         '[ -e "$marker" ] && again=yes',
         f'[ "$code" = {KILLED_BY_USR2} ] && again=yes',
-        f'[ "$code" = {TERMINATED} ] && '
-        '[[ "$(scontrol show job --oneliner "$job")" = *PreemptTime=[0-9]* ]] && again=yes',
+        'details=$(scontrol show job --oneliner "$job")',
+        f'[ "$code" = {TERMINATED} ] && [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes',
         'rm -f "$marker"',
         f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_restarts} ] && again=',
         'state=$(squeue --noheader --jobs="$job" --format=%T)',
-        '[ -n "$again" ] && [ "$state" = RUNNING ] && scontrol requeue "$job"',
+        'if [ -n "$again" ] && [ "$state" = RUNNING ]; then',
+        # SLURM ends this script soon after it has taken the request.
+        '  for _ in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 10; done',
+        "fi",
         'exit "$code"',
     ]
 
@@ -187,7 +194,7 @@ def exported_names(cluster: Cluster) -> list[str]:
     return ["PYTHONPATH", "PYTHONUNBUFFERED", *cluster.environment]
 
 
-class Executor(submitit_slurm.SlurmExecutor):
+class Executor(submitit_slurm.SlurmExecutor):  # type: ignore[misc]
     """submitit's executor for SLURM; its texts can be made where there is no SLURM."""
 
     @classmethod
@@ -199,6 +206,14 @@ class Executor(submitit_slurm.SlurmExecutor):
     def affinity(cls) -> int:
         """Whether it can be used: told by sbatch itself when something is submitted."""
         return 2
+
+    def text(self, count: int) -> str:
+        """The batch script that submitting ``count`` stages would write."""
+        extra = {"map_count": count} if count > 1 else {}
+        text: str = submitit_slurm._make_sbatch_string(  # noqa: SLF001 - it has no public name
+            command=self._submitit_command_str, folder=self.folder, **self.parameters, **extra
+        )
+        return text
 
 
 def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Executor:
@@ -219,12 +234,3 @@ def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Execu
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"cluster {cluster.name}: {' '.join(str(error).split())[:300]}") from None
     return made
-
-
-def batch_text(made: Executor, stages: Sequence[Stage]) -> str:
-    """The batch script that ``made`` would submit."""
-    extra = {"map_count": len(stages)} if len(stages) > 1 else {}
-    text: str = submitit_slurm._make_sbatch_string(
-        command=made._submitit_command_str, folder=made.folder, **made.parameters, **extra
-    )
-    return text

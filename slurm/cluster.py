@@ -1,4 +1,4 @@
-"""Cluster profiles: what a site calls its partitions, how large its nodes are, how it starts things.
+"""Cluster profiles: what a site calls its partitions and how large its nodes are.
 
 A profile is a YAML file; the bundled ones in ``slurm/clusters/`` are commented examples.
 """

@@ -76,9 +76,6 @@ class Graph:
         rank = _depths(by_name, order)
         self.stages = {s.name: s for s in sorted(listed, key=lambda stage: rank[stage.name])}
 
-    def __iter__(self) -> Iterable[Stage]:  # type: ignore[override]
-        return iter(self.stages.values())
-
     def __len__(self) -> int:
         return len(self.stages)
 

@@ -48,7 +48,6 @@ class StageJob:
         # submitit bypasses signals, or requeues by itself where scontrol may be out of reach (in
         # a container): here they ask the stage to stop, and the batch script requeues the job.
         with StopRequest.handle_signals():
-            remove_leftovers(Path(self.submission) / "jobs")
             code = run_stage(Path(self.submission), self.stage)
         if code:
             sys.exit(code)
@@ -62,29 +61,31 @@ def run_stage(folder: Path, name: str) -> int:
     """
     try:
         submission = Submission.load(folder)
+        stage = submission.graph[name]
         entry: Entry = import_function(submission.entry)
-        with join(submission.graph[name].resources.ranks) as ranks:
+        with join(stage.resources.ranks) as ranks:
             try:
-                entry(submission, submission.graph[name], ranks)
+                entry(submission, stage, ranks)
             except Stopped as stopped:
                 return _stopped(submission, stopped, ranks)
-    except UserError as error:
-        return _told(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            traceback.print_exc()
-            return 1
-        where = error.filename or folder
-        return _told(f"{where}: the disk or quota is full; free space and run the same command")
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            return _told(f"out of memory on the GPU ({' '.join(str(error).split())[:200]})")
-        traceback.print_exc()
-        return 1
+        return _failed(error)
     return 0
 
 
-def _told(message: str) -> int:
+def _failed(error: Exception) -> int:
+    """Says what went wrong: in one line where that is enough to mend it."""
+    message = None
+    if isinstance(error, UserError):
+        message = str(error)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}the disk or quota is full; free space and run the same command"
+    elif type(error).__name__ == "OutOfMemoryError":
+        message = f"out of memory on the GPU ({' '.join(str(error).split())[:200]})"
+    if message is None:
+        traceback.print_exception(error)
+        return 1
     sys.stderr.write(f"error: {message}\n")
     sys.stderr.flush()
     return 2
@@ -124,14 +125,3 @@ def _stopped(submission: Submission, stopped: Stopped, ranks: Ranks) -> int:
     while not marker.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     return REQUEUE
-
-
-def remove_leftovers(jobs: Path) -> None:
-    """Deletes what an earlier start of this job left where submitit writes its result.
-
-    A start that ended on a full disk leaves a file at which every later start would fail.
-    """
-    job = slurm_job_id()
-    if job is not None:
-        rank = os.environ.get("SLURM_PROCID", "0")
-        (jobs / f"{job}_{rank}_result.pkl.save_tmp").unlink(missing_ok=True)

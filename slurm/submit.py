@@ -8,7 +8,7 @@ from pathlib import Path
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from g2rpo.errors import UserError
-from slurm.batch import Batch, batch_text, executor
+from slurm.batch import Batch, executor
 from slurm.graph import Stage
 from slurm.job import StageJob
 from slurm.submission import Submission
@@ -71,7 +71,7 @@ def scripts(
         batch = Batch(f"g2rpo/{submission.name}/{number}", stages, dependency(stages, job_of))
         job_of |= {stage.name: f"<{_shown(stages)}>" for stage in stages}
         run = executor(submission.cluster, batch, submission.jobs_folder, _results(submission))
-        made.append(Script(tuple(stage.name for stage in stages), batch_text(run, stages)))
+        made.append(Script(tuple(stage.name for stage in stages), run.text(len(stages))))
     return made
 
 

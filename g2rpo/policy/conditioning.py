@@ -1,10 +1,11 @@
 """What the transformer is told about the prompts: CLIP's pooled vector and T5's sequence."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from g2rpo.policy.folder import load_model
 
 logger = logging.getLogger(__name__)
 
-ENCODE_BATCH = 32
-"""Prompts that go through the text encoders at once."""
+SMALL_ENCODERS = 10**8
+"""Encoders of fewer parameters run on one thread of the CPU: several only wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,33 @@ class Conditioning:
         )
 
 
+class ConditioningSource(Protocol):
+    """Text embeddings that were computed before."""
+
+    def read(self, prompts: Sequence[str]) -> Mapping[str, Mapping[str, Tensor]]:
+        """The embeddings of those of ``prompts`` that are there, by prompt.
+
+        Each has the fields of :class:`Conditioning` without their first dimension, on the CPU.
+        """
+        ...
+
+
+def joined(rows: Sequence[Mapping[str, Tensor]], device: torch.device) -> Conditioning:
+    """The conditioning of the prompts that ``rows`` are of, on ``device``; see :func:`row_of`."""
+    return Conditioning(
+        torch.stack([row["prompt_embeds"].to(device) for row in rows]),
+        torch.stack([row["pooled_prompt_embeds"].to(device) for row in rows]),
+    )
+
+
+def row_of(conditioning: Conditioning, index: int) -> dict[str, Tensor]:
+    """One prompt's embeddings, by the names of the fields."""
+    return {
+        "prompt_embeds": conditioning.prompt_embeds[index],
+        "pooled_prompt_embeds": conditioning.pooled_prompt_embeds[index],
+    }
+
+
 class TextEncoders:
     """FLUX's two frozen text encoders with their tokenizers."""
 
@@ -85,6 +113,9 @@ class TextEncoders:
                     f"{encoder.config.vocab_size}; they belong to different models"
                 )
             encoder.requires_grad_(False).to(device)
+        self._parameters = sum(
+            parameter.numel() for model in (self.clip, self.t5) for parameter in model.parameters()
+        )
 
     @staticmethod
     def _tokenizer(tokenizer_class: Any, folder: Path) -> Any:
@@ -94,9 +125,25 @@ class TextEncoders:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{folder}: tokenizer cannot be loaded ({reason})") from None
 
-    @torch.no_grad()
+    def check_fit(self, folder: Path, transformer: Mapping[str, Any]) -> None:
+        """Checks that a transformer with the configuration ``transformer`` takes these embeddings.
+
+        Raises:
+            UserError: other widths; names ``folder``.
+        """
+        widths = (self.t5.config.d_model, self.clip.config.hidden_size)
+        keys = ("joint_attention_dim", "pooled_projection_dim")
+        expected = tuple(transformer.get(key, own) for key, own in zip(keys, widths, strict=True))
+        if widths != expected:
+            raise UserError(
+                f"{folder}: text encoders of widths {widths} (T5, CLIP) do not fit a "
+                f"transformer that takes {expected}; they belong to different models"
+            )
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes P prompts as ``FluxPipeline.encode_prompt`` does, in slices.
+        """Encodes P prompts as ``FluxPipeline.encode_prompt`` does, one by one.
+
+        A prompt that an encoder cannot see whole is told in a logged warning.
 
         Returns:
             Conditioning on the encoders' device, in their dtype. Both sequences are padded to
@@ -104,23 +151,41 @@ class TextEncoders:
         """
         if not prompts:
             raise ValueError("no prompts to encode")
-        parts = []
-        for start in range(0, len(prompts), ENCODE_BATCH):
-            batch = list(prompts[start : start + ENCODE_BATCH])
-            clip_ids = self._ids(self.clip_tokenizer, batch, self.clip_tokenizer.model_max_length)
-            t5_ids = self._ids(self.t5_tokenizer, batch, self.max_sequence_length)
-            parts.append(
-                Conditioning(
-                    prompt_embeds=self.t5(t5_ids).last_hidden_state,
-                    pooled_prompt_embeds=self.clip(clip_ids).pooler_output,
-                )
-            )
-        self._tell_truncated(prompts)
-        return Conditioning.cat(parts)
+        encoded = Conditioning.cat([self.encode_one(prompt) for prompt in prompts])
+        self.tell_truncated(prompts)
+        return encoded
 
-    def _ids(self, tokenizer: Any, prompts: list[str], length: int) -> Tensor:
+    @torch.no_grad()
+    def encode_one(self, prompt: str) -> Conditioning:
+        """The conditioning of one prompt, [1, L, D] and [1, E].
+
+        Always a batch of one: in a larger one the last bits may depend on its size and on the
+        prompt's place in it, and a prompt's embedding is to be a function of the prompt alone.
+        At FLUX's 512 tokens a single prompt fills a GPU.
+        """
+        clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
+        t5_ids = self._ids(self.t5_tokenizer, prompt, self.max_sequence_length)
+        with self._threads():
+            return Conditioning(
+                prompt_embeds=self.t5(t5_ids).last_hidden_state,
+                pooled_prompt_embeds=self.clip(clip_ids).pooler_output,
+            )
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        if self.device.type != "cpu" or self._parameters >= SMALL_ENCODERS:
+            yield
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _ids(self, tokenizer: Any, prompt: str, length: int) -> Tensor:
         encoded = tokenizer(
-            prompts,
+            [prompt],
             padding="max_length",
             max_length=length,
             truncation=True,
@@ -129,7 +194,8 @@ class TextEncoders:
         ids: Tensor = encoded.input_ids.to(self.device)
         return ids
 
-    def _tell_truncated(self, prompts: Sequence[str]) -> None:
+    def tell_truncated(self, prompts: Sequence[str]) -> None:
+        """Logs a warning for each encoder that does not see all of ``prompts`` whole."""
         limits = (
             ("T5", "max_sequence_length", self.t5_tokenizer, self.max_sequence_length),
             ("CLIP", "its limit", self.clip_tokenizer, self.clip_tokenizer.model_max_length),

@@ -6,6 +6,7 @@ between noise and picture, with the sampling loop left out: the sweep has its ow
 
 import copy
 import gc
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,13 @@ from g2rpo.files import atomic_folder
 from g2rpo.offload import OffloadConfig, on_device
 from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
-from g2rpo.policy.conditioning import Conditioning, TextEncoders
+from g2rpo.policy.conditioning import (
+    Conditioning,
+    ConditioningSource,
+    TextEncoders,
+    joined,
+    row_of,
+)
 from g2rpo.policy.folder import (
     checked_device,
     load_model,
@@ -32,6 +39,8 @@ from g2rpo.policy.folder import (
     resolve_source,
 )
 from g2rpo.policy.lora import LoraConfig
+
+logger = logging.getLogger(__name__)
 
 DECODE_PIXELS = 2**21
 """Pixels decoded at once: four images of 720x720. The decoder's memory grows with it."""
@@ -85,6 +94,8 @@ class FluxPolicy:
             initial noise is drawn; f is the autoencoder's downsampling factor.
         offload: which of the frozen models wait in the CPU's memory while they are not used.
         handover: how held-out images are finished; None is with this policy's own velocities.
+        conditioning_source: where text embeddings are read that were computed before; what it
+            lacks, or all where it is None, is encoded here.
     """
 
     def __init__(
@@ -121,6 +132,8 @@ class FluxPolicy:
         self.latent_shape: tuple[int, int, int] = (channels, side, side)
         self.handover: Handover | None = None
         self.offload = OffloadConfig()
+        self.conditioning_source: ConditioningSource | None = None
+        self._told_missing = False
         self._text_encoders: TextEncoders | None = None
         self._image_ids = _image_position_ids(side // 2, side // 2).to(self.device)
         self._text_ids: dict[int, Tensor] = {}
@@ -158,34 +171,46 @@ class FluxPolicy:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The text embeddings of P prompts, equal to ``FluxPipeline.encode_prompt``'s.
 
-        A prompt that an encoder cannot see whole is told in a logged warning.
+        Each is a function of its prompt alone, in every bit. What ``conditioning_source`` holds is
+        read from there; the text encoders are only loaded for the rest. A prompt that an encoder
+        cannot see whole is told in a logged warning.
 
         Raises:
             UserError: the text encoders cannot be read or do not fit the transformer.
         """
-        if self._text_encoders is None:
-            self._text_encoders = self._load_text_encoders()
-        encoders = self._text_encoders
+        if self.conditioning_source is None:
+            return self._encode(prompts)
+        rows = dict(self.conditioning_source.read(prompts))
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+        if missing:
+            if not self._told_missing:
+                self._told_missing = True
+                logger.warning(
+                    "%d of %d prompts are not in the embedding cache and are encoded here, with "
+                    "the text encoders in memory; first: %.80r",
+                    len(missing), len(prompts), missing[0],
+                )  # fmt: skip
+            encoded = self._encode(missing)
+            rows |= {prompt: row_of(encoded, index) for index, prompt in enumerate(missing)}
+        return joined([rows[prompt] for prompt in prompts], self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        encoders = self._encoders()
         models, away = (encoders.clip, encoders.t5), self.offload.text_encoders
         with on_device(models, self.device, offloaded=away):
             return encoders.encode(prompts)
 
-    def _load_text_encoders(self) -> TextEncoders:
-        encoders = TextEncoders(
-            self.folder,
-            getattr(torch, self.config.dtype),
-            self.device,
-            self.config.max_sequence_length,
-        )
-        widths = (encoders.t5.config.d_model, encoders.clip.config.hidden_size)
-        keys = ("joint_attention_dim", "pooled_projection_dim")
-        expected = tuple(self.transformer_config[key] for key in keys)
-        if widths != expected:
-            raise UserError(
-                f"{self.folder}: text encoders of widths {widths} (T5, CLIP) do not fit a "
-                f"transformer that takes {expected}; they belong to different models"
+    def _encoders(self) -> TextEncoders:
+        if self._text_encoders is None:
+            encoders = TextEncoders(
+                self.folder,
+                getattr(torch, self.config.dtype),
+                self.device,
+                self.config.max_sequence_length,
             )
-        return encoders
+            encoders.check_fit(self.folder, self.transformer_config)
+            self._text_encoders = encoders
+        return self._text_encoders
 
     def release_text_encoders(self) -> None:
         """Drops the text encoders from memory; a later :meth:`encode` reads them again."""

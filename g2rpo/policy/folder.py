@@ -4,6 +4,8 @@ A hub id is turned into the folder of its cached snapshot first, so that everyth
 one layout; what is missing in that layout is named before any weights are read.
 """
 
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,6 +27,9 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from g2rpo.errors import UserError
+from g2rpo.files import sha256_file
+from g2rpo.hub.cache import Digests
+from g2rpo.hub.catalogue import COMMIT
 from g2rpo.hub.lock import revision_of
 
 MODEL_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -33,6 +38,10 @@ TOKENIZER_FILES = {
     "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
 }
 COMPONENTS = (*MODEL_FOLDERS, *TOKENIZER_FILES, "scheduler")
+TEXT_FOLDERS = ("text_encoder", "text_encoder_2", *TOKENIZER_FILES)
+"""What turns a prompt into its embeddings."""
+REMEMBERED = 10**9
+"""Bytes from which on a file's hash is remembered between processes."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -69,6 +78,50 @@ def resolve_source(source: str, revision: str | None) -> Path:
         folder = _fetch(source, revision or revision_of(source))
     check_pipeline_folder(folder)
     return folder
+
+
+def folder_here(source: str, revision: str | None) -> Path | None:
+    """The folder that ``source`` means if it is on this machine already; no network."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(source):
+        return None
+    found = try_to_load_from_cache(
+        source, "model_index.json", revision=revision or revision_of(source)
+    )
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def text_fingerprint(source: str, revision: str | None) -> str | dict[str, str] | None:
+    """What names the text encoders and tokenizers of ``source``; no network.
+
+    Returns:
+        A hash of their files for a folder, the id with its commit for a hub repository; None where
+        the commit is not known, as nothing of the repository is cached.
+    """
+    folder = folder_here(source, revision)
+    commit = revision or revision_of(source)
+    if folder is not None:
+        if Path(source).expanduser().is_dir() or not re.match(COMMIT, folder.name):
+            return _text_hash(folder.resolve())
+        commit = folder.name
+    if commit is None or not re.match(COMMIT, commit):
+        return None
+    return {"id": source, "revision": commit}
+
+
+@functools.cache
+def _text_hash(folder: Path) -> str:
+    digests, listing = Digests(), hashlib.sha256()
+    for name in TEXT_FOLDERS:
+        for path in sorted((folder / name).rglob("*")):
+            if path.is_file():
+                known = path.stat().st_size >= REMEMBERED
+                sha256 = (digests.known(path) or digests.measure(path)) if known else None
+                relative = path.relative_to(folder).as_posix()
+                listing.update(f"{relative} {sha256 or sha256_file(path)}\n".encode())
+    return listing.hexdigest()
 
 
 def _fetch(source: str, revision: str | None) -> Path:

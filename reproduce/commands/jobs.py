@@ -84,7 +84,7 @@ def _chosen(statuses: "list[StageStatus]", part: str) -> "StageStatus":
         raise UserError(f"no stage {part!r}; {nearest(part, names)}")
     logged = [status for status in fitting if status.log is not None]
     failed = [status for status in logged if status.word == "failed"]
-    started = [(status.attempt.started if status.attempt else 0.0) for status in logged]
+    started = [status.started for status in logged]
     if failed:
         return failed[0]
     return logged[started.index(max(started))] if logged else fitting[0]

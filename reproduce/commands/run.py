@@ -89,13 +89,16 @@ def plan(
 ) -> None:
     """Show what would be run: stages, GPUs, hours and disk, and what is done already."""
     request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
-    made, place = request.plan(runnable=False)
-    if dry_run:
-        _print_scripts(made, place)
-        return
-    from reproduce.plan_display import print_plan
+    from reproduce.runs import absent_prompts_named
 
-    print_plan(made, place, everything=everything)
+    with absent_prompts_named():
+        made, place = request.plan(runnable=False)
+        if dry_run:
+            _print_scripts(made, place)
+            return
+        from reproduce.plan_display import print_plan
+
+        print_plan(made, place, everything=everything)
 
 
 def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:

@@ -11,6 +11,7 @@ from g2rpo.errors import UserError
 if TYPE_CHECKING:
     from g2rpo.hub.catalogue import Artifact
     from g2rpo.hub.fetch import FetchOptions
+    from reproduce.experiment import Profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +47,11 @@ def needed_by_profile(name: str, artifacts: Iterable["Artifact"]) -> tuple["Arti
     """
     from reproduce.experiment import load_profile
 
-    profile = load_profile(name)
+    return needed_artifacts(load_profile(name), artifacts)
+
+
+def needed_artifacts(profile: "Profile", artifacts: Iterable["Artifact"]) -> tuple["Artifact", ...]:
+    """Those of ``artifacts`` that a profile's policy and rewards are loaded from."""
     needed = []
     for artifact in artifacts:
         if artifact.purpose == "policy":
@@ -65,6 +70,17 @@ def needed_by_profile(name: str, artifacts: Iterable["Artifact"]) -> tuple["Arti
                 needed.append(artifact)
                 break
     return tuple(needed)
+
+
+def unfetched(profile: "Profile") -> list[str]:
+    """The published weights that a profile needs and that are not cached whole. No network."""
+    from g2rpo.hub.catalogue import catalogue
+    from g2rpo.hub.lock import read_lock
+    from g2rpo.hub.status import artifact_state
+
+    lock = read_lock()
+    needed = needed_artifacts(profile, catalogue().select([], WEIGHTS))
+    return [one.name for one in needed if artifact_state(one, lock).word in ("missing", "partly")]
 
 
 def _select(

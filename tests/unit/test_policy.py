@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -20,6 +20,7 @@ import g2rpo.policy.folder
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.policy import Conditioning, FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy.conditioning import row_of
 
 PROMPTS = ["a red square", "a blue circle on the left", "", "two triangles"]
 
@@ -229,16 +230,52 @@ def test_truncated_prompts_are_told(policy: FluxPolicy, caplog: pytest.LogCaptur
     assert messages[1].startswith("1 of 3 prompts are longer than the 77 tokens of CLIP")
 
 
-def test_encoding_does_not_depend_on_the_batch(policy: FluxPolicy) -> None:
+def assert_same_bits(one: Conditioning, other: Conditioning) -> None:
+    assert torch.equal(one.prompt_embeds, other.prompt_embeds)
+    assert torch.equal(one.pooled_prompt_embeds, other.pooled_prompt_embeds)
+
+
+def test_an_embedding_depends_on_its_prompt_alone(policy: FluxPolicy) -> None:
     together = policy.encode(PROMPTS)
     assert len(together) == len(PROMPTS)
     for index, prompt in enumerate(PROMPTS):
-        alone = policy.encode([prompt])
-        chosen = together.select([index])
-        torch.testing.assert_close(alone.prompt_embeds, chosen.prompt_embeds, atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            alone.pooled_prompt_embeds, chosen.pooled_prompt_embeds, atol=1e-5, rtol=0
-        )
+        assert_same_bits(policy.encode([prompt]), together.select([index]))
+    assert_same_bits(policy.encode(PROMPTS[::-1] * 12), together.select([3, 2, 1, 0] * 12))
+    threads = torch.get_num_threads()
+    try:
+        for number in (2, 5):
+            torch.set_num_threads(number)
+            assert_same_bits(policy.encode(PROMPTS), together)
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Remembered:
+    """A source that holds some prompts."""
+
+    def __init__(self, conditioning: Conditioning, prompts: list[str]) -> None:
+        self.rows = {prompt: row_of(conditioning, i) for i, prompt in enumerate(prompts)}
+
+    def read(self, prompts: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+        return {prompt: self.rows[prompt] for prompt in prompts if prompt in self.rows}
+
+
+def test_what_a_source_holds_is_not_encoded(
+    folder: Path, policy: FluxPolicy, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoded = policy.encode(PROMPTS)
+    reader = load(folder)
+    reader.conditioning_source = Remembered(encoded, PROMPTS)
+    assert_same_bits(reader.encode([*PROMPTS[::-1], PROMPTS[1]]), encoded.select([3, 2, 1, 0, 1]))
+    assert reader._text_encoders is None
+    assert not caplog.records
+
+    reader.conditioning_source = Remembered(encoded, PROMPTS[:2])
+    with caplog.at_level(logging.WARNING, logger="g2rpo"):
+        for _ in range(2):
+            assert_same_bits(reader.encode(PROMPTS), encoded)
+    assert [record.getMessage().split(" are")[0] for record in caplog.records] == ["2 of 4 prompts"]
 
 
 def test_released_text_encoders_are_read_again(folder: Path) -> None:

@@ -1,0 +1,211 @@
+"""Encoding what a cache lacks: shard by shard, so that an interruption loses at most one."""
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from g2rpo.data.embeddings.cache import (
+    SHARD_SUFFIX,
+    EmbeddingCache,
+    IndexedPrompt,
+    Rows,
+    ShardIndex,
+    index_path,
+    prompt_key,
+    rows_digest,
+    shard_name,
+)
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path, write_json
+from g2rpo.progress import ProgressReport
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 256 * 2**20
+"""Bytes of a shard: at FLUX's 512 x 4096 bfloat16 numbers it holds 64 prompts."""
+SHARD_PROMPTS = 1024
+"""Prompts of a shard, however small they are: so many are encoded again after a kill."""
+LEFTOVER_SECONDS = 3600
+"""Age of an unfinished file at which nobody is writing it any more."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of ``count`` disjoint parts of any set of prompts, ``index`` counted from 0.
+
+    A prompt's part depends on its text alone: processes that encode one part each need not agree
+    on anything else.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"part {self.index} of {self.count} does not exist")
+
+    def of(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts of this part, each once, in their order."""
+        return [
+            prompt
+            for prompt in dict.fromkeys(prompts)
+            if int(prompt_key(prompt)[:16], 16) % self.count == self.index
+        ]
+
+
+WHOLE = Part()
+"""All prompts."""
+
+
+@dataclass(frozen=True)
+class FillSettings:
+    """How a cache is filled.
+
+    Attributes:
+        prompt_bytes: bytes of one prompt's tensors.
+        part: which prompts this process encodes.
+        shard_prompts: prompts of a shard; None is as many as :data:`SHARD_BYTES` hold.
+        origin: device and packages, noted in the shards' indices.
+    """
+
+    prompt_bytes: int
+    part: Part = WHOLE
+    shard_prompts: int | None = None
+    origin: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def per_shard(self) -> int:
+        """Prompts of a full shard."""
+        if self.shard_prompts is not None:
+            return self.shard_prompts
+        return max(1, min(SHARD_PROMPTS, round(SHARD_BYTES / self.prompt_bytes)))
+
+
+Encoder = Callable[[str], Rows]
+
+
+def fill(
+    cache: EmbeddingCache,
+    prompts: Sequence[str],
+    load: Callable[[Sequence[str]], Encoder],
+    settings: FillSettings,
+) -> int:
+    """Encodes those of ``prompts`` that the cache lacks and that are of this process's part.
+
+    What is there is read and compared with its hash first; a damaged shard is encoded again.
+    Interrupted, the same call goes on, and leaves the same files as an undisturbed one.
+
+    Args:
+        cache: the cache.
+        prompts: what it shall hold.
+        load: gives the encoder; called with the prompts to encode, if there are any.
+        settings: how.
+
+    Returns:
+        How many prompts were encoded.
+
+    Raises:
+        UserError: the disk is full; what was written stays.
+    """
+    wanted = settings.part.of(prompts)
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(cache.folder, settings.part):
+        _remove_leftovers(cache.folder)
+        cache.refresh()
+        cache.verify(wanted)
+        todo = cache.missing(wanted)
+        if not todo:
+            return 0
+        free, needed = shutil.disk_usage(cache.folder).free, len(todo) * settings.prompt_bytes
+        if needed > free:
+            detail = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
+            raise _disk_full(cache.folder, detail)
+        encode = load(todo)
+        done = len(wanted) - len(todo)
+        with ProgressReport("embed prompts", len(wanted), done=done) as report:
+            for start in range(0, len(todo), settings.per_shard):
+                chunk = todo[start : start + settings.per_shard]
+                rows = []
+                for prompt in chunk:
+                    encoded = encode(prompt)
+                    rows.append({name: value.cpu() for name, value in encoded.items()})
+                    report.advance()
+                _write_shard(cache.folder, chunk, rows, settings.origin)
+    cache.refresh()
+    return len(todo)
+
+
+def _write_shard(
+    folder: Path, prompts: Sequence[str], rows: Sequence[Rows], origin: dict[str, str]
+) -> None:
+    keys = [prompt_key(prompt) for prompt in prompts]
+    shard = folder / shard_name(keys)
+    tensors: dict[str, Tensor] = {
+        name: torch.stack([row[name] for row in rows]) for name in rows[0]
+    }
+    entries = tuple(
+        IndexedPrompt(prompt=key, content=rows_digest(row))
+        for key, row in zip(keys, rows, strict=True)
+    )
+    try:
+        index_path(shard).unlink(missing_ok=True)
+        with atomic_path(shard) as temporary:
+            save_file(tensors, temporary)
+        index = ShardIndex(size=shard.stat().st_size, entries=entries, origin=origin)
+        write_json(index_path(shard), index.model_dump(mode="json"))
+    except (OSError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        raise _disk_full(folder, f"writing {len(prompts)} prompts") from None
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(f"os error {number}" in str(error) for number in FULL)
+
+
+def _disk_full(folder: Path, detail: str) -> UserError:
+    return UserError(
+        f"{folder}: the disk is full ({detail}); the shards that are there are kept: free some "
+        "space, or give --results on another disk, then run the same command to go on"
+    )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Deletes what killed processes left: temporary files, and shards without an index."""
+    oldest = time.time() - LEFTOVER_SECONDS
+    shards = [path for path in folder.glob(f"*{SHARD_SUFFIX}") if not index_path(path).exists()]
+    for path in (*folder.glob(".*.tmp"), *shards):
+        try:
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
+
+
+@contextmanager
+def _alone(folder: Path, part: Part) -> Iterator[None]:
+    """Keeps other processes from encoding the same part."""
+    lock = FileLock(folder / f".part-{part.index}-of-{part.count}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("%s: waiting for another process that encodes the same prompts", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,240 @@
+"""Encoding once: the command, what the plan is told, and that nothing else changes by a bit."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from g2rpo.config import parse_overrides
+from g2rpo.data.embeddings import Part
+from g2rpo.data.prompts import prompts_of_iteration, read_prompts
+from g2rpo.errors import UserError
+from g2rpo.flow.schedule import build_grid
+from g2rpo.policy import FluxPolicy
+from g2rpo.sampling import sample_latents
+from g2rpo.training.loop import Trainer
+from g2rpo.training.metrics import read_metrics
+from reproduce import embedding
+from reproduce.commands.embed import parse_part
+from reproduce.experiment import (
+    HERE,
+    ResolvedCell,
+    expand,
+    load_experiment,
+    load_profile,
+    resolve,
+)
+from reproduce.stages import Layout
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def profile(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke profile on the session's assets."""
+    data = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
+    for key in ("build", "assets"):
+        data.pop(key)
+    text = yaml.safe_dump(data).replace("results/runs/assets/smoke", str(smoke_assets))
+    path = tmp_path_factory.mktemp("profile") / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+def cell_of(profile: Path, key: str = "hps/g2rpo", *overrides: str) -> ResolvedCell:
+    return resolve(
+        load_experiment("table1"), load_profile(str(profile)), key, 1, parse_overrides(overrides)
+    )
+
+
+def layout_of(results: Path) -> Layout:
+    return Layout(results / "runs", results / "runs")
+
+
+def start(profile: Path, results: Path, *extra: str) -> "subprocess.Popen[str]":
+    command = ["embed", "table1", "--profile", str(profile), "--results", str(results), *extra]
+    return subprocess.Popen(
+        [sys.executable, "-m", "reproduce.cli", *command],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def states(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.fixture(scope="module")
+def embedded(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with the embeddings of table1 and nothing else, by two processes at once."""
+    results = tmp_path_factory.mktemp("embedded")
+    processes = [start(profile, results, "--shard", part) for part in ("1/2", "2/2")]
+    for process in processes:
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        assert "embed prompts" in errors
+        (folder,) = map(Path, output.split())
+        assert folder.parent == results / "runs" / "embeddings"
+    return results
+
+
+def test_the_command_encodes_once_what_every_cell_reads(profile: Path, embedded: Path) -> None:
+    cells = expand(load_experiment("table1"), load_profile(str(profile)), [1])
+    layout = layout_of(embedded)
+    assert len(cells) > 5 and all(embedding.is_embedded(cell, layout) for cell in cells)
+    assert not embedding.is_embedded(cells[0], layout_of(embedded / "elsewhere"))
+
+    (folder,) = (path for path in (embedded / "runs" / "embeddings").iterdir() if path.is_dir())
+    described = json.loads(folder.with_suffix(".json").read_text())
+    assert described["max_sequence_length"] == 24 and described["dtype"] == "float32"
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    # The estimate is of the numbers; the header of a shard is a few hundred bytes.
+    assert 0 <= size - embedding.disk_bytes(cells) < 1000
+    assert embedding.disk_bytes(cells, every_prompt=True) > embedding.disk_bytes(cells)
+
+    before = states(folder)
+    again = start(profile, embedded)
+    _, errors = again.communicate(timeout=200)
+    assert again.returncode == 0 and "embed prompts" not in errors
+    assert states(folder) == before
+
+
+def test_how_the_work_is_shared_changes_no_bit(
+    profile: Path, embedded: Path, tmp_path: Path
+) -> None:
+    cell, layout = cell_of(profile), layout_of(tmp_path)
+    embedding.embed([cell], layout, Part(1, 3))
+    assert not embedding.is_embedded(cell, layout)
+    embedding.embed([cell], layout)
+    assert embedding.is_embedded(cell, layout)
+    (texts,) = (texts for _, texts in embedding._by_policy([cell], every_prompt=False))
+    caches = []
+    for results in (embedded, tmp_path):
+        key = embedding.cache_key(cell.policy)
+        assert key is not None
+        caches.append(embedding.EmbeddingCache(results / "runs" / "embeddings" / key.name))
+    one, two = (cache.read(texts) for cache in caches)
+    assert one.keys() == two.keys() == set(texts)
+    for text in texts:
+        assert all(torch.equal(one[text][name], two[text][name]) for name in one[text])
+
+
+def test_a_shard_that_does_not_exist_is_refused() -> None:
+    assert parse_part("2/4") == Part(1, 4)
+    for shard in ("0/2", "3/2", "1", "a/b", ""):
+        with pytest.raises(UserError, match="expected I/N"):
+            parse_part(shard)
+
+
+def test_the_prompts_of_a_cell_are_those_that_its_stages_encode(
+    profile: Path, tmp_path: Path
+) -> None:
+    cell = cell_of(profile, "hps/g2rpo", "optimization.iterations=3")
+    assert cell.train is not None and cell.train.validation is not None
+    drawn = [
+        prompt.text
+        for iteration in range(3)
+        for prompt in prompts_of_iteration(
+            read_prompts(Path(cell.train.prompts.file)), 2, 1, iteration
+        )
+    ]
+    validation = read_prompts(Path(cell.train.validation.file), 4)
+    test = read_prompts(Path(cell.evaluation_prompts), 8)
+    expected = {*drawn, *(prompt.text for prompt in (*validation, *test))}
+    ((policy, texts),) = embedding._by_policy([cell, cell], every_prompt=False)
+    assert set(texts) == expected and len(texts) == len(expected)
+    assert policy.source == cell.policy.source
+    ((_, everything),) = embedding._by_policy([cell], every_prompt=True)
+    whole = {prompt.text for prompt in read_prompts(Path(cell.train.prompts.file))}
+    assert set(everything) == expected | whole
+
+
+def test_changed_prompts_and_settings_are_not_embedded(
+    profile: Path, embedded: Path, tmp_path: Path
+) -> None:
+    layout = layout_of(embedded)
+    assert embedding.is_embedded(cell_of(profile), layout)
+    assert not embedding.is_embedded(cell_of(profile, "hps/g2rpo", "seed=5"), layout)
+    assert not embedding.is_embedded(
+        cell_of(profile, "hps/g2rpo", "policy.max_sequence_length=16"), layout
+    )
+    data = yaml.safe_load(profile.read_text())
+    prompts = tmp_path / "test.txt"
+    prompts.write_text(Path(data["prompts"]["test"]).read_text())
+    data["prompts"]["test"] = str(prompts)
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(data))
+    cell = cell_of(changed)
+    assert embedding.is_embedded(cell, layout)  # the same prompts in another file
+    prompts.write_text("another prompt\n" + prompts.read_text())
+    assert not embedding.is_embedded(cell, layout)
+
+
+class Zeros:
+    """A source whose embeddings are wrong."""
+
+    def read(self, prompts: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
+        row = {"prompt_embeds": torch.zeros(24, 32), "pooled_prompt_embeds": torch.zeros(32)}
+        return dict.fromkeys(prompts, row)
+
+
+def test_training_from_the_cache_gives_the_same_bits(
+    profile: Path, embedded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cell = cell_of(
+        profile, "hps/g2rpo", "execution.device=cpu", "optimization.learning_rate=1.0e-3"
+    )
+    assert cell.train is not None and cell.train.optimization.iterations == 2
+    policies: dict[str, FluxPolicy] = {}
+    for name in ("encoded", "cached", "control"):
+        run = tmp_path / name
+        run.mkdir()
+        trainer = Trainer(cell.train, run)
+        if name == "cached":
+            embedding.attach(trainer.policy, layout_of(embedded))
+        elif name == "control":
+            trainer.policy.conditioning_source = Zeros()
+        with caplog.at_level(logging.WARNING, logger="g2rpo"):
+            trainer.train()
+        policies[name] = trainer.policy
+    assert policies["encoded"]._text_encoders is not None
+    assert policies["cached"]._text_encoders is None  # never in memory
+    assert not caplog.records
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        (file,) = (tmp_path / name).glob("checkpoints/*2/transformer/*.safetensors")
+        return load_file(file)
+
+    encoded, cached, control = weights("encoded"), weights("cached"), weights("control")
+    assert all(torch.equal(encoded[name], cached[name]) for name in encoded)
+    assert not all(torch.equal(encoded[name], control[name]) for name in encoded)
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("encoded", "cached")]
+    for one, two in zip(*rows, strict=True):
+        for key in one:
+            if key.startswith(("reward/", "validation/", "loss", "gradient")):
+                assert one[key] == two[key]
+
+    prompts = read_prompts(Path(cell.evaluation_prompts), 3)
+    latents = []
+    for name in ("encoded", "cached"):
+        grid = build_grid(cell.evaluation.grid, policies[name].image_tokens)
+        latents.append(sample_latents(policies[name], prompts, grid, seed=1))
+    assert torch.equal(*latents)
+
+
+def test_a_policy_without_a_cache_is_left_as_it_is(profile: Path, tmp_path: Path) -> None:
+    policy = FluxPolicy.load(cell_of(profile).policy, "cpu")
+    embedding.attach(policy, layout_of(tmp_path))
+    assert policy.conditioning_source is None
