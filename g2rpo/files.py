@@ -119,10 +119,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_folder(path)
-    retired: Path | None = None
     try:
         with _told_by_guards():
             yield temporary
+        publish_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Lets the whole folder ``temporary``, beside ``path``, take its place."""
+    retired: Path | None = None
+    try:
+        with _told_by_guards():
             _sync_tree(temporary)
             umask = os.umask(0)
             os.umask(umask)
@@ -134,7 +143,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             _sync_folder(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if retired is not None:
             shutil.rmtree(retired, ignore_errors=True)
 

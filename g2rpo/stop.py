@@ -37,6 +37,10 @@ class Stopped(Exception):  # noqa: N818 - it ends the work, and nothing is wrong
         return f"stopped: {self.reason}"
 
 
+class StoppedAlone(Stopped):
+    """This process has stopped alone: it can do nothing more together with its stage's others."""
+
+
 class StopRequest:
     """The one request of this process. Long work looks at it between two parts."""
 

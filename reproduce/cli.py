@@ -9,7 +9,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from reproduce.commands import embed, jobs, prompts, run, weights
+from reproduce.commands import embed, export, jobs, prompts, run, weights
 from reproduce.commands.doctor import doctor
 from reproduce.commands.options import (
     ExperimentName,
@@ -191,6 +191,7 @@ def render(
     write_table(loaded, chosen, cells, (), layout)
 
 
+app.command()(export.export)
 app.command()(run.reproduce)
 app.command()(run.plan)
 app.command()(run.submit)

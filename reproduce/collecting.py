@@ -98,4 +98,5 @@ def _cost(trained: Mapping[str, Any] | None, device: str) -> Cost:
             device=device,
         )
     progress = dict(trained["progress"])
+    progress.pop("training_micro_batch", None)  # it is no cost
     return Cost(iterations=progress.pop("iteration"), device=device, **progress)

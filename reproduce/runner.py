@@ -19,7 +19,6 @@ def check_hardware(profile: Profile, experiment: Experiment, cluster: Cluster) -
     Raises:
         UserError: one line that names what is missing and how to mend it.
     """
-    needs = profile.hardware
     if cluster.kind == "slurm":
         if not has_slurm():
             raise UserError(
@@ -28,11 +27,6 @@ def check_hardware(profile: Profile, experiment: Experiment, cluster: Cluster) -
             )
     else:
         _check_this_machine(profile, experiment)
-    if experiment.trains and needs.engine != "replicated":
-        raise UserError(
-            f"profile {profile.name} needs the {needs.engine} training engine, which this "
-            f"version does not have yet; {MEND}"
-        )
 
 
 def _check_this_machine(profile: Profile, experiment: Experiment) -> None:

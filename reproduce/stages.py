@@ -22,8 +22,8 @@ from g2rpo.policy import FluxPolicy
 from g2rpo.policy.checkpoint import find_checkpoint
 from g2rpo.policy.flux import Handover
 from g2rpo.rewards.registry import load_reward
-from g2rpo.training.checkpoints import latest_checkpoint
 from g2rpo.training.loop import Trainer
+from g2rpo.training.trained import load_trained
 from reproduce import embedding, runs
 from reproduce.behaviour import Behaviour
 from reproduce.experiment import ResolvedCell, judges
@@ -102,12 +102,7 @@ def _trained_policy(cell: ResolvedCell, layout: Layout) -> FluxPolicy:
     if cell.checkpoint is not None:
         policy.load_checkpoint(find_checkpoint(cell.checkpoint))
     if cell.train is not None:
-        run = layout.training(cell)
-        checkpoint = latest_checkpoint(run)
-        if checkpoint is None:
-            raise UserError(f"{run}: no checkpoint; train this cell first")
-        averaged = checkpoint / "ema_transformer"
-        policy.load_transformer(averaged if averaged.exists() else checkpoint / "transformer")
+        load_trained(policy, layout.training(cell))
     return policy
 
 

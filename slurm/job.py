@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.errors import UserError
-from g2rpo.stop import Stopped, StopRequest
+from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from slurm.distributed import Ranks, join
 from slurm.graph import Stage
 from slurm.submission import Submission
@@ -118,7 +118,7 @@ def _stopped(submission: Submission, stopped: Stopped, ranks: Ranks) -> int:
     if not stopped.resume or job is None:
         return TERMINATED
     marker = requeue_marker(submission.jobs_folder, job)
-    if ranks.first:
+    if ranks.first or isinstance(stopped, StoppedAlone):
         marker.touch()
     # The first rank that leaves has the others killed: none does before the marker is there.
     deadline = time.monotonic() + MARKER_SECONDS

@@ -2,6 +2,15 @@
 
 from g2rpo.policy.checkpoint import CheckpointConfig
 from g2rpo.policy.conditioning import Conditioning
-from g2rpo.policy.flux import FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy.export import export_pipeline
+from g2rpo.policy.flux import FluxPolicy, PolicyConfig
+from g2rpo.policy.lora import LoraConfig
 
-__all__ = ["CheckpointConfig", "Conditioning", "FluxPolicy", "PolicyConfig", "export_pipeline"]
+__all__ = [
+    "CheckpointConfig",
+    "Conditioning",
+    "FluxPolicy",
+    "LoraConfig",
+    "PolicyConfig",
+    "export_pipeline",
+]

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
@@ -152,10 +153,24 @@ def _shards(index: Path, label: str) -> list[Path]:
     return files
 
 
-def read_into(parameters: Mapping[str, Tensor], files: CheckpointFiles) -> None:
+def copy_whole(target: Tensor, whole: Tensor) -> None:
+    """Copies ``whole`` into ``target``; of a sharded one, each rank copies its own part."""
+    if isinstance(target, DTensor):
+        part = distribute_tensor(
+            whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+        target.to_local().copy_(part.to_local())
+    else:
+        target.copy_(whole)
+
+
+def read_into(
+    parameters: Mapping[str, Tensor], files: CheckpointFiles, rounding: torch.dtype | None = None
+) -> None:
     """Copies every tensor of ``files`` into the one of its name, in that one's dtype and device.
 
-    Nothing is changed unless all names and shapes are right.
+    Nothing is changed unless all names and shapes are right. Where ``rounding`` is given, values
+    are rounded to it on the way.
 
     Raises:
         UserError: a file is damaged, a tensor is missing, unknown, twice there or of another
@@ -174,7 +189,7 @@ def read_into(parameters: Mapping[str, Tensor], files: CheckpointFiles) -> None:
         try:
             with torch.no_grad(), safe_open(path, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - it is no mapping
-                    parameters[key].copy_(opened.get_tensor(key))
+                    copy_whole(parameters[key], opened.get_tensor(key).to(rounding))
         except (OSError, SafetensorError) as error:
             raise UserError(_damaged(path, files.label, error)) from None
 

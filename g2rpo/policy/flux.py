@@ -7,8 +7,8 @@ between noise and picture, with the sampling loop left out: the sweep has its ow
 import copy
 import gc
 import logging
-import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
+from g2rpo.offload import OffloadConfig, on_device
+from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
 from g2rpo.policy.conditioning import (
     Conditioning,
@@ -31,12 +33,12 @@ from g2rpo.policy.conditioning import (
     row_of,
 )
 from g2rpo.policy.folder import (
-    COMPONENTS,
     checked_device,
     load_model,
     read_json,
     resolve_source,
 )
+from g2rpo.policy.lora import LoraConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +62,9 @@ class PolicyConfig(StrictModel):
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """T5 tokens a prompt is padded or cut to."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the parameters; latents stay float32 outside of the transformer. ``float64`` is for
-    checking numerics: there everything but noise and rewards is float64."""
+    """In which everything is computed; latents stay float32 outside of the transformer, and what is
+    trained is kept in float32 beside it. ``float64`` is for checking numerics: there everything but
+    noise and rewards is float64."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class FluxPolicy:
         vae: the frozen autoencoder.
         latent_shape: (channels, height / f, width / f) of one unpacked latent, the shape in which
             initial noise is drawn; f is the autoencoder's downsampling factor.
+        offload: which of the frozen models wait in the CPU's memory while they are not used.
         handover: how held-out images are finished; None is with this policy's own velocities.
         conditioning_source: where text embeddings are read that were computed before; what it
             lacks, or all where it is None, is encoded here.
@@ -127,6 +131,7 @@ class FluxPolicy:
         side = config.resolution // factor
         self.latent_shape: tuple[int, int, int] = (channels, side, side)
         self.handover: Handover | None = None
+        self.offload = OffloadConfig()
         self.conditioning_source: ConditioningSource | None = None
         self._told_missing = False
         self._text_encoders: TextEncoders | None = None
@@ -134,8 +139,13 @@ class FluxPolicy:
         self._text_ids: dict[int, Tensor] = {}
 
     @classmethod
-    def load(cls, config: PolicyConfig, device: torch.device | str) -> "FluxPolicy":
+    def load(
+        cls, config: PolicyConfig, device: torch.device | str, *, weights: bool = True
+    ) -> "FluxPolicy":
         """Loads transformer and autoencoder onto ``device`` in ``config.dtype``.
+
+        Without ``weights`` the transformer is left on the meta device, in float32 or more, for
+        whoever shards it before it is filled (:meth:`fill_transformer`).
 
         Raises:
             UserError: the source cannot be found, fetched or read, the parts do not fit together,
@@ -145,8 +155,11 @@ class FluxPolicy:
         folder = resolve_source(config.source, config.revision)
         dtype = getattr(torch, config.dtype)
         vae = load_model(AutoencoderKL, folder / "vae", torch_dtype=dtype)
-        transformer = cls._read_transformer(config, folder)
-        return cls(config, folder, transformer.to(device), vae.requires_grad_(False).to(device))
+        if weights:
+            transformer = cls._read_transformer(config, folder).to(device)
+        else:
+            transformer = cls.empty_transformer(config, folder)
+        return cls(config, folder, transformer, vae.requires_grad_(False).to(device))
 
     @property
     def image_tokens(self) -> int:
@@ -166,7 +179,7 @@ class FluxPolicy:
             UserError: the text encoders cannot be read or do not fit the transformer.
         """
         if self.conditioning_source is None:
-            return self._encoders().encode(prompts)
+            return self._encode(prompts)
         rows = dict(self.conditioning_source.read(prompts))
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
         if missing:
@@ -177,9 +190,15 @@ class FluxPolicy:
                     "the text encoders in memory; first: %.80r",
                     len(missing), len(prompts), missing[0],
                 )  # fmt: skip
-            encoded = self._encoders().encode(missing)
+            encoded = self._encode(missing)
             rows |= {prompt: row_of(encoded, index) for index, prompt in enumerate(missing)}
         return joined([rows[prompt] for prompt in prompts], self.device)
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        encoders = self._encoders()
+        models, away = (encoders.clip, encoders.t5), self.offload.text_encoders
+        with on_device(models, self.device, offloaded=away):
+            return encoders.encode(prompts)
 
     def _encoders(self) -> TextEncoders:
         if self._text_encoders is None:
@@ -229,8 +248,7 @@ class FluxPolicy:
         Returns:
             [B, tokens, 4C], float32 (float64 where the latents are).
         """
-        parameter = next(self.transformer.parameters())
-        dtype, device = parameter.dtype, latents.device
+        dtype, device = getattr(torch, self.config.dtype), latents.device
         guidance = None
         if self.transformer_config["guidance_embeds"]:
             guidance = torch.full(
@@ -266,6 +284,11 @@ class FluxPolicy:
         side = self.config.resolution
         if not len(latents):
             return torch.empty(0, side, side, 3, dtype=torch.uint8)
+        with on_device([self.vae], self.device, offloaded=self.offload.vae):
+            return self._decode(latents)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        side = self.config.resolution
         dtype = next(self.vae.parameters()).dtype
         images = []
         for part in torch.split(latents, max(1, min(DECODE_IMAGES, DECODE_PIXELS // side**2))):
@@ -312,6 +335,47 @@ class FluxPolicy:
                 )
         read_into(self._unwrapped().state_dict(), files)
 
+    def fill_transformer(self) -> None:
+        """Reads the base's weights into the transformer that is there, each rank its own part.
+
+        They are rounded to ``config.dtype`` on the way, so that a transformer that is kept in
+        float32 begins where one in ``config.dtype`` does.
+
+        Raises:
+            UserError: as :meth:`load_checkpoint`.
+        """
+        files = files_at(self.folder / "transformer", str(self.folder))
+        rounding = getattr(torch, self.config.dtype)
+        read_into(self._unwrapped().state_dict(), files, rounding)
+
+    # Adapters
+
+    def add_lora(self, config: LoraConfig, seed: int = 0) -> None:
+        """Freezes the transformer and adds trainable adapters (:func:`lora.add_lora`)."""
+        lora.add_lora(self._unwrapped(), config, seed)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the transformer has adapters."""
+        return bool(lora.lora_parameters(self._unwrapped()))
+
+    def save_lora(self, folder: Path) -> None:
+        """Writes the adapters as a LoRA file that FluxPipeline loads, atomically."""
+        with atomic_folder(folder) as temporary:
+            lora.save_lora(self._unwrapped(), temporary)
+
+    def load_lora(self, folder: Path) -> None:
+        """Reads adapters that :meth:`save_lora` wrote, adding them where there are none.
+
+        Raises:
+            UserError: the file is missing, damaged or does not fit.
+        """
+        lora.load_lora(self._unwrapped(), folder)
+
+    def lora_disabled(self) -> AbstractContextManager[None]:
+        """A context in which the transformer is its frozen base."""
+        return lora.lora_disabled(self._unwrapped())
+
     def with_base_transformer(self) -> "FluxPolicy":
         """The untrained policy: the base's transformer, read anew, with all else shared.
 
@@ -328,27 +392,17 @@ class FluxPolicy:
         dtype = getattr(torch, config.dtype)
         return load_model(FluxTransformer2DModel, folder / "transformer", torch_dtype=dtype)
 
+    @staticmethod
+    def empty_transformer(config: PolicyConfig, folder: Path) -> FluxTransformer2DModel:
+        """The transformer of ``folder`` without storage, in float32 or more."""
+        settings = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
+        dtype = torch.promote_types(getattr(torch, config.dtype), torch.float32)
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel.from_config(settings).eval()
+        return transformer if dtype == torch.float32 else transformer.to(dtype)
+
     def _unwrapped(self) -> Any:
         return extract_model_from_parallel(self.transformer, keep_torch_compile=False)
-
-
-def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
-    """Writes an ordinary FluxPipeline folder: the base's components, the policy's transformer.
-
-    ``FluxPipeline.from_pretrained(folder)`` loads it. The base's files are copied byte for byte;
-    an existing ``folder`` is replaced.
-
-    Raises:
-        UserError: ``folder`` is, or holds, the folder the policy was loaded from.
-    """
-    if policy.folder.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: would overwrite the base pipeline; export to another folder")
-    with atomic_folder(folder) as temporary:
-        shutil.copy2(policy.folder / "model_index.json", temporary)
-        for name in COMPONENTS:
-            if name != "transformer":
-                shutil.copytree(policy.folder / name, temporary / name)
-        policy.save_transformer(temporary / "transformer")
 
 
 def _plain(value: Any) -> Any:

@@ -6,20 +6,19 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from g2rpo.errors import UserError
 from g2rpo.files import check_publication
 from g2rpo.training.config import CheckpointConfig
+from g2rpo.training.engine.optimizer import unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +39,8 @@ class Progress:
         training_backwards: states that went through a backward.
         images_scored: images that reward models were asked about (each image once).
         device_seconds: seconds times ranks.
+        training_micro_batch: states per training forward, where memory ran out and it had to be
+            made smaller than configured; else None.
     """
 
     iteration: int = 0
@@ -48,6 +49,7 @@ class Progress:
     training_backwards: int = 0
     images_scored: int = 0
     device_seconds: float = 0.0
+    training_micro_batch: int | None = None
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
@@ -87,52 +89,8 @@ def save_optimizer(
     tensors = {}
     for name, parameter in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
+            tensors[f"{key}.{name}"] = unpacked(value).contiguous()
     save_file(tensors, path)
-
-
-def load_optimizer(
-    path: Path, optimizer: torch.optim.Optimizer, parameters: NamedParameters
-) -> None:
-    """Restores what :func:`save_optimizer` wrote.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    tensors = load_tensors(path)
-    for name, parameter in parameters:
-        state = {
-            key: tensors[f"{key}.{name}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{key}.{name}" in tensors
-        }
-        if state:
-            optimizer.state[parameter] = {
-                # AdamW keeps its step counter on the CPU.
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in state.items()
-            }
-
-
-def save_ema(
-    folder: Path,
-    ema: EMAModel,
-    parameters: NamedParameters,
-    save_transformer: Callable[[Path], None],
-) -> None:
-    """Writes ``ema.safetensors`` and, by ``save_transformer``, ``ema_transformer/``."""
-    shadow: dict[str, Any] = {
-        name: tensor for (name, _), tensor in zip(parameters, ema.shadow_params, strict=True)
-    }
-    shadow["optimization_step"] = torch.tensor(ema.optimization_step)
-    save_file(shadow, folder / "ema.safetensors")
-    trained = [parameter for _, parameter in parameters]
-    ema.store(trained)
-    ema.copy_to(trained)
-    try:
-        save_transformer(folder / "ema_transformer")
-    finally:
-        ema.restore(trained)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -62,11 +62,13 @@ class Turn:
         error: what is wrong.
         stop: why the training is to stop.
         due: whether it is time for a checkpoint.
+        written: whether what was to be written in the background is.
     """
 
     error: UserError | None = None
     stop: StopReason | None = None
     due: bool = False
+    written: bool = True
 
 
 def decide(accelerator: Accelerator, turn: Turn) -> Turn:
@@ -82,7 +84,16 @@ def decide(accelerator: Accelerator, turn: Turn) -> Turn:
     stops = [one.stop for one in turns if one.stop is not None]
     # Where one of them wants to be resumed, the run is.
     stop = max(stops, key=lambda reason: reason.resume, default=None)
-    return Turn(stop=stop, due=any(one.due for one in turns))
+    return Turn(
+        stop=stop,
+        due=any(one.due for one in turns),
+        written=all(one.written for one in turns),
+    )
+
+
+def agree(accelerator: Accelerator, value: bool) -> bool:
+    """Whether ``value`` holds on every rank."""
+    return all(of_all_ranks(accelerator, value))
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:

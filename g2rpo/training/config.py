@@ -2,13 +2,22 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig
 from g2rpo.methods.base import Method, RolloutShape, parse_method
-from g2rpo.policy import PolicyConfig
+from g2rpo.offload import OffloadConfig
+from g2rpo.policy import LoraConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name
 from g2rpo.training.advantages import AdvantageConfig
@@ -61,6 +70,8 @@ class OptimizationConfig(StrictModel):
     """The optimiser, the objective and how an iteration is split into updates."""
 
     iterations: int = Field(300, ge=1)
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """``adamw_8bit`` keeps AdamW's two moments in 8 bits (torchao), a quarter of their memory."""
     learning_rate: float = Field(2e-6, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     epsilon: float = Field(1e-8, gt=0)
@@ -79,6 +90,16 @@ class OptimizationConfig(StrictModel):
     """Exponential moving average of the weights, used for evaluation; null keeps none."""
     ratio_tolerance: float = Field(2e-5, gt=0)
     """How far the ratio may be from 1 before the first update; beyond it the run stops."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_optimizer(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        # Runs are named by a hash of this: those before there was a choice keep their names.
+        fields: dict[str, Any] = handler(self)
+        if self.optimizer == "adamw":
+            fields.pop("optimizer", None)
+        return fields
 
 
 class CheckpointConfig(StrictModel):
@@ -114,7 +135,14 @@ class ExecutionConfig(StrictModel):
     rollout_micro_batch: int = Field(64, ge=1)
     """States per velocity evaluation in the rollout."""
     training_micro_batch: int = Field(32, ge=1)
-    """States per training forward and backward."""
+    """States per training forward and backward; halved where memory runs out."""
+    sharding: Literal["replicated", "fsdp2"] = "replicated"
+    """``fsdp2``: weights, gradients and optimiser states are shared by the ranks."""
+    rollout_weights: Literal["auto", "gathered", "sharded"] = "auto"
+    """With ``fsdp2``: gathered once a rollout, or at each forward; ``auto`` where they fit."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward instead of keeping them."""
+    offload: OffloadConfig = OffloadConfig()
     tensorboard: bool = True
 
 
@@ -128,12 +156,22 @@ class TrainConfig(StrictModel):
     """The in-domain rewards, by the name of their column."""
     grid: GridConfig = GridConfig()
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
+    lora: LoraConfig | None = None
+    """Trains adapters; null trains the transformer's own weights."""
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     validation: ValidationConfig | None = None
     checkpoints: CheckpointConfig = CheckpointConfig()
     execution: ExecutionConfig = ExecutionConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_absent_adapters(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs are named by a hash of this: those without adapters keep their names.
+        fields: dict[str, Any] = handler(self)
+        if self.lora is None:
+            fields.pop("lora", None)
+        return fields
 
     @property
     def shape(self) -> RolloutShape:

@@ -1,6 +1,5 @@
 """The training loop: rollouts, advantages, updates, metrics and checkpoints."""
 
-import copy
 import logging
 import time
 from pathlib import Path
@@ -13,15 +12,13 @@ from diffusers.training_utils import EMAModel
 from g2rpo.config import validate
 from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_folder
 from g2rpo.flow.schedule import build_grid
 from g2rpo.flow.sweep import SweepSettings
-from g2rpo.policy import FluxPolicy
+from g2rpo.offload import OffloadedReward
 from g2rpo.progress import ProgressReport
-from g2rpo.rewards.base import RewardModel
+from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
-from g2rpo.sampling import sample_ode
-from g2rpo.stop import Stopped, StopRequest
+from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training import checkpoints
 from g2rpo.training.advantages import group_advantages, step_advantages
 from g2rpo.training.checkpoints import Progress
@@ -29,16 +26,36 @@ from g2rpo.training.collective import (
     Turn,
     decide,
     make_accelerator,
+    of_all_ranks,
     raise_together,
     sum_over_ranks,
 )
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.engine import build_weights
+from g2rpo.training.engine.optimizer import build_optimizer
+from g2rpo.training.memory import check_fits, weights_bytes
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
+from g2rpo.training.state import TrainingState
 from g2rpo.training.transitions import TrainingBatch, collect_transitions
 from g2rpo.training.update import Updater, UpdateStatistics
+from g2rpo.training.validation import is_due, validation_rewards
 
 logger = logging.getLogger(__name__)
+
+
+def _check_memory(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Refuses, before anything is loaded, what cannot fit into this rank's GPU."""
+    if accelerator.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(accelerator.device)
+        sources = [Path(term.reward.source or "") for term in config.rewards.values()]
+        rewards = sum(weights_bytes(source) for source in sources if source.name)
+        check_fits(config, accelerator.num_processes, total, rewards)
+
+
+def _load_reward(reward: RewardConfig, config: TrainConfig, device: torch.device) -> RewardModel:
+    model = load_reward(reward, device)
+    return OffloadedReward(model, device) if config.execution.offload.rewards else model
 
 
 class Trainer:
@@ -72,17 +89,24 @@ class Trainer:
         self.config, self.run = config, run
         self.accelerator = accelerator or make_accelerator(config, run)
         ranks = self.accelerator.num_processes
+        if len(set(of_all_ranks(self.accelerator, str(run.resolve())))) > 1:
+            raise UserError(
+                f"{run}: the ranks have different run folders, so their inputs differ; let them "
+                "see the same files, and start again once those are all there"
+            )
         if config.rollout.prompts_per_iteration % ranks:
             raise UserError(
                 f"rollout.prompts_per_iteration {config.rollout.prompts_per_iteration} cannot be "
                 f"shared by {ranks} ranks: use a multiple of {ranks}"
             )
         self.prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
-        self.policy = FluxPolicy.load(config.policy, self.accelerator.device)
+        _check_memory(config, self.accelerator)
+        self.weights = build_weights(config, self.accelerator)
+        self.policy = self.weights.policy
         self.grid = build_grid(config.grid, self.policy.image_tokens)
         if rewards is None:
             device = self.accelerator.device
-            rewards = {n: load_reward(r.reward, device) for n, r in config.rewards.items()}
+            rewards = {n: _load_reward(r.reward, config, device) for n, r in config.rewards.items()}
         self.engine = RolloutEngine(
             policy=self.policy,
             rewards=rewards,
@@ -95,85 +119,27 @@ class Trainer:
             ),
             seed=config.seed,
         )
-        self.progress = Progress()
         self._prepare()
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
 
     def _prepare(self) -> None:
-        """Optimiser, EMA, reference and ranks; then whatever a checkpoint restores."""
-        settings = self.config.optimization
-        transformer = self.policy.transformer.eval().requires_grad_(True)
-        self._named = [(n, p) for n, p in transformer.named_parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self._named],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-        )
-        self.ema = None
-        if settings.ema_decay is not None:
-            self.ema = EMAModel(
-                [parameter for _, parameter in self._named], decay=settings.ema_decay
-            )
-        self.updater = Updater(
-            self.config, self.policy, self.accelerator, self.optimizer, self.grid
-        )
+        """Optimiser, average and reference; then whatever a checkpoint restores."""
+        self.optimizer = build_optimizer(self.config.optimization, self.weights.parameters)
+        self.state = TrainingState(self.config, self.run, self.weights, self.optimizer)
+        self.updater = Updater(self.config, self.run, self.weights, self.optimizer, self.grid)
         self.updater.keep_reference()
-        self._resume()
-        # Only the training forward goes through the wrapper that synchronises gradients: rollouts
-        # and validations may differ in number between ranks.
-        self.updater.policy = copy.copy(self.policy)
-        self.updater.policy.transformer = self.accelerator.prepare(transformer)
+        self.progress = self.state.resume()
+        self.updater.size.restore(self.progress.training_micro_batch)
 
-    def _resume(self) -> None:
-        error = None
-        if self.accelerator.is_main_process:
-            try:
-                checkpoints.remove_unfinished(self.run)
-            except UserError as found:
-                error = found
-        raise_together(self.accelerator, error)
-        folder = checkpoints.latest_checkpoint(self.run)
-        if folder is None:
-            return
-        self.policy.load_transformer(folder / "transformer")
-        checkpoints.load_optimizer(folder / "optimizer.safetensors", self.optimizer, self._named)
-        if self.ema is not None:
-            tensors = checkpoints.load_tensors(folder / "ema.safetensors")
-            device = self.accelerator.device
-            self.ema.shadow_params = [tensors[name].to(device) for name, _ in self._named]
-            self.ema.optimization_step = int(tensors["optimization_step"])
-        self.progress = checkpoints.read_progress(folder)
-        logger.info("resuming after iteration %d", self.progress.iteration)
+    @property
+    def ema(self) -> EMAModel | None:
+        """The running average of the weights, where one is kept."""
+        return self.state.ema
 
     def save(self) -> None:
-        """Writes a checkpoint of the current state, atomically, and deletes what is not kept.
-
-        Raises:
-            UserError: on all ranks, where it cannot be written; the last one stays intact.
-        """
-        error = None
-        if self.accelerator.is_main_process:
-            folder = checkpoints.checkpoint_folder(self.run, self.progress.iteration)
-            try:
-                with checkpoints.writing(self.run, f"checkpoint {folder.name}"):
-                    self._write_checkpoint(folder)
-            except UserError as found:
-                error = found
-        raise_together(self.accelerator, error)
+        """Writes a checkpoint of the current state (:meth:`TrainingState.save`)."""
+        self.state.save(self.progress)
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        with atomic_folder(folder) as temporary:
-            self.policy.save_transformer(temporary / "transformer")
-            checkpoints.save_optimizer(
-                temporary / "optimizer.safetensors", self.optimizer, self._named
-            )
-            if self.ema is not None:
-                checkpoints.save_ema(temporary, self.ema, self._named, self.policy.save_transformer)
-            checkpoints.write_state(temporary, self.progress)
-        checkpoints.prune(self.run, self.config.checkpoints)
 
     def train(self) -> Progress:
         """Runs the iterations that are left and returns the counters.
@@ -183,6 +149,7 @@ class Trainer:
                 not 1, or the run folder cannot be written. The last checkpoint stays intact.
             Stopped: on all ranks, where a stop was asked for on any and iterations are left; a
                 checkpoint of those that are done has been written.
+            StoppedAlone: memory ran out on this rank, which the others wait for.
         """
         total = self.config.optimization.iterations
         main = self.accelerator.is_main_process
@@ -196,13 +163,18 @@ class Trainer:
             with ProgressReport(name, total, done=self.progress.iteration, enabled=main) as report:
                 self._between_iterations()
                 while self.progress.iteration < total:
-                    row = self.iterate()
+                    row = self.iterate() | self.validate()
                     error = self._record(log, row)
                     shown = next(iter(self.config.rewards))
                     report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
                     self._between_iterations(error)
+        except StoppedAlone:
+            raise
         except Stopped:
             self.accelerator.end_training()
+            raise
+        except UserError:
+            self.state.finish()  # what was begun before is sound
             raise
         self.accelerator.end_training()
         return self.progress
@@ -214,21 +186,24 @@ class Trainer:
             try:
                 with checkpoints.writing(self.run, METRICS_FILE):
                     log = MetricsLog(self.run / METRICS_FILE, self.progress.iteration)
-                if log.empty and (first := self.validate()):
-                    start = {"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0}
-                    with checkpoints.writing(self.run, METRICS_FILE):
-                        log.append(start | first)
+            except UserError as found:
+                error = found
+        raise_together(self.accelerator, error)
+        begins = any(of_all_ranks(self.accelerator, log is not None and log.empty))
+        if begins and (first := self.validate()) and log is not None:
+            try:
+                with checkpoints.writing(self.run, METRICS_FILE):
+                    log.append({"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0} | first)
             except UserError as found:
                 error = found
         raise_together(self.accelerator, error)
         return log
 
     def _record(self, log: MetricsLog | None, row: dict[str, Any]) -> UserError | None:
-        """Validates where that is due and writes the row; gives what went wrong to all ranks."""
+        """Writes the row; gives what went wrong, which all ranks are to be told."""
         if log is None:
             return None
         try:
-            row |= self.validate()
             with checkpoints.writing(self.run, METRICS_FILE):
                 log.append(row)
                 values = {k: v for k, v in row.items() if k != "iteration"}
@@ -244,33 +219,27 @@ class Trainer:
         minutes = config.every_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         due = due and self.accelerator.is_main_process  # the ranks' clocks differ
-        turn = decide(self.accelerator, Turn(error, StopRequest.requested(), due))
+        own = Turn(error, StopRequest.requested(), due, self.state.written)
+        turn = decide(self.accelerator, own)
         wanted = turn.due or turn.stop is not None or done % config.every == 0 or last
         if wanted and done > self._saved:
             self.save()
+        if turn.written or turn.stop is not None or last:
+            self.state.finish()
         if turn.stop is not None and not last:
             raise Stopped(turn.stop.text, turn.stop.resume)
 
     def validate(self) -> dict[str, float]:
         """Mean in-domain rewards on the validation prompts, where they are due now.
 
-        Images are by ODE on the training grid. Only the first rank computes them; their cost is
-        not part of the run's counters.
+        Their cost is not part of the run's counters.
         """
         config = self.config.validation
         done, total = self.progress.iteration, self.config.optimization.iterations
-        if config is None or not self.accelerator.is_main_process:
+        if config is None or not is_due(config, done, total):
             return {}
-        if done % config.every and done != total:
-            return {}
-        prompts = read_prompts(Path(config.file), config.limit)
         micro_batch = self.config.execution.rollout_micro_batch
-        images = sample_ode(self.policy, prompts, self.grid, config.seed, micro_batch)
-        texts = [prompt.text for prompt in prompts]
-        return {
-            f"validation/{name}": float(model.score(images, texts).double().mean())
-            for name, model in self.engine.rewards.items()
-        }
+        return validation_rewards(config, self.engine, self.weights, micro_batch)
 
     def local_prompts(self) -> list[Prompt]:
         """This rank's prompts of the coming iteration."""
@@ -291,14 +260,15 @@ class Trainer:
         batch, equal_groups = self._training_batch(rollout, prompts, iteration)
         statistics = self.updater.run(batch, rollout.conditioning, prompts, iteration)
         if self.ema is not None:
-            self.ema.step([parameter for _, parameter in self._named])
+            self.ema.step(self.weights.parameters)
         return self._metrics(rollout, batch, statistics, equal_groups, started)
 
     def _rollout(self, prompts: list[Prompt], iteration: int) -> Rollout:
         forest = self.config.method.forest(self.config.shape, iteration)
         rollout, message = None, None
         try:
-            rollout = self.engine.run(forest, prompts, iteration)
+            with self.weights.rollout():
+                rollout = self.engine.run(forest, prompts, iteration)
         except UserError as error:
             message = str(error)
         raise_together(self.accelerator, message)
@@ -373,8 +343,10 @@ class Trainer:
         progress.training_backwards += round(sums["training_backwards"])
         progress.images_scored += round(sums["images_scored"])
         progress.device_seconds += sums["device_seconds"]
+        if self.updater.size.reduced:
+            progress.training_micro_batch = self.updater.size.states
         row: dict[str, Any] = {
-            **vars(progress),
+            **{name: value for name, value in vars(progress).items() if value is not None},
             "seconds": progress.device_seconds / ranks,
             "learning_rate": self.config.optimization.learning_rate,
             "loss": sums["loss"] / ranks,

@@ -1,13 +1,13 @@
 """The optimiser steps of one iteration."""
 
 import contextlib
-import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
@@ -16,6 +16,8 @@ from g2rpo.flow.transition import log_prob, per_state, transition_mean
 from g2rpo.policy import Conditioning, FluxPolicy
 from g2rpo.training.collective import raise_together
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.engine import TrainedWeights
+from g2rpo.training.engine.out_of_memory import MicroBatchSize
 from g2rpo.training.objective import clipped_objective, transition_kl
 from g2rpo.training.transitions import (
     MicroBatch,
@@ -56,29 +58,32 @@ class Updater:
 
     Attributes:
         config: the run's configuration.
-        policy: the policy whose transformer is trained.
-        accelerator: device and ranks.
-        optimizer: AdamW over the transformer's trainable parameters.
+        weights: the trained weights of ``policy``.
+        optimizer: their optimiser.
+        size: states per training forward, made smaller where memory runs out.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        policy: FluxPolicy,
-        accelerator: Accelerator,
+        run: Path,
+        weights: TrainedWeights,
         optimizer: torch.optim.Optimizer,
         grid: SigmaGrid,
     ) -> None:
-        self.config, self.policy, self.accelerator = config, policy, accelerator
+        self.config, self.weights, self.policy = config, weights, weights.policy
+        self.accelerator = weights.accelerator
         self.optimizer, self.grid = optimizer, grid
+        self.size = MicroBatchSize(config.execution.training_micro_batch, self.accelerator, run)
         self._reference: FluxPolicy | None = None
 
     def keep_reference(self) -> None:
-        """Keeps the current transformer as the frozen base of the KL penalty."""
-        if self.config.optimization.kl_coefficient > 0:
-            self._reference = copy.copy(self.policy)
-            self._reference.transformer = copy.deepcopy(self.policy.transformer)
-            self._reference.transformer.requires_grad_(False)
+        """Keeps the current transformer as the frozen base of the KL penalty.
+
+        Under adapters the base is there already: it is the transformer without them.
+        """
+        if self.config.optimization.kl_coefficient > 0 and self.config.lora is None:
+            self._reference = self.weights.reference()
 
     def run(
         self,
@@ -95,11 +100,36 @@ class Updater:
         """
         statistics = UpdateStatistics()
         for index, update in enumerate(split_updates(batch, self.config.optimization)):
-            loss = self._accumulate(batch, update, conditioning, statistics, first=index == 0)
+            loss = self._backward(batch, update, conditioning, statistics, first=index == 0)
             if index == 0:
                 self._check_ratio(statistics, iteration)
             self._step(loss, statistics, prompts, iteration)
         return statistics
+
+    def _backward(
+        self,
+        batch: TrainingBatch,
+        update: Update,
+        conditioning: Conditioning,
+        statistics: UpdateStatistics,
+        *,
+        first: bool,
+    ) -> float:
+        """The gradient of ``update``, averaged over ranks; returns its loss on this rank.
+
+        Where memory runs out on any rank, all of them do it again from the start in smaller
+        micro-batches; what the failed attempt counted is forgotten.
+        """
+        before = dataclasses.replace(statistics)
+        while True:
+            loss = math.nan
+            with self.size.attempt(self.weights.sharded) as attempt:
+                loss = self._accumulate(batch, update, conditioning, statistics, first=first)
+            if attempt.succeeded:
+                self.weights.reduce_gradients()
+                return loss
+            self.weights.drop_gradients()
+            vars(statistics).update(vars(before))
 
     def _accumulate(
         self,
@@ -112,16 +142,11 @@ class Updater:
     ) -> float:
         """Backwards through all micro-batches of ``update``; returns its loss."""
         total = 0.0
-        size = self.config.execution.training_micro_batch
-        parts = list(micro_batches(batch, update, size))
+        parts = list(micro_batches(batch, update, self.size.states))
         for part in parts:
-            synchronised = part is parts[-1]
-            with contextlib.ExitStack() as stack:
-                if not synchronised:
-                    stack.enter_context(self.accelerator.no_sync(self.policy.transformer))
-                loss = self._loss(batch, part, conditioning, statistics, first=first)
-                loss = loss * update.weight
-                self.accelerator.backward(loss)
+            loss = self._loss(batch, part, conditioning, statistics, first=first)
+            loss = loss * update.weight
+            loss.backward()
             total += float(loss.detach())
             statistics.forwards += len(part.states)
             statistics.backwards += len(part.states)
@@ -166,14 +191,21 @@ class Updater:
         statistics.clipped += int(terms.clipped.sum())
         statistics.transitions += len(part.members)
         loss = terms.loss.sum()
-        if self._reference is not None:
-            with torch.no_grad():
-                reference = self._reference.velocity(states, times, chosen)
+        if self.config.optimization.kl_coefficient > 0:
+            base, without_adapters = self._base()
+            with torch.no_grad(), without_adapters:
+                reference = base.velocity(states, times, chosen)
             statistics.forwards += len(part.states)
             kl = transition_kl(mean, transition_mean(states, reference, laws), std)[state_of].sum()
             statistics.kl += float(kl.detach())
             loss = loss + self.config.optimization.kl_coefficient * kl
         return loss
+
+    def _base(self) -> tuple[FluxPolicy, contextlib.AbstractContextManager[None]]:
+        """The frozen base, and the context in which it is that."""
+        if self._reference is not None:
+            return self._reference, contextlib.nullcontext()
+        return self.policy, self.policy.lora_disabled()
 
     def _check_ratio(self, statistics: UpdateStatistics, iteration: int) -> None:
         deviation = statistics.ratio_deviation
@@ -196,9 +228,7 @@ class Updater:
         iteration: int,
     ) -> None:
         """Clips the gradient and takes one optimiser step, if all of it is finite."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.optimization.max_grad_norm)
-        norm_value = float(norm) if norm is not None else math.nan
+        norm_value = self.weights.clip_gradients(self.config.optimization.max_grad_norm)
         message = None
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             what = "loss" if not math.isfinite(loss) else "gradient"
@@ -214,3 +244,4 @@ class Updater:
         statistics.gradient_norms.append(norm_value)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.weights.updated()

@@ -1,0 +1,28 @@
+"""A policy as an ordinary FluxPipeline folder."""
+
+import shutil
+from pathlib import Path
+
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_folder
+from g2rpo.policy.flux import FluxPolicy
+from g2rpo.policy.folder import COMPONENTS
+
+
+def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
+    """Writes an ordinary FluxPipeline folder: the base's components, the policy's transformer.
+
+    ``FluxPipeline.from_pretrained(folder)`` loads it. The base's files are copied byte for byte;
+    an existing ``folder`` is replaced.
+
+    Raises:
+        UserError: ``folder`` is, or holds, the folder the policy was loaded from.
+    """
+    if policy.folder.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: would overwrite the base pipeline; export to another folder")
+    with atomic_folder(folder) as temporary:
+        shutil.copy2(policy.folder / "model_index.json", temporary)
+        for name in COMPONENTS:
+            if name != "transformer":
+                shutil.copytree(policy.folder / name, temporary / name)
+        policy.save_transformer(temporary / "transformer")

@@ -1,0 +1,176 @@
+"""LoRA on the transformer: small trained matrices beside frozen weights, through peft.
+
+The adapters are an ordinary diffusers LoRA file, which ``FluxPipeline.load_lora_weights`` loads
+with the same strength.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from diffusers import FluxPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from g2rpo.config import StrictModel
+from g2rpo.errors import UserError
+from g2rpo.seeds import gaussian
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls a LoRA file."""
+TARGET_MODULES = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
+)
+"""Attention and MLP projections, as diffusers' own FLUX LoRA training names them."""
+_METADATA = "lora_adapter_metadata"
+_PREFIX = "transformer."
+_ADAPTER = "default"
+
+
+class LoraConfig(StrictModel):
+    """Trains low-rank adapters in place of the transformer's own weights.
+
+    There is no dropout: it would make the training forward another one than the rollout's.
+    """
+
+    rank: int = Field(128, ge=1)
+    alpha: float = Field(256.0, gt=0)
+    """The adapters' product is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = Field(TARGET_MODULES, min_length=1)
+    """Linear layers that get an adapter: those whose name ends so."""
+
+
+def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
+    """Freezes the transformer and gives it adapters that change nothing yet.
+
+    Each A is Gaussian with std 1 / rank, drawn on the CPU and named by ``seed`` and its layer; each
+    B is zero. The adapters are float32, or float64 in a float64 transformer.
+
+    Raises:
+        UserError: ``target_modules`` names no layer of this transformer.
+    """
+    transformer.requires_grad_(False)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        init_lora_weights="gaussian",
+        target_modules=list(config.target_modules),
+    )
+    try:
+        transformer.add_adapter(settings, adapter_name=_ADAPTER)
+    except ValueError as error:
+        raise UserError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from None
+    for name, parameter in lora_parameters(transformer).items():
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        values = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            values = gaussian(parameter.shape, seed, "lora", name) / config.rank
+        parameter.data = values.to(parameter.device, dtype)
+        parameter.requires_grad_(True)
+
+
+def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters by name; empty where there are none."""
+    return {name: p for name, p in transformer.named_parameters() if ".lora_" in name}
+
+
+def save_lora(transformer: nn.Module, folder: Path) -> None:
+    """Writes the adapters to ``folder`` as diffusers does, their rank and alpha with them."""
+    layers = {
+        name: value.contiguous() for name, value in get_peft_model_state_dict(transformer).items()
+    }
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    FluxPipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, **metadata)
+
+
+def load_lora(transformer: nn.Module, folder: Path) -> None:
+    """Reads what :func:`save_lora` wrote; gives the transformer its adapters if it has none.
+
+    Raises:
+        UserError: the file is missing, damaged or of other adapters than the transformer has;
+            nothing has been changed then but for adapters that are there now.
+    """
+    path = folder / LORA_FILE
+    tensors, metadata = _read(path)
+    if not lora_parameters(transformer):
+        add_lora(transformer, _config_of(path, metadata), seed=0)
+    saved = {_parameter_name(key): value for key, value in tensors.items()}
+    parameters = lora_parameters(transformer)
+    if saved.keys() != parameters.keys():
+        odd = min(saved.keys() ^ parameters.keys())
+        raise UserError(f"{path}: not the adapters of this transformer: {odd} is only in one")
+    for name, value in saved.items():
+        if value.shape != parameters[name].shape:
+            raise UserError(
+                f"{path}: {name} has shape {list(value.shape)} where the transformer has "
+                f"{list(parameters[name].shape)}; it was trained with another lora.rank or base"
+            )
+    with torch.no_grad():
+        for name, value in saved.items():
+            parameters[name].copy_(value)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            keys = list(opened.keys())
+            return {key: opened.get_tensor(key) for key in keys}, opened.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such LoRA file") from None
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read as a LoRA file ({reason})") from None
+
+
+def _config_of(path: Path, metadata: Mapping[str, str]) -> LoraConfig:
+    try:
+        stored: dict[str, Any] = json.loads(metadata[_METADATA])
+        return LoraConfig(
+            rank=stored[f"{_PREFIX}r"],
+            alpha=stored[f"{_PREFIX}lora_alpha"],
+            target_modules=tuple(sorted(stored[f"{_PREFIX}target_modules"])),
+        )
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{path}: does not say its rank and alpha ({_METADATA}); save it with diffusers' "
+            "LoRA metadata"
+        ) from None
+
+
+def _parameter_name(key: str) -> str:
+    """``transformer.<layer>.lora_A.weight`` is ``<layer>.lora_A.<adapter>.weight`` in the model."""
+    layer, _, last = key.removeprefix(_PREFIX).rpartition(".")
+    return f"{layer}.{_ADAPTER}.{last}"
+
+
+@contextmanager
+def lora_disabled(transformer: nn.Module) -> Iterator[None]:
+    """Inside of the block the transformer is its frozen base."""
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

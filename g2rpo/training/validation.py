@@ -1,0 +1,65 @@
+"""In-domain rewards on the validation prompts, shared by the ranks."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from g2rpo.data.prompts import Prompt, read_prompts
+from g2rpo.errors import UserError
+from g2rpo.sampling import sample_ode
+from g2rpo.training.collective import of_all_ranks, raise_together
+from g2rpo.training.config import ValidationConfig
+from g2rpo.training.engine import TrainedWeights
+from g2rpo.training.rollout import RolloutEngine
+
+
+def shared_prompts(prompts: list[Prompt], rank: int, ranks: int) -> tuple[list[Prompt], int]:
+    """A rank's prompts, and how many of them count.
+
+    All ranks have equally many, so that they make the same forwards: a rank that would have fewer
+    repeats the last prompt.
+    """
+    mine = prompts[rank::ranks]
+    number = -(-len(prompts) // ranks)
+    return mine + [prompts[-1]] * (number - len(mine)), len(mine)
+
+
+def validation_rewards(
+    config: ValidationConfig, engine: RolloutEngine, weights: TrainedWeights, micro_batch: int
+) -> dict[str, float]:
+    """The mean of each reward over the prompts, on every rank. Images are by ODE on the grid.
+
+    Raises:
+        UserError: on all ranks, where a reward fails on any.
+    """
+    accelerator: Accelerator = weights.accelerator
+    prompts = read_prompts(Path(config.file), config.limit)
+    ranks = accelerator.num_processes
+    mine, counted = shared_prompts(prompts, accelerator.process_index, ranks)
+    with weights.rollout():
+        images = sample_ode(engine.policy, mine, engine.grid, config.seed, micro_batch)
+    texts = [prompt.text for prompt in mine[:counted]]
+    scores: dict[str, list[float]] = {name: [] for name in engine.rewards}
+    error = None
+    try:
+        if counted:
+            for name, model in engine.rewards.items():
+                scores[name] = model.score(images[:counted], texts).double().tolist()
+    except UserError as found:
+        error = found
+    raise_together(accelerator, error)
+    return _means(of_all_ranks(accelerator, scores))
+
+
+def _means(of_ranks: list[dict[str, list[float]]]) -> dict[str, float]:
+    means = {}
+    for name in of_ranks[0]:
+        values = [value for scores in of_ranks for value in scores[name]]
+        means[f"validation/{name}"] = float(torch.tensor(values, dtype=torch.float64).mean())
+    return means
+
+
+def is_due(config: ValidationConfig | None, done: int, total: int) -> bool:
+    """Whether there is a validation after ``done`` of ``total`` iterations."""
+    return config is not None and (done % config.every == 0 or done == total)
