@@ -9,6 +9,7 @@ import typer
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
 from reproduce.commands import prompts, weights
+from reproduce.commands.check import check
 
 if TYPE_CHECKING:
     from reproduce.experiment import ResolvedCell
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
+app.command()(check)
 
 ExperimentName = Annotated[
     str, typer.Argument(help="table1, table2, table3, or the path of an experiment's YAML.")
