@@ -1,5 +1,6 @@
 # Targets are thin names for commands; every one that needs the environment sets it up first.
-# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), PYTHON (the interpreter of .venv).
+# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), PYTHON (the interpreter of .venv),
+# IMAGE (the name of the container image).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -22,6 +23,7 @@ TOOLS_READY := $(TOOLS)/.setup-done
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS))
 # These scales read committed or freshly built weights only, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
+export IMAGE
 
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
@@ -88,6 +90,15 @@ lock: $(TOOLS_READY) ## write requirements/*.lock from pyproject.toml (UPGRADE=1
 audit: $(TOOLS_READY) ## look the locked packages up among the known vulnerabilities (asks PyPI)
 	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --desc off \
 		$(foreach lock,$(wildcard requirements/*.lock),-r $(lock))
+
+image: ## build the container image (IMAGE=g2rpo, BASE_IMAGE=...) with docker, podman or buildah
+	docker/build-image.sh $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE))
+
+sif: ## turn the image into build/g2rpo.sif for Apptainer
+	docker/build-sif.sh
+
+check-image: ## build the image on a Debian base and use it (root, no Docker engine needed; minutes, 20 GB)
+	docker/check-image.sh
 
 mini-world: $(READY) ## train the mini world again from its seed (about an hour on 2 cores)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world

@@ -31,7 +31,7 @@ clean() {
 }
 
 install_tools() {
-    local packages=(buildah podman runc mmdebstrap)
+    local packages=(buildah podman runc mmdebstrap debian-archive-keyring)
     if ! dpkg -s "${packages[@]}" >/dev/null 2>&1; then
         apt-get update -qq
         DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

@@ -68,7 +68,8 @@ def mounts_of(settings: dict[str, str]) -> tuple[dict[str, str], dict[Path, str]
 def main(folder: Path) -> None:
     """Writes the configuration and prints one option a line."""
     pip = [sys.executable, "-m", "pip", "config", "list"]
-    listing = subprocess.run(pip, capture_output=True, text=True, check=True).stdout
+    # A caller without pip has no settings for it either.
+    listing = subprocess.run(pip, capture_output=True, text=True, check=False).stdout
     settings, mounts = mounts_of(caller_settings(listing))
     merged = configparser.RawConfigParser()
     merged["global"] = settings
