@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 
 def check(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -52,13 +50,3 @@ def test_what_must_be_mended_is_named_last_with_exit_code_2(tmp_path: Path) -> N
     assert "train to table" not in lines
     last = done.stdout.splitlines()[-1]
     assert last.startswith("verdict: failed, to be mended: GPU, results")
-
-
-def test_a_path_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reproduce.checks import whole_path
-
-    broken = whole_path.EXPERIMENT | {"cells": {"base": {}}}
-    monkeypatch.setattr(whole_path, "EXPERIMENT", broken)
-    found = whole_path.check_whole_path()
-    assert found.word == "failed"
-    assert "exit code 2" in found.found and "\n" not in found.found

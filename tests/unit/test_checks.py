@@ -153,6 +153,27 @@ def test_a_table_that_lacks_a_score_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo working >&2; echo 'error: no such thing' >&2; exit 2", "exit code 2: no such thing"),
+        ("exit 1", "exit code 1: no message"),
+        ("kill -KILL $$", "stopped by SIGKILL (out of memory?)"),
+        ("exit 0", "its table cannot be read"),
+    ],
+)
+def test_a_path_that_fails_is_told_in_one_line(
+    script: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/bash\n{script}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(whole_path.sys, "executable", str(interpreter))
+    found = whole_path.check_whole_path()
+    assert found.word == "failed"
+    assert found.found.startswith(expected) and "\n" not in found.found
+
+
+@pytest.mark.parametrize(
     ("variable", "expected"),
     [
         ("0123abc", ("0123abc", False)),
