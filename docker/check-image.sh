@@ -11,6 +11,7 @@ BASE=localhost/debian-base:bookworm
 IMAGE=localhost/g2rpo:check
 STORAGE=(--root "$ROOT/storage" --runroot "$ROOT/run" --storage-driver overlay)
 CALLER=12345 # any user that the image does not know
+REVISION=$(git rev-parse HEAD)
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "SKIPPED: make check-image needs root and apt; NOTHING WAS CHECKED" >&2
@@ -64,12 +65,14 @@ build_image() {
     mapfile -t mounts <<< "$mounts"
     HF_TOKEN=$(cat "$ROOT/secret") IMAGE=$IMAGE ENGINE="buildah ${STORAGE[*]}" \
         docker/build-image.sh --isolation chroot --layers --build-arg BASE_IMAGE="$BASE" \
-        "${mounts[@]}"
+        "${mounts[@]}" > "$ROOT/build.log" 2>&1 \
+        || fail "the image does not build: $(tail -n 30 "$ROOT/build.log")"
 }
 
-# Without a network, without more rights than a user has, and without a line that is not ours.
+# Without a network, and without health checks, which podman leaves to systemd.
 run() {
     podman "${STORAGE[@]}" --runtime runc --cgroup-manager cgroupfs run --rm --network none \
+        --no-healthcheck \
         --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --shm-size 1g "$@"
 }
 
@@ -93,10 +96,11 @@ use_image() {
     say "a table, by a user of another uid, on a read-only image"
     rm -rf "$results" && mkdir -p "$results" && chown "$CALLER:$CALLER" "$results"
     run --user "$CALLER:$CALLER" --read-only --volume "$results:/work/results" \
-        "$IMAGE" reproduce-table1 PROFILE=smoke SEEDS=1
+        "$IMAGE" reproduce-table1 PROFILE=smoke SEEDS=1 > "$ROOT/table.log" 2>&1 \
+        || fail "no table: $(tail -n 30 "$ROOT/table.log")"
     [ -s "$results/runs/smoke/table1/table1.md" ] || fail "no table in the mounted folder"
     [ -z "$(find "$results" ! -uid "$CALLER")" ] || fail "files of another owner in the folder"
-    grep -q "$(git rev-parse HEAD)" "$results"/runs/smoke/table1/cells/*.json \
+    grep -q "$REVISION" "$results"/runs/smoke/table1/cells/*.json \
         || fail "results do not name the commit"
     say "words that it does not know, and folders that cannot be written"
     refused 2 "unknown word 'tabel1'" "$IMAGE" tabel1
@@ -125,13 +129,12 @@ print(getpass.getuser(), pathlib.Path.home())')" = "g2rpo /home/g2rpo" ] || fail
 inspect_image() {
     podman "${STORAGE[@]}" image inspect "$IMAGE" > "$ROOT/inspected.json"
     say "secrets in layers and configuration"
-    cp "$ROOT/pip/pip.conf" "$ROOT/secrets" 2>/dev/null || true
     # Of the caller's settings, those that hold a password.
-    grep -oE '//[^/@ ]+:[^/@ ]+@' "$ROOT/secrets" > "$ROOT/passwords" || true
+    grep -oE '//[^/@ ]+:[^/@ ]+@' "$ROOT/pip/pip.conf" > "$ROOT/passwords" || true
     python3 docker/audit_layers.py "$ROOT/inspected.json" --secret "$ROOT/secret" \
         --secret "$ROOT/passwords"
     say "labels, health check, list of packages"
-    python3 - "$ROOT/inspected.json" "$(git rev-parse HEAD)" << 'END'
+    python3 - "$ROOT/inspected.json" "$REVISION" << 'END'
 import json, sys
 image = json.load(open(sys.argv[1]))[0]
 labels = image["Config"]["Labels"]
