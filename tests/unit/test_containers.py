@@ -334,3 +334,30 @@ def test_the_caller_s_pip_settings_are_mounted_and_only_those_that_fetch(tmp_pat
     ]  # fmt: skip
     assert settings["find-links"] == volumes[tmp_path / "wheels"]
     assert mounts.mounts_of(mounts.caller_settings("")) == ({}, {})
+
+
+def test_an_image_that_does_not_say_what_it_is_is_told_so() -> None:
+    check = script("inspect_image")
+    names = ("title", "description", "licenses", "revision", "version", "created")
+    labels = {f"org.opencontainers.image.{name}": "0123abc" for name in names}
+    config = {"Labels": labels, "User": "1000:1000", "Env": ["G2RPO_GIT_COMMIT=0123abc"]}
+    image = {"Config": config, "Healthcheck": {"Test": ["CMD", "g2rpo-entrypoint", "health"]}}
+    assert list(check.problems_of_config(image, "0123abc")) == []
+    assert len(list(check.problems_of_config(image, "4567def"))) == 1
+    poor = {"Config": {"Env": [], "User": "root"}}
+    assert len(list(check.problems_of_config(poor, "0123abc"))) == 6 + 1 + 1 + 1 + 1
+
+
+def test_a_package_that_the_list_lacks_is_named() -> None:
+    check = script("inspect_image")
+    lock = (
+        "torch==2.14.1 \\\n    --hash=sha256:00\n"
+        "colorama==0.4.6 ; sys_platform == 'win32' \\\n    --hash=sha256:01\n"
+        "triton==3.8.0 ; python_full_version < '3.15' and sys_platform == 'linux' \\\n"
+        "anyio==4.16.0 ; sys_platform != 'emscripten' \\\n"
+    )
+    listed = [("torch", "2.14.1"), ("triton", "3.7"), ("anyio", "4.16.0")]
+    parts = [{"name": name, "version": version} for name, version in listed]
+    sbom = {"bomFormat": "CycloneDX", "components": parts}
+    problems = list(check.problems_of_packages(sbom, lock))
+    assert problems == ["its list of packages lacks triton 3.8.0"]
