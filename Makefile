@@ -1,6 +1,6 @@
 # Targets are thin names for commands; every one that needs the environment sets it up first.
 # Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), PYTHON (the
-# interpreter of .venv).
+# interpreter of .venv), IMAGE (the name of the container image).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -8,20 +8,27 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 NEW_ENOUGH := sys; sys.exit(sys.version_info < (3, 11))
-# The first interpreter that runs and is new enough; constraints.txt was recorded with 3.11.
+# The first interpreter that runs and is new enough; the results were measured with 3.11.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	if "$$python" -c 'import $(NEW_ENOUGH)' 2>/dev/null; \
 	then echo "$$python"; break; fi; done)
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.setup-done
+# Every package in its locked version, and only from files whose hash is in the lock.
+LOCKED := --quiet --disable-pip-version-check --require-hashes
+LOCKS := requirements/build.lock requirements/dev.lock
+TOOLS := .venv-tools
+TOOLS_READY := $(TOOLS)/.setup-done
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS))
 # These scales read committed or freshly built weights only, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
+export IMAGE
 
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
-	doctor bench-rewards bench-statistics \
+	reproduce-all plan submit status doctor check \
+	lock audit image sif check-image bench-rewards bench-statistics \
 	slurm-up slurm-down test-slurm test-slurm-core
 
 help: ## show this list
@@ -34,7 +41,7 @@ tuning: $(READY) ## the learning-rate trials behind the tuned settings (PROFILE=
 
 setup: $(READY) ## create .venv and install everything (about 3 minutes, 6 GB)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(LOCKS)
 	@if ! $(RUN)/python -c 'import pip, $(NEW_ENOUGH)' 2>/dev/null; then \
 		if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import $(NEW_ENOUGH)' 2>/dev/null; then \
 			echo "error: no Python 3.11 or newer ($(or $(PYTHON),none found));" \
@@ -44,7 +51,10 @@ $(READY): pyproject.toml constraints.txt
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@echo "installing into $(VENV) (about 3 minutes the first time)"
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN)/python -m pip install $(LOCKED) -r requirements/build.lock
+	$(RUN)/python -m pip install $(LOCKED) --no-build-isolation -r requirements/dev.lock
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps -e .
 	$(RUN)/python -m pip check
 	@touch $@
 
@@ -73,6 +83,36 @@ lint: $(READY) ## check style, formatting and types
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/hadolint docker/Dockerfile
+
+$(TOOLS_READY): requirements/tools.lock
+	"$(PYTHON)" -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install $(LOCKED) -r $<
+	@touch $@
+
+# What is locked already stays unless UPGRADE=1, or UPGRADE=NAME for one package.
+RELOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --custom-compile-command 'make lock' \
+	$(if $(UPGRADE),$(if $(filter 1,$(UPGRADE)),--upgrade,--upgrade-package $(UPGRADE)))
+lock: $(TOOLS_READY) ## write requirements/*.lock from pyproject.toml (UPGRADE=1 or UPGRADE=NAME for newer ones)
+	$(TOOLS)/bin/$(RELOCK) --group build -o requirements/build.lock
+	$(TOOLS)/bin/$(RELOCK) pyproject.toml -c requirements/build.lock -o requirements/runtime.lock
+	$(TOOLS)/bin/$(RELOCK) pyproject.toml --extra dev -c requirements/runtime.lock \
+		-o requirements/dev.lock
+	$(TOOLS)/bin/$(RELOCK) --group tools -c requirements/dev.lock -o requirements/tools.lock
+
+audit: $(TOOLS_READY) ## look the locked packages up among the known vulnerabilities (asks PyPI)
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --desc off \
+		$(foreach lock,$(wildcard requirements/*.lock),-r $(lock))
+
+image: ## build the container image (IMAGE=g2rpo, BASE_IMAGE=...) with docker, podman or buildah
+	docker/build-image.sh $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE))
+
+sif: ## turn the image into build/g2rpo.sif for Apptainer
+	docker/build-sif.sh
+
+check-image: ## build the image on a Debian base and use it (root, no Docker engine needed; minutes, 20 GB)
+	docker/check-image.sh
 
 mini-world: $(READY) ## train the mini world again from its seed (about an hour on 2 cores)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world

@@ -10,6 +10,7 @@ import typer
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
 from reproduce.commands import embed, export, jobs, prompts, run, weights
+from reproduce.commands.check import check
 from reproduce.commands.doctor import doctor
 from reproduce.commands.options import (
     ExperimentName,
@@ -31,8 +32,6 @@ app = typer.Typer(
 )
 app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
-app.command()(embed.embed)
-app.command()(doctor)
 
 CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]
@@ -191,14 +190,20 @@ def render(
     write_table(loaded, chosen, cells, (), layout)
 
 
-app.command()(export.export)
-app.command()(run.reproduce)
-app.command()(run.plan)
-app.command()(run.submit)
-app.command()(jobs.status)
-app.command()(jobs.logs)
-app.command()(jobs.cancel)
-app.command()(jobs.retry)
+for verb in (
+    run.reproduce,
+    run.plan,
+    run.submit,
+    jobs.status,
+    jobs.logs,
+    jobs.cancel,
+    jobs.retry,
+    doctor,
+    check,
+    embed.embed,
+    export.export,
+):
+    app.command()(verb)
 
 
 def main() -> None:

@@ -205,10 +205,20 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+COMMIT_VARIABLE = "G2RPO_GIT_COMMIT"
+"""The commit that a container image was built from; ``-dirty`` after it: not quite that one."""
+
+
 @functools.cache
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit of this repository and whether its code differs from it; None where unknown."""
+    """The commit of this repository and whether its code differs from it; None where unknown.
+
+    Where there is no repository, as in a container image, :data:`COMMIT_VARIABLE` says it.
+    """
     commit = _git("rev-parse", "HEAD")
+    built_from = os.environ.get(COMMIT_VARIABLE)
+    if commit is None and built_from:
+        return built_from.removesuffix("-dirty"), built_from.endswith("-dirty")
     # Results are written while cells run; only other changes make a measurement "dirty".
     changed = _git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)docs")
     return commit, None if changed is None else bool(changed)

@@ -18,7 +18,7 @@ from typing import Any
 
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
-from slurm.batch import Batch, batch_text, executor, python_command, setup, srun_arguments
+from slurm.batch import Batch, executor, python_command, setup, srun_arguments
 from slurm.doctor.answers import judged
 from slurm.doctor.finding import Case, Finding, listed
 from slurm.doctor.probe import ANSWERS, QUESTION
@@ -66,7 +66,7 @@ def _script(case: Case, kind: str, needs: Needs) -> str:
     stage = Stage(name=f"{kind}/doctor", kind=kind, label="doctor", resources=needs)
     batch = Batch("g2rpo/doctor", (stage,))
     jobs = case.results / "doctor"
-    return batch_text(executor(case.cluster, batch, jobs, case.results), [stage])
+    return executor(case.cluster, batch, jobs, case.results).text(1)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Trial:
             "#SBATCH --no-requeue",
             f"hostname 2>/dev/null >{folder}/{WRITTEN} || exit {UNWRITABLE}",
             f"exec >>{log} 2>&1",
-            *setup(small),
+            *setup(small, self.folder),
             *self._runtime(),
             "export SUBMITIT_EXECUTOR=slurm",
             f"{run} {python} -m slurm.doctor.probe {folder}",

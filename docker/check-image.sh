@@ -1,0 +1,155 @@
+#!/bin/bash
+# Builds the image on a Debian base, without a registry and without a Docker engine, and uses it as
+# a researcher would. Needs root and apt; the 20 GB it takes meanwhile are removed at the end.
+# usage: docker/check-image.sh [FOLDER]     the list of packages (SBOM) is copied to FOLDER
+# Variables: KEEP_STORAGE=1 keeps images and layers for the next time.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUTPUT=$(realpath -m "${1:-build/image}")
+ROOT=${TMPDIR:-/tmp}/g2rpo-check-image
+BASE=localhost/debian-base:bookworm
+IMAGE=localhost/g2rpo:check
+STORAGE=(--root "$ROOT/storage" --runroot "$ROOT/run" --storage-driver overlay)
+CALLER=12345 # any user that the image does not know
+REVISION=$(git rev-parse HEAD)
+
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "SKIPPED: make check-image needs root and apt; NOTHING WAS CHECKED" >&2
+    exit 0
+fi
+
+say() { printf -- '-- %s (%d s)\n' "$*" "$SECONDS"; }
+fail() { echo "FAILED: $*" >&2; exit 1; }
+
+clean() {
+    podman "${STORAGE[@]}" rm --all --force >/dev/null 2>&1 || true
+    if [ -z "${KEEP_STORAGE-}" ]; then
+        buildah "${STORAGE[@]}" rm --all >/dev/null 2>&1 || true
+        buildah "${STORAGE[@]}" rmi --all --force >/dev/null 2>&1 || true
+        umount "$ROOT/storage/overlay" 2>/dev/null || true
+        rm -rf "$ROOT"
+    fi
+}
+
+install_tools() {
+    local packages=(buildah podman runc mmdebstrap debian-archive-keyring)
+    if ! dpkg -s "${packages[@]}" >/dev/null 2>&1; then
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            "${packages[@]}" >/dev/null
+    fi
+}
+
+build_base() {
+    if buildah "${STORAGE[@]}" inspect --type image "$BASE" >/dev/null 2>&1; then return; fi
+    local mirror container
+    # The mirror that this machine installs from.
+    mirror=$(awk '/^URIs:/ { print $2; exit }' /etc/apt/sources.list.d/debian.sources \
+        2>/dev/null || true)
+    mmdebstrap --quiet --variant=minbase bookworm "$ROOT/base.tar" \
+        "deb ${mirror:-http://deb.debian.org/debian} bookworm main"
+    container=$(buildah "${STORAGE[@]}" from scratch)
+    buildah "${STORAGE[@]}" add --quiet "$container" "$ROOT/base.tar" /
+    buildah "${STORAGE[@]}" config --cmd /bin/bash \
+        --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+    buildah "${STORAGE[@]}" commit --quiet --rm "$container" "$BASE" >/dev/null
+    rm -f "$ROOT/base.tar"
+}
+
+build_image() {
+    local mounts
+    # Through the environment of the caller secrets come near a build: this one must stay out.
+    head -c 24 /dev/urandom | base64 | tr -dc 'A-Za-z0-9' | sed 's/^/hf_planted/' > "$ROOT/secret"
+    mkdir -p "$ROOT/pip"
+    mounts=$(python3 docker/pip_mounts.py "$ROOT/pip")
+    mapfile -t mounts <<< "$mounts"
+    HF_TOKEN=$(cat "$ROOT/secret") IMAGE=$IMAGE ENGINE="buildah ${STORAGE[*]}" \
+        docker/build-image.sh --isolation chroot --layers --build-arg BASE_IMAGE="$BASE" \
+        "${mounts[@]}" > "$ROOT/build.log" 2>&1 \
+        || fail "the image does not build: $(tail -n 30 "$ROOT/build.log")"
+}
+
+# Without a network, and without health checks, which podman leaves to systemd.
+run() {
+    podman "${STORAGE[@]}" --runtime runc --cgroup-manager cgroupfs run --rm --network none \
+        --no-healthcheck \
+        --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --shm-size 1g "$@"
+}
+
+# refused STATUS TEXT OPTIONS... IMAGE WORD...: one line with TEXT, and that exit code.
+refused() {
+    local wanted=$1 text=$2 status=0 told
+    shift 2
+    told=$(run "$@" 2>&1) || status=$?
+    [ "$status" = "$wanted" ] || fail "exit code $status instead of $wanted: $*: $told"
+    [[ $told == *"$text"* ]] || fail "no word of '$text': $*: $told"
+    [ "$(wc -l <<< "$told")" = 1 ] || fail "more than one line: $*: $told"
+}
+
+use_image() {
+    local results=$ROOT/results told status
+    say "docker run IMAGE"
+    told=$(run "$IMAGE") || fail "g2rpo check: $told"
+    echo "$told"
+    [[ $(tail -n 1 <<< "$told") == "verdict: ready"* ]] || fail "the check ends without its verdict"
+    [[ $told == *"all as locked"* ]] || fail "packages are not the locked ones"
+    say "a table, by a user of another uid, on a read-only image"
+    rm -rf "$results" && mkdir -p "$results" && chown "$CALLER:$CALLER" "$results"
+    run --user "$CALLER:$CALLER" --read-only --volume "$results:/work/results" \
+        "$IMAGE" reproduce-table1 PROFILE=smoke SEEDS=1 > "$ROOT/table.log" 2>&1 \
+        || fail "no table: $(tail -n 30 "$ROOT/table.log")"
+    [ -s "$results/runs/smoke/table1/table1.md" ] || fail "no table in the mounted folder"
+    [ -z "$(find "$results" ! -uid "$CALLER")" ] || fail "files of another owner in the folder"
+    grep -q "$REVISION" "$results"/runs/smoke/table1/cells/*.json \
+        || fail "results do not name the commit"
+    say "words that it does not know, and folders that cannot be written"
+    refused 2 "unknown word 'tabel1'" "$IMAGE" tabel1
+    refused 2 "make lint is for a checkout" "$IMAGE" lint
+    chown root:root "$results" && chmod 755 "$results"
+    mkdir -p "$ROOT/closed"
+    refused 2 "cannot be written by uid $CALLER" --user "$CALLER:$CALLER" \
+        --volume "$ROOT/closed:/work/results" "$IMAGE" smoke
+    status=0
+    told=$(run "$IMAGE" check --quick --require-gpu) || status=$?
+    [ "$status" = 2 ] && [[ $(tail -n 1 <<< "$told") == *"failed"*"GPU"* ]] \
+        || fail "a required GPU that is missing: exit code $status: $told"
+    say "the other words"
+    run "$IMAGE" health
+    [[ $(run "$IMAGE" help) == *reproduce-table1* ]] || fail "help does not list the targets"
+    [ "$(run "$IMAGE" bash -c 'id -u')" = 1000 ] || fail "bash does not run as user 1000"
+    [ "$(run --user "$CALLER" "$IMAGE" python -c 'import getpass, pathlib
+print(getpass.getuser(), pathlib.Path.home())')" = "g2rpo /home/g2rpo" ] || fail "no home"
+    [[ $(run "$IMAGE" g2rpo --help) == *reproduce* ]] || fail "g2rpo does not run"
+    [[ $(run "$IMAGE" weights list --profile flux) == *FLUX* ]] || fail "a verb does not run"
+    if run "$IMAGE" bash -c 'command -v git || python -c "import tkinter"' 2>/dev/null; then
+        fail "git or tkinter is in the image, so that this shows nothing about their absence"
+    fi
+}
+
+inspect_image() {
+    podman "${STORAGE[@]}" image inspect "$IMAGE" > "$ROOT/inspected.json"
+    say "secrets in layers and configuration"
+    # Of the caller's settings, those that hold a password.
+    grep -oE '//[^/@ ]+:[^/@ ]+@' "$ROOT/pip/pip.conf" > "$ROOT/passwords" || true
+    python3 docker/audit_layers.py "$ROOT/inspected.json" --secret "$ROOT/secret" \
+        --secret "$ROOT/passwords"
+    say "labels, health check, list of packages"
+    mkdir -p "$OUTPUT"
+    run --user 0 --volume "$OUTPUT:/out" "$IMAGE" bash -c 'cp /usr/share/g2rpo/*.json \
+        /usr/share/g2rpo/debian-packages.txt /out/'
+    python3 docker/inspect_image.py "$ROOT/inspected.json" "$REVISION" "$OUTPUT/sbom.cdx.json" \
+        requirements/runtime.lock
+}
+
+mkdir -p "$ROOT"
+trap clean EXIT
+say "packages that build and run images"
+install_tools
+say "Debian base"
+build_base
+say "image"
+build_image
+say "built"
+use_image
+inspect_image
+say "all of the image is right"

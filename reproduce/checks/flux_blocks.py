@@ -1,0 +1,150 @@
+"""One double and one single block of FLUX.1-dev's shape, forward and backward on every GPU.
+
+Random weights, bfloat16, gradient checkpointing, 720x720 pixels and 512 text tokens: what training
+at the paper's scale runs, short of its depth. It has a process of its own, since an illegal memory
+access leaves a CUDA context of no further use.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from reproduce.checks.finding import Finding
+from reproduce.runs import REPOSITORY
+
+NAME = "FLUX blocks"
+LIMIT = 300
+"""Seconds for all GPUs."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the two blocks and of their input; FLUX.1-dev's at 720x720 unless told otherwise."""
+
+    heads: int = 24
+    head_width: int = 128
+    text_width: int = 4096
+    pooled_width: int = 768
+    image_side: int = 45
+    """Rows, and columns, of packed image tokens."""
+    text_tokens: int = 512
+
+
+def _blocks(shape: Shape) -> Any:
+    return FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=shape.heads,
+        attention_head_dim=shape.head_width,
+        joint_attention_dim=shape.text_width,
+        pooled_projection_dim=shape.pooled_width,
+        guidance_embeds=True,
+        axes_dims_rope=(shape.head_width // 8, *[shape.head_width * 7 // 16] * 2),
+    )
+
+
+def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    side, text = shape.image_side, shape.text_tokens
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    ids = torch.zeros(side, side, 3, device=device)
+    ids[..., 1] = torch.arange(side, device=device)[:, None]
+    ids[..., 2] = torch.arange(side, device=device)[None, :]
+    return {
+        "hidden_states": torch.randn(1, side * side, 64, **options),
+        "encoder_hidden_states": torch.randn(1, text, shape.text_width, **options),
+        "pooled_projections": torch.randn(1, shape.pooled_width, **options),
+        "timestep": torch.full((1,), 0.5, device=device),
+        "guidance": torch.full((1,), 3.5, device=device),
+        "img_ids": ids.reshape(-1, 3),
+        "txt_ids": torch.zeros(text, 3, device=device),
+        "return_dict": False,
+    }
+
+
+def run_blocks(device: torch.device, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Forward and backward; returns the norm of the gradient.
+
+    Attention is flash attention by name: with cuDNN's, which torch may choose by itself, the
+    backward under gradient checkpointing has failed at this length.
+
+    Raises:
+        ValueError: an output or a gradient is zero or not finite.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        transformer = _blocks(shape).to(dtype)
+    transformer.enable_gradient_checkpointing()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        output = transformer(**_inputs(shape, device, dtype))[0]
+        output.float().square().mean().backward()
+    norms = torch.stack([p.grad.float().norm() for p in transformer.parameters()])
+    norm = float(norms.norm())
+    for what, value in (("output", float(output.detach().float().std())), ("gradient", norm)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"the {what} is {'not finite' if value else 'zero'}")
+    return norm
+
+
+def _measure(index: int) -> dict[str, Any]:
+    device = torch.device("cuda", index)
+    try:
+        run_blocks(device, Shape())
+        torch.cuda.synchronize(device)
+        started = time.monotonic()
+        run_blocks(device, Shape())
+        torch.cuda.synchronize(device)
+    except (RuntimeError, ValueError) as error:
+        return {"gpu": index, "error": str(error).strip().split("\n")[0]}
+    seconds = time.monotonic() - started
+    return {"gpu": index, "seconds": seconds, "memory": torch.cuda.max_memory_allocated(device)}
+
+
+def check_blocks() -> Finding:
+    """:func:`run_blocks` on every GPU, in a process of its own."""
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "reproduce.checks.flux_blocks"],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return judge([], f"not finished after {LIMIT} s", time.monotonic() - started)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    errors = done.stderr.strip().splitlines() or ["no message"]
+    problem = f"exit code {done.returncode}: {errors[-1]}" if done.returncode else ""
+    return judge(lines, problem, time.monotonic() - started)
+
+
+def judge(measured: list[dict[str, Any]], problem: str, seconds: float) -> Finding:
+    """One finding over all GPUs."""
+    problems = [f"GPU {line['gpu']}: {line['error']}" for line in measured if "error" in line]
+    problems += [problem] if problem else []
+    memory = max((line["memory"] for line in measured if "memory" in line), default=None)
+    if problems or not measured:
+        return Finding(
+            NAME, "failed", "; ".join(problems) or "nothing was measured",
+            "try a newer driver; check with nvidia-smi that nobody else uses the GPU",
+            seconds, memory,
+        )  # fmt: skip
+    slowest = max(line["seconds"] for line in measured)
+    text = f"bfloat16 forward and backward of one double and one single block: {slowest:.2f} s"
+    return Finding(NAME, "ok", text, "", seconds, memory)
+
+
+if __name__ == "__main__":
+    for number in range(torch.cuda.device_count()):
+        sys.stdout.write(json.dumps(_measure(number)) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,103 @@
+"""Trains, samples, scores and tables tiny random models, as a user's command does it."""
+
+import csv
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from g2rpo.config import load_yaml
+from reproduce.checks.finding import Finding
+from reproduce.experiment import HERE
+from reproduce.runs import REPOSITORY
+
+NAME = "train to table"
+LIMIT = 600
+"""Seconds; it takes about 20 on two cores."""
+EXPERIMENT: dict[str, Any] = {
+    "name": "check",
+    "cells": {"base": {}, "hps/g2rpo": {"method": "g2rpo", "train": ["hps"]}},
+    "table": {
+        "name": "check",
+        "title": "Check",
+        "baseline": "base",
+        "rows": [
+            {"key": "base", "label": "Base"},
+            {"key": "hps/g2rpo", "label": "G²RPO", "group": "HPS"},
+        ],
+        "columns": [{"reward": "hps", "label": "HPS"}, {"reward": "clip", "label": "CLIP"}],
+    },
+}
+
+
+def check_whole_path() -> Finding:
+    """Runs the smoke profile on two cells in a temporary folder, in a process of its own."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="g2rpo-check-") as name:
+        folder = Path(name)
+        _write_inputs(folder)
+        problem = _run(folder) or _problem_of_table(folder / "results" / "runs" / "smoke" / "check")
+    seconds = time.monotonic() - started
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    if problem:
+        return Finding(
+            NAME, "failed", problem,
+            "`g2rpo reproduce table1 --profile smoke` shows all that it says", seconds, memory,
+        )  # fmt: skip
+    text = "the smoke profile trains, samples, scores and prints a table"
+    return Finding(NAME, "ok", text, "", seconds, memory)
+
+
+def _write_inputs(folder: Path) -> None:
+    """The smoke profile with its files in ``folder``, and an experiment of two cells."""
+    profile = load_yaml(HERE / "profiles" / "smoke.yaml")
+    text = yaml.safe_dump(profile).replace(str(profile["assets"]), str(folder / "assets"))
+    (folder / "profile.yaml").write_text(text)
+    (folder / "check.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+
+
+def _run(folder: Path) -> str | None:
+    """What went wrong, in one line; None where nothing did."""
+    command = [sys.executable, "-m", "reproduce.cli", "reproduce", "check.yaml"]
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    try:
+        done = subprocess.run(
+            [*command, "--profile", "profile.yaml", "--jobs", "1"],
+            cwd=folder,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not finished after {LIMIT} s"
+    if done.returncode < 0:
+        reason = signal.Signals(-done.returncode).name
+        short = " (out of memory?)" if reason == "SIGKILL" else ""
+        return f"stopped by {reason}{short}"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return f"exit code {done.returncode}: {lines[-1].removeprefix('error: ')}"
+    return None
+
+
+def _problem_of_table(folder: Path) -> str | None:
+    """What is wrong with the table in ``folder``: two rows of finite scores are right."""
+    try:
+        with (folder / "check.csv").open(newline="") as file:
+            rows = {row["row"]: row for row in csv.DictReader(file)}
+        values = [
+            float(rows[key][name]) for key in ("base", "hps/g2rpo") for name in ("hps", "clip")
+        ]
+    except (OSError, KeyError, ValueError) as error:
+        return f"its table cannot be read ({type(error).__name__}: {error})"
+    return None if all(map(math.isfinite, values)) else "its table has scores that are not finite"

@@ -1,0 +1,52 @@
+"""`g2rpo check` as a user starts it, on a machine without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def check(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "reproduce.cli", "check", *options],
+        env=os.environ | hidden | {"HF_HOME": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """Each line of the report by the name of its check."""
+    names = ("machine", "GPU", "packages", "code", "shared memory", "results", "weights")
+    found = {}
+    for line in text.splitlines():
+        for name in (*names, "train to table", "FLUX blocks"):
+            if line.startswith(name):
+                found[name] = line
+    return found
+
+
+def test_everything_is_looked_at_and_run_once(tmp_path: Path) -> None:
+    done = check(tmp_path, "--results", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = lines_of(done.stdout)
+    assert "FLUX blocks" not in lines
+    assert len(lines) == 8
+    assert " ok " in lines["train to table"] and "GiB" in lines["train to table"]
+    assert done.stdout.splitlines()[-1].startswith("verdict: ready")
+    # Nothing is left behind.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_must_be_mended_is_named_last_with_exit_code_2(tmp_path: Path) -> None:
+    done = check(tmp_path, "--quick", "--require-gpu", "--results", "/proc/results")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    lines = lines_of(done.stdout)
+    assert " failed " in lines["results"] and "cannot be written" in lines["results"]
+    assert "train to table" not in lines
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("verdict: failed, to be mended: GPU, results")

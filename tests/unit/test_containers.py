@@ -1,0 +1,363 @@
+"""What goes into the image and what must not, the words it understands, and who calls make."""
+
+import fnmatch
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ELSEWHERE = {"test-slurm"}
+"""Targets that need a cluster of their own and are tested with it."""
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docker" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_context(name: str) -> bool:
+    """Whether .dockerignore leaves a file in the build context: the last pattern decides."""
+    kept = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        parts = PurePosixPath(name).parts
+        above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+        if pattern.startswith("**/"):
+            hit = any(fnmatch.fnmatch(part, pattern[3:]) for part in parts)
+        else:
+            hit = any(fnmatch.fnmatch(path, pattern) and path.count("/") == pattern.count("/")
+                      for path in above)  # fmt: skip
+        if hit:
+            kept = line.startswith("!")
+    return kept
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".git/config", ".git", ".venv/bin/python", ".venv-tools/bin/uv", ".env", ".netrc",
+        "results/runs/x/manifest.json", "results/mini/table1/table1.md", "data/hpdv2/train.txt",
+        "build/g2rpo.tar", "tests/conftest.py", "g2rpo/__pycache__/config.cpython-311.pyc",
+        "g2rpo/.env", "docker/.netrc", "g2rpo.egg-info/PKG-INFO", ".mypy_cache/x", "secret.pem",
+    ],
+)  # fmt: skip
+def test_what_is_kept_out_of_the_build_context(name: str) -> None:
+    assert not in_context(name)
+
+
+def test_the_build_context_has_the_code_and_is_small() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    context = [name for name in listed if in_context(name)]
+    assert {
+        "pyproject.toml", "Makefile", "docker/entrypoint.sh", "requirements/runtime.lock",
+        "reproduce/profiles/mini.yaml", "results/paper/tables.yaml",
+        "benchmarks/mini_world/assets/prompts/test.txt",
+    } <= set(context)  # fmt: skip
+    package = re.compile(r"^(benchmarks|g2rpo|reproduce|slurm)/")
+    assert not [name for name in listed if package.match(name) and name not in context]
+    assert sum((ROOT / name).stat().st_size for name in context) < 20e6
+
+
+def locked(name: str) -> dict[str, tuple[str, ...]]:
+    """``name==version`` of a lock file, each with its hashes."""
+    text = (ROOT / "requirements" / f"{name}.lock").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return {line.split()[0]: tuple(re.findall(r"sha256:[0-9a-f]{64}", line)) for line in lines}
+
+
+def test_every_locked_package_has_a_version_and_hashes() -> None:
+    for name in ("build", "runtime", "dev", "tools"):
+        packages = locked(name)
+        assert packages
+        assert all("==" in package for package in packages)
+        assert all(packages.values())
+
+
+def test_the_locks_agree_with_each_other() -> None:
+    runtime, development = locked("runtime"), locked("dev")
+    assert runtime.items() <= development.items()
+    assert locked("build").items() <= runtime.items()
+    versions = dict(package.split("==") for package in development)
+    for package in locked("tools"):
+        name, version = package.split("==")
+        assert versions.get(name, version) == version
+
+
+def test_the_lock_has_what_the_project_asks_for() -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = {
+        re.sub(r"[-_.]+", "-", name).lower(): version
+        for name, version in (package.split("==") for package in locked("dev"))
+    }
+    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        asked = Requirement(line)
+        name = re.sub(r"[-_.]+", "-", asked.name).lower()
+        assert asked.specifier.contains(versions[name]), line
+
+
+def targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text()
+    return {name for line in re.findall(r"^([a-z0-9 -]+):", text, re.MULTILINE)
+            for name in line.split()}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=str)
+def test_workflows_call_targets_that_exist_with_no_more_rights_than_reading(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    called = []
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job
+        assert job["timeout-minutes"] <= 90
+        for step in job["steps"]:
+            if "uses" in step:
+                assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", step["uses"])
+            called += re.findall(r"\bmake ([a-z0-9-]+)", step.get("run", ""))
+    assert called
+    assert not set(called) - targets() - ELSEWHERE
+
+
+def test_the_image_builds_without_what_buildah_does_not_know() -> None:
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    assert "<<" not in text and "--mount" not in text
+    assert re.search(r"^ARG BASE_IMAGE=nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04$", text, re.M)
+    assert re.search(r"^USER (?!0|root)", text, re.M)
+    for word in ("HEALTHCHECK", 'ENTRYPOINT ["g2rpo-entrypoint"]', 'CMD ["check"]'):
+        assert word in text
+
+
+def test_apptainer_reads_the_archive_that_make_sif_writes() -> None:
+    definition = (ROOT / "docker" / "g2rpo.def").read_text()
+    archive = re.search(r"^From: (\S+)$", definition, re.M)
+    assert archive is not None
+    assert f"ARCHIVE={archive.group(1)}\n" in (ROOT / "docker" / "build-sif.sh").read_text()
+    assert 'exec g2rpo-entrypoint "$@"' in definition
+
+
+@pytest.mark.parametrize("name", ["build-image", "build-sif"])
+def test_without_an_engine_there_is_one_line(name: str, tmp_path: Path) -> None:
+    for program in ("bash", "dirname", "basename", "git", "sed", "date", "mkdir", "rm"):
+        (tmp_path / program).symlink_to(f"/usr/bin/{program}")
+    done = subprocess.run(
+        [ROOT / "docker" / f"{name}.sh"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A folder that stands for the image: its entry script with programs that say what they do."""
+    text = (ROOT / "docker" / "entrypoint.sh").read_text()
+    text = text.replace("CODE=/opt/g2rpo\n", f"CODE={ROOT}\n")
+    text = text.replace("VERBS=/usr/share/g2rpo/verbs\n", f"VERBS={tmp_path}/verbs\n")
+    (tmp_path / "entrypoint.sh").write_text(text)
+    (tmp_path / "verbs").write_text("reproduce\ntrain\ncheck\nscore\n")
+    (tmp_path / "bin").mkdir()
+    for program in ("g2rpo", "make", "python"):
+        path = tmp_path / "bin" / program
+        path.write_text(f'#!/bin/bash\necho {program} "$@"\n')
+        path.chmod(0o755)
+    (tmp_path / "work").mkdir()
+    return tmp_path
+
+
+def enter(image: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        ["bash", image / "entrypoint.sh", *words],
+        cwd=image / "work",
+        env=os.environ | {"PATH": f"{image / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["check", "--require-gpu"], "g2rpo check --require-gpu"),
+        (["train", "table1", "hps/g2rpo"], "g2rpo train table1 hps/g2rpo"),
+        (["g2rpo", "weights", "list"], "g2rpo weights list"),
+        (["--version"], "g2rpo --version"),
+        (["python", "-c", "a b"], "python -c a b"),
+        (["bash", "-c", "echo $PWD"], "/work"),
+        (["reproduce-table1", "PROFILE=mini"], "reproduce-table1 PROFILE=mini"),
+        (["smoke"], "VENV=/opt/venv READY= smoke"),
+    ],
+)
+def test_the_first_word_decides(image: Path, words: list[str], expected: str) -> None:
+    done = enter(image, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(expected)
+
+
+@pytest.mark.parametrize("word", ["tabel1", "lint", "test", "setup", "check-image"])
+def test_a_word_that_is_not_for_the_image_is_one_line(image: Path, word: str) -> None:
+    done = enter(image, word)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert word in done.stderr
+
+
+def test_results_that_cannot_be_written_are_one_line(image: Path) -> None:
+    (image / "work" / "results").write_text("not a folder")
+    for words in (["smoke"], ["reproduce", "table1"]):
+        done = enter(image, *words)
+        assert done.returncode == 2
+        assert "cannot be written" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_lists_the_targets_that_run_in_the_image(image: Path) -> None:
+    told = enter(image, "help").stdout
+    assert "reproduce-table1" in told and "mini-world" in told and "train" in told
+    assert "lint" not in told and "check-image" not in told
+
+
+def test_a_real_make_runs_the_image_s_packages_without_setting_up(image: Path) -> None:
+    (image / "bin" / "make").unlink()
+    done = enter(image, "smoke", "SEEDS=1,2", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    wanted = "/opt/venv/bin/g2rpo reproduce table1 --profile smoke --seeds 1,2"
+    assert done.stdout.strip() == f"HF_HUB_OFFLINE=1 {wanted}"
+
+
+TOKEN = "hf_" + "aB3" * 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("root/.netrc", "machine example login me"),
+        ("opt/g2rpo/.git/HEAD", "ref: refs/heads/main"),
+        ("etc/pip.conf", "[global]\nindex-url = https://me:word@example/simple\n"),
+        ("home/g2rpo/.cache/huggingface/token", "x"),
+        ("opt/g2rpo/notes.txt", f"token: {TOKEN}\n"),
+        ("tmp/key", "-----BEGIN PRIVATE KEY-----\n" + "QUJD" * 40 + "\n-----END PRIVATE KEY-----"),
+        ("opt/venv/value", "this is planted-value here"),
+    ],
+)
+def test_a_secret_in_any_layer_is_found(tmp_path: Path, name: str, content: str) -> None:
+    audit = script("audit_layers")
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    (tmp_path / "fine.txt").write_text("nothing")
+    problems = list(audit.problems_of_layer(tmp_path, ["planted-value"]))
+    assert len(problems) == 1
+    assert not list(audit.problems_of_layer(tmp_path, ["planted-value"]))[1:]
+
+
+def test_an_innocent_layer_has_no_problem(tmp_path: Path) -> None:
+    audit = script("audit_layers")
+    for name, content in {
+        "etc/pip.conf": "",
+        "opt/venv/lib/python3.11/site-packages/x/tests/key.txt": f"example {TOKEN}",
+        "opt/venv/hf_hub.py": "hf_hub_download(hf_token)",
+        "etc/ssl/certs/ca.pem": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----",
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert list(audit.problems_of_layer(tmp_path, [])) == []
+
+
+def inspected(tmp_path: Path, **config: Any) -> Path:
+    (tmp_path / "upper").mkdir(exist_ok=True)
+    (tmp_path / "lower").mkdir(exist_ok=True)
+    data = {"UpperDir": str(tmp_path / "upper"), "LowerDir": str(tmp_path / "lower")}
+    image = {"GraphDriver": {"Data": data}, "Config": {"Env": ["PATH=/bin"]} | config}
+    path = tmp_path / "inspected.json"
+    path.write_text(json.dumps([image]))
+    return path
+
+
+def test_the_audit_s_exit_code_says_whether_there_is_a_secret(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "docker" / "audit_layers.py"]
+
+    def audit(**config: Any) -> "subprocess.CompletedProcess[str]":
+        path = inspected(tmp_path, **config)
+        return subprocess.run([*command, path], capture_output=True, text=True, check=False)
+
+    done = audit()
+    assert (done.returncode, done.stdout) == (0, "2 layers, 0 secrets found\n")
+    for config in ({"Env": ["HF_TOKEN=x"]}, {"Env": ["A=1"], "Labels": {"note": TOKEN}}):
+        assert audit(**config).returncode == 1
+    # Deleted by the upper layer, and still in the lower one.
+    (tmp_path / "lower" / ".netrc").write_text("machine example")
+    assert audit().returncode == 1
+
+
+def test_the_caller_s_pip_settings_are_mounted_and_only_those_that_fetch(tmp_path: Path) -> None:
+    mounts = script("pip_mounts")
+    for folder in ("wheels", "index/simple"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ca.crt").write_text("")
+    listing = (
+        f":env:.find-links='{tmp_path}/wheels'\n"
+        f"global.cert='{tmp_path}/ca.crt'\n"
+        f"global.extra-index-url='file://{tmp_path}/index/simple https://example.org/simple'\n"
+        "global.find-links='/nowhere'\n"
+        "global.user='true'\n"
+    )
+    settings, volumes = mounts.mounts_of(mounts.caller_settings(listing))
+    assert settings.keys() == {"find-links", "cert", "extra-index-url"}
+    assert set(volumes) == {tmp_path / "wheels", tmp_path / "ca.crt", tmp_path / "index"}
+    inside = volumes[tmp_path / "index"]
+    assert settings["extra-index-url"].split() == [
+        f"file://{inside}/simple", "https://example.org/simple",
+    ]  # fmt: skip
+    assert settings["find-links"] == volumes[tmp_path / "wheels"]
+    assert mounts.mounts_of(mounts.caller_settings("")) == ({}, {})
+
+
+def test_an_image_that_does_not_say_what_it_is_is_told_so() -> None:
+    check = script("inspect_image")
+    names = ("title", "description", "licenses", "revision", "version", "created")
+    labels = {f"org.opencontainers.image.{name}": "0123abc" for name in names}
+    config = {"Labels": labels, "User": "1000:1000", "Env": ["G2RPO_GIT_COMMIT=0123abc"]}
+    image = {"Config": config, "Healthcheck": {"Test": ["CMD", "g2rpo-entrypoint", "health"]}}
+    assert list(check.problems_of_config(image, "0123abc")) == []
+    assert len(list(check.problems_of_config(image, "4567def"))) == 1
+    poor = {"Config": {"Env": [], "User": "root"}}
+    assert len(list(check.problems_of_config(poor, "0123abc"))) == 6 + 1 + 1 + 1 + 1
+
+
+def test_a_package_that_the_list_lacks_is_named() -> None:
+    check = script("inspect_image")
+    lock = (
+        "torch==2.14.1 \\\n    --hash=sha256:00\n"
+        "colorama==0.4.6 ; sys_platform == 'win32' \\\n    --hash=sha256:01\n"
+        "triton==3.8.0 ; python_full_version < '3.15' and sys_platform == 'linux' \\\n"
+        "anyio==4.16.0 ; sys_platform != 'emscripten' \\\n"
+    )
+    listed = [("torch", "2.14.1"), ("triton", "3.7"), ("anyio", "4.16.0")]
+    parts = [{"name": name, "version": version} for name, version in listed]
+    sbom = {"bomFormat": "CycloneDX", "components": parts}
+    problems = list(check.problems_of_packages(sbom, lock))
+    assert problems == ["its list of packages lacks triton 3.8.0"]
