@@ -3,6 +3,7 @@
 Nothing is asked of the process that submitted it, so this works when that is gone.
 """
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -135,7 +136,10 @@ class _Reader:
         node = job_state.node if job_state is not None else ""
         if not node and attempt is not None:
             node = "" if attempt.record is None else attempt.record.node
-        return StageStatus(stage, word, reason, job, node, attempt, self._log(stage, job))
+        log = self._log(stage, job)
+        if word == "failed" and not self._told_end(attempt) and log is not None:
+            reason = _last_error(log) or reason
+        return StageStatus(stage, word, reason, job, node, attempt, log)
 
     def _log(self, stage: Stage, job: str) -> Path | None:
         path = self.submission.local_log(stage.name)
@@ -180,13 +184,7 @@ class _Reader:
             return None
         if job.state == "CANCELLED":
             return "cancelled", "its job was cancelled"
-        return "failed", self._ended(job)
-
-    def _ended(self, job: JobState) -> str:
-        if job.state == "COMPLETED":
-            return "its job ended but its outputs are not there"
-        code = f" (exit code {job.reason})" if job.state == "FAILED" and job.reason else ""
-        return job.words + code
+        return "failed", _ended(job)
 
     def _recent(self, record: Record) -> bool:
         return record.updated >= self.submission.created
@@ -196,6 +194,25 @@ class _Reader:
             record = None if attempt is None else attempt.record
             return record is not None and record.state == "done" and self._recent(record)
         return stage.name in self.submission.done or self.inputs.work(stage).done()
+
+
+def _ended(job: JobState) -> str:
+    if job.state == "COMPLETED":
+        return "its job ended but its outputs are not there"
+    code = f" (exit code {job.reason})" if job.state == "FAILED" and job.reason else ""
+    return job.words + code
+
+
+_ERROR = re.compile(r"^(error: .*|[\w.]*(Error|Exception)\b.*)$")
+
+
+def _last_error(log: Path) -> str | None:
+    """The last line of a log that names an error: why a job failed before it could say so."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line for line in reversed(lines[-200:]) if _ERROR.match(line)), None)
 
 
 def is_over(statuses: Iterable[StageStatus]) -> bool:

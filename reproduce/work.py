@@ -183,7 +183,9 @@ def run_stage(submission: Submission, stage: Stage, ranks: Ranks) -> None:
     if stage.kind == "render":
         from reproduce.rendering import render_stage
 
-        render_stage(inputs)
+        place = Path(stage.lease)
+        with Lease.acquire(place.parent, place.name):
+            render_stage(inputs)
         return
     work = inputs.work(stage)
     perform(work, ranks)
