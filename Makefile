@@ -1,6 +1,6 @@
 # Targets are thin names for commands; every one that needs the environment sets it up first.
-# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), PYTHON (the
-# interpreter of .venv), IMAGE (the name of the container image).
+# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), DETACH=1 (return
+# once it is submitted), PYTHON (the interpreter of .venv), IMAGE (the name of the image).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -20,14 +20,14 @@ LOCKED := --quiet --disable-pip-version-check --require-hashes
 LOCKS := requirements/build.lock requirements/dev.lock
 TOOLS := .venv-tools
 TOOLS_READY := $(TOOLS)/.setup-done
-CHOICES = $(if $(SEEDS),--seeds $(SEEDS))
+CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales read committed or freshly built weights only, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 export IMAGE
 
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
-	reproduce-all plan submit status doctor check \
+	plan submit status doctor check \
 	lock audit image sif check-image bench-rewards bench-statistics \
 	slurm-up slurm-down test-slurm test-slurm-core
 
@@ -122,7 +122,20 @@ reproduce-table2: $(READY) ## the paper's Table 2, sets of granularities (PROFIL
 reproduce-table3: $(READY) ## the paper's Table 3, inference steps (PROFILE=flux unless given)
 reproduce-released: $(READY) ## published checkpoints, sampled and scored, no training (PROFILE=flux unless given)
 reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released:
-	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES)
+	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES) \
+		$(if $(DETACH),--detach)
+
+plan: $(READY) ## what a table takes before it is run (TABLE=table1, PROFILE=flux, CLUSTER=auto unless given)
+	$(RUN)/g2rpo plan $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES)
+
+submit: $(READY) ## submit a table and return (TABLE=, PROFILE=, CLUSTER= as for plan)
+	$(RUN)/g2rpo submit $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES)
+
+status: $(READY) ## where the stages of the latest submission stand
+	$(RUN)/g2rpo status
+
+check: $(READY) ## can this machine run the suite, and what to mend where it cannot
+	$(RUN)/g2rpo check
 
 doctor: $(READY) ## does the cluster fit, with a tiny job (CLUSTER=auto, PROFILE=mini unless given)
 	$(RUN)/g2rpo doctor --cluster $(or $(CLUSTER),auto) --profile $(or $(PROFILE),mini)
