@@ -19,5 +19,5 @@ def to_device(
 
 
 def indices(places: Sequence[int], device: torch.device) -> torch.Tensor:
-    """``places`` as an int64 tensor on ``device``; a list as an index would be copied and awaited."""
+    """``places`` as an int64 tensor on ``device``; as an index, a list would be awaited."""
     return to_device(torch.tensor(places, dtype=torch.int64), device)
