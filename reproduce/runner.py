@@ -61,11 +61,6 @@ def check_hardware(profile: Profile, experiment: Experiment) -> None:
             f"profile {profile.name} needs {needs.gpus} GPUs of {needs.gpu_memory_gb} GB or more "
             f"and this machine shows {found}; {mend}"
         )
-    if needs.engine != "replicated":
-        raise UserError(
-            f"profile {profile.name} needs the {needs.engine} training engine, which this "
-            f"version does not have yet; {mend}"
-        )
 
 
 def build_assets(profile: Profile) -> None:

@@ -115,12 +115,18 @@ def train_inputs(config: TrainConfig) -> dict[str, Any]:
         name: {"weight": term.weight, "reward": reward_inputs(term.reward)}
         for name, term in config.rewards.items()
     }
-    return settings | {
-        "policy": policy_inputs(config.policy),
-        "prompts": prompts,
-        "rewards": rewards,
-        "algorithm_version": ALGORITHM_VERSION,
-    }
+    # Weights that are computed with in bfloat16 were once stepped in it as well.
+    stepped = {"stepped_in": "float32"} if config.policy.dtype == "bfloat16" else {}
+    return (
+        settings
+        | stepped
+        | {
+            "policy": policy_inputs(config.policy),
+            "prompts": prompts,
+            "rewards": rewards,
+            "algorithm_version": ALGORITHM_VERSION,
+        }
+    )
 
 
 def train_run_name(config: TrainConfig) -> str:

@@ -22,6 +22,7 @@ from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
 from g2rpo.flow.batching import BatchSize
+from g2rpo.offload import OffloadConfig, on_device
 from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
 from g2rpo.policy.conditioning import Conditioning, TextEncoders
@@ -79,6 +80,7 @@ class FluxPolicy:
         vae: the frozen autoencoder.
         latent_shape: (channels, height / f, width / f) of one unpacked latent, the shape in which
             initial noise is drawn; f is the autoencoder's downsampling factor.
+        offload: which of the frozen models wait in the CPU's memory while they are not used.
         handover: how held-out images are finished; None is with this policy's own velocities.
     """
 
@@ -115,6 +117,7 @@ class FluxPolicy:
         side = config.resolution // factor
         self.latent_shape: tuple[int, int, int] = (channels, side, side)
         self.handover: Handover | None = None
+        self.offload = OffloadConfig()
         self._text_encoders: TextEncoders | None = None
         self._image_ids = _image_position_ids(side // 2, side // 2).to(self.device)
         self._text_ids: dict[int, Tensor] = {}
@@ -159,7 +162,10 @@ class FluxPolicy:
         """
         if self._text_encoders is None:
             self._text_encoders = self._load_text_encoders()
-        return self._text_encoders.encode(prompts)
+        encoders = self._text_encoders
+        models, away = (encoders.clip, encoders.t5), self.offload.text_encoders
+        with on_device(models, self.device, offloaded=away):
+            return encoders.encode(prompts)
 
     def _load_text_encoders(self) -> TextEncoders:
         encoders = TextEncoders(
@@ -258,7 +264,9 @@ class FluxPolicy:
             latents: [B, tokens, 4C], at sigma = 0.
             size: images decoded at once, un-tiled; halved where memory runs out.
         """
-        yield from in_slices(self._pixels, latents, size or decode_size(self.config.resolution))
+        size = size or decode_size(self.config.resolution)
+        with on_device([self.vae], self.device, offloaded=self.offload.vae):
+            yield from in_slices(self._pixels, latents, size)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] of packed latents, on their device."""

@@ -16,6 +16,7 @@ from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig
 from g2rpo.methods.base import Method, RolloutShape, parse_method
+from g2rpo.offload import OffloadConfig
 from g2rpo.policy import LoraConfig, PolicyConfig
 from g2rpo.policy.continuation import ContinuationConfig
 from g2rpo.policy.kernels import Attention
@@ -127,14 +128,6 @@ class ValidationConfig(StrictModel):
     every: int = Field(10, ge=1)
     """Iterations between two validations; there is one before the first iteration as well."""
     seed: int = 1223627
-
-
-class OffloadConfig(StrictModel):
-    """What waits in the CPU's memory while it is not used; everything else stays on the device."""
-
-    rewards: bool = False
-    vae: bool = False
-    text_encoders: bool = False
 
 
 class ExecutionConfig(StrictModel):

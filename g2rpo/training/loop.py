@@ -14,9 +14,10 @@ from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import build_grid
 from g2rpo.flow.sweep import SweepSettings
+from g2rpo.offload import OffloadedReward
 from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.progress import ProgressReport
-from g2rpo.rewards.base import RewardModel
+from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training import checkpoints
@@ -33,6 +34,7 @@ from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
 from g2rpo.training.fitting import RolloutSizes
+from g2rpo.training.memory import check_fits, weights_bytes
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
 from g2rpo.training.state import TrainingState
@@ -60,6 +62,20 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
         log_with=tracker,
         project_dir=str(run) if tracker else None,
     )
+
+
+def _check_memory(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Refuses, before anything is loaded, what cannot fit into this rank's GPU."""
+    if accelerator.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(accelerator.device)
+        sources = [Path(term.reward.source or "") for term in config.rewards.values()]
+        rewards = sum(weights_bytes(source) for source in sources if source.name)
+        check_fits(config, accelerator.num_processes, total, rewards)
+
+
+def _load_reward(reward: RewardConfig, config: TrainConfig, device: torch.device) -> RewardModel:
+    model = load_reward(reward, device)
+    return OffloadedReward(model, device) if config.execution.offload.rewards else model
 
 
 class Trainer:
@@ -99,12 +115,13 @@ class Trainer:
                 f"shared by {ranks} ranks: use a multiple of {ranks}"
             )
         self.prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
+        _check_memory(config, self.accelerator)
         self.weights = build_weights(config, self.accelerator)
         self.policy = self.weights.policy
         self.grid = build_grid(config.grid, self.policy.image_tokens)
         if rewards is None:
             device = self.accelerator.device
-            rewards = {n: load_reward(r.reward, device) for n, r in config.rewards.items()}
+            rewards = {n: _load_reward(r.reward, config, device) for n, r in config.rewards.items()}
         self.sizes = RolloutSizes(
             config.execution.rollout_micro_batch, self.policy, run, lambda: self.weights.waits
         )

@@ -117,7 +117,7 @@ class TableSpec(StrictModel):
     group_label: str = "Trained on"
     row_label: str = "Method"
     paper_table: TableName | None = None
-    paper_profiles: tuple[str, ...] = ("flux", "flux-lora")
+    paper_profiles: tuple[str, ...] = ("flux", "flux-8gpu", "flux-lora", "flux-lora-40gb")
     costs: tuple[CostColumn, ...] = DEFAULT_COSTS
     focus: tuple[Key, ...] = ()
     baseline: Key | None = None

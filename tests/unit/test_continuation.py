@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
+from tiny_flux import build_tiny_flux
 from torch import Tensor, nn
 
 from g2rpo.config import validate
@@ -20,7 +21,6 @@ from g2rpo.policy import Conditioning, FluxPolicy, LoraConfig, PolicyConfig
 from g2rpo.policy.continuation import ContinuationConfig, ContinuationPolicy
 from g2rpo.policy.fp8 import Fp8Linear, quantise
 from g2rpo.seeds import gaussian
-from tiny_flux import build_tiny_flux
 
 SHAPE = RolloutShape(6, 3, 10)
 

@@ -36,7 +36,7 @@ def trained(cell: ResolvedCell) -> TrainConfig:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resolves_under_every_profile(experiment: str, profile: str) -> None:
     loaded, chosen = load_experiment(experiment), load_profile(profile)
-    if loaded.policy is not None and not profile.startswith("flux"):
+    if loaded.policy is not None and loaded.policy != chosen.policy.source:
         with pytest.raises(UserError, match=f"is about {loaded.policy}.*--profile flux"):
             expand(loaded, chosen, [1])
         return
@@ -150,11 +150,39 @@ def test_a_profile_extends_another(tmp_path: Path) -> None:
         load_profile(str(mine))
 
 
-def test_flux_lora_is_flux_but_for_precision_and_engine() -> None:
-    lora, flux = load_profile("flux-lora"), load_profile("flux")
-    assert lora.hardware.engine == "lora"
-    assert lora.policy.dtype == "bfloat16"
-    assert lora.training == flux.training
+@pytest.mark.parametrize("name", ["flux-8gpu", "flux-lora", "flux-lora-40gb"])
+def test_the_profiles_of_flux_differ_in_their_engine_alone(name: str) -> None:
+    other, flux = load_profile(name), load_profile("flux")
+    assert other.policy == flux.policy
+    assert other.evaluation == flux.evaluation
+    assert other.rewards == flux.rewards
+    changed = {key for key in other.training if other.training[key] != flux.training.get(key)}
+    assert changed <= {"lora", "execution", "optimization"}
+    assert other.training["rollout"] == flux.training["rollout"]
+    assert ("lora" in other.training) == (other.hardware.engine == "lora")
+
+
+def test_flux_tiny_takes_the_path_of_flux_on_the_cpu() -> None:
+    tiny, flux = load_profile("flux-tiny"), load_profile("flux")
+    assert tiny.hardware.engine == flux.hardware.engine == "sharded"
+    assert tiny.hardware.training_ranks == 2
+    assert tiny.policy.dtype == flux.policy.dtype
+    assert tiny.training["execution"]["sharding"] == flux.training["execution"]["sharding"]
+
+
+def test_what_a_run_has_not_leaves_its_name(local: Profile) -> None:
+    plain = name_of(local)
+    for setting in ({"lora": None}, {"optimization": {"optimizer": "adamw"}}):
+        assert name_of(local, **setting) == plain
+    engine = {"sharding": "fsdp2", "gradient_checkpointing": True, "offload": {"rewards": True}}
+    assert name_of(local, execution=engine) == plain
+    names = {
+        name_of(local, **setting)
+        for setting in (
+            {"lora": {}}, {"lora": {"rank": 4}}, {"optimization": {"optimizer": "adamw_8bit"}},
+        )
+    }  # fmt: skip
+    assert len(names | {plain}) == 4
 
 
 @pytest.fixture

@@ -40,6 +40,9 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
         else:
             policy.add_lora(config.lora, config.seed)
         weights = (MasterWeights if narrow else TrainedWeights)(policy, accelerator)
+    policy.offload = config.execution.offload
+    if policy.offload.vae:
+        policy.vae.to("cpu")
     if config.execution.gradient_checkpointing:
         policy.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     dtype = getattr(torch, config.policy.dtype)
