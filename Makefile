@@ -20,7 +20,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
-	bench-rewards bench-statistics
+	bench-rewards bench-statistics bench-approximations
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
@@ -75,6 +75,9 @@ bench-rewards: $(READY) ## images a second of the reward models against their pa
 
 bench-statistics: $(READY) ## seconds that the statistics of a whole table take
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.statistics
+
+bench-approximations: $(READY) ## what approximate continuations change on the mini world (about half an hour)
+	$(OFFLINE) $(RUN)/python -m benchmarks.approximations
 
 clean: ## remove caches and build products; .venv and results/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
