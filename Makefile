@@ -28,7 +28,7 @@ export IMAGE
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
 	plan submit status doctor check \
-	lock audit image sif check-image bench-rewards bench-statistics \
+	lock audit image sif check-image bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core
 
 help: ## show this list
@@ -145,6 +145,9 @@ bench-rewards: $(READY) ## images a second of the reward models against their pa
 
 bench-statistics: $(READY) ## seconds that the statistics of a whole table take
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.statistics
+
+bench-approximations: $(READY) ## what approximate continuations change on the mini world (about half an hour)
+	$(OFFLINE) $(RUN)/python -m benchmarks.approximations
 
 clean: ## remove caches and build products; .venv and results/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from g2rpo.config import StrictModel
 from g2rpo.data.prompts import Prompt
+from g2rpo.flow.batching import BatchSize
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import SweepSettings, sweep
@@ -57,7 +58,7 @@ def sample_latents(
     prompts: Sequence[Prompt],
     grid: SigmaGrid,
     seed: int,
-    batch: int = 64,
+    batch: int | BatchSize = 64,
     image: int = 0,
 ) -> Tensor:
     """The packed latents at sigma = 0 of one image per prompt, by Euler steps along ``grid``.
@@ -93,7 +94,11 @@ def _stretches(policy: FluxPolicy, grid: SigmaGrid) -> list[tuple[FluxPolicy, Si
 
 
 def _walk(
-    policy: FluxPolicy, conditioning: Conditioning, grid: SigmaGrid, start: Tensor, batch: int
+    policy: FluxPolicy,
+    conditioning: Conditioning,
+    grid: SigmaGrid,
+    start: Tensor,
+    batch: int | BatchSize,
 ) -> Tensor:
     """Euler steps from ``start`` [P, tokens, channels] along ``grid``, which may be a stretch."""
     forest = Forest(grid.steps)
@@ -118,7 +123,7 @@ def sample_ode(
     prompts: Sequence[Prompt],
     grid: SigmaGrid,
     seed: int,
-    batch: int = 64,
+    batch: int | BatchSize = 64,
     image: int = 0,
 ) -> Tensor:
     """The images of :func:`sample_latents` (same arguments): uint8 [P, H, W, 3] on the CPU."""

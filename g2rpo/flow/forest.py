@@ -98,6 +98,21 @@ class Forest:
         """Velocity evaluations that one walk costs per prompt: one per state that is left."""
         return len({state.parent for state in self.states if state.parent is not None})
 
+    @property
+    def exact(self) -> set[int]:
+        """States whose velocity decides a recorded transition or a logged image.
+
+        They are those that such a state is reached from, back to the initial noise. The others are
+        continuations: no log-probability depends on their velocities.
+        """
+        found: set[int] = set()
+        for end in (*self.recorded, *self.logged_images):
+            source = self.states[end].parent
+            while source is not None and source not in found:
+                found.add(source)
+                source = self.states[source].parent
+        return found
+
     def _add(self, state: State) -> int:
         self.states.append(state)
         return len(self.states) - 1

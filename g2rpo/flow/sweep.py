@@ -3,17 +3,22 @@
 At each node every live state is gathered, its velocity is evaluated once in micro-batches, and
 each of its departures (ODE or SDE, to the next node or a strided one) is taken. What trajectories
 share is therefore computed once, and every evaluation runs in a batch; the mathematics is that of
-one trajectory at a time.
+one trajectory at a time. The host never waits for the device on the way: nothing is read back, and
+what is sent there (noise, indices) goes through page-locked memory.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from g2rpo.flow.batching import BatchSize, as_batch_size
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
+from g2rpo.flow.upload import indices, to_device
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(latents [B, ...], times [B] in [0, 1], prompt indices [B] int64) -> velocity [B, ...]."""
@@ -21,7 +26,41 @@ Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Noise = Callable[[int, int, int], torch.Tensor]
 """(prompt index, sample, step) -> standard normal noise [...]; step -1 is the initial noise."""
 
+Key = tuple[int, int]
+"""Names a state of the walk: (prompt index, state of the forest)."""
+
 INITIAL_NOISE = -1
+
+
+class Continuations(Protocol):
+    """An approximate velocity, for the states that no log-probability depends on."""
+
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        times: torch.Tensor,
+        prompts: torch.Tensor,
+        keys: Sequence[Key],
+    ) -> torch.Tensor:
+        """As :data:`Velocity`; ``keys`` say which states the rows are."""
+
+    def passed(self, node: int) -> None:
+        """Says that every state of ``node`` has been evaluated, for good."""
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """What evaluates the states.
+
+    Attributes:
+        exact: the policy's velocity.
+        continuations: in its place for all but ``Forest.exact``; None evaluates all exactly.
+        gathered: entered around all evaluations of a node, e.g. to gather sharded weights once.
+    """
+
+    exact: Velocity
+    continuations: Continuations | None = None
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -68,13 +107,13 @@ class SweepSettings:
 
     Attributes:
         diffusion: the coefficient g of the SDE at each of the T steps.
-        micro_batch: states per velocity evaluation batch.
+        micro_batch: states per velocity evaluation batch; halved where memory runs out.
         dtype: storage dtype of latents; x' is rounded to it before its log-prob is taken.
         device: where the latents live.
     """
 
     diffusion: tuple[float, ...]
-    micro_batch: int
+    micro_batch: int | BatchSize
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
 
@@ -82,8 +121,8 @@ class SweepSettings:
 class _Node:
     """The live states of one grid node: their indices in the forest and their latents."""
 
-    def __init__(self, indices: list[int], latents: torch.Tensor) -> None:
-        self.position = {state: place for place, state in enumerate(indices)}
+    def __init__(self, states: list[int], latents: torch.Tensor) -> None:
+        self.position = {state: place for place, state in enumerate(states)}
         self.latents = latents
 
 
@@ -92,7 +131,7 @@ def sweep(
     forest: Forest,
     grid: SigmaGrid,
     prompts: int,
-    velocity: Velocity,
+    velocity: Velocity | Velocities,
     noise: Noise,
     settings: SweepSettings,
 ) -> Sweep:
@@ -102,13 +141,18 @@ def sweep(
         forest: the states, the same for every prompt.
         grid: sigmas and model times.
         prompts: P.
-        velocity: the policy's velocity for a batch of states.
+        velocity: the policy's velocity for a batch of states, with what there is beside it.
         noise: standard normal noise for (prompt, sample, step).
         settings: diffusion coefficients, batching, storage.
+
+    Raises:
+        UserError: memory is too small for a single state. Where it is too small for a batch, the
+            node's evaluations are done again in smaller ones, and the walk goes on.
     """
     if forest.steps != grid.steps:
         raise ValueError(f"the forest has {forest.steps} steps, the grid {grid.steps}")
-    return _Walk(forest, grid, prompts, velocity, noise, settings).run()
+    velocities = velocity if isinstance(velocity, Velocities) else Velocities(velocity)
+    return _Walk(forest, grid, prompts, velocities, noise, settings).run()
 
 
 class _Walk:
@@ -117,12 +161,15 @@ class _Walk:
         forest: Forest,
         grid: SigmaGrid,
         prompts: int,
-        velocity: Velocity,
+        velocities: Velocities,
         noise: Noise,
         settings: SweepSettings,
     ) -> None:
         self.forest, self.grid, self.prompts = forest, grid, prompts
-        self.velocity, self.noise, self.settings = velocity, noise, settings
+        self.velocities, self.noise, self.settings = velocities, noise, settings
+        self.size = as_batch_size(settings.micro_batch)
+        self.recorded_states = frozenset(forest.recorded)
+        self.exact = forest.exact if velocities.continuations is not None else set()
         self.at_node: list[list[int]] = [[] for _ in range(grid.steps + 1)]
         self.departures: list[list[int]] = [[] for _ in range(grid.steps + 1)]
         for index, state in enumerate(forest.states):
@@ -140,12 +187,12 @@ class _Walk:
                 self._leave(node)
         images = self.nodes[self.grid.steps]
         places = [images.position[state] for state in self.forest.images]
-        return Sweep(images.latents[:, places], tuple(self.recorded), self.evaluations)
+        return Sweep(self._select(images.latents, places), tuple(self.recorded), self.evaluations)
 
     def _start(self) -> None:
-        indices = self.at_node[0]
-        noise = self._draw([self.forest.states[i].sample for i in indices], INITIAL_NOISE)
-        self.nodes[0] = _Node(indices, noise)
+        live = self.at_node[0]
+        noise = self._draw([self.forest.states[i].sample for i in live], INITIAL_NOISE)
+        self.nodes[0] = _Node(live, noise)
 
     def _draw(self, samples: Sequence[int | None], step: int) -> torch.Tensor:
         """Noise [P, len(samples), ...]; a sample named twice is drawn once."""
@@ -153,16 +200,19 @@ class _Walk:
         for prompt in range(self.prompts):
             drawn = {s: self.noise(prompt, s, step) for s in samples if s is not None}
             rows.append(torch.stack([drawn[s] for s in samples if s is not None]))
-        noise = torch.stack(rows)
-        return noise.to(self.settings.device, self.settings.dtype, non_blocking=True)
+        return to_device(torch.stack(rows), self.settings.device, self.settings.dtype)
+
+    def _select(self, latents: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+        """``latents[:, places]``."""
+        return latents.index_select(1, indices(places, latents.device))
 
     def _leave(self, node: int) -> None:
         """Evaluates the states of ``node`` that are left and takes all their departures."""
         here = self.nodes.pop(node)
         leaving = self.departures[node]
         sources = list(dict.fromkeys(self._parent(state) for state in leaving))
-        latents = here.latents[:, [here.position[source] for source in sources]]
-        velocities = self._evaluate(latents, node)
+        latents = self._select(here.latents, [here.position[source] for source in sources])
+        velocities = self._evaluate(latents, node, sources)
         row = {source: place for place, source in enumerate(sources)}
 
         by_kind: dict[tuple[int, bool], list[int]] = {}
@@ -182,20 +232,59 @@ class _Walk:
         assert parent is not None
         return parent
 
-    def _evaluate(self, latents: torch.Tensor, node: int) -> torch.Tensor:
-        """Velocities of ``latents`` [P, S, ...], in micro-batches over all P * S states."""
-        prompts, states = latents.shape[:2]
+    def _evaluate(self, latents: torch.Tensor, node: int, sources: list[int]) -> torch.Tensor:
+        """Velocities of ``latents`` [P, S, ...], the states ``sources`` of every prompt."""
+        self.evaluations += latents.shape[0] * latents.shape[1]
+        continuations = self.velocities.continuations
+        with self.velocities.gathered():
+            if continuations is None:
+                return self._in_batches(self._exactly, latents, node, sources)
+            velocities = torch.empty_like(latents)
+            exact = [place for place, state in enumerate(sources) if state in self.exact]
+            others = [place for place, state in enumerate(sources) if state not in self.exact]
+            for places, evaluate in ((exact, self._exactly), (others, continuations)):
+                if places:
+                    part = self._select(latents, places)
+                    chosen = [sources[place] for place in places]
+                    found = self._in_batches(evaluate, part, node, chosen)
+                    velocities.index_copy_(1, indices(places, latents.device), found)
+        continuations.passed(node)
+        return velocities
+
+    def _exactly(
+        self,
+        latents: torch.Tensor,
+        times: torch.Tensor,
+        prompts: torch.Tensor,
+        keys: Sequence[Key],
+    ) -> torch.Tensor:
+        del keys
+        return self.velocities.exact(latents, times, prompts)
+
+    def _in_batches(
+        self,
+        evaluate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Key]], torch.Tensor],
+        latents: torch.Tensor,
+        node: int,
+        states: list[int],
+    ) -> torch.Tensor:
+        """``evaluate`` over all P * S states of ``latents`` [P, S, ...], in micro-batches."""
         flat = latents.flatten(0, 1)
-        prompt_of = torch.arange(prompts, device=flat.device).repeat_interleave(states)
+        keys = [(prompt, state) for prompt in range(self.prompts) for state in states]
+        prompt_of = torch.arange(self.prompts, device=flat.device).repeat_interleave(len(states))
         # In bfloat16 a time would keep eight bits.
         precision = torch.promote_types(flat.dtype, torch.float32)
-        time = flat.new_full((len(flat),), self.grid.timesteps[node], dtype=precision)
-        velocities = torch.empty_like(flat)
-        for first in range(0, len(flat), self.settings.micro_batch):
-            part = slice(first, first + self.settings.micro_batch)
-            velocities[part] = self.velocity(flat[part], time[part], prompt_of[part])
-        self.evaluations += len(flat)
-        return velocities.view_as(latents)
+        times = flat.new_full((len(flat),), self.grid.timesteps[node], dtype=precision)
+
+        def compute(size: int) -> torch.Tensor:
+            velocities = torch.empty_like(flat)
+            for first in range(0, len(flat), size):
+                part = slice(first, first + size)
+                found = evaluate(flat[part], times[part], prompt_of[part], keys[part])
+                velocities[part] = found
+            return velocities
+
+        return self.size.run(compute).view_as(latents)
 
     def _deterministic(
         self,
@@ -206,7 +295,7 @@ class _Walk:
         velocities: torch.Tensor,
     ) -> torch.Tensor:
         delta = self.grid.sigmas[target] - self.grid.sigmas[node]
-        return latents[:, places] + velocities[:, places] * delta
+        return self._select(latents, places) + self._select(velocities, places) * delta
 
     def _stochastic(
         self,
@@ -223,7 +312,7 @@ class _Walk:
             velocities.flatten(0, 1),
             [transition] * (latents.shape[0] * latents.shape[1]),
         )
-        mean = flat_mean.view_as(latents)[:, places]
+        mean = self._select(flat_mean.view_as(latents), places)
         samples = [self.forest.states[state].sample for state in states]
         moved = mean + transition.std * self._draw(samples, node)
         self._record(node, transition, states, places, (latents, mean, moved))
@@ -238,12 +327,11 @@ class _Walk:
         tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     ) -> None:
         latents, mean, moved = tensors
-        wanted = set(self.forest.recorded)
-        kept = [i for i, state in enumerate(states) if state in wanted]
+        kept = [i for i, state in enumerate(states) if state in self.recorded_states]
         if not kept:
             return
         used = sorted({places[i] for i in kept})
-        mean, moved = mean[:, kept], moved[:, kept]
+        mean, moved = self._select(mean, kept), self._select(moved, kept)
         std = per_state([transition.std] * (mean.shape[0] * mean.shape[1]), mean.flatten(0, 1))
         value = log_prob(moved.flatten(0, 1), mean.flatten(0, 1), std)
         samples = [self.forest.states[states[i]].sample for i in kept]
@@ -251,7 +339,7 @@ class _Walk:
             RecordedStep(
                 step=node,
                 transition=transition,
-                sources=latents[:, used],
+                sources=self._select(latents, used),
                 source_of=torch.tensor([used.index(places[i]) for i in kept]),
                 samples=tuple(sample for sample in samples if sample is not None),
                 next_latents=moved,
@@ -261,9 +349,10 @@ class _Walk:
 
     def _arrive(self, node: int, states: list[int], latents: torch.Tensor) -> None:
         """Stores the latents of ``states`` [P, S, ...] at ``node``."""
-        indices = self.at_node[node]
+        live = self.at_node[node]
         if node not in self.nodes:
-            shape = (self.prompts, len(indices), *latents.shape[2:])
-            self.nodes[node] = _Node(indices, latents.new_empty(shape))
+            shape = (self.prompts, len(live), *latents.shape[2:])
+            self.nodes[node] = _Node(live, latents.new_empty(shape))
         position = self.nodes[node].position
-        self.nodes[node].latents[:, [position[state] for state in states]] = latents
+        places = indices([position[state] for state in states], latents.device)
+        self.nodes[node].latents.index_copy_(1, places, latents)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from g2rpo.flow.upload import to_device
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -65,7 +67,7 @@ def flow_diffusion(eta: float, sigmas: Sequence[float]) -> tuple[float, ...]:
 def per_state(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """``values`` [B] as a tensor that broadcasts over the latents ``like`` [B, ...]."""
     tensor = torch.tensor(values, dtype=torch.float64).to(like.dtype)
-    return tensor.view(-1, *([1] * (like.dim() - 1))).to(like.device, non_blocking=True)
+    return to_device(tensor.view(-1, *([1] * (like.dim() - 1))), like.device)
 
 
 def transition_mean(

@@ -7,7 +7,7 @@ between noise and picture, with the sampling loop left out: the sweep has its ow
 import copy
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
+from g2rpo.flow.batching import BatchSize
 from g2rpo.offload import OffloadConfig, on_device
 from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
@@ -32,6 +33,7 @@ from g2rpo.policy.conditioning import (
     joined,
     row_of,
 )
+from g2rpo.policy.decoding import decode_size, in_slices
 from g2rpo.policy.folder import (
     checked_device,
     load_model,
@@ -41,11 +43,6 @@ from g2rpo.policy.folder import (
 from g2rpo.policy.lora import LoraConfig
 
 logger = logging.getLogger(__name__)
-
-DECODE_PIXELS = 2**21
-"""Pixels decoded at once: four images of 720x720. The decoder's memory grows with it."""
-DECODE_IMAGES = 64
-"""Images decoded at once, however small they are."""
 
 
 class PolicyConfig(StrictModel):
@@ -271,7 +268,6 @@ class FluxPolicy:
             self._text_ids[length] = torch.zeros(length, 3, device=self.device)
         return self._text_ids[length]
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes packed latents to the pixels that a PNG of FluxPipeline's output would hold.
 
@@ -282,23 +278,30 @@ class FluxPolicy:
             uint8 [B, H, W, 3] on the CPU.
         """
         side = self.config.resolution
-        if not len(latents):
-            return torch.empty(0, side, side, 3, dtype=torch.uint8)
-        with on_device([self.vae], self.device, offloaded=self.offload.vae):
-            return self._decode(latents)
+        empty = torch.empty(0, side, side, 3, dtype=torch.uint8)
+        return torch.cat([empty, *self.decode_slices(latents)])
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        side = self.config.resolution
+    @torch.no_grad()
+    def decode_slices(self, latents: Tensor, size: BatchSize | None = None) -> Iterator[Tensor]:
+        """What :meth:`decode` gives, slice by slice (:func:`g2rpo.policy.decoding.in_slices`).
+
+        Args:
+            latents: [B, tokens, 4C], at sigma = 0.
+            size: images decoded at once, un-tiled; halved where memory runs out.
+        """
+        size = size or decode_size(self.config.resolution)
+        with on_device([self.vae], self.device, offloaded=self.offload.vae):
+            yield from in_slices(self._pixels, latents, size)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] of packed latents, on their device."""
+        scaled = self.unpack(latents) / self._scaling_factor + self._shift_factor
         dtype = next(self.vae.parameters()).dtype
-        images = []
-        for part in torch.split(latents, max(1, min(DECODE_IMAGES, DECODE_PIXELS // side**2))):
-            scaled = self.unpack(part) / self._scaling_factor + self._shift_factor
-            decoded = self.vae.decode(scaled.to(dtype), return_dict=False)[0]
-            # Halved and clamped in the autoencoder's dtype, rounded in float32, as diffusers'
-            # VaeImageProcessor does it: another order gives other bytes in bfloat16.
-            pixels = ((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
-            images.append(pixels.permute(0, 2, 3, 1).cpu())
-        return torch.cat(images)
+        decoded: Tensor = self.vae.decode(scaled.to(dtype), return_dict=False)[0]
+        # Halved and clamped in the autoencoder's dtype, rounded in float32, as diffusers'
+        # VaeImageProcessor does it: another order gives other bytes in bfloat16.
+        pixels = ((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1)
 
     # Weights
 

@@ -41,6 +41,10 @@ class Progress:
         device_seconds: seconds times ranks.
         training_micro_batch: states per training forward, where memory ran out and it had to be
             made smaller than configured; else None.
+        rollout_micro_batch: the same for states per velocity evaluation in rollouts.
+        decode_images: the same for images decoded at once.
+        reused_evaluations: those of the velocity evaluations that a step cache answered; None
+            where there is none.
     """
 
     iteration: int = 0
@@ -50,6 +54,9 @@ class Progress:
     images_scored: int = 0
     device_seconds: float = 0.0
     training_micro_batch: int | None = None
+    rollout_micro_batch: int | None = None
+    decode_images: int | None = None
+    reused_evaluations: int | None = None
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:

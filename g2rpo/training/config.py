@@ -18,6 +18,8 @@ from g2rpo.flow.schedule import GridConfig
 from g2rpo.methods.base import Method, RolloutShape, parse_method
 from g2rpo.offload import OffloadConfig
 from g2rpo.policy import LoraConfig, PolicyConfig
+from g2rpo.policy.continuation import ContinuationConfig
+from g2rpo.policy.kernels import Attention
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name
 from g2rpo.training.advantages import AdvantageConfig
@@ -132,8 +134,9 @@ class ExecutionConfig(StrictModel):
     """Where and in which batches a run executes; not part of its name."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    rollout_micro_batch: int = Field(64, ge=1)
-    """States per velocity evaluation in the rollout."""
+    rollout_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """States per velocity evaluation in the rollout; ``auto`` estimates how many fit. Halved where
+    memory runs out."""
     training_micro_batch: int = Field(32, ge=1)
     """States per training forward and backward; halved where memory runs out."""
     sharding: Literal["replicated", "fsdp2"] = "replicated"
@@ -142,6 +145,12 @@ class ExecutionConfig(StrictModel):
     """With ``fsdp2``: gathered once a rollout, or at each forward; ``auto`` where they fit."""
     gradient_checkpointing: bool = False
     """Computes activations again in the backward instead of keeping them."""
+    compile: bool = False
+    """Compiles the transformer's blocks, which takes about a minute at FLUX's size."""
+    attention: Attention = "auto"
+    """The attention kernel of rollout and training; ``auto`` is one whose backward works."""
+    overlap_rewards: bool = True
+    """On a GPU, scores images while the next ones are decoded."""
     offload: OffloadConfig = OffloadConfig()
     tensorboard: bool = True
 
@@ -158,6 +167,8 @@ class TrainConfig(StrictModel):
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
     lora: LoraConfig | None = None
     """Trains adapters; null trains the transformer's own weights."""
+    continuations: ContinuationConfig | None = None
+    """Approximations of what no log-probability depends on; null computes everything exactly."""
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     optimization: OptimizationConfig = OptimizationConfig()
@@ -166,11 +177,12 @@ class TrainConfig(StrictModel):
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_serializer(mode="wrap")
-    def _without_absent_adapters(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Runs are named by a hash of this: those without adapters keep their names.
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs are named by a hash of this: those without adapters and approximations keep theirs.
         fields: dict[str, Any] = handler(self)
-        if self.lora is None:
-            fields.pop("lora", None)
+        for name in ("lora", "continuations"):
+            if getattr(self, name) is None:
+                fields.pop(name, None)
         return fields
 
     @property
@@ -181,6 +193,8 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.method.check(self.shape)
+        if self.continuations is not None and self.continuations.merged_lora and self.lora is None:
+            raise ValueError("continuations.merged_lora needs lora: there is nothing to merge")
         updates = self.optimization.updates_per_iteration
         if self.rollout.group_size % updates:
             raise ValueError(

@@ -15,6 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.flow.schedule import build_grid
 from g2rpo.flow.sweep import SweepSettings
 from g2rpo.offload import OffloadedReward
+from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
@@ -33,6 +34,7 @@ from g2rpo.training.collective import (
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
+from g2rpo.training.fitting import RolloutSizes
 from g2rpo.training.memory import check_fits, weights_bytes
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
@@ -107,17 +109,26 @@ class Trainer:
         if rewards is None:
             device = self.accelerator.device
             rewards = {n: _load_reward(r.reward, config, device) for n, r in config.rewards.items()}
+        self.sizes = RolloutSizes(
+            config.execution.rollout_micro_batch, self.policy, run, lambda: self.weights.waits
+        )
+        continuations = None
+        if config.continuations is not None:
+            continuations = ContinuationPolicy(self.policy, config.continuations)
         self.engine = RolloutEngine(
             policy=self.policy,
             rewards=rewards,
             grid=self.grid,
             settings=SweepSettings(
                 diffusion=config.method.diffusion(self.grid.sigmas),
-                micro_batch=config.execution.rollout_micro_batch,
+                micro_batch=self.sizes.velocity,
                 dtype=torch.float64 if config.policy.dtype == "float64" else torch.float32,
                 device=self.accelerator.device,
             ),
             seed=config.seed,
+            continuations=continuations,
+            decode=self.sizes.decode,
+            overlap=config.execution.overlap_rewards,
         )
         self._prepare()
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
@@ -130,6 +141,7 @@ class Trainer:
         self.updater.keep_reference()
         self.progress = self.state.resume()
         self.updater.size.restore(self.progress.training_micro_batch)
+        self.sizes.restore(self.progress.rollout_micro_batch, self.progress.decode_images)
 
     @property
     def ema(self) -> EMAModel | None:
@@ -238,8 +250,7 @@ class Trainer:
         done, total = self.progress.iteration, self.config.optimization.iterations
         if config is None or not is_due(config, done, total):
             return {}
-        micro_batch = self.config.execution.rollout_micro_batch
-        return validation_rewards(config, self.engine, self.weights, micro_batch)
+        return validation_rewards(config, self.engine, self.weights, self.sizes.velocity)
 
     def local_prompts(self) -> list[Prompt]:
         """This rank's prompts of the coming iteration."""
@@ -272,6 +283,7 @@ class Trainer:
         except UserError as error:
             message = str(error)
         raise_together(self.accelerator, message)
+        self.sizes.share(self.accelerator)
         assert rollout is not None
         return rollout
 
@@ -323,6 +335,7 @@ class Trainer:
         images = len(rollout.forest.images) * len(rollout.conditioning)
         sums = {
             "rollout_evaluations": rollout.velocity_evaluations,
+            "reused_evaluations": rollout.reused_evaluations,
             "training_forwards": statistics.forwards,
             "training_backwards": statistics.backwards,
             "images_scored": images,
@@ -343,10 +356,19 @@ class Trainer:
         progress.training_backwards += round(sums["training_backwards"])
         progress.images_scored += round(sums["images_scored"])
         progress.device_seconds += sums["device_seconds"]
+        approximations = self.config.continuations
+        if approximations is not None and approximations.step_cache is not None:
+            reused = round(sums["reused_evaluations"])
+            progress.reused_evaluations = (progress.reused_evaluations or 0) + reused
         if self.updater.size.reduced:
             progress.training_micro_batch = self.updater.size.states
+        if self.sizes.velocity.reduced:
+            progress.rollout_micro_batch = self.sizes.velocity.states
+        if self.sizes.decode.reduced:
+            progress.decode_images = self.sizes.decode.states
         row: dict[str, Any] = {
             **{name: value for name, value in vars(progress).items() if value is not None},
+            "rollout_micro_batch": self.sizes.velocity.states,
             "seconds": progress.device_seconds / ranks,
             "learning_rate": self.config.optimization.learning_rate,
             "loss": sums["loss"] / ranks,

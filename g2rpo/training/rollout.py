@@ -1,6 +1,7 @@
 """One iteration's rollout: prompts in; scored images and stochastic transitions out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +9,15 @@ from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
+from g2rpo.flow.batching import BatchSize
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.schedule import SigmaGrid
-from g2rpo.flow.sweep import INITIAL_NOISE, RecordedStep, SweepSettings, sweep
+from g2rpo.flow.sweep import INITIAL_NOISE, RecordedStep, SweepSettings, Velocities, sweep
 from g2rpo.policy import Conditioning, FluxPolicy
+from g2rpo.policy.continuation import ContinuationPolicy, RolloutContinuations
 from g2rpo.rewards.base import RewardModel
 from g2rpo.seeds import gaussian
+from g2rpo.training.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Rollout:
         recorded: the stochastic transitions.
         rewards: for each reward, the score of every distinct image, [P, I] float32.
         velocity_evaluations: how many it took, over the P prompts.
+        reused_evaluations: how many of them a step cache answered, without most of the blocks.
     """
 
     forest: Forest
@@ -33,6 +38,7 @@ class Rollout:
     recorded: tuple[RecordedStep, ...]
     rewards: Mapping[str, Tensor]
     velocity_evaluations: int
+    reused_evaluations: int = 0
 
     def group_rewards(self, name: str) -> Tensor:
         """The rewards of every group, [P, groups, G]."""
@@ -56,6 +62,10 @@ class RolloutEngine:
         grid: sigmas and times.
         settings: diffusion coefficients and batching of the sweep.
         seed: the experiment's seed, which names all noise.
+        continuations: the policy's approximate twin, where there is one.
+        decode: images decoded at once; None is a number of pixels.
+        overlap: scores images while the next ones are decoded, on a GPU.
+        gathered: entered around the evaluations of each node, for weights that are sharded.
     """
 
     policy: FluxPolicy
@@ -63,6 +73,10 @@ class RolloutEngine:
     grid: SigmaGrid
     settings: SweepSettings
     seed: int
+    continuations: ContinuationPolicy | None = None
+    decode: BatchSize | None = None
+    overlap: bool = False
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def run(self, forest: Forest, prompts: Sequence[Prompt], iteration: int) -> Rollout:
         """Rolls out ``forest`` for ``prompts`` and scores every distinct image.
@@ -81,27 +95,40 @@ class RolloutEngine:
             drawn = gaussian(self.policy.latent_shape, self.seed, stream, *key)
             return self.policy.pack(drawn[None])[0]
 
-        swept = sweep(forest, self.grid, len(prompts), velocity, noise, self.settings)
-        images = self.policy.decode(swept.images.flatten(0, 1))
+        with self._continuations(forest, conditioning) as continuations:
+            velocities = Velocities(velocity, continuations, self.gathered)
+            swept = sweep(forest, self.grid, len(prompts), velocities, noise, self.settings)
+        slices = self.policy.decode_slices(swept.images.flatten(0, 1), self.decode)
         return Rollout(
             forest=forest,
             conditioning=conditioning,
             recorded=swept.recorded,
-            rewards=self._score(images, prompts, iteration),
+            rewards=self._score(slices, len(forest.images), prompts, iteration),
             velocity_evaluations=swept.velocity_evaluations,
+            reused_evaluations=0 if continuations is None else continuations.reused,
         )
 
+    @contextmanager
+    def _continuations(
+        self, forest: Forest, conditioning: Conditioning
+    ) -> Iterator[RolloutContinuations | None]:
+        if self.continuations is None:
+            yield None
+            return
+        with self.continuations.rollout(forest, conditioning) as continuations:
+            yield continuations
+
     def _score(
-        self, images: Tensor, prompts: Sequence[Prompt], iteration: int
+        self, slices: Iterable[Tensor], per_prompt: int, prompts: Sequence[Prompt], iteration: int
     ) -> dict[str, Tensor]:
-        per_prompt = len(images) // len(prompts)
         texts = [prompt.text for prompt in prompts for _ in range(per_prompt)]
+        overlap = self.overlap and self.policy.device.type == "cuda"
+        try:
+            scored = Scorer(self.rewards, overlap).score(slices, texts)
+        except UserError as error:
+            raise UserError(f"iteration {iteration + 1}: {error}") from None
         scores = {}
-        for name, model in self.rewards.items():
-            try:
-                values = model.score(images, texts)
-            except UserError as error:
-                raise UserError(f"iteration {iteration + 1}: {error}") from None
+        for name, values in scored.items():
             if not bool(torch.isfinite(values).all()):
                 prompt = texts[int((~torch.isfinite(values)).nonzero()[0])]
                 raise UserError(

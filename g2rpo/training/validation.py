@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
+from g2rpo.flow.batching import BatchSize
 from g2rpo.sampling import sample_ode
 from g2rpo.training.collective import of_all_ranks, raise_together
 from g2rpo.training.config import ValidationConfig
@@ -26,7 +27,7 @@ def shared_prompts(prompts: list[Prompt], rank: int, ranks: int) -> tuple[list[P
 
 
 def validation_rewards(
-    config: ValidationConfig, engine: RolloutEngine, weights: TrainedWeights, micro_batch: int
+    config: ValidationConfig, engine: RolloutEngine, weights: TrainedWeights, micro_batch: BatchSize
 ) -> dict[str, float]:
     """The mean of each reward over the prompts, on every rank. Images are by ODE on the grid.
 

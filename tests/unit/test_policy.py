@@ -378,7 +378,7 @@ def test_decoding_does_not_depend_on_the_slices(
 ) -> None:
     latents = torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(2))
     whole = policy.decode(latents)
-    monkeypatch.setattr("g2rpo.policy.flux.DECODE_IMAGES", 2)
+    monkeypatch.setattr("g2rpo.policy.decoding.DECODE_IMAGES", 2)
     sliced = policy.decode(latents)
     assert whole.shape == sliced.shape == (5, 32, 32, 3)
     difference = (whole.int() - sliced.int()).abs()

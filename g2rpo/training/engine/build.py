@@ -5,6 +5,7 @@ from accelerate import Accelerator
 
 from g2rpo.errors import UserError
 from g2rpo.policy import FluxPolicy
+from g2rpo.policy.kernels import compile_blocks, resolve_attention, set_attention
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine.sharded import ShardedWeights
 from g2rpo.training.engine.weights import MasterWeights, TrainedWeights
@@ -44,7 +45,9 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
         policy.vae.to("cpu")
     if config.execution.gradient_checkpointing:
         policy.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-    if accelerator.device.type == "cuda":
-        # cuDNN's attention was seen to fail in the backward with gradient checkpointing.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    dtype = getattr(torch, config.policy.dtype)
+    chosen = resolve_attention(config.execution.attention, accelerator.device, dtype)
+    set_attention(policy.transformer, chosen)
+    if config.execution.compile:
+        compile_blocks(policy.transformer)
     return weights

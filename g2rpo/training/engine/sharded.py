@@ -87,7 +87,8 @@ class ShardedWeights(TrainedWeights):
     @contextmanager
     def rollout(self) -> Iterator[None]:
         """Gathers the weights once, where they are to be and fit; gives them back at the end."""
-        if not self._gathers():
+        self.waits = not self._gathers()
+        if self.waits:
             yield
             return
         units = _units(self.policy.transformer)

@@ -27,6 +27,8 @@ class TrainedWeights:
 
     sharded = False
     """Whether ranks wait for each other within a forward."""
+    waits = False
+    """Whether they do so in the rollout that is under way."""
 
     def __init__(self, policy: FluxPolicy, accelerator: Accelerator) -> None:
         self.policy, self.accelerator = policy, accelerator

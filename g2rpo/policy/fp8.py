@@ -1,0 +1,90 @@
+"""Linear layers in 8-bit floating point, for continuations.
+
+Weights and inputs are rounded to float8_e4m3fn with a scale of their own for each output row of the
+weight and each token of the input. On a GPU that has such tensor cores (capability 8.9 or more) the
+product is ``torch._scaled_mm``; elsewhere it is emulated: the same rounding, then a product of the
+rounded values in the input's dtype. The two differ in how the product is summed (the tensor cores'
+accumulator is narrower than float32) and in its rounding to bfloat16.
+"""
+
+import torch
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+LARGEST = float(torch.finfo(FP8).max)
+MULTIPLE = 16
+"""``torch._scaled_mm`` takes inner and outer sizes that are multiples of this."""
+SMALLEST_SCALE = 1e-12
+
+
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``rows`` [..., K] as float8 and a float32 scale [..., 1] each: rows = float8 * scale."""
+    largest = rows.abs().amax(dim=-1, keepdim=True).float()
+    scale = (largest / LARGEST).clamp(min=SMALLEST_SCALE)
+    scaled = (rows.float() / scale).clamp(-LARGEST, LARGEST)
+    return scaled.to(FP8), scale
+
+
+def has_fp8_kernels(device: torch.device) -> bool:
+    """Whether the device multiplies float8 matrices; elsewhere they are emulated."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fits(linear: nn.Linear) -> bool:
+    """Whether the layer's sizes suit the kernel."""
+    return linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer whose product is taken in float8.
+
+    Attributes:
+        quantised: the weight [out, in] in float8.
+        scale: [out, 1] float32.
+        bias: of the layer it stands for, shared with it.
+    """
+
+    quantised: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        rounded, scale = quantise(weight.detach())
+        self.register_buffer("quantised", rounded, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_parameter("bias", bias)
+        self.kernel = has_fp8_kernels(weight.device)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Takes over the layer's current weight [out, in]."""
+        rounded, scale = quantise(weight)
+        self.quantised.copy_(rounded)
+        self.scale.copy_(scale)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., in] to [..., out], in the dtype of ``inputs``."""
+        rounded, scale = quantise(inputs.flatten(0, -2))
+        product = self._multiply if self.kernel else self._emulate
+        result = product(rounded, scale, inputs.dtype)
+        return result.view(*inputs.shape[:-1], -1)
+
+    def _multiply(self, rounded: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        # Scales by row go only with results in bfloat16.
+        result = torch._scaled_mm(  # noqa: SLF001 - torch has no public name for it
+            rounded,
+            self.quantised.t(),
+            scale_a=scale,
+            scale_b=self.scale.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        ).to(dtype)
+        return result if self.bias is None else result + self.bias
+
+    def _emulate(self, rounded: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = rounded.to(wide) * scale
+        weight = self.quantised.to(wide) * self.scale
+        result = nn.functional.linear(inputs.to(wide), weight.to(wide)).to(dtype)
+        return result if self.bias is None else result + self.bias

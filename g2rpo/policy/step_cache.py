@@ -1,0 +1,176 @@
+"""A step cache: where a block stack changes little along a trajectory, what it added is reused.
+
+The transformer's blocks turn the embedded tokens h into h + r. At a state whose predecessor on the
+trajectory has a remembered r, and whose signal (below) differs from the one remembered with it by
+less than a threshold, r is taken from there and the blocks are not run. The decision is a state's
+own, so it does not depend on the batch; it costs one small read from the device per batch.
+
+diffusers' ``enable_cache`` is not used: its first-block cache remembers one residual per model and
+decides once for a whole batch, for a pipeline that walks one batch of trajectories in step. The
+states of a batch here belong to trajectories of different lengths, strides and pasts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from g2rpo.config import StrictModel
+from g2rpo.flow.forest import Forest
+from g2rpo.flow.sweep import Key
+from g2rpo.flow.upload import indices
+
+
+class StepCacheConfig(StrictModel):
+    """What is compared along a trajectory, and how much it may change."""
+
+    kind: Literal["first_block", "modulation"] = "first_block"
+    """``first_block``: what the first block adds to the image tokens, as in first-block caching;
+    the rest of the blocks is reused. ``modulation``: the first block's modulation, which depends
+    on time and prompt alone, in the manner of TeaCache; all blocks are reused."""
+    threshold: float = Field(gt=0)
+    """Mean absolute change over mean absolute value, below which is reused."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is remembered of an evaluated state: the signal and what the blocks added."""
+
+    signal: Tensor
+    residual: Tensor
+
+
+class StepCache:
+    """The memory of one walk over a forest.
+
+    Attributes:
+        keys: the states of the batch that is evaluated next.
+        reused: how many states were answered from memory.
+    """
+
+    def __init__(self, config: StepCacheConfig, forest: Forest) -> None:
+        self.config, self.forest = config, forest
+        self.keys: Sequence[Key] = ()
+        self._answered: set[Key] = set()
+        self._entries: dict[Key, _Entry] = {}
+        self._last_use = _last_uses(forest)
+
+    @property
+    def reused(self) -> int:
+        """See the class."""
+        return len(self._answered)
+
+    def before(self) -> list[_Entry | None]:
+        """For each state of the batch, what is remembered of the one it was reached from."""
+        found = []
+        for prompt, state in self.keys:
+            parent = self.forest.states[state].parent
+            found.append(None if parent is None else self._entries.get((prompt, parent)))
+        return found
+
+    def keep(self, place: int, entry: _Entry, *, reused: bool) -> None:
+        """Remembers ``entry`` for a state of the batch, if another one will be reached from it."""
+        key = self.keys[place]
+        (self._answered.add if reused else self._answered.discard)(key)
+        if key[1] in self._last_use:
+            self._entries[key] = entry
+
+    def passed(self, node: int) -> None:
+        """Forgets what no node after ``node`` can use."""
+        for key in [key for key in self._entries if self._last_use[key[1]] <= node]:
+            del self._entries[key]
+
+
+def _last_uses(forest: Forest) -> dict[int, int]:
+    """The last node at which a state that was reached from each state is itself evaluated."""
+    last: dict[int, int] = {}
+    for state in forest.states:
+        if state.parent is not None and state.node < forest.steps:
+            last[state.parent] = max(last.get(state.parent, 0), state.node)
+    return last
+
+
+class CachedBlocks(nn.Module):
+    """All blocks of the transformer as one, with a :class:`StepCache` between them.
+
+    Attributes:
+        cache: the memory of the walk that is under way.
+    """
+
+    cache: StepCache
+
+    def __init__(self, blocks: Sequence[nn.Module], kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A FLUX block's arguments and results; the text's result is of no use to what follows."""
+        shared = (image_rotary_emb, joint_attention_kwargs)
+        text, image = encoder_hidden_states, hidden_states
+        rest = list(self.blocks)
+        if self.kind == "first_block":
+            text, image = rest.pop(0)(image, text, temb, *shared)
+            signal = image - hidden_states
+        else:
+            norm: Any = rest[0].norm1
+            signal = norm.linear(norm.silu(temb))
+        remembered = self.cache.before()
+        reused = self._unchanged(signal, remembered)
+        computed = [place for place in range(len(image)) if place not in reused]
+
+        if not reused:
+            result = self._run(rest, (image, text, temb), shared)
+        else:
+            result = torch.empty_like(image)
+            if computed:
+                chosen = indices(computed, image.device)
+                part = (image[chosen], text[chosen], temb[chosen])
+                result.index_copy_(0, chosen, self._run(rest, part, shared))
+            places = sorted(reused)
+            chosen = indices(places, image.device)
+            residual = torch.stack([reused[place].residual for place in places])
+            result.index_copy_(0, chosen, image[chosen] + residual)
+        for place, entry in reused.items():
+            self.cache.keep(place, entry, reused=True)
+        if computed:
+            added = result - image
+            for place in computed:
+                entry = _Entry(signal[place], added[place])
+                self.cache.keep(place, entry, reused=False)
+        return encoder_hidden_states, result
+
+    def _unchanged(self, signal: Tensor, remembered: list[_Entry | None]) -> dict[int, _Entry]:
+        """The states whose signal is nearly the remembered one, with what is remembered."""
+        known = {place: entry for place, entry in enumerate(remembered) if entry is not None}
+        if not known:
+            return {}
+        before = torch.stack([entry.signal for entry in known.values()])
+        now = signal[indices(list(known), signal.device)]
+        change = (now - before).flatten(1).abs().mean(1, dtype=torch.float32)
+        size = before.flatten(1).abs().mean(1, dtype=torch.float32)
+        below = (change < self.cache.config.threshold * size).tolist()
+        return {
+            place: entry
+            for (place, entry), unchanged in zip(known.items(), below, strict=True)
+            if unchanged
+        }
+
+    @staticmethod
+    def _run(
+        blocks: list[nn.Module], tokens: tuple[Tensor, Tensor, Tensor], shared: tuple[Any, Any]
+    ) -> Tensor:
+        image, text, temb = tokens
+        for block in blocks:
+            text, image = block(image, text, temb, *shared)
+        return image

@@ -1,0 +1,134 @@
+"""Rollouts that run out of memory, on one rank and on one of two."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rollout_runs
+import torch
+from engine_runs import config_for, trainer_for
+from rollout_runs import rollouts_of
+from torch import Tensor
+
+from g2rpo.errors import UserError
+from g2rpo.policy.decoding import decode_size
+from g2rpo.training.fitting import LARGEST, RolloutSizes, fitting_states, state_bytes
+
+
+def on_two_ranks(name: str, assets: Path, folder: Path) -> int:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        rollout_runs.__file__, name, str(assets), str(folder),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    return subprocess.run(command, env=environment, timeout=240, check=False).returncode
+
+
+def test_one_rank_of_two_that_runs_out_halves_the_size_of_both(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    assert on_two_ranks("replicated", smoke_assets, tmp_path) == 0
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for found in ranks:
+        assert [row["rollout_micro_batch"] for row in found["rows"]] == [8, 2, 2]
+        assert found["largest"] == 2  # of the first rank too, whose memory is enough
+        assert found["resumed_with"] == 2
+        for row, expected in zip(found["rows"], found["expected"], strict=True):
+            assert row["rollout_evaluations"] == expected["rollout_evaluations"]
+            assert row["images_scored"] == expected["images_scored"]
+            assert row["reward/hps/mean"] == pytest.approx(expected["reward/hps/mean"], abs=1e-4)
+            assert row["ratio_deviation"] < 2e-5
+
+
+def test_a_sharded_rank_that_runs_out_ends_the_run_to_be_resumed(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    assert on_two_ranks("sharded", smoke_assets, tmp_path) != 0
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"resume": True}
+    config = config_for(smoke_assets, execution={"rollout_micro_batch": 8})
+    resumed = trainer_for(config, tmp_path / "sharded")
+    assert resumed.sizes.velocity.states == 4
+
+
+def test_a_short_rollout_says_so_once_and_has_the_same_noise(
+    smoke_assets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_for(smoke_assets, execution={"rollout_micro_batch": 8})
+    rolled: dict[str, Any] = {}
+    for name, limit in (("enough", 100), ("short", 4)):
+        trainer = trainer_for(config, tmp_path / name)
+        prompts = trainer.local_prompts()
+        with caplog.at_level(logging.WARNING), rollouts_of(trainer.policy, limit):
+            rolled[name] = trainer._rollout(prompts, 0)
+            rolled[name] = trainer._rollout(prompts, 0)
+    told = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert told == ["out of memory: the rollout goes on with 4 states at a time, not 8"]
+    assert rolled["short"].velocity_evaluations == rolled["enough"].velocity_evaluations
+    for one, two in zip(rolled["enough"].recorded, rolled["short"].recorded, strict=True):
+        # The noise is (x' - mean) / std: the same but for the rounding of the mean.
+        torch.testing.assert_close(two.next_latents, one.next_latents, rtol=0, atol=2e-5)
+        torch.testing.assert_close(two.log_prob, one.log_prob, rtol=0, atol=2e-6)
+    assert "rollout_micro_batch" not in {k for k, v in vars(trainer.progress).items() if v}
+    assert trainer.iterate()["rollout_micro_batch"] == 4
+    assert trainer.progress.rollout_micro_batch == 4
+
+
+def test_a_single_state_that_does_not_fit_is_told_with_what_would(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_for(config_for(smoke_assets), tmp_path)
+    with (
+        rollouts_of(trainer.policy, 0),
+        pytest.raises(UserError, match=r"one state at a time.*bfloat16.*resolution"),
+    ):
+        trainer.iterate()
+
+
+def test_decoding_halves_its_slices_as_well(smoke_assets: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(config_for(smoke_assets), tmp_path)
+    policy = trainer.policy
+    latents = policy.pack(torch.randn(7, *policy.latent_shape))
+    expected, decode = policy.decode(latents), policy.vae.decode
+    asked: list[int] = []
+
+    def limited(scaled: Tensor, **rest: Any) -> Any:
+        asked.append(len(scaled))
+        if len(scaled) > 2:
+            raise torch.OutOfMemoryError("as if there were no memory")
+        return decode(scaled, **rest)
+
+    policy.vae.decode = limited
+    size = decode_size(policy.config.resolution)
+    size.states = 5
+    found = torch.cat(list(policy.decode_slices(latents, size)))
+    assert asked == [5, 2, 2, 2, 1]
+    assert size.states == 2
+    assert size.reduced
+    # Rounding to bytes may tip where the batch changes the last bit.
+    assert int((found.int() - expected.int()).abs().max()) <= 1
+    row = trainer.iterate()
+    assert trainer.progress.decode_images == 2
+    assert row["decode_images"] == 2
+
+
+def test_auto_takes_what_fits(smoke_assets: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(config_for(smoke_assets), tmp_path)
+    assert trainer.config.execution.rollout_micro_batch == "auto"
+    assert trainer.sizes.velocity.states == LARGEST  # the CPU's memory is not asked
+    one = state_bytes(trainer.policy)
+    assert fitting_states(trainer.policy, 0) == 1
+    assert fitting_states(trainer.policy, 13 * one) == 10
+    assert fitting_states(trainer.policy, 10_000 * one) == LARGEST
+    sizes = RolloutSizes(4, trainer.policy, tmp_path)
+    sizes.restore(None, None)
+    assert not sizes.velocity.reduced
+    sizes.restore(8, None)
+    assert sizes.velocity.states == 4
+    sizes.restore(2, 1)
+    assert (sizes.velocity.states, sizes.decode.states) == (2, 1)

@@ -1,0 +1,355 @@
+"""Approximate continuations: exact where they must be, bounded where they may differ."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from tiny_flux import build_tiny_flux
+from torch import Tensor, nn
+
+from g2rpo.config import validate
+from g2rpo.errors import UserError
+from g2rpo.flow.forest import Forest
+from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
+from g2rpo.flow.sweep import Key, Sweep, SweepSettings, Velocities, sweep
+from g2rpo.methods import g2rpo, mix_grpo
+from g2rpo.methods.base import RolloutShape
+from g2rpo.policy import Conditioning, FluxPolicy, LoraConfig, PolicyConfig
+from g2rpo.policy.continuation import ContinuationConfig, ContinuationPolicy
+from g2rpo.policy.fp8 import Fp8Linear, quantise
+from g2rpo.seeds import gaussian
+
+SHAPE = RolloutShape(6, 3, 10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture
+def policy(folder: Path) -> FluxPolicy:
+    config = PolicyConfig(source=str(folder), resolution=32, max_sequence_length=32)
+    return FluxPolicy.load(config, "cpu")
+
+
+def with_lora(policy: FluxPolicy) -> FluxPolicy:
+    """The policy with adapters that are far from zero."""
+    policy.add_lora(LoraConfig(rank=4, alpha=8), seed=1)
+    for name, parameter in policy.transformer.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = 0.2 * gaussian(parameter.shape, 2, "test-lora", name)
+    return policy
+
+
+def config_of(**fields: object) -> ContinuationConfig:
+    return validate(ContinuationConfig, fields, "test")
+
+
+def noise_for(policy: FluxPolicy, prompt: int, sample: int, step: int) -> Tensor:
+    return policy.pack(gaussian(policy.latent_shape, 5, "test", prompt, sample, step)[None])[0]
+
+
+def walk(
+    policy: FluxPolicy, forest: Forest, grid: SigmaGrid, config: ContinuationConfig | None
+) -> tuple[Sweep, int]:
+    """A walk for two prompts; and how many velocities were reused."""
+    conditioning = policy.encode(["a red circle", "two blue squares above a green one"])
+    method = g2rpo.Config()
+    settings = SweepSettings(method.diffusion(grid.sigmas), 5)
+
+    def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
+        return policy.velocity(latents, times, conditioning.select(prompts))
+
+    def noise(prompt: int, sample: int, step: int) -> Tensor:
+        return noise_for(policy, prompt, sample, step)
+
+    if config is None:
+        return sweep(forest, grid, 2, exact, noise, settings), 0
+    with ContinuationPolicy(policy, config).rollout(forest, conditioning) as continuations:
+        swept = sweep(forest, grid, 2, Velocities(exact, continuations), noise, settings)
+        return swept, continuations.reused
+
+
+def grid_of(steps: int = 6) -> SigmaGrid:
+    return build_grid(GridConfig(steps=steps), image_tokens=4)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+# --- which states are exact ----------------------------------------------------------------------
+
+
+def test_the_anchor_is_exact_and_what_follows_a_branch_is_not() -> None:
+    forest = g2rpo.Config(stochastic_steps=(1, 2), granularities=(1, 2)).forest(SHAPE, 0)
+    exact = {state for state in range(len(forest.states)) if state in forest.exact}
+    (anchor,) = forest.logged_images
+    on_anchor = set()
+    place = forest.states[anchor].parent
+    while place is not None:
+        on_anchor.add(place)
+        place = forest.states[place].parent
+    assert exact == on_anchor
+
+
+def test_without_a_logged_image_the_anchor_is_exact_as_far_as_it_is_recorded() -> None:
+    method = g2rpo.Config(stochastic_steps=(0, 2), log_anchor_reward=False)
+    forest = method.forest(SHAPE, 0)
+    nodes = sorted(forest.states[state].node for state in forest.exact)
+    assert nodes == [0, 1, 2]
+
+
+def test_of_mix_grpo_only_what_follows_the_window_is_a_continuation() -> None:
+    shape = RolloutShape(8, 3, 100)
+    forest = mix_grpo.Config().forest(shape, 0)
+    last = max(forest.states[state].node for state in forest.recorded)
+    for index, state in enumerate(forest.states):
+        assert (index in forest.exact) == (state.node < last)
+
+
+def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
+    forest = g2rpo.Config(stochastic_steps=(1, 3), granularities=(1, 2)).forest(SHAPE, 0)
+    evaluated: dict[str, list[Key]] = {"exact": [], "continued": []}
+    gathered: list[str] = []
+    inside: list[int] = []
+
+    class Continued:
+        def __call__(
+            self, latents: Tensor, times: Tensor, prompts: Tensor, keys: Sequence[Key]
+        ) -> Tensor:
+            assert inside
+            assert prompts.tolist() == [prompt for prompt, _ in keys]
+            evaluated["continued"] += keys
+            return torch.tanh(latents)
+
+        def passed(self, node: int) -> None:
+            gathered.append(f"passed {node}")
+
+    class Gathered:
+        def __enter__(self) -> None:
+            inside.append(1)
+            gathered.append("gather")
+
+        def __exit__(self, *error: object) -> None:
+            inside.pop()
+
+    def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
+        assert inside
+        evaluated["exact"] += [(int(prompt), -1) for prompt in prompts]
+        return torch.tanh(latents)
+
+    def noise(prompt: int, sample: int, step: int) -> Tensor:
+        return gaussian((4, 6), 1, "test", prompt, sample, step)
+
+    grid = grid_of()
+    settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), 4)
+    swept = sweep(forest, grid, 2, Velocities(exact, Continued(), Gathered), noise, settings)
+    left = {state.parent for state in forest.states if state.parent is not None}
+    continued = sorted((prompt, state) for prompt in range(2) for state in left - forest.exact)
+    assert sorted(evaluated["continued"]) == continued
+    assert len(evaluated["exact"]) == 2 * len(left & forest.exact)
+    assert swept.velocity_evaluations == 2 * len(left)
+    assert gathered == [word for node in range(6) for word in ("gather", f"passed {node}")]
+
+    # The same function for both: the same as without a distinction, but for the batches.
+    plain = sweep(forest, grid, 2, lambda x, t, p: torch.tanh(x), noise, settings)
+    assert torch.equal(plain.images, swept.images)
+
+
+# --- each approximation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"merged_lora": True},
+        {"fp8": True},
+        {"merged_lora": True, "fp8": True},
+        {"step_cache": {"threshold": 0.5}},
+        {"step_cache": {"kind": "modulation", "threshold": 0.5}},
+        {"fp8": True, "step_cache": {"threshold": 0.5}},
+    ],
+)
+def test_an_approximation_changes_images_a_little_and_no_log_probability(
+    policy: FluxPolicy, fields: dict[str, object]
+) -> None:
+    with_lora(policy)
+    forest, grid = g2rpo.Config(granularities=(1, 2)).forest(SHAPE, 0), grid_of()
+    plain, _ = walk(policy, forest, grid, None)
+    swept, reused = walk(policy, forest, grid, config_of(**fields))
+    for one, two in zip(plain.recorded, swept.recorded, strict=True):
+        # Exact states are batched apart from the others: the last bits of sums may differ.
+        torch.testing.assert_close(two.log_prob, one.log_prob, rtol=0, atol=2e-6)
+        torch.testing.assert_close(two.next_latents, one.next_latents, rtol=0, atol=2e-5)
+    (anchor,) = (forest.images.index(image) for image in forest.logged_images)
+    torch.testing.assert_close(swept.images[:, anchor], plain.images[:, anchor], atol=2e-5, rtol=0)
+    others = [place for place in range(len(forest.images)) if place != anchor]
+    change = relative(swept.images[:, others], plain.images[:, others])
+    assert change < 0.5
+    if set(fields) == {"merged_lora"}:
+        assert change < 1e-5
+    else:
+        assert change > 1e-4
+    assert (reused > 0) == ("step_cache" in fields)
+    assert swept.velocity_evaluations == plain.velocity_evaluations
+
+
+@pytest.mark.parametrize("kind", ["first_block", "modulation"])
+def test_a_cache_that_never_reuses_is_exact(policy: FluxPolicy, kind: str) -> None:
+    forest, grid = g2rpo.Config(granularities=(1, 3)).forest(SHAPE, 0), grid_of()
+
+    class Exactly:
+        """The policy's own velocity for the continuations, in the same batches."""
+
+        def __init__(self, conditioning: Conditioning) -> None:
+            self.conditioning = conditioning
+
+        def __call__(
+            self, latents: Tensor, times: Tensor, prompts: Tensor, keys: Sequence[Key]
+        ) -> Tensor:
+            return policy.velocity(latents, times, self.conditioning.select(prompts))
+
+        def passed(self, node: int) -> None:
+            pass
+
+    conditioning = policy.encode(["a red circle", "two blue squares above a green one"])
+    exactly = Exactly(conditioning)
+
+    def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
+        return exactly(latents, times, prompts, ())
+
+    def noise(prompt: int, sample: int, step: int) -> Tensor:
+        return noise_for(policy, prompt, sample, step)
+
+    settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), 5)
+    expected = sweep(forest, grid, 2, Velocities(exact, exactly), noise, settings)
+    config = config_of(step_cache={"kind": kind, "threshold": 1e-9})
+    swept, reused = walk(policy, forest, grid, config)
+    assert reused == 0
+    assert torch.equal(swept.images, expected.images)
+
+
+@pytest.mark.parametrize("kind", ["first_block", "modulation"])
+def test_what_is_reused_does_not_depend_on_the_batch(policy: FluxPolicy, kind: str) -> None:
+    forest, grid = g2rpo.Config(granularities=(1, 2)).forest(SHAPE, 0), grid_of()
+    conditioning = policy.encode(["a red circle", "two blue squares"])
+    config = config_of(step_cache={"kind": kind, "threshold": 0.5})
+    found = []
+    for size in (1, 4, 64):
+        twin = ContinuationPolicy(policy, config)
+        with twin.rollout(forest, conditioning) as continuations:
+            velocities = Velocities(
+                lambda x, t, p: policy.velocity(x, t, conditioning.select(p)), continuations
+            )
+            settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), size)
+            swept = sweep(
+                forest, grid, 2, velocities, lambda *key: noise_for(policy, *key), settings
+            )
+            found.append((continuations.reused, swept.images))
+    assert found[0][0] > 0
+    for reused, images in found[1:]:
+        assert reused == found[0][0]
+        torch.testing.assert_close(images, found[0][1], atol=2e-5, rtol=0)
+
+
+def test_a_cache_forgets_what_is_no_longer_needed(policy: FluxPolicy) -> None:
+    forest, grid = g2rpo.Config(granularities=(1, 2)).forest(SHAPE, 0), grid_of()
+    conditioning = policy.encode(["a red circle"])
+    twin = ContinuationPolicy(policy, config_of(step_cache={"threshold": 0.3}))
+    with twin.rollout(forest, conditioning) as continuations:
+        velocities = Velocities(
+            lambda x, t, p: policy.velocity(x, t, conditioning.select(p)), continuations
+        )
+        settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), 8)
+        sweep(forest, grid, 1, velocities, lambda *key: noise_for(policy, *key), settings)
+        assert continuations._cache is not None
+        assert not continuations._cache._entries
+
+
+def test_merging_follows_the_adapters(policy: FluxPolicy) -> None:
+    with_lora(policy)
+    conditioning = policy.encode(["a red circle"])
+    twin = ContinuationPolicy(policy, config_of(merged_lora=True))
+    latents, times = noise_for(policy, 0, 0, 0)[None], torch.tensor([0.7])
+    chosen = torch.zeros(1, dtype=torch.long)
+
+    def change() -> tuple[Tensor, Tensor]:
+        with twin.rollout(Forest(4), conditioning) as continuations, torch.no_grad():
+            merged = continuations(latents, times, chosen, [(0, 0)])
+        with torch.no_grad():
+            return merged, policy.velocity(latents, times, conditioning)
+
+    first, expected = change()
+    torch.testing.assert_close(first, expected, atol=2e-5, rtol=0)
+    for name, parameter in policy.transformer.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.mul_(-1)
+    second, expected = change()
+    torch.testing.assert_close(second, expected, atol=2e-5, rtol=0)
+    assert relative(first, second) > 1e-2
+
+
+def test_float8_follows_the_weights_and_leaves_the_policy_alone(policy: FluxPolicy) -> None:
+    conditioning = policy.encode(["a red circle"])
+    before = {name: p.clone() for name, p in policy.transformer.state_dict().items()}
+    twin = ContinuationPolicy(policy, config_of(fp8=True))
+    narrow = [m for m in twin.policy.transformer.modules() if isinstance(m, Fp8Linear)]
+    assert len(narrow) == 2 * 12 + 2 * 5
+    assert not any(isinstance(m, Fp8Linear) for m in policy.transformer.modules())
+    latents, times = noise_for(policy, 0, 0, 0)[None], torch.tensor([0.7])
+    chosen, found = torch.zeros(1, dtype=torch.long), []
+    for _ in range(2):
+        with twin.rollout(Forest(4), conditioning) as continuations, torch.no_grad():
+            found.append(continuations(latents, times, chosen, [(0, 0)]))
+            expected = policy.velocity(latents, times, conditioning)
+        assert 1e-4 < relative(found[-1], expected) < 0.1
+        after = policy.transformer.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        with torch.no_grad():
+            for parameter in policy.transformer.parameters():
+                parameter.mul_(1.1)
+        before = {name: p.clone() for name, p in policy.transformer.state_dict().items()}
+    assert relative(found[1], found[0]) > 1e-2
+
+
+def test_rows_keep_their_own_scale() -> None:
+    rows = gaussian((8, 64), 3, "test") * torch.logspace(-6, 6, 8)[:, None]
+    rounded, scale = quantise(rows)
+    again = rounded.float() * scale
+    # Three bits of mantissa: at most one part in 16, beside what lies far below a row's largest.
+    error = (again - rows).abs()
+    assert bool((error <= rows.abs() / 16 + rows.abs().amax(1, keepdim=True) * 2**-18).all())
+    zero, scale = quantise(torch.zeros(2, 16))
+    assert not (zero.float() * scale).any()
+
+
+def test_a_float8_layer_is_near_its_layer_in_every_dtype() -> None:
+    linear = nn.Linear(64, 48)
+    inputs = gaussian((3, 5, 64), 4, "test")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        layer = copy.deepcopy(linear).to(dtype)
+        found = Fp8Linear(layer.weight, layer.bias)(inputs.to(dtype))
+        assert found.dtype == dtype
+        assert relative(found.float(), linear(inputs)) < 0.06
+
+
+# --- misuse --------------------------------------------------------------------------------------
+
+
+def test_misuse_is_refused(policy: FluxPolicy) -> None:
+    with pytest.raises(UserError, match="no approximation"):
+        config_of()
+    with pytest.raises(UserError, match="threshold"):
+        config_of(step_cache={"threshold": 0})
+    with pytest.raises(UserError, match="needs lora"):
+        ContinuationPolicy(policy, config_of(merged_lora=True))
+
+
+def test_adapters_of_peft_itself_are_merged_too(policy: FluxPolicy) -> None:
+    policy.transformer.add_adapter(PeftConfig(r=2, target_modules=["to_q"]))  # type: ignore[operator]
+    ContinuationPolicy(policy, config_of(merged_lora=True))
