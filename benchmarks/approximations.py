@@ -289,8 +289,8 @@ def _curve_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 EMULATED = (
     "emulated on the CPU: the same rounding of weights and inputs as the kernel's, but products "
-    "are summed in float32 where the tensor cores' accumulator is narrower, so that the kernel's own "
-    "error comes on top and is not measured here"
+    "are summed in float32 where the tensor cores' accumulator is narrower, so that the kernel's "
+    "own error comes on top and is not measured here"
 )
 
 
@@ -306,7 +306,8 @@ def report(result: Mapping[str, Any]) -> str:
     ranking = (
         f"The same rollouts of {settings['prompts']} validation prompts with and without: "
         "Spearman's correlation of the advantages within a group (one prompt, one stochastic "
-        f"step), averaged over groups, with its {100 * LEVEL:.0f} % bootstrap interval over prompts. "
+        f"step), averaged over groups, with its {100 * LEVEL:.0f} % bootstrap interval over "
+        "prompts. "
         "`reused` is the share of the continuations' velocities that a step cache answered. `other "
         "batches` is what rounding alone does; `other noise` is unrelated rollouts. The adapters "
         f"of the LoRA rows were trained for {settings['lora_iterations']} iterations, on a base in "

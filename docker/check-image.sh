@@ -141,6 +141,19 @@ inspect_image() {
         requirements/runtime.lock
 }
 
+# Jobs that run in the image, started by the code of this checkout.
+use_on_slurm() {
+    local status=0
+    if [ ! -x .venv/bin/python ]; then
+        echo "SKIPPED: no .venv (make setup), so NO JOB RAN IN THE IMAGE ON SLURM" >&2
+        return
+    fi
+    G2RPO_CONTAINER_IMAGE=$IMAGE G2RPO_CONTAINER_STORAGE=$ROOT PYTHON=.venv/bin/python \
+        tests/slurm/run.sh container > "$ROOT/slurm.log" 2>&1 || status=$?
+    tail -n 3 "$ROOT/slurm.log"
+    [ "$status" = 0 ] || [ "$status" = 3 ] || fail "jobs in the image: $(cat "$ROOT/slurm.log")"
+}
+
 mkdir -p "$ROOT"
 trap clean EXIT
 say "packages that build and run images"
@@ -152,4 +165,6 @@ build_image
 say "built"
 use_image
 inspect_image
+say "jobs in the image, on SLURM"
+use_on_slurm
 say "all of the image is right"

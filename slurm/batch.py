@@ -167,8 +167,8 @@ def srun_arguments(cluster: Cluster, results: Path) -> list[str]:
     return arguments
 
 
-def python_command(cluster: Cluster, results: Path) -> str:
-    """The command that starts Python in a job, as a line of shell."""
+def python_command(cluster: Cluster, results: Path, *, gpus: bool) -> str:
+    """The command that starts Python in a job, as a line of shell; ``gpus``: whether it has any."""
     container = cluster.container
     seen = mounts(cluster, results)
     if container.kind == "none":
@@ -178,13 +178,16 @@ def python_command(cluster: Cluster, results: Path) -> str:
     assert container.image is not None
     if container.kind == "apptainer":
         binds = [part for mount in seen for part in ("--bind", mount)]
-        words = ["apptainer", "exec", "--nv", *binds, "--pwd", str(REPOSITORY)]
+        words = ["apptainer", "exec", *(["--nv"] if gpus else []), *binds]
+        words += ["--pwd", str(REPOSITORY)]
         return shlex.join([*words, *container.arguments, container.image, container.python])
     volumes = [part for mount in seen for part in ("--volume", mount)]
     # podman passes no environment by itself; the ranks find each other by SLURM's.
     names = ("SLURM*", "SUBMITIT*", "MASTER*", "G2RPO*", *exported_names(cluster))
     environment = [part for name in names for part in ("--env", name)]
     words = ["podman", "run", "--rm", "--network=host", "--ipc=host", "--entrypoint", ""]
+    # Of a container without root's rights, its root is the user who started it.
+    words += ["--user", "0:0", *(["--device", "nvidia.com/gpu=all"] if gpus else [])]
     words += [*volumes, *environment, "--workdir", str(REPOSITORY), *container.arguments]
     return shlex.join([*words, container.image, container.python])
 
@@ -228,7 +231,8 @@ def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Execu
     Raises:
         UserError: the profile has what submitit does not take.
     """
-    made = Executor(jobs, python=python_command(cluster, results))
+    gpus = batch.stages[0].resources.gpus > 0
+    made = Executor(jobs, python=python_command(cluster, results, gpus=gpus))
     try:
         made.update_parameters(**parameters(cluster, batch, jobs, results))
     except (ValueError, TypeError, AssertionError) as error:

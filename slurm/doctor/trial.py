@@ -120,7 +120,7 @@ class Trial:
                 *srun_arguments(small, self.case.results),
             ]
         )
-        python = python_command(small, self.case.results)
+        python = python_command(small, self.case.results, gpus=self.needs.gpus > 0)
         lines = [
             "#!/bin/bash",
             *flags,
