@@ -66,11 +66,12 @@ def run(submission: Submission, stage: Stage, ranks: Ranks) -> None:
     _tell(submission, "begin", stage.name, os.getpid(), ranks.rank, ranks.count)
     action = str(stage.payload.get("do", "nothing"))
     _simple(action, submission, stage)
-    if action == "meet":
+    if action == "meet, then fail on the second rank":
         found = ranks.agree(f"from {ranks.rank}")
         _tell(submission, "agreed", ranks.rank, found)
-    elif action == "fail on the second rank" and ranks.rank == 1:
-        raise UserError("the second rank")
+        if ranks.rank == 1:
+            time.sleep(0.5)  # the first one is done by then
+            raise UserError("the second rank")
     _tell(submission, "end", stage.name, os.getpid(), ranks.rank)
 
 
@@ -107,3 +108,25 @@ def _work_on(submission: Submission, stage: Stage) -> None:
         time.sleep(0.3)
         _tell(submission, "saved", stage.name, os.getpid())
         raise
+
+
+class Listener:
+    """An observer that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, ...]] = []
+
+    def started(self, stage: Stage) -> None:
+        """Notes it."""
+        self.told.append(("started", stage.name))
+
+    def ended(self, stage: Stage, code: int) -> None:
+        """Notes it."""
+        self.told.append(("ended", stage.name, str(code)))
+
+    def cancelled(self, stage: Stage, because: Stage) -> None:
+        """Notes it."""
+        self.told.append(("cancelled", stage.name, because.name))
+
+    def waiting(self, running: Sequence[Stage]) -> None:
+        """Says nothing."""
