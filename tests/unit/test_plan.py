@@ -136,7 +136,8 @@ def test_ten_thousand_cells_are_planned_and_printed_in_seconds(
     # 2,500 rows at four seeds.
     cells: dict[str, Any] = {"base": {}, "hps/a": CELLS["hps/a"]}
     for number in range(2498):
-        settings = {"optimization": {"learning_rate": 1e-5 * (1 + number / 100)}}
+        rate = 1e-5 * (1 + (number + 0.5) / 1000)
+        settings = {"optimization": {"learning_rate": rate}}
         cells[f"hps/c{number}"] = {"method": "g2rpo", "train": ["hps"], "set": settings}
     experiment, profile = experiment_of(cells), load_profile("mini")
     started = time.process_time()
