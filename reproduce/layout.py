@@ -74,6 +74,10 @@ class RememberedLayout(Layout):
         """The evaluation folder of a cell."""
         return self._once("evaluation", cell, super().evaluation)
 
+    def drift_reference(self, cell: ResolvedCell) -> Path:
+        """The file of the base's inputs and velocities under the cell's protocol."""
+        return self._once("drift", cell, super().drift_reference)
+
     def _once(self, what: str, cell: ResolvedCell, find: Callable[[ResolvedCell], Path]) -> Path:
         key = (what, id(cell))
         if key not in self._found:

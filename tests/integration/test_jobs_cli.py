@@ -181,7 +181,7 @@ def test_two_at_once_do_nothing_twice_and_end_alike(
         assert len(worked) <= 1, lease
         assert {attempt.state for attempt in attempts} == {"done"}
     code, shown, _ = here(folder, monkeypatch, capsys, "status")
-    assert code == 0
+    assert code == 0 and "7 done" in shown
     words = words_of(folder)
     assert all(word == "done" for name, word in words.items() if "render" not in name)
 

@@ -1,7 +1,7 @@
 """The batch scripts of every shape of stage and site, word for word.
 
-After an intended change, ``G2RPO_REWRITE_SCRIPTS=1 python -m pytest tests/unit/test_batch_scripts.py``
-writes ``tests/unit/sbatch/`` anew; read the difference before it is committed.
+After an intended change, run this file with ``G2RPO_REWRITE_SCRIPTS=1`` in the environment, which
+writes ``tests/unit/sbatch/`` anew, and read the difference before it is committed.
 """
 
 import os
@@ -129,9 +129,7 @@ def test_stages_of_one_array_are_submitted_together_in_order() -> None:
 
 def test_the_comment_is_the_submission_s_own() -> None:
     made = scripts(submission_of(SHARES, {}), SHARES, {})
-    comments = [
-        line for script in made for line in script.text.splitlines() if "--comment" in line
-    ]
+    comments = [line for script in made for line in script.text.splitlines() if "--comment" in line]
     assert comments == [f"#SBATCH --comment=g2rpo/table1-flux/{number}" for number in (1, 2, 3)]
 
 

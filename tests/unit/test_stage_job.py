@@ -22,6 +22,9 @@ ACTIONS = (
     "nothing", "user error", "full disk", "out of memory", "bug", "stop", "stop and resume",
 )  # fmt: skip
 
+FULL = "error: /results/x: the disk or quota is full; free space and run the same command"
+NO_MEMORY = "error: out of memory on the GPU (CUDA out of memory. Tried to allocate 20 GiB)"
+
 
 @pytest.fixture(autouse=True)
 def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,10 +45,8 @@ def submission(tmp_path: Path) -> Submission:
     [
         ("nothing", 0, ""),
         ("user error", 2, "error: a mistake that can be mended"),
-        ("full disk", 2, "error: /results/x: the disk or quota is full; free space and run the "
-                         "same command"),
-        ("out of memory", 2, "error: out of memory on the GPU (CUDA out of memory. Tried to "
-                             "allocate 20 GiB)"),
+        ("full disk", 2, FULL),
+        ("out of memory", 2, NO_MEMORY),
     ],
 )  # fmt: skip
 def test_what_can_be_mended_is_one_line(
@@ -56,9 +57,7 @@ def test_what_can_be_mended_is_one_line(
     assert [words[0] for words in told(submission)] == (["begin"] if code else ["begin", "end"])
 
 
-def test_a_bug_has_its_traceback(
-    submission: Submission, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bug_has_its_traceback(submission: Submission, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_stage(submission.folder, "bug") == 1
     text = capfd.readouterr().err
     assert "Traceback" in text and "stage_functions.py" in text

@@ -76,9 +76,7 @@ class Site:
     def attempt(self, name: str, state: str, number: int = 1, **changes: Any) -> None:
         """Writes an attempt at a stage, or at the driver."""
         driver = self.submission.folder / DRIVER
-        lease = (
-            driver if name == DRIVER else Path(self.plan.graph[self.names[name]].lease)
-        )
+        lease = driver if name == DRIVER else Path(self.plan.graph[self.names[name]].lease)
         lease.mkdir(parents=True, exist_ok=True)
         fields = {"attempt": number, "owner": Owner.this_process(), "state": state,
                   "started": time.time(), "updated": time.time(), "node": "node03"}  # fmt: skip
