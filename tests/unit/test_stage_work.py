@@ -155,7 +155,10 @@ def test_an_attempt_says_how_it_ended(piece: Any, error: Exception, state: str) 
     assert again is not None and (again.number, again.state) == (2, "done")
 
 
-def test_whoever_waited_for_the_owner_passes(piece: Any, tmp_path: Path) -> None:
+def test_whoever_waited_for_the_owner_passes(
+    piece: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("g2rpo.lease.POLL_SECONDS", 0.1)
     lease = Lease.acquire(tmp_path / "leases", "piece")
     waiter = threading.Thread(target=perform, args=(piece, Ranks()))
     waiter.start()
