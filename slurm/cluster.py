@@ -20,10 +20,10 @@ OneLine = Annotated[str, StringConstraints(pattern=r"^[^\r\n]*$")]
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 FlagName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
 OWN_FLAGS = {
-    "array", "comment", "dependency", "error", "kill-on-invalid-dep", "no-requeue", "open-mode",
-    "output", "requeue", "signal",
+    "array", "comment", "dependency", "error", "kill-on-invalid-dep", "open-mode", "output",
+    "signal",
 }  # fmt: skip
-"""What dependencies, requeueing, logs and status rest on."""
+"""What dependencies, logs, checkpoints in time and status rest on."""
 BUILT_IN = ("auto", "slurm", "local", "debug")
 
 
