@@ -217,9 +217,11 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command to go on", err=True)
-        sys.exit(130)
+    except SystemExit as left:
+        # Typer makes an exit of an interruption.
+        if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
+            typer.echo("interrupted; run the same command to go on", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -309,13 +309,13 @@ def embedding_bytes(policy: PolicyConfig) -> int:
 def checkpoint_bytes(config: TrainConfig, hardware: Hardware) -> int:
     """Of one checkpoint: weights, AdamW's two moments, and twice the weights where EMA is kept.
 
-    Under LoRA it is the adapters' alone, in float32.
+    What is trained is kept in float32 at least; under LoRA it is the adapters alone.
     """
     size = flux_size(config.policy)
     lora = hardware.engine == "lora"
     parameters = size.lora_parameters if lora else size.parameters
     copies = 3 if config.optimization.ema_decay is None else 5
-    return copies * parameters * (4 if lora else BYTES[config.policy.dtype])
+    return copies * parameters * (4 if lora else max(4, BYTES[config.policy.dtype]))
 
 
 def checkpoint_disk(config: TrainConfig, hardware: Hardware) -> tuple[int, int, int]:

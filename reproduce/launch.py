@@ -1,5 +1,6 @@
 """Starting a plan: on SLURM, on this machine, or in this process."""
 
+import secrets
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from slurm import states, submit
 from slurm.cluster import Cluster
 from slurm.distributed import Ranks
 from slurm.graph import Graph, Stage
-from slurm.local import LocalRun, Observer, Slots
+from slurm.local import LocalRun, Observer, Slots, interrupted_by_term
 from slurm.submission import Submission, job_groups, list_submissions, new_folder
 
 PREPARE = "reproduce.launch:prepare_worker"
@@ -133,7 +134,7 @@ def run_in_this_process(submission: Submission, todo: Graph, observer: Observer)
     Raises:
         Exception: whatever a stage raises.
     """
-    with Lease.acquire(submission.folder, DRIVER):
+    with interrupted_by_term(), Lease.acquire(submission.folder, DRIVER):
         for stage in todo.stages.values():
             observer.started(stage)
             run_stage(submission, stage, Ranks())
@@ -148,7 +149,8 @@ def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
     """
     folder = submissions_folder(runs_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"background-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    log = folder / f"background-{stamp}.log"
     with log.open("x") as output:
         subprocess.Popen(
             [sys.executable, "-m", "reproduce.cli", *arguments],

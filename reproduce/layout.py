@@ -1,6 +1,7 @@
 """Where everything of a cell is, by the hash of what it is made from."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,37 @@ class Layout:
     def experiment(self, cell_profile: str, experiment: str) -> Path:
         """Where an experiment's tables, figures and cells go."""
         return cells_folder(self.tables, cell_profile, experiment).parent
+
+
+@dataclass(frozen=True)
+class RememberedLayout(Layout):
+    """A layout for a short while in which no input changes: each cell's folders are named once.
+
+    Naming one hashes the cell's whole configuration, and a plan asks a dozen times for each.
+    """
+
+    # By identity, which the cell that is kept with it makes unique.
+    _found: dict[tuple[str, int], tuple[ResolvedCell, Path]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def training(self, cell: ResolvedCell) -> Path:
+        """The training run folder of a cell."""
+        return self._once("training", cell, super().training)
+
+    def evaluation(self, cell: ResolvedCell) -> Path:
+        """The evaluation folder of a cell."""
+        return self._once("evaluation", cell, super().evaluation)
+
+    def drift_reference(self, cell: ResolvedCell) -> Path:
+        """The file of the base's inputs and velocities under the cell's protocol."""
+        return self._once("drift", cell, super().drift_reference)
+
+    def _once(self, what: str, cell: ResolvedCell, find: Callable[[ResolvedCell], Path]) -> Path:
+        key = (what, id(cell))
+        if key not in self._found:
+            self._found[key] = cell, find(cell)
+        return self._found[key][1]
 
 
 def evaluation_inputs(cell: ResolvedCell) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """An experiment as a graph of stages: embed, train, sample, score, render."""
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from reproduce.experiment import Experiment, Hardware, Profile, ResolvedCell
-from reproduce.layout import Layout
+from reproduce.layout import Layout, RememberedLayout
 from reproduce.shares import Share
 from reproduce.work import Embedding, Work, cell_file
 from slurm.graph import Graph, Needs, Stage
@@ -33,7 +34,7 @@ class Plan:
     works: Mapping[str, Work | Embedding]
     done: frozenset[str]
 
-    @property
+    @functools.cached_property
     def todo(self) -> Graph:
         """The stages that are left; empty where only the table would be rendered again."""
         todo = self.graph.without(self.done)
@@ -51,14 +52,15 @@ def make_plan(
     experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
 ) -> Plan:
     """The plan of ``cells``: stages that several cells share are there once."""
-    prompts = Embedding(tuple(cells), layout)
+    remembered = RememberedLayout(layout.runs, layout.tables)
+    prompts = Embedding(tuple(cells), remembered)
     resources = Needs(1, profile.hardware.evaluation_devices)
     stages = {prompts.name: _stage(prompts, (), resources)}
     works: dict[str, Work | Embedding] = {prompts.name: prompts}
     done: set[str] = set()
     judged: list[str] = []
     for cell in cells:
-        for work, stage in _cell_stages(cell, layout, profile.hardware, (prompts.name,)):
+        for work, stage in _cell_stages(cell, remembered, profile.hardware, (prompts.name,)):
             if stage.name not in stages:
                 stages[stage.name], works[stage.name] = stage, work
                 if work.done():

@@ -17,6 +17,13 @@ from slurm.graph import Needs
 HERE = Path(__file__).resolve().parent
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\r\n]*$")]
 """Text that may stand in a line of a batch script."""
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+FlagName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
+OWN_FLAGS = {
+    "array", "comment", "dependency", "error", "kill-on-invalid-dep", "open-mode", "output",
+    "signal",
+}  # fmt: skip
+"""What dependencies, logs, checkpoints in time and status rest on."""
 BUILT_IN = ("auto", "slurm", "local", "debug")
 
 
@@ -91,11 +98,18 @@ class Cluster(StrictModel):
     mail: Mail | None = None
     setup: tuple[OneLine, ...] = ()
     """Shell lines before each job's command, e.g. ``module load``."""
-    environment: dict[str, OneLine] = Field(default_factory=dict)
+    environment: dict[VariableName, OneLine] = Field(default_factory=dict)
     """Environment variables of jobs. Not for secrets: batch scripts are readable."""
     container: Container = Container()
-    extra: dict[str, OneLine | int | bool] = Field(default_factory=dict)
+    extra: dict[FlagName, OneLine | int | bool] = Field(default_factory=dict)
     """Further sbatch flags by their long name, e.g. ``reservation: course``."""
+
+    @model_validator(mode="after")
+    def _leaves_own_flags_alone(self) -> "Cluster":
+        for name in self.extra:
+            if name.replace("_", "-") in OWN_FLAGS:
+                raise ValueError(f"extra: {name} is set for each job and cannot be changed")
+        return self
 
     @model_validator(mode="after")
     def _time_to_save(self) -> "Cluster":

@@ -115,7 +115,8 @@ def _stopped(submission: Submission, stopped: Stopped, ranks: Ranks) -> int:
     sys.stderr.write(f"{stopped}; what is done is kept\n")
     sys.stderr.flush()
     job = slurm_job_id()
-    if not stopped.resume or job is None:
+    # On this machine it may be inside of a job too, whose batch script knows nothing of it.
+    if not stopped.resume or job is None or submission.cluster.kind != "slurm":
         return TERMINATED
     marker = requeue_marker(submission.jobs_folder, job)
     if ranks.first or isinstance(stopped, StoppedAlone):

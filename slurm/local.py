@@ -73,6 +73,16 @@ class Slots:
         return cls(jobs or max(1, min(8, os.cpu_count() or 1)), (), prepare)
 
 
+@contextmanager
+def interrupted_by_term() -> Iterator[None]:
+    """Within, TERM raises KeyboardInterrupt as INT does, which the background may ignore."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @dataclass
 class _Running:
     """The processes of one stage.
@@ -117,11 +127,15 @@ class LocalRun:
         self._idle: dict[int, _Process] = {}
 
     def run(self) -> dict[str, int]:
-        """The exit code of every stage; those that were cancelled have none.
+        """The exit code of every stage; :data:`TERMINATED` of those that were cancelled.
 
         Raises:
-            KeyboardInterrupt: after the running stages have saved what is done.
+            KeyboardInterrupt: after INT or TERM, when the running stages have saved what is done.
         """
+        with interrupted_by_term():
+            return self._run()
+
+    def _run(self) -> dict[str, int]:
         try:
             while self._waiting or self._running:
                 self._cancel_hopeless()
@@ -167,8 +181,11 @@ class LocalRun:
         ranks = stage.resources.ranks
         slots = tuple(self._free()[: min(ranks, self.slots.count)])
         if ranks == 1:
-            process = self._idle.pop(slots[0], None) or self._spawn(self._environment(slots[0]))
-            processes = [process]
+            idle = self._idle.pop(slots[0], None)
+            if idle is not None and not idle.process.is_alive():  # killed while it waited
+                _dismiss([idle])
+                idle = None
+            processes = [idle or self._spawn(self._environment(slots[0]))]
         else:
             processes = [self._spawn(environment) for environment in self._ranks(ranks, slots)]
         for process in processes:
@@ -227,10 +244,12 @@ class LocalRun:
 
     def _finish(self, running: _Running) -> None:
         self._running.remove(running)
-        code = running.codes[0]
+        code = next((code for code in running.codes if code), 0)
         self.outcome[running.stage.name] = code
         (process, *_) = running.processes
-        if len(running.processes) == 1 and not self.slots.gpus and process.process.is_alive():
+        kept = len(running.processes) == 1 and not self.slots.gpus
+        # After a termination it is about to end.
+        if kept and code != TERMINATED and process.process.is_alive():
             self._idle[running.slots[0]] = process
         else:
             _dismiss(running.processes)
@@ -294,6 +313,9 @@ def _work(connection: Any, folder: str, prepare: str | None, threads: int) -> No
     """The life of a worker: one stage after the other, until its parent hangs up."""
     # When the parent is killed, the stage is asked to save and stop, not left running.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # killed before it could be asked for
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes an interruption on
     import torch
 

@@ -83,7 +83,9 @@ class JobState:
     def words(self) -> str:
         """Why it is not running, in plain words; empty while it runs."""
         if self.state == "PENDING":
-            return REASONS.get(self.reason, self.reason or "waiting")
+            # squeue writes some with spaces, scontrol all with underscores.
+            known = self.reason.replace(" ", "_")
+            return REASONS.get(known, self.reason or "waiting")
         if self.active:
             return ""
         return ENDED.get(self.state, self.state.lower())
@@ -150,7 +152,7 @@ def ended_jobs(jobs: Iterable[str]) -> dict[str, JobState]:
     found = {}
     for line in output.splitlines():
         parts = line.split("|")
-        if len(parts) != 4:
+        if len(parts) != 4 or not parts[1].strip():
             continue
         job, state, code, node = parts
         found[job] = JobState(job, state.split()[0], code, "" if "None" in node else node)

@@ -135,8 +135,12 @@ class Submission:
 
     def _append(self, line: dict[str, Any]) -> None:
         path = self.folder / "jobs.jsonl"
-        with path.open("a") as file:
-            file.write(json.dumps(line | {"time": time.time()}) + "\n")
+        with path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            # A line that a kill cut short must not take this one with it.
+            start = b"\n" if size and file.read(1) != b"\n" else b""
+            file.write(start + json.dumps(line | {"time": time.time()}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

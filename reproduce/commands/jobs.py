@@ -135,7 +135,7 @@ def _stop_driver(submission: "Submission") -> None:
         raise UserError(
             f"{submission.name} runs on {owner.host}, process {owner.pid}: cancel it there"
         )
-    os.kill(owner.pid, signal.SIGINT)
+    os.kill(owner.pid, signal.SIGTERM)  # a process in the background may ignore INT
     typer.echo(f"{submission.name}: asked to stop; what is done is kept")
 
 

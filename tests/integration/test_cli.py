@@ -236,6 +236,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     if "--profile" not in arguments:
         arguments = [*arguments, "--profile", "small.yaml"]
     monkeypatch.chdir(workplace)
+    monkeypatch.setenv("PATH", str(workplace / "no commands"))  # this machine may have SLURM
     monkeypatch.setattr(sys, "argv", ["g2rpo", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

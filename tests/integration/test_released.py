@@ -232,8 +232,9 @@ def test_the_published_weights_are_named_as_their_pages_name_them() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_published_weights_are_refused_without_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM either
     assert run(monkeypatch, "reproduce", "released", "--profile", "flux") == 2
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: profile flux needs a GPU of 80 GB")

@@ -1,0 +1,238 @@
+"""Submitting, watching, cancelling and retrying from the command line, on this machine."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from g2rpo.attempts import read_attempts
+from reproduce.experiment import HERE
+from reproduce.launch import DRIVER, latest_submission
+from reproduce.status import is_over, read_status
+from reproduce.work import latest_attempt
+
+TABLE: dict[str, Any] = {
+    "name": "one_row",
+    "cells": {
+        "base": {},
+        "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]},
+    },
+    "table": {
+        "name": "one_row",
+        "title": "One row",
+        "baseline": "base",
+        "rows": [{"key": "base", "label": "Base"}, {"key": "hps/mix_grpo", "label": "MixGRPO"}],
+        "columns": [{"reward": "hps", "label": "HPS"}],
+    },
+}
+ARGUMENTS = ("one_row.yaml", "--profile", "small.yaml", "--jobs", "1", "--cluster", "local")
+SLOW = ("-s", "optimization.iterations=100000")
+
+
+@pytest.fixture(scope="module")
+def inputs(smoke_assets: Path) -> dict[str, str]:
+    """An experiment and a profile on the session's tiny models."""
+    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
+    for key in ("build", "assets"):
+        profile.pop(key)
+    profile["rewards"] = {name: profile["rewards"][name] for name in ("hps", "clip")}
+    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
+    return {"one_row.yaml": yaml.safe_dump(TABLE), "small.yaml": text}
+
+
+def workplace(folder: Path, inputs: dict[str, str]) -> Path:
+    for name, text in inputs.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.Popen(
+        [sys.executable, "-m", "reproduce.cli", *arguments],
+        cwd=folder, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, str, str]:
+    """``g2rpo`` in this process, which is another one than that which submitted."""
+    from reproduce import cli
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["g2rpo", *words])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    told = capsys.readouterr()
+    code = left.value.code
+    return (code if isinstance(code, int) else 0), told.out, told.err
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float = 200.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} in {seconds} s"
+        time.sleep(0.1)
+
+
+def words_of(folder: Path) -> dict[str, str]:
+    """The word of each stage of the latest submission, by kind and label."""
+    if not list((folder / "results/runs/submissions").glob("*/submission.json")):
+        return {}
+    statuses = read_status(latest_submission(folder / "results/runs"))
+    return {f"{s.stage.kind} {s.stage.label}": s.word for s in statuses}
+
+
+def driver_is_over(folder: Path) -> bool:
+    attempt = latest_attempt(latest_submission(folder / "results/runs").folder / DRIVER)
+    return attempt is not None and attempt.state != "running"
+
+
+TRAIN = "train hps/mix_grpo, seed 1"
+
+
+def test_submitted_watched_cancelled_and_retried(
+    tmp_path: Path,
+    inputs: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = workplace(tmp_path, inputs)
+
+    def g2rpo(*words: str) -> tuple[int, str, str]:
+        return here(folder, monkeypatch, capsys, *words)
+
+    code, _, told = g2rpo("submit", *ARGUMENTS, *SLOW)
+    assert code == 0 and "runs in the background" in told
+    until(lambda: words_of(folder).get(TRAIN) == "running", "training")
+
+    code, shown, _ = g2rpo("status")
+    assert code == 0
+    rows = {line.split()[0]: line for line in shown.splitlines() if line.startswith(("tr", "re"))}
+    assert "running" in rows["train"] and "waiting" in rows["render"]
+    assert re.search(r"\d+ done, 1 running", shown)
+
+    code, _, told = g2rpo("logs", "train", "-n", "5")
+    assert code == 0 and "train hps/mix_grpo, seed 1: results/runs/submissions/" in told
+    code, _, told = g2rpo("logs", "score mix")
+    assert code == 2 and "has no log yet: it is waiting" in told
+
+    code, shown, _ = g2rpo("cancel")
+    assert code == 0 and "asked to stop; what is done is kept" in shown
+    until(lambda: driver_is_over(folder), "end of the driver")
+    found = words_of(folder)
+    assert found[TRAIN] == "interrupted"
+    assert is_over(read_status(latest_submission(folder / "results/runs")))
+    assert g2rpo("cancel")[1].rstrip().endswith("nothing of it runs")
+    code, _, told = g2rpo("retry", "--failed")
+    assert code == 2 and "no stage failed" in told
+
+    # It goes on where it was, as it was submitted; stopped again, since it would take hours.
+    again = start(folder, "retry")
+    try:
+        until(lambda: words_of(folder).get(TRAIN) == "running", "training again")
+        name = latest_submission(folder / "results/runs").name
+        assert g2rpo("cancel", name)[0] == 0
+        _, told = again.communicate(timeout=120)
+    finally:
+        again.kill()
+    assert again.returncode == 130
+    assert "interrupted; run the same command to go on" in told
+    training = next((folder / "results/runs").glob("mix_grpo-*/leases"))
+    attempts = read_attempts(training, "train")
+    assert [attempt.state for attempt in attempts] == ["stopped", "stopped"]
+
+
+def test_two_at_once_do_nothing_twice_and_end_alike(
+    tmp_path: Path,
+    inputs: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = workplace(tmp_path, inputs)
+    both = [start(folder, "reproduce", *ARGUMENTS) for _ in range(2)]
+    try:
+        ended = [process.communicate(timeout=400) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], [told for _, told in ended]
+    (first, _), (second, _) = ended
+    assert "MixGRPO" in first
+    assert first == second
+    leases = {path.parent for path in (folder / "results/runs").glob("**/leases/*/*.json")}
+    stages = [lease for lease in leases if lease.name.startswith(("train", "sample", "score"))]
+    assert len(stages) == 5
+    for lease in stages:
+        attempts = read_attempts(lease.parent, lease.name)
+        # Whoever waited for the other found it done, which takes no time.
+        worked = [a for a in attempts if a.record and a.record.progress.description]
+        assert len(worked) <= 1, lease
+        assert {attempt.state for attempt in attempts} == {"done"}
+    code, shown, _ = here(folder, monkeypatch, capsys, "status")
+    assert code == 0 and "7 done" in shown
+    words = words_of(folder)
+    assert all(word == "done" for name, word in words.items() if "render" not in name)
+
+
+REFUSALS = {
+    "unknown cluster": (["reproduce", "one_row.yaml", "--cluster", "lokal"], "local"),
+    "unknown profile file": (["submit", "one_row.yaml", "--cluster", "no.yaml"], "no.yaml"),
+    "no submission": (["status"], "nothing was submitted"),
+    "no submission to cancel": (["cancel", "table1"], "nothing was submitted"),
+    "no submission to retry": (["retry"], "nothing was submitted"),
+    "no submission with logs": (["logs", "train"], "nothing was submitted"),
+    "debug in the background": (
+        ["submit", "one_row.yaml", "--cluster", "debug"], "leave out --detach",
+    ),
+    "no SLURM": (["reproduce", "one_row.yaml", "--cluster", "slurm"], "PROFILE=mini"),
+    "no SLURM to submit to": (["submit", "one_row.yaml", "--cluster", "a100-modules"], "sbatch"),
+    "no script": (["plan", "one_row.yaml", "--dry-run", "--cluster", "local"], "--dry-run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    tmp_path: Path,
+    inputs: dict[str, str],
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = workplace(tmp_path, inputs)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words, expected = REFUSALS[case]
+    if words[0] in ("reproduce", "submit", "plan"):
+        words = [*words, "--profile", "small.yaml"]
+    code, out, told = here(folder, monkeypatch, capsys, *words)
+    assert code == 2 and out == ""
+    assert told.startswith("error: ") and expected in told
+    assert told.count("\n") == 1
+
+
+def test_scripts_are_printed_on_a_machine_without_slurm(
+    tmp_path: Path,
+    inputs: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = workplace(tmp_path, inputs)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ("plan", "one_row.yaml", "--profile", "small.yaml", "--dry-run", "--cluster", "slurm")
+    code, shown, _ = here(folder, monkeypatch, capsys, *words)
+    assert code == 0
+    assert shown.count("#!/bin/bash") == 7
+    assert "#SBATCH --dependency='afterok:<embed/" in shown
+    assert "#SBATCH --dependency='afterany:<score/" in shown
+    assert not (folder / "results").exists()

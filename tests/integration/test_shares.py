@@ -1,0 +1,180 @@
+"""Sampling and scoring in shares: the same files as whole, whatever happened in between.
+
+One image at a time everywhere, so that no difference is the rounding of another batch's sums (which
+moves a pixel value in some thousands by one).
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from benchmarks.cells import load_cells
+from g2rpo.config import validate
+from reproduce import stages
+from reproduce.experiment import HERE, Experiment, Profile, ResolvedCell, expand
+from reproduce.layout import Layout
+from reproduce.rendering import gather, why_not
+from reproduce.shares import Share
+from reproduce.work import Work, finish, perform
+from slurm.distributed import Ranks
+
+TABLE: dict[str, Any] = {
+    "name": "t",
+    "cells": {"base": {}, "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]}},
+    "table": {
+        "name": "t", "title": "A table", "baseline": "base",
+        "rows": [{"key": "base", "label": "Base"}],
+        "columns": [{"reward": "hps", "label": "HPS"}],
+    },
+}  # fmt: skip
+MEASURED = ("scores.parquet", "diversity.parquet", "drift.parquet")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_image_at_a_time() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "SAMPLING_BATCH", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def profile(smoke_assets: Path) -> Profile:
+    text = (HERE / "profiles" / "smoke.yaml").read_text()
+    data = yaml.safe_load(text.replace("results/runs/assets/smoke", str(smoke_assets)))
+    for key in ("build", "assets"):
+        data.pop(key)
+    data["rewards"] = {name: data["rewards"][name] | {"batch_size": 1} for name in ("hps", "clip")}
+    data["evaluation"]["limit"] = 7
+    return validate(Profile, data, "smoke")
+
+
+def shared(profile: Profile, count: int) -> Profile:
+    hardware = profile.hardware.model_copy(update={"evaluation_shares": count})
+    return profile.model_copy(update={"hardware": hardware})
+
+
+def cells_of(profile: Profile) -> list[ResolvedCell]:
+    return expand(validate(Experiment, TABLE, "test"), profile, (1,))
+
+
+@pytest.fixture(scope="module")
+def trained(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs in which the training is done, and both cells are sampled and scored whole."""
+    runs = tmp_path_factory.mktemp("whole") / "runs"
+    for cell in cells_of(profile):
+        layout = Layout(runs, runs)
+        stages.train(cell, layout)
+        evaluate(cell, layout, 1)
+    return runs
+
+
+def evaluate(cell: ResolvedCell, layout: Layout, count: int) -> None:
+    for kind in ("sample", "score"):
+        # The first share measures what there is one of, and needs the others' images.
+        for index in reversed(range(count)):
+            perform(Work(kind, cell, layout, Share(index, count)), Ranks())
+    assert finish(cell, layout, count)
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path) -> Path:
+    """The same trainings, with nothing sampled."""
+    copy = tmp_path / "runs"
+    shutil.copytree(trained, copy)
+    for folder in copy.glob("*/evaluations"):
+        shutil.rmtree(folder)
+    for folder in copy.glob("*/drift"):
+        shutil.rmtree(folder)
+    return copy
+
+
+def same_as_whole(cell: ResolvedCell, runs: Path, trained: Path) -> None:
+    part, whole = (Layout(folder, folder).evaluation(cell) for folder in (runs, trained))
+    assert part.name == whole.name
+    for name in MEASURED:
+        pd.testing.assert_frame_equal(
+            pd.read_parquet(part / name), pd.read_parquet(whole / name), check_exact=True
+        )
+    for folder in ("images", "diversity"):
+        kept = [sorted(path.name for path in (one / folder).iterdir()) for one in (part, whole)]
+        assert kept[0] == kept[1]
+    assert not (part / "shares").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shares_give_the_same_as_whole(
+    count: int, profile: Profile, runs: Path, trained: Path
+) -> None:
+    for cell in cells_of(shared(profile, count)):
+        evaluate(cell, Layout(runs, runs), count)
+        same_as_whole(cell, runs, trained)
+
+
+def test_another_number_of_shares_in_between_loses_and_doubles_nothing(
+    profile: Profile, runs: Path, trained: Path
+) -> None:
+    layout = Layout(runs, runs)
+    cell = cells_of(profile)[1]
+    perform(Work("sample", cell, layout, Share(0, 3)), Ranks())
+    perform(Work("sample", cell, layout, Share(0, 2)), Ranks())
+    perform(Work("sample", cell, layout, Share(1, 2)), Ranks())
+    perform(Work("score", cell, layout, Share(1, 2)), Ranks())
+    assert not finish(cell, layout, 2)
+    assert all(Work("sample", cell, layout, Share(index, 3)).done() for index in range(3))
+    evaluate(cell, layout, 3)
+    same_as_whole(cell, runs, trained)
+    # Nothing is left to do, in whatever shares.
+    for count in (1, 2, 3):
+        assert finish(cell, layout, count)
+        for kind in ("sample", "score"):
+            works = [Work(kind, cell, layout, Share(index, count)) for index in range(count)]
+            assert all(work.done() for work in works)
+
+
+def test_a_kill_before_the_shares_are_put_together_is_mended_by_the_table(
+    profile: Profile, runs: Path, trained: Path
+) -> None:
+    layout = Layout(runs, runs.parent / "tables")
+    cells = cells_of(shared(profile, 2))
+    base, cell = cells
+    for kind in ("sample", "score"):
+        for index in (1, 0):
+            perform(Work(kind, cell, layout, Share(index, 2)), Ranks())
+    perform(Work("sample", base, layout, Share(0, 2)), Ranks())
+    assert not (layout.evaluation(cell) / "scores.parquet").exists()
+    assert why_not(cell, layout) == "its scores are not put together yet"
+    finished, gaps = gather(cells, layout, "t")
+    assert [one.info.row for one in finished] == ["hps/mix_grpo"]
+    assert [(gap.row, gap.reason) for gap in gaps] == [("base", "sample has not run")]
+    same_as_whole(cell, runs, trained)
+    again, _ = gather(cells, layout, "t")
+    written = load_cells(layout.experiment("smoke", "t") / "cells")
+    assert [one.info for one in again] == [one.info for one in written]
+
+
+def test_a_kill_while_they_are_put_together_is_mended(
+    profile: Profile, runs: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(runs, runs)
+    cell = cells_of(shared(profile, 2))[1]
+    for kind in ("sample", "score"):
+        for index in (1, 0):
+            perform(Work(kind, cell, layout, Share(index, 2)), Ranks())
+
+    def killed(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    for function in ("stages.prune_images", "stages.shutil.rmtree"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"reproduce.{function}", killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                finish(cell, layout, 2)
+    assert finish(cell, layout, 2)
+    found = pd.read_parquet(layout.evaluation(cell) / "scores.parquet")
+    expected = pd.read_parquet(Layout(trained, trained).evaluation(cell) / "scores.parquet")
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)

@@ -1,0 +1,46 @@
+# sample/a
+#!/bin/bash
+
+# Parameters
+#SBATCH --comment=g2rpo/table1-flux/1
+#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=1
+#SBATCH --job-name=g2rpo-sample
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/RESULTS/submissions/table1-flux/jobs/%j_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=240
+
+# setup
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+marker=/RESULTS/submissions/table1-flux/jobs/"$job".requeue
+rm -f "$marker"
+rm -f /RESULTS/submissions/table1-flux/jobs/"$job"_*_result.pkl.save_tmp
+export PYTHONUNBUFFERED=1
+export PYTHONPATH=REPOSITORY
+module load apptainer
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /RESULTS/submissions/table1-flux/jobs/%j_%t_log.out --kill-on-bad-exit=1 apptainer exec --nv --bind REPOSITORY:REPOSITORY --bind /RESULTS:/RESULTS --bind /weights:/weights --bind /data:/inside --pwd REPOSITORY --no-home /images/g2rpo.sif python3 -u -m submitit.core._submit /RESULTS/submissions/table1-flux/jobs
+
+
+# teardown
+code=$?
+again=
+[ -e "$marker" ] && again=yes
+[ "$code" = 140 ] && again=yes
+details=$(scontrol show job --oneliner "$job")
+[ "$code" = 143 ] && [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes
+rm -f "$marker"
+[ "${SLURM_RESTART_COUNT:-0}" -ge 100 ] && again=
+state=$(squeue --noheader --jobs="$job" --format=%T)
+if [ -n "$again" ] && [ "$state" = RUNNING ]; then
+  for _ in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 10; done
+fi
+exit "$code"

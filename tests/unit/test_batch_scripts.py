@@ -1,0 +1,139 @@
+"""The batch scripts of every shape of stage and site, word for word.
+
+After an intended change, run this file with ``G2RPO_REWRITE_SCRIPTS=1`` in the environment, which
+writes ``tests/unit/sbatch/`` anew, and read the difference before it is committed.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from g2rpo.config import validate
+from g2rpo.errors import UserError
+from slurm.batch import REPOSITORY
+from slurm.cluster import Cluster
+from slurm.graph import Graph, Needs, Stage
+from slurm.submission import Submission
+from slurm.submit import dependency, scripts
+
+GOLDEN = Path(__file__).with_name("sbatch")
+RESULTS = Path("/RESULTS")
+
+ONE_GPU = [Stage("sample/a", "sample", "a", resources=Needs(1, 1))]
+TRAINING = [Stage("train/a", "train", "a", resources=Needs(16, 16))]
+CPU = [Stage("render/a", "render", "a")]
+SHARES = [
+    Stage("train/a", "train", "a", resources=Needs(16, 16)),
+    Stage("embed/a", "embed", "a", resources=Needs(1, 1)),
+    *(
+        Stage(
+            f"sample/a/{index}",
+            "sample",
+            f"a, {index + 1}/8",
+            needs=("train/a", "active"),
+            after=("embed/a",),
+            resources=Needs(1, 1),
+            array="sample/a",
+        )
+        for index in range(8)
+    ),
+]
+ACTIVE = Stage("active", "train", "submitted before", resources=Needs(16, 16))
+IMAGE: dict[str, Any] = {"image": "/images/g2rpo.sif", "mounts": ["/weights", "/data:/inside"]}
+
+CASES: dict[str, tuple[list[Stage], dict[str, Any]]] = {
+    "one-gpu": (ONE_GPU, {"partition": "gpu"}),
+    "training": (TRAINING, {"partition": "gpu", "account": "project", "qos": "normal",
+                            "constraint": "a100-80g", "memory_gb_per_task": 120}),
+    "array": (SHARES, {"array_parallelism": 4}),
+    "cpu": (CPU, {"partition": "gpu", "cpu_partition": "cpu", "constraint": "a100-80g",
+                  "exclusive": True, "memory_gb_per_task": 4}),
+    "gres": (TRAINING, {"gpu_flag": "gres", "gpu_type": "a100"}),
+    "gpu-type": (ONE_GPU, {"gpu_type": "h100"}),
+    "mail": (ONE_GPU, {"mail": {"user": "me@example.org", "events": ["FAIL", "TIME_LIMIT"]}}),
+    "extra": (ONE_GPU, {"extra": {"reservation": "a course", "nice": 100, "reboot": True}}),
+    "exclusive": (TRAINING, {"exclusive": True, "max_restarts": 3, "signal_lead_seconds": 600,
+                             "minutes": {"train": 240}}),
+    "setup": (ONE_GPU, {"setup": ["module purge", "module load cuda"],
+                        "environment": {"HF_HOME": "/shared/hub of all", "MASTER_PORT": "29501"}}),
+    "apptainer": (ONE_GPU, {"container": {"kind": "apptainer", "arguments": ["--no-home"], **IMAGE},
+                            "setup": ["module load apptainer"]}),
+    "pyxis": (TRAINING, {"container": {"kind": "pyxis", "arguments": ["--container-writable"],
+                                       **IMAGE, "image": "registry.example.org#g2rpo:1"}}),
+    "podman": (ONE_GPU, {"container": {"kind": "podman", "arguments": ["--device", "all GPUs"],
+                                       **IMAGE}, "environment": {"HF_HOME": "/weights"}}),
+}  # fmt: skip
+
+
+def submission_of(stages: list[Stage], settings: dict[str, Any]) -> Submission:
+    cluster = validate(Cluster, {"name": "test", **settings}, "test")
+    folder = RESULTS / "submissions" / "table1-flux"
+    known = Graph([ACTIVE, *stages])
+    return Submission(folder, "a title", "module:run", Path("/"), cluster, known, 0.0)
+
+
+def text_of(name: str) -> str:
+    stages, settings = CASES[name]
+    made = scripts(submission_of(stages, settings), stages, {"active": "4711"})
+    text = "\n\n".join(f"# {', '.join(script.stages)}\n{script.text}" for script in made) + "\n"
+    # The interpreter first: it may be inside of the repository.
+    return text.replace(sys.executable, "PYTHON").replace(str(REPOSITORY), "REPOSITORY")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_the_recorded_one(name: str) -> None:
+    path, text = GOLDEN / f"{name}.sh", text_of(name)
+    if os.environ.get("G2RPO_REWRITE_SCRIPTS"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_every_recorded_script_has_its_case() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.sh")} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bash_takes_it(name: str) -> None:
+    checked = subprocess.run(["bash", "-n"], input=text_of(name), text=True, check=False)
+    assert checked.returncode == 0
+
+
+def test_what_a_reader_of_the_golden_files_relies_on() -> None:
+    training, array = text_of("training"), text_of("array")
+    for flag in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=1440", "mem=960GB"):
+        assert f"#SBATCH --{flag}\n" in training
+    assert "#SBATCH --array=0-7%4\n" in array
+    found = [line for line in array.splitlines() if "--dependency" in line]
+    assert found == ["#SBATCH --dependency='afterok:<train/a>:4711,afterany:<embed/a>'"]
+    cpu = text_of("cpu")
+    assert "--partition=cpu\n" in cpu and "gpus" not in cpu
+    assert "constraint" not in cpu and "exclusive" not in cpu
+
+
+def test_an_array_is_waited_for_once_by_its_own_id() -> None:
+    needing = Stage("score", "score", "a", needs=("s/0", "s/1", "done"), after=("t",))
+    jobs = {"s/0": "7_0", "s/1": "7_1", "t": "9"}
+    assert dependency([needing, needing], jobs) == "afterok:7,afterany:9"
+    assert dependency([needing], {}) is None
+
+
+def test_stages_of_one_array_are_submitted_together_in_order() -> None:
+    made = scripts(submission_of(SHARES, {}), SHARES, {})
+    assert [len(script.stages) for script in made] == [1, 1, 8]
+    assert made[2].stages == tuple(f"sample/a/{index}" for index in range(8))
+
+
+def test_the_comment_is_the_submission_s_own() -> None:
+    made = scripts(submission_of(SHARES, {}), SHARES, {})
+    comments = [line for script in made for line in script.text.splitlines() if "--comment" in line]
+    assert comments == [f"#SBATCH --comment=g2rpo/table1-flux/{number}" for number in (1, 2, 3)]
+
+
+def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
+    stage = Stage("train/a", "train", "a", resources=Needs(12, 12))
+    with pytest.raises(UserError, match=r"cluster test: 12 ranks do not fill nodes of 8"):
+        scripts(submission_of([stage], {}), [stage], {})

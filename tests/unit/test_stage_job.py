@@ -1,0 +1,225 @@
+"""One stage in a job: its exit code, what it says, its request to be requeued, its ranks."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stage_functions import ENTRY, saved_submission, told
+
+from g2rpo.errors import UserError
+from slurm import distributed, job
+from slurm.cluster import Cluster
+from slurm.distributed import check_meeting_point, join
+from slurm.graph import Stage
+from slurm.job import REQUEUE, TERMINATED, StageJob, import_function, requeue_marker, run_stage
+from slurm.submission import Submission
+
+ACTIONS = (
+    "nothing", "user error", "full disk", "out of memory", "bug", "stop", "stop and resume",
+)  # fmt: skip
+
+FULL = "error: /results/x: the disk or quota is full; free space and run the same command"
+NO_MEMORY = "error: out of memory on the GPU (CUDA out of memory. Tried to allocate 20 GiB)"
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"}
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "SUBMITIT")) or name in ranks:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def submission(tmp_path: Path) -> Submission:
+    stages = [Stage(action, "train", action, {"do": action}) for action in ACTIONS]
+    return saved_submission(tmp_path, stages, Cluster())
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "line"),
+    [
+        ("nothing", 0, ""),
+        ("user error", 2, "error: a mistake that can be mended"),
+        ("full disk", 2, FULL),
+        ("out of memory", 2, NO_MEMORY),
+    ],
+)  # fmt: skip
+def test_what_can_be_mended_is_one_line(
+    submission: Submission, action: str, code: int, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(submission.folder, action) == code
+    assert capfd.readouterr().err.strip() == line
+    assert [words[0] for words in told(submission)] == (["begin"] if code else ["begin", "end"])
+
+
+def test_a_bug_has_its_traceback(submission: Submission, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_stage(submission.folder, "bug") == 1
+    text = capfd.readouterr().err
+    assert "Traceback" in text and "stage_functions.py" in text
+    assert text.rstrip().endswith("ZeroDivisionError: a bug")
+
+
+def test_what_is_no_submission_fails_without_a_stage(
+    tmp_path: Path, submission: Submission, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_stage(tmp_path / "absent", "nothing") == 2
+    assert capfd.readouterr().err.count("\n") == 1
+    assert run_stage(submission.folder, "no such stage") == 1
+    assert told(submission) == []
+
+
+def test_outside_of_slurm_a_stop_is_a_termination(
+    submission: Submission, capfd: pytest.CaptureFixture[str]
+) -> None:
+    submission.jobs_folder.mkdir()
+    for action in ("stop", "stop and resume"):
+        assert run_stage(submission.folder, action) == TERMINATED
+        assert capfd.readouterr().err.strip() == "stopped: a reason; what is done is kept"
+    assert list(submission.jobs_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"SLURM_JOB_ID": "17"}, "17"),
+        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "18", "SLURM_ARRAY_TASK_ID": "1"}, "18_1"),
+    ],
+)
+def test_in_a_job_a_stop_before_the_limit_asks_to_be_requeued(
+    submission: Submission, variables: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    submission.jobs_folder.mkdir()
+    marker = requeue_marker(submission.jobs_folder, name)
+    assert run_stage(submission.folder, "stop") == TERMINATED
+    assert not marker.exists()
+    assert run_stage(submission.folder, "stop and resume") == REQUEUE
+    assert list(submission.jobs_folder.iterdir()) == [marker]
+
+
+def test_on_this_machine_inside_of_a_job_nothing_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stage = Stage("a", "train", "a", {"do": "stop and resume"})
+    submission = saved_submission(tmp_path, [stage])
+    assert run_stage(submission.folder, "a") == TERMINATED
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_function_of_a_job_ends_it_with_the_code(submission: Submission) -> None:
+    StageJob(str(submission.folder), "nothing")()
+    with pytest.raises(SystemExit) as left:
+        StageJob(str(submission.folder), "user error")()
+    assert left.value.code == 2
+
+
+def test_an_entry_is_found_by_its_name() -> None:
+    assert import_function("json:dumps") is json.dumps
+    assert import_function(ENTRY).__name__ == "run"
+
+
+# Ranks
+
+
+def test_one_rank_meets_nobody() -> None:
+    with join(1) as ranks:
+        assert (ranks.rank, ranks.count, ranks.first) == (0, 1, True)
+        assert ranks.agree("a message") == "a message" and ranks.agree(None) is None
+
+
+def test_another_number_of_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="2 ranks were started for a stage of 4"), join(4):
+        raise AssertionError
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def test_a_name_that_does_not_resolve_is_told_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError) as refused:
+        check_meeting_point("no-such-node.invalid", 29500, first=False)
+    message = str(refused.value)
+    assert "'no-such-node.invalid'" in message and "MASTER_ADDR" in message
+    assert "\n" not in message
+    assert time.monotonic() - started < 15
+
+
+def test_a_port_in_use_is_told_by_the_rank_that_opens_it(port: int) -> None:
+    with pytest.raises(UserError) as refused:
+        check_meeting_point("127.0.0.1", port, first=True)
+    message = str(refused.value)
+    assert f"port {port}" in message and "MASTER_PORT" in message and "\n" not in message
+    check_meeting_point("127.0.0.1", port, first=False)
+
+
+def test_a_free_port_stays_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        free = probe.getsockname()[1]
+    check_meeting_point("localhost", free, first=True)
+    with socket.socket() as probe:
+        probe.bind(("", free))
+
+
+def _in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": "17",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_NTASKS": "16",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_JOB_NODELIST": "node[01-02]",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("given", [None, "10.0.0.7"])
+def test_the_meeting_point_is_the_profile_s_or_the_first_node(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    before = dict(os.environ)
+    _in_a_job(monkeypatch)
+    if given is not None:
+        monkeypatch.setenv("MASTER_ADDR", given)
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmJobEnvironment.hostnames", ["node01", "node02"])
+    try:
+        distributed._export()
+        assert os.environ["MASTER_ADDR"] == (given or "node01")
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("9", "16")
+        assert os.environ["LOCAL_RANK"] == "1"
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_the_id_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job.slurm_job_id() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert job.slurm_job_id() == "18"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert job.slurm_job_id() == "17_3"

@@ -1,0 +1,193 @@
+"""What jobs read and do: cells as documents, leases around the work, nothing done twice."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from g2rpo.errors import UserError
+from g2rpo.lease import Lease, read_attempts
+from g2rpo.stop import Stopped
+from reproduce.experiment import HERE, Profile, ResolvedCell, expand, load_experiment, load_profile
+from reproduce.layout import Layout
+from reproduce.plan import make_plan
+from reproduce.runs import absent_prompts_named
+from reproduce.shares import Share
+from reproduce.work import (
+    Inputs,
+    Work,
+    cell_document,
+    cell_file,
+    cell_from,
+    latest_attempt,
+    perform,
+)
+from slurm.distributed import Ranks
+
+EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
+
+
+def cells_of(experiment: str, profile: Profile) -> list[ResolvedCell]:
+    try:
+        return expand(load_experiment(experiment), profile, (1, 2))
+    except UserError:  # it is about another policy
+        return []
+
+
+def through_json(document: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(document, indent=2, allow_nan=False))
+    return found
+
+
+@pytest.mark.parametrize("profile", ["mini", "smoke"])
+def test_every_bundled_cell_survives_being_written(profile: str, tmp_path: Path) -> None:
+    loaded, count = load_profile(profile), 0
+    layout = Layout(tmp_path, tmp_path)
+    for experiment in EXPERIMENTS:
+        cells = cells_of(experiment, loaded)
+        assert len({cell_file(cell) for cell in cells}) == len(cells)
+        for cell in cells:
+            found = cell_from(through_json(cell_document(cell)), loaded, "test")
+            assert found == cell
+            with absent_prompts_named():
+                assert layout.training(found) == layout.training(cell)
+                assert layout.evaluation(found) == layout.evaluation(cell)
+            if cell.train is not None and found.train is not None:
+                # Equal mappings may differ in it, and it is part of a run's name and of its sums.
+                assert list(found.train.rewards) == list(cell.train.rewards)
+            count += 1
+    assert count > 60
+
+
+def test_the_order_of_rewards_is_kept() -> None:
+    profile = load_profile("mini")
+    experiment = load_experiment("table1")
+    key = next(key for key, cell in experiment.cells.items() if len(cell.train) > 1)
+    cell = next(cell for cell in expand(experiment, profile, (1,)) if cell.key == key)
+    assert cell.train is not None
+    turned = dict(reversed(list(cell.train.rewards.items())))
+    other = cell.train.model_copy(update={"rewards": turned})
+    document = cell_document(cell) | {"train": other.model_dump(mode="json")}
+    found = cell_from(through_json(document), profile, "test").train
+    assert found is not None
+    assert list(found.rewards) == list(turned) != list(cell.train.rewards)
+
+
+def test_a_submission_s_inputs_are_what_was_planned(tmp_path: Path) -> None:
+    profile, experiment = load_profile("mini"), load_experiment("table1")
+    cells = expand(experiment, profile, (1, 2))
+    layout = Layout(tmp_path / "runs", tmp_path / "runs")
+    plan = make_plan(experiment, profile, cells, layout)
+    Inputs(tmp_path / "submission", experiment, profile, layout).save(cells)
+    found = Inputs.load(tmp_path / "submission")
+    assert (found.experiment, found.profile, found.layout) == (experiment, profile, layout)
+    assert sorted(map(repr, found.cells())) == sorted(map(repr, cells))
+    for stage in plan.graph.stages.values():
+        if stage.kind != "render":
+            work = found.work(stage)
+            assert (work.name, work.label, str(work.lease.absolute())) == (
+                stage.name, stage.label, stage.lease,
+            )  # fmt: skip
+
+
+def test_inputs_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="submit again"):
+        Inputs.load(tmp_path)
+
+
+class Piece(Work):
+    """Work whose doing writes one file."""
+
+    place: Path
+    error: BaseException | None = None
+    times = 0
+
+    @property
+    def lease(self) -> Path:
+        return self.place / "leases" / "piece"
+
+    def done(self) -> bool:
+        return (self.place / "done").exists()
+
+    def do(self) -> None:
+        type(self).times += 1
+        if self.error is not None:
+            raise self.error
+        (self.place / "done").touch()
+
+
+@pytest.fixture
+def piece(tmp_path: Path) -> Any:
+    cell = expand(load_experiment("table1"), load_profile("mini"), (1,))[0]
+
+    class Made(Piece):
+        place = tmp_path
+
+    return Made("train", cell, Layout(tmp_path, tmp_path))
+
+
+def test_what_is_done_is_not_done_again(piece: Any, tmp_path: Path) -> None:
+    perform(piece, Ranks())
+    perform(piece, Ranks())
+    assert type(piece).times == 1
+    (attempt,) = read_attempts(tmp_path / "leases", "piece")
+    assert attempt.state == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(UserError("a mistake"), "failed"), (Stopped("a reason", resume=True), "stopped"),
+     (ZeroDivisionError("a bug"), "failed")],
+)  # fmt: skip
+def test_an_attempt_says_how_it_ended(piece: Any, error: Exception, state: str) -> None:
+    type(piece).error = error
+    with pytest.raises(type(error)):
+        perform(piece, Ranks())
+    attempt = latest_attempt(piece.lease)
+    assert attempt is not None and attempt.record is not None
+    assert attempt.state == state
+    assert ("a reason" if state == "stopped" else "a ") in attempt.record.reason
+    type(piece).error = None
+    perform(piece, Ranks())
+    again = latest_attempt(piece.lease)
+    assert again is not None and (again.number, again.state) == (2, "done")
+
+
+def test_whoever_waited_for_the_owner_passes(
+    piece: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("g2rpo.lease.POLL_SECONDS", 0.1)
+    lease = Lease.acquire(tmp_path / "leases", "piece")
+    waiter = threading.Thread(target=perform, args=(piece, Ranks()))
+    waiter.start()
+    waiter.join(timeout=0.5)
+    assert waiter.is_alive()
+    (tmp_path / "done").touch()
+    lease.release("done")
+    waiter.join(timeout=30)
+    assert not waiter.is_alive() and type(piece).times == 0
+    attempts = read_attempts(tmp_path / "leases", "piece")
+    assert [attempt.state for attempt in attempts] == ["done", "done"]
+
+
+def test_an_owner_that_does_not_end_is_named(piece: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("G2RPO_LEASE_WAIT_SECONDS", "0.2")
+    lease = Lease.acquire(piece.lease.parent, piece.lease.name)
+    try:
+        with pytest.raises(UserError, match="is being worked on by attempt 1"):
+            perform(piece, Ranks())
+    finally:
+        lease.release("stopped")
+    assert type(piece).times == 0
+
+
+def test_shares_part_the_prompts() -> None:
+    whole = list(range(7))
+    for count in (1, 2, 3, 8):
+        parts = [Share(index, count).of(whole) for index in range(count)]
+        assert sorted(one for part in parts for one in part) == whole
+    for index, count in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="count from 0"):
+            Share(index, count)
