@@ -1,13 +1,15 @@
 """The cluster that tests run on, clean for each of them, and a limit on every test's time."""
 
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import pytest
 from harness import Cluster, ClusterNotPossibleError
+from launcher import Workplace
 
 TEST_SECONDS = 240
 
@@ -40,14 +42,18 @@ def cluster(_cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
-def _time_limit() -> Iterator[None]:
-    """Ends a test that hangs where nobody thought of a deadline, as in ``result()`` of submitit."""
+def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends a test that hangs where nobody thought of a deadline, as in ``result()`` of submitit.
+
+    A module whose tests take longer has a ``TEST_SECONDS`` of its own.
+    """
+    seconds = getattr(request.module, "TEST_SECONDS", TEST_SECONDS)
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"the test ran for {TEST_SECONDS} s")
+        raise TimeoutError(f"the test ran for {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(TEST_SECONDS)
+    signal.alarm(seconds)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -58,3 +64,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a test's jobs leave what they did; jobs find the tests' own modules."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def embedded(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of encoding the prompts: what every experiment would begin with."""
+    place = Workplace(tmp_path_factory.mktemp("embedded"), Cluster(), smoke_assets)
+    place.g2rpo("embed", "rows.yaml", "--profile", "tiny.yaml")
+    return place.runs
+
+
+@pytest.fixture
+def places(
+    cluster: Cluster, smoke_assets: Path, embedded: Path, tmp_path: Path
+) -> Callable[..., Workplace]:
+    """Makes a workplace for some cells, whose prompts are encoded already."""
+
+    def make(*cells: str) -> Workplace:
+        place = Workplace(tmp_path / "work", cluster, smoke_assets, cells)
+        shutil.copytree(embedded / "embeddings", place.runs / "embeddings")
+        return place
+
+    return make

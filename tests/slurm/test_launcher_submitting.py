@@ -1,0 +1,133 @@
+"""Submitting twice, half, and again: no stage ever has two jobs, and nothing done is lost.
+
+Most jobs here are held, so that they stay where they are and cost nothing.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import Cluster
+from launcher import Workplace, interrupt, slow_sbatch, wait_exit
+
+pytestmark = pytest.mark.slurm
+
+TEST_SECONDS = 600
+HELD = {"extra": {"hold": True}}
+
+
+def _comments(cluster: Cluster) -> dict[str, str]:
+    """The comment of every job that waits or runs, by id."""
+    text = cluster.run("squeue", "--array", "--noheader", "--format=%i %k")
+    return dict(line.split(" ", 1) for line in text.splitlines())
+
+
+def _assert_each_stage_has_one_job(place: Workplace) -> None:
+    """As SLURM knows it: by the comments of jobs, whatever the submissions say of ids."""
+    announced: dict[str, list[str]] = {}
+    stages = 0
+    for submission in place.submissions():
+        for line in (submission.folder / "jobs.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            if "stages" in entry:
+                announced[entry["comment"]] = entry["stages"]
+        stages = len(submission.graph) - len(submission.done)
+    comments = _comments(place.cluster)
+    found = [name for comment in set(comments.values()) for name in announced[comment]]
+    tables = [name for name in found if name.startswith("render/")]
+    assert len(found) == len(set(found)) + len(tables) - 1, found
+    assert len(comments) == len(found)
+    assert len(set(found)) == stages
+
+
+def test_two_submissions_at_once(cluster: Cluster, places: Callable[..., Workplace]) -> None:
+    place = places("base", "hps/g2rpo")
+    place.profile(ranks=1, shares=2)
+    place.cluster_profile(**HELD)
+    both = [place.start(*place.request("submit")) for _ in range(2)]
+    ends = [wait_exit(process) for process in both]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    told = [error for _, _, error in ends]
+    assert sum("submitted rows-" in text for text in told) == 1, told
+    assert sum("waits or runs already" in text for text in told) == 1, told
+    _assert_each_stage_has_one_job(place)
+    assert len(place.alive()) == 10  # 4 sample, 4 score, train, render
+    lines = place.g2rpo("status").stdout.splitlines()
+    assert sum("held: release it" in line for line in lines) >= 3, lines
+
+
+def test_submitting_shell_is_killed_after_a_job_nobody_noted(
+    cluster: Cluster, places: Callable[..., Workplace], tmp_path: Path
+) -> None:
+    place = places("base", "hps/g2rpo")
+    place.cluster_profile(**HELD)
+    place.path = slow_sbatch(tmp_path / "bin", 30)
+    submitting = place.start(*place.request("submit"))
+    try:
+        cluster.wait(place.alive, 120, "first job")
+    finally:
+        interrupt(submitting)
+    assert place.jobs() == {}  # it was killed before it could note the id
+    (first,) = place.alive()
+    place.path = None
+    place.submit()
+    assert first in place.alive()
+    _assert_each_stage_has_one_job(place)
+    before = place.alive()
+    place.submit()
+    assert place.alive() == before
+
+
+def test_following_shell_is_killed(cluster: Cluster, places: Callable[..., Workplace]) -> None:
+    place = places("base")
+    following = place.start(*place.request("reproduce"))
+    try:
+        place.wait_jobs("render")
+        cluster.wait_running(place.job("sample base"))
+    finally:
+        interrupt(following)
+    jobs = place.alive()
+    done = place.g2rpo(*place.request("reproduce"))
+    assert "waits or runs already" in done.stderr
+    assert "base" in done.stdout
+    assert len(place.submissions()) == 1
+    assert len(cluster.run("sacct", "-nXP", f"--jobs={','.join(jobs)}", "-oJobID").split()) == 3
+    assert [len(place.attempts(kind)) for kind in ("sample", "score")] == [1, 1]
+    # Nothing is left to do.
+    place.g2rpo(*place.request("submit"))
+    assert place.alive() == []
+
+
+def test_cancel_retry_and_scancel(cluster: Cluster, places: Callable[..., Workplace]) -> None:
+    place = places("base", "hps/g2rpo")
+    place.cluster_profile(**HELD)
+    first = place.submit()
+    # By hand: what needs the job goes with it, the rest stays; the same command brings them back.
+    train = place.job("train hps/g2rpo")
+    cluster.scancel(train)
+    cluster.wait(lambda: cluster.state(place.job("score hps/g2rpo")) == "CANCELLED", 30, "child")
+    lines = place.g2rpo("status").stdout.splitlines()
+    assert lines[-1].startswith("1 done, 3 waiting, 3 cancelled"), lines
+    place.submit()
+    assert place.job("train hps/g2rpo") != train
+    assert "sample base" not in place.jobs()  # its job of before waits still
+    _assert_each_stage_has_one_job(place)
+
+    place.g2rpo("cancel", first.name)
+    place.g2rpo("cancel")
+    cluster.wait(lambda: place.alive() == [], 30, "end of all jobs")
+    retrying = place.start("retry")
+    try:
+        cluster.wait(lambda: len(place.submissions()) == 3, 120, "third submission")
+        place.wait_jobs("render")
+        _assert_each_stage_has_one_job(place)
+        time.sleep(1)
+        _, error = interrupt(retrying, signal.SIGINT)
+    finally:
+        retrying.kill()
+    assert retrying.returncode == 130
+    assert "the jobs go on without this shell" in error
+    assert len(place.alive()) == 6
