@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from accelerate import Accelerator
 from engine_runs import config_for, trainer_for
-from torch import Tensor
+from torch import Tensor, nn
 
 from g2rpo.policy import FluxPolicy
 from g2rpo.stop import Stopped
@@ -78,11 +79,29 @@ def sharded(assets: Path, folder: Path, second: bool) -> dict[str, Any]:
     return {}
 
 
+def compiled(assets: Path, folder: Path, second: bool) -> dict[str, Any]:
+    """Sharded blocks, traced as for compilation and not; no C++ is compiled."""
+    compile_module = nn.Module.compile
+
+    def traced(module: nn.Module, **options: Any) -> None:
+        compile_module(module, backend="eager", **options)
+
+    nn.Module.compile = traced  # type: ignore[method-assign,assignment]
+    rows = []
+    for chosen in (False, True):
+        execution = {"sharding": "fsdp2", "rollout_weights": "sharded", "compile": chosen}
+        trainer = trainer_for(config_for(assets, execution=execution), folder / str(chosen))
+        rows.append(trainer.iterate())
+    stats = torch._dynamo.utils.counters["stats"]
+    return {"rows": rows, "graphs": stats["unique_graphs"]}
+
+
 def main() -> None:
     name, assets, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     rank = Accelerator(cpu=True).process_index
-    found = {"replicated": replicated, "sharded": sharded}[name](assets, folder, rank == 1)
+    scenarios = {"replicated": replicated, "sharded": sharded, "compiled": compiled}
+    found = scenarios[name](assets, folder, rank == 1)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Rollouts that run out of memory, on one rank and on one of two."""
+"""Rollouts that run out of memory, on one rank and on one of two; compiled blocks on two."""
 
 import json
 import logging
@@ -54,6 +54,15 @@ def test_a_sharded_rank_that_runs_out_ends_the_run_to_be_resumed(
     config = config_for(smoke_assets, execution={"rollout_micro_batch": 8})
     resumed = trainer_for(config, tmp_path / "sharded")
     assert resumed.sizes.velocity.states == 4
+
+
+def test_sharded_blocks_can_be_compiled(smoke_assets: Path, tmp_path: Path) -> None:
+    assert on_two_ranks("compiled", smoke_assets, tmp_path) == 0
+    found = json.loads((tmp_path / "rank0.json").read_text())
+    plain, compiled = found["rows"]
+    assert found["graphs"] >= 4  # two kinds of blocks, with and without gradients
+    assert compiled["ratio_deviation"] < 2e-5
+    assert compiled["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-4)
 
 
 def test_a_short_rollout_says_so_once_and_has_the_same_noise(

@@ -172,17 +172,24 @@ def test_flux_tiny_takes_the_path_of_flux_on_the_cpu() -> None:
 
 def test_what_a_run_has_not_leaves_its_name(local: Profile) -> None:
     plain = name_of(local)
-    for setting in ({"lora": None}, {"optimization": {"optimizer": "adamw"}}):
+    for setting in (
+        {"lora": None}, {"continuations": None}, {"optimization": {"optimizer": "adamw"}},
+    ):  # fmt: skip
         assert name_of(local, **setting) == plain
-    engine = {"sharding": "fsdp2", "gradient_checkpointing": True, "offload": {"rewards": True}}
+    engine = {
+        "sharding": "fsdp2", "gradient_checkpointing": True, "offload": {"rewards": True},
+        "rollout_micro_batch": "auto", "compile": True, "attention": "math",
+    }  # fmt: skip
     assert name_of(local, execution=engine) == plain
     names = {
         name_of(local, **setting)
         for setting in (
             {"lora": {}}, {"lora": {"rank": 4}}, {"optimization": {"optimizer": "adamw_8bit"}},
+            {"continuations": {"fp8": True}}, {"continuations": {"step_cache": {"threshold": 0.1}}},
+            {"lora": {}, "continuations": {"merged_lora": True}},
         )
     }  # fmt: skip
-    assert len(names | {plain}) == 4
+    assert len(names | {plain}) == 7
 
 
 def test_what_cells_share_does_not_mix_them() -> None:

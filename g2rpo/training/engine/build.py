@@ -29,6 +29,8 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
     if sharded and accelerator.num_processes > 1:
         policy = FluxPolicy.load(config.policy, accelerator.device, weights=False)
         policy.transformer.eval()
+        if config.execution.compile:
+            compile_blocks(policy.transformer)
         weights: TrainedWeights = ShardedWeights(
             policy, accelerator, config.execution.rollout_weights
         )
@@ -39,6 +41,8 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
             policy.transformer.requires_grad_(True)
         else:
             policy.add_lora(config.lora, config.seed)
+        if config.execution.compile:
+            compile_blocks(policy.transformer)
         weights = (MasterWeights if narrow else TrainedWeights)(policy, accelerator)
     policy.offload = config.execution.offload
     if policy.offload.vae:
@@ -48,6 +52,4 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
     dtype = getattr(torch, config.policy.dtype)
     chosen = resolve_attention(config.execution.attention, accelerator.device, dtype)
     set_attention(policy.transformer, chosen)
-    if config.execution.compile:
-        compile_blocks(policy.transformer)
     return weights
