@@ -97,6 +97,7 @@ def _cost(trained: Mapping[str, Any] | None, device: str) -> Cost:
             iterations=0,
             device=device,
         )
-    progress = dict(trained["progress"])
-    progress.pop("training_micro_batch", None)  # it is no cost
-    return Cost(iterations=progress.pop("iteration"), device=device, **progress)
+    progress = trained["progress"]
+    # Beside the costs it holds the batch sizes that fitted.
+    counters = {name: progress[name] for name in Cost.model_fields if name in progress}
+    return Cost(iterations=progress["iteration"], device=device, **counters)

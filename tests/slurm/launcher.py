@@ -249,7 +249,8 @@ def without_ids(script: str, submission: str) -> str:
     text = re.sub(r"(?m)^(#SBATCH --comment=.*/)\w+$", r"\1NUMBER", text)
     return re.sub(
         r"(?m)^#SBATCH --dependency=.*$",
-        lambda line: re.sub(r":(?:<[^>]*>|\d+)", ":ID", line.group()),
+        # A name in angle brackets is quoted, a number is not.
+        lambda line: re.sub(r":(?:<[^>]*>|\d+)", ":ID", line.group()).replace("'", ""),
         text,
     ).strip()
 
