@@ -138,7 +138,7 @@ def test_several_processes_share_the_work(items: list[Item], tmp_path: Path) -> 
     def work(rank: int) -> tuple[Brightness, pd.DataFrame]:
         model = Brightness()
         scorer = Scorer(
-            tmp_path / "journal", items, Ranks(rank, 2, lambda: barrier.wait() and None)
+            tmp_path / "journal", items, Ranks(rank, 2, wait=lambda: barrier.wait() and None)
         )
         return model, scorer.score("light", model)
 

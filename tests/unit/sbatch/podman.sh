@@ -27,7 +27,7 @@ export HF_HOME=/weights
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /RESULTS/submissions/table1-flux/jobs/%j_%t_log.out --kill-on-bad-exit=1 podman run --rm --network=host --ipc=host --entrypoint '' --volume REPOSITORY:REPOSITORY --volume /RESULTS:/RESULTS --volume /weights:/weights --volume /data:/inside --env 'SLURM*' --env 'SUBMITIT*' --env 'MASTER*' --env 'G2RPO*' --env PYTHONPATH --env PYTHONUNBUFFERED --env HF_HOME --workdir REPOSITORY --device 'all GPUs' /images/g2rpo.sif python3 -u -m submitit.core._submit /RESULTS/submissions/table1-flux/jobs
+srun --unbuffered --output /RESULTS/submissions/table1-flux/jobs/%j_%t_log.out --kill-on-bad-exit=1 podman run --rm --network=host --ipc=host --entrypoint '' --user 0:0 --device nvidia.com/gpu=all --volume REPOSITORY:REPOSITORY --volume /RESULTS:/RESULTS --volume /weights:/weights --volume /data:/inside --env 'SLURM*' --env 'SUBMITIT*' --env 'MASTER*' --env 'G2RPO*' --env PYTHONPATH --env PYTHONUNBUFFERED --env HF_HOME --workdir REPOSITORY --device 'all GPUs' /images/g2rpo.sif python3 -u -m submitit.core._submit /RESULTS/submissions/table1-flux/jobs
 
 
 # teardown
