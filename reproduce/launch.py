@@ -4,7 +4,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from g2rpo.config import nearest
@@ -42,6 +42,13 @@ def prepare_worker() -> None:
 
 def new_submission(plan: Plan, cluster: Cluster, folder: Path) -> Submission:
     """The submission of ``plan``; it is not saved."""
+    container = cluster.container
+    if container.kind != "none":
+        # Relative paths of experiments and profiles begin here, and tables may go elsewhere.
+        places = (Path.cwd(), plan.layout.tables.absolute())
+        mounts = dict.fromkeys((*container.mounts, *map(str, places)))
+        container = container.model_copy(update={"mounts": tuple(mounts)})
+        cluster = cluster.model_copy(update={"container": container})
     return Submission(
         folder=folder.absolute(),
         title=f"{plan.experiment.name}, profile {plan.profile.name}",
@@ -90,7 +97,32 @@ def active_stages(runs_folder: Path) -> dict[str, str]:
     return found
 
 
-def left_to_submit(plan: Plan, active: dict[str, str]) -> list[Stage]:
+def hopeless_jobs(runs_folder: Path, active: Mapping[str, str]) -> dict[str, str]:
+    """The jobs, by stage, that wait for a stage of their submission that failed or was cancelled.
+
+    SLURM cancels them in its own time, so until then they look as if they would still run.
+
+    Raises:
+        UserError: a submission cannot be read.
+    """
+    found: dict[str, str] = {}
+    for folder in list_submissions(submissions_folder(runs_folder)):
+        submitted = {stage for group in job_groups(folder) for stage in group.stages}
+        waiting = submitted & active.keys()
+        if not waiting:
+            continue
+        graph, inputs = Submission.load(folder).graph, Inputs.load(folder)
+        lost = [
+            name
+            for name, stage in graph.stages.items()
+            if name in submitted - waiting and stage.kind != "render"
+            if not inputs.work(stage).done()
+        ]
+        found |= {stage: active[stage] for stage in graph.downstream(lost) & waiting}
+    return found
+
+
+def left_to_submit(plan: Plan, active: Mapping[str, str]) -> list[Stage]:
     """The stages that are to do and have no job; the table again where any other is."""
     todo = list(plan.todo.stages.values())
     idle = [stage for stage in todo if stage.name not in active]
@@ -108,6 +140,9 @@ def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
     # Two at once would both submit the same stages.
     with Lease.acquire(submissions_folder(plan.layout.runs), "lease"):
         active = active_stages(plan.layout.runs)
+        doomed = hopeless_jobs(plan.layout.runs, active)
+        states.cancel_jobs(doomed.values())
+        active = {stage: job for stage, job in active.items() if stage not in doomed}
         todo = left_to_submit(plan, active)
         if not todo:
             return None

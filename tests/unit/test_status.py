@@ -19,6 +19,7 @@ from reproduce.experiment import Experiment, expand, load_profile
 from reproduce.launch import (
     DRIVER,
     active_stages,
+    hopeless_jobs,
     latest_submission,
     left_to_submit,
     save_submission,
@@ -310,3 +311,18 @@ def test_the_latest_submission_is_found_by_name(site: Callable[[str], Site]) -> 
     path.write_text(json.dumps({"format": 0}))
     with pytest.raises(UserError, match="another version"):
         latest_submission(runs)
+
+
+def test_a_job_that_waits_for_a_failed_stage_is_hopeless(site: Callable[[str], Site]) -> None:
+    here = site("slurm")
+    runs = here.plan.layout.runs
+    graph = here.plan.graph.stages
+    score, sample = here.names["score base"], here.names["sample base"]
+    other = here.names[TRAIN]
+    for number, stage in enumerate((sample, score, other)):
+        here.submission.announce(f"job {number}", [stage])
+    # Its sampling has no job any more and is not done; the training is another matter.
+    active = {score: "2", other: "3"}
+    assert sample in graph[score].needs and sample not in graph[other].needs
+    assert hopeless_jobs(runs, active) == {score: "2"}
+    assert hopeless_jobs(runs, {**active, sample: "1"}) == {}
