@@ -180,20 +180,29 @@ def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
     """Starts ``g2rpo`` with ``arguments`` in the background, where no closed shell ends it.
 
     Returns:
-        the file that its output goes to.
+        the file that its output goes to, once its submission is there.
+
+    Raises:
+        UserError: it ended before that.
     """
     folder = submissions_folder(runs_folder)
     folder.mkdir(parents=True, exist_ok=True)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     log = folder / f"background-{stamp}.log"
+    before = set(list_submissions(folder))
     with log.open("x") as output:
-        subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "reproduce.cli", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    while set(list_submissions(folder)) <= before:
+        if process.poll() is not None:
+            told = log.read_text(errors="replace").splitlines()
+            raise UserError(f"it did not start: {told[-1] if told else log}")
+        time.sleep(0.2)
     return log
 
 

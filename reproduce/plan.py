@@ -1,6 +1,7 @@
 """An experiment as a graph of stages: embed, train, sample, score, render."""
 
 import functools
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,5 +131,6 @@ def _stage(
         needs=needs,
         resources=resources,
         array=array,
-        lease=str(work.lease.absolute()),
+        # Joined as text: thousands of paths take a second.
+        lease=os.path.join(os.getcwd(), work.lease),  # noqa: PTH109, PTH118
     )

@@ -48,7 +48,7 @@ class Work:
     layout: Layout
     share: Share = WHOLE
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Names what it makes: the same for the same configuration and inputs."""
         run = self.layout.training(self.cell)

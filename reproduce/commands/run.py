@@ -1,5 +1,6 @@
 """``g2rpo reproduce``, ``plan`` and ``submit``: a whole experiment, wherever it runs."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -91,6 +92,8 @@ def plan(
     request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
     from reproduce.runs import absent_prompts_named
 
+    # The collector would only walk, again and again, what all lives until the end.
+    gc.disable()
     with absent_prompts_named():
         made, place = request.plan(runnable=False)
         if dry_run:
