@@ -214,7 +214,7 @@ class LocalRun:
 
     def _spawn(self, environment: Mapping[str, str]) -> _Process:
         ours, theirs = _CONTEXT.Pipe()
-        threads = max(1, (os.cpu_count() or 1) // self.slots.count)
+        threads = _threads_of_each(self.slots.count)
         arguments = (theirs, str(self.submission.folder), self.slots.prepare, threads)
         process = _CONTEXT.Process(target=_work, args=arguments, daemon=False)
         with _environment(environment):
@@ -307,6 +307,14 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _threads_of_each(workers: int) -> int:
+    """Of torch in each worker: what ``OMP_NUM_THREADS`` says, else a fair part of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return (
+        int(asked) if asked.isdecimal() and int(asked) else max(1, (os.cpu_count() or 1) // workers)
+    )
 
 
 def _work(connection: Any, folder: str, prepare: str | None, threads: int) -> None:

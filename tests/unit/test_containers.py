@@ -15,8 +15,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-ELSEWHERE = {"test-slurm"}
-"""Targets that need a cluster of their own and are tested with it."""
 
 
 def script(name: str) -> ModuleType:
@@ -134,7 +132,7 @@ def test_workflows_call_targets_that_exist_with_no_more_rights_than_reading(path
                 assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", step["uses"])
             called += re.findall(r"\bmake ([a-z0-9-]+)", step.get("run", ""))
     assert called
-    assert not set(called) - targets() - ELSEWHERE
+    assert not set(called) - targets()
 
 
 def test_the_image_builds_without_what_buildah_does_not_know() -> None:
