@@ -63,8 +63,10 @@ build_image() {
     mkdir -p "$ROOT/pip"
     mounts=$(python3 docker/pip_mounts.py "$ROOT/pip")
     mapfile -t mounts <<< "$mounts"
+    # Layers are what a next build starts from: where there is none, they are minutes of copying.
+    [ -z "${KEEP_STORAGE-}" ] || mounts+=(--layers)
     HF_TOKEN=$(cat "$ROOT/secret") IMAGE=$IMAGE ENGINE="buildah ${STORAGE[*]}" \
-        docker/build-image.sh --isolation chroot --layers --build-arg BASE_IMAGE="$BASE" \
+        docker/build-image.sh --isolation chroot --build-arg BASE_IMAGE="$BASE" \
         "${mounts[@]}" > "$ROOT/build.log" 2>&1 \
         || fail "the image does not build: $(tail -n 30 "$ROOT/build.log")"
 }

@@ -58,6 +58,7 @@ def wanted_by(profile: "Profile") -> dict[str, "Needs"]:
     hardware = profile.hardware
     evaluation = Needs(1, hardware.evaluation_devices)
     return {
+        "embed": evaluation,
         "train": Needs(hardware.training_ranks, hardware.gpus),
         "sample": evaluation,
         "score": evaluation,
