@@ -23,9 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from benchmarks.diversity import DiversityConfig
-from benchmarks.drift import DriftConfig
 from benchmarks.metrics import checked_metrics
+from benchmarks.protocol import DiversityConfig, DriftConfig
 from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_bytes, sha256_file, write_json

@@ -12,26 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from pydantic import Field
 
 from benchmarks.metrics import DISTANCE, VENDI, metric_frame
-from g2rpo.config import StrictModel
 from g2rpo.data.images import load_image
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.image_tower import ImageTower
 
 FloatArray = npt.NDArray[np.float64]
-
-
-class DiversityConfig(StrictModel):
-    """Which images are compared, and by what."""
-
-    prompts: int = Field(ge=2)
-    """The first so many held-out prompts."""
-    images: int = Field(ge=2)
-    """Images a prompt; the first is the one that is scored."""
-    features: str = "clip"
-    """The judge of the profile whose image tower gives the features."""
 
 
 def unit_rows(features: npt.ArrayLike) -> FloatArray:

@@ -9,18 +9,17 @@ large base and a trained policy are never in memory together.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.metrics import DRIFT, metric_frame
-from g2rpo.config import StrictModel
+from benchmarks.protocol import DriftConfig
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
@@ -29,17 +28,6 @@ from g2rpo.policy import FluxPolicy
 from g2rpo.progress import ProgressReport
 from g2rpo.sampling import sample_latents
 from g2rpo.seeds import gaussian
-
-
-class DriftConfig(StrictModel):
-    """On which inputs the velocities are compared."""
-
-    prompts: int = Field(ge=2)
-    """The first so many held-out prompts."""
-    sigmas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.9, 0.7, 0.5, 0.3, 0.1), min_length=1
-    )
-    """Noise levels; the transformer is told them exactly."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,65 +6,21 @@ Both stages resume: an image that is there is not sampled again, nor is a score 
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import pandas as pd
 from PIL import Image
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from benchmarks.diversity import DiversityConfig
-from benchmarks.drift import DriftConfig
+from benchmarks.protocol import DiversityConfig, EvaluationConfig
 from benchmarks.scoring.engine import Scorer
 from benchmarks.scoring.items import Item
-from g2rpo.config import StrictModel
 from g2rpo.data.prompts import Prompt
 from g2rpo.files import atomic_path, check_publication
-from g2rpo.flow.schedule import GridConfig, build_grid
+from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import BatchedReward
-from g2rpo.sampling import HybridConfig, sample_ode
+from g2rpo.sampling import sample_ode
 from g2rpo.stop import StopRequest
-
-
-class EvaluationConfig(StrictModel):
-    """How held-out images are sampled: the named protocol that a table states."""
-
-    name: str
-    """What the protocol is called in tables."""
-    split: Literal["validation", "test"] = "test"
-    limit: int | None = Field(None, ge=1)
-    """Uses the first so many prompts of the split; null uses all."""
-    seed: int = 1223627
-    """Names the noise, together with the prompt's id (the released sampler seed)."""
-    grid: GridConfig = GridConfig(steps=50, schedule="flux_dynamic", timestep="exact")
-    """The released evaluation: 50 steps on diffusers' own grid."""
-    resolution: int = Field(1024, gt=0)
-    guidance_scale: float = Field(3.5, ge=0)
-    diversity: DiversityConfig | None = None
-    """Measures how different the images of one prompt are; null leaves it out."""
-    drift: DriftConfig | None = None
-    """Measures how far the policy is from its base; null leaves it out."""
-    hybrid: HybridConfig | None = None
-    """Finishes the images of a tuned policy with its base; null does not."""
-
-    @model_validator(mode="after")
-    def _handover_on_the_grid(self) -> "EvaluationConfig":
-        if self.hybrid is not None and self.hybrid.steps_of(self.grid.steps) > self.grid.steps:
-            raise ValueError(
-                f"hybrid.tuned_steps: {self.hybrid.tuned_steps} is more than the "
-                f"{self.grid.steps} steps of the grid"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Evaluations are named by a hash of this: those without the sections keep their names.
-        fields: dict[str, Any] = handler(self)
-        for name in ("diversity", "drift", "hybrid"):
-            if getattr(self, name) is None:
-                fields.pop(name, None)
-        return fields
 
 
 def image_path(folder: Path, prompt: Prompt, index: int = 0) -> Path:

@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 
-import pydantic
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from g2rpo.config import StrictModel
 from g2rpo.data.prompts import Prompt
 from g2rpo.flow.batching import BatchSize
 from g2rpo.flow.forest import Forest
@@ -15,30 +12,6 @@ from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import SweepSettings, sweep
 from g2rpo.policy import Conditioning, FluxPolicy
 from g2rpo.seeds import gaussian
-
-
-class HybridConfig(StrictModel):
-    """MixGRPO's hybrid inference: the first steps with the tuned weights, the rest with the base's.
-
-    One of the two is given; the released script has 30 of 50 steps.
-    """
-
-    tuned_steps: int | None = Field(None, ge=0)
-    tuned_fraction: float | None = Field(None, ge=0, le=1)
-    """Share of the grid's steps, rounded to whole ones."""
-
-    @pydantic.model_validator(mode="after")
-    def _one_of_two(self) -> "HybridConfig":
-        if (self.tuned_steps is None) == (self.tuned_fraction is None):
-            raise ValueError("give either tuned_steps or tuned_fraction")
-        return self
-
-    def steps_of(self, steps: int) -> int:
-        """How many of ``steps`` the tuned weights take."""
-        if self.tuned_steps is not None:
-            return self.tuned_steps
-        assert self.tuned_fraction is not None
-        return round(self.tuned_fraction * steps)
 
 
 def evaluation_noise(policy: FluxPolicy, seed: int, prompt: Prompt, image: int = 0) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from benchmarks.diversity import measure_diversity
 from benchmarks.drift import DriftReference, base_reference, measure_drift, no_drift
 from benchmarks.held_out import (
-    EvaluationConfig,
     compared_images,
     image_path,
     prune_images,
     sample_images,
 )
+from benchmarks.protocol import EvaluationConfig
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path

@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,12 +26,14 @@ from g2rpo.data.embeddings import (
 )
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.files import write_json
-from g2rpo.policy import FluxPolicy, PolicyConfig
-from g2rpo.policy.conditioning import TextEncoders, row_of
+from g2rpo.policy import PolicyConfig
 from g2rpo.policy.folder import folder_here, read_json, resolve_source, text_fingerprint
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment import ResolvedCell
 from reproduce.layout import Layout
+
+if TYPE_CHECKING:
+    from g2rpo.policy import FluxPolicy
 
 FLUX_WIDTHS = {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
 """What FluxTransformer2DModel takes unless its configuration says otherwise."""
@@ -226,6 +229,8 @@ def _origin(device: torch.device) -> dict[str, str]:
 def _encoder(
     policy: PolicyConfig, device: torch.device, prompts: Sequence[str]
 ) -> Callable[[str], Rows]:
+    from g2rpo.policy.conditioning import TextEncoders, row_of
+
     folder = resolve_source(policy.source, policy.revision)
     dtype = getattr(torch, policy.dtype)
     encoders = TextEncoders(folder, dtype, device, policy.max_sequence_length)
@@ -234,7 +239,7 @@ def _encoder(
     return lambda prompt: row_of(encoders.encode_one(prompt), 0)
 
 
-def attach(policy: FluxPolicy, layout: Layout) -> None:
+def attach(policy: "FluxPolicy", layout: Layout) -> None:
     """Lets ``policy`` read its text embeddings from the cache, where there is one for it."""
     key = cache_key(policy.config)
     if key is not None and _cache_folder(key, layout).is_dir():

@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from benchmarks.cells import Key
-from benchmarks.held_out import EvaluationConfig
+from benchmarks.protocol import EvaluationConfig
 from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig, PolicyConfig

@@ -1,8 +1,12 @@
-"""Silences the progress bars and warnings of libraries: a log holds our own lines."""
+"""Silences the warnings of libraries: a log holds our own lines."""
 
 import logging
 import os
+import sys
 import warnings
+from importlib import import_module
+
+LIBRARIES = ("diffusers", "transformers")
 
 
 def quiet_libraries() -> None:
@@ -11,10 +15,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    for library in LIBRARIES:
+        # Read when the library is imported, which takes seconds and may not happen at all.
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+        if library in sys.modules:
+            import_module(f"{library}.utils.logging").set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

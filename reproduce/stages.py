@@ -4,11 +4,9 @@ Each stage is complete when its manifest is there; a complete stage is not run a
 interrupted one goes on where it was. Sampling and scoring can be shared by several jobs.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -27,6 +25,14 @@ from g2rpo.training.trained import load_trained
 from reproduce import embedding, runs
 from reproduce.behaviour import Behaviour
 from reproduce.experiment import ResolvedCell, judges
+from reproduce.finished import (
+    is_sampled,
+    is_scored,
+    is_trained,
+    share_manifest,
+    share_stem,
+    wanted_rewards,
+)
 from reproduce.layout import Layout, evaluation_inputs
 from reproduce.shares import WHOLE, Share
 
@@ -34,11 +40,6 @@ logger = logging.getLogger(__name__)
 SAMPLING_BATCH = 64
 SAMPLING_PIXELS = 2**22
 """Pixels sampled at once: four images of 1024x1024. The transformer's memory grows with it."""
-
-
-def is_trained(cell: ResolvedCell, layout: Layout) -> bool:
-    """Whether the cell needs no (more) training."""
-    return cell.train is None or runs.read_manifest(layout.training(cell)) is not None
 
 
 def train(cell: ResolvedCell, layout: Layout) -> Path:
@@ -124,17 +125,11 @@ def cell_behaviour(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> 
     )
 
 
-def is_sampled(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:
-    """Whether the held-out images of ``share`` are there, or were and have been scored."""
-    folder = layout.evaluation(cell)
-    if not folder.exists():
-        return False
-    # Once scored, most images are deleted on purpose.
-    if is_scored(cell, layout, share):
-        return True
+def are_images_there(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:
+    """Whether nothing of ``share`` is left that needs the policy."""
     behaviour = cell_behaviour(cell, layout, share)
     prompts = share.of(behaviour.prompts)
-    images = folder / "images"
+    images = layout.evaluation(cell) / "images"
     return behaviour.sampled and all(image_path(images, prompt).exists() for prompt in prompts)
 
 
@@ -160,33 +155,6 @@ def sample(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> Path:
     return folder
 
 
-def _wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
-    return {name: runs.reward_inputs(config) for name, config in judges(cell.profile).items()}
-
-
-def is_scored(cell: ResolvedCell, layout: Layout, share: Share | None = None) -> bool:
-    """Whether every judge of the profile has scored the cell's images, or those of ``share``."""
-    folder = layout.evaluation(cell)
-    manifest = runs.read_manifest(folder)
-    if share is not None and manifest is None:
-        manifest = _share_manifest(folder, share)
-    return manifest is not None and manifest["rewards"] == _wanted_rewards(cell)
-
-
-def _share_stem(folder: Path, share: Share) -> Path:
-    return folder / "shares" / str(share)
-
-
-def _share_manifest(folder: Path, share: Share) -> dict[str, Any] | None:
-    try:
-        manifest: dict[str, Any] = json.loads(
-            _share_stem(folder, share).with_suffix(".json").read_text()
-        )
-    except (OSError, json.JSONDecodeError):
-        return None
-    return manifest
-
-
 def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
     """Scores the images of ``share``, which have been sampled, with every judge of the profile."""
     if is_scored(cell, layout, share):
@@ -195,7 +163,7 @@ def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
     behaviour = cell_behaviour(cell, layout, share)
     models = {name: load_reward(config, _device()) for name, config in judges(cell.profile).items()}
     tower = behaviour.tower(models)
-    stem = _share_stem(folder, share)
+    stem = share_stem(folder, share)
     prompts = share.of(behaviour.prompts)
     score_images(models, prompts, folder / "images", stem.with_suffix(".parquet"))
     behaviour.judge(tower)
@@ -206,7 +174,7 @@ def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
         origin["checkpoint"], weights["checkpoint"] = runs.checkpoint_provenance(cell.checkpoint)
     write_json(
         stem.with_suffix(".json"),
-        {"rewards": _wanted_rewards(cell), "provenance": runs.provenance(weights) | origin},
+        {"rewards": wanted_rewards(cell), "provenance": runs.provenance(weights) | origin},
     )
 
 
@@ -219,9 +187,9 @@ def finish_scores(cell: ResolvedCell, layout: Layout, shares: int) -> None:
     if is_scored(cell, layout):
         return
     parts = [Share(index, shares) for index in range(shares)]
-    first = _share_manifest(folder, parts[0])
+    first = share_manifest(folder, parts[0])
     assert first is not None
-    frames = [pd.read_parquet(_share_stem(folder, part).with_suffix(".parquet")) for part in parts]
+    frames = [pd.read_parquet(share_stem(folder, part).with_suffix(".parquet")) for part in parts]
     behaviour = cell_behaviour(cell, layout)
     order = {prompt.id: place for place, prompt in enumerate(behaviour.prompts)}
     scores = pd.concat(

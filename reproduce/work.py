@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.held_out import EvaluationConfig
+from benchmarks.protocol import EvaluationConfig
 from g2rpo.attempts import Attempt
 from g2rpo.config import content_hash, validate
 from g2rpo.errors import UserError
@@ -21,7 +21,7 @@ from g2rpo.files import atomic_write_text
 from g2rpo.lease import Lease, latest
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.training.config import TrainConfig
-from reproduce import embedding, stages
+from reproduce import embedding, finished
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
 from reproduce.shares import WHOLE, Share
@@ -76,13 +76,15 @@ class Work:
     def done(self) -> bool:
         """Whether nothing is left to do."""
         if self.kind == "train":
-            return stages.is_trained(self.cell, self.layout)
+            return finished.is_trained(self.cell, self.layout)
         if self.kind == "sample":
-            return stages.is_sampled(self.cell, self.layout, self.share)
-        return stages.is_scored(self.cell, self.layout, self.share)
+            return finished.is_sampled(self.cell, self.layout, self.share)
+        return finished.is_scored(self.cell, self.layout, self.share)
 
     def do(self) -> None:
         """Does what is left."""
+        from reproduce import stages  # imports the model libraries: seconds that plans do without
+
         if self.kind == "train":
             stages.train(self.cell, self.layout)
         elif self.kind == "sample":
@@ -161,11 +163,13 @@ def perform(work: Work | Embedding, ranks: Ranks, log: Path | None = None) -> No
 
 def finish(cell: ResolvedCell, layout: Layout, shares: int) -> bool:
     """Puts the scores of a cell together once all shares are scored; whether they are."""
-    if stages.is_scored(cell, layout):
+    if finished.is_scored(cell, layout):
         return True
     parts = [Share(index, shares) for index in range(shares)]
-    if not all(stages.is_scored(cell, layout, part) for part in parts):
+    if not all(finished.is_scored(cell, layout, part) for part in parts):
         return False
+    from reproduce import stages
+
     with Lease.acquire(layout.evaluation(cell) / "leases", "finish"):
         stages.finish_scores(cell, layout, shares)
     return True

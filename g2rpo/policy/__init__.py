@@ -1,10 +1,14 @@
 """The policy: FLUX through diffusers, seen by everything else as velocities over packed latents."""
 
-from g2rpo.policy.checkpoint import CheckpointConfig
-from g2rpo.policy.conditioning import Conditioning
-from g2rpo.policy.export import export_pipeline
-from g2rpo.policy.flux import FluxPolicy, PolicyConfig
-from g2rpo.policy.lora import LoraConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from g2rpo.policy.config import CheckpointConfig, LoraConfig, PolicyConfig
+
+if TYPE_CHECKING:
+    from g2rpo.policy.conditioning import Conditioning
+    from g2rpo.policy.export import export_pipeline
+    from g2rpo.policy.flux import FluxPolicy
 
 __all__ = [
     "CheckpointConfig",
@@ -14,3 +18,11 @@ __all__ = [
     "PolicyConfig",
     "export_pipeline",
 ]
+# Importing the model libraries takes seconds, which whoever only plans or asks should not wait for.
+_LATER = {"Conditioning": "conditioning", "FluxPolicy": "flux", "export_pipeline": "export"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f"g2rpo.policy.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

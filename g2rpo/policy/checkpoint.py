@@ -10,34 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.hub.fetch import check_cached
 from g2rpo.hub.lock import revision_of
+from g2rpo.policy.config import CheckpointConfig
 from g2rpo.policy.folder import HUB_ID, fetch_snapshot, read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
 """What diffusers calls the weights of a transformer."""
 INDEX_SUFFIX = ".safetensors.index.json"
-
-
-class CheckpointConfig(StrictModel):
-    """Where the weights of a transformer are that takes the place of the base's."""
-
-    source: str = Field(min_length=1)
-    """A folder, a file, or a hub id."""
-    subfolder: str | None = None
-    """Where in the source."""
-    file: str | None = None
-    """The safetensors file, or the index of several; None is diffusers' own name."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; None is the pinned one, else the default branch."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +140,8 @@ def _shards(index: Path, label: str) -> list[Path]:
 
 def copy_whole(target: Tensor, whole: Tensor) -> None:
     """Copies ``whole`` into ``target``; of a sharded one, each rank copies its own part."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if isinstance(target, DTensor):
         part = distribute_tensor(
             whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None

@@ -8,46 +8,23 @@ the states that recorded transitions leave, training, validation, sampling) stay
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
-import pydantic
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.sweep import Key
 from g2rpo.policy.conditioning import Conditioning
+from g2rpo.policy.config import ContinuationConfig
 from g2rpo.policy.flux import FluxPolicy
 from g2rpo.policy.fp8 import Fp8Linear, fits
 from g2rpo.policy.kernels import compile_blocks, is_compiled
-from g2rpo.policy.step_cache import CachedBlocks, StepCache, StepCacheConfig
+from g2rpo.policy.step_cache import CachedBlocks, StepCache
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-
-
-class ContinuationConfig(StrictModel):
-    """How continuations are approximated. Part of a run's name: it changes what is trained."""
-
-    merged_lora: bool = False
-    """Adapters are added into a copy of their layers' weights, in the base's dtype, before each
-    rollout. In bfloat16 that rounds small updates away."""
-    fp8: bool = False
-    """The blocks' linear layers multiply in float8, modulations excepted. Emulated where the
-    device has no such kernels, which is slower than exact."""
-    step_cache: StepCacheConfig | None = None
-    """Skips blocks where little changes along a trajectory."""
-
-    @pydantic.model_validator(mode="after")
-    def _something(self) -> Self:
-        if not (self.merged_lora or self.fp8 or self.step_cache):
-            raise ValueError(
-                "continuations names no approximation; leave it out, or set merged_lora, fp8 or "
-                "step_cache"
-            )
-        return self
 
 
 class ContinuationPolicy:

@@ -11,15 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from pydantic import Field
 from torch import Tensor, nn
 
-from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
 from g2rpo.flow.batching import BatchSize
@@ -33,6 +31,7 @@ from g2rpo.policy.conditioning import (
     joined,
     row_of,
 )
+from g2rpo.policy.config import LoraConfig, PolicyConfig
 from g2rpo.policy.decoding import decode_size, in_slices
 from g2rpo.policy.folder import (
     checked_device,
@@ -40,28 +39,8 @@ from g2rpo.policy.folder import (
     read_json,
     resolve_source,
 )
-from g2rpo.policy.lora import LoraConfig
 
 logger = logging.getLogger(__name__)
-
-
-class PolicyConfig(StrictModel):
-    """Which FLUX to load, and the constants of its forward pass."""
-
-    source: str = Field(min_length=1)
-    """A diffusers FluxPipeline folder, or a hub id such as black-forest-labs/FLUX.1-dev."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub repository; None is its default branch."""
-    resolution: int = Field(gt=0)
-    """Side of the square images, in pixels."""
-    guidance_scale: float = Field(default=3.5, ge=0)
-    """Embedded guidance; unused by a transformer without guidance_embeds."""
-    max_sequence_length: int = Field(default=512, ge=1, le=512)
-    """T5 tokens a prompt is padded or cut to."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """In which everything is computed; latents stay float32 outside of the transformer, and what is
-    trained is kept in float32 beside it. ``float64`` is for checking numerics: there everything but
-    noise and rewards is float64."""
 
 
 @dataclass(frozen=True)

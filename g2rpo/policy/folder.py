@@ -8,8 +8,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
 from g2rpo.hub.cache import Digests
 from g2rpo.hub.catalogue import COMMIT
 from g2rpo.hub.lock import revision_of
+from g2rpo.progress import without_library_bars
 
 MODEL_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 TOKENIZER_FILES = {
@@ -214,17 +213,6 @@ def _missing_of_model(folder: Path, name: str) -> list[str]:
     return missing
 
 
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
     """Loads one component with its weights complete, in evaluation mode.
 
@@ -238,7 +226,7 @@ def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
             would fill those with random numbers and only warn).
     """
     try:
-        with _without_progress_bars():
+        with without_library_bars():
             model, report = model_class.from_pretrained(
                 str(folder),
                 local_files_only=True,

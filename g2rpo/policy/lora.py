@@ -16,47 +16,18 @@ from diffusers import FluxPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
+from g2rpo.policy.config import LoraConfig
 from g2rpo.seeds import gaussian
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls a LoRA file."""
-TARGET_MODULES = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "ff_context.net.0.proj",
-    "ff_context.net.2",
-)
-"""Attention and MLP projections, as diffusers' own FLUX LoRA training names them."""
 _METADATA = "lora_adapter_metadata"
 _PREFIX = "transformer."
 _ADAPTER = "default"
-
-
-class LoraConfig(StrictModel):
-    """Trains low-rank adapters in place of the transformer's own weights.
-
-    There is no dropout: it would make the training forward another one than the rollout's.
-    """
-
-    rank: int = Field(128, ge=1)
-    alpha: float = Field(256.0, gt=0)
-    """The adapters' product is scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = Field(TARGET_MODULES, min_length=1)
-    """Linear layers that get an adapter: those whose name ends so."""
 
 
 def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:

@@ -12,27 +12,15 @@ states of a batch here belong to trajectories of different lengths, strides and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from g2rpo.config import StrictModel
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.sweep import Key
 from g2rpo.flow.upload import indices
-
-
-class StepCacheConfig(StrictModel):
-    """What is compared along a trajectory, and how much it may change."""
-
-    kind: Literal["first_block", "modulation"] = "first_block"
-    """``first_block``: what the first block adds to the image tokens, as in first-block caching;
-    the rest of the blocks is reused. ``modulation``: the first block's modulation, which depends
-    on time and prompt alone, in the manner of TeaCache; all blocks are reused."""
-    threshold: float = Field(gt=0)
-    """Mean absolute change over mean absolute value, below which is reused."""
+from g2rpo.policy.config import StepCacheConfig
 
 
 @dataclass(frozen=True)

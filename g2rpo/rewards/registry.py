@@ -7,6 +7,7 @@ import torch
 
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
+from g2rpo.progress import without_library_bars
 from g2rpo.rewards.base import BatchedReward, RewardConfig
 
 # "module:Class", imported at first use: a run needs only the libraries of its own rewards.
@@ -37,4 +38,5 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedRewa
     loader = getattr(import_module(module), cls)
     if config.question is not None and not loader.part_names:
         raise UserError(f"reward {config.model}: it is not asked in words; remove `question`")
-    return cast(BatchedReward, loader.load(config, device))
+    with without_library_bars():
+        return cast(BatchedReward, loader.load(config, device))

@@ -18,7 +18,7 @@ from g2rpo.flow.schedule import GridConfig
 from g2rpo.methods.base import Method, RolloutShape, parse_method
 from g2rpo.offload import OffloadConfig
 from g2rpo.policy import LoraConfig, PolicyConfig
-from g2rpo.policy.continuation import ContinuationConfig
+from g2rpo.policy.config import ContinuationConfig
 from g2rpo.policy.kernels import Attention
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name

@@ -15,8 +15,8 @@ from torch import nn
 
 from g2rpo.errors import UserError
 from g2rpo.policy import FluxPolicy
+from g2rpo.policy.config import LoraConfig
 from g2rpo.policy.folder import read_json, resolve_source
-from g2rpo.policy.lora import LoraConfig
 from g2rpo.training.config import TrainConfig
 
 GIB = 2**30

@@ -11,7 +11,6 @@ import torch
 from cell_factory import make_cell
 from PIL import Image
 
-from benchmarks.diversity import DiversityConfig
 from benchmarks.held_out import (
     EvaluationConfig,
     compared_images,
@@ -20,6 +19,7 @@ from benchmarks.held_out import (
     sample_images,
     score_images,
 )
+from benchmarks.protocol import DiversityConfig
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig

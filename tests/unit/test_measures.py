@@ -16,9 +16,8 @@ from cell_factory import TABLE1, make_cell, make_metrics, make_scores, make_tabl
 from rich.console import Console
 
 from benchmarks.cells import Cell, Protocol, RowScores, gather_rows, load_cell, save_cell
-from benchmarks.diversity import DiversityConfig
-from benchmarks.drift import DriftConfig
 from benchmarks.metrics import DISTANCE, DRIFT, VENDI
+from benchmarks.protocol import DiversityConfig, DriftConfig
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from reproduce.comparisons import Hacking, compare_metric, judge_hacking

@@ -168,7 +168,7 @@ def test_the_counter_counts() -> None:
 )
 @pytest.mark.parametrize("approximate", [False, True])
 def test_a_gpu_is_never_awaited_within_the_walk(policy: FluxPolicy, approximate: bool) -> None:
-    from g2rpo.policy.continuation import ContinuationConfig
+    from g2rpo.policy.config import ContinuationConfig
 
     cuda = FluxPolicy.load(policy.config.model_copy(update={"dtype": "bfloat16"}), "cuda")
     method, grid = g2rpo.Config(granularities=(1, 2)), build_grid(GridConfig(steps=4), 4)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from g2rpo.config import validate
-from reproduce import stages as stage_functions
+from reproduce import finished
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.layout import Layout
 from reproduce.plan import Plan, make_plan
@@ -76,7 +76,7 @@ def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     trained = next(cell for cell in first.cells if cell.key == "hps/a")
     name = first.layout.training(trained).name
     monkeypatch.setattr(
-        stage_functions,
+        finished,
         "is_trained",
         lambda cell, layout: cell.train is None or layout.training(cell).name == name,
     )
@@ -84,7 +84,7 @@ def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert plan.done == {f"train/{name}"}
     assert len(plan.todo) == len(first.todo) - 1
     monkeypatch.setattr(
-        stage_functions,
+        finished,
         "is_scored",
         lambda cell, layout, share=None: layout.training(cell).name == name,
     )
@@ -97,7 +97,7 @@ def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_with_everything_done_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_functions, "is_scored", lambda *_: True)
+    monkeypatch.setattr(finished, "is_scored", lambda *_: True)
     plan = plan_of(tmp_path)
     assert len(plan.todo) == 0
     assert len(plan.done) == len(plan.graph) - 1

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.held_out import EvaluationConfig
+from benchmarks.protocol import EvaluationConfig
 from g2rpo.config import validate
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
 from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy.config import HybridConfig
 from g2rpo.policy.flux import Handover
-from g2rpo.sampling import HybridConfig, evaluation_noise, sample_latents, sample_ode
+from g2rpo.sampling import evaluation_noise, sample_latents, sample_ode
 
 SEED = 11
 STEPS = 7

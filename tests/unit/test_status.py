@@ -13,7 +13,7 @@ from g2rpo.attempts import Record, WorkProgress
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.owner import Owner
-from reproduce import stages as stage_functions
+from reproduce import finished
 from reproduce.display import status_table, summary
 from reproduce.experiment import Experiment, expand, load_profile
 from reproduce.launch import (
@@ -210,7 +210,7 @@ def test_what_is_done_is_done_whatever_slurm_says(
 ) -> None:
     here = site("slurm")
     here.job(TRAIN, "2", "CANCELLED")
-    monkeypatch.setattr(stage_functions, "is_trained", lambda *_: True)
+    monkeypatch.setattr(finished, "is_trained", lambda *_: True)
     here.attempt(RENDER, "done", owner=GONE)
     assert here.word(TRAIN) == ("done", "") and here.word(RENDER) == ("done", "")
     assert here.read()[TRAIN].share_done == 1.0

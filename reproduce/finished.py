@@ -1,0 +1,60 @@
+"""Whether a stage of a cell is complete. Nothing here imports a model library, unless images that
+are half there have to be looked at: plans and states are asked for on login nodes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from reproduce import runs
+from reproduce.experiment import ResolvedCell, judges
+from reproduce.layout import Layout
+from reproduce.shares import WHOLE, Share
+
+
+def is_trained(cell: ResolvedCell, layout: Layout) -> bool:
+    """Whether the cell needs no (more) training."""
+    return cell.train is None or runs.read_manifest(layout.training(cell)) is not None
+
+
+def is_sampled(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:
+    """Whether the held-out images of ``share`` are there, or were and have been scored."""
+    folder = layout.evaluation(cell)
+    if not folder.exists():
+        return False
+    # Once scored, most images are deleted on purpose.
+    if is_scored(cell, layout, share):
+        return True
+    from reproduce.stages import are_images_there  # imports the model libraries: seconds
+
+    return are_images_there(cell, layout, share)
+
+
+def wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
+    """What every judge of the profile is, by its name in tables."""
+    return {name: runs.reward_inputs(config) for name, config in judges(cell.profile).items()}
+
+
+def is_scored(cell: ResolvedCell, layout: Layout, share: Share | None = None) -> bool:
+    """Whether every judge of the profile has scored the cell's images, or those of ``share``."""
+    folder = layout.evaluation(cell)
+    manifest = runs.read_manifest(folder)
+    if share is not None and manifest is None:
+        manifest = share_manifest(folder, share)
+    return manifest is not None and manifest["rewards"] == wanted_rewards(cell)
+
+
+def share_stem(folder: Path, share: Share) -> Path:
+    """The path, less its suffix, of the scores of a share of the evaluation in ``folder``."""
+    return folder / "shares" / str(share)
+
+
+def share_manifest(folder: Path, share: Share) -> dict[str, Any] | None:
+    """The manifest of a share's scores; None while they are not all there."""
+    try:
+        manifest: dict[str, Any] = json.loads(
+            share_stem(folder, share).with_suffix(".json").read_text()
+        )
+    except (OSError, json.JSONDecodeError):
+        return None
+    return manifest
