@@ -29,7 +29,8 @@ export IMAGE
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
 	plan submit status doctor check \
 	lock audit image sif check-image bench-rewards bench-statistics bench-approximations \
-	slurm-up slurm-down test-slurm test-slurm-core
+	slurm-up slurm-down test-slurm test-slurm-core \
+	test-slurm-facts
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
@@ -68,10 +69,13 @@ test: $(READY) ## run all tests, in two processes
 	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slurm: $(READY) ## the tests on a real SLURM cluster, in about ten minutes (root and Debian)
-	PYTHON=$(RUN)/python tests/slurm/run.sh slurm
+	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and not facts'
 
 test-slurm-core: $(READY) ## those of them that every change must pass, in four minutes
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and core'
+
+test-slurm-facts: $(READY) ## what the launcher relies on in SLURM itself, for a new version of it
+	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and facts'
 
 slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Debian)
 	tests/slurm/cluster/up.sh

@@ -11,7 +11,7 @@ from harness import Cluster
 from job_functions import text
 from submission import executor, log
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.facts]
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def _started(cluster: Cluster, folder: Path) -> tuple[Any, str]:
     return job, str(cluster.fields(job.job_id)["NodeList"])
 
 
+@pytest.mark.facts
 def test_old_process_survives_the_crash_of_slurmd(cluster: Cluster, folder: Path) -> None:
     job, node = _started(cluster, folder)
     after = cluster.submit("true", f"--dependency=afterok:{job.job_id}")

@@ -40,7 +40,6 @@ def test_usr2_starts_the_same_pickle_again(cluster: Cluster, folder: Path) -> No
     assert teardowns(folder) == [f"{job.job_id} 85 RUNNING marker", f"{job.job_id} 0 RUNNING"]
 
 
-@pytest.mark.core
 def test_task_of_an_array_starts_again_alone(cluster: Cluster, folder: Path) -> None:
     several = executor(folder)
     with several.batch():
@@ -63,6 +62,7 @@ def test_task_of_an_array_starts_again_alone(cluster: Cluster, folder: Path) -> 
     assert [job.result() for job in jobs] == [0, 1, 2]
 
 
+@pytest.mark.facts
 def test_id_of_an_array_requeues_all_of_it(cluster: Cluster, folder: Path) -> None:
     several = executor(folder)
     with several.batch():
@@ -91,7 +91,7 @@ def _preempted(cluster: Cluster, job: str) -> None:
     "cause",
     [
         _by_hand,
-        _at_the_time_limit,
+        pytest.param(_at_the_time_limit, marks=pytest.mark.facts),
         pytest.param(_preempted, marks=pytest.mark.core),
     ],
 )
@@ -108,6 +108,7 @@ def test_every_rank_gets_usr2(
     cluster.wait_attempts(job.job_id, ["REQUEUED", "COMPLETED"])
 
 
+@pytest.mark.facts
 def test_usr2_comes_before_its_time(cluster: Cluster, folder: Path) -> None:
     job = start(cluster, Signalled(folder), time=1, signal_delay_s=55)
     cluster.wait(lambda: events(folder, "SIGUSR2"), 60, "USR2")
@@ -116,6 +117,7 @@ def test_usr2_comes_before_its_time(cluster: Cluster, folder: Path) -> None:
     assert cluster.wait_ended(job.job_id) == "COMPLETED"
 
 
+@pytest.mark.facts
 def test_preemption_does_not_wait_longer_than_its_grace(cluster: Cluster, folder: Path) -> None:
     job = start(cluster, Signalled(folder, closing=60), **FOUR_RANKS)
     cluster.preempt()
@@ -139,6 +141,7 @@ def test_preemption_by_sigterm_alone(cluster: Cluster, folder: Path) -> None:
     assert cluster.fields(job.job_id)["Restarts"] == "1"
 
 
+@pytest.mark.facts
 def test_job_that_ends_by_itself_when_preempted_is_not_requeued(
     cluster: Cluster, folder: Path
 ) -> None:
@@ -184,6 +187,7 @@ def test_job_cancelled_while_it_closes(cluster: Cluster, folder: Path, setup: li
         assert marker.exists()
 
 
+@pytest.mark.facts
 def test_requeue_revives_a_cancelled_job(cluster: Cluster, folder: Path) -> None:
     # Why the lines after srun look at the state first.
     careless = [line for line in requeueing(folder) if '[ -n "$again" ]' not in line]
@@ -207,7 +211,6 @@ def test_requeue_from_outside_gives_sigterm_and_no_usr2(cluster: Cluster, folder
     assert job.results() == [3, 3, 3, 3]
 
 
-@pytest.mark.core
 def test_usr2_before_python_handles_it(cluster: Cluster, folder: Path) -> None:
     several = executor(folder)
     job = several.submit(DieOfSignal(folder))
@@ -217,6 +220,7 @@ def test_usr2_before_python_handles_it(cluster: Cluster, folder: Path) -> None:
     assert teardowns(folder) == [f"{job.job_id} 140 RUNNING usr2", f"{job.job_id} 0 RUNNING"]
 
 
+@pytest.mark.facts
 def test_rank_that_leaves_first_takes_the_others_down(cluster: Cluster, folder: Path) -> None:
     # Why nobody leaves before the marker is there, and why the marker counts, not the code.
     job = executor(folder, **FOUR_RANKS).submit(LeaveAlone(folder, first=3))
