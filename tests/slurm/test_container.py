@@ -104,7 +104,7 @@ def test_jobs_run_in_the_image_and_survive_a_requeue(
         monkeypatch.setenv(name, value)
     _profile(tmp_path, environment)
     place = ["experiment.yaml", "--profile", "smoke", "--cluster", "cluster.yaml"]
-    longer = ["--set", "optimization.iterations=40", "--set", "checkpoints.every=5"]
+    longer = ["--set", "optimization.iterations=300", "--set", "checkpoints.every=5"]
     done = _g2rpo(tmp_path, "submit", *place, *longer)
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "results" / "runs"
@@ -120,7 +120,7 @@ def test_jobs_run_in_the_image_and_survive_a_requeue(
     number = job()
     cluster.wait(trained, 150, "checkpoint of the training")
     cluster.requeue(number)
-    cluster.wait(lambda: list(runs.glob("g2rpo-*/manifest.json")), 150, "end of the training")
+    cluster.wait(lambda: list(runs.glob("g2rpo-*/manifest.json")), 240, "end of the training")
     table = runs / "smoke" / "contained" / "contained.md"
     cluster.wait(table.exists, 120, "table")
     assert int(cluster.fields(number)["Restarts"]) >= 1
