@@ -130,7 +130,7 @@ def test_what_slurm_would_refuse(doctor: Doctor) -> None:
     assert word == "failed" and "Requested node configuration is not available" in text
     done = doctor("--quick", "--profile", scale)
     assert "2 such nodes in all" in done.line("devices of train")[1]
-    assert done.line("sbatch takes sample, score")[0] == "ok"
+    assert done.line("sbatch takes embed, sample, score")[0] == "ok"
 
 
 def test_a_time_limit_above_the_partition_s(doctor: Doctor, cluster: Cluster) -> None:
@@ -140,10 +140,10 @@ def test_a_time_limit_above_the_partition_s(doctor: Doctor, cluster: Cluster) ->
     finally:
         cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
     assert done.code == 2
-    word, text = done.line("time of train, sample, score")
+    word, text = done.line("time of embed, train, sample, score")
     assert word == "failed"
     assert "asks for 1440 minutes, partition main allows 60" in text
-    assert "set minutes: {train: 60, sample: 60, score: 60}" in text
+    assert "set minutes: {embed: 60, train: 60, sample: 60, score: 60}" in text
 
 
 def test_preemption_without_time_to_save_is_a_warning(doctor: Doctor) -> None:
