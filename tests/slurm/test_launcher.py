@@ -70,5 +70,4 @@ def test_experiment_with_a_requeued_and_a_failing_cell(
     log = place.g2rpo("logs", "train hps/broken")
     assert "by nan" in log.stdout
     assert f"{place.job(BROKEN)}_0_log.out" in log.stderr
-    place.g2rpo("logs", "train nothing", code=2)
     assert place.alive() == []
