@@ -16,6 +16,7 @@ from benchmarks.mini_world.judges import MODELS
 from benchmarks.mini_world.tokenizers import words
 from benchmarks.small_rewards import liven
 from g2rpo.files import atomic_folder, atomic_write_text
+from g2rpo.progress import without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
 
 PROMPTS = {"train": 16, "validation": 4, "test": 8}
@@ -38,7 +39,11 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
     done = folder / "BUILT"
     if done.is_file() and done.read_text() == mark:
         return folder
-    with torch.random.fork_rng(devices=[]), atomic_folder(folder) as temporary:
+    with (
+        without_library_bars(),
+        torch.random.fork_rng(devices=[]),
+        atomic_folder(folder) as temporary,
+    ):
         torch.manual_seed(seed)
         _save_policy(temporary / "policy")
         for name, build in MODELS.items():

@@ -35,7 +35,7 @@ from g2rpo.files import (
     sha256_tree,
     write_json,
 )
-from g2rpo.progress import ProgressReport
+from g2rpo.progress import ProgressReport, without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
 
 MANIFEST = "manifest.json"
@@ -272,7 +272,8 @@ class Built:
 
 def _build_part(part: Part, settings: MiniWorldSettings, assets: Path) -> Built:
     start, cpu = time.monotonic(), time.process_time()
-    measured = part.build(settings, assets)
+    with without_library_bars():
+        measured = part.build(settings, assets)
     seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
     return Built(round(seconds, 1), round(cpu_seconds, 1), measured)
 

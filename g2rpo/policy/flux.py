@@ -39,6 +39,7 @@ from g2rpo.policy.folder import (
     read_json,
     resolve_source,
 )
+from g2rpo.progress import without_library_bars
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +287,7 @@ class FluxPolicy:
 
     def save_transformer(self, folder: Path) -> None:
         """Writes the transformer as an ordinary diffusers ``transformer/`` folder, atomically."""
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary, without_library_bars():
             self._unwrapped().save_pretrained(temporary)
 
     def load_transformer(self, path: Path) -> None:
