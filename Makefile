@@ -28,7 +28,7 @@ export IMAGE
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
 	plan submit status doctor check \
-	lock audit image sif check-image bench-rewards bench-statistics bench-approximations \
+	lock audit image sif check-image bench-speed bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-slurm-facts
 
@@ -149,6 +149,9 @@ bench-rewards: $(READY) ## images a second of the reward models against their pa
 
 bench-statistics: $(READY) ## seconds that the statistics of a whole table take
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.statistics
+
+bench-speed: $(READY) ## a whole iteration the released way and ours (FLUX's size on a GPU, else the mini world)
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.iteration
 
 bench-approximations: $(READY) ## what approximate continuations change on the mini world (about half an hour)
 	$(OFFLINE) $(RUN)/python -m benchmarks.approximations

@@ -1,0 +1,95 @@
+"""The benchmark of a whole iteration: both executions do the same, and the report says what it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer import Typer
+from typer.testing import CliRunner
+
+from benchmarks.speed import iteration
+from benchmarks.speed.original import Plan
+from benchmarks.speed.sizes import SIZES, FluxShape, write_flux
+from g2rpo.methods.base import RolloutShape
+from g2rpo.policy import FluxPolicy, PolicyConfig
+
+APP = Typer()
+APP.command()(iteration.main)
+
+
+def test_the_original_takes_as_many_evaluations_as_are_published() -> None:
+    sigmas = (0.0,) * 16
+    for granularities, original, shared in (
+        ((1,), 1216, 1120),
+        ((1, 2), 1792, 1504),
+        ((1, 2, 3), 2188, 1708),
+    ):
+        plan = Plan(tuple(range(8)), granularities, 12, sigmas, 0, 0)
+        assert plan.evaluations(16) == original
+        method = iteration.G2rpo(granularities=granularities)
+        assert method.forest(RolloutShape(16, 12, 300), 0).velocity_evaluations == shared
+    assert Plan(tuple(range(8)), (1, 2, 3), 12, sigmas, 0, 0).images == 289
+
+
+def test_all_executions_give_the_same_rewards(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        APP, ["--size", "tiny", "--repeats", "1", "--output", str(tmp_path)], catch_exceptions=False
+    )
+    assert done.exit_code == 0
+    result = json.loads((tmp_path / "iteration-tiny.json").read_text())
+    original, batched, ours = result["executions"]
+    assert done.output.splitlines()[-1] == f"ratio: {original['whole'] / ours['whole']:.2f}"
+    size = SIZES["tiny"]
+    forest = iteration.G2rpo(granularities=size.granularities).forest(
+        RolloutShape(size.steps, size.group_size, 1), 0
+    )
+    assert original["evaluations"] == original["run_evaluations"] == batched["run_evaluations"]
+    assert ours["evaluations"] == forest.velocity_evaluations < original["evaluations"]
+    for execution in (original, batched):
+        assert execution["reward_difference"] < 1e-4
+        assert torch.tensor(execution["rewards"]).isfinite().all()
+        # One forward for each stochastic step: its samples share the state that they leave.
+        assert execution["training_evaluations"] == ours["training_evaluations"] == 3
+    assert torch.tensor(ours["rewards"]).std() > 1e-3
+    page = (tmp_path / "iteration-tiny.md").read_text()
+    assert "goal at least 4×" in page and "commit" in page
+
+
+def test_a_part_of_the_original_is_extrapolated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(SIZES["tiny"]), "every", 4)
+    models = SIZES["tiny"].prepare(tmp_path)
+    bench = iteration.Bench(SIZES["tiny"], models, torch.device("cpu"), tmp_path)
+    _, trained = bench.ours("ours")
+    part = bench.original("original", trained, batched=False)
+    assert part.run_evaluations < part.evaluations
+    rewards = torch.tensor(part.rewards)
+    assert 0 < int(rewards.isfinite().sum()) < rewards.numel()
+    assert part.rollout_tflops == pytest.approx(
+        bench.operations * part.evaluations / part.seconds["rollout"] / 1e12
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(["--size", "flx"], "flux"), (["--size", "flux"], "needs a GPU")]
+)
+def test_a_size_that_cannot_be_run(arguments: list[str], told: str) -> None:
+    if told == "needs a GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = CliRunner().invoke(APP, arguments)
+    assert type(done.exception).__name__ == "UserError"
+    assert told in str(done.exception)
+
+
+def test_a_random_pipeline_of_any_shape_is_one_that_loads(tmp_path: Path) -> None:
+    shape = FluxShape(1, 1, 2, 32, 32, 64, 24, (8, 16, 16), 4)
+    write_flux(tmp_path, shape, torch.device("cpu"))
+    config = PolicyConfig(source=str(tmp_path), resolution=32, max_sequence_length=24)
+    policy = FluxPolicy.load(config, "cpu")
+    conditioning = policy.encode(["a red circle"])
+    latents = torch.randn(1, policy.image_tokens, 64)
+    velocity = policy.velocity(latents, torch.ones(1), conditioning)
+    assert velocity.shape == latents.shape and velocity.isfinite().all()
+    assert policy.decode(velocity).shape == (1, 32, 32, 3)
