@@ -32,6 +32,7 @@ from g2rpo.methods.g2rpo import Config as G2rpo
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
+from g2rpo.training.rollout import Rollout
 from g2rpo.training.transitions import TrainingBatch
 
 OUTPUT = Path("results/speed")
@@ -46,6 +47,7 @@ class Timing:
         seconds: of the whole iteration by phase, extrapolated where not all was run.
         evaluations: velocity evaluations of the whole iteration's rollouts.
         run_evaluations: how many of them were run.
+        images: distinct images decoded and scored for the whole iteration.
         training_evaluations: latents that went through a training forward.
         rollout_tflops: TFLOP/s over the rollout's seconds.
         peak_gb: largest memory of the device, GB; None on the CPU.
@@ -56,6 +58,7 @@ class Timing:
     seconds: dict[str, float]
     evaluations: int
     run_evaluations: int
+    images: int
     training_evaluations: int
     rollout_tflops: float
     peak_gb: float | None
@@ -114,13 +117,12 @@ class Bench:
 
         trainer.policy.vae.decode = timed_decode
         trainer.updater.run = timed_update  # type: ignore[method-assign]
-        rewards: list[list[list[float]]] = []
+        rollouts: list[Rollout] = []
         roll_out = trainer.engine.run
 
         def kept_rollout(*given: Any) -> Any:
-            rollout = roll_out(*given)
-            rewards.append(rollout.group_rewards("hps")[0].tolist())
-            return rollout
+            rollouts.append(roll_out(*given))
+            return rollouts[-1]
 
         object.__setattr__(trainer.engine, "run", kept_rollout)
         self.forget_peak()
@@ -130,8 +132,16 @@ class Bench:
             whole = watch.now() - started
         seconds = {phase: watch.seconds[phase] for phase in ("decode", "reward", "training")}
         seconds["rollout"] = whole - sum(seconds.values())
-        timing = self._timing(name, seconds, counts["rollout"], counts["rollout"], rewards[0])
-        return self._with_training(timing, counts["training"]), kept[0]
+        (rollout,) = rollouts
+        return self._timing(
+            name=name,
+            seconds=seconds,
+            evaluations=counts["rollout"],
+            run_evaluations=counts["rollout"],
+            images=len(rollout.forest.images),
+            training_evaluations=counts["training"],
+            rewards=rollout.group_rewards("hps")[0].tolist(),
+        ), kept[0]
 
     def original(self, name: str, trained: Trained, *, batched: bool) -> Timing:
         """The released execution, or that merely batched."""
@@ -156,6 +166,7 @@ class Bench:
         with counted_evaluations(trainer.policy.transformer) as counts:
             executed = original.run(prompt)
             assert counts["rollout"] == executed.evaluations
+            assert every > 1 or executed.evaluations == plan.evaluations(config.grid.steps)
             with watch.phase("training"), original.precision():
                 conditioning = trainer.policy.encode([prompt.text])
                 trainer.updater.run(trained.batch, conditioning, trained.prompts, plan.iteration)
@@ -167,9 +178,15 @@ class Bench:
             "reward": watch.seconds["reward"] * images,
             "training": watch.seconds["training"],
         }
-        rewards = executed.rewards.tolist()
-        timing = self._timing(name, seconds, whole, executed.evaluations, rewards)
-        return self._with_training(timing, counts["training"])
+        return self._timing(
+            name=name,
+            seconds=seconds,
+            evaluations=whole,
+            run_evaluations=executed.evaluations,
+            images=plan.images,
+            training_evaluations=counts["training"],
+            rewards=executed.rewards.tolist(),
+        )
 
     def original_config(self, *, batched: bool) -> TrainConfig:
         """Float32 weights, nothing compiled; the rollout of ours is trained on, without a check."""
@@ -196,18 +213,13 @@ class Bench:
         trainer.config = whole
         trainer.progress.iteration = 0
 
-    def _timing(
-        self, name: str, seconds: dict[str, float], evaluations: int, run: int, rewards: Any
-    ) -> Timing:
-        tflops = self.operations * evaluations / seconds["rollout"] / 1e12
+    def _timing(self, **measured: Any) -> Timing:
+        operations = self.operations * measured["evaluations"]
+        tflops = operations / measured["seconds"]["rollout"] / 1e12
         peak = None
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 1e9
-        return Timing(name, seconds, evaluations, run, 0, tflops, peak, rewards)
-
-    @staticmethod
-    def _with_training(timing: Timing, evaluations: int) -> Timing:
-        return Timing(**(asdict(timing) | {"training_evaluations": evaluations}))
+        return Timing(rollout_tflops=tflops, peak_gb=peak, **measured)
 
     def forget_peak(self) -> None:
         """Frees what nobody holds; the largest memory is counted from here."""
@@ -241,6 +253,16 @@ def largest_difference(first: Timing, second: Timing) -> float:
     return float(difference[~difference.isnan()].max())
 
 
+def constants(ours: Timing) -> dict[str, float]:
+    """Seconds of each part of our execution, as ``reproduce/speeds.yaml`` has them."""
+    return {
+        "evaluation": ours.seconds["rollout"] / ours.evaluations,
+        "training_state": ours.seconds["training"] / ours.training_evaluations,
+        "decode": ours.seconds["decode"] / ours.images,
+        "hps": ours.seconds["reward"] / ours.images,
+    }
+
+
 def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """All executions of ``size``, the repeats in turn."""
     from reproduce.runs import provenance
@@ -263,6 +285,7 @@ def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
         },
         "ceiling_tflops": ceiling,
         "operations": bench.operations,
+        "constants": constants(ours),
         "ratio": original.whole / ours.whole,
         "ratios": [each[0].whole / each[2].whole for each in rounds],
         "executions": [

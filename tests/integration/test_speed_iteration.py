@@ -1,4 +1,4 @@
-"""The benchmark of a whole iteration: both executions do the same, and the report says what it is."""
+"""The benchmark of a whole iteration: all executions do the same, and the report says so."""
 
 import json
 from pathlib import Path
@@ -52,6 +52,10 @@ def test_all_executions_give_the_same_rewards(tmp_path: Path) -> None:
         # One forward for each stochastic step: its samples share the state that they leave.
         assert execution["training_evaluations"] == ours["training_evaluations"] == 3
     assert torch.tensor(ours["rewards"]).std() > 1e-3
+    constants = result["constants"]
+    assert constants["evaluation"] == ours["seconds"]["rollout"] / ours["evaluations"]
+    assert ours["images"] == len(forest.images)
+    assert constants["hps"] == ours["seconds"]["reward"] / ours["images"]
     page = (tmp_path / "iteration-tiny.md").read_text()
     assert "goal at least 4×" in page and "commit" in page
 
