@@ -1,11 +1,14 @@
 """What a profile needs before its stages can run: devices, and files that it makes itself."""
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 
 from g2rpo.errors import UserError
-from reproduce.experiment import ROOT, Experiment, Profile
+from g2rpo.policy import PolicyConfig
+from g2rpo.training.config import TrainConfig
+from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
 from slurm.cluster import Cluster, has_slurm
 
 MEND = "PROFILE=mini runs the same experiment here"
@@ -44,6 +47,50 @@ def _check_this_machine(profile: Profile, experiment: Experiment) -> None:
             f"profile {profile.name} needs {needs.gpus} GPUs of {needs.gpu_memory_gb} GB or more "
             f"and this machine shows {found}, and no SLURM was found or asked for; {MEND}"
         )
+
+
+def check_memory(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
+    """Refuses, before anything is submitted or loaded, a training that its GPUs cannot hold.
+
+    Where the base's files are not here, that is left to the job, which looks before it loads.
+
+    Raises:
+        UserError: one line that says what it needs and what would fit.
+    """
+    needs = profile.hardware
+    if not needs.gpus or not needs.gpu_memory_gb:
+        return
+    from g2rpo.training.memory import GIB, check_fits, reward_bytes
+
+    available = float(needs.gpu_memory_gb * GIB)
+    seen: set[str] = set()
+    for cell in cells:
+        config = cell.train
+        if config is None or not _is_here(config.policy) or _alike(config) in seen:
+            continue
+        seen.add(_alike(config))
+        try:
+            check_fits(config, needs.training_ranks, available, reward_bytes(config))
+        except UserError as error:
+            raise UserError(f"{cell.key}, profile {profile.name}: {error}") from None
+
+
+def _alike(config: TrainConfig) -> str:
+    """Equal for trainings that need the same memory."""
+    what = ("policy", "rewards", "lora", "execution")
+    settings = config.optimization
+    moments = (settings.optimizer, settings.ema_decay, settings.kl_coefficient > 0)
+    return repr([*(getattr(config, name) for name in what), moments])
+
+
+def _is_here(policy: PolicyConfig) -> bool:
+    from g2rpo.policy.folder import resolve_source
+
+    try:
+        resolve_source(policy.source, policy.revision)
+    except UserError:
+        return False
+    return True
 
 
 def build_assets(profile: Profile) -> None:

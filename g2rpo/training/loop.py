@@ -35,7 +35,7 @@ from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
 from g2rpo.training.fitting import RolloutSizes
-from g2rpo.training.memory import check_fits, weights_bytes
+from g2rpo.training.memory import check_fits, reward_bytes
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
 from g2rpo.training.rollout import Rollout, RolloutEngine
 from g2rpo.training.state import TrainingState
@@ -50,9 +50,7 @@ def _check_memory(config: TrainConfig, accelerator: Accelerator) -> None:
     """Refuses, before anything is loaded, what cannot fit into this rank's GPU."""
     if accelerator.device.type == "cuda":
         _, total = torch.cuda.mem_get_info(accelerator.device)
-        sources = [Path(term.reward.source or "") for term in config.rewards.values()]
-        rewards = sum(weights_bytes(source) for source in sources if source.name)
-        check_fits(config, accelerator.num_processes, total, rewards)
+        check_fits(config, accelerator.num_processes, total, reward_bytes(config))
 
 
 def _load_reward(reward: RewardConfig, config: TrainConfig, device: torch.device) -> RewardModel:

@@ -171,7 +171,7 @@ def _with(config: TrainConfig, section: str, **changes: object) -> TrainConfig:
 
 
 def check_fits(
-    config: TrainConfig, ranks: int, available: float, reward_bytes: float = 0.0
+    config: TrainConfig, ranks: int, available: float, rewards: float = 0.0
 ) -> dict[str, float]:
     """The estimate, where it fits into ``available`` bytes of each GPU.
 
@@ -179,15 +179,15 @@ def check_fits(
         config: the run.
         ranks: GPUs.
         available: bytes of each.
-        reward_bytes: what the reward models take while training, where they stay on the GPU.
+        rewards: bytes of the reward models while training, where they stay on the GPU.
 
     Raises:
         UserError: it does not; with what would.
     """
     sizes = transformer_sizes(config)
     parts = estimate(config, sizes, ranks)
-    if reward_bytes and not config.execution.offload.rewards:
-        parts["reward models"] = reward_bytes
+    if rewards and not config.execution.offload.rewards:
+        parts["reward models"] = rewards
     usable = USABLE * available
     need = sum(parts.values())
     if need <= usable:
@@ -195,13 +195,19 @@ def check_fits(
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
     shown = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     fitting = alternatives(config, sizes, ranks, usable - parts.get("reward models", 0.0))
-    if "reward models" in parts and need - reward_bytes <= usable:
+    if "reward models" in parts and need - rewards <= usable:
         fitting.insert(0, "execution.offload.rewards=true")
     mend = "; or ".join(fitting) if fitting else "GPUs with more memory"
     raise UserError(
         f"this run needs about {need / GIB:.1f} GiB of each GPU, which has "
         f"{available / GIB:.1f} GiB (largest: {shown} GiB); what would fit: {mend}"
     )
+
+
+def reward_bytes(config: TrainConfig) -> int:
+    """The bytes of the reward models that are trained on, of those that are files here."""
+    sources = [Path(term.reward.source or "") for term in config.rewards.values()]
+    return sum(weights_bytes(source) for source in sources if source.name)
 
 
 def weights_bytes(folder: Path) -> int:

@@ -108,5 +108,7 @@ class Request:
         runner.build_assets(profile)
         settings = parse_overrides(self.overrides)
         cells = experiments.expand(loaded, profile, seeds, settings)
+        if runnable:
+            runner.check_memory(profile, cells)
         layout = layout_of(self.results, publish=self.publish)
         return make_plan(loaded, profile, cells, layout), cluster

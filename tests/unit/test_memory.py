@@ -22,6 +22,8 @@ from g2rpo.training.memory import (
     transformer_sizes,
     weights_bytes,
 )
+from reproduce.experiment import Hardware, expand, load_experiment, load_profile
+from reproduce.runner import check_memory
 
 FLUX_TOKENS = 2025 + 512
 
@@ -103,6 +105,45 @@ def test_the_profiles_fit_their_gpus(smoke_assets: Path, flux: Sizes) -> None:
     assert need(1, lora={}, execution={"gradient_checkpointing": True}) < 36
     assert need(1) > 200
     assert need(1, lora={}) * GIB > WORKING_BYTES
+
+
+def test_what_does_not_fit_is_refused_before_it_is_submitted(
+    smoke_assets: Path, flux: Sizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[TrainConfig] = []
+
+    def sizes(config: TrainConfig) -> Sizes:
+        asked.append(config)
+        return flux
+
+    monkeypatch.setattr("g2rpo.training.memory.transformer_sizes", sizes)
+    profile = load_profile("smoke").model_copy(
+        update={
+            "policy": config(smoke_assets).policy,
+            "hardware": Hardware(gpus=1, gpu_memory_gb=80),
+        }
+    )
+    cells = expand(load_experiment("table1"), profile, (1, 2), {})
+    with pytest.raises(UserError) as caught:
+        check_memory(profile, cells)
+    assert str(caught.value).startswith("hps/")
+    assert "profile smoke: this run needs about" in str(caught.value)
+    assert "has 80.0 GiB" in str(caught.value)
+    asked.clear()
+    adapters = expand(
+        load_experiment("table1"),
+        profile,
+        (1, 2),
+        {"lora": {}, "execution": {"training_micro_batch": 1}},
+    )
+    check_memory(profile, adapters)
+    assert 0 < len(asked) < len(adapters) / 2  # the same training at two seeds is asked once
+    absent = profile.model_copy(
+        update={"policy": profile.policy.model_copy(update={"source": "nobody/nothing"})}
+    )
+    check_memory(absent, expand(load_experiment("table1"), absent, (1,), {}))
+    without = profile.model_copy(update={"hardware": Hardware()})
+    check_memory(without, cells)
 
 
 def test_what_does_not_fit_is_told_with_what_would(
