@@ -28,7 +28,7 @@ export IMAGE
 .PHONY: help setup mini smoke test lint mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
 	plan submit status doctor check \
-	lock audit image sif check-image bench-speed bench-rewards bench-statistics bench-approximations \
+	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-slurm-facts
 
@@ -152,6 +152,9 @@ bench-statistics: $(READY) ## seconds that the statistics of a whole table take
 
 bench-speed: $(READY) ## a whole iteration the released way and ours (FLUX's size on a GPU, else the mini world)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.iteration
+
+bench-numerics: $(READY) ## how far the ratio is from 1 before an update, at FLUX's width and length (minutes)
+	$(OFFLINE) $(RUN)/python -m benchmarks.numerics
 
 bench-approximations: $(READY) ## what approximate continuations change on the mini world (about half an hour)
 	$(OFFLINE) $(RUN)/python -m benchmarks.approximations
