@@ -29,7 +29,7 @@ from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.policy.fp8 import has_fp8_kernels
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.registry import load_reward
-from g2rpo.training.advantages import group_advantages, step_advantages
+from g2rpo.training.advantages import transition_advantages
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
@@ -101,10 +101,10 @@ def advantages_of(rollout: Rollout, judges: Sequence[str], config: TrainConfig) 
     steps = [step.step for step in rollout.recorded]
     for name in judges:
         grouped = {name: rollout.group_rewards(name)}
-        values = group_advantages(grouped, {name: 1.0}, config.advantage).values
-        groups, clip = rollout.forest.groups, config.advantage.clip
-        by_step = [step_advantages(values, groups, step, clip) for step in steps]
-        found[name] = torch.stack(by_step, dim=1)
+        advantages = transition_advantages(
+            grouped, {name: 1.0}, rollout.forest.groups, steps, config.advantage
+        )
+        found[name] = torch.stack(advantages.by_step, dim=1)
     return found
 
 

@@ -1,14 +1,32 @@
 """G2RPO: singular stochastic sampling and multi-granularity advantages (arXiv 2510.01982)."""
 
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from g2rpo.config import nearest
 from g2rpo.flow.forest import Forest, Group
 from g2rpo.flow.granularity import coinciding_granularities, continuation_nodes
 from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.base import Method, RolloutShape, check_steps
+
+NamedSteps = Literal["first_half", "last_half", "all", "every_second", "first", "middle", "last"]
+"""Sets of stochastic steps on any grid; the step before the image is never one of them."""
+
+
+def named_steps(name: NamedSteps, steps: int) -> tuple[int, ...]:
+    """The stochastic steps that ``name`` stands for on a grid of ``steps`` steps."""
+    chosen: dict[NamedSteps, range] = {
+        "first_half": range(steps // 2),
+        "last_half": range(steps // 2, steps - 1),
+        "all": range(steps - 1),
+        "every_second": range(0, steps - 1, 2),
+        "first": range(1),
+        "middle": range(steps // 2, steps // 2 + 1),
+        "last": range(steps - 2, steps - 1),
+    }
+    return tuple(chosen[name])
 
 
 class Config(Method):
@@ -20,16 +38,29 @@ class Config(Method):
     name: Literal["g2rpo"] = "g2rpo"
     eta: float = Field(0.7, gt=0)
     """Noise level of the stochastic step (released flag ``--eta 0.7``)."""
-    stochastic_steps: tuple[int, ...] | None = None
-    """The set M of stochastic steps; null is the first half of the grid, as in the paper."""
+    stochastic_steps: tuple[int, ...] | NamedSteps | None = None
+    """The set M of stochastic steps: indices from 0, or a name (:data:`NamedSteps`); null is the
+    first half of the grid, as in the paper."""
     granularities: tuple[int, ...] = (1, 2, 3)
     """The set of granularities; (1,) is "without MGAI"."""
     log_anchor_reward: bool = True
     """Also scores the anchor's own image, for the log alone (as the released code does)."""
 
+    @field_validator("stochastic_steps", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        names = get_args(NamedSteps)
+        if isinstance(value, str) and value not in names:
+            raise ValueError(
+                f"method.stochastic_steps: no set of steps {value!r}; {nearest(value, names)} "
+                "(or name the steps, e.g. [0, 1, 2])"
+            )
+        return value
+
     def steps_of(self, steps: int) -> tuple[int, ...]:
         """The stochastic steps M for a grid of ``steps`` steps."""
-        return tuple(range(steps // 2)) if self.stochastic_steps is None else self.stochastic_steps
+        chosen = "first_half" if self.stochastic_steps is None else self.stochastic_steps
+        return named_steps(chosen, steps) if isinstance(chosen, str) else chosen
 
     def check(self, shape: RolloutShape) -> list[str]:
         """See :meth:`Method.check`; tells granularities that coincide."""

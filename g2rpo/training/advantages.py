@@ -1,14 +1,15 @@
 """From the rewards of a group's images to the advantages of its stochastic transitions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from g2rpo.config import StrictModel
 from g2rpo.flow.forest import Group
+from g2rpo.training.fusion import Fusion, fused_rewards, granularity_weights
 
 # Rewards are float32: a spread of a few of its rounding errors is no difference between images.
 EQUAL_REWARDS_TOLERANCE = 8 * torch.finfo(torch.float32).eps
@@ -30,19 +31,34 @@ class AdvantageConfig(StrictModel):
     """``sum``: weighted sum of each reward's advantages (G2RPO, DanceGRPO). ``normalized_weights``:
     the same with weights that sum to 1 (MixGRPO). ``sum_of_rewards``: rewards are summed before
     they are normalised (Flow-GRPO)."""
+    fusion: Fusion = "sum"
+    """How the granularities of a step become one advantage; ``sum`` is the paper's."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_fusion(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs are named by a hash of this: those before there was a choice keep their names.
+        fields: dict[str, Any] = handler(self)
+        if self.fusion == "sum":
+            fields.pop("fusion", None)
+        return fields
 
 
 @dataclass(frozen=True)
 class Normalized:
-    """Advantages of one reward and how many groups had none.
+    """Advantages of one reward and which groups had none.
 
     Attributes:
         values: [..., G] float64.
-        equal_groups: groups whose rewards are equal up to rounding (their advantages are 0).
+        equal: [...] bool, the groups whose rewards are equal up to rounding (advantages 0).
     """
 
     values: torch.Tensor
-    equal_groups: int
+    equal: torch.Tensor
+
+    @property
+    def equal_groups(self) -> int:
+        """How many groups have equal rewards."""
+        return int(self.equal.sum())
 
 
 def normalize(
@@ -70,7 +86,7 @@ def normalize(
     equal = spread <= EQUAL_REWARDS_TOLERANCE * size
     centered = torch.where(equal, torch.zeros_like(values), values - mean)
     scale = torch.where(equal & (std + config.epsilon == 0), torch.ones_like(std), std)
-    return Normalized(centered / (scale + config.epsilon), int(equal.sum()))
+    return Normalized(centered / (scale + config.epsilon), equal.squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,10 @@ class GroupAdvantages:
 
 
 def group_advantages(
-    rewards: dict[str, torch.Tensor], weights: dict[str, float], config: AdvantageConfig
+    rewards: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    config: AdvantageConfig,
+    groups: Sequence[Group] = (),
 ) -> GroupAdvantages:
     """Combines the rewards' advantages, group by group.
 
@@ -95,19 +114,32 @@ def group_advantages(
         rewards: for each reward model, [P, number of groups, G].
         weights: for each reward model, its weight.
         config: normalisation and combination.
+        groups: which step each group credits, for a fusion that weights the groups of a step.
     """
-    if config.combination == "sum_of_rewards":
-        terms = torch.stack([weights[name] * r.double() for name, r in rewards.items()])
-        normalized = normalize(terms.sum(0), config, magnitude=terms.abs().sum(0))
-        return GroupAdvantages(normalized.values, {"sum": normalized.equal_groups})
-    total = sum(weights.values()) if config.combination == "normalized_weights" else 1.0
     equal_groups = {}
     values = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float64)
-    for name, reward in rewards.items():
-        normalized = normalize(reward, config)
+    for name, reward, weight, magnitude in _terms(rewards, weights, config):
+        normalized = normalize(reward, config, magnitude)
         equal_groups[name] = normalized.equal_groups
-        values = values + weights[name] / total * normalized.values
+        part = weight * normalized.values
+        if config.fusion in ("mean", "inverse_variance"):
+            steps = [group.step for group in groups]
+            part = part * granularity_weights(
+                reward, steps, config.fusion, config.ddof, normalized.equal
+            )
+        values = values + part
     return GroupAdvantages(values, equal_groups)
+
+
+def _terms(
+    rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], config: AdvantageConfig
+) -> list[tuple[str, torch.Tensor, float, torch.Tensor | None]]:
+    """What is normalised by itself: name, rewards, weight, and the size of their rounding."""
+    if config.combination == "sum_of_rewards":
+        terms = torch.stack([weights[name] * r.double() for name, r in rewards.items()])
+        return [("sum", terms.sum(0), 1.0, terms.abs().sum(0))]
+    total = sum(weights.values()) if config.combination == "normalized_weights" else 1.0
+    return [(name, reward, weights[name] / total, None) for name, reward in rewards.items()]
 
 
 def step_advantages(
@@ -120,3 +152,41 @@ def step_advantages(
     """
     credited = [index for index, group in enumerate(groups) if group.step in (None, step)]
     return values[:, credited].sum(dim=1).clamp(-clip, clip)
+
+
+@dataclass(frozen=True)
+class TransitionAdvantages:
+    """The advantages of all stochastic transitions.
+
+    Attributes:
+        by_step: for each recorded step, [P, G] float64.
+        equal_groups: for each reward, how many groups had equal rewards.
+    """
+
+    by_step: tuple[torch.Tensor, ...]
+    equal_groups: dict[str, int]
+
+
+def transition_advantages(
+    rewards: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    groups: Sequence[Group],
+    steps: Sequence[int],
+    config: AdvantageConfig,
+) -> TransitionAdvantages:
+    """From the rewards of all groups to the advantages of the transitions of ``steps``.
+
+    Args:
+        rewards: for each reward model, [P, number of groups, G].
+        weights: for each reward model, its weight.
+        groups: the groups, in the order of ``rewards``.
+        steps: the recorded steps.
+        config: normalisation, combination and fusion.
+    """
+    if config.fusion in ("best_of", "reward_mean"):
+        credited = [group.step for group in groups]
+        rewards = {n: fused_rewards(r, credited, config.fusion) for n, r in rewards.items()}
+        groups = [Group((), step) for step in dict.fromkeys(credited)]
+    found = group_advantages(rewards, weights, config, groups)
+    by_step = [step_advantages(found.values, groups, step, config.clip) for step in steps]
+    return TransitionAdvantages(tuple(by_step), found.equal_groups)

@@ -21,7 +21,7 @@ from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training import checkpoints
-from g2rpo.training.advantages import group_advantages, step_advantages
+from g2rpo.training.advantages import transition_advantages
 from g2rpo.training.checkpoints import Progress
 from g2rpo.training.collective import (
     Turn,
@@ -301,8 +301,10 @@ class Trainer:
             first = self.accelerator.process_index * len(prompts)
             local = slice(first, first + len(prompts))
         weights = {name: reward.weight for name, reward in config.rewards.items()}
-        advantages = group_advantages(grouped, weights, config.advantage)
         recorded_steps = [step.step for step in rollout.recorded]
+        advantages = transition_advantages(
+            grouped, weights, rollout.forest.groups, recorded_steps, config.advantage
+        )
         trained = [
             [
                 config.method.trained_steps(
@@ -312,12 +314,7 @@ class Trainer:
             ]
             for prompt in prompts
         ]
-        by_step = [
-            step_advantages(
-                advantages.values[local], rollout.forest.groups, step, config.advantage.clip
-            )
-            for step in recorded_steps
-        ]
+        by_step = [values[local] for values in advantages.by_step]
         return collect_transitions(rollout.recorded, by_step, trained), advantages.equal_groups
 
     def _metrics(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import g2rpo.methods
+from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.schedule import shifted_sigmas
@@ -80,6 +81,36 @@ def test_g2rpo_without_the_anchor_reward_scores_groups_alone() -> None:
     forest = granular.Config(log_anchor_reward=False, granularities=(1,)).forest(PAPER, 0)
     assert forest.logged_images == []
     assert len(forest.images) == 8 * 12
+
+
+@pytest.mark.parametrize(
+    ("name", "of_eight", "of_five"),
+    [
+        ("first_half", (0, 1, 2, 3), (0, 1)),
+        ("last_half", (4, 5, 6), (2, 3)),
+        ("all", (0, 1, 2, 3, 4, 5, 6), (0, 1, 2, 3)),
+        ("every_second", (0, 2, 4, 6), (0, 2)),
+        ("first", (0,), (0,)),
+        ("middle", (4,), (2,)),
+        ("last", (6,), (3,)),
+    ],
+)
+def test_g2rpo_steps_by_name(
+    name: granular.NamedSteps, of_eight: tuple[int, ...], of_five: tuple[int, ...]
+) -> None:
+    for steps, expected in ((8, of_eight), (5, of_five)):
+        method = granular.Config(stochastic_steps=name, granularities=(1,))
+        assert method.steps_of(steps) == expected
+        method.check(RolloutShape(steps, 4, 10))
+        forest = method.forest(RolloutShape(steps, 4, 10), iteration=0)
+        assert recorded_steps(forest) == Counter(dict.fromkeys(expected, 4))
+
+
+def test_g2rpo_default_is_the_first_half_and_a_wrong_name_is_told() -> None:
+    assert granular.Config().steps_of(9) == granular.named_steps("first_half", 9)
+    with pytest.raises(UserError, match="did you mean 'first_half'") as caught:
+        validate(granular.Config, {"stochastic_steps": "first_haf"}, "here")
+    assert "\n" not in str(caught.value)
 
 
 def test_g2rpo_tells_coinciding_granularities() -> None:
