@@ -20,12 +20,14 @@ LOCKED := --quiet --disable-pip-version-check --require-hashes
 LOCKS := requirements/build.lock requirements/dev.lock
 TOOLS := .venv-tools
 TOOLS_READY := $(TOOLS)/.setup-done
+DOCS := .venv-docs
+DOCS_READY := $(DOCS)/.setup-done
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales read committed or freshly built weights only, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 export IMAGE
 
-.PHONY: help setup mini smoke test lint mini-world tuning clean \
+.PHONY: help setup mini smoke test lint docs mini-world tuning clean \
 	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
 	plan submit status doctor check \
 	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
@@ -89,6 +91,18 @@ lint: $(READY) ## check style, formatting and types
 	$(RUN)/mypy
 	$(RUN)/hadolint docker/Dockerfile
 
+$(DOCS_READY): requirements/docs.lock
+	"$(PYTHON)" -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install $(LOCKED) -r $<
+	@touch $@
+
+# A link or an anchor that leads nowhere, or a formula that cannot be read, is an error.
+docs: $(DOCS_READY) ## build the documentation into build/site (half a minute, no PyTorch needed)
+	rm -rf build/site
+	$(DOCS)/bin/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --jobs auto -c docs \
+		-d build/doctrees . build/site
+	@echo "build/site/index.html"
+
 $(TOOLS_READY): requirements/tools.lock
 	"$(PYTHON)" -m venv --clear $(TOOLS)
 	$(TOOLS)/bin/python -m pip install $(LOCKED) -r $<
@@ -104,6 +118,7 @@ lock: $(TOOLS_READY) ## write requirements/*.lock from pyproject.toml (UPGRADE=1
 	$(TOOLS)/bin/$(RELOCK) pyproject.toml --extra dev -c requirements/runtime.lock \
 		-o requirements/dev.lock
 	$(TOOLS)/bin/$(RELOCK) --group tools -c requirements/dev.lock -o requirements/tools.lock
+	$(TOOLS)/bin/$(RELOCK) --group docs -c requirements/dev.lock -o requirements/docs.lock
 
 audit: $(TOOLS_READY) ## look the locked packages up among the known vulnerabilities (asks PyPI)
 	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --desc off \

@@ -35,7 +35,7 @@ class UpdateStatistics:
     Attributes:
         losses: loss of each update.
         gradient_norms: norm before clipping, of each update.
-        ratio_deviation: largest |ratio - 1| before the first update.
+        ratio_deviation: largest ``|ratio - 1|`` before the first update.
         clipped: transitions whose ratio lay outside of the clip range.
         transitions: transitions trained.
         kl: summed KL to the base over transitions.
