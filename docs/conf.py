@@ -13,7 +13,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS / "extensions"))
 
 project = "g2rpo"
-author = "The g2rpo authors"
+author = project_copyright = "The g2rpo authors"
 release = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
 extensions = [
@@ -43,22 +43,45 @@ contents_sections = {
     "What is computed": ["mathematics", "fidelity", "rewards", "unified_reward"],
     "Runs and reports": ["comparing", "report", "papers", "statistics", "beyond_reward"],
     "At size": ["cluster", "doctor", "containers", "training_at_size", "weights"],
-    "Inside": ["extending", "policy", "rollout", "speed", "reference/g2rpo/index"],
-    "The project": ["/README", "/results/mini/README", "/CONTRIBUTING", "/CHANGELOG"],
+    "Inside": ["extending", "policy", "rollout", "speed", "API reference <reference/g2rpo/index>"],
+    "The project": ["README </README>", "/results/mini/README", "/CONTRIBUTING", "/CHANGELOG"],
 }
 
 html_theme = "furo"
 html_title = "g2rpo"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_extra_path = ["extra"]
 
-# The library's modules, read without importing them: PyTorch need not be here. Left out is what
-# an extension does not meet: files, leases, fetching.
+# The library's modules, read without importing them: PyTorch need not be here. Those that an
+# extension or a reader of the mathematics meets; the rest is plumbing.
+REFERENCE = {
+    "g2rpo": {"config", "errors", "sampling", "seeds"},
+    "data": {"prompts"},
+    "flow": {"forest", "granularity", "schedule", "sweep", "transition"},
+    "methods": {"base", "dance_grpo", "flow_grpo", "g2rpo", "mix_grpo"},
+    "policy": {"conditioning", "config", "flux"},
+    "rewards": {"base", "clip_score", "preprocessing", "registry", "weights"},
+    "training": {
+        *("advantages", "config", "fusion", "loop", "metrics", "objective", "rollout"),
+        *("transitions", "update"),
+    },
+}
+
+
+def _plumbing() -> list[str]:
+    modules = (ROOT / "g2rpo").rglob("*.py")
+    return [
+        str(path)
+        for path in modules
+        if path.stem not in REFERENCE.get(path.parent.name, set())
+        and not (path.stem == "__init__" and path.parent.name in REFERENCE)
+    ]
+
+
 autoapi_dirs = [str(ROOT / "g2rpo")]
-autoapi_ignore = [
-    f"*/g2rpo/{name}*"
-    for name in ("attempts", "files", "hub", "lease", "owner", "progress", "stop")
-]
+autoapi_ignore = _plumbing()
 autoapi_root = "docs/reference"
 autoapi_add_toctree_entry = False
 autoapi_options = ["members", "undoc-members", "show-module-summary"]

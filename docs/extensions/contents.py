@@ -1,35 +1,48 @@
 """The navigation: sections of pages, added to the front page when it is read.
 
-Pages that are named are shown in their order. All others are found: a page of the documentation in
-a section of its own at the end, one of the committed results below the page that introduces them.
+Pages that are named are shown in their order, those that are not there left out. All others are
+found: a page of the documentation in a section of its own at the end, one of the committed results
+below the page that introduces them.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from sphinx.application import Sphinx
 
 RESULTS = "results/mini/README"
+ENTRY = re.compile(r"(?:(?P<title>.+) <)?(?P<page>[^<>]+)>?")
 
 
-def _toctree(caption: str | None, pages: Iterable[str]) -> str:
+def _toctree(caption: str | None, entries: Iterable[str]) -> str:
     options = [":hidden:", *([f":caption: {caption}"] if caption else []), ":maxdepth: 1"]
-    return "\n".join(["", "```{toctree}", *options, "", *pages, "```", ""])
+    return "\n".join(["", "```{toctree}", *options, "", *entries, "```", ""])
 
 
 def _sections(app: Sphinx, front: str, listed: Mapping[str, list[str]]) -> str:
     folder = PurePosixPath(front).parent
     found = app.project.docnames
-    named = {title: [_name(folder, page) for page in pages] for title, pages in listed.items()}
-    taken = {front, *(page for pages in named.values() for page in pages)}
+    taken, text = {front}, ""
+    for caption, entries in listed.items():
+        shown = []
+        for entry in entries:
+            page, line = _resolved(entry, folder)
+            taken.add(page)
+            if page in found:
+                shown.append(line)
+        text += _toctree(caption, shown) if shown else ""
     more = sorted(d for d in found if PurePosixPath(d).parent == folder and d not in taken)
-    named["More"] = more
-    shown = {title: [f"/{p}" for p in pages if p in found] for title, pages in named.items()}
-    return "".join(_toctree(title, pages) for title, pages in shown.items() if pages)
+    return text + (_toctree("More", [f"/{page}" for page in more]) if more else "")
 
 
-def _name(folder: PurePosixPath, page: str) -> str:
-    return page.removeprefix("/") if page.startswith("/") else str(folder / page)
+def _resolved(entry: str, folder: PurePosixPath) -> tuple[str, str]:
+    """``page`` or ``title <page>``, from the front page's folder: the page, and its line."""
+    match = ENTRY.fullmatch(entry)
+    assert match is not None, entry
+    page = match["page"]
+    page = page.removeprefix("/") if page.startswith("/") else str(folder / page)
+    return page, f"{match['title']} </{page}>" if match["title"] else f"/{page}"
 
 
 def _add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -41,7 +54,7 @@ def _add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers ``contents_sections``: a title, and its pages from the folder of the front page."""
+    """Registers ``contents_sections``: captions, and the pages below each."""
     app.add_config_value("contents_sections", {}, "env")
     app.connect("source-read", _add_contents)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
