@@ -4,10 +4,11 @@ The counts follow :mod:`g2rpo.training.transitions` and :mod:`g2rpo.training.upd
 loaded; a run's forests are built as often as they differ.
 """
 
+import bisect
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
@@ -194,6 +195,25 @@ def training_counts(config: TrainConfig, *, draw: bool = False) -> TrainingCount
         images_scored=prompts * sum(group.images * count for group, count in groups.items()),
         exact=exact,
     )
+
+
+def iterations_within(config: TrainConfig, evaluations: int) -> int:
+    """The most iterations whose rollouts take no more velocity evaluations; 1 at the least.
+
+    A method that plans over its iterations, as MixGRPO's window does, is asked with that number.
+    """
+
+    def cost(iterations: int) -> int:
+        shape = replace(config.shape, iterations=iterations)
+        groups = _groups(_Question.of(config).method, shape)
+        each = sum(group.evaluations * count for group, count in groups.items())
+        return config.rollout.prompts_per_iteration * each
+
+    most = 1
+    while cost(2 * most) <= evaluations:
+        most *= 2
+    # What is left to choose from: most is possible, twice as many is not.
+    return most - 1 + bisect.bisect_right(range(most, 2 * most), evaluations, key=cost) or 1
 
 
 def _drawn_states(config: TrainConfig, question: _Question) -> int:

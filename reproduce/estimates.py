@@ -145,6 +145,8 @@ def training_estimate(
     one, kept, written = checkpoint_disk(config, hardware)
     alone.written(written * one)
     wall = alone.seconds + shared.seconds / ranks
+    if config.optimization.max_device_seconds is not None:
+        wall = min(wall, config.optimization.max_device_seconds / ranks)
     return Estimate(
         device_seconds=wall * (hardware.gpus or ranks),
         wall_seconds=wall,

@@ -15,6 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
+from reproduce.counts import iterations_within, training_counts
 from reproduce.render.spec import TableSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +74,10 @@ class Profile(StrictModel):
     """What a method's own settings are at this scale under ``matched``, by method."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Tuned learning rates under ``matched``, by method or variant."""
+    shortened: dict[str, Any] = Field(default_factory=dict)
+    """What this scale cannot afford of a method's own run; laid over cells that ask for it."""
+    device_seconds: float | None = Field(None, gt=0)
+    """The budget of a study at equal device-seconds, over all of a training's devices."""
     evaluation: EvaluationConfig
     seeds: tuple[int, ...] = (1,)
     keep_images: int | None = Field(None, ge=0)
@@ -81,6 +86,21 @@ class Profile(StrictModel):
     build: str | None = None
     """``module:function`` that builds the profile's files, called with the folder ``assets``."""
     assets: str | None = None
+
+
+class Budget(StrictModel):
+    """Where a training ends, if not after its iterations: at a cost. One of the two is given."""
+
+    evaluations_of: Key | None = None
+    """A cell of the experiment: as many iterations as its rollouts' velocity evaluations allow."""
+    device_seconds: Literal["profile"] | float | None = None
+    """After the iteration that reaches so many device-seconds; ``profile`` is the profile's."""
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> "Budget":
+        if (self.evaluations_of is None) == (self.device_seconds is None):
+            raise ValueError("budget: give evaluations_of or device_seconds, one of the two")
+        return self
 
 
 class CellConfig(StrictModel):
@@ -98,6 +118,10 @@ class CellConfig(StrictModel):
     """Key into the profile's learning rates; null is the method's name."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Changes to the training configuration."""
+    shortened: bool = False
+    """Whether the profile's ``shortened`` is laid over its settings."""
+    budget: Budget | None = None
+    """Ends the training at a cost."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
     """Changes to the evaluation protocol."""
 
@@ -110,8 +134,8 @@ class CellConfig(StrictModel):
                     "checkpoint leave out method, set, preset and tuned_as"
                 )
             return self
-        if self.method is None and (self.train or self.set):
-            raise ValueError("the base (no method) takes neither train nor set")
+        if self.method is None and (self.train or self.set or self.budget):
+            raise ValueError("the base (no method) takes neither train nor set nor budget")
         if self.method is not None and not self.train:
             raise ValueError("train is empty: name at least one reward")
         return self
@@ -137,6 +161,22 @@ class Experiment(StrictModel):
         for row in self.table.rows:
             if row.key not in self.cells:
                 raise ValueError(f"table.rows names {row.key!r}, which is no cell")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _budgets_are_of_cells(self) -> "Experiment":
+        for key, cell in self.cells.items():
+            wanted = None if cell.budget is None else cell.budget.evaluations_of
+            if wanted is None:
+                continue
+            if wanted not in self.cells:
+                hint = nearest(wanted, self.cells)
+                raise ValueError(f"cells.{key}.budget.evaluations_of: no cell {wanted!r}; {hint}")
+            if self.cells[wanted].method is None or self.cells[wanted].budget is not None:
+                raise ValueError(
+                    f"cells.{key}.budget.evaluations_of: {wanted!r} must be a cell that is trained "
+                    "without a budget of its own"
+                )
         return self
 
 
@@ -310,6 +350,7 @@ class Resolver:
         if cell.method is not None:
             preset = cell.preset or experiment.preset
             layers = self._layers(cell, preset, where)
+            layers = (*layers, self._budget(cell, merge({"seed": seed}, *layers), where))
             train = validate(TrainConfig, merge({"seed": seed}, *layers), where)
             again = not any("seed" in layer for layer in layers)
         resolved = ResolvedCell(
@@ -328,6 +369,27 @@ class Resolver:
         if again:
             self._first[key] = resolved
         return resolved
+
+    def _budget(self, cell: CellConfig, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The change to the training configuration ``data`` that keeps it within its budget."""
+        if cell.budget is None:
+            return {}
+        seconds = cell.budget.device_seconds
+        if seconds == "profile":
+            seconds = self.profile.device_seconds
+            if seconds is None:
+                raise UserError(
+                    f"{where}: budget.device_seconds: profile {self.profile.name} names none; "
+                    "add device_seconds to the profile, or a number here"
+                )
+        if seconds is not None:
+            return {"optimization": {"max_device_seconds": seconds}}
+        assert cell.budget.evaluations_of is not None
+        reference = self.resolve(cell.budget.evaluations_of, data["seed"]).train
+        assert reference is not None
+        wanted = training_counts(reference).rollout_evaluations
+        own = validate(TrainConfig, data, where)
+        return {"optimization": {"iterations": iterations_within(own, wanted)}}
 
     def _evaluated(self, cell: CellConfig, where: str) -> tuple[EvaluationConfig, PolicyConfig]:
         """The protocol, and the policy at its resolution and guidance."""
@@ -388,6 +450,7 @@ class Resolver:
             self._preset(cell.method, preset),
             scaled,
             tuned,
+            profile.shortened if cell.shortened else {},
             cell.set,
             self.overrides,
         )
@@ -414,7 +477,8 @@ def resolve(
     """Everything that cell ``key`` at ``seed`` is, under ``profile``.
 
     Later layers win: the profile's shared training settings, the method's preset, the tuned
-    learning rate (``matched`` alone), the cell's own changes, ``overrides``.
+    learning rate (``matched`` alone), what the profile shortens, the cell's own changes,
+    ``overrides``, the cell's budget.
 
     Raises:
         UserError: no such cell, or an impossible configuration; in one line.

@@ -72,6 +72,9 @@ class OptimizationConfig(StrictModel):
     """The optimiser, the objective and how an iteration is split into updates."""
 
     iterations: int = Field(300, ge=1)
+    max_device_seconds: float | None = Field(None, gt=0)
+    """Ends the run sooner: after the iteration in which the device-seconds of all ranks reach this.
+    What it ends with depends on the machine; null leaves it to ``iterations``."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """``adamw_8bit`` keeps AdamW's two moments in 8 bits (torchao), a quarter of their memory."""
     learning_rate: float = Field(2e-6, gt=0)
@@ -94,11 +97,11 @@ class OptimizationConfig(StrictModel):
     """How far the ratio may be from 1 before the first update; beyond it the run stops."""
 
     @model_serializer(mode="wrap")
-    def _without_the_usual_optimizer(
-        self, handler: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
+    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Runs are named by a hash of this: those before there was a choice keep their names.
         fields: dict[str, Any] = handler(self)
+        if self.max_device_seconds is None:
+            fields.pop("max_device_seconds", None)
         if self.optimizer == "adamw":
             fields.pop("optimizer", None)
         return fields

@@ -146,6 +146,15 @@ class Trainer:
         """The running average of the weights, where one is kept."""
         return self.state.ema
 
+    @property
+    def finished(self) -> bool:
+        """Whether no iteration is left; the same on all ranks, whose counters are."""
+        settings, spent = self.config.optimization, self.progress.device_seconds
+        limit = settings.max_device_seconds
+        return self.progress.iteration >= settings.iterations or (
+            limit is not None and spent >= limit
+        )
+
     def save(self) -> None:
         """Writes a checkpoint of the current state (:meth:`TrainingState.save`)."""
         self.state.save(self.progress)
@@ -161,8 +170,7 @@ class Trainer:
                 checkpoint of those that are done has been written.
             StoppedAlone: memory ran out on this rank, which the others wait for.
         """
-        total = self.config.optimization.iterations
-        main = self.accelerator.is_main_process
+        total, main = self.config.optimization.iterations, self.accelerator.is_main_process
         self._saved_at = time.monotonic()
         log = self._open_log()
         if self.config.execution.tensorboard:
@@ -172,7 +180,7 @@ class Trainer:
         try:
             with ProgressReport(name, total, done=self.progress.iteration, enabled=main) as report:
                 self._between_iterations()
-                while self.progress.iteration < total:
+                while not self.finished:
                     row = self.iterate() | self.validate()
                     error = self._record(log, row)
                     shown = next(iter(self.config.rewards))
@@ -225,7 +233,7 @@ class Trainer:
     def _between_iterations(self, error: UserError | None = None) -> None:
         """All ranks together raise an error, write a checkpoint that is due, or stop."""
         config, done = self.config.checkpoints, self.progress.iteration
-        last = done == self.config.optimization.iterations
+        last = self.finished
         minutes = config.every_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         due = due and self.accelerator.is_main_process  # the ranks' clocks differ
@@ -245,8 +253,8 @@ class Trainer:
         Their cost is not part of the run's counters.
         """
         config = self.config.validation
-        done, total = self.progress.iteration, self.config.optimization.iterations
-        if config is None or not is_due(config, done, total):
+        done = self.progress.iteration
+        if config is None or not is_due(config, done, last=self.finished):
             return {}
         return validation_rewards(config, self.engine, self.weights, self.sizes.velocity)
 

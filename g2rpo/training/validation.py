@@ -61,6 +61,6 @@ def _means(of_ranks: list[dict[str, list[float]]]) -> dict[str, float]:
     return means
 
 
-def is_due(config: ValidationConfig | None, done: int, total: int) -> bool:
-    """Whether there is a validation after ``done`` of ``total`` iterations."""
-    return config is not None and (done % config.every == 0 or done == total)
+def is_due(config: ValidationConfig | None, done: int, *, last: bool) -> bool:
+    """Whether there is a validation after ``done`` iterations, the last of which may be done."""
+    return config is not None and (done % config.every == 0 or last)

@@ -36,7 +36,7 @@ def test_tables_are_rendered_from_the_committed_cells(experiment: str, tmp_path:
 
 
 def test_cells_were_made_by_committed_code() -> None:
-    for experiment in ("table1", "tuning", "equal-evaluations"):
+    for experiment in ("table1", "tuning"):
         assert {cell.info.provenance.git_dirty for cell in cells_of(experiment)} == {False}
 
 

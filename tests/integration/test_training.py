@@ -280,3 +280,28 @@ def test_training_raises_the_reward_it_trains_on(
     for _ in range(20):
         trainer.iterate()
     assert trainer.validate()["validation/hps"] > before + 0.02
+
+
+def test_a_budget_of_device_seconds_ends_a_run_as_a_finished_one(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    settings = {"iterations": 50, "learning_rate": 1e-3, "max_device_seconds": 1e-6}
+    validation = {
+        "file": str(smoke_assets / "prompts" / "validation.txt"), "limit": 2, "every": 10,
+    }  # fmt: skip
+    checkpoints = {"every": 40}
+    config = config_for(
+        smoke_assets, optimization=settings, validation=validation, checkpoints=checkpoints
+    )
+    progress = trainer_for(config, tmp_path / "run").train()
+    assert progress.iteration == 1
+    assert saved_iterations(tmp_path / "run") == [1]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["iteration"] for row in rows if "validation/hps" in row] == [0, 1]
+    again = trainer_for(config, tmp_path / "run")
+    assert again.finished
+    assert again.train() == progress
+    unlimited = config.model_copy(
+        update={"optimization": config.optimization.model_copy(update={"max_device_seconds": None})}
+    )
+    assert "max_device_seconds" not in unlimited.optimization.model_dump(mode="json")

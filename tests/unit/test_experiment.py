@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from g2rpo.config import merge
 from g2rpo.errors import UserError
 from g2rpo.training.config import TrainConfig
 from reproduce import runs
+from reproduce.counts import iterations_within, training_counts
 from reproduce.experiment import (
     HERE,
     Profile,
@@ -43,7 +46,8 @@ def test_every_experiment_resolves_under_every_profile(experiment: str, profile:
     cells = expand(loaded, chosen, [1, 2])
     keys = [(cell.key, cell.seed) for cell in cells]
     assert len(set(keys)) == len(keys)
-    assert all(cell.train is None or cell.preset == "matched" for cell in cells)
+    for cell in cells:
+        assert cell.train is None or cell.preset == (loaded.cells[cell.key].preset or "matched")
 
 
 def test_matched_cells_differ_only_in_what_is_the_method() -> None:
@@ -297,3 +301,93 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         load_profile("smok")
     with pytest.raises(UserError, match="no section 'tuned'"):
         load_preset("g2rpo", "tuned")
+
+
+# --- budgets -------------------------------------------------------------------------------------
+
+SMALL_TABLE = {
+    "name": "t", "title": "t", "rows": [{"key": "a", "label": "A"}],
+    "columns": [{"reward": "hps", "label": "HPS"}],
+}  # fmt: skip
+
+
+def test_equal_evaluations_are_as_many_as_fit() -> None:
+    experiment, profile = load_experiment("equal-cost"), load_profile("mini")
+    configs = {
+        key: trained(resolve(experiment, profile, key, 1))
+        for key, cell in experiment.cells.items()
+        if cell.method is not None
+    }
+    budget = training_counts(configs["evaluations/dance_grpo"]).rollout_evaluations
+    for key, config in configs.items():
+        if not key.startswith("evaluations/"):
+            assert config.optimization.max_device_seconds == profile.device_seconds
+            assert config.optimization.iterations == 30
+            continue
+        assert config.optimization.max_device_seconds is None
+        more = merge(
+            config.model_dump(mode="json"),
+            {"optimization": {"iterations": config.optimization.iterations + 1}},
+        )
+        assert training_counts(config).rollout_evaluations <= budget
+        assert training_counts(TrainConfig.model_validate(more)).rollout_evaluations > budget
+    assert configs["evaluations/flow_grpo"].optimization.iterations == 30
+    assert configs["evaluations/mix_grpo"].optimization.iterations > 30
+    assert configs["evaluations/g2rpo"].optimization.iterations < 10
+
+
+@settings(deadline=None, max_examples=25)
+@given(evaluations=st.integers(1, 40_000))
+def test_iterations_within_a_budget_by_counting_up(evaluations: int) -> None:
+    cell = resolve(load_experiment("table1"), load_profile("mini"), "hps/mix_grpo", 1)
+    config = trained(cell)
+
+    def cost(iterations: int) -> int:
+        change = {"optimization": {"iterations": iterations}}
+        data = merge(config.model_dump(mode="json"), change)
+        return training_counts(TrainConfig.model_validate(data)).rollout_evaluations
+
+    found = iterations_within(config, evaluations)
+    assert found >= 1
+    assert found == 1 or cost(found) <= evaluations
+    assert cost(found + 1) > evaluations
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        ({"evaluations_of": "b"}, "no cell 'b'"),
+        ({"evaluations_of": "a"}, "without a budget of its own"),
+        ({}, "one of the two"),
+        ({"evaluations_of": "a", "device_seconds": 3}, "one of the two"),
+    ],
+)
+def test_an_impossible_budget_is_told_in_one_line(
+    tmp_path: Path, budget: dict[str, Any], told: str
+) -> None:
+    cell = {"method": "g2rpo", "train": ["hps"], "budget": budget}
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({"name": "wrong", "cells": {"a": cell}, "table": SMALL_TABLE}))
+    with pytest.raises(UserError, match=told) as caught:
+        load_experiment(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_profile_without_device_seconds_is_told_where_they_are_asked_for() -> None:
+    profile = load_profile("mini").model_copy(update={"device_seconds": None})
+    with pytest.raises(UserError, match="profile mini names none"):
+        resolve(load_experiment("equal-cost"), profile, "seconds/g2rpo", 1)
+
+
+def test_released_settings_are_shortened_where_the_profile_says_so() -> None:
+    experiment = load_experiment("released-vs-matched")
+    whole = load_profile("mini").model_copy(update={"shortened": {}})
+    for method, iterations, group in (("g2rpo", 301, 12), ("flow_grpo", 300, 24)):
+        key = f"released/{method}"
+        own = trained(resolve(experiment, whole, key, 1))
+        short = trained(resolve(experiment, load_profile("mini"), key, 1))
+        assert own.optimization.iterations == iterations
+        assert short.optimization.iterations == 30
+        assert short.rollout.group_size == own.rollout.group_size == group
+        matched = trained(resolve(experiment, load_profile("mini"), f"matched/{method}", 1))
+        assert matched.rollout.group_size == 8
