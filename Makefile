@@ -1,6 +1,7 @@
 # Targets are thin names for commands; every one that needs the environment sets it up first.
 # Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), DETACH=1 (return
-# once it is submitted), PYTHON (the interpreter of .venv), IMAGE (the name of the image).
+# once it is submitted), PUBLISH=1 (write tables to results/PROFILE), PYTHON (the interpreter of
+# .venv), IMAGE (the name of the image).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -22,13 +23,16 @@ TOOLS := .venv-tools
 TOOLS_READY := $(TOOLS)/.setup-done
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.setup-done
+# In the order in which they share trainings best.
+STUDIES := table1 table2 table3 granularity eta fusion steps group equal-cost released-vs-matched credit
+PUBLISHED = $(if $(PUBLISH),--publish)
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales read committed or freshly built weights only, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 export IMAGE
 
 .PHONY: help setup mini smoke test lint docs mini-world tuning clean \
-	reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released \
+	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status doctor check \
 	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
@@ -37,7 +41,7 @@ export IMAGE
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)$$/\1|\2/p' $(firstword $(MAKEFILE_LIST)) \
-		| while IFS='|' read -r name text; do printf '  %-18s %s\n' "$$name" "$$text"; done
+		| while IFS='|' read -r name text; do printf '  %-29s %s\n' "$$name" "$$text"; done
 
 tuning: $(READY) ## the learning-rate trials behind the tuned settings (PROFILE=mini unless given)
 	$(OFFLINE) $(RUN)/g2rpo reproduce tuning --profile $(or $(PROFILE),mini) --seeds $(or $(SEEDS),101)
@@ -140,9 +144,25 @@ reproduce-table1: $(READY) ## the paper's Table 1, methods against each other (P
 reproduce-table2: $(READY) ## the paper's Table 2, sets of granularities (PROFILE=flux unless given)
 reproduce-table3: $(READY) ## the paper's Table 3, inference steps (PROFILE=flux unless given)
 reproduce-released: $(READY) ## published checkpoints, sampled and scored, no training (PROFILE=flux unless given)
-reproduce-table1 reproduce-table2 reproduce-table3 reproduce-released:
-	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES) \
+reproduce-steps: $(READY) ## study: which steps are stochastic
+reproduce-eta: $(READY) ## study: the noise level
+reproduce-fusion: $(READY) ## study: how the granularities become one advantage
+reproduce-granularity: $(READY) ## study: further sets of granularities
+reproduce-group: $(READY) ## study: the group size
+reproduce-credit: $(READY) ## study: what a step's noise does to the reward, how clear its gradient is
+reproduce-equal-cost: $(READY) ## study: every method stopped at the same evaluations, or device-seconds
+reproduce-released-vs-matched: $(READY) ## study: each method's own settings against matched ones
+$(STUDIES:%=reproduce-%) reproduce-released:
+	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES) $(PUBLISHED) \
 		$(if $(DETACH),--detach)
+
+# One after the other, whatever MAKEFLAGS say: they share trainings. A failed one stops no other.
+reproduce-all: $(READY) ## all tables and studies, one after the other (PROFILE=flux unless given)
+	@failed=; for study in $(STUDIES); do \
+		echo "== $$study"; \
+		$(MAKE) --no-print-directory reproduce-$$study || failed="$$failed $$study"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "error: not finished:$$failed; run it again" >&2; exit 2; fi
 
 plan: $(READY) ## what a table takes before it is run (TABLE=table1, PROFILE=flux, CLUSTER=auto unless given)
 	$(RUN)/g2rpo plan $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES)

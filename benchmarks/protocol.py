@@ -31,6 +31,17 @@ class DriftConfig(StrictModel):
     """Noise levels; the transformer is told them exactly."""
 
 
+class CreditConfig(StrictModel):
+    """How it is measured what a step's noise does to the reward, and a step's gradient with it."""
+
+    samples: int = Field(32, ge=4)
+    """Pairs of samples a prompt that share the noise of one step alone."""
+    repeats: int = Field(16, ge=3)
+    """Groups, drawn anew for the same prompts, whose gradients are compared."""
+    rollouts: int = Field(3, ge=1)
+    """Of a method whose rollout changes over the training: rollouts, evenly over its iterations."""
+
+
 class EvaluationConfig(StrictModel):
     """How held-out images are sampled: the named protocol that a table states."""
 

@@ -40,7 +40,7 @@ html_math_renderer = "mathml"
 # page of docs/ that is not listed stands in the last section.
 contents_sections = {
     "Use": ["get_started", "experiments", "scoring", "mini_world", "faq"],
-    "What is computed": ["mathematics", "fidelity", "rewards", "unified_reward"],
+    "What is computed": ["mathematics", "credit", "fidelity", "rewards", "unified_reward"],
     "Runs and reports": ["comparing", "report", "papers", "statistics", "beyond_reward"],
     "At size": ["cluster", "doctor", "containers", "training_at_size", "weights"],
     "Inside": ["extending", "policy", "rollout", "speed", "API reference <reference/g2rpo/index>"],

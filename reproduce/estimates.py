@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.protocol import CreditConfig
 from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
+from g2rpo.flow.forest import recorded_steps
 from g2rpo.hub.prompt_sets import VALIDATION_PROMPTS, artifact_named
 from g2rpo.policy import PolicyConfig
 from g2rpo.training.config import CheckpointConfig, TrainConfig
@@ -154,6 +156,33 @@ def training_estimate(
         evaluations=evaluations,
         disk_bytes=kept * one + LOG_BYTES * total,
         measured=shared.measured and alone.measured,
+    )
+
+
+def credit_estimate(
+    config: TrainConfig, credit: CreditConfig, hardware: Hardware, speeds: Speeds
+) -> Estimate:
+    """The measurement of a method's credit: groups for each step's share, and for the gradients."""
+    counts, total = training_counts(config), config.optimization.iterations
+    forests = len({config.method.forest_key(config.shape, i) for i in range(total)})
+    steps = len(recorded_steps(config.method.forest(config.shape, 0)))
+    shared = (1 + steps) * credit.samples / config.rollout.group_size
+    rollouts = min(credit.rollouts, forests)
+    iterations, trained = rollouts * (shared + credit.repeats), rollouts * credit.repeats
+    clock = _Clock(speeds, config.policy)
+    clock.evaluations(round(counts.rollout_evaluations / total * iterations))
+    clock.training(round(counts.training_backwards / total * trained))
+    images = round(counts.images_scored / total * iterations)
+    clock.decoded(images)
+    clock.scored(images, [term.reward.model for term in config.rewards.values()])
+    wall = clock.seconds / hardware.training_ranks
+    return Estimate(
+        device_seconds=wall * (hardware.gpus or hardware.training_ranks),
+        wall_seconds=wall,
+        gpus=hardware.gpus,
+        evaluations=round(counts.rollout_evaluations / total * iterations),
+        disk_bytes=LOG_BYTES,
+        measured=False,
     )
 
 

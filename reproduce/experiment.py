@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from benchmarks.cells import Key
-from benchmarks.protocol import EvaluationConfig
+from benchmarks.protocol import CreditConfig, EvaluationConfig
 from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig, PolicyConfig
@@ -149,6 +149,8 @@ class Experiment(StrictModel):
     policy: str | None = None
     """Hub id of the base that its checkpoints belong to; None where any policy will do."""
     cells: dict[Key, CellConfig] = Field(min_length=1)
+    credit: CreditConfig | None = None
+    """Measures the credit of the cells' rollouts, in place of training and scoring them."""
     table: TableSpec
 
     @property
@@ -161,6 +163,14 @@ class Experiment(StrictModel):
         for row in self.table.rows:
             if row.key not in self.cells:
                 raise ValueError(f"table.rows names {row.key!r}, which is no cell")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _credit_is_of_methods(self) -> "Experiment":
+        if self.credit is not None:
+            for key, cell in self.cells.items():
+                if cell.method is None:
+                    raise ValueError(f"credit is measured of methods, and cells.{key} has none")
         return self
 
     @pydantic.model_validator(mode="after")

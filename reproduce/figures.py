@@ -33,7 +33,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
-_STYLE: dict[Any, Any] = {
+FIGURE_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -174,7 +174,7 @@ def learning_curves(
     if not any(panel for row in panels for panel in row):
         raise UserError(f"{output}: no learning curve to draw; the runs have none of the metrics")
     styles = {label: index for index, label in enumerate(curves)}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         size = (0.6 + 3.9 * len(horizontals), 0.9 + 2.3 * len(metrics))
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(metrics), len(horizontals), squeeze=False, sharey="row")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import cells_folder
+from benchmarks.protocol import CreditConfig
 from g2rpo.config import content_hash
 from reproduce import runs
 from reproduce.experiment import ResolvedCell
@@ -48,6 +49,14 @@ class Layout:
         """The evaluation folder of a cell: inside of its training run."""
         digest = content_hash(evaluation_inputs(cell))
         return self.training(cell) / "evaluations" / f"{cell.evaluation.split}-{digest}"
+
+    def credit(self, cell: ResolvedCell, config: CreditConfig) -> Path:
+        """The folder of what is measured of a cell's credit."""
+        assert cell.train is not None
+        inputs = {"train": runs.train_inputs(cell.train), "credit": config.model_dump(mode="json")}
+        train = cell.train
+        name = f"credit-{train.method.name}-{'-'.join(train.rewards)}-seed{train.seed}"
+        return self.runs / f"{name}-{content_hash(inputs)}"
 
     def experiment(self, cell_profile: str, experiment: str) -> Path:
         """Where an experiment's tables, figures and cells go."""

@@ -1,4 +1,4 @@
-"""An experiment as a graph of stages: embed, train, sample, score, render."""
+"""An experiment as a graph of stages: embed, then train, sample, score (or credit), and render."""
 
 import functools
 import os
@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.protocol import CreditConfig
 from reproduce.experiment import Experiment, Hardware, Profile, ResolvedCell
 from reproduce.layout import Layout, RememberedLayout
 from reproduce.shares import Share
@@ -61,12 +62,12 @@ def make_plan(
     done: set[str] = set()
     judged: list[str] = []
     for cell in cells:
-        for work, stage in _cell_stages(cell, remembered, profile.hardware, (prompts.name,)):
+        for work, stage in _cell_stages(cell, remembered, experiment.credit, (prompts.name,)):
             if stage.name not in stages:
                 stages[stage.name], works[stage.name] = stage, work
                 if work.done():
                     done.add(stage.name)
-            if stage.kind == "score":
+            if stage.kind in ("score", "credit"):
                 judged.append(stage.name)
     render = Stage(
         name=f"render/{profile.name}/{experiment.name}",
@@ -98,13 +99,18 @@ def shares_of(hardware: Hardware) -> list[Share]:
 
 
 def _cell_stages(
-    cell: ResolvedCell, layout: Layout, hardware: Hardware, embedded: tuple[str, ...]
+    cell: ResolvedCell, layout: Layout, credit: CreditConfig | None, embedded: tuple[str, ...]
 ) -> Iterator[tuple[Work, Stage]]:
     """The stages of one cell, each after those it needs."""
-    before = embedded
+    before, hardware = embedded, cell.profile.hardware
+    whole = Needs(hardware.training_ranks, hardware.gpus)
+    if credit is not None:
+        work = Work("credit", cell, layout, credit=credit)
+        yield work, _stage(work, before, whole)
+        return
     if cell.train is not None:
         work = Work("train", cell, layout)
-        yield work, _stage(work, before, Needs(hardware.training_ranks, hardware.gpus))
+        yield work, _stage(work, before, whole)
         before = (work.name,)
     resources = Needs(1, hardware.evaluation_devices)
     for kind in ("sample", "score"):

@@ -9,6 +9,7 @@ from g2rpo.errors import UserError
 from reproduce.display import plain_table, wide_console
 from reproduce.estimates import (
     Estimate,
+    credit_estimate,
     embedding_estimate,
     prompt_count,
     rendering_estimate,
@@ -24,7 +25,7 @@ from reproduce.work import Work
 from slurm.cluster import Cluster
 from slurm.graph import Stage
 
-KINDS = ("embed", "train", "sample", "score", "render")
+KINDS = ("embed", "train", "sample", "score", "credit", "render")
 
 
 def stage_estimates(plan: Plan) -> dict[str, Estimate]:
@@ -45,6 +46,9 @@ def _estimate(plan: Plan, stage: Stage, speeds: Speeds, referenced: set[Path]) -
     work = plan.works.get(stage.name)
     hardware = plan.profile.hardware
     if isinstance(work, Work):
+        if work.credit is not None:
+            assert work.cell.train is not None
+            return credit_estimate(work.cell.train, work.credit, hardware, speeds)
         if work.kind == "train":
             assert work.cell.train is not None
             return training_estimate(work.cell.train, hardware, speeds)

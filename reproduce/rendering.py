@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.cells import Cell, load_cell
+from benchmarks.protocol import CreditConfig
 from g2rpo.errors import UserError
 from reproduce.collecting import collect, collected
 from reproduce.experiment import Experiment, Profile, ResolvedCell
@@ -33,11 +34,13 @@ def gather(
     return finished, gaps
 
 
-def why_not(cell: ResolvedCell, layout: Layout) -> str:
+def why_not(cell: ResolvedCell, layout: Layout, credit: CreditConfig | None = None) -> str:
     """Why a cell is not finished, in one line: the first of its stages that is not done."""
     shares = shares_of(cell.profile.hardware)
     works = [] if cell.train is None else [Work("train", cell, layout)]
     works += [Work(kind, cell, layout, share) for kind in ("sample", "score") for share in shares]
+    if credit is not None:
+        works = [Work("credit", cell, layout, credit=credit)]
     for work in works:
         if work.done():
             continue
@@ -53,6 +56,10 @@ def render(
 ) -> list[Gap]:
     """Writes and prints the table and the figures; returns the gaps."""
     # Drawing is not needed by other stages, and importing it takes seconds.
+    if experiment.credit is not None:
+        from reproduce.credit import publish_credit
+
+        return publish_credit(experiment, profile, cells, layout)
     from reproduce.publish import publish
 
     finished, gaps = gather(cells, layout, experiment.name)

@@ -1,4 +1,4 @@
-"""The stages of one cell: train, sample and score.
+"""The stages of one cell: train, sample and score; or the measurement of its credit.
 
 Each stage is complete when its manifest is there; a complete stage is not run again, an
 interrupted one goes on where it was. Sampling and scoring can be shared by several jobs.
@@ -11,7 +11,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from benchmarks.credit import measure_credit
 from benchmarks.held_out import image_path, prune_images, sample_images, score_images
+from benchmarks.protocol import CreditConfig
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
@@ -26,6 +28,7 @@ from reproduce import embedding, runs
 from reproduce.behaviour import Behaviour
 from reproduce.experiment import ResolvedCell, judges
 from reproduce.finished import (
+    is_measured,
     is_sampled,
     is_scored,
     is_trained,
@@ -67,6 +70,34 @@ def train(cell: ResolvedCell, layout: Layout) -> Path:
             "inputs": runs.train_inputs(cell.train),
             "seed": cell.train.seed,
             "progress": vars(progress),
+            "provenance": runs.provenance(weights),
+        }
+        runs.write_manifest(folder, manifest)
+    return folder
+
+
+def measure(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> Path:
+    """Measures the credit of the cell's rollouts on the untrained policy; returns the folder.
+
+    Raises:
+        UserError: whatever :class:`Trainer` raises.
+    """
+    folder = layout.credit(cell, config)
+    if is_measured(cell, layout, config):
+        return folder
+    assert cell.train is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(cell.train, folder)
+    embedding.attach(trainer.policy, layout)
+    measured = measure_credit(trainer, config)
+    weights = {name: model.weights_hash for name, model in trainer.engine.rewards.items()}
+    weights["policy"] = _policy_hash(cell)
+    if trainer.accelerator.is_main_process:
+        manifest = {
+            "stage": "credit",
+            "inputs": runs.train_inputs(cell.train) | {"credit": config.model_dump(mode="json")},
+            "seed": cell.train.seed,
+            "rollouts": [rollout.document() for rollout in measured],
             "provenance": runs.provenance(weights),
         }
         runs.write_manifest(folder, manifest)

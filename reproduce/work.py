@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import EvaluationConfig
+from benchmarks.protocol import CreditConfig, EvaluationConfig
 from g2rpo.attempts import Attempt
 from g2rpo.config import content_hash, validate
 from g2rpo.errors import UserError
@@ -37,20 +37,24 @@ class Work:
     """What one stage does.
 
     Attributes:
-        kind: ``train``, ``sample`` or ``score``.
+        kind: ``train``, ``sample``, ``score`` or ``credit``.
         cell: the cell it is of.
         layout: where things are.
         share: which part of the prompts, where the stage is shared.
+        credit: how credit is measured, where it is.
     """
 
     kind: str
     cell: ResolvedCell
     layout: Layout
     share: Share = WHOLE
+    credit: CreditConfig | None = None
 
     @functools.cached_property
     def name(self) -> str:
         """Names what it makes: the same for the same configuration and inputs."""
+        if self.credit is not None:
+            return f"credit/{self.layout.credit(self.cell, self.credit).name}"
         run = self.layout.training(self.cell)
         if self.kind == "train":
             return f"train/{run.name}"
@@ -59,6 +63,8 @@ class Work:
     @property
     def lease(self) -> Path:
         """Where its attempts are told."""
+        if self.credit is not None:
+            return self.layout.credit(self.cell, self.credit) / "leases" / "credit"
         if self.kind == "train":
             return self.layout.training(self.cell) / "leases" / "train"
         folder = self.layout.evaluation(self.cell) / "leases"
@@ -69,12 +75,14 @@ class Work:
         """What people call it."""
         cell = self.cell
         name = cell.key if cell.seed is None else f"{cell.key}, seed {cell.seed}"
-        if self.kind == "train" or self.share.count == 1:
+        if self.kind in ("train", "credit") or self.share.count == 1:
             return name
         return f"{name}, {self.share.index + 1}/{self.share.count}"
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
+        if self.credit is not None:
+            return finished.is_measured(self.cell, self.layout, self.credit)
         if self.kind == "train":
             return finished.is_trained(self.cell, self.layout)
         if self.kind == "sample":
@@ -85,7 +93,9 @@ class Work:
         """Does what is left."""
         from reproduce import stages  # imports the model libraries: seconds that plans do without
 
-        if self.kind == "train":
+        if self.credit is not None:
+            stages.measure(self.cell, self.layout, self.credit)
+        elif self.kind == "train":
             stages.train(self.cell, self.layout)
         elif self.kind == "sample":
             stages.sample(self.cell, self.layout, self.share)
@@ -256,7 +266,8 @@ class Inputs:
             return Embedding(tuple(self.cells()), self.layout)
         path = self.folder / "inputs" / "cells" / stage.payload["cell"]
         cell = cell_from(_read(path), self.profile, str(path))
-        return Work(stage.kind, cell, self.layout, Share(*stage.payload["share"]))
+        share = Share(*stage.payload["share"])
+        return Work(stage.kind, cell, self.layout, share, self.experiment.credit)
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

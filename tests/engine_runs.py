@@ -161,7 +161,7 @@ def rolled_out(trainer: Trainer) -> Work:
     """What a trainer's first iteration would learn from."""
     prompts = trainer.local_prompts()
     rollout = trainer._rollout(prompts, 0)
-    batch, _ = trainer._training_batch(rollout, prompts, 0)
+    batch, _ = trainer.training_batch(rollout, prompts, 0)
     return batch, rollout.conditioning, prompts
 
 

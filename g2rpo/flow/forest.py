@@ -116,3 +116,8 @@ class Forest:
     def _add(self, state: State) -> int:
         self.states.append(state)
         return len(self.states) - 1
+
+
+def recorded_steps(forest: Forest) -> list[int]:
+    """The stochastic steps whose transitions are kept, ascending."""
+    return sorted({forest.states[state].node - 1 for state in forest.recorded})

@@ -274,7 +274,7 @@ class Trainer:
         iteration = self.progress.iteration
         prompts = self.local_prompts()
         rollout = self._rollout(prompts, iteration)
-        batch, equal_groups = self._training_batch(rollout, prompts, iteration)
+        batch, equal_groups = self.training_batch(rollout, prompts, iteration)
         statistics = self.updater.run(batch, rollout.conditioning, prompts, iteration)
         if self.ema is not None:
             self.ema.step(self.weights.parameters)
@@ -293,9 +293,10 @@ class Trainer:
         assert rollout is not None
         return rollout
 
-    def _training_batch(
+    def training_batch(
         self, rollout: Rollout, prompts: list[Prompt], iteration: int
     ) -> tuple[TrainingBatch, dict[str, int]]:
+        """The trained transitions of a rollout with their advantages, and groups without any."""
         config = self.config
         grouped = {name: rollout.group_rewards(name) for name in config.rewards}
         local = slice(0, len(prompts))

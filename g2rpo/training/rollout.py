@@ -12,7 +12,14 @@ from g2rpo.errors import UserError
 from g2rpo.flow.batching import BatchSize
 from g2rpo.flow.forest import Forest
 from g2rpo.flow.schedule import SigmaGrid
-from g2rpo.flow.sweep import INITIAL_NOISE, RecordedStep, SweepSettings, Velocities, sweep
+from g2rpo.flow.sweep import (
+    INITIAL_NOISE,
+    Noise,
+    RecordedStep,
+    SweepSettings,
+    Velocities,
+    sweep,
+)
 from g2rpo.policy import Conditioning, FluxPolicy
 from g2rpo.policy.continuation import ContinuationPolicy, RolloutContinuations
 from g2rpo.rewards.base import RewardModel
@@ -78,8 +85,31 @@ class RolloutEngine:
     overlap: bool = False
     gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def run(self, forest: Forest, prompts: Sequence[Prompt], iteration: int) -> Rollout:
+    def noise(self, prompts: Sequence[Prompt], iteration: int) -> Noise:
+        """The noise of an iteration's rollout: each draw is named, whichever others are drawn."""
+
+        def draw(prompt: int, sample: int, step: int) -> Tensor:
+            stream = "initial-noise" if step == INITIAL_NOISE else "step-noise"
+            key = (iteration, prompts[prompt].id, sample, step)
+            drawn = gaussian(self.policy.latent_shape, self.seed, stream, *key)
+            return self.policy.pack(drawn[None])[0]
+
+        return draw
+
+    def run(
+        self,
+        forest: Forest,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        noise: Noise | None = None,
+    ) -> Rollout:
         """Rolls out ``forest`` for ``prompts`` and scores every distinct image.
+
+        Args:
+            forest: the states of each prompt.
+            prompts: P prompts.
+            iteration: names the noise, and is told in errors.
+            noise: takes the place of :meth:`noise`.
 
         Raises:
             UserError: a reward is not finite; names iteration, prompt and reward.
@@ -89,15 +119,10 @@ class RolloutEngine:
         def velocity(latents: Tensor, times: Tensor, prompt_of: Tensor) -> Tensor:
             return self.policy.velocity(latents, times, conditioning.select(prompt_of))
 
-        def noise(prompt: int, sample: int, step: int) -> Tensor:
-            stream = "initial-noise" if step == INITIAL_NOISE else "step-noise"
-            key = (iteration, prompts[prompt].id, sample, step)
-            drawn = gaussian(self.policy.latent_shape, self.seed, stream, *key)
-            return self.policy.pack(drawn[None])[0]
-
+        drawn = self.noise(prompts, iteration) if noise is None else noise
         with self._continuations(forest, conditioning) as continuations:
             velocities = Velocities(velocity, continuations, self.gathered)
-            swept = sweep(forest, self.grid, len(prompts), velocities, noise, self.settings)
+            swept = sweep(forest, self.grid, len(prompts), velocities, drawn, self.settings)
         slices = self.policy.decode_slices(swept.images.flatten(0, 1), self.decode)
         return Rollout(
             forest=forest,

@@ -100,20 +100,20 @@ class Updater:
         """
         statistics = UpdateStatistics()
         for index, update in enumerate(split_updates(batch, self.config.optimization)):
-            loss = self._backward(batch, update, conditioning, statistics, first=index == 0)
+            loss = self.backward(batch, update, conditioning, statistics, first=index == 0)
             if index == 0:
                 self._check_ratio(statistics, iteration)
             self._step(loss, statistics, prompts, iteration)
         return statistics
 
-    def _backward(
+    def backward(
         self,
         batch: TrainingBatch,
         update: Update,
         conditioning: Conditioning,
         statistics: UpdateStatistics,
         *,
-        first: bool,
+        first: bool = False,
     ) -> float:
         """The gradient of ``update``, averaged over ranks; returns its loss on this rank.
 

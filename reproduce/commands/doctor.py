@@ -62,6 +62,7 @@ def wanted_by(profile: "Profile") -> dict[str, "Needs"]:
         "train": Needs(hardware.training_ranks, hardware.gpus),
         "sample": evaluation,
         "score": evaluation,
+        "credit": Needs(hardware.training_ranks, hardware.gpus),
         "render": Needs(),
     }
 

@@ -1,0 +1,274 @@
+"""What an experiment on credit leaves for people: tables by step, a figure, the numbers."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks.credit import signal_to_noise
+from benchmarks.statistics import MIN_SEEDS, Interval, method_intervals
+from g2rpo.files import atomic_path, atomic_write_text, write_json
+from reproduce import runs
+from reproduce.experiment import Experiment, Profile, ResolvedCell
+from reproduce.figures import FIGURE_STYLE, LINE_STYLES, MARKERS, PALETTE
+from reproduce.layout import Layout
+from reproduce.render.notes import Gap
+from reproduce.rendering import why_not
+
+EXPLAINED = "Share of the reward's variance that the step's noise explains"
+RATIO = "Signal-to-noise ratio of the step's gradient, one iteration"
+ALL_STEPS = "all"
+"""In the place of a step: the gradient over all trained steps."""
+EXPLANATIONS = (
+    (
+        "Measured on the untrained policy, for every method's own rollout on the same prompts; "
+        "docs/credit.md has the definitions."
+    ),
+    (
+        "Share of variance: correlation of the rewards of two samples that share this step's noise "
+        "and nothing else. It is 1 where noise enters at one step alone, by construction."
+    ),
+    (
+        "Signal-to-noise ratio: squared length of the mean gradient over the mean squared distance "
+        "from it, over groups drawn again for the same prompts. Estimates near 0 may be below it."
+    ),
+    "A step that several rollouts of a method have (a window that moves) is their mean.",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell at one seed.
+
+    Attributes:
+        row: its row.
+        label: what the row is called.
+        seed: the seed.
+        manifest: what its stage wrote.
+    """
+
+    row: str
+    label: str
+    seed: int
+    manifest: dict[str, Any]
+
+    def steps(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every stochastic step of every rollout with the rollout's iteration."""
+        for rollout in self.manifest["rollouts"]:
+            for step in rollout["steps"]:
+                yield rollout["iteration"], step
+
+    def explained(self, reward: str) -> dict[int, float]:
+        """For each step, the share of the reward's variance."""
+        found: dict[int, list[float]] = {}
+        for _, step in self.steps():
+            found.setdefault(step["step"], []).append(step["explained"][reward])
+        return {step: float(np.mean(values)) for step, values in sorted(found.items())}
+
+    def ratios(self) -> dict[int | str, float]:
+        """For each step, and for all together, the signal-to-noise ratio."""
+        sums: dict[int | str, list[float]] = {}
+        for _, step in self.steps():
+            total = sums.setdefault(step["step"], [0.0, 0.0])
+            total[0] += step["signal"]
+            total[1] += step["noise"]
+        found = {step: signal_to_noise(*sums[step]) for step in sorted(sums, key=int)}
+        rollouts = self.manifest["rollouts"]
+        signal, noise = (sum(r[name] for r in rollouts) for name in ("signal", "noise"))
+        return {**found, ALL_STEPS: signal_to_noise(signal, noise)}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number a step for every row, over seeds.
+
+    Attributes:
+        title: what it is.
+        values: by row's label and step, the seeds' values.
+    """
+
+    title: str
+    values: dict[str, dict[int | str, list[float]]]
+
+    @classmethod
+    def of(
+        cls, title: str, found: Iterable[tuple[Measured, dict[int, float] | dict[int | str, float]]]
+    ) -> "Quantity":
+        """Gathers what each cell measured."""
+        values: dict[str, dict[int | str, list[float]]] = {}
+        for cell, by_step in found:
+            for step, value in by_step.items():
+                values.setdefault(cell.label, {}).setdefault(step, []).append(value)
+        return cls(title, values)
+
+    @property
+    def steps(self) -> list[int | str]:
+        """All steps of any row, ascending; the gradient over all steps last."""
+        steps = {step for row in self.values.values() for step in row}
+        return sorted(steps, key=lambda step: (isinstance(step, str), step))
+
+
+def publish_credit(
+    experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
+) -> list[Gap]:
+    """Writes what has been measured and prints it; returns what has not."""
+    assert experiment.credit is not None
+    labels = {row.key: row.label for row in experiment.table.rows}
+    rewards = [column.reward for column in experiment.table.columns_for(profile.name)]
+    measured: list[Measured] = []
+    gaps: list[Gap] = []
+    for cell in sorted(cells, key=lambda cell: (list(labels).index(cell.key), cell.seed or 0)):
+        manifest = runs.read_manifest(layout.credit(cell, experiment.credit))
+        if manifest is None:
+            gaps.append(Gap(cell.key, why_not(cell, layout, experiment.credit), cell.seed))
+        else:
+            measured.append(Measured(cell.key, labels[cell.key], cell.seed or 0, manifest))
+    if not measured:
+        return gaps
+    quantities = [
+        *(
+            Quantity.of(f"{EXPLAINED} ({reward})", [(m, m.explained(reward)) for m in measured])
+            for reward in rewards
+        ),
+        Quantity.of(RATIO, [(m, m.ratios()) for m in measured]),
+    ]
+    output = layout.experiment(profile.name, experiment.name)
+    output.mkdir(parents=True, exist_ok=True)
+    text = _markdown(experiment, profile, quantities, gaps)
+    atomic_write_text(output / "credit.md", text)
+    atomic_write_text(output / "credit.csv", _csv(measured))
+    write_json(output / "credit.json", _document(experiment, profile, measured))
+    sigmas = {step["step"]: step["sigma"] for m in measured for _, step in m.steps()}
+    for suffix in (".png", ".pdf"):
+        _figure(quantities, sigmas, (output / "credit").with_suffix(suffix))
+    console = Console()
+    console.print(text, highlight=False, markup=False)
+    console.print(f"wrote {output}/credit.*", highlight=False, markup=False, soft_wrap=True)
+    return gaps
+
+
+# --- forms ---------------------------------------------------------------------------------------
+
+
+def _markdown(
+    experiment: Experiment,
+    profile: Profile,
+    quantities: Sequence[Quantity],
+    gaps: Sequence[Gap],
+) -> str:
+    parts = [f"### {experiment.table.title} (profile `{profile.name}`)"]
+    for quantity in quantities:
+        parts.append(f"**{quantity.title}**")
+        steps = quantity.steps
+        lines = [f"| Method | {' | '.join(map(str, steps))} |", "|---|" + "---:|" * len(steps)]
+        for label, row in quantity.values.items():
+            shown = [_shown(row[step]) if step in row else "" for step in steps]
+            lines.append(f"| {label} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines))
+    counts = {len(v) for q in quantities for row in q.values.values() for v in row.values()}
+    fewest = min(counts)
+    over = (
+        f"Mean over {fewest} seeds with a 95% t interval over them."
+        if fewest >= MIN_SEEDS
+        else f"{fewest} seed{'s' if fewest > 1 else ''}: too few for an interval."
+    )
+    settings = experiment.credit
+    assert settings is not None
+    how = (
+        f"{settings.samples} pairs a prompt for each step; {settings.repeats} groups a prompt for "
+        f"the gradients; at most {settings.rollouts} rollouts of a method."
+    )
+    notes = [*EXPLANATIONS, over, how]
+    notes += [f"Missing: {gap.row}, seed {gap.seed}: {gap.reason}" for gap in gaps]
+    parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _interval(values: Sequence[float]) -> Interval | None:
+    return method_intervals([list(values)])[0] if len(values) >= MIN_SEEDS else None
+
+
+def _shown(values: Sequence[float]) -> str:
+    interval = _interval(values)
+    mean = f"{float(np.mean(values)):.3f}"
+    if interval is None:
+        return mean
+    return f"{mean}<br><sub>[{interval.low:.3f}, {interval.high:.3f}]</sub>"
+
+
+def _csv(measured: Sequence[Measured]) -> str:
+    out = io.StringIO()
+    steps = [step for cell in measured for _, step in cell.steps()]
+    rewards = sorted({name for step in steps for name in step["explained"]})
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["row", "seed", "iteration", "step", "sigma"]
+    writer.writerow([*head, *(f"explained_{name}" for name in rewards), "signal", "noise"])
+    for cell in measured:
+        for iteration, step in cell.steps():
+            shares = [step["explained"][name] for name in rewards]
+            place = [cell.row, cell.seed, iteration, step["step"], step["sigma"]]
+            writer.writerow([*place, *shares, step["signal"], step["noise"]])
+    return out.getvalue()
+
+
+def _document(
+    experiment: Experiment, profile: Profile, measured: Sequence[Measured]
+) -> dict[str, Any]:
+    assert experiment.credit is not None
+    return {
+        "experiment": experiment.name,
+        "profile": profile.name,
+        "settings": experiment.credit.model_dump(mode="json"),
+        "cells": [
+            {
+                "row": cell.row,
+                "seed": cell.seed,
+                "inputs": cell.manifest["inputs"],
+                "provenance": cell.manifest["provenance"],
+                "rollouts": cell.manifest["rollouts"],
+            }
+            for cell in measured
+        ],
+    }
+
+
+def _figure(quantities: Sequence[Quantity], sigmas: dict[int, float], path: Path) -> None:
+    """A panel for each quantity: its value at every step, bands over seeds."""
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(4.4 * len(quantities), 3.6), layout="constrained")
+        panels: npt.NDArray[Any] = figure.subplots(1, len(quantities), squeeze=False)[0]
+        for axes, quantity in zip(panels, quantities, strict=True):
+            _panel(axes, quantity, sigmas)
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
+        with atomic_path(path) as temporary:
+            metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
+            figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
+
+
+def _panel(axes: Axes, quantity: Quantity, sigmas: dict[int, float]) -> None:
+    for index, (label, row) in enumerate(quantity.values.items()):
+        steps = [step for step in sorted(sigmas) if step in row]
+        means = [float(np.mean(row[step])) for step in steps]
+        color = PALETTE[index % len(PALETTE)]
+        axes.plot(
+            steps, means, color=color, label=label, markersize=4,
+            linestyle=LINE_STYLES[index % len(LINE_STYLES)], marker=MARKERS[index % len(MARKERS)],
+        )  # fmt: skip
+        bands = [_interval(row[step]) for step in steps]
+        if all(band is not None for band in bands):
+            ends = np.array([(band.low, band.high) for band in bands if band is not None])
+            axes.fill_between(steps, ends[:, 0], ends[:, 1], color=color, alpha=0.15, lw=0)
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set_title(quantity.title, wrap=True)
+    axes.set_xticks(sorted(sigmas), [f"{k}\nσ {sigmas[k]:.2f}" for k in sorted(sigmas)])
+    axes.set_xlabel("Stochastic step")

@@ -1,0 +1,104 @@
+"""``g2rpo reproduce`` of an experiment on credit: stages, outputs, refusals."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reproduce.experiment import HERE
+
+EXPERIMENT: dict[str, Any] = {
+    "name": "small_credit",
+    "credit": {"samples": 4, "repeats": 3, "rollouts": 2},
+    "cells": {
+        "hps/g2rpo": {
+            "method": "g2rpo", "train": ["hps"], "set": {"method": {"granularities": [1, 2]}},
+        },
+        "hps/mix_grpo": {
+            "method": "mix_grpo", "train": ["hps"],
+            "set": {"method": {"window_size": 2, "interval": 1}},
+        },
+    },
+    "table": {
+        "name": "small_credit",
+        "title": "Credit",
+        "rows": [
+            {"key": "hps/g2rpo", "label": "G2RPO", "group": "HPS"},
+            {"key": "hps/mix_grpo", "label": "MixGRPO", "group": "HPS"},
+        ],
+        "columns": [{"reward": "hps", "label": "HPS"}],
+    },
+}  # fmt: skip
+
+
+def g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "reproduce.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("credit")
+    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
+    for key in ("build", "assets"):
+        profile.pop(key)
+    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
+    (folder / "small.yaml").write_text(text)
+    (folder / "credit.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    return folder
+
+
+def test_credit_is_measured_once_and_shown(workplace: Path) -> None:
+    command = ("reproduce", "credit.yaml", "--profile", "small.yaml", "--cluster", "debug")
+    done = g2rpo(workplace, *command)
+    assert done.returncode == 0, done.stderr
+    assert "| G2RPO |" in done.stdout
+    output = workplace / "results" / "runs" / "smoke" / "small_credit"
+    for name in ("credit.md", "credit.png", "credit.pdf"):
+        assert (output / name).stat().st_size > 0
+    document = json.loads((output / "credit.json").read_text())
+    by_row = {cell["row"]: cell for cell in document["cells"]}
+    (rollout,) = by_row["hps/g2rpo"]["rollouts"]
+    assert [step["step"] for step in rollout["steps"]] == [0, 1, 2]
+    assert all(step["explained"]["hps"] == pytest.approx(1, abs=1e-3) for step in rollout["steps"])
+    windows = [r["iteration"] for r in by_row["hps/mix_grpo"]["rollouts"]]
+    assert windows == [0, 1]
+    assert by_row["hps/g2rpo"]["provenance"]["weights"].keys() == {"hps", "policy"}
+    rows = list(csv.DictReader((output / "credit.csv").open()))
+    assert len(rows) == 3 + 2 * 2
+    (manifest,) = (workplace / "results" / "runs").glob("credit-g2rpo-hps-seed1-*/manifest.json")
+    written = manifest.stat().st_mtime_ns
+    again = g2rpo(workplace, *command)
+    assert again.returncode == 0, again.stderr
+    assert "| G2RPO |" in again.stdout
+    assert manifest.stat().st_mtime_ns == written
+
+
+def test_a_plan_of_credit_has_no_training(workplace: Path) -> None:
+    done = g2rpo(workplace, "plan", "credit.yaml", "--profile", "small.yaml", "--seeds", "5,6")
+    assert done.returncode == 0, done.stderr
+    kinds = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.split()}
+    assert kinds["credit"] == "4"
+    assert "train" not in kinds
+
+
+def test_credit_of_the_base_is_refused_in_one_line(workplace: Path) -> None:
+    wrong = {**EXPERIMENT, "cells": {**EXPERIMENT["cells"], "base": {}}}
+    (workplace / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+    done = g2rpo(workplace, "reproduce", "wrong.yaml", "--profile", "small.yaml")
+    assert done.returncode == 2
+    assert "cells.base has none" in done.stderr
+    assert "Traceback" not in done.stderr

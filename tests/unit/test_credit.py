@@ -1,0 +1,177 @@
+"""The credit of stochastic steps against closed forms, and its stage on tiny models."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_runs import config_for, trainer_for
+
+from benchmarks.credit import (
+    GradientMoments,
+    distinct_rollouts,
+    explained_shares,
+    joined_gradient,
+    measure_credit,
+    signal_to_noise,
+    step_gradients,
+)
+from benchmarks.protocol import CreditConfig
+from g2rpo.data.prompts import Prompt
+from g2rpo.flow.forest import Forest
+from g2rpo.flow.sweep import INITIAL_NOISE, Noise
+from g2rpo.methods import dance_grpo, flow_grpo, g2rpo, mix_grpo
+from g2rpo.methods.base import Method, RolloutShape
+from g2rpo.seeds import gaussian
+from g2rpo.training.transitions import Update
+from g2rpo.training.update import UpdateStatistics
+
+WEIGHTS = {INITIAL_NOISE: 5.0, 0: 1.0, 1: 2.0, 2: 0.5, 3: 0.0, 4: 1.5, 5: 1.0}
+STEPS = 6
+PROMPTS = [Prompt(id=f"{number:06d}", text=f"prompt {number}") for number in range(6)]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """An engine whose reward is the weighted sum of the noises on an image's way."""
+
+    seed: int = 0
+
+    def noise(self, prompts: Sequence[Prompt], iteration: int) -> Noise:
+        def draw(prompt: int, sample: int, step: int) -> torch.Tensor:
+            return gaussian((1,), self.seed, "noise", iteration, prompts[prompt].id, sample, step)
+
+        return draw
+
+    def run(self, forest: Forest, prompts: Sequence[Prompt], _: int, noise: Noise) -> Any:
+        def reward(prompt: int, image: int) -> float:
+            total, at = 0.0, forest.states[image]
+            while at.parent is not None:
+                if at.sample is not None:
+                    total += WEIGHTS[at.node - 1] * float(noise(prompt, at.sample, at.node - 1))
+                at = forest.states[at.parent]
+            return total + WEIGHTS[INITIAL_NOISE] * float(
+                noise(prompt, at.sample or 0, INITIAL_NOISE)
+            )
+
+        rows = [
+            [[reward(p, image) for image in group.images] for group in forest.groups]
+            for p in range(len(prompts))
+        ]
+        return SimpleNamespace(forest=forest, group_rewards=lambda _: torch.tensor(rows))
+
+
+def shares(method: Method, samples: int = 96) -> Mapping[int, float]:
+    shape = RolloutShape(steps=STEPS, group_size=4, iterations=12)
+    trainer: Any = SimpleNamespace(
+        engine=Linear(),
+        config=SimpleNamespace(method=method, shape=shape, rewards={"hps": None}),
+        weights=SimpleNamespace(rollout=torch.no_grad),
+        accelerator=SimpleNamespace(num_processes=1),
+    )
+    found = explained_shares(trainer, PROMPTS, 0, samples)
+    return {step: values["hps"] for step, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "noisy", "recorded"),
+    [
+        (dance_grpo.Config(), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
+        (flow_grpo.Config(), [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4]),
+        (
+            flow_grpo.Config(shared_initial_noise=False),
+            [INITIAL_NOISE, 0, 1, 2, 3, 4, 5],
+            [0, 1, 2, 3, 4],
+        ),
+        (mix_grpo.Config(window_size=3), [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_the_share_is_that_of_a_reward_which_is_linear_in_the_noise(
+    method: Method, noisy: list[int], recorded: list[int]
+) -> None:
+    found = shares(method)
+    assert list(found) == recorded
+    total = sum(WEIGHTS[step] ** 2 for step in noisy)
+    for step, share in found.items():
+        assert share == pytest.approx(WEIGHTS[step] ** 2 / total, abs=4 / math.sqrt(96 * 6))
+
+
+def test_noise_at_one_step_alone_explains_everything_whatever_the_granularity() -> None:
+    found = shares(g2rpo.Config(stochastic_steps=(0, 1, 4), granularities=(1, 2)), samples=8)
+    assert found == pytest.approx({0: 1.0, 1: 1.0, 4: 1.0})
+
+
+# --- the gradient --------------------------------------------------------------------------------
+
+
+def test_moments_equal_their_definitions() -> None:
+    generator = np.random.default_rng(3)
+    draws = generator.normal(size=(7, 12)) + np.linspace(-1, 1, 12)
+    moments = GradientMoments()
+    for draw in draws:
+        moments.add([torch.tensor(draw[:5]), torch.tensor(draw[5:].reshape(7, 1))])
+    mean = draws.mean(axis=0)
+    spread = ((draws - mean) ** 2).sum() / 6
+    assert moments.noise == pytest.approx(spread)
+    assert moments.signal == pytest.approx((mean**2).sum() - spread / 7)
+
+
+def test_signal_and_noise_are_unbiased() -> None:
+    generator, true = np.random.default_rng(0), np.full(4, 0.3)
+    signals, noises = [], []
+    for _ in range(2000):
+        moments = GradientMoments()
+        for draw in generator.normal(size=(4, 4)) + true:
+            moments.add([torch.tensor(draw)])
+        signals.append(moments.signal)
+        noises.append(moments.noise)
+    assert np.mean(signals) == pytest.approx((true**2).sum(), abs=0.06)
+    assert np.mean(noises) == pytest.approx(4.0, rel=0.03)
+
+
+def test_a_ratio_of_nothing_to_nothing_is_nothing() -> None:
+    assert signal_to_noise(0.0, 0.0) == 0.0
+    assert signal_to_noise(2.0, 0.0) == math.inf
+    assert signal_to_noise(1.0, 4.0) == 0.25
+
+
+@pytest.mark.parametrize(("most", "expected"), [(10, [0, 2, 4, 6]), (3, [0, 4, 6]), (1, [0])])
+def test_rollouts_of_a_moving_window_are_chosen_evenly(most: int, expected: list[int]) -> None:
+    method = mix_grpo.Config(window_size=2, interval=2)
+    shape = RolloutShape(steps=6, group_size=4, iterations=8)
+    config = SimpleNamespace(method=method, shape=shape, optimization=SimpleNamespace(iterations=8))
+    trainer: Any = SimpleNamespace(config=config)
+    assert distinct_rollouts(trainer, most) == expected
+
+
+def test_the_gradient_of_all_steps_is_that_of_one_backward(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    config = config_for(smoke_assets, method={"name": "dance_grpo"}, grid={"steps": 5})
+    trainer = trainer_for(config, tmp_path)
+    before = [parameter.detach().clone() for parameter in trainer.weights.parameters]
+    prompts = trainer.local_prompts()
+    forest = config.method.forest(config.shape, 0)
+    rollout = trainer.engine.run(forest, prompts, 0)
+    joined = joined_gradient(step_gradients(trainer, rollout, prompts, 0))
+    batch, _ = trainer.training_batch(rollout, prompts, 0)
+    everything = Update(torch.arange(len(batch)), 1.0 / len(batch))
+    trainer.updater.backward(batch, everything, rollout.conditioning, UpdateStatistics())
+    largest = max(
+        float(p.grad.abs().max()) for p in trainer.weights.parameters if p.grad is not None
+    )
+    for part, parameter in zip(joined, trainer.weights.parameters, strict=True):
+        expected = torch.zeros_like(part) if parameter.grad is None else parameter.grad
+        assert torch.allclose(part, expected, atol=1e-5 * largest)
+    trainer.weights.drop_gradients()
+    measured = measure_credit(trainer, CreditConfig(samples=4, repeats=3))
+    assert [step.step for step in measured[0].steps] == [0, 1, 2, 3]
+    assert all(step.noise > 0 for step in measured[0].steps)
+    after = trainer.weights.parameters
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert trainer.progress == replace(trainer.progress, iteration=0)
