@@ -9,7 +9,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from reproduce.commands import embed, export, jobs, prompts, run, weights
+from reproduce.commands import compare, embed, export, jobs, prompts, run, weights
 from reproduce.commands.check import check
 from reproduce.commands.doctor import doctor
 from reproduce.commands.options import (
@@ -198,6 +198,8 @@ for verb in (
     jobs.logs,
     jobs.cancel,
     jobs.retry,
+    compare.runs,
+    compare.compare,
     doctor,
     check,
     embed.embed,

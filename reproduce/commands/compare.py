@@ -1,0 +1,66 @@
+"""``g2rpo runs`` and ``g2rpo compare``: what is there, and how it differs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from g2rpo.config import nearest
+from g2rpo.errors import UserError
+from reproduce.commands.options import Results
+
+
+def runs(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="Only runs whose names hold all of these.")
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option("--state", help="Only runs in this state, e.g. running.")
+    ] = None,
+    results: Results = Path("results"),
+) -> None:
+    """List the runs with state, progress, ETA and last reward, the latest to change first.
+
+    It reads what is on disk, so it works from any shell and asks no process.
+    """
+    from reproduce.display import STYLES, wide_console
+    from reproduce.run_display import states_table
+    from reproduce.run_states import read_run_states
+
+    if state is not None and state not in STYLES:
+        raise UserError(f"no state {state!r}; {nearest(state, STYLES)}")
+    known = read_run_states(results / "runs")
+    if not known:
+        raise UserError(f"{results / 'runs'}: no runs yet; --results names another folder")
+    shown = [
+        one
+        for one in known
+        if all(word in one.name for word in words or ()) and state in (None, one.word)
+    ]
+    if not shown:
+        asked = " ".join(words or ()) + (f" in the state {state!r}" if state else "")
+        raise UserError(f"none of the {len(known)} runs is {asked.strip()}")
+    wide_console().print(states_table(shown))
+
+
+def compare(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN...",
+            help="Folders, or beginnings of names that fit one run; the first is the reference.",
+        ),
+    ],
+    results: Results = Path("results"),
+) -> None:
+    """Compare runs with the first: scores with intervals, curves, cost, settings, provenance.
+
+    Runs that differ in nothing but their seed are taken together. Committed results, of which no
+    run folder is left, are found by the names of their runs.
+    """
+    from reproduce.display import wide_console
+    from reproduce.records import find_runs
+    from reproduce.run_comparison import members
+    from reproduce.run_display import print_comparison
+
+    print_comparison(members(find_runs(names, results)), wide_console())

@@ -1,0 +1,333 @@
+"""Runs as they are found: their settings, scores, curves and costs, from run folders or cells.
+
+What was trained here has a folder in ``results/runs``. Of committed results only the cells are
+left; the settings of their runs are then those of the experiment, where they still give that run.
+"""
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.cells import Cell, CellInfo, Cost, Protocol, Provenance, load_cell
+from g2rpo.config import content_hash
+from g2rpo.errors import UserError
+from g2rpo.training.metrics import METRICS_FILE, read_metrics
+from reproduce import runs
+
+SETTINGS = "config.json"
+EVALUATIONS = "evaluations"
+SHOWN_NAMES = 4
+"""Names that are told where a prefix fits several."""
+NOT_DETERMINING = ("validation", "checkpoints", "execution")
+"""Sections that do not change the trained weights and are not part of a run's name."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: of its folder.
+        folder: the folder; None where only cells are left of it.
+        cells: its scores, one cell for each evaluation protocol; of the base as well.
+        settings: its training configuration; None for the base, and where it is not known.
+        rows: its metrics, one for each iteration that was logged.
+        cost: what it took so far; None where that is not known.
+        provenance: commit, packages, weights and hardware; None before there is anything.
+    """
+
+    name: str
+    folder: Path | None
+    cells: tuple[Cell, ...]
+    settings: Mapping[str, Any] | None
+    rows: tuple[Mapping[str, Any], ...] = ()
+    cost: Cost | None = None
+    provenance: Provenance | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The training seed; None for a model without."""
+        if self.settings is not None:
+            return int(self.settings["seed"])
+        return self.cells[0].info.seed if self.cells else None
+
+    @cached_property
+    def without_seed(self) -> str:
+        """Names what it is but for its seed: runs that share it are one method at several seeds."""
+        if self.settings is not None:
+            apart = {"seed", *NOT_DETERMINING}
+            return content_hash({k: v for k, v in self.settings.items() if k not in apart})
+        if self.cells:
+            info = self.cells[0].info
+            return content_hash([info.row, info.method, info.train_rewards, info.preset])
+        return self.name
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is a training run, or a base or checkpoint that was evaluated."""
+    return (folder / SETTINGS).is_file() or (folder / EVALUATIONS).is_dir()
+
+
+def run_folders(runs_folder: Path) -> list[Path]:
+    """The runs in a folder, by name."""
+    if not runs_folder.is_dir():
+        return []
+    return sorted(folder for folder in runs_folder.iterdir() if is_run(folder))
+
+
+def cell_files(results: Path) -> dict[str, list[Path]]:
+    """The cells below ``results`` by the name of the run that they are of, cells of one table."""
+    found: dict[str, list[Path]] = {}
+    for pattern in ("*/*/cells/*.json", "runs/*/*/cells/*.json"):
+        for path in sorted(results.glob(pattern)):
+            name = _run_of(path)
+            if name is not None:
+                found.setdefault(name, []).append(path)
+    return found
+
+
+def _run_of(path: Path) -> str | None:
+    try:
+        name = json.loads(path.read_text())["cell"]["runs"]["train"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(name)
+
+
+def chosen_names(part: str, names: Iterable[str]) -> list[str]:
+    """The one name that ``part`` is or begins, or all that match it where it is a pattern.
+
+    Raises:
+        UserError: there is none, or a beginning fits several; in one line with the nearest.
+    """
+    known = sorted(set(names))
+    if part in known:
+        return [part]
+    matching = fnmatch.filter(known, part)
+    if matching:
+        return matching
+    fitting = [name for name in known if part and name.startswith(part)]
+    if len(fitting) == 1:
+        return fitting
+    if fitting:
+        more = len(fitting) - SHOWN_NAMES
+        listed = ", ".join(fitting[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+        raise UserError(f"{part!r} begins the names of several runs: {listed}; give more of it")
+    if not known:
+        raise UserError(f"no run {part!r}: there are no runs yet; --results names their folder")
+    # It is compared with beginnings of its own length, or every long name would look far.
+    starts = {name[: len(part)]: name for name in reversed(known)}
+    close = difflib.get_close_matches(part, starts, n=1, cutoff=0.5)
+    hint = f"did you mean {starts[close[0]]!r}?" if close else "`g2rpo runs` lists them"
+    raise UserError(f"no run {part!r}; {hint}")
+
+
+def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
+    """The runs that are named by their folders, or by beginnings of their names.
+
+    Args:
+        parts: folders, or beginnings of names in ``results/runs`` or of runs that cells name; one
+            with ``*``, ``?`` or ``[`` stands for all names that match it.
+        results: the folder of results.
+
+    Raises:
+        UserError: one is unknown, fits several runs, cannot be read, or is named twice.
+    """
+    folders = {folder.name: folder for folder in run_folders(results / "runs")}
+    cells: dict[str, list[Path]] | None = None
+    found: dict[str, RunRecord] = {}
+    for part in parts:
+        given = Path(part)
+        if given.is_dir() and is_run(given):
+            records = [read_folder(given.resolve())]
+        else:
+            cells = cell_files(results) if cells is None else cells
+            named = given.name if given.parent != Path() else part
+            names = chosen_names(named, {*folders, *cells})
+            records = [_read(name, folders.get(name), cells.get(name, [])) for name in names]
+        for record in records:
+            if record.name in found:
+                raise UserError(f"the run {record.name} is named twice")
+            found[record.name] = record
+    return list(found.values())
+
+
+def _read(name: str, folder: Path | None, cells: list[Path]) -> RunRecord:
+    if folder is not None:
+        record = read_folder(folder)
+        if record.cells or not cells:
+            return record
+    return read_cells(name, cells)
+
+
+# From a run's folder
+
+
+def read_folder(folder: Path) -> RunRecord:
+    """The run in ``folder``, finished or not.
+
+    Raises:
+        UserError: a file of it is damaged; it is named.
+    """
+    settings = read_settings(folder)
+    manifest = runs.read_manifest(folder) if settings is not None else None
+    rows = tuple(read_metrics(folder / METRICS_FILE))
+    evaluations = sorted((folder / EVALUATIONS).glob("*/manifest.json"))
+    scored = [(path.parent, runs.read_manifest(path.parent)) for path in evaluations]
+    made_by = manifest or next((found for _, found in scored if found is not None), None)
+    provenance = None
+    if made_by is not None:
+        with _told(folder):
+            provenance = Provenance.model_validate(made_by["provenance"])
+    cost = _cost(folder, manifest, rows, provenance)
+    cells = tuple(
+        _cell(folder, evaluation, found, settings, cost)
+        for evaluation, found in scored
+        if found is not None
+    )
+    return RunRecord(folder.name, folder, cells, settings, rows, cost, provenance)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A damaged file is told in one line."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read by this version ({text})") from None
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The training configuration of a run; None where nothing is trained.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    with _told(path):
+        return dict(json.loads(path.read_text()))
+
+
+def _cost(
+    folder: Path,
+    manifest: Mapping[str, Any] | None,
+    rows: tuple[Mapping[str, Any], ...],
+    provenance: Provenance | None,
+) -> Cost | None:
+    counted: Mapping[str, Any] | None = None
+    if manifest is not None:
+        counted = manifest["progress"]
+    elif rows:
+        counted = rows[-1]
+    elif folder.name.startswith("base-"):
+        counted = {"iteration": 0}
+    if counted is None:
+        return None
+    names = [name for name in Cost.model_fields if name not in ("iterations", "device")]
+    device = "unknown" if provenance is None else provenance.hardware.get("device", "unknown")
+    return Cost(
+        iterations=counted["iteration"],
+        device=device,
+        # The row before the first iteration has not all of them.
+        **{name: counted.get(name, 0) for name in names},
+    )
+
+
+def _cell(
+    folder: Path,
+    evaluation: Path,
+    manifest: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    cost: Cost | None,
+) -> Cell:
+    """One evaluation of the run as a cell."""
+    with _told(evaluation):
+        inputs = manifest["inputs"]
+        asked = inputs["protocol"]
+        protocol = Protocol(
+            name=f"{asked['split']}, {asked['grid']['steps']} steps",
+            hash=content_hash({key: inputs[key] for key in ("protocol", "prompts")}),
+            diversity=asked.get("diversity"),
+            drift=asked.get("drift"),
+        )
+        method = folder.name.split("-")[0] if settings is None else settings["method"]["name"]
+        info = CellInfo(
+            row=method,
+            method=method,
+            train_rewards=() if settings is None else tuple(settings["rewards"]),
+            seed=None if settings is None else settings["seed"],
+            protocol=protocol,
+            runs={"train": folder.name, "evaluation": evaluation.name},
+            checkpoint_iteration=None if cost is None else cost.iterations,
+            cost=cost,
+            provenance=Provenance.model_validate(manifest["provenance"]),
+        )
+        scores = pd.read_parquet(evaluation / "scores.parquet")
+        files = (evaluation / f"{name}.parquet" for name in ("diversity", "drift"))
+        measured = [pd.read_parquet(path) for path in files if path.exists()]
+    return Cell(info, scores, None, pd.concat(measured, ignore_index=True) if measured else None)
+
+
+# From cells
+
+
+def read_cells(name: str, paths: list[Path]) -> RunRecord:
+    """The run of that ``name``, of which the cells at ``paths`` are left.
+
+    Raises:
+        UserError: a cell is damaged.
+    """
+    cells: dict[str, Cell] = {}
+    for path in paths:  # the same cell may stand in several tables
+        cell = load_cell(path)
+        cells.setdefault(cell.info.protocol.hash, cell)
+    first = next(iter(cells.values()))
+    rows = () if first.curve is None else tuple(_plain_rows(first.curve))
+    return RunRecord(
+        name=name,
+        folder=None,
+        cells=tuple(cells.values()),
+        settings=settings_of(first, paths[0]),
+        rows=rows,
+        cost=first.info.cost,
+        provenance=first.info.provenance,
+    )
+
+
+def _plain_rows(curve: pd.DataFrame) -> list[dict[str, Any]]:
+    records = curve.to_dict(orient="records")
+    return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in records]
+
+
+def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
+    """The training settings of a committed cell, where its experiment still gives that very run.
+
+    Args:
+        cell: the cell.
+        path: its file, ``<profile>/<experiment>/cells/<name>.json``.
+    """
+    from reproduce.experiment import load_experiment, load_profile, resolve
+
+    if cell.info.seed is None:
+        return None
+    profile, experiment = path.parts[-4], path.parts[-3]
+    try:
+        loaded = load_experiment(experiment)
+        resolved = resolve(loaded, load_profile(profile), cell.info.row, cell.info.seed)
+    except UserError:
+        return None
+    train = resolved.train
+    if train is None or runs.train_run_name(train) != cell.info.runs["train"]:
+        return None
+    return train.model_dump(mode="json")

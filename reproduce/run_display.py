@@ -1,0 +1,233 @@
+"""Lists and comparisons of runs as tables for the terminal."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.statistics import ALPHA, Comparison
+from g2rpo.progress import duration
+from reproduce.display import STYLES, plain_table
+from reproduce.render.formats import human
+from reproduce.render.spec import COST_LABELS, METRIC_LABELS, CostColumn
+from reproduce.run_comparison import (
+    ABSENT,
+    CurvePoint,
+    Difference,
+    Member,
+    Section,
+    curve_points,
+    provenance_differences,
+    score_sections,
+    setting_differences,
+)
+from reproduce.run_states import RunState
+
+DIGITS = 4
+COSTS: tuple[CostColumn, ...] = (
+    "iterations",
+    "rollout_evaluations",
+    "training_backwards",
+    "images_scored",
+    "equal_cost_evaluations",
+    "device_seconds",
+)
+LONGEST = 60
+"""Characters of a setting that are shown."""
+
+
+# Lists
+
+
+def states_table(states: Sequence[RunState]) -> Table:
+    """A row per run."""
+    columns = (
+        "run", "state", "progress", "ETA", "last reward", "validation", "evaluations",
+        "changed", "",
+    )  # fmt: skip
+    table = plain_table(*columns, right=("progress", "ETA", "changed"))
+    for state in states:
+        progress = "" if state.done is None else f"{state.done}/{state.total or '?'}"
+        where = f"on {state.node}" if state.word == "running" and state.node else ""
+        table.add_row(
+            escape(state.name),
+            f"[{STYLES[state.word]}]{state.word}[/]",
+            progress,
+            "" if state.remaining is None else duration(state.remaining),
+            escape(_values(state.rewards)),
+            escape(_values(state.validation)),
+            escape(state.evaluations),
+            _ago(state.updated),
+            escape(state.reason or where),
+        )
+    return table
+
+
+def _values(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.{DIGITS}f}" for name, value in values.items())
+
+
+def _ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
+
+
+# Comparisons
+
+
+def print_comparison(compared: Sequence[Member], console: Console) -> None:
+    """Everything in which runs differ from the first: scores, curves, cost, settings, origin."""
+    console.print("[bold]Runs[/]")
+    for member in compared:
+        note = " (reference)" if member is compared[0] else ""
+        console.print(f"  {member.letter}{note}: {member.title}", markup=False, highlight=False)
+    sections = score_sections(compared)
+    for section in sections:
+        console.print(_section_table(section))
+        console.print(_meaning(section), highlight=False, style="dim")
+    if not sections:
+        console.print(
+            "\nNo held-out evaluation that the reference shares with another run yet.",
+            highlight=False,
+        )
+    points = curve_points(compared)
+    if points:
+        console.print(_curve_table(points))
+    console.print(_cost_table(compared))
+    _print_differences("Settings that differ", setting_differences(compared), compared, console)
+    unknown = [one.letter for one in compared if one.runs[0].settings is None]
+    if unknown:
+        console.print(
+            f"Settings of {', '.join(unknown)}: none are known (a base, or weights that were "
+            "trained elsewhere or by other settings than the experiment now has).",
+            highlight=False,
+            style="dim",
+        )
+    _print_differences("Made with", provenance_differences(compared), compared, console)
+
+
+def _section_table(section: Section) -> Table:
+    columns = ("score", "run", "mean", "difference", "95% interval", "p (Holm)", "", "about")
+    table = plain_table(*columns, right=("mean", "difference", "95% interval", "p (Holm)"))
+    _title(table, f"Held-out: {section.protocol}, {section.prompts} prompts")
+    last = ""
+    for delta in section.deltas:
+        quantity = METRIC_LABELS.get(delta.quantity, delta.quantity)
+        table.add_row(
+            "" if quantity == last else escape(quantity),
+            delta.member,
+            f"{delta.value.mean:.{DIGITS}f}",
+            *_comparison_texts(delta.comparison, delta.adjusted),
+            "" if delta.comparison is None else delta.comparison.label,
+        )
+        last = quantity
+    return table
+
+
+def _title(table: Table, text: str) -> None:
+    table.title, table.title_justify, table.title_style = f"\n{escape(text)}", "left", "bold"
+
+
+def _comparison_texts(comparison: Comparison | None, adjusted: float | None) -> tuple[str, ...]:
+    if comparison is None:
+        return ("", "", "", "")
+    p_value = comparison.p_value if adjusted is None else adjusted
+    verdict = "not settled"
+    if p_value < ALPHA:
+        verdict = "[green]higher[/]" if comparison.difference > 0 else "[red]lower[/]"
+    interval = f"{comparison.low:+.{DIGITS}f} to {comparison.high:+.{DIGITS}f}"
+    return (
+        f"{comparison.difference:+.{DIGITS}f}",
+        interval,
+        "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
+        verdict,
+    )
+
+
+def _meaning(section: Section) -> str:
+    labels = {one.comparison.label for one in section.deltas if one.comparison is not None}
+    sentences = []
+    if "method" in labels:
+        sentences.append("method: paired t over shared seeds, about training again.")
+    if "checkpoint" in labels:
+        sentences.append(
+            "checkpoint: over prompts, about these weights alone, not about another seed."
+        )
+    if section.missing:
+        sentences.append(f"Not evaluated so: {', '.join(section.missing)}.")
+    return " ".join(sentences)
+
+
+def _curve_table(points: Sequence[CurvePoint]) -> Table:
+    columns = ("reward", "run", "iteration", "mean", "difference", "95% interval", "p")
+    table = plain_table(*columns, "", right=columns[2:])
+    _title(table, "Validation at the last iteration shared with the reference")
+    for point in points:
+        texts = _comparison_texts(point.comparison, None)
+        if point.comparison is None:
+            texts = (f"{point.difference:+.{DIGITS}f}", "", "", "")
+        table.add_row(
+            escape(point.reward),
+            point.member,
+            str(point.iteration),
+            f"{point.value:.{DIGITS}f}",
+            *texts,
+        )
+    return table
+
+
+def _cost_table(compared: Sequence[Member]) -> Table:
+    columns = ("cost of training", *(member.letter for member in compared))
+    table = plain_table(*columns, right=columns[1:])
+    _title(table, "Cost, mean over seeds; in brackets: times the reference's")
+    devices = [sorted(_devices(member)) for member in compared]
+    for column in COSTS:
+        means = [_mean_cost(member, column) for member in compared]
+        texts = []
+        for index, (mean, device) in enumerate(zip(means, devices, strict=True)):
+            text = ABSENT if mean is None else human(mean)
+            # Seconds on another device are no measure.
+            comparable = column != "device_seconds" or device == devices[0]
+            if index and mean is not None and means[0] and comparable:
+                text += f" ({mean / means[0]:.2f}×)"
+            texts.append(text)
+        table.add_row(COST_LABELS[column], *texts)
+    table.add_row("Device", *(escape(", ".join(names) or ABSENT) for names in devices))
+    return table
+
+
+def _devices(member: Member) -> set[str]:
+    return {run.cost.device for run in member.runs if run.cost is not None}
+
+
+def _mean_cost(member: Member, column: CostColumn) -> float | None:
+    costs = [run.cost for run in member.runs if run.cost is not None]
+    if len(costs) < len(member.runs):
+        return None
+    return float(np.mean([getattr(cost, column) for cost in costs]))
+
+
+def _print_differences(
+    title: str, differences: Sequence[Difference], compared: Sequence[Member], console: Console
+) -> None:
+    if not differences:
+        console.print(f"\n[bold]{title}[/]: none")
+        return
+    table = plain_table("key", *(member.letter for member in compared))
+    _title(table, title)
+    for one in differences:
+        style = "" if one.determining else "dim"
+        note = "" if one.determining else " (not part of the run's name)"
+        values = (escape(_shortened(value)) for value in one.values)
+        table.add_row(escape(one.key) + note, *values, style=style)
+    console.print(table)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

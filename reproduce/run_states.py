@@ -1,0 +1,148 @@
+"""What every run of a results folder is doing: its state, progress, ETA and last reward."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from g2rpo.attempts import Attempt
+from g2rpo.errors import UserError
+from g2rpo.lease import is_alive
+from g2rpo.training.metrics import METRICS_FILE, read_metrics
+from reproduce import runs
+from reproduce.records import EVALUATIONS, SETTINGS, read_settings, run_folders
+from reproduce.status import Word
+from reproduce.work import latest_attempt
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run as it stands.
+
+    Attributes:
+        name: of its folder.
+        word: its state.
+        reason: why it failed or was stopped; may be empty.
+        done: iterations that are done; None where nothing is trained.
+        total: iterations in all.
+        remaining: seconds until it is trained, as it says itself; None where it does not run.
+        rewards: the last iteration's mean reward of each training reward.
+        validation: the last validation's mean of each.
+        evaluations: what became of its evaluations, in a few words.
+        node: where it runs or ran.
+        updated: when something of it last changed, in seconds since the epoch.
+    """
+
+    name: str
+    word: Word
+    reason: str = ""
+    done: int | None = None
+    total: int | None = None
+    remaining: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+    evaluations: str = ""
+    node: str = ""
+    updated: float = 0.0
+
+
+def read_run_states(runs_folder: Path) -> list[RunState]:
+    """The runs of a folder, the one that changed last first."""
+    states = [read_run_state(folder) for folder in run_folders(runs_folder)]
+    return sorted(states, key=lambda state: (-state.updated, state.name))
+
+
+def read_run_state(folder: Path) -> RunState:
+    """What the run in ``folder`` is doing."""
+    evaluations, evaluated_by = _evaluations(folder)
+    config = _settings(folder)
+    if config is None:
+        word: Word = "running" if evaluated_by else ("done" if evaluations else "interrupted")
+        updated = _changed(folder, folder / EVALUATIONS)
+        return RunState(folder.name, word, evaluations=evaluations, updated=updated)
+    attempt = latest_attempt(folder / "leases" / "train")
+    record = None if attempt is None else attempt.record
+    word, reason = _judge(folder, attempt)
+    rows = read_metrics(folder / METRICS_FILE)
+    times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, "manifest.json")]
+    times += [] if record is None else [record.updated]
+    return RunState(
+        name=folder.name,
+        word=word,
+        reason=reason,
+        done=int(rows[-1]["iteration"]) if rows else 0,
+        total=config.get("optimization", {}).get("iterations"),
+        remaining=record.progress.remaining_seconds if record and word == "running" else None,
+        rewards=_last(rows, "reward/", "/mean"),
+        validation=_last(rows, "validation/", ""),
+        evaluations=evaluations,
+        node="" if record is None else record.node,
+        updated=max(times),
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """The run's settings; empty where they are damaged, None where it has none."""
+    try:
+        return read_settings(folder)
+    except UserError:
+        return {}
+
+
+def _judge(folder: Path, attempt: Attempt | None) -> tuple[Word, str]:
+    if runs.read_manifest(folder) is not None:
+        return "done", ""
+    if attempt is None:
+        return "interrupted", "it was not started under a lease"
+    if is_alive(attempt):
+        return ("starting" if attempt.record is None else "running"), ""
+    record = attempt.record
+    if record is None:
+        return "interrupted", "it was stopped"
+    if record.state == "failed":
+        return "failed", record.reason or "no reason was told"
+    return "interrupted", record.reason or "it was stopped; the same command goes on"
+
+
+def _evaluations(folder: Path) -> tuple[str, bool]:
+    """What became of the evaluations, and whether one runs."""
+    places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
+    scored = [place for place in places if runs.read_manifest(place) is not None]
+    texts = [f"{len(scored)} scored"] if scored else []
+    running = False
+    for place in places:
+        if place in scored:
+            continue
+        alive = [a for a in _attempts(place / "leases") if is_alive(a) and a.record is not None]
+        running = running or bool(alive)
+        said = [str(a.record.progress) for a in alive if a.record is not None]
+        texts.append(next((text for text in said if text), "running" if alive else "unfinished"))
+    return ", ".join(texts), running
+
+
+def _attempts(leases: Path) -> list[Attempt]:
+    places = sorted(leases.iterdir()) if leases.is_dir() else []
+    found = (latest_attempt(place) for place in places if place.is_dir())
+    return [attempt for attempt in found if attempt is not None]
+
+
+def _last(rows: list[dict[str, Any]], before: str, after: str) -> dict[str, float]:
+    """The values of the last row that has any, by what stands between ``before`` and ``after``."""
+    for row in reversed(rows):
+        found = {
+            key.removeprefix(before).removesuffix(after): float(value)
+            for key, value in row.items()
+            if key.startswith(before) and key.endswith(after)
+        }
+        if found:
+            return found
+    return {}
+
+
+def _changed(*paths: Path) -> float:
+    times = [0.0]
+    for path in paths:
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)

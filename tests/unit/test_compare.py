@@ -1,0 +1,175 @@
+"""`g2rpo compare`: names, deltas against scipy, settings, cost; from folders and from cells."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from run_folders import PROVENANCE, prompt_means, write, write_evaluation, write_run
+from typer.testing import CliRunner
+
+from benchmarks.statistics import holm
+from g2rpo.errors import UserError
+from reproduce.cli import app
+from reproduce.experiment import ROOT
+from reproduce.records import chosen_names, find_runs
+from reproduce.run_comparison import (
+    curve_points,
+    members,
+    provenance_differences,
+    score_sections,
+    setting_differences,
+)
+
+NAMES = ("g2rpo-hps-seed1-aa", "g2rpo-hps-seed2-bb", "mix_grpo-hps-seed1-cc", "base-dd")
+MIX: dict[str, Any] = {"method": {"name": "mix_grpo", "window_size": 4}}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Three seeds of two methods, and a base."""
+    for seed in (1, 2, 3):
+        better, worse = {"hps": 0.72, "clip": 0.5}, {"hps": 0.70, "clip": 0.5}
+        write_run(tmp_path / "runs", f"g2rpo-hps-seed{seed}-aa", seed=seed, means=better)
+        write_run(tmp_path / "runs", f"mix_grpo-hps-seed{seed}-bb", seed=seed, means=worse, **MIX)
+    write_evaluation(tmp_path / "runs" / "base-cc", {"hps": 0.69, "clip": 0.5})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("g2rpo-hps", "several runs: g2rpo-hps-seed1-aa, g2rpo-hps-seed2-bb; give more of it"),
+        ("g2rpo-hps-sead1", "did you mean 'g2rpo-hps-seed1-aa'?"),
+        ("mixgrpo", "did you mean 'mix_grpo-hps-seed1-cc'?"),
+        ("zzzz", "`g2rpo runs` lists them"),
+        ("", "no run ''"),
+    ],
+)
+def test_an_unknown_or_ambiguous_name_is_one_line_with_the_nearest(part: str, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        chosen_names(part, NAMES)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_beginnings_whole_names_and_patterns_are_found() -> None:
+    assert chosen_names("mix", NAMES) == ["mix_grpo-hps-seed1-cc"]
+    assert chosen_names("g2rpo-hps-seed*", NAMES) == list(NAMES[:2])
+    assert chosen_names("base", ("base", "base-2")) == ["base"]
+    with pytest.raises(UserError, match="there are no runs yet"):
+        chosen_names("a", ())
+
+
+def test_a_run_is_named_by_its_folder_too_but_not_twice(results: Path) -> None:
+    folder = results / "runs" / "g2rpo-hps-seed1-aa"
+    (found,) = find_runs([str(folder)], Path("elsewhere"))
+    assert found.name == folder.name and found.seed == 1
+    with pytest.raises(UserError, match="named twice"):
+        find_runs([str(folder), "g2rpo-hps-seed1"], results)
+
+
+def test_three_shared_seeds_are_compared_as_methods(results: Path) -> None:
+    compared = members(find_runs(["mix_grpo-*", "g2rpo-*", "base"], results))
+    assert [member.letter for member in compared] == ["A", "B", "C"]
+    (section,) = score_sections(compared)
+    assert (section.prompts, section.missing) == (20, ())
+    found = {(delta.quantity, delta.member): delta for delta in section.deltas}
+    seeds = (1, 2, 3)
+    for reward in ("hps", "clip"):
+        ours = [prompt_means({"hps": 0.72, "clip": 0.5}, s)[reward].mean() for s in seeds]
+        theirs = [prompt_means({"hps": 0.70, "clip": 0.5}, s)[reward].mean() for s in seeds]
+        expected = scipy.stats.ttest_rel(ours, theirs)
+        interval = expected.confidence_interval(0.95)
+        comparison = found[reward, "B"].comparison
+        assert comparison is not None and comparison.label == "method"
+        got = [comparison.difference, comparison.low, comparison.high]
+        wanted = [np.mean(ours) - np.mean(theirs), interval.low, interval.high]
+        assert got == pytest.approx(wanted, abs=1e-7)
+        assert found[reward, "B"].value.mean == pytest.approx(np.mean(ours))
+        assert found[reward, "A"].comparison is None
+    tested = [delta for delta in section.deltas if delta.comparison is not None]
+    adjusted = holm([delta.comparison.p_value for delta in tested if delta.comparison])
+    assert [delta.adjusted for delta in tested] == pytest.approx(list(adjusted))
+    assert len(tested) == 2 * 3  # two members in two rewards and a measure of diversity
+
+
+def test_one_seed_is_compared_over_prompts(results: Path) -> None:
+    compared = members(find_runs(["mix_grpo-hps-seed2", "g2rpo-hps-seed2"], results))
+    (section,) = score_sections(compared)
+    (delta,) = (d for d in section.deltas if d.quantity == "hps" and d.member == "B")
+    assert delta.comparison is not None
+    assert (delta.comparison.label, delta.comparison.count) == ("checkpoint", 20)
+    assert delta.comparison.difference == pytest.approx(0.02, abs=1e-6)
+    assert delta.adjusted is not None and delta.adjusted < 0.05
+
+
+def test_settings_that_differ_are_listed_and_the_others_are_not(results: Path) -> None:
+    write_run(results / "runs", "other-1", **MIX, execution={"compile": True})
+    compared = members(find_runs(["g2rpo-*", "other", "base"], results))
+    found = {one.key: one for one in setting_differences(compared)}
+    assert found.keys() == {"method.name", "method.window_size", "seed", "execution.compile"}
+    assert found["seed"].values == ("1, 2, 3", "1", "–")
+    assert found["method.window_size"].values == ("–", "4", "–")
+    assert not found["execution.compile"].determining and found["seed"].determining
+
+
+def test_what_runs_were_made_with_is_compared(results: Path) -> None:
+    folder = write_run(results / "runs", "other-1", **MIX)
+    manifest = {
+        "progress": {"iteration": 4},
+        "provenance": PROVENANCE | {"git_commit": "d" * 40, "packages": {"torch": "2.15"}},
+    }
+    write(folder / "manifest.json", manifest)
+    compared = members(find_runs(["g2rpo-hps-seed1", "other"], results))
+    found = {one.key: one.values for one in provenance_differences(compared)}
+    assert found == {
+        "git_commit": ("c" * 40, "d" * 40),
+        "packages.torch": ("2.14.1", "2.15"),
+    }
+
+
+def test_unfinished_runs_are_compared_by_their_curves(results: Path) -> None:
+    write_run(results / "runs", "short-1", iterations=2, finished=False, **MIX)
+    compared = members(find_runs(["g2rpo-hps-seed2", "short"], results))
+    assert score_sections(compared) == []
+    (point,) = curve_points(compared)
+    assert (point.member, point.reward, point.iteration) == ("B", "hps", 2)
+    assert point.difference == pytest.approx(-0.001) and point.comparison is None
+    (methods,) = curve_points(members(find_runs(["g2rpo-*", "mix*"], results)))
+    assert methods.iteration == 4 and methods.comparison is not None
+
+
+def test_runs_of_one_method_alone_and_twins_are_refused(results: Path) -> None:
+    with pytest.raises(UserError, match="differ in more than their seed"):
+        members(find_runs(["g2rpo-*"], results))
+    write_run(results / "runs", "twin-1")
+    with pytest.raises(UserError, match="same settings and seed"):
+        members(find_runs(["g2rpo-hps-seed1", "twin", "mix*"], results))
+
+
+def test_a_damaged_run_is_one_line(results: Path) -> None:
+    evaluation = results / "runs" / "g2rpo-hps-seed1-aa" / "evaluations" / "test-0123456789ab"
+    write(evaluation / "manifest.json", {"inputs": {}})
+    with pytest.raises(UserError, match="test-0123456789ab: cannot be read"):
+        find_runs(["g2rpo-hps-seed1"], results)
+
+
+def test_the_command_prints_scores_settings_and_cost(results: Path) -> None:
+    arguments = ["compare", "mix*", "g2rpo*", "base", "--results", str(results)]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert lines[1][:3] == ["A", "(reference):", "mix_grpo-hps-seed1-bb,"]
+    assert ["learning_rate"] not in lines
+    assert ["Rollout", "evaluations", "400", "400", "(1.00×)", "0", "(0.00×)"] in lines
+    assert any(line[:2] == ["method.name", "mix_grpo"] for line in lines)
+
+
+def test_committed_results_are_compared_by_the_names_of_their_runs() -> None:
+    records = find_runs(["mix_grpo-hps-seed[123]-*", "g2rpo-hps-seed1-*"], ROOT / "results")
+    assert all(record.folder is None and record.settings is not None for record in records)
+    compared = members(records)
+    assert compared[0].seeds == (1, 2, 3)
+    assert {section.prompts for section in score_sections(compared)} == {400}
+    assert all(run.cost is not None and run.cost.iterations for run in records)

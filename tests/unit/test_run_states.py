@@ -1,0 +1,98 @@
+"""`g2rpo runs`: the state, progress, ETA and last reward of every run, from its files alone."""
+
+import os
+from pathlib import Path
+
+import pytest
+from run_folders import write_attempt, write_evaluation, write_run
+from typer.testing import CliRunner
+
+from g2rpo.errors import UserError
+from reproduce.cli import app
+from reproduce.run_states import RunState, read_run_state, read_run_states
+
+
+def state_of(folder: Path) -> RunState:
+    return read_run_state(folder)
+
+
+def test_a_finished_run_shows_its_last_rewards_and_evaluations(tmp_path: Path) -> None:
+    state = state_of(write_run(tmp_path, "g2rpo-hps-seed1-aa", means={"hps": 0.7}))
+    assert (state.word, state.done, state.total) == ("done", 4, 4)
+    assert state.rewards == pytest.approx({"hps": 0.44})
+    assert state.validation == pytest.approx({"hps": 0.541})
+    assert (state.remaining, state.evaluations) == (None, "1 scored")
+
+
+def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", iterations=2, finished=False)
+    write_attempt(folder / "leases" / "train", "running", done=2, total=4, remaining_seconds=90.0)
+    state = state_of(folder)
+    assert (state.word, state.done, state.total, state.remaining) == ("running", 2, 4, 90.0)
+    assert state.node == "node07"
+
+
+@pytest.mark.parametrize(
+    ("state", "alive", "reason", "word", "told"),
+    [
+        ("running", False, "", "interrupted", "it was stopped"),
+        ("stopped", False, "time limit", "interrupted", "time limit"),
+        ("failed", False, "out of memory", "failed", "out of memory"),
+        ("failed", False, "", "failed", "no reason was told"),
+    ],
+)
+def test_a_run_that_does_not_go_on_says_why(
+    tmp_path: Path, state: str, alive: bool, reason: str, word: str, told: str
+) -> None:
+    folder = write_run(tmp_path, "a", iterations=2, finished=False)
+    write_attempt(folder / "leases" / "train", state, alive=alive, reason=reason)
+    found = state_of(folder)
+    assert found.word == word and found.reason.startswith(told)
+    assert found.remaining is None
+
+
+def test_a_run_without_a_row_and_one_with_damaged_settings_are_listed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", finished=False)
+    (folder / "metrics.jsonl").unlink()
+    assert (state_of(folder).done, state_of(folder).rewards) == (0, {})
+    (folder / "config.json").write_text("{")
+    assert (state_of(folder).word, state_of(folder).total) == ("interrupted", None)
+
+
+def test_an_evaluation_that_runs_is_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", means={"hps": 0.7})
+    lease = folder / "evaluations" / "test-ffffffffffff" / "leases" / "sample-1of1"
+    write_attempt(lease, "running", description="sample", done=5, total=20)
+    assert state_of(folder).evaluations == "1 scored, sample 5/20"
+    base = tmp_path / "base-0123"
+    write_evaluation(base, {"hps": 0.7})
+    assert (state_of(base).word, state_of(base).done) == ("done", None)
+
+
+def test_the_last_to_change_comes_first_and_other_folders_are_left_out(tmp_path: Path) -> None:
+    for age, name in ((300, "old"), (10, "new"), (100, "middle")):
+        folder = write_run(tmp_path, name)
+        for path in folder.iterdir():
+            os.utime(path, (1e9 - age, 1e9 - age))
+    (tmp_path / "submissions" / "x").mkdir(parents=True)
+    assert [state.name for state in read_run_states(tmp_path)] == ["new", "middle", "old"]
+
+
+def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
+    for name in ("g2rpo-hps-seed1-aa", "g2rpo-hps-seed2-bb", "mix_grpo-hps-seed1-cc"):
+        write_run(tmp_path / "runs", name)
+    where = ["--results", str(tmp_path)]
+    shown = CliRunner().invoke(app, ["runs", "g2rpo-", "seed1", *where])
+    assert shown.exit_code == 0
+    assert "g2rpo-hps-seed1-aa" in shown.stdout and "done" in shown.stdout
+    assert "4/4" in shown.stdout and "hps 0.4400" in shown.stdout
+    assert "seed2" not in shown.stdout and "mix_grpo" not in shown.stdout
+    for arguments, told in (
+        (["--state", "runing"], "did you mean 'running'?"),
+        (["nothing"], "none of the 3 runs"),
+        (["--state", "failed"], "none of the 3 runs"),
+    ):
+        refused = CliRunner().invoke(app, ["runs", *arguments, *where])
+        assert isinstance(refused.exception, UserError) and told in str(refused.exception)
+    nothing = CliRunner().invoke(app, ["runs", "--results", str(tmp_path / "absent")])
+    assert isinstance(nothing.exception, UserError) and "no runs yet" in str(nothing.exception)
