@@ -36,7 +36,7 @@ export IMAGE
 	plan submit status doctor check \
 	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
-	test-slurm-facts
+	test-slurm-facts test-latex
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
@@ -82,6 +82,9 @@ test-slurm-core: $(READY) ## those of them that every change must pass, in four 
 
 test-slurm-facts: $(READY) ## what the launcher relies on in SLURM itself, for a new version of it
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and facts'
+
+test-latex: $(READY) ## compile every table with a real LaTeX, installed where it is missing (root and Debian)
+	PYTHON=$(RUN)/python tests/latex/run.sh
 
 slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Debian)
 	tests/slurm/cluster/up.sh

@@ -42,7 +42,18 @@ FIGURE_STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "savefig.facecolor": "white",
+    "pdf.fonttype": 42,  # letters stay text, which journals ask for
 }
+_PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
+"""Left out, so that the same figure is the same file."""
+
+
+def save_figure(figure: Figure, output: Path, dpi: float = 150) -> None:
+    """Writes a figure as the PNG ``output`` and as a PDF beside it."""
+    with atomic_path(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+    with atomic_path(output.with_suffix(".pdf")) as temporary:
+        figure.savefig(temporary, format="pdf", dpi=dpi, metadata=_PDF_METADATA)
 
 
 @dataclass(frozen=True)
@@ -145,12 +156,12 @@ def learning_curves(
     horizontals: Sequence[Horizontal] = ("iteration", "rollout_evaluations"),
     title: str | None = None,
 ) -> Path:
-    """Draws learning curves as PNG: a row of panels per metric, a column per horizontal axis.
+    """Draws learning curves: a row of panels per metric, a column per horizontal axis.
 
     Args:
         curves: method label to one frame a seed (:func:`read_metrics`), in the order drawn.
         metrics: what is drawn.
-        output: the PNG to write.
+        output: the PNG to write; a PDF is written beside it.
         horizontals: the horizontal axes.
         title: above the panels.
 
@@ -191,8 +202,7 @@ def learning_curves(
             axes_row[0].set_title(metric.label + note, loc="left", fontweight="bold")
             _limit(axes_row[0], [band for panel in row for band in panel.values()], metric)
         _legend(figure, grid.ravel(), _caption(curves), title)
-        with atomic_path(output) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+        save_figure(figure, output)
     return output
 
 

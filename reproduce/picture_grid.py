@@ -1,4 +1,4 @@
-"""The same prompts under several models, side by side, as one PNG."""
+"""The same prompts under several models, side by side, as one PNG and PDF."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from g2rpo.files import atomic_path
 
 ImageLike = npt.NDArray[np.uint8] | Image.Image
 
+_PDF_DPI = 150
 _GAP = 8
 _LEADING = 1.3
 _INK, _PAPER, _FRAME = (26, 26, 26), (255, 255, 255), (190, 190, 190)
@@ -76,7 +77,7 @@ def picture_grid(
     side: int = 128,
     title: str | None = None,
 ) -> Path:
-    """Writes a PNG grid: a row per prompt, a column per model, captions on the left.
+    """Writes a grid: a row per prompt, a column per model, captions on the left.
 
     Small images are enlarged by whole factors without smoothing, large ones reduced.
 
@@ -84,7 +85,7 @@ def picture_grid(
         columns: model label to its images, uint8 [H, W, 3] or PIL, one per prompt; None leaves an
             empty frame.
         prompts: the captions, in the order of the images.
-        output: the PNG to write.
+        output: the PNG to write; a PDF with the same pixels is written beside it.
         side: longest side of each image in the grid, pixels.
         title: above the columns.
 
@@ -125,6 +126,22 @@ def picture_grid(
             _place(canvas, image, (left, top + (height - side) // 2), side)
     with atomic_path(output) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
+    picture_as_pdf(output)
+    return output
+
+
+def picture_as_pdf(picture: Path) -> Path:
+    """Writes the pixels of a picture, without loss, as a PDF beside it."""
+    from matplotlib.figure import Figure
+
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(width / _PDF_DPI, height / _PDF_DPI), dpi=_PDF_DPI)
+    figure.figimage(pixels)
+    output = picture.with_suffix(".pdf")
+    with atomic_path(output) as temporary:
+        metadata = {"Creator": None, "Producer": None, "CreationDate": None}
+        figure.savefig(temporary, format="pdf", dpi=_PDF_DPI, metadata=metadata)
     return output
 
 

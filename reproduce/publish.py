@@ -53,10 +53,10 @@ def publish(
         }
         figure = _curves(curves, rows[0].train, output, group)
         if figure is not None:
-            written.append(figure)
+            written += [figure, figure.with_suffix(".pdf")]
     pictures = _pictures(experiment, profile, cells, layout, output)
     if pictures is not None:
-        written.append(pictures)
+        written += [pictures, pictures.with_suffix(".pdf")]
     reading = output / f"{spec.name}_reading.md"
     atomic_write_text(reading, write_reading(spec, cells, profile=profile.name))
     written.append(reading)

@@ -1,4 +1,4 @@
-"""Tables like the paper's, from finished cells: Markdown, CSV, LaTeX and the terminal."""
+"""Tables like the paper's, from finished cells: Markdown, CSV, LaTeX, JSON and the terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from g2rpo.config import load_yaml, validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from reproduce.paper import load_paper_tables
+from reproduce.render.document import references_of, to_json
 from reproduce.render.formats import (
     IN_DOMAIN,
     NOTHING,
@@ -29,6 +30,7 @@ from reproduce.render.formats import (
     to_markdown,
 )
 from reproduce.render.notes import Gap
+from reproduce.render.references import bibliography
 from reproduce.render.spec import COST_LABELS, TableSpec
 from reproduce.render.styles import style_table
 from reproduce.render.values import Row, Table, Value, build_table
@@ -69,13 +71,14 @@ def render_table(
         cells: finished cells of this profile; those of other tables' rows are left out.
         profile: the profile the cells were measured under. Under those that train the paper's own
             model the paper's figures stand next to ours, else in a block of their own.
-        output: the folder for ``<name>.md``, ``.csv``, ``.tex`` and ``<name>_paper.csv``, and for
-            ``<name>_by_style.md`` and ``.csv`` where the prompts have styles.
+        output: the folder for ``<name>.md``, ``.csv``, ``.tex``, ``.json``, ``.bib`` and
+            ``<name>_paper.csv``, and for ``<name>_by_style.md`` and ``.csv`` where the prompts have
+            styles.
         gaps: reasons for rows and seeds that are missing.
 
     Returns:
-        Format (``markdown``, ``csv``, ``latex``, ``paper_csv``, ``by_style``, ``by_style_csv``) to
-        the file written.
+        Format (``markdown``, ``csv``, ``latex``, ``json``, ``bibtex``, ``paper_csv``, ``by_style``,
+        ``by_style_csv``) to the file written.
 
     Raises:
         UserError: the cells do not fit the table or each other.
@@ -85,6 +88,8 @@ def render_table(
         "markdown": (f"{spec.name}.md", to_markdown(table)),
         "csv": (f"{spec.name}.csv", to_csv(table)),
         "latex": (f"{spec.name}.tex", to_latex(table)),
+        "json": (f"{spec.name}.json", to_json(table, cells)),
+        "bibtex": (f"{spec.name}.bib", bibliography(references_of(table, cells))),
     }
     published = paper_csv(table)
     if published is not None:

@@ -96,9 +96,11 @@ def test_learning_curves_are_drawn(tmp_path: Path) -> None:
     # The first two colours of the palette are there: both methods were drawn.
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
         assert (np.abs(pixels.astype(int) - colour).sum(axis=2) < 12).sum() > 50
-    first = path.read_bytes()
+    pdf = path.with_suffix(".pdf")
+    first = path.read_bytes(), pdf.read_bytes()
+    assert first[1].startswith(b"%PDF-") and b"CreationDate" not in first[1]
     learning_curves(curves, metrics, path, title="Test")
-    assert path.read_bytes() == first
+    assert (path.read_bytes(), pdf.read_bytes()) == first
 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
@@ -116,6 +118,9 @@ def test_small_images_are_enlarged_pixel_by_pixel(tmp_path: Path) -> None:
     path = picture_grid(images, prompts, tmp_path / "grid.png", side=128, title="Same noise")
     with Image.open(path) as picture:
         canvas = np.asarray(picture)
+    height, width = canvas.shape[:2]
+    box = b"/MediaBox [ 0 0 %g %g ]" % (width * 72 / 150, height * 72 / 150)
+    assert box in path.with_suffix(".pdf").read_bytes()
     for column in images.values():
         for image in column:
             assert contains(canvas, np.kron(image, np.ones((4, 4, 1), dtype=np.uint8)))

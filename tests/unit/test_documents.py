@@ -1,0 +1,125 @@
+"""The table as JSON and BibTeX: the committed schema, the numbers, and what is cited."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cell_factory import TABLE1, TABLE2, make_table_cells
+
+from g2rpo.config import validate
+from g2rpo.rewards.registry import REWARDS
+from reproduce.experiment import ROOT
+from reproduce.findings import findings
+from reproduce.render import references
+from reproduce.render.document import SCHEMA, TableDocument, schema
+from reproduce.render.spec import METRIC_LABELS, TableSpec
+from reproduce.tables import Gap, render_table
+
+SPEC = validate(TableSpec, TABLE1, "table1")
+MISSING = "hps/mix_grpo"
+CELLS = make_table_cells(SPEC, leave_out=(MISSING,))
+
+
+def document(folder: Path, profile: str = "mini") -> dict[str, Any]:
+    gaps = (Gap(MISSING, "out of memory"),)
+    written = render_table(SPEC, CELLS, profile=profile, output=folder, gaps=gaps)
+    found: dict[str, Any] = json.loads(written["json"].read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return document(tmp_path_factory.mktemp("mini"))
+
+
+def test_the_committed_schema_is_that_of_the_documents() -> None:
+    assert json.loads(SCHEMA.read_text()) == schema(), (
+        "write it again: python -m reproduce.render.document"
+    )
+
+
+@pytest.mark.parametrize("profile", ["mini", "flux"])
+def test_documents_fit_the_schema(tmp_path: Path, profile: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    validator.check_schema(validator.schema)
+    found = document(tmp_path, profile)
+    validator.validate(found)
+    for path in (ROOT / "results").glob("*/*/*.json"):
+        committed = json.loads(path.read_text())
+        if committed.get("format") == found["format"]:
+            validator.validate(committed)
+    found["rows"][0]["scores"]["hps"]["mean"] = "high"
+    assert not validator.is_valid(found)
+
+
+def test_documents_are_read_back(mini: dict[str, Any]) -> None:
+    read = validate(TableDocument, mini, "document")
+    assert [row.key for row in read.rows] == [row.key for row in SPEC.rows]
+    gap = next(row for row in read.rows if row.key == MISSING)
+    assert (gap.missing, gap.scores, gap.sources) == ("out of memory", {}, ())
+
+
+def test_numbers_are_those_of_the_cells(mini: dict[str, Any]) -> None:
+    row = next(row for row in mini["rows"] if row["key"] == "hps/g2rpo")
+    cells = [cell for cell in CELLS if cell.info.row == "hps/g2rpo"]
+    assert row["seeds"] == [cell.info.seed for cell in cells]
+    for name in ("hps", "clip", "attributes"):
+        means = [cell.means()[name] for cell in cells]
+        assert row["scores"][name]["mean"] == pytest.approx(sum(means) / len(means), rel=1e-6)
+        assert row["scores"][name]["in_domain"] == (name == "hps")
+    assert [source["cost"]["device_seconds"] for source in row["sources"]] == [
+        cell.info.cost.device_seconds for cell in cells if cell.info.cost is not None
+    ]
+    assert {source["git_commit"] for source in row["sources"]} == {"c" * 40}
+
+
+def test_comparisons_are_those_of_the_reading(mini: dict[str, Any]) -> None:
+    expected = findings(SPEC, CELLS, profile="mini")
+    assert len(mini["comparisons"]) == len(expected) > 10
+    for shown, found in zip(mini["comparisons"], expected, strict=True):
+        assert (shown["first"], shown["second"]) == (found.focus.key, found.other.key)
+        assert shown["difference"] == pytest.approx(found.comparison.difference, rel=1e-6)
+        assert shown["p_holm"] == pytest.approx(found.adjusted, rel=1e-6)
+
+
+def test_published_figures_are_marked_as_such(mini: dict[str, Any], tmp_path: Path) -> None:
+    assert "another model" in mini["published_source"]
+    beside = document(tmp_path, "flux")
+    assert {row["label"] for row in beside["published"]} >= {"G²RPO (paper)"}
+    assert not any("paper" in row["label"] for row in beside["rows"])
+
+
+def test_every_method_reward_and_measure_has_its_reference() -> None:
+    methods = {path.stem for path in (ROOT / "reproduce" / "methods").glob("*.yaml")}
+    known = set(references.read_bibliography())
+    for names, cited in (
+        (methods | {"base", "checkpoint"}, references.METHODS),
+        (set(REWARDS), references.REWARDS),
+        (set(METRIC_LABELS), references.MEASURES),
+    ):
+        assert names == set(cited)
+        assert {key for keys in cited.values() for key in keys} <= known
+    assert {*references.FOUNDATIONS, *references.STATISTICS, references.PAPER} <= known
+    own = {name for name, keys in references.REWARDS.items() if not keys}
+    assert own == {"attributes"}
+
+
+def test_entries_have_what_a_bibliography_needs() -> None:
+    for key, text in references.read_bibliography().items():
+        assert text.count("{") == text.count("}"), key
+        for field in ("title", "author", "year"):
+            assert f"  {field} " in text, (key, field)
+        assert any(word in text for word in ("journal ", "booktitle ", "howpublished ")), key
+    assert len(references.read_bibliography()) == references.BIBLIOGRAPHY.read_text().count("\n@")
+
+
+def test_a_table_brings_the_entries_it_rests_on(mini: dict[str, Any], tmp_path: Path) -> None:
+    assert {"zhou2026g2rpo", "xue2025dancegrpo", "wu2023hpsv2"} <= set(mini["references"])
+    assert "kirstain2023pickapic" not in mini["references"]
+    spec = validate(TableSpec, TABLE2, "table2")
+    written = render_table(spec, make_table_cells(spec), profile="mini", output=tmp_path)
+    text = written["bibtex"].read_text()
+    assert text.count("\n@") + 1 == len(json.loads(written["json"].read_text())["references"])
+    assert "holm1979multiple" in text and "friedman2022vendi" not in text
