@@ -9,7 +9,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from reproduce.commands import compare, embed, export, jobs, prompts, run, weights
+from reproduce.commands import compare, embed, export, jobs, prompts, raters, run, weights
 from reproduce.commands.check import check
 from reproduce.commands.doctor import doctor
 from reproduce.commands.options import (
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
+app.add_typer(raters.app, name="raters")
 
 CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]

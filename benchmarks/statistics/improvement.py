@@ -13,7 +13,14 @@ import numpy.typing as npt
 from benchmarks.statistics.bootstrap import bootstrap_ends
 from benchmarks.statistics.inputs import FloatArray, paired_cubes
 from benchmarks.statistics.intervals import method_intervals
-from benchmarks.statistics.records import LEVEL, RESAMPLES, Interval, Kind, Resampling
+from benchmarks.statistics.records import (
+    DEFAULT_RESAMPLING,
+    LEVEL,
+    RESAMPLES,
+    Interval,
+    Kind,
+    Resampling,
+)
 
 
 def wins(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
@@ -62,7 +69,23 @@ def checkpoint_improvements(
         ValueError: the two are not paired, fewer than two prompts, or a score is not finite.
     """
     shares = wins(first, second).mean(axis=1)
-    low, high = bootstrap_ends(shares, Resampling(level, resamples, seed, kind))
+    return share_intervals(shares, Resampling(level, resamples, seed, kind))
+
+
+def share_intervals(
+    shares: FloatArray, resampling: Resampling = DEFAULT_RESAMPLING
+) -> list[Interval]:
+    """Bootstrap intervals of mean shares over prompts, with room where all shares are the same.
+
+    Args:
+        shares: [quantities, prompts], each a share of wins between 0 and 1.
+        resampling: level, resamples, draws and kind of interval.
+
+    Raises:
+        ValueError: fewer than two prompts, or a share is not finite.
+    """
+    level = resampling.level
+    low, high = bootstrap_ends(shares, resampling)
     means, count = shares.mean(axis=1), shares.shape[1]
     unseen = 1 - ((1 - level) / 2) ** (1 / count)
     flat = np.ptp(shares, axis=1) == 0

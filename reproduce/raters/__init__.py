@@ -1,0 +1,1 @@
+"""People compare the pictures of two models, without knowing which is whose."""

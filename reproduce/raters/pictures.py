@@ -1,0 +1,127 @@
+"""The pictures of one side of a comparison, and what is known of how they were sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.held_out import image_path
+from benchmarks.scoring.items import read_source, refuse_bad
+from g2rpo.config import content_hash
+from g2rpo.data.prompts import Prompt, read_prompts
+from g2rpo.errors import UserError
+from reproduce import runs
+from reproduce.records import EVALUATIONS, chosen_names, is_run, run_folders
+
+SCORES = "scores.parquet"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and the caption that it was made for."""
+
+    prompt: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side.
+
+    Attributes:
+        label: what it is called in the key: a run, or a folder.
+        pictures: by prompt id.
+        protocol: names seed, grid and prompts of the pictures; None where that is not known.
+        prompts: how many prompts were evaluated, of some of which the pictures may be gone.
+    """
+
+    label: str
+    pictures: dict[str, Picture]
+    protocol: str | None
+    prompts: int
+
+
+def find_sides(names: Sequence[str], results: Path, prompts: Path | None) -> list[Side]:
+    """The two sides that are named by runs, evaluations or folders of pictures.
+
+    Args:
+        names: two of: the beginning of a run's name, a run's folder, the folder of one of its
+            evaluations, or any folder of pictures.
+        results: where runs are found by name.
+        prompts: the prompt set that names the pictures of a folder.
+
+    Raises:
+        UserError: there is no such run or folder, or two runs share not exactly one evaluation.
+    """
+    found = [_evaluations(name, results) for name in names]
+    if any(not places for places in found):
+        return [
+            _folder_side(Path(name), prompts) if not places else _side(_only(name, places))
+            for name, places in zip(names, found, strict=True)
+        ]
+    shared = set(found[0]) & set(found[1])
+    if not shared:
+        raise UserError(
+            f"{names[0]} and {names[1]} have no evaluation in common: their noise or their "
+            "prompts differ"
+        )
+    if len(shared) > 1:
+        listed = ", ".join(str(found[0][one]) for one in sorted(shared))
+        raise UserError(f"both have several evaluations: name folders of one, such as {listed}")
+    protocol = shared.pop()
+    return [_side(places[protocol]) for places in found]
+
+
+def _only(name: str, places: dict[str, Path]) -> Path:
+    if len(places) > 1:
+        listed = ", ".join(str(place) for place in places.values())
+        raise UserError(f"{name} has several evaluations: name the folder of one: {listed}")
+    return next(iter(places.values()))
+
+
+def _evaluations(name: str, results: Path) -> dict[str, Path]:
+    """The scored evaluations that ``name`` stands for, by protocol; none for other folders."""
+    given = Path(name)
+    if given.is_dir() and (given / SCORES).is_file() and (given / "manifest.json").is_file():
+        places = [given]
+    elif given.is_dir() and not is_run(given):
+        return {}
+    else:
+        folder = given
+        if not given.is_dir():
+            folders = {run.name: run for run in run_folders(results / "runs")}
+            chosen = chosen_names(name, folders)
+            if len(chosen) > 1:
+                raise UserError(f"{name!r} stands for {len(chosen)} runs; name one")
+            folder = folders[chosen[0]]
+        places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
+        if not any(runs.read_manifest(place) for place in places):
+            raise UserError(f"{folder}: has no finished evaluation; run `g2rpo score` on its cell")
+    return {digest: place for place in places if (digest := _protocol(place)) is not None}
+
+
+def _protocol(evaluation: Path) -> str | None:
+    manifest = runs.read_manifest(evaluation)
+    if manifest is None:
+        return None
+    return content_hash({key: manifest["inputs"][key] for key in ("protocol", "prompts")})
+
+
+def _side(evaluation: Path) -> Side:
+    scores = pd.read_parquet(evaluation / SCORES)
+    texts = dict(zip(scores["prompt_id"].astype(str), scores["prompt"].astype(str), strict=True))
+    folder = evaluation / "images"
+    paths = {one: image_path(folder, Prompt(one, text)) for one, text in texts.items()}
+    pictures = {one: Picture(texts[one], path) for one, path in paths.items() if path.is_file()}
+    label = "/".join(evaluation.resolve().parts[-3::2])
+    return Side(label, pictures, _protocol(evaluation), len(texts))
+
+
+def _folder_side(folder: Path, prompts: Path | None) -> Side:
+    source = read_source(folder, None if prompts is None else read_prompts(prompts))
+    refuse_bad(source, skip=False)
+    pictures: dict[str, Picture] = {}
+    for item in source.items:  # the first of several pictures of a prompt
+        pictures.setdefault(item.prompt_id, Picture(item.prompt, item.image))
+    return Side(str(folder), pictures, None, len(pictures))

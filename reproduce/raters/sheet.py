@@ -1,0 +1,145 @@
+"""A sheet for raters: pairs of pictures in random order, under names that say nothing.
+
+What could tell a rater whose a picture is stays out of the folder: names, metadata, times and the
+order of files follow the order of the pairs, which is random, as is the side of each picture.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from g2rpo.data.images import load_image
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_folder, write_json
+from g2rpo.seeds import generator
+from reproduce.raters.key import Pair, SheetKey
+from reproduce.raters.pictures import Side
+
+QUESTION = "Which picture is better for the caption?"
+COLUMNS = ("sheet", "rater", "pair", "answer")
+PAGE, ANSWERS, IMAGES = "index.html", "answers.csv", "images"
+FIXED_TIME = 946_684_800
+"""When every file of a sheet says it was written: the year 2000, which zip can store."""
+
+
+def key_path(output: Path) -> Path:
+    """The key of the sheet in ``output``: beside it, so that the folder can be given away whole."""
+    return output.with_name(f"{output.name}-key.json")
+
+
+def make_sheet(
+    sides: Sequence[Side], output: Path, *, pairs: int | None, seed: int, question: str = QUESTION
+) -> SheetKey:
+    """Writes a sheet into the folder ``output`` and its key beside it.
+
+    Args:
+        sides: two sides.
+        output: a folder that is not there yet.
+        pairs: how many pairs, drawn at random; None takes all.
+        seed: names what is random. Who knows it can tell the sides.
+        question: what raters are asked.
+
+    Raises:
+        UserError: ``output`` is there, no prompt has pictures of both sides, there are fewer than
+            ``pairs``, or a picture is damaged or of another size than its counterpart.
+    """
+    for path in (output, key_path(output)):
+        if path.exists():
+            raise UserError(f"{path}: is there already; choose another folder")
+    key = _arranged(sides, pairs, seed, question)
+    with atomic_folder(output) as folder:
+        (folder / IMAGES).mkdir()
+        for pair in key.pairs:
+            _copy_pair(pair, sides, folder / IMAGES)
+        (folder / PAGE).write_text(_page(key))
+        (folder / ANSWERS).write_text(_blank_answers(key))
+        for path in (*folder.rglob("*"), folder):
+            os.utime(path, (FIXED_TIME, FIXED_TIME))
+    write_json(key_path(output), key.model_dump(mode="json"))
+    return key
+
+
+def _arranged(sides: Sequence[Side], pairs: int | None, seed: int, question: str) -> SheetKey:
+    first, second = sides
+    shared = sorted(set(first.pictures) & set(second.pictures))
+    if not shared:
+        raise UserError(f"{first.label} and {second.label} have no picture of the same prompt")
+    if pairs is not None and pairs > len(shared):
+        raise UserError(
+            f"--pairs {pairs}: both sides have pictures of {len(shared)} prompts only; "
+            "the profile's keep_images says how many are kept after scoring"
+        )
+    rng = generator(seed, "raters")
+    order = [shared[index] for index in rng.permutation(len(shared))][:pairs]
+    # Each side is on the left equally often, so that a rater who prefers a place favours none.
+    left = rng.permutation(np.arange(len(order)) % 2 == 0)
+    digits = max(3, len(str(len(order))))
+    found = []
+    for number, (prompt_id, first_left) in enumerate(zip(order, left, strict=True), start=1):
+        one, two = first.pictures[prompt_id], second.pictures[prompt_id]
+        if one.prompt != two.prompt:
+            raise UserError(f"prompt {prompt_id!r}: the two sides have different captions")
+        found.append(
+            Pair(
+                pair=f"{number:0{digits}d}",
+                prompt_id=prompt_id,
+                prompt=one.prompt,
+                left="first" if first_left else "second",
+                first_sha256=load_image(one.path).sha256,
+                second_sha256=load_image(two.path).sha256,
+            )
+        )
+    return SheetKey(
+        sheet=rng.bytes(6).hex(),
+        first=first.label,
+        second=second.label,
+        protocol=first.protocol if first.protocol == second.protocol else None,
+        seed=seed,
+        question=question,
+        pairs=tuple(found),
+    )
+
+
+def _copy_pair(pair: Pair, sides: Sequence[Side], folder: Path) -> None:
+    """Writes both pictures anew from their pixels: nothing else of the files is kept."""
+    by_name = {"first": sides[0], "second": sides[1]}
+    other = "second" if pair.left == "first" else "first"
+    placed = {"a": by_name[pair.left], "b": by_name[other]}
+    pixels = {
+        place: load_image(side.pictures[pair.prompt_id].path).pixels.numpy()
+        for place, side in placed.items()
+    }
+    if pixels["a"].shape != pixels["b"].shape:
+        raise UserError(
+            f"prompt {pair.prompt_id!r}: the pictures differ in size, which would tell them apart"
+        )
+    for place, picture in pixels.items():
+        Image.fromarray(picture).save(folder / f"{pair.pair}{place}.png", format="PNG")
+
+
+def _page(key: SheetKey) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
+    pairs = [{"pair": pair.pair, "prompt": pair.prompt} for pair in key.pairs]
+    return environment.get_template("sheet.html.j2").render(
+        sheet=key.sheet, question=key.question, pairs=pairs, images=IMAGES
+    )
+
+
+def _blank_answers(key: SheetKey) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([key.sheet, "", pair.pair, ""] for pair in key.pairs)
+    return buffer.getvalue()

@@ -1,0 +1,284 @@
+"""Sheets for raters: nothing in them tells the sides; and what answers say, against scipy."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from PIL import Image, PngImagePlugin
+from run_folders import write_evaluation, write_run
+from typer.testing import CliRunner
+
+from g2rpo.errors import UserError
+from reproduce.cli import app
+from reproduce.raters.answers import judge, read_answers, wilson
+from reproduce.raters.key import SheetKey, read_key
+from reproduce.raters.pictures import find_sides
+from reproduce.raters.sheet import COLUMNS, FIXED_TIME, key_path, make_sheet
+
+PROMPTS = 12
+FIRST, SECOND = "g2rpo-hps-seed1-aa", "base-cc"
+
+
+def write_pictures(evaluation: Path, base: int, size: int = 8) -> None:
+    """A picture of each prompt, its text, and metadata that would tell whose it is."""
+    scores = pd.read_parquet(evaluation / "scores.parquet")
+    scores["prompt"] = "a caption of " + scores["prompt_id"]
+    scores.to_parquet(evaluation / "scores.parquet", index=False)
+    folder = evaluation / "images"
+    folder.mkdir(parents=True)
+    for index in range(PROMPTS):
+        told = PngImagePlugin.PngInfo()
+        told.add_text("model", str(evaluation))
+        pixels = np.full((size, size, 3), base + index, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"p{index:03d}.png", pnginfo=told)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A run and a base with pictures of the same prompts."""
+    write_run(tmp_path / "runs", FIRST, means={"hps": 0.7})
+    write_evaluation(tmp_path / "runs" / SECOND, {"hps": 0.69})
+    for name, base in ((FIRST, 0), (SECOND, 100)):
+        write_pictures(tmp_path / "runs" / name / "evaluations" / "test-0123456789ab", base)
+    return tmp_path
+
+
+def sheet(results: Path, *, pairs: int | None = None, seed: int = 7) -> tuple[Path, SheetKey]:
+    output = results / "sheet"
+    sides = find_sides([FIRST, "base"], results, None)
+    return output, make_sheet(sides, output, pairs=pairs, seed=seed)
+
+
+def test_each_picture_is_where_the_key_says(results: Path) -> None:
+    output, key = sheet(results)
+    assert read_key(key_path(output)) == key
+    assert [pair.pair for pair in key.pairs] == [f"{n:03d}" for n in range(1, PROMPTS + 1)]
+    for pair in key.pairs:
+        pixel = {side: np.asarray(Image.open(output / "images" / f"{pair.pair}{side}.png"))[0, 0, 0]
+                 for side in "ab"}  # fmt: skip
+        index = int(pair.prompt_id[1:])
+        shown = (index, 100 + index) if pair.left == "first" else (100 + index, index)
+        assert (pixel["a"], pixel["b"]) == shown
+        assert pair.prompt == f"a caption of {pair.prompt_id}"
+    assert len({pair.prompt_id for pair in key.pairs}) == PROMPTS
+    assert sum(pair.left == "first" for pair in key.pairs) == PROMPTS // 2
+    assert [pair.prompt_id for pair in key.pairs] != sorted(p.prompt_id for p in key.pairs)
+
+
+def test_nothing_in_the_folder_tells_the_sides(results: Path) -> None:
+    output, key = sheet(results)
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {
+        "index.html", "answers.csv",
+        *(f"{pair.pair}{side}.png" for pair in key.pairs for side in "ab"),
+    }  # fmt: skip
+    assert {path.stat().st_mtime for path in (*output.rglob("*"), output)} == {FIXED_TIME}
+    secrets = [FIRST, SECOND, "g2rpo-hps", "base", "first", "second", str(results)]
+    secrets += [value for pair in key.pairs for value in (pair.first_sha256, pair.second_sha256)]
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".png":
+            chunks = re.findall(rb"IHDR|IDAT|IEND|tEXt|iTXt|zTXt|eXIf|tIME", data)
+            assert set(chunks) == {b"IHDR", b"IDAT", b"IEND"}
+            continue
+        # Only the captions may have such words, and these have not.
+        for secret in secrets:
+            assert secret.encode() not in data, (path.name, secret)
+    page = (output / "index.html").read_text()
+    assert not re.findall(r"https?://", page)
+    assert page.count("<section") == PROMPTS and page.count("<img ") == 2 * PROMPTS
+
+
+def test_another_seed_gives_other_sides_and_the_same_seed_the_same(results: Path) -> None:
+    output, key = sheet(results)
+    first = (output / "index.html").read_bytes()
+    shutil.rmtree(output)
+    key_path(output).unlink()
+    assert sheet(results)[1] == key and (output / "index.html").read_bytes() == first
+    shutil.rmtree(output)
+    key_path(output).unlink()
+    other = sheet(results, seed=8)[1]
+    assert other.sheet != key.sheet
+    assert [p.left for p in other.pairs] != [p.left for p in key.pairs]
+
+
+def test_fewer_pairs_are_drawn_at_random(results: Path) -> None:
+    _, key = sheet(results, pairs=5)
+    assert len(key.pairs) == 5
+    assert sorted(pair.left for pair in key.pairs).count("first") in (2, 3)
+
+
+def test_what_cannot_be_compared_is_refused(results: Path) -> None:
+    evaluation = results / "runs" / SECOND / "evaluations" / "test-0123456789ab"
+    with pytest.raises(UserError, match="12 prompts only"):
+        sheet(results, pairs=13)
+    Image.new("RGB", (16, 16)).save(evaluation / "images" / "p003.png")
+    with pytest.raises(UserError, match="'p003': the pictures differ in size"):
+        sheet(results)
+    assert not (results / "sheet").exists() and not key_path(results / "sheet").exists()
+    shutil.rmtree(evaluation / "images")
+    with pytest.raises(UserError, match="no picture of the same prompt"):
+        sheet(results)
+    manifest = json.loads((evaluation / "manifest.json").read_text())
+    manifest["inputs"]["protocol"]["seed"] = 2
+    (evaluation / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no evaluation in common"):
+        sheet(results)
+    (results / "sheet").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        make_sheet([], results / "sheet", pairs=None, seed=1)
+
+
+def test_folders_of_pictures_are_compared_by_a_prompt_set(results: Path) -> None:
+    folders = []
+    for name, shade in (("one", 10), ("two", 200)):
+        folders.append(results / name)
+        folders[-1].mkdir()
+        for index in range(3):
+            Image.new("RGB", (8, 8), (shade, index, 0)).save(folders[-1] / f"{index:06d}.png")
+    prompts = results / "prompts.txt"
+    prompts.write_text("a cat\na dog\na bird\n")
+    sides = find_sides([str(folder) for folder in folders], results, prompts)
+    key = make_sheet(sides, results / "sheet", pairs=None, seed=1)
+    assert sorted(pair.prompt for pair in key.pairs) == ["a bird", "a cat", "a dog"]
+    assert key.protocol is None and key.first == str(folders[0])
+
+
+Choose = Callable[[int, str], str]
+
+
+def write_answers(path: Path, key: SheetKey, rater: str, choose: Choose) -> Path:
+    """A rater's file; ``choose`` names the side that wins the pair, ``tie``, or nothing."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for index, pair in enumerate(key.pairs):
+            winner = choose(index, pair.prompt_id)
+            answer = winner
+            if winner in ("first", "second"):
+                answer = "left" if winner == pair.left else "right"
+            writer.writerow([key.sheet, rater, pair.pair, answer])
+    return path
+
+
+def test_the_blinding_is_undone_and_counted(results: Path, tmp_path: Path) -> None:
+    _, key = sheet(results)
+    choices = ["first"] * 8 + ["second"] * 3 + ["tie"]
+    path = write_answers(tmp_path / "a.csv", key, "ann", lambda i, _: choices[i])
+    verdict = judge(key, read_answers([path], key))
+    assert verdict.outcomes == {"first": 8, "second": 3, "tie": 1}
+    assert verdict.win_rate.mean == pytest.approx(8.5 / 12) and verdict.win_rate.count == 12
+    assert verdict.win_rate.low < 8.5 / 12 < verdict.win_rate.high
+    expected = scipy.stats.binomtest(8, 11).proportion_ci(0.95, method="wilson")
+    assert (verdict.decided.low, verdict.decided.high) == pytest.approx(tuple(expected))
+    assert verdict.raters == {"ann": verdict.decided}
+    assert (verdict.agreement, verdict.over_raters, verdict.missing) == (None, None, 0)
+    # 2^11 signs of the pairs that are no tie: as extreme are those with a net of five or more.
+    extreme = sum(scipy.stats.binom.pmf(k, 11, 0.5) for k in (0, 1, 2, 3, 8, 9, 10, 11))
+    assert verdict.p_value == pytest.approx(extreme)
+
+
+def test_several_raters_are_a_sample_of_their_own(results: Path, tmp_path: Path) -> None:
+    _, key = sheet(results)
+    files = [
+        write_answers(tmp_path / "a.csv", key, "", lambda *_: "first"),
+        write_answers(tmp_path / "b.csv", key, "", lambda i, _: "first" if i else "tie"),
+        write_answers(tmp_path / "c.csv", key, "", lambda i, _: "second" if i < 6 else ""),
+    ]
+    verdict = judge(key, read_answers(files, key))
+    rates = [1.0, 11.5 / 12, 0.0]
+    people = verdict.over_raters
+    assert people is not None
+    t = scipy.stats.ttest_1samp(rates, 0).confidence_interval(0.95)
+    assert people.mean == pytest.approx(np.mean(rates))
+    assert (people.low, people.high) == pytest.approx((max(0, t.low), min(1, t.high)))
+    assert set(verdict.raters) == {"a", "b", "c"} and verdict.missing == 6
+    same = [11 / 12 * 12, 0, 0]  # a and b on 12 pairs; a and c, b and c on 6 each
+    assert verdict.agreement == pytest.approx(sum(same) / 24)
+    shares = [(1 + 0.5 + 0) / 3, *[2 / 3] * 5, *[1.0] * 6]
+    assert verdict.win_rate.mean == pytest.approx(np.mean(shares))
+
+
+def test_one_sided_answers_leave_room(results: Path, tmp_path: Path) -> None:
+    _, key = sheet(results)
+    path = write_answers(tmp_path / "a.csv", key, "ann", lambda *_: "first")
+    verdict = judge(key, read_answers([path], key))
+    exact = scipy.stats.binomtest(12, 12).proportion_ci(0.95, method="exact")
+    assert (verdict.win_rate.low, verdict.win_rate.high) == pytest.approx((exact.low, 1.0))
+    assert wilson(0, 0).count == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("SHEET,ann,099,left", "line 2: no pair '099' in this sheet (001 to 012)"),
+        ("SHEET,ann,001,lefft", "line 2: no answer 'lefft'; did you mean 'left'?"),
+        ("other,ann,001,left", "line 2: an answer to the sheet 'other'"),
+        ("SHEET,ann,001,left\nSHEET,ann,1,right", "line 3: ann answers pair 001 again"),
+        ("SHEET,ann,001,", "ann has answered nothing"),
+        ("SHEET,ann", "line 2: no pair ''"),
+        ("SHEET,ann,001,left", "two pairs at least"),
+        ('SHEET,ann,001,"left', "no CSV"),
+        ("", "there is not one answer"),
+    ],
+)
+def test_malformed_answers_are_one_line(results: Path, line: str, told: str) -> None:
+    _, key = sheet(results)
+    path = results / "a.csv"
+    path.write_text("sheet,rater,pair,answer\n" + line.replace("SHEET", key.sheet) + "\n")
+    with pytest.raises(UserError) as error:
+        judge(key, read_answers([path], key))
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
+    output, key = sheet(results)
+    path = results / "a.csv"
+    path.write_text("sheet,pair,answer\n")
+    with pytest.raises(UserError, match=r"a\.csv: no column 'rater'"):
+        read_answers([path], key)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_answers([results / "absent.csv"], key)
+    with pytest.raises(UserError, match="no such key"):
+        read_key(results / "absent.json")
+    with pytest.raises(UserError, match="cannot be read as a key"):
+        read_key(output / "index.html")
+
+
+def test_what_a_spreadsheet_saves_is_read(results: Path) -> None:
+    _, key = sheet(results)
+    lines = ["\ufeffSheet;Rater;Pair;Answer"]
+    lines += [f"{key.sheet};Ann B;{int(pair.pair)};Left" for pair in key.pairs]
+    path = results / "a.csv"
+    path.write_text("\r\n".join(lines), encoding="utf-8")
+    assert set(read_answers([path], key)["Ann B"].values()) == {"left"}
+
+
+def test_the_commands_make_and_read(results: Path, tmp_path: Path) -> None:
+    runner, output = CliRunner(), tmp_path / "given"
+    arguments = ["raters", "make", "g2rpo-hps", "base", "-o", str(output)]
+    made = runner.invoke(app, [*arguments, "--results", str(results)])
+    assert made.exit_code == 0, made.output
+    assert "12 pairs (of 20 prompts)" in made.output and "given-key.json" in made.output
+    key = read_key(key_path(output))
+    path = write_answers(tmp_path / "a.csv", key, "ann", lambda i, _: "first" if i else "tie")
+    shown = runner.invoke(app, ["raters", "read", str(key_path(output)), str(path)])
+    assert shown.exit_code == 0, shown.output
+    assert "11 answers for the first, 0 for the second, 1 ties, 0 not given" in shown.output
+    assert re.search(r"first preferred +0\.958 +0\.\d{3} to 1\.000 +12 pairs", shown.output)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_script_of_the_page_is_sound(results: Path) -> None:
+    output, _ = sheet(results)
+    (script,) = re.findall(r"<script>(.*?)</script>", (output / "index.html").read_text(), re.S)
+    (results / "page.js").write_text(script)
+    subprocess.run(["node", "--check", str(results / "page.js")], check=True)
