@@ -18,9 +18,9 @@ from benchmarks.cells import (
 )
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import read_metrics
-from reproduce import runs
 from reproduce.experiment import ResolvedCell
 from reproduce.layout import Layout, protocol_hash
+from reproduce.run_folders import read_manifest
 from reproduce.stages import cell_behaviour
 
 
@@ -43,8 +43,8 @@ def _run_names(cell: ResolvedCell, layout: Layout) -> dict[str, str]:
 def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
     """Writes the cell's small result; returns the path of its JSON."""
     run, evaluation = layout.training(cell), layout.evaluation(cell)
-    trained = runs.read_manifest(run) if cell.train is not None else None
-    scored = runs.read_manifest(evaluation)
+    trained = read_manifest(run) if cell.train is not None else None
+    scored = read_manifest(evaluation)
     if scored is None or (cell.train is not None and trained is None):
         raise UserError(f"{cell.key}, seed {cell.seed}: not finished; run it first")
     made_by = trained or scored

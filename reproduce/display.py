@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from g2rpo.progress import duration
+from reproduce.console import STYLES, plain_table, wide_console
 from reproduce.status import Show, StageStatus
 from reproduce.work import latest_attempt
 from slurm.graph import Stage
@@ -18,24 +19,6 @@ from slurm.submission import Submission
 
 SHOWN = 40
 """Rows of a status table before the quiet ones are left out."""
-STYLES = {
-    "done": "green", "running": "cyan", "starting": "cyan", "waiting": "dim",
-    "failed": "bold red", "cancelled": "red", "interrupted": "yellow",
-}  # fmt: skip
-
-
-def wide_console(*, stderr: bool = False) -> Console:
-    """A console that cuts nothing where it is not a terminal."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=10_000)
-
-
-def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """A table without lines; ``right`` names the columns of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
-    return table
 
 
 # States

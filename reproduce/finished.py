@@ -10,12 +10,13 @@ from benchmarks.protocol import CreditConfig
 from reproduce import runs
 from reproduce.experiment import ResolvedCell, judges
 from reproduce.layout import Layout
+from reproduce.run_folders import read_manifest
 from reproduce.shares import WHOLE, Share
 
 
 def is_trained(cell: ResolvedCell, layout: Layout) -> bool:
     """Whether the cell needs no (more) training."""
-    return cell.train is None or runs.read_manifest(layout.training(cell)) is not None
+    return cell.train is None or read_manifest(layout.training(cell)) is not None
 
 
 def is_measured(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> bool:
@@ -44,7 +45,7 @@ def wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
 def is_scored(cell: ResolvedCell, layout: Layout, share: Share | None = None) -> bool:
     """Whether every judge of the profile has scored the cell's images, or those of ``share``."""
     folder = layout.evaluation(cell)
-    manifest = runs.read_manifest(folder)
+    manifest = read_manifest(folder)
     if share is not None and manifest is None:
         manifest = share_manifest(folder, share)
     return manifest is not None and manifest["rewards"] == wanted_rewards(cell)

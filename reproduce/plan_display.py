@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from g2rpo.errors import UserError
-from reproduce.display import plain_table, wide_console
+from reproduce.console import plain_table, wide_console
 from reproduce.estimates import (
     Estimate,
     credit_estimate,

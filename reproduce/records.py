@@ -4,11 +4,8 @@ What was trained here has a folder in ``results/runs``. Of committed results onl
 left; the settings of their runs are then those of the experiment, where they still give that run.
 """
 
-import difflib
-import fnmatch
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +18,16 @@ from g2rpo.config import content_hash
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
 from reproduce import runs
-
-SETTINGS = "config.json"
-EVALUATIONS = "evaluations"
-SHOWN_NAMES = 4
-"""Names that are told where a prefix fits several."""
-NOT_DETERMINING = ("validation", "checkpoints", "execution")
-"""Sections that do not change the trained weights and are not part of a run's name."""
+from reproduce.run_folders import (
+    EVALUATIONS,
+    MANIFEST,
+    chosen_names,
+    damage_told,
+    is_run,
+    read_manifest,
+    read_settings,
+    run_folders,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,24 +63,12 @@ class RunRecord:
     def without_seed(self) -> str:
         """Names what it is but for its seed: runs that share it are one method at several seeds."""
         if self.settings is not None:
-            apart = {"seed", *NOT_DETERMINING}
+            apart = {"seed", *runs.NOT_DETERMINING}
             return content_hash({k: v for k, v in self.settings.items() if k not in apart})
         if self.cells:
             info = self.cells[0].info
             return content_hash([info.row, info.method, info.train_rewards, info.preset])
         return self.name
-
-
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is a training run, or a base or checkpoint that was evaluated."""
-    return (folder / SETTINGS).is_file() or (folder / EVALUATIONS).is_dir()
-
-
-def run_folders(runs_folder: Path) -> list[Path]:
-    """The runs in a folder, by name."""
-    if not runs_folder.is_dir():
-        return []
-    return sorted(folder for folder in runs_folder.iterdir() if is_run(folder))
 
 
 def cell_files(results: Path) -> dict[str, list[Path]]:
@@ -100,34 +88,6 @@ def _run_of(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return str(name)
-
-
-def chosen_names(part: str, names: Iterable[str]) -> list[str]:
-    """The one name that ``part`` is or begins, or all that match it where it is a pattern.
-
-    Raises:
-        UserError: there is none, or a beginning fits several; in one line with the nearest.
-    """
-    known = sorted(set(names))
-    if part in known:
-        return [part]
-    matching = fnmatch.filter(known, part)
-    if matching:
-        return matching
-    fitting = [name for name in known if part and name.startswith(part)]
-    if len(fitting) == 1:
-        return fitting
-    if fitting:
-        more = len(fitting) - SHOWN_NAMES
-        listed = ", ".join(fitting[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
-        raise UserError(f"{part!r} begins the names of several runs: {listed}; give more of it")
-    if not known:
-        raise UserError(f"no run {part!r}: there are no runs yet; --results names their folder")
-    # It is compared with beginnings of its own length, or every long name would look far.
-    starts = {name[: len(part)]: name for name in reversed(known)}
-    close = difflib.get_close_matches(part, starts, n=1, cutoff=0.5)
-    hint = f"did you mean {starts[close[0]]!r}?" if close else "`g2rpo runs` lists them"
-    raise UserError(f"no run {part!r}; {hint}")
 
 
 def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
@@ -178,14 +138,14 @@ def read_folder(folder: Path) -> RunRecord:
         UserError: a file of it is damaged; it is named.
     """
     settings = read_settings(folder)
-    manifest = runs.read_manifest(folder) if settings is not None else None
+    manifest = read_manifest(folder) if settings is not None else None
     rows = tuple(read_metrics(folder / METRICS_FILE))
-    evaluations = sorted((folder / EVALUATIONS).glob("*/manifest.json"))
-    scored = [(path.parent, runs.read_manifest(path.parent)) for path in evaluations]
+    evaluations = sorted((folder / EVALUATIONS).glob(f"*/{MANIFEST}"))
+    scored = [(path.parent, read_manifest(path.parent)) for path in evaluations]
     made_by = manifest or next((found for _, found in scored if found is not None), None)
     provenance = None
     if made_by is not None:
-        with _told(folder):
+        with damage_told(folder):
             provenance = Provenance.model_validate(made_by["provenance"])
     cost = _cost(folder, manifest, rows, provenance)
     cells = tuple(
@@ -194,29 +154,6 @@ def read_folder(folder: Path) -> RunRecord:
         if found is not None
     )
     return RunRecord(folder.name, folder, cells, settings, rows, cost, provenance)
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """A damaged file is told in one line."""
-    try:
-        yield
-    except (KeyError, ValueError, TypeError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read by this version ({text})") from None
-
-
-def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The training configuration of a run; None where nothing is trained.
-
-    Raises:
-        UserError: its file is damaged.
-    """
-    path = folder / SETTINGS
-    if not path.exists():
-        return None
-    with _told(path):
-        return dict(json.loads(path.read_text()))
 
 
 def _cost(
@@ -252,7 +189,7 @@ def _cell(
     cost: Cost | None,
 ) -> Cell:
     """One evaluation of the run as a cell."""
-    with _told(evaluation):
+    with damage_told(evaluation):
         inputs = manifest["inputs"]
         asked = inputs["protocol"]
         protocol = Protocol(

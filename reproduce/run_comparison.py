@@ -23,7 +23,8 @@ from benchmarks.statistics import (
 )
 from g2rpo.errors import UserError
 from reproduce.comparisons import compare_metric, compare_rows, strongest_label
-from reproduce.records import NOT_DETERMINING, RunRecord
+from reproduce.records import RunRecord
+from reproduce.runs import NOT_DETERMINING
 
 ABSENT = "–"
 

@@ -1,7 +1,6 @@
-"""Lists and comparisons of runs as tables for the terminal."""
+"""A comparison of runs as tables for the terminal."""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
@@ -9,8 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.statistics import ALPHA, Comparison
-from g2rpo.progress import duration
-from reproduce.display import STYLES, plain_table
+from reproduce.console import plain_table
 from reproduce.render.formats import human
 from reproduce.render.spec import COST_LABELS, METRIC_LABELS, CostColumn
 from reproduce.run_comparison import (
@@ -24,7 +22,6 @@ from reproduce.run_comparison import (
     score_sections,
     setting_differences,
 )
-from reproduce.run_states import RunState
 
 DIGITS = 4
 COSTS: tuple[CostColumn, ...] = (
@@ -37,48 +34,6 @@ COSTS: tuple[CostColumn, ...] = (
 )
 LONGEST = 60
 """Characters of a setting that are shown."""
-
-
-# Lists
-
-
-def states_table(states: Sequence[RunState]) -> Table:
-    """A row per run."""
-    columns = (
-        "run", "state", "progress", "ETA", "last reward", "validation", "evaluations",
-        "changed", "",
-    )  # fmt: skip
-    table = plain_table(*columns, right=("progress", "ETA", "changed"))
-    for state in states:
-        progress = "" if state.done is None else f"{state.done}/{state.total or '?'}"
-        where = f"on {state.node}" if state.word == "running" and state.node else ""
-        table.add_row(
-            escape(state.name),
-            f"[{STYLES[state.word]}]{state.word}[/]",
-            progress,
-            "" if state.remaining is None else duration(state.remaining),
-            escape(_values(state.rewards)),
-            escape(_values(state.validation)),
-            escape(state.evaluations),
-            _ago(state.updated),
-            escape(state.reason or where),
-        )
-    return table
-
-
-def _values(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.{DIGITS}f}" for name, value in values.items())
-
-
-def _ago(moment: float) -> str:
-    seconds = max(0.0, time.time() - moment)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
-
-
-# Comparisons
 
 
 def print_comparison(compared: Sequence[Member], console: Console) -> None:

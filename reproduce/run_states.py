@@ -6,14 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from g2rpo.attempts import Attempt
+from g2rpo.attempts import Attempt, is_alive, latest
 from g2rpo.errors import UserError
-from g2rpo.lease import is_alive
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
-from reproduce import runs
-from reproduce.records import EVALUATIONS, SETTINGS, read_settings, run_folders
-from reproduce.status import Word
-from reproduce.work import latest_attempt
+from reproduce.console import Word
+from reproduce.run_folders import (
+    EVALUATIONS,
+    MANIFEST,
+    SETTINGS,
+    read_manifest,
+    read_settings,
+    run_folders,
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,11 @@ def read_run_state(folder: Path) -> RunState:
         word: Word = "running" if evaluated_by else ("done" if evaluations else "interrupted")
         updated = _changed(folder, folder / EVALUATIONS)
         return RunState(folder.name, word, evaluations=evaluations, updated=updated)
-    attempt = latest_attempt(folder / "leases" / "train")
+    attempt = latest(folder / "leases", "train")
     record = None if attempt is None else attempt.record
     word, reason = _judge(folder, attempt)
     rows = read_metrics(folder / METRICS_FILE)
-    times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, "manifest.json")]
+    times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, MANIFEST)]
     times += [] if record is None else [record.updated]
     return RunState(
         name=folder.name,
@@ -91,7 +95,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _judge(folder: Path, attempt: Attempt | None) -> tuple[Word, str]:
-    if runs.read_manifest(folder) is not None:
+    if read_manifest(folder) is not None:
         return "done", ""
     if attempt is None:
         return "interrupted", "it was not started under a lease"
@@ -108,7 +112,7 @@ def _judge(folder: Path, attempt: Attempt | None) -> tuple[Word, str]:
 def _evaluations(folder: Path) -> tuple[str, bool]:
     """What became of the evaluations, and whether one runs."""
     places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
-    scored = [place for place in places if runs.read_manifest(place) is not None]
+    scored = [place for place in places if read_manifest(place) is not None]
     texts = [f"{len(scored)} scored"] if scored else []
     running = False
     for place in places:
@@ -123,7 +127,7 @@ def _evaluations(folder: Path) -> tuple[str, bool]:
 
 def _attempts(leases: Path) -> list[Attempt]:
     places = sorted(leases.iterdir()) if leases.is_dir() else []
-    found = (latest_attempt(place) for place in places if place.is_dir())
+    found = (latest(leases, place.name) for place in places if place.is_dir())
     return [attempt for attempt in found if attempt is not None]
 
 

@@ -6,7 +6,6 @@ algorithm version), not of the device, the ranks or the micro-batch.
 
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import stat
@@ -34,6 +33,9 @@ from g2rpo.training.config import TrainConfig
 
 ALGORITHM_VERSION = 1
 """Raised when the same configuration would give other weights or images than before."""
+
+NOT_DETERMINING = ("validation", "checkpoints", "execution")
+"""Sections of a training configuration that do not change the trained weights."""
 
 PACKAGES = (
     "g2rpo", "torch", "diffusers", "transformers", "accelerate", "open_clip_torch", "numpy",
@@ -163,9 +165,8 @@ def prompts_hash(path: Path) -> str:
 
 def train_inputs(config: TrainConfig) -> dict[str, Any]:
     """All that determines the trained weights."""
-    not_determining = {"validation", "checkpoints", "execution"}
     settings = config.model_dump(
-        mode="json", exclude={"policy", "prompts", "rewards", *not_determining}
+        mode="json", exclude={"policy", "prompts", "rewards", *NOT_DETERMINING}
     )
     prompts = {"sha256": prompts_hash(Path(config.prompts.file)), "limit": config.prompts.limit}
     rewards = {
@@ -242,15 +243,6 @@ def provenance(weights: dict[str, str]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete stage, or None."""
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return None
-    return manifest
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

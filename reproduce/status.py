@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from g2rpo.attempts import Attempt, Record, WorkProgress
 from g2rpo.errors import UserError
 from g2rpo.lease import is_alive
+from reproduce.console import Word
 from reproduce.launch import DRIVER
 from reproduce.work import Inputs, latest_attempt
 from slurm import states
@@ -20,7 +20,6 @@ from slurm.graph import Stage
 from slurm.states import JobState
 from slurm.submission import Submission, job_groups
 
-Word = Literal["done", "running", "starting", "waiting", "failed", "cancelled", "interrupted"]
 OVER: tuple[Word, ...] = ("done", "failed", "cancelled", "interrupted")
 
 

@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text, check_publication
-from g2rpo.training.rollout import Rollout
+
+if TYPE_CHECKING:  # states are read on login nodes, without the model libraries
+    from g2rpo.training.rollout import Rollout
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -48,7 +50,7 @@ class MetricsLog:
             handle.write(json.dumps(dict(row), allow_nan=False) + "\n")
 
 
-def reward_sums(rollout: Rollout, name: str) -> dict[str, float]:
+def reward_sums(rollout: "Rollout", name: str) -> dict[str, float]:
     """What one rank's rewards of this name contribute to :func:`reward_row`."""
     values = rollout.group_rewards(name).double()
     logged = rollout.logged_rewards(name).double()

@@ -23,8 +23,8 @@ def runs(
 
     It reads what is on disk, so it works from any shell and asks no process.
     """
-    from reproduce.display import STYLES, wide_console
-    from reproduce.run_display import states_table
+    from reproduce.console import STYLES, wide_console
+    from reproduce.run_list import states_table
     from reproduce.run_states import read_run_states
 
     if state is not None and state not in STYLES:
@@ -58,7 +58,7 @@ def compare(
     Runs that differ in nothing but their seed are taken together. Committed results, of which no
     run folder is left, are found by the names of their runs.
     """
-    from reproduce.display import wide_console
+    from reproduce.console import wide_console
     from reproduce.records import find_runs
     from reproduce.run_comparison import members
     from reproduce.run_display import print_comparison

@@ -70,7 +70,7 @@ def read(
 
 
 def _print(verdict: "Verdict") -> None:
-    from reproduce.display import plain_table, wide_console
+    from reproduce.console import plain_table, wide_console
 
     console = wide_console()
     console.print(f"first:  {verdict.first}", highlight=False, markup=False)

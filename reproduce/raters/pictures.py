@@ -11,8 +11,13 @@ from benchmarks.scoring.items import read_source, refuse_bad
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
-from reproduce import runs
-from reproduce.records import EVALUATIONS, chosen_names, is_run, run_folders
+from reproduce.run_folders import (
+    EVALUATIONS,
+    chosen_names,
+    is_run,
+    read_manifest,
+    run_folders,
+)
 
 SCORES = "scores.parquet"
 
@@ -96,13 +101,13 @@ def _evaluations(name: str, results: Path) -> dict[str, Path]:
                 raise UserError(f"{name!r} stands for {len(chosen)} runs; name one")
             folder = folders[chosen[0]]
         places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
-        if not any(runs.read_manifest(place) for place in places):
+        if not any(read_manifest(place) for place in places):
             raise UserError(f"{folder}: has no finished evaluation; run `g2rpo score` on its cell")
     return {digest: place for place in places if (digest := _protocol(place)) is not None}
 
 
 def _protocol(evaluation: Path) -> str | None:
-    manifest = runs.read_manifest(evaluation)
+    manifest = read_manifest(evaluation)
     if manifest is None:
         return None
     return content_hash({key: manifest["inputs"][key] for key in ("protocol", "prompts")})

@@ -1,6 +1,8 @@
 """`g2rpo runs`: the state, progress, ETA and last reward of every run, from its files alone."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,17 @@ def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
         assert isinstance(refused.exception, UserError) and told in str(refused.exception)
     nothing = CliRunner().invoke(app, ["runs", "--results", str(tmp_path / "absent")])
     assert isinstance(nothing.exception, UserError) and "no runs yet" in str(nothing.exception)
+
+
+def test_the_list_imports_no_model_library(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "g2rpo-hps-seed1-aa")
+    code = (
+        "import sys; from reproduce.cli import app\n"
+        f"app(['runs', '--results', {str(tmp_path)!r}], standalone_mode=False)\n"
+        "print(sorted({'torch', 'pandas', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "g2rpo-hps-seed1-aa" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

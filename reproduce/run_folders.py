@@ -1,0 +1,92 @@
+"""Run folders as they are found on disk, and the names that people call them by.
+
+Nothing here imports a model library: runs are listed on login nodes.
+"""
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from g2rpo.errors import UserError
+
+SETTINGS = "config.json"
+EVALUATIONS = "evaluations"
+MANIFEST = "manifest.json"
+SHOWN_NAMES = 4
+"""Names that are told where a prefix fits several."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is a training run, or a base or checkpoint that was evaluated."""
+    return (folder / SETTINGS).is_file() or (folder / EVALUATIONS).is_dir()
+
+
+def run_folders(runs_folder: Path) -> list[Path]:
+    """The runs in a folder, by name."""
+    if not runs_folder.is_dir():
+        return []
+    return sorted(folder for folder in runs_folder.iterdir() if is_run(folder))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete stage, or None."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return manifest
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The training configuration of a run; None where nothing is trained.
+
+    Raises:
+        UserError: its file is damaged.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        return None
+    with damage_told(path):
+        return dict(json.loads(path.read_text()))
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """A damaged file is told in one line."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read by this version ({text})") from None
+
+
+def chosen_names(part: str, names: Iterable[str]) -> list[str]:
+    """The one name that ``part`` is or begins, or all that match it where it is a pattern.
+
+    Raises:
+        UserError: there is none, or a beginning fits several; in one line with the nearest.
+    """
+    known = sorted(set(names))
+    if part in known:
+        return [part]
+    matching = fnmatch.filter(known, part)
+    if matching:
+        return matching
+    fitting = [name for name in known if part and name.startswith(part)]
+    if len(fitting) == 1:
+        return fitting
+    if fitting:
+        more = len(fitting) - SHOWN_NAMES
+        listed = ", ".join(fitting[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+        raise UserError(f"{part!r} begins the names of several runs: {listed}; give more of it")
+    if not known:
+        raise UserError(f"no run {part!r}: there are no runs yet; --results names their folder")
+    # It is compared with beginnings of its own length, or every long name would look far.
+    starts = {name[: len(part)]: name for name in reversed(known)}
+    close = difflib.get_close_matches(part, starts, n=1, cutoff=0.5)
+    hint = f"did you mean {starts[close[0]]!r}?" if close else "`g2rpo runs` lists them"
+    raise UserError(f"no run {part!r}; {hint}")
