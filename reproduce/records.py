@@ -91,11 +91,12 @@ def _run_of(path: Path) -> str | None:
 
 
 def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
-    """The runs that are named by their folders, or by beginnings of their names.
+    """The runs that are named by their folders, their cells, or beginnings of their names.
 
     Args:
-        parts: folders, or beginnings of names in ``results/runs`` or of runs that cells name; one
-            with ``*``, ``?`` or ``[`` stands for all names that match it.
+        parts: folders of runs, files of cells (``.json``), or beginnings of names in
+            ``results/runs`` or of runs that cells name; one with ``*``, ``?`` or ``[`` stands for
+            all names that match it.
         results: the folder of results.
 
     Raises:
@@ -108,6 +109,9 @@ def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
         given = Path(part)
         if given.is_dir() and is_run(given):
             records = [read_folder(given.resolve())]
+        elif given.suffix == ".json" and given.is_file():
+            path = given.resolve()
+            records = [read_cells(_run_of(path) or path.stem, [path])]
         else:
             cells = cell_files(results) if cells is None else cells
             named = given.name if given.parent != Path() else part

@@ -89,6 +89,8 @@ class Delta:
         value: mean and interval of the member itself.
         comparison: member minus reference; None for the reference and where it cannot be had.
         adjusted: the p-value after Holm's correction over the section's comparisons.
+        seeds: over which the two were compared; empty where they share none, and each is then
+            taken over its own.
     """
 
     member: str
@@ -96,6 +98,7 @@ class Delta:
     value: Interval
     comparison: Comparison | None = None
     adjusted: float | None = None
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,14 +179,23 @@ def _deltas(rows: Mapping[str, RowScores], reference: str) -> tuple[Delta, ...]:
             found[name, letter] = Delta(letter, name, row_intervals(scores)[0])
         if letter == reference:
             continue
+        seeds = _compared_seeds(row, base)
         for name, comparison in _compared(row, base).items():
-            found[name, letter] = replace(found[name, letter], comparison=comparison)
+            delta = replace(found[name, letter], comparison=comparison, seeds=seeds)
+            found[name, letter] = delta
     tested = {key: one.comparison for key, one in found.items() if one.comparison is not None}
     adjusted = holm([comparison.p_value for comparison in tested.values()])
     for key, p_value in zip(tested, adjusted, strict=True):
         found[key] = replace(found[key], adjusted=float(p_value))
     order = list(dict.fromkeys(name for name, _ in found))
     return tuple(sorted(found.values(), key=lambda one: (order.index(one.quantity), one.member)))
+
+
+def _compared_seeds(row: RowScores, base: RowScores) -> tuple[int, ...]:
+    """Those that both have; a model without seeds is compared with all of the other's."""
+    if not row.seeds or not base.seeds:
+        return (*row.seeds, *base.seeds)
+    return tuple(sorted({*row.seeds} & {*base.seeds}))
 
 
 def _compared(row: RowScores, base: RowScores) -> dict[str, Comparison]:
@@ -209,8 +221,9 @@ class CurvePoint:
         reward: the reward.
         iteration: the last one that both have.
         value: mean over the member's seeds.
-        difference: of the means from the reference's.
+        difference: of the means over the shared seeds, or over each one's own where there are none.
         comparison: over shared seeds, where there are three.
+        seeds: the shared ones.
     """
 
     member: str
@@ -219,6 +232,7 @@ class CurvePoint:
     value: float
     difference: float
     comparison: Comparison | None
+    seeds: tuple[int, ...]
 
 
 def curve_points(compared: Sequence[Member]) -> list[CurvePoint]:
@@ -238,16 +252,17 @@ def _points(member: Member, reference: Member) -> Iterator[CurvePoint]:
             continue
         last = max(shared)
         one, two = ([curve[last] for curve in runs[reward]] for runs in (ours, theirs))
-        difference = float(np.mean(one) - np.mean(two))
-        comparison = None
-        paired = sorted(set(member.seeds) & set(reference.seeds))
-        if len(paired) >= MIN_SEEDS:
-            sides = [
-                [dict(zip(side.seeds, values, strict=True))[seed] for seed in paired]
+        value, seeds = float(np.mean(one)), sorted(set(member.seeds) & set(reference.seeds))
+        if seeds:
+            one, two = (
+                [dict(zip(side.seeds, values, strict=True))[seed] for seed in seeds]
                 for side, values in ((member, one), (reference, two))
-            ]
-            comparison = method_comparisons([sides[0]], [sides[1]])[0]
-        yield CurvePoint(member.letter, reward, last, float(np.mean(one)), difference, comparison)
+            )
+        comparison = None
+        if len(seeds) >= MIN_SEEDS:
+            comparison = method_comparisons([one], [two])[0]
+        difference = float(np.mean(one) - np.mean(two))
+        yield CurvePoint(member.letter, reward, last, value, difference, comparison, tuple(seeds))
 
 
 def _validations(member: Member) -> dict[str, list[dict[int, float]]]:

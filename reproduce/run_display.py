@@ -44,7 +44,8 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
         console.print(f"  {member.letter}{note}: {member.title}", markup=False, highlight=False)
     sections = score_sections(compared)
     for section in sections:
-        console.print(_section_table(section))
+        title = f"Held-out: {section.protocol}, {section.prompts} prompts"
+        _print_table(console, title, _section_table(section))
         console.print(_meaning(section), highlight=False, style="dim")
     if not sections:
         console.print(
@@ -53,8 +54,10 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
         )
     points = curve_points(compared)
     if points:
-        console.print(_curve_table(points))
-    console.print(_cost_table(compared))
+        title = "Validation at the last iteration shared with the reference"
+        _print_table(console, title, _curve_table(points))
+    title = "Cost, mean over seeds; in brackets: times the reference's"
+    _print_table(console, title, _cost_table(compared))
     _print_differences("Settings that differ", setting_differences(compared), compared, console)
     unknown = [one.letter for one in compared if one.runs[0].settings is None]
     if unknown:
@@ -70,7 +73,6 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
 def _section_table(section: Section) -> Table:
     columns = ("score", "run", "mean", "difference", "95% interval", "p (Holm)", "", "about")
     table = plain_table(*columns, right=("mean", "difference", "95% interval", "p (Holm)"))
-    _title(table, f"Held-out: {section.protocol}, {section.prompts} prompts")
     last = ""
     for delta in section.deltas:
         quantity = METRIC_LABELS.get(delta.quantity, delta.quantity)
@@ -79,14 +81,22 @@ def _section_table(section: Section) -> Table:
             delta.member,
             f"{delta.value.mean:.{DIGITS}f}",
             *_comparison_texts(delta.comparison, delta.adjusted),
-            "" if delta.comparison is None else delta.comparison.label,
+            "" if delta.comparison is None else f"{delta.comparison.label}{_over(delta.seeds)}",
         )
         last = quantity
     return table
 
 
-def _title(table: Table, text: str) -> None:
-    table.title, table.title_justify, table.title_style = f"\n{escape(text)}", "left", "bold"
+def _over(seeds: Sequence[int]) -> str:
+    if not seeds:
+        return ""
+    return f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _print_table(console: Console, title: str, table: Table) -> None:
+    # A title of the table's own would be as narrow as the table.
+    console.print(f"\n[bold]{escape(title)}[/]", highlight=False)
+    console.print(table)
 
 
 def _comparison_texts(comparison: Comparison | None, adjusted: float | None) -> tuple[str, ...]:
@@ -114,15 +124,16 @@ def _meaning(section: Section) -> str:
         sentences.append(
             "checkpoint: over prompts, about these weights alone, not about another seed."
         )
+    if any(one.comparison is not None and one.seeds for one in section.deltas):
+        sentences.append("Differences are over the seeds that are named, means over all of a run.")
     if section.missing:
         sentences.append(f"Not evaluated so: {', '.join(section.missing)}.")
     return " ".join(sentences)
 
 
 def _curve_table(points: Sequence[CurvePoint]) -> Table:
-    columns = ("reward", "run", "iteration", "mean", "difference", "95% interval", "p")
-    table = plain_table(*columns, "", right=columns[2:])
-    _title(table, "Validation at the last iteration shared with the reference")
+    columns = ("reward", "run", "iteration", "mean", "difference", "95% interval", "p", "", "about")
+    table = plain_table(*columns, right=columns[2:7])
     for point in points:
         texts = _comparison_texts(point.comparison, None)
         if point.comparison is None:
@@ -133,6 +144,7 @@ def _curve_table(points: Sequence[CurvePoint]) -> Table:
             str(point.iteration),
             f"{point.value:.{DIGITS}f}",
             *texts,
+            _over(point.seeds).removeprefix(", ") or "each over its own seeds",
         )
     return table
 
@@ -140,7 +152,6 @@ def _curve_table(points: Sequence[CurvePoint]) -> Table:
 def _cost_table(compared: Sequence[Member]) -> Table:
     columns = ("cost of training", *(member.letter for member in compared))
     table = plain_table(*columns, right=columns[1:])
-    _title(table, "Cost, mean over seeds; in brackets: times the reference's")
     devices = [sorted(_devices(member)) for member in compared]
     for column in COSTS:
         means = [_mean_cost(member, column) for member in compared]
@@ -175,13 +186,12 @@ def _print_differences(
         console.print(f"\n[bold]{title}[/]: none")
         return
     table = plain_table("key", *(member.letter for member in compared))
-    _title(table, title)
     for one in differences:
         style = "" if one.determining else "dim"
         note = "" if one.determining else " (not part of the run's name)"
         values = (escape(_shortened(value)) for value in one.values)
         table.add_row(escape(one.key) + note, *values, style=style)
-    console.print(table)
+    _print_table(console, title, table)
 
 
 def _shortened(text: str) -> str:

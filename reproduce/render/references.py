@@ -34,14 +34,33 @@ FOUNDATIONS = (
     "lipman2022flow",
     "song2020score",
     "blackforestlabs2024flux",
+    "loshchilov2019adamw",
 )
-"""GRPO, flow matching, its stochastic form, and the architecture: behind every row."""
+"""GRPO, flow matching, its stochastic form, the architecture, the optimizer: behind every row."""
 STATISTICS = (
     "agarwal2021precipice",
     "efron1987bootstrap",
     "holm1979multiple",
     "phipson2010permutation",
 )
+LIBRARIES = (
+    "ansel2024pytorch",
+    "vonplaten2022diffusers",
+    "wolf2020transformers",
+    "gugger2022accelerate",
+    "ilharco2021openclip",
+    "harris2020numpy",
+    "virtanen2020scipy",
+    "hunter2007matplotlib",
+)
+"""What every number was computed and drawn with."""
+ON_REQUEST = (
+    "hu2021lora",
+    "mangrulkar2022peft",  # the LoRA engine
+    "lu2022dpmsolver",  # the solver of MixGRPO-Flash
+    "wilson1927inference",  # raters' answers
+)
+"""What single options rest on: in the whole bibliography, in no table's."""
 PAPER = "zhou2026g2rpo"
 
 
@@ -62,6 +81,7 @@ def cited(methods: Iterable[str], rewards: Iterable[str], measures: Iterable[str
         *(key for name in measures for key in MEASURES.get(name, ())),
         *FOUNDATIONS,
         *STATISTICS,
+        *LIBRARIES,
     ]
     return list(dict.fromkeys(keys))
 

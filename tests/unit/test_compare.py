@@ -92,6 +92,7 @@ def test_three_shared_seeds_are_compared_as_methods(results: Path) -> None:
     adjusted = holm([delta.comparison.p_value for delta in tested if delta.comparison])
     assert [delta.adjusted for delta in tested] == pytest.approx(list(adjusted))
     assert len(tested) == 2 * 3  # two members in two rewards and a measure of diversity
+    assert {delta.seeds for delta in tested} == {seeds}  # the base has none of its own
 
 
 def test_one_seed_is_compared_over_prompts(results: Path) -> None:
@@ -102,6 +103,18 @@ def test_one_seed_is_compared_over_prompts(results: Path) -> None:
     assert (delta.comparison.label, delta.comparison.count) == ("checkpoint", 20)
     assert delta.comparison.difference == pytest.approx(0.02, abs=1e-6)
     assert delta.adjusted is not None and delta.adjusted < 0.05
+
+
+def test_what_is_compared_is_of_the_shared_seeds_alone(results: Path) -> None:
+    compared = members(find_runs(["mix_grpo-*", "g2rpo-hps-seed2"], results))
+    (section,) = score_sections(compared)
+    (delta,) = (d for d in section.deltas if d.quantity == "hps" and d.member == "B")
+    assert delta.comparison is not None and delta.comparison.label == "checkpoint"
+    ours, theirs = (prompt_means({"hps": mean, "clip": 0.5}, 2)["hps"] for mean in (0.72, 0.70))
+    assert delta.comparison.difference == pytest.approx(np.mean(ours - theirs), abs=1e-6)
+    assert delta.seeds == (2,)
+    (point,) = curve_points(compared)
+    assert (point.seeds, point.difference) == ((2,), pytest.approx(0.0))
 
 
 def test_settings_that_differ_are_listed_and_the_others_are_not(results: Path) -> None:
@@ -164,6 +177,16 @@ def test_the_command_prints_scores_settings_and_cost(results: Path) -> None:
     assert ["learning_rate"] not in lines
     assert ["Rollout", "evaluations", "400", "400", "(1.00×)", "0", "(0.00×)"] in lines
     assert any(line[:2] == ["method.name", "mix_grpo"] for line in lines)
+
+
+def test_a_cell_is_a_run_too() -> None:
+    cells = ROOT / "results" / "mini" / "table1" / "cells"
+    chosen = sorted(cells.glob("hps--*_grpo__seed2.json"))
+    records = find_runs([str(path) for path in chosen], Path("elsewhere"))
+    assert [record.seed for record in records] == [2] * len(chosen)
+    assert len(score_sections(members(records))) == 1
+    with pytest.raises(UserError, match=r"no run 'absent\.json'"):
+        find_runs([str(cells / "absent.json")], ROOT / "results")
 
 
 def test_committed_results_are_compared_by_the_names_of_their_runs() -> None:
