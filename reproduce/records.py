@@ -24,6 +24,7 @@ from reproduce.run_folders import (
     chosen_names,
     damage_told,
     is_run,
+    name_of,
     read_manifest,
     read_settings,
     run_folders,
@@ -114,8 +115,7 @@ def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
             records = [read_cells(_run_of(path) or path.stem, [path])]
         else:
             cells = cell_files(results) if cells is None else cells
-            named = given.name if given.parent != Path() else part
-            names = chosen_names(named, {*folders, *cells})
+            names = chosen_names(name_of(given, results), {*folders, *cells})
             records = [_read(name, folders.get(name), cells.get(name, [])) for name in names]
         for record in records:
             if record.name in found:

@@ -64,6 +64,19 @@ def damage_told(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read by this version ({text})") from None
 
 
+def name_of(given: Path, results: Path) -> str:
+    """The name, or its beginning, of a run of ``results``; ``results/runs/NAME`` gives NAME.
+
+    Raises:
+        UserError: it is a path to elsewhere, and there is no run.
+    """
+    if given.is_dir() and given.parent != Path():
+        raise UserError(f"{given}: is no folder of a run: neither {SETTINGS} nor {EVALUATIONS}/")
+    if given.parent != Path() and given.parent.resolve() != (results / "runs").resolve():
+        raise UserError(f"{given}: no such run; `g2rpo runs` lists them")
+    return given.name
+
+
 def chosen_names(part: str, names: Iterable[str]) -> list[str]:
     """The one name that ``part`` is or begins, or all that match it where it is a pattern.
 

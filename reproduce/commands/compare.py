@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from reproduce.commands.options import Results
 
@@ -28,7 +27,7 @@ def runs(
     from reproduce.run_states import read_run_states
 
     if state is not None and state not in STYLES:
-        raise UserError(f"no state {state!r}; {nearest(state, STYLES)}")
+        raise UserError(f"no state {state!r}; states are {', '.join(STYLES)}")
     known = read_run_states(results / "runs")
     if not known:
         raise UserError(f"{results / 'runs'}: no runs yet; --results names another folder")

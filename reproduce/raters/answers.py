@@ -15,8 +15,7 @@ from benchmarks.statistics import LEVEL, MIN_SEEDS, Interval, method_intervals, 
 from benchmarks.statistics.improvement import share_intervals
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
-from reproduce.raters.key import Choice, SheetKey
-from reproduce.raters.sheet import COLUMNS
+from reproduce.raters.key import COLUMNS, Choice, SheetKey
 
 Answers = dict[str, Choice]
 """One rater's answers by pair; pairs without an answer are left out."""

@@ -10,6 +10,9 @@ from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
 
 Choice = Literal["left", "right", "tie"]
+COLUMNS = ("sheet", "rater", "pair", "answer")
+"""Of a file of answers."""
+FORMAT: Literal["g2rpo rater key"] = "g2rpo rater key"
 
 
 class Pair(StrictModel):
@@ -27,7 +30,7 @@ class Pair(StrictModel):
 class SheetKey(StrictModel):
     """The key of a sheet."""
 
-    format: Literal["g2rpo rater key"] = "g2rpo rater key"
+    format: Literal["g2rpo rater key"] = FORMAT
     version: Literal[1] = 1
     sheet: str
     """Names the sheet; answers carry it."""
@@ -53,4 +56,6 @@ def read_key(path: Path) -> SheetKey:
         raise UserError(f"{path}: no such key; `g2rpo raters make` writes one") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a key ({error})") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f"{path}: is not the key of a sheet; `g2rpo raters make` writes one")
     return validate(SheetKey, data, str(path))

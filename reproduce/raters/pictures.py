@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.held_out import image_path
 from benchmarks.scoring.items import read_source, refuse_bad
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
@@ -15,6 +14,7 @@ from reproduce.run_folders import (
     EVALUATIONS,
     chosen_names,
     is_run,
+    name_of,
     read_manifest,
     run_folders,
 )
@@ -60,6 +60,8 @@ def find_sides(names: Sequence[str], results: Path, prompts: Path | None) -> lis
         UserError: there is no such run or folder, or two runs share not exactly one evaluation.
     """
     found = [_evaluations(name, results) for name in names]
+    if found[0] == found[1] and (found[0] or Path(names[0]).resolve() == Path(names[1]).resolve()):
+        raise UserError("both sides are the same pictures; name another run or folder")
     if any(not places for places in found):
         return [
             _folder_side(Path(name), prompts) if not places else _side(_only(name, places))
@@ -96,7 +98,7 @@ def _evaluations(name: str, results: Path) -> dict[str, Path]:
         folder = given
         if not given.is_dir():
             folders = {run.name: run for run in run_folders(results / "runs")}
-            chosen = chosen_names(name, folders)
+            chosen = chosen_names(name_of(given, results), folders)
             if len(chosen) > 1:
                 raise UserError(f"{name!r} stands for {len(chosen)} runs; name one")
             folder = folders[chosen[0]]
@@ -114,6 +116,8 @@ def _protocol(evaluation: Path) -> str | None:
 
 
 def _side(evaluation: Path) -> Side:
+    from benchmarks.held_out import image_path  # imports the model libraries: seconds
+
     scores = pd.read_parquet(evaluation / SCORES)
     texts = dict(zip(scores["prompt_id"].astype(str), scores["prompt"].astype(str), strict=True))
     folder = evaluation / "images"

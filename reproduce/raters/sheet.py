@@ -18,11 +18,10 @@ from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder, write_json
 from g2rpo.seeds import generator
-from reproduce.raters.key import Pair, SheetKey
+from reproduce.raters.key import COLUMNS, Pair, SheetKey
 from reproduce.raters.pictures import Side
 
 QUESTION = "Which picture is better for the caption?"
-COLUMNS = ("sheet", "rater", "pair", "answer")
 PAGE, ANSWERS, IMAGES = "index.html", "answers.csv", "images"
 FIXED_TIME = 946_684_800
 """When every file of a sheet says it was written: the year 2000, which zip can store."""

@@ -69,6 +69,16 @@ def test_a_run_is_named_by_its_folder_too_but_not_twice(results: Path) -> None:
         find_runs([str(folder), "g2rpo-hps-seed1"], results)
 
 
+def test_a_path_is_not_taken_for_a_name(results: Path) -> None:
+    name = "g2rpo-hps-seed1-aa"
+    (found,) = find_runs([str(results / "runs" / name[:-2])], results)
+    assert found.name == name
+    with pytest.raises(UserError, match="no such run"):
+        find_runs([str(results / "elsewhere" / name)], results)
+    with pytest.raises(UserError, match="is no folder of a run"):
+        find_runs([str(results / "runs")], results)
+
+
 def test_three_shared_seeds_are_compared_as_methods(results: Path) -> None:
     compared = members(find_runs(["mix_grpo-*", "g2rpo-*", "base"], results))
     assert [member.letter for member in compared] == ["A", "B", "C"]
@@ -185,7 +195,7 @@ def test_a_cell_is_a_run_too() -> None:
     records = find_runs([str(path) for path in chosen], Path("elsewhere"))
     assert [record.seed for record in records] == [2] * len(chosen)
     assert len(score_sections(members(records))) == 1
-    with pytest.raises(UserError, match=r"no run 'absent\.json'"):
+    with pytest.raises(UserError, match=r"absent\.json: no such run"):
         find_runs([str(cells / "absent.json")], ROOT / "results")
 
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.raters.answers import judge, read_answers, wilson
-from reproduce.raters.key import SheetKey, read_key
+from reproduce.raters.key import COLUMNS, SheetKey, read_key
 from reproduce.raters.pictures import find_sides
-from reproduce.raters.sheet import COLUMNS, FIXED_TIME, key_path, make_sheet
+from reproduce.raters.sheet import FIXED_TIME, key_path, make_sheet
 
 PROMPTS = 12
 FIRST, SECOND = "g2rpo-hps-seed1-aa", "base-cc"
@@ -135,6 +135,13 @@ def test_what_cannot_be_compared_is_refused(results: Path) -> None:
     (results / "sheet").mkdir()
     with pytest.raises(UserError, match="is there already"):
         make_sheet([], results / "sheet", pairs=None, seed=1)
+
+
+def test_a_side_is_not_compared_with_itself(results: Path) -> None:
+    with pytest.raises(UserError, match="the same pictures"):
+        find_sides([FIRST, "g2rpo-hps"], results, None)
+    with pytest.raises(UserError, match="the same pictures"):
+        find_sides([str(results), f"{results}/runs/.."], results, None)
 
 
 def test_folders_of_pictures_are_compared_by_a_prompt_set(results: Path) -> None:
@@ -251,6 +258,9 @@ def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
         read_key(results / "absent.json")
     with pytest.raises(UserError, match="cannot be read as a key"):
         read_key(output / "index.html")
+    (results / "other.json").write_text('{"format": "g2rpo table"}')
+    with pytest.raises(UserError, match="is not the key of a sheet"):
+        read_key(results / "other.json")
 
 
 def test_what_a_spreadsheet_saves_is_read(results: Path) -> None:
@@ -268,7 +278,10 @@ def test_the_commands_make_and_read(results: Path, tmp_path: Path) -> None:
     made = runner.invoke(app, [*arguments, "--results", str(results)])
     assert made.exit_code == 0, made.output
     assert "12 pairs (of 20 prompts)" in made.output and "given-key.json" in made.output
-    key = read_key(key_path(output))
+    again = runner.invoke(app, [*arguments[:-1], f"{output}-2", "--results", str(results)])
+    assert again.exit_code == 0
+    key, other = (read_key(key_path(path)) for path in (output, Path(f"{output}-2")))
+    assert key.sheet != other.sheet, "the blinding is drawn anew each time"
     path = write_answers(tmp_path / "a.csv", key, "ann", lambda i, _: "first" if i else "tie")
     shown = runner.invoke(app, ["raters", "read", str(key_path(output)), str(path)])
     assert shown.exit_code == 0, shown.output

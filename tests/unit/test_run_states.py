@@ -90,7 +90,7 @@ def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
     assert "4/4" in shown.stdout and "hps 0.4400" in shown.stdout
     assert "seed2" not in shown.stdout and "mix_grpo" not in shown.stdout
     for arguments, told in (
-        (["--state", "runing"], "did you mean 'running'?"),
+        (["--state", "runing"], "states are done, running,"),
         (["nothing"], "none of the 3 runs"),
         (["--state", "failed"], "none of the 3 runs"),
     ):
