@@ -12,7 +12,7 @@ from pydantic import Field
 
 from benchmarks.cells import Cell, Cost, Protocol, RowScores
 from benchmarks.statistics import Interval, Label
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, content_hash
 from reproduce.findings import Finding, Question, findings
 from reproduce.render.formats import legend
 from reproduce.render.references import MEASURES, PAPER, REWARDS, cited
@@ -52,19 +52,28 @@ class RewardHacking(StrictModel):
     fell: tuple[str, ...]
 
 
-class Source(StrictModel):
-    """One cell behind a row: the runs, the code, the weights and the machine."""
+class Origin(StrictModel):
+    """What cells were made with: the code, the weights and the machine."""
 
-    seed: int | None = None
-    runs: dict[str, str]
-    iteration: int | None = None
-    protocol: Protocol
     git_commit: str | None = None
     git_dirty: bool | None = None
     packages: dict[str, str]
     weights: dict[str, str]
     hardware: dict[str, str]
     checkpoint: str | None = None
+
+
+class Source(StrictModel):
+    """One cell behind a row."""
+
+    seed: int | None = None
+    runs: dict[str, str]
+    """Names end in a hash of the configuration and of all inputs."""
+    iteration: int | None = None
+    protocol: str
+    """The hash of one of the document's protocols."""
+    origin: str
+    """The key of one of the document's origins."""
     cost: Cost | None = None
 
 
@@ -142,6 +151,9 @@ class TableDocument(StrictModel):
     comparisons: tuple[DocumentComparison, ...] = ()
     published: tuple[PublishedRow, ...] = ()
     published_source: str | None = None
+    protocols: tuple[Protocol, ...] = ()
+    """Under which held-out prompts were sampled."""
+    origins: dict[str, Origin] = Field(default_factory=dict)
     notes: tuple[str, ...]
     references: tuple[str, ...]
     """Keys into the BibTeX file beside this one."""
@@ -170,6 +182,7 @@ def table_document(table: Table, cells: Sequence[Cell]) -> TableDocument:
     spec = table.spec
     results = select_rows(spec, cells)
     by_key = {row.key: row for row in spec.rows}
+    used = [cell for result in results.values() for cell in result.cells]
     ours = [(group.label, row) for group in table.groups for row in group.rows]
     return TableDocument(
         name=spec.name,
@@ -194,6 +207,8 @@ def table_document(table: Table, cells: Sequence[Cell]) -> TableDocument:
         ),
         published=_published(table),
         published_source=None if table.paper is None else table.paper.caption,
+        protocols=tuple({cell.info.protocol.hash: cell.info.protocol for cell in used}.values()),
+        origins={_origin_key(origin): origin for origin in map(_origin, used)},
         notes=(*legend(table), *table.notes),
         references=tuple(references_of(table, cells)),
     )
@@ -264,20 +279,31 @@ def _row(
 
 
 def _source(cell: Cell) -> Source:
-    info, made = cell.info, cell.info.provenance
+    info = cell.info
     return Source(
         seed=info.seed,
         runs=info.runs,
         iteration=info.checkpoint_iteration,
-        protocol=info.protocol,
+        protocol=info.protocol.hash,
+        origin=_origin_key(_origin(cell)),
+        cost=info.cost,
+    )
+
+
+def _origin(cell: Cell) -> Origin:
+    made = cell.info.provenance
+    return Origin(
         git_commit=made.git_commit,
         git_dirty=made.git_dirty,
         packages=made.packages,
         weights=made.weights,
         hardware=made.hardware,
         checkpoint=made.checkpoint,
-        cost=info.cost,
     )
+
+
+def _origin_key(origin: Origin) -> str:
+    return content_hash(origin.model_dump(mode="json"))
 
 
 def _comparison(found: Finding) -> DocumentComparison:

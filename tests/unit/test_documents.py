@@ -72,7 +72,9 @@ def test_numbers_are_those_of_the_cells(mini: dict[str, Any]) -> None:
     assert [source["cost"]["device_seconds"] for source in row["sources"]] == [
         cell.info.cost.device_seconds for cell in cells if cell.info.cost is not None
     ]
-    assert {source["git_commit"] for source in row["sources"]} == {"c" * 40}
+    for source in row["sources"]:
+        assert mini["origins"][source["origin"]]["git_commit"] == "c" * 40
+        assert source["protocol"] in [protocol["hash"] for protocol in mini["protocols"]]
 
 
 def test_comparisons_are_those_of_the_reading(mini: dict[str, Any]) -> None:
