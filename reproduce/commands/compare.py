@@ -1,5 +1,7 @@
 """``g2rpo runs`` and ``g2rpo compare``: what is there, and how it differs."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +39,20 @@ def runs(
         if all(word in one.name for word in words or ()) and state in (None, one.word)
     ]
     if not shown:
-        asked = " ".join(words or ()) + (f" in the state {state!r}" if state else "")
-        raise UserError(f"none of the {len(known)} runs is {asked.strip()}")
+        raise UserError(_none_of([one.name for one in known], words or (), state))
     wide_console().print(states_table(shown))
+
+
+def _none_of(names: Sequence[str], words: Sequence[str], state: str | None) -> str:
+    """Why no run is shown, with what is near to a word that no name holds."""
+    parts = sorted({part for name in names for part in name.split("-")})
+    for word in words:
+        if not any(word in name for name in names):
+            close = get_close_matches(word, parts, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            return f"none of the {len(names)} runs has {word!r} in its name{hint}"
+    asked = "".join(f" with {word!r}" for word in words)
+    return f"none of the {len(names)} runs{asked}" + (f" is {state}" if state else " is there")
 
 
 def compare(

@@ -91,8 +91,10 @@ def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
     assert "seed2" not in shown.stdout and "mix_grpo" not in shown.stdout
     for arguments, told in (
         (["--state", "runing"], "states are done, running,"),
-        (["nothing"], "none of the 3 runs"),
-        (["--state", "failed"], "none of the 3 runs"),
+        (["nothing"], "none of the 3 runs has 'nothing' in its name"),
+        (["mixgrpo"], "did you mean 'mix_grpo'?"),
+        (["seed2", "mix"], "none of the 3 runs with 'seed2' with 'mix'"),
+        (["--state", "failed"], "none of the 3 runs is failed"),
     ):
         refused = CliRunner().invoke(app, ["runs", *arguments, *where])
         assert isinstance(refused.exception, UserError) and told in str(refused.exception)
