@@ -53,7 +53,7 @@ class RewardHacking(StrictModel):
 
 
 class Origin(StrictModel):
-    """What cells were made with: the code, the weights and the machine."""
+    """What cells were made with: what their provenance says, less what is null."""
 
     git_commit: str | None = None
     git_dirty: bool | None = None
@@ -291,15 +291,7 @@ def _source(cell: Cell) -> Source:
 
 
 def _origin(cell: Cell) -> Origin:
-    made = cell.info.provenance
-    return Origin(
-        git_commit=made.git_commit,
-        git_dirty=made.git_dirty,
-        packages=made.packages,
-        weights=made.weights,
-        hardware=made.hardware,
-        checkpoint=made.checkpoint,
-    )
+    return Origin.model_validate(cell.info.provenance.model_dump())
 
 
 def _origin_key(origin: Origin) -> str:
