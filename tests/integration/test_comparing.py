@@ -76,10 +76,10 @@ def test_people_are_asked_and_their_answers_read(pictures: Path) -> None:
     assert any(line.startswith("ann, without ties 1.000 ") for line in lines)
     assert lines[-1].endswith("raters agree on 50%")
 
-    wrong = answers[1].read_text().replace("right", "rihgt", 1)
-    answers[1].write_text(wrong)
+    rest, _ = answers[1].read_text().rstrip().rsplit(",", 1)
+    answers[1].write_text(f"{rest},lefft\n")
     told = refused("raters", "read", "sheet-key.json", *answers, cwd=pictures)
-    assert "bob.csv, line " in told and "did you mean 'right'?" in told
+    assert "bob.csv, line 5: no answer" in told and "did you mean 'left'?" in told
 
 
 def test_runs_are_listed_and_compared(tmp_path: Path) -> None:
