@@ -17,12 +17,12 @@ from rich.console import Console
 from benchmarks.credit import signal_to_noise
 from benchmarks.statistics import MIN_SEEDS, Interval, method_intervals
 from g2rpo.files import atomic_path, atomic_write_text, write_json
-from reproduce import runs
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.figures import FIGURE_STYLE, LINE_STYLES, MARKERS, PALETTE
 from reproduce.layout import Layout
 from reproduce.render.notes import Gap
 from reproduce.rendering import why_not
+from reproduce.run_folders import read_manifest
 
 EXPLAINED = "Share of the reward's variance that the step's noise explains"
 RATIO = "Signal-to-noise ratio of the step's gradient, one iteration"
@@ -127,7 +127,7 @@ def publish_credit(
     measured: list[Measured] = []
     gaps: list[Gap] = []
     for cell in sorted(cells, key=lambda cell: (list(labels).index(cell.key), cell.seed or 0)):
-        manifest = runs.read_manifest(layout.credit(cell, experiment.credit))
+        manifest = read_manifest(layout.credit(cell, experiment.credit))
         if manifest is None:
             gaps.append(Gap(cell.key, why_not(cell, layout, experiment.credit), cell.seed))
         else:

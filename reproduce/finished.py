@@ -21,7 +21,7 @@ def is_trained(cell: ResolvedCell, layout: Layout) -> bool:
 
 def is_measured(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> bool:
     """Whether the credit of the cell's rollouts has been measured."""
-    return runs.read_manifest(layout.credit(cell, config)) is not None
+    return read_manifest(layout.credit(cell, config)) is not None
 
 
 def is_sampled(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:
