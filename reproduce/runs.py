@@ -163,7 +163,7 @@ def prompts_hash(path: Path) -> str:
 
 def train_inputs(config: TrainConfig) -> dict[str, Any]:
     """All that determines the trained weights."""
-    not_determining = {"validation", "checkpoints", "execution"}
+    not_determining = {"validation", "pictures", "checkpoints", "execution"}
     settings = config.model_dump(
         mode="json", exclude={"policy", "prompts", "rewards", *not_determining}
     )
