@@ -9,7 +9,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from reproduce.commands import embed, export, jobs, prompts, run, weights
+from reproduce.commands import embed, export, jobs, prompts, report, run, weights
 from reproduce.commands.check import check
 from reproduce.commands.doctor import doctor
 from reproduce.commands.options import (
@@ -202,6 +202,7 @@ for verb in (
     check,
     embed.embed,
     export.export,
+    report.report,
 ):
     app.command()(verb)
 

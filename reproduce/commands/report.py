@@ -1,0 +1,66 @@
+"""``g2rpo report``: experiments as one HTML page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from g2rpo.errors import UserError
+from reproduce.commands.options import ProfileName, Publish, Results, Seeds, layout_of, parse_seeds
+
+Experiments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Experiments, e.g. table1 equal-evaluations; default: all that have finished cells."
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="The page; default: report.html beside the experiment's tables."),
+]
+Megabytes = Annotated[
+    float, typer.Option("--limit", min=0.1, help="Largest size of the page, in MB.")
+]
+
+
+def report(
+    experiments: Experiments = None,
+    profile: ProfileName = "mini",
+    seeds: Seeds = None,
+    results: Results = Path("results"),
+    publish: Publish = False,
+    output: Output = None,
+    limit: Megabytes = 15.0,
+) -> None:
+    """Write one HTML page with tables, curves, images, costs, configurations and provenance.
+
+    It opens from disk and asks no network. What is missing is shown as missing, with the reason.
+    """
+    from g2rpo.files import atomic_write_text
+    from reproduce.experiment import load_profile
+    from reproduce.report.chapter import finished_experiments, load_chapter
+    from reproduce.report.page import make_page
+    from reproduce.runner import build_assets
+
+    chosen = load_profile(profile)
+    build_assets(chosen)
+    layout = layout_of(results, publish=publish)
+    names = experiments or finished_experiments(chosen, layout)
+    wanted = None if seeds is None else parse_seeds(seeds)
+    chapters = [load_chapter(name, chosen, layout, wanted) for name in dict.fromkeys(names)]
+    if not any(chapter.cells for chapter in chapters):
+        elsewhere = "" if publish else " (with --publish those that are committed are reported)"
+        raise UserError(
+            f"{layout.tables / chosen.name}: no finished cells; run `g2rpo reproduce "
+            f"{names[0] if names else 'table1'} --profile {profile}` first{elsewhere}"
+        )
+    if output is None:
+        folder = layout.tables / chosen.name
+        if len(chapters) == 1:
+            folder = layout.experiment(chosen.name, chapters[0].name)
+        output = folder / "report.html"
+    page = make_page(chosen, chapters, round(limit * 1e6))
+    atomic_write_text(output, page.html)
+    for note in page.notes:
+        typer.echo(note, err=True)
+    typer.echo(f"wrote {output} ({len(page.html.encode()) / 1e6:.1f} MB)")
