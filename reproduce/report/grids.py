@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -76,13 +76,15 @@ class Grid:
         rows: as many boxes as there are columns, each.
         anchors: an id for each row, or none.
         notes: sentences below.
+        begins: the rows that begin a group, where no other order is chosen.
     """
 
     caption: str
     columns: tuple[Heading, ...]
     rows: tuple[tuple[Box, ...], ...]
     anchors: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    begins: frozenset[int] = frozenset()
 
 
 def anchor(*parts: str) -> str:
@@ -117,6 +119,20 @@ def _first_boxes(chapter: str, group: str, row: Row, *, grouped: bool) -> list[B
     return [*boxes, text_box(group or NOTHING)] if grouped else boxes
 
 
+def _grid(
+    caption: str,
+    heads: Sequence[Heading],
+    lines: Sequence[tuple[Box, ...]],
+    notes: Sequence[str] = (),
+    *,
+    grouped: bool,
+) -> Grid:
+    """A table whose second column, where ``grouped``, names the group."""
+    names = [line[1].text for line in lines] if grouped else []
+    begins = frozenset(i for i in range(1, len(names)) if names[i] != names[i - 1])
+    return Grid(caption, tuple(heads), tuple(lines), notes=tuple(notes), begins=begins)
+
+
 def score_box(value: Value, mark: Mark | None = None) -> Box:
     """A score with its interval and signs."""
     if value.shown is None:
@@ -147,7 +163,7 @@ def score_grid(
             if row.gap is None:
                 label = text_box(row.interval_label or NOTHING)
             lines.append((*boxes, seeds, label))
-    return Grid(table.spec.title, tuple(heads), tuple(lines), notes=tuple(notes))
+    return _grid(table.spec.title, heads, lines, notes, grouped=grouped)
 
 
 def beside_grid(chapter: str, table: Table, notes: Sequence[str]) -> Grid | None:
@@ -170,7 +186,7 @@ def beside_grid(chapter: str, table: Table, notes: Sequence[str]) -> Grid | None
                 flag = Box(f"missing: {row.gap}", None, kind="gap")
             lines.append((*boxes, flag))
     caption = "Diversity, drift and reward hacking"
-    return Grid(caption, tuple(heads), tuple(lines), notes=tuple(notes))
+    return _grid(caption, heads, lines, notes, grouped=grouped)
 
 
 def paper_grid(table: Table) -> Grid | None:
@@ -188,7 +204,7 @@ def paper_grid(table: Table) -> Grid | None:
         for group in table.paper.groups
         for row in group.rows
     ]
-    return Grid(table.paper.caption, tuple(heads), tuple(lines))
+    return _grid(table.paper.caption, heads, lines, grouped=grouped)
 
 
 def cost_grid(chapter: str, table: Table, cells: Sequence[Cell]) -> Grid:
@@ -210,7 +226,7 @@ def cost_grid(chapter: str, table: Table, cells: Sequence[Cell]) -> Grid:
     if devices:
         compare = "" if len(devices) == 1 else "; seconds on different devices do not compare"
         notes.append(f"Trained on {', '.join(devices)}{compare}.")
-    return Grid("Cost of training", tuple(heads), tuple(lines), notes=tuple(notes))
+    return _grid("Cost of training", heads, lines, notes, grouped=grouped)
 
 
 def phase_seconds(cell: Cell) -> dict[str, float] | None:
@@ -260,7 +276,7 @@ def phase_grid(chapter: str, table: Table, cells: Sequence[Cell]) -> Grid | None
         "checkpoints and loading are outside of them. Rows of runs that did not record it are left "
         "out."
     )
-    return Grid("Seconds by phase", tuple(heads), tuple(lines), notes=(note,))
+    return _grid("Seconds by phase", heads, lines, (note,), grouped=grouped)
 
 
 def _p_box(value: float) -> Box:
@@ -289,7 +305,7 @@ def finding_grid(spec: TableSpec, found: Sequence[Finding]) -> Grid | None:
             shown = NOTHING if f.published is None else signed(f.published, 3)
             boxes.append(number(f.published, shown))
         lines.append(tuple(boxes))
-    return Grid("Comparisons", tuple(heads), tuple(lines))
+    return _grid("Comparisons", heads, lines, grouped=grouped)
 
 
 def _score_name(column: ColumnSpec, trained: Sequence[str]) -> Box:

@@ -100,9 +100,7 @@ def fit(galleries: Sequence[Gallery], room: int) -> Fitted:
         encoder = encoders.setdefault(amount.side, Encoder(amount.side))
         paths = _unique(parts)
         if _fits(paths, encoder, room):
-            notes = (
-                () if step == 0 and not _cut(galleries, parts) else (_note(whole, paths, amount),)
-            )
+            notes = (_note(whole, paths, amount),) if step else ()
             return Fitted(parts, _only(encoder, paths), notes)
     none = tuple(Gallery((), (), gallery.notes) for gallery in galleries)
     note = f"None of {len(whole)} images is shown: the page has no room for them."
@@ -143,10 +141,6 @@ def _size(encoder: Encoder, path: Path) -> int:
 def _only(encoder: Encoder, paths: Sequence[Path]) -> Encoder:
     names = {path: encoder.names[path] for path in paths}
     return Encoder(encoder.side, {name: encoder.uris[name] for name in names.values()}, names)
-
-
-def _cut(whole: Sequence[Gallery], parts: Sequence[Gallery]) -> bool:
-    return any(len(a.prompts) > len(b.prompts) for a, b in zip(whole, parts, strict=True))
 
 
 def _note(whole: Sequence[Path], shown: Sequence[Path], amount: Amount) -> str:

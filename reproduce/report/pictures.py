@@ -66,11 +66,13 @@ class Gallery:
         prompts: those that have an image, in order.
         tiles: rows in order, then seeds.
         notes: what there is not, and why.
+        there: how many prompts had an image before any were left out.
     """
 
     prompts: tuple[Prompt, ...]
     tiles: tuple[Tile, ...]
     notes: tuple[str, ...]
+    there: int = 0
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -111,7 +113,7 @@ def gather_pictures(chapter: Chapter) -> Gallery:
                 absent += 1
     shown = {prompt for tile in tiles for frame in tile.frames for prompt in frame.images}
     ordered = tuple(prompt for name, prompt in prompts.items() if name in shown)
-    gallery = Gallery(ordered, tuple(tiles), ())
+    gallery = Gallery(ordered, tuple(tiles), (), len(ordered))
     return replace(gallery, notes=tuple(_notes(gallery, absent)))
 
 
@@ -211,7 +213,7 @@ def reduced(gallery: Gallery, amount: Amount) -> Gallery:
             for frame in kept
         )
         tiles.append(replace(tile, frames=frames))
-    return Gallery(prompts, tuple(tiles), gallery.notes)
+    return replace(gallery, prompts=prompts, tiles=tuple(tiles))
 
 
 def _is_end(tile: Tile, frame: Frame) -> bool:
@@ -235,6 +237,7 @@ def picture_data(
     ends = {tile.end for tile in gallery.tiles if tile.end is not None}
     return {
         "prompts": [{"id": prompt.id, "text": prompt.text} for prompt in gallery.prompts],
+        "there": gallery.there,
         "positions": sorted({0, *gallery.between, *ends}),
         "seeds": list(gallery.seeds),
         "group_label": chapter.experiment.table.group_label,

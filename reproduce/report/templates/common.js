@@ -46,7 +46,8 @@ function short(value) {
 
 function signedNumber(value, digits) {
   const text = value.toFixed(digits);
-  return value >= 0 ? "+" + text : text;
+  if (Number(text) === 0) return text.replace("-", "");
+  return value > 0 ? "+" + text : text;
 }
 
 (function theme() {

@@ -9,7 +9,7 @@ function pictureOf(tile, prompt, position) {
 }
 
 function imageNode(name, alt) {
-  const image = el("img", { src: IMAGES[name], alt, loading: "lazy", decoding: "async" });
+  const image = el("img", { src: IMAGES[name], alt, decoding: "sync" });
   // Small images are shown as the pixels they are.
   const check = () => image.classList.toggle("exact", image.naturalWidth <= EXACT_SIDE);
   if (image.complete) check();
@@ -79,7 +79,9 @@ class Pictures {
     this.moment.textContent = where;
     this.slider.setAttribute("aria-valuetext", where);
     const prompts = this.prompts();
-    this.count.textContent = `${prompts.length} of ${this.data.prompts.length} prompts`;
+    const { prompts: all, there } = this.data;
+    const kept = there > all.length ? ` (of ${there} whose images were kept)` : "";
+    this.count.textContent = `${prompts.length} of ${all.length} prompts${kept}`;
     this.list.replaceChildren(...prompts.map((prompt) => this.block(prompt)));
   }
 

@@ -42,6 +42,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
           return sign * compare(one, two);
         });
       }
+      table.classList.toggle("unsorted", order === "none");
       body.append(...rows);
     });
   });
