@@ -18,8 +18,8 @@ from reproduce.render.formats import (
     metric_values,
 )
 from reproduce.render.spec import COST_LABELS, ColumnSpec, TableSpec
-from reproduce.render.values import Group, Row, Table, Value, fixed, row_costs, select_rows
-from reproduce.report.marks import Mark
+from reproduce.render.values import Group, Row, Table, Value, row_costs, select_rows
+from reproduce.report.marks import Mark, signed
 
 PHASES = {
     "sampling": "Sampling",
@@ -85,6 +85,11 @@ class Grid:
     anchors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     begins: frozenset[int] = frozenset()
+
+    @property
+    def signed(self) -> bool:
+        """Whether any figure has signs after it."""
+        return any(box.notes and box.kind == "number" for row in self.rows for box in row)
 
 
 def anchor(*parts: str) -> str:
@@ -311,12 +316,6 @@ def finding_grid(spec: TableSpec, found: Sequence[Finding]) -> Grid | None:
 def _score_name(column: ColumnSpec, trained: Sequence[str]) -> Box:
     notes = ((IN_DOMAIN, "in-domain"),) if column.reward in trained else ()
     return Box(column.label, column.label.lower(), notes=notes)
-
-
-def signed(value: float, digits: int) -> str:
-    """A difference with its sign."""
-    text = fixed(value, digits)
-    return text if text.startswith("-") or not text.strip("0.") else f"+{text}"
 
 
 def _difference_box(f: Finding) -> Box:

@@ -11,6 +11,12 @@ from reproduce.render.spec import RowSpec, TableSpec
 from reproduce.render.values import fixed, select_rows
 
 
+def signed(value: float, digits: int) -> str:
+    """A difference with its sign."""
+    text = fixed(value, digits)
+    return text if text.startswith("-") or not text.strip("0.") else f"+{text}"
+
+
 @dataclass(frozen=True)
 class Mark:
     """How a score stands to the reference's.
@@ -47,8 +53,8 @@ class Mark:
         """The difference in words."""
         c, digits = self.comparison, self.digits
         return (
-            f"{fixed(c.difference, digits)} against {self.reference}, 95% interval "
-            f"{fixed(c.low, digits)} to {fixed(c.high, digits)} ({c.label}), "
+            f"{signed(c.difference, digits)} against {self.reference}, 95% interval "
+            f"{signed(c.low, digits)} to {signed(c.high, digits)} ({c.label}), "
             f"p = {c.p_value:.2g}, {self.adjusted:.2g} after Holm's correction"
         )
 

@@ -29,7 +29,7 @@ class Pictures {
     this.position = data.positions.length - 1;
     this.list = el("div");
     this.count = el("p", { class: "count", role: "status" });
-    place.append(this.controls(), this.count, this.list);
+    place.append(...this.controls(), this.count, this.list);
     this.draw();
   }
 
@@ -38,8 +38,8 @@ class Pictures {
     const search = el("input", { type: "search", placeholder: "part of a prompt", autocomplete: "off" });
     search.addEventListener("input", () => { this.filter = search.value; this.draw(); });
     const last = data.positions.length - 1;
-    this.slider = el("input", { type: "range", min: 0, max: last, step: 1, value: last, disabled: last < 1 });
-    this.moment = el("output", {});
+    this.slider = el("input", { type: "range", min: 0, max: last, step: 1, value: last, disabled: last < 1, "aria-label": "Moment of training" });
+    this.moment = el("b", {});
     this.slider.addEventListener("input", () => { this.position = Number(this.slider.value); this.draw(); });
     const box = el("div", { class: "controls" }, el("label", { class: "wide filter" }, "Prompts with", search));
     if (this.groups.length > 1) {
@@ -50,9 +50,9 @@ class Pictures {
       box.append(choice("Training seed", data.seeds.map((s) => [s, s]), this.seed, (v) => { this.seed = Number(v); this.draw(); }, "seed"));
     }
     box.append(
-      choice("Score", data.rewards.map((r) => [r.key, r.label]), this.reward, (v) => { this.reward = v; this.draw(); }, "score"),
-      el("label", { class: "wide moment" }, el("span", {}, "Training: ", this.moment), this.slider));
-    return box;
+      choice("Score", data.rewards.map((r) => [r.key, r.label]), this.reward, (v) => { this.reward = v; this.draw(); }, "score"));
+    const bar = el("div", { class: "moment" }, el("span", {}, "Training: ", this.moment), this.slider);
+    return [box, bar];
   }
 
   tiles() {
@@ -70,7 +70,7 @@ class Pictures {
   }
 
   name(tile) {
-    return tile.group && !this.group ? `${tile.label} (${tile.group})` : tile.label;
+    return tile.group && !this.group && this.groups.length > 1 ? `${tile.label} (${tile.group})` : tile.label;
   }
 
   draw() {
