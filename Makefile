@@ -33,7 +33,7 @@ export IMAGE
 
 .PHONY: help setup mini smoke test lint docs mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
-	plan submit status doctor check \
+	plan submit status doctor check report test-browser \
 	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-slurm-facts
@@ -82,6 +82,9 @@ test-slurm-core: $(READY) ## those of them that every change must pass, in four 
 
 test-slurm-facts: $(READY) ## what the launcher relies on in SLURM itself, for a new version of it
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and facts'
+
+test-browser: $(READY) ## the report in a headless Chromium (installs it on Debian as root); screenshots in build/
+	$(OFFLINE) PYTHON=$(RUN)/python tests/browser/run.sh
 
 slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Debian)
 	tests/slurm/cluster/up.sh
@@ -172,6 +175,10 @@ submit: $(READY) ## submit a table and return (TABLE=, PROFILE=, CLUSTER= as for
 
 status: $(READY) ## where the stages of the latest submission stand
 	$(RUN)/g2rpo status
+
+report: $(READY) ## one HTML page of what is finished (TABLE=all, PROFILE=mini unless given; PUBLISH=1: of results/PROFILE)
+	$(OFFLINE) $(RUN)/g2rpo report $(TABLE) --profile $(or $(PROFILE),mini) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PUBLISH),--publish)
 
 check: $(READY) ## can this machine run the suite, and what to mend where it cannot
 	$(RUN)/g2rpo check

@@ -87,9 +87,10 @@ class Grid:
     begins: frozenset[int] = frozenset()
 
     @property
-    def signed(self) -> bool:
-        """Whether any figure has signs after it."""
-        return any(box.notes and box.kind == "number" for row in self.rows for box in row)
+    def slotted(self) -> frozenset[int]:
+        """The columns of figures of which any has signs after it."""
+        boxes = ((i, box) for row in self.rows for i, box in enumerate(row))
+        return frozenset(i for i, box in boxes if box.notes and box.kind == "number")
 
 
 def anchor(*parts: str) -> str:

@@ -27,7 +27,7 @@ def browser() -> Iterator["Chrome"]:
     program = _found("chromium", "chromium-browser", "google-chrome")
     driver = _found("chromedriver", "chromium.chromedriver")
     if program is None or driver is None:
-        pytest.skip("no chromium with chromium-driver here; `make test-report` installs them")
+        pytest.skip("no chromium with chromium-driver here; `make test-browser` installs them")
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = program

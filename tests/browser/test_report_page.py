@@ -342,8 +342,9 @@ def test_texts_have_contrast(opened: "Chrome", scheme: str) -> None:
 WIDER = """
 const width = document.documentElement.clientWidth;
 return [...document.querySelectorAll("body *")]
-  .filter(node => !node.closest(".scroll, nav, .unseen") && !node.matches(".skip") && node.checkVisibility()
-  && node.getBoundingClientRect().right > width + 1).map(node => node.outerHTML.slice(0, 120));
+  .filter(node => !node.closest(".scroll, nav, .unseen") && !node.matches(".skip")
+    && node.checkVisibility()
+    && node.getBoundingClientRect().right > width + 1).map(node => node.outerHTML.slice(0, 120));
 """
 
 
