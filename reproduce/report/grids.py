@@ -28,6 +28,8 @@ PHASES = {
 }
 """The phases of an iteration that a run's metrics tell, in order."""
 PHASE_PREFIX = "seconds/"
+COST_PARTS = ("Rollout evaluations", "3 × backwards")
+"""What the measure of equal cost adds up."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,9 @@ def cost_grid(chapter: str, table: Table, cells: Sequence[Cell]) -> Grid:
     grouped = has_groups(table.groups)
     heads = first_heads(table.spec, grouped=grouped)
     heads += [Heading(label, numeric=True) for label in COST_LABELS.values()]
+    heads += [Heading("Shares")]
+    every = (row_costs(found, ("equal_cost_evaluations",))[0] for found in results.values())
+    longest = max((cost for cost in every if cost), default=1.0)
     lines = []
     for group in table.groups:
         for row in (row for row in group.rows if not row.from_paper):
@@ -226,13 +231,24 @@ def cost_grid(chapter: str, table: Table, cells: Sequence[Cell]) -> Grid:
             found = results.get(row.key)
             names = tuple(COST_LABELS)
             costs = (None,) * len(names) if found is None else row_costs(found, names)
-            lines.append((*boxes, *(number(cost, human(cost)) for cost in costs)))
+            figures = [number(cost, human(cost)) for cost in costs]
+            lines.append((*boxes, *figures, _cost_bar(costs, longest)))
     devices = sorted({c.info.cost.device for c in cells if c.info.cost and c.info.cost.iterations})
     notes = ["One training run up to the evaluated checkpoint, mean over seeds."]
     if devices:
         compare = "" if len(devices) == 1 else "; seconds on different devices do not compare"
         notes.append(f"Trained on {', '.join(devices)}{compare}.")
     return _grid("Cost of training", heads, lines, notes, grouped=grouped)
+
+
+def _cost_bar(costs: Sequence[float | None], longest: float) -> Box:
+    """Rollout evaluations and backwards in one measure, of the dearest row's."""
+    known = dict(zip(COST_LABELS, costs, strict=True))
+    total, rollout = known["equal_cost_evaluations"], known["rollout_evaluations"]
+    if not total or rollout is None:
+        return Box(NOTHING)
+    parts = zip(COST_PARTS, (rollout, total - rollout), strict=True)
+    return Box("", total, shares=tuple((name, part / longest) for name, part in parts))
 
 
 def phase_seconds(cell: Cell) -> dict[str, float] | None:

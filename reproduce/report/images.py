@@ -66,10 +66,11 @@ class Encoder:
 def _webp(path: Path, side: int | None) -> bytes:
     with Image.open(path) as opened:
         image = to_rgb(opened)
+    exact = max(image.size) <= SMALL
     if side is not None and max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    if max(image.size) <= SMALL:
+    if exact:
         image.save(buffer, format="WEBP", lossless=True, quality=100)
     else:
         image.save(buffer, format="WEBP", quality=_QUALITY)

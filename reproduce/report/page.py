@@ -19,20 +19,22 @@ from reproduce.reading import pair_sentence
 from reproduce.render.formats import human, legend
 from reproduce.render.notes import full_label
 from reproduce.render.styles import style_table
-from reproduce.render.values import build_table
+from reproduce.render.values import Table, build_table
 from reproduce.report import grids
 from reproduce.report.chapter import Chapter
 from reproduce.report.configurations import configuration_data
 from reproduce.report.curves import curve_data
+from reproduce.report.documents import Document
 from reproduce.report.images import Fitted, fit
-from reproduce.report.marks import reference_of, table_marks
+from reproduce.report.marks import Mark, reference_of, table_marks
+from reproduce.report.overview import overview_grid
 from reproduce.report.pictures import Gallery, gather_pictures, picture_data
 from reproduce.report.provenance import provenance_grid
 
 TEMPLATES = Path(__file__).parent / "templates"
 LIMIT = 15_000_000
 """Bytes that a page may have: what mail servers and code hosts still take and phones still open."""
-SCRIPTS = ("common.js", "tables.js", "curves.js", "pictures.js", "configurations.js")
+SCRIPTS = ("common.js", "navigation.js", "tables.js", "curves.js", "pictures.js", "configurations.js")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class View:
     """What the template shows of a chapter; its grids and sentences."""
 
     chapter: Chapter
+    table: Table
+    marks: dict[tuple[str, str], Mark]
     facts: tuple[tuple[str, str], ...]
     missing: tuple[str, ...]
     sentences: tuple[str, ...]
@@ -73,6 +77,7 @@ def view_of(chapter: Chapter) -> View:
     """
     spec, profile, cells = chapter.experiment.table, chapter.profile.name, chapter.cells
     table = build_table(spec, cells, profile=profile, paper=load_paper_tables(), gaps=chapter.gaps)
+    marks = table_marks(spec, cells, profile=profile)
     found = findings(spec, cells, profile=profile)
     pairs = dict.fromkeys((f.group, f.focus.key, f.other.key) for f in found)
     sentences = [
@@ -86,13 +91,15 @@ def view_of(chapter: Chapter) -> View:
     notes = [note for note in legend(table) if not _is_beside(note)]
     return View(
         chapter=chapter,
+        table=table,
+        marks=marks,
         facts=_facts(chapter),
         missing=_missing(chapter),
         sentences=tuple(sentences),
         scores=grids.score_grid(
             chapter.name,
             table,
-            table_marks(spec, cells, profile=profile),
+            marks,
             (*notes, *_mark_notes(chapter), *table.notes),
         ),
         beside=grids.beside_grid(chapter.name, table, beside_notes),
@@ -172,12 +179,16 @@ def _environment() -> jinja2.Environment:
 class _Draft:
     """A page whose images can be changed while its size is found."""
 
-    def __init__(self, profile: Profile, chapters: Sequence[Chapter]) -> None:
-        self.profile, self.chapters = profile, chapters
+    def __init__(
+        self, profile: Profile, chapters: Sequence[Chapter], documents: Sequence[Document]
+    ) -> None:
+        self.profile, self.chapters, self.documents = profile, chapters, documents
         self.views = [view_of(chapter) for chapter in chapters]
         self.curves = [curve_data(chapter) for chapter in chapters]
         self.configurations = [one for chapter in chapters for one in configuration_data(chapter)]
         self.provenance = provenance_grid(chapters)
+        tables, marks = [v.table for v in self.views], [v.marks for v in self.views]
+        self.overview = overview_grid(chapters, tables, marks)
 
     def render(self, galleries: Sequence[Gallery], fitted: Fitted) -> str:
         names, uris = fitted.encoder.names, fitted.encoder.uris
@@ -203,6 +214,10 @@ class _Draft:
                 curves=self.curves,
                 pictures=pictures,
                 galleries=galleries,
+                sheets=[_sheet_uri(gallery) for gallery in galleries],
+                overview=self.overview,
+                documents=self.documents,
+                cost_parts=grids.COST_PARTS,
                 picture_notes=fitted.notes,
                 provenance=self.provenance,
                 data=script_json(data),
@@ -217,13 +232,25 @@ class _Draft:
         )
 
 
-def make_page(profile: Profile, chapters: Sequence[Chapter], limit: int = LIMIT) -> Page:
+def _sheet_uri(gallery: Gallery) -> str | None:
+    if gallery.sheet is None:
+        return None
+    return "data:image/png;base64," + base64.b64encode(gallery.sheet.read_bytes()).decode()
+
+
+def make_page(
+    profile: Profile,
+    chapters: Sequence[Chapter],
+    limit: int = LIMIT,
+    documents: Sequence[Document] = (),
+) -> Page:
     """Renders the report.
 
     Args:
         profile: of all chapters.
         chapters: the experiments in order.
         limit: bytes that the page may have; images are left out, and that is said, until it fits.
+        documents: findings that are no experiment's table, shown after the experiments.
 
     Raises:
         UserError: there is nothing to show, cells do not fit, or even without images the page is
@@ -231,7 +258,7 @@ def make_page(profile: Profile, chapters: Sequence[Chapter], limit: int = LIMIT)
     """
     if not any(chapter.cells for chapter in chapters):
         raise UserError("no finished cells to report")
-    draft = _Draft(profile, chapters)
+    draft = _Draft(profile, chapters, documents)
     galleries = [gather_pictures(chapter) for chapter in chapters]
     empty = draft.render(galleries, fit(galleries, 0))
     # What names images and scores grows with them.

@@ -22,6 +22,9 @@ from reproduce.render.spec import RowSpec
 from reproduce.report.chapter import Chapter
 from reproduce.stages import held_out_prompts, picture_scores
 
+SHEET = "pictures.png"
+"""What rendering an experiment writes beside its tables (:mod:`reproduce.picture_grid`)."""
+SHEET_BYTES = 1_000_000
 Scores = dict[str, dict[str, float]]
 """By prompt id, then by reward."""
 
@@ -67,12 +70,14 @@ class Gallery:
         tiles: rows in order, then seeds.
         notes: what there is not, and why.
         there: how many prompts had an image before any were left out.
+        sheet: one picture with all of it, kept with the tables; only where there is no other.
     """
 
     prompts: tuple[Prompt, ...]
     tiles: tuple[Tile, ...]
     notes: tuple[str, ...]
     there: int = 0
+    sheet: Path | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -114,7 +119,15 @@ def gather_pictures(chapter: Chapter) -> Gallery:
     shown = {prompt for tile in tiles for frame in tile.frames for prompt in frame.images}
     ordered = tuple(prompt for name, prompt in prompts.items() if name in shown)
     gallery = Gallery(ordered, tuple(tiles), (), len(ordered))
+    if not tiles:
+        gallery = replace(gallery, sheet=_sheet(chapter))
     return replace(gallery, notes=tuple(_notes(gallery, absent)))
+
+
+def _sheet(chapter: Chapter) -> Path | None:
+    folder = chapter.layout.experiment(chapter.profile.name, chapter.name)
+    path = folder / SHEET
+    return path if path.is_file() and path.stat().st_size <= SHEET_BYTES else None
 
 
 def _end(cell: Cell) -> int | None:
@@ -161,7 +174,12 @@ def _scores(frame: pd.DataFrame) -> Scores:
 
 def _notes(gallery: Gallery, absent: int) -> list[str]:
     notes = []
-    if not gallery.tiles:
+    if gallery.sheet is not None:
+        notes.append(
+            "Run folders with the held-out images are not where the report was made: this is the "
+            "picture that was kept with the tables, so there is no filter and no slider."
+        )
+    elif not gallery.tiles:
         notes.append(
             "There is no image to show: run folders with the held-out images are not where the "
             "report was made."

@@ -11,8 +11,8 @@ from reproduce.report.grids import Box, Grid, Heading, anchor, number, text_box
 SHORT = 12
 """Characters of a hash that are shown; the whole is folded away."""
 _HEADS = (
-    "Row", "Table", "Seed", "Training run", "Evaluation", "Iterations", "Scores", "Commit",
-    "Hardware", "Weights and packages",
+    "Row", "Experiment", "Seed", "Training run", "Commit", "Hardware", "Weights and packages",
+    "Evaluation", "Iterations", "Scores",
 )  # fmt: skip
 _NUMERIC = {"Seed", "Iterations", "Scores"}
 
@@ -49,12 +49,12 @@ def _line(chapter: Chapter, cell: Cell, label: str) -> tuple[Box, ...]:
         text_box(chapter.name),
         number(info.seed, NOTHING if info.seed is None else str(info.seed)),
         text_box(info.runs.get("train", NOTHING), "code"),
-        text_box(info.runs.get("evaluation", NOTHING), "code"),
-        number(iteration, NOTHING if iteration is None else human(iteration)),
-        number(len(cell.scores), human(len(cell.scores))),
         Box(commit + clean[origin.git_dirty], commit, kind="code"),
         Box(_hardware(hardware), _hardware(hardware).lower(), details=tuple(hardware.items())),
         Box("", len(origin.weights), details=_details(cell)),
+        text_box(info.runs.get("evaluation", NOTHING), "code"),
+        number(iteration, NOTHING if iteration is None else human(iteration)),
+        number(len(cell.scores), human(len(cell.scores))),
     )
 
 

@@ -1,5 +1,6 @@
 // The grid of images: a block a prompt, a tile a row of the table, one moment of training for all.
 const EXACT_SIDE = 160;
+const FIRST_PROMPTS = 6;
 
 function pictureOf(tile, prompt, position) {
   const known = tile.frames.filter((frame) => frame.images[prompt]);
@@ -26,10 +27,13 @@ class Pictures {
     this.seed = data.seeds[0];
     this.reward = (data.rewards.find((r) => data.tiles.some((t) => t.trained.includes(r.key))) || data.rewards[0]).key;
     this.filter = "";
+    this.whole = false;
+    this.more = el("button", { type: "button", class: "plain more" });
+    this.more.addEventListener("click", () => { this.whole = !this.whole; this.draw(); });
     this.position = data.positions.length - 1;
     this.list = el("div");
     this.count = el("p", { class: "count", role: "status" });
-    place.append(...this.controls(), this.count, this.list);
+    place.append(...this.controls(), this.count, this.list, this.more);
     this.draw();
   }
 
@@ -82,7 +86,10 @@ class Pictures {
     const { prompts: all, there } = this.data;
     const kept = there > all.length ? ` (of ${there} whose images were kept)` : "";
     this.count.textContent = `${prompts.length} of ${all.length} prompts${kept}`;
-    this.list.replaceChildren(...prompts.map((prompt) => this.block(prompt)));
+    const cut = this.whole || this.filter.trim() ? prompts : prompts.slice(0, FIRST_PROMPTS);
+    this.list.replaceChildren(...cut.map((prompt) => this.block(prompt)));
+    this.more.hidden = prompts.length <= FIRST_PROMPTS || this.filter.trim() !== "";
+    this.more.textContent = this.whole ? "Show fewer" : `Show all ${prompts.length} prompts`;
   }
 
   block(prompt) {

@@ -48,11 +48,32 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// Long tables are searched: rows that have all words stay.
+for (const box of document.querySelectorAll(".searched")) {
+  const rows = [...box.querySelectorAll("tbody tr")];
+  const texts = rows.map((row) => row.textContent.toLowerCase());
+  const count = el("p", { class: "count", role: "status" });
+  const search = el("input", { type: "search", placeholder: "any words, e.g. a run, a commit, a seed", autocomplete: "off" });
+  function show() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    rows.forEach((row, i) => { row.hidden = !words.every((word) => texts[i].includes(word)); });
+    count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} runs`;
+  }
+  search.addEventListener("input", show);
+  box.addEventListener("showall", () => { search.value = ""; show(); });
+  box.before(el("div", { class: "controls" }, el("label", { class: "wide" }, "Rows with", search)), count);
+  show();
+}
+
 // A link to where a number comes from opens what is folded around its target.
 function unfold() {
   const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
   for (let node = target; node; node = node.parentElement) {
     if (node.tagName === "DETAILS") node.open = true;
+  }
+  if (target && target.hidden) {
+    target.closest(".searched").dispatchEvent(new Event("showall"));
+    target.scrollIntoView();
   }
 }
 addEventListener("hashchange", unfold);
