@@ -20,7 +20,7 @@ Experiments = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(help="The page; default: report.html beside the experiment's tables."),
+    typer.Option(help="The page; default: report.html beside the tables."),
 ]
 Megabytes = Annotated[
     float, typer.Option("--limit", min=0.1, help="Largest size of the page, in MB.")
@@ -63,7 +63,7 @@ def report(
         )
     if output is None:
         folder = layout.tables / chosen.name
-        if len(chapters) == 1:
+        if experiments and len(chapters) == 1:
             folder = layout.experiment(chosen.name, chapters[0].name)
         output = folder / "report.html"
     documents = []

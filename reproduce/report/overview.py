@@ -8,10 +8,13 @@ from reproduce.report.chapter import Chapter
 from reproduce.report.grids import Box, Grid, Heading, anchor, number, text_box
 from reproduce.report.marks import Mark
 
-_HEADS = ("Experiment", "What it shows", "Finished", "Seeds", "▲", "▼", "Hacking", "Device-seconds")
+_HEADS = (
+    "Experiment", "What it shows", "Finished", "Seeds", "▲ above", "▼ below", "Hacking",
+    "Device-seconds",
+)  # fmt: skip
 Marks = Mapping[tuple[str, str], Mark]
 """By row key and reward."""
-_NUMERIC = {"Finished", "Seeds", "▲", "▼", "Hacking", "Device-seconds"}
+_NUMERIC = {"Finished", "Seeds", "▲ above", "▼ below", "Hacking", "Device-seconds"}
 
 
 def overview_grid(
@@ -20,13 +23,13 @@ def overview_grid(
     """One line for each chapter: how far it is, and what stands out."""
     several = zip(chapters, tables, marks, strict=True)
     lines = tuple(_line(chapter, table, found) for chapter, table, found in several)
-    notes = (
+    note = (
         "▲, ▼: scores above and below their reference after Holm's correction, as marked in the "
         "experiment's table. Hacking: rows that are flagged for it. Device-seconds: all training "
-        "behind the experiment; runs that several share count in each.",
+        "behind the experiment; runs that several share count in each."
     )
     heads = tuple(Heading(label, numeric=label in _NUMERIC) for label in _HEADS)
-    return Grid("All experiments", heads, lines, notes=notes)
+    return Grid("All experiments", heads, lines, notes=(note,))
 
 
 def _line(chapter: Chapter, table: Table, marks: Marks) -> tuple[Box, ...]:

@@ -34,7 +34,14 @@ from reproduce.report.provenance import provenance_grid
 TEMPLATES = Path(__file__).parent / "templates"
 LIMIT = 15_000_000
 """Bytes that a page may have: what mail servers and code hosts still take and phones still open."""
-SCRIPTS = ("common.js", "navigation.js", "tables.js", "curves.js", "pictures.js", "configurations.js")
+SCRIPTS = (
+    "common.js",
+    "navigation.js",
+    "tables.js",
+    "curves.js",
+    "pictures.js",
+    "configurations.js",
+)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from g2rpo.files import atomic_write_bytes
 from reproduce.experiment import ROOT, load_profile
 from reproduce.layout import Layout
 from reproduce.report.chapter import load_chapter
+from reproduce.report.documents import find_documents
 from reproduce.report.page import make_page
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ def made_up(tmp_path_factory: pytest.TempPathFactory, smoke_assets: Path) -> Pat
 
 @pytest.fixture(scope="session")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    layout = Layout(ROOT / "results" / "runs", ROOT / "results")
+    layout = Layout(ROOT / "runs-that-are-not-there", ROOT / "results")
     profile = load_profile("mini")
-    chapters = [load_chapter(name, profile, layout) for name in ("table1", "table2")]
+    names = ["table1", "table2", "table3"]
+    chapters = [load_chapter(name, profile, layout) for name in names]
+    documents = find_documents(layout.tables / "mini", names)
     path = tmp_path_factory.mktemp("committed") / "report.html"
-    path.write_text(make_page(profile, chapters).html, encoding="utf-8")
+    path.write_text(make_page(profile, chapters, documents=documents).html, encoding="utf-8")
     return path
 
 
@@ -197,11 +200,12 @@ def test_the_slider_goes_from_the_base_to_the_end(opened: "Chrome") -> None:
     one(opened, ".moment input").send_keys(Keys.ARROW_LEFT)
     assert one(opened, ".moment b").text == "after 4 iterations"
     before = shown_images(opened)
-    # Four prompts have images of this moment; the base's own stays in all blocks.
-    assert len(before) == 4 * 4 + 2
+    # Four prompts have images of this moment, of every row; the base's own stays.
+    assert len(before) == 4 * 4
     assert before[0] == end[0]
     assert all(one != other for one, other in zip(before[1:4], end[1:4], strict=True))
-    assert texts(opened, ".absent") == ["no image kept at this moment"] * 6
+    assert texts(opened, ".prompt h4") == list(PROMPTS[:4])
+    assert "; 2 more without an image of this moment" in one(opened, ".pictures .count").text
     move_slider(opened, 0)
     assert one(opened, ".moment b").text == "before the first iteration"
     start = shown_images(opened)
@@ -272,6 +276,61 @@ def test_any_two_configurations_are_compared(opened: "Chrome") -> None:
     assert "train.seed" not in found
     one(opened, "#difference .check input").click()
     assert "train.seed" in texts(opened, ".difference tbody th")
+
+
+def part(browser: "Chrome") -> str:
+    script = "const s = document.getElementById('goto'); return s.options[s.selectedIndex].text"
+    return str(browser.execute_script(script))
+
+
+def test_every_part_is_reached_by_name_and_by_steps(browser: "Chrome", committed: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    open_page(browser, committed)
+    top = "return Math.abs(document.getElementById(arguments[0]).getBoundingClientRect().top)"
+
+    def arrived(identity: str) -> None:
+        WebDriverWait(browser, 5).until(lambda b: b.execute_script(top, identity) < 120)
+
+    assert part(browser) == "Overview"
+    assert not one(browser, "#previous").is_enabled()
+    choose(browser, "#goto", "table3: Learning curves")
+    arrived("curves-table3")
+    one(browser, "#previous").click()
+    arrived("chapter-table2")
+    assert part(browser) == "table2"
+    one(browser, "#next").click()
+    arrived("chapter-table3")
+    # Where one scrolls oneself, the part that is read is told.
+    browser.execute_script(
+        "setTimeout(() => document.getElementById('cost-table1').scrollIntoView(), 900)"
+    )
+    WebDriverWait(browser, 5).until(lambda b: part(b) == "table1: Cost")
+    options = browser.execute_script(
+        "return [...document.getElementById('goto').options].map(o => o.value)"
+    )
+    assert browser.execute_script(
+        "return arguments[0].every(id => document.getElementById(id) !== null)", options
+    )
+    browser.execute_script("scrollTo(0, 0)")
+    one(browser, "#table-overview tbody tr:nth-child(2) a").click()
+    arrived("chapter-table2")
+    assert errors(browser) == []
+
+
+def test_runs_are_searched_and_a_link_shows_what_the_search_hides(opened: "Chrome") -> None:
+    search = one(opened, "#provenance .controls input")
+    shown: Callable[[], int] = lambda: len(  # noqa: E731
+        every(opened, "#table-provenance tbody tr:not([hidden])")
+    )
+    whole = shown()
+    search.send_keys("g2rpo seed2")
+    assert shown() == 1
+    assert f"1 of {whole} runs" in one(opened, "#provenance .count").text
+    opened.execute_script("scrollTo({ top: 0, behavior: 'instant' })")
+    one(opened, "#table-made-up-scores tbody tr:nth-child(2) a").click()
+    assert one(opened, "tr:target").is_displayed()
+    assert shown() == whole
 
 
 def test_a_row_leads_to_its_run(opened: "Chrome") -> None:
@@ -393,8 +452,17 @@ def test_screenshots_are_kept(
 def test_the_committed_results_load_at_both_widths(browser: "Chrome", committed: Path) -> None:
     open_page(browser, committed)
     assert errors(browser) == []
-    assert len(every(browser, ".chapter")) == 4
+    rows = every(browser, "#table-overview tbody tr")
+    # Beside the experiments: what stands in words, the configurations and the provenance.
+    assert len(every(browser, ".chapter")) == len(rows) + len(every(browser, ".document")) + 2
+    assert len(rows) == 3
     assert len(every(browser, "#table-table1-scores tbody tr")) == 11
+    # Without run folders the picture that stands with the table is shown.
+    sheets = browser.execute_script(
+        "return [...document.querySelectorAll('.sheet img')].map(i => i.naturalWidth)"
+    )
+    assert len(sheets) == len(rows)
+    assert min(sheets) > 200
     assert "31 of 31 runs" in one(browser, "#chapter-table1 .facts").text
     assert len(every(browser, "#chapter-table1 .panel")) == 2
     for name, size, scheme in (("desktop", DESKTOP, "light"), ("phone", PHONE, "dark")):

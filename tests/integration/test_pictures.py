@@ -1,5 +1,6 @@
 """Images kept during training: what they show, when, and that they change nothing."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.checkpoints import checkpoint_folder
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
-from g2rpo.training.pictures import pictured_iterations, pictures_folder
+from g2rpo.training.pictures import keep_pictures, pictured_iterations, pictures_folder
 
 GRID = {"steps": 3, "timestep": "exact"}
 
@@ -74,6 +75,19 @@ def test_they_change_nothing_of_the_training(
     trainer_for(config, tmp_path).train()
     assert distance(weights(pictured), weights(tmp_path)) == 0
     assert not (tmp_path / "images").exists()
+
+
+def test_no_global_random_state_is_touched(smoke_assets: Path, tmp_path: Path) -> None:
+    config = config_for(smoke_assets, pictures=pictures_of(smoke_assets))
+    trainer = trainer_for(config, tmp_path)
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)  # noqa: NPY002
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    keep_pictures(config, tmp_path, trainer.weights, 1)
+    after = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    assert pictured_iterations(tmp_path) == [1]
+    assert before[0] == after[0]
+    assert all(np.array_equal(one, other) for one, other in zip(before[1], after[1], strict=True))
+    assert torch.equal(before[2], after[2])
 
 
 def test_a_run_that_was_stopped_has_each_once(

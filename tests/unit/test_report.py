@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +27,11 @@ from reproduce.layout import Layout
 from reproduce.report.chapter import Chapter, load_chapter
 from reproduce.report.configurations import configuration_data, flat
 from reproduce.report.curves import AXES, curve_data
-from reproduce.report.grids import phase_seconds
+from reproduce.report.documents import find_documents
+from reproduce.report.grids import Grid, phase_seconds
 from reproduce.report.images import LADDER, fit
 from reproduce.report.marks import reference_of, table_marks
+from reproduce.report.overview import overview_grid
 from reproduce.report.page import make_page, script_json, view_of
 from reproduce.report.pictures import Amount, gather_pictures, reduced
 from reproduce.report.provenance import provenance_grid
@@ -338,6 +341,96 @@ def test_the_page_is_the_same_every_time(results: Results, html: str) -> None:
     assert make_page(results.loaded, [results.chapter()]).html == html
 
 
+WORDS = """# What was found
+
+Some *words* with a [link](../elsewhere.md), `code`, and <b>no HTML</b>.
+
+| row | a | b | c |
+|---|---:|---:|---|
+| one <img src=x onerror="window.hacked = 9"> | 0.9 (0.8 to 1.0) | 16 % | yes |
+| two | 1,200 | | no |
+
+## Then
+
+- an item
+"""
+
+
+def test_words_beside_the_tables_are_shown_and_their_tables_sorted(
+    results: Results, chapter: Chapter, tmp_path: Path
+) -> None:
+    for name in ("credit", "made-up", "with-cells"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.md").write_text(WORDS)
+    (tmp_path / "with-cells" / "cells").mkdir()
+    (tmp_path / "credit" / "credit_reading.md").write_text("# Not this\n")
+    (tmp_path / "README.md").write_text("Only words.\n")
+    found = find_documents(tmp_path, ["made-up"])
+    assert [(one.name, one.title) for one in found] == [
+        ("reading", "reading"), ("credit", "What was found"),
+    ]  # fmt: skip
+    html = make_page(results.loaded, [chapter], documents=found).html
+    page = Parsed(html)
+    assert [tag for tag, _ in page.tags].count("img") == 0
+    assert "and <b>no HTML</b>." in page.text
+    assert "elsewhere.md" not in html
+    (grid,) = [part for part in found[1].parts if isinstance(part, Grid)]
+    assert [head.numeric for head in grid.columns] == [False, True, True, False]
+    assert [[box.sort for box in row[1:]] for row in grid.rows] == [
+        [0.9, 16.0, "yes"], [1200.0, None, "no"],
+    ]  # fmt: skip
+    assert "<h3>Then</h3>" in html
+
+
+def test_the_overview_counts_what_the_tables_mark(chapter: Chapter) -> None:
+    view = view_of(chapter)
+    (line,) = overview_grid([chapter], [view.table], [view.marks]).rows
+    figures = dict(zip(("finished", "seeds", "above", "below"), line[2:6], strict=True))
+    assert figures["finished"].text == f"{len(chapter.cells)} of {len(chapter.cells) + 4}"
+    assert figures["seeds"].text == "3"
+    marked = [
+        sign
+        for row in view.scores.rows
+        for box in row
+        for sign, _ in box.notes
+        if sign in ("▲", "▼")
+    ]
+    assert figures["above"].sort == marked.count("▲") > 0
+    assert figures["below"].sort == marked.count("▼")
+    assert line[0].link == "chapter-made-up"
+
+
+def test_the_bar_of_costs_adds_up_to_the_measure_of_equal_cost(chapter: Chapter) -> None:
+    cost = view_of(chapter).cost
+    totals = {row[0].text: row[-3].sort for row in cost.rows}
+    longest = max(float(total or 0) for total in totals.values())
+    for row in cost.rows:
+        share = sum(part for _, part in row[-1].shares)
+        assert share == pytest.approx(float(totals[row[0].text] or 0) / longest)
+
+
+def test_without_run_folders_the_kept_picture_is_shown(tmp_path: Path) -> None:
+    chapter = load_chapter("table2", load_profile("mini"), Layout(tmp_path, ROOT / "results"))
+    gallery = gather_pictures(chapter)
+    assert gallery.tiles == ()
+    assert gallery.sheet is not None
+    page = Parsed(make_page(chapter.profile, [chapter]).html)
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    data = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
+    assert data == gallery.sheet.read_bytes()
+    assert image["alt"]
+
+
+def test_where_nothing_was_run_the_committed_results_are_reported(
+    results: Results, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "results" / "mini" / "table3", tmp_path / "mini" / "table3")
+    done = run_report("--profile", "mini", "--results", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "no finished cells in" in done.output
+    assert f"wrote {tmp_path / 'mini' / 'report.html'}" in done.output.replace("\n", "")
+
+
 def run_report(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["report", *arguments])
 
@@ -372,4 +465,4 @@ def test_the_committed_results_have_no_gap() -> None:
     assert chapter.seeds == (1, 2, 3)
     gallery = gather_pictures(chapter)
     assert gallery.tiles == ()
-    assert "no image to show" in gallery.notes[0]
+    assert "the picture that was kept with the tables" in gallery.notes[0]

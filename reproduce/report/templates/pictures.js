@@ -73,6 +73,12 @@ class Pictures {
     return this.data.positions[this.position];
   }
 
+  // Whether training kept an image of the prompt at this moment, under any row that was trained.
+  isThere(prompt, at) {
+    const trained = this.tiles().filter((tile) => tile.end !== null);
+    return !trained.length || trained.some((tile) => pictureOf(tile, prompt.id, at));
+  }
+
   name(tile) {
     return tile.group && !this.group && this.groups.length > 1 ? `${tile.label} (${tile.group})` : tile.label;
   }
@@ -82,10 +88,13 @@ class Pictures {
     const where = at === 0 ? "before the first iteration" : `after ${at} iteration${at === 1 ? "" : "s"}`;
     this.moment.textContent = where;
     this.slider.setAttribute("aria-valuetext", where);
-    const prompts = this.prompts();
+    const found = this.prompts();
+    const prompts = found.filter((prompt) => this.isThere(prompt, at));
     const { prompts: all, there } = this.data;
     const kept = there > all.length ? ` (of ${there} whose images were kept)` : "";
-    this.count.textContent = `${prompts.length} of ${all.length} prompts${kept}`;
+    const later = found.length - prompts.length;
+    const without = later ? `; ${later} more without an image of this moment` : "";
+    this.count.textContent = `${prompts.length} of ${all.length} prompts${kept}${without}`;
     const cut = this.whole || this.filter.trim() ? prompts : prompts.slice(0, FIRST_PROMPTS);
     this.list.replaceChildren(...cut.map((prompt) => this.block(prompt)));
     this.more.hidden = prompts.length <= FIRST_PROMPTS || this.filter.trim() !== "";
