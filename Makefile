@@ -84,7 +84,7 @@ test-slurm-facts: $(READY) ## what the launcher relies on in SLURM itself, for a
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and facts'
 
 test-browser: $(READY) ## the report in a headless Chromium (installs it on Debian as root); screenshots in build/
-	$(OFFLINE) PYTHON=$(RUN)/python tests/browser/run.sh
+	PYTHON=$(RUN)/python tests/browser/run.sh
 
 slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Debian)
 	tests/slurm/cluster/up.sh
@@ -176,7 +176,7 @@ submit: $(READY) ## submit a table and return (TABLE=, PROFILE=, CLUSTER= as for
 status: $(READY) ## where the stages of the latest submission stand
 	$(RUN)/g2rpo status
 
-report: $(READY) ## one HTML page of what is finished (TABLE=all, PROFILE=mini unless given; PUBLISH=1: of results/PROFILE)
+report: $(READY) ## one HTML page of all that is finished (PROFILE=mini unless given; TABLE=, SEEDS=, PUBLISH=1)
 	$(OFFLINE) $(RUN)/g2rpo report $(TABLE) --profile $(or $(PROFILE),mini) \
 		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PUBLISH),--publish)
 

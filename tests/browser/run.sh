@@ -4,6 +4,7 @@
 # Exit codes: 0 passed, 1 failed, 3 no Chromium is possible on this machine (a line "SKIPPED: ...").
 set -uo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$HERE/../.." || exit 1
 PACKAGES=(chromium chromium-driver)
 
 skip() {
@@ -29,6 +30,8 @@ install_packages() {
     rm -f "$log"
 }
 
+"${PYTHON:-python}" -c 'import selenium' || { echo "no selenium: run make setup"; exit 1; }
 there || install_packages
-"${PYTHON:-python}" -m pytest "$HERE" -m browser "$@" || exit 1
+rm -rf build/report-screenshots
+HF_HUB_OFFLINE=1 "${PYTHON:-python}" -m pytest "$HERE" -m browser "$@" || exit 1
 echo "screenshots: build/report-screenshots"
