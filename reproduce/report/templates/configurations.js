@@ -10,6 +10,11 @@
   const trained = runs.map((run, i) => i).filter((i) => Object.keys(runs[i].values).some((key) => key.startsWith("train.")));
   const state = { first: trained[0] ?? 0, second: trained.find((i) => runs[i].values.method !== runs[trained[0]].values.method) ?? 1, all: false };
 
+  // A long key is broken where its words end.
+  function breakable(key) {
+    return key.split(/(?<=[._])/).flatMap((word, i) => (i ? [el("wbr"), word] : [word]));
+  }
+
   function options() {
     return runs.map((run, i) => [i, several ? `${run.chapter}: ${run.label}` : run.label]);
   }
@@ -34,7 +39,7 @@
     body.replaceChildren(...(state.all ? keys : different).map((key) => {
       const cell = (run) => el("td", {}, run.values[key] === undefined ? "–" : run.values[key]);
       const differs = one.values[key] !== two.values[key];
-      return el("tr", { class: differs ? "differs" : "same" }, el("th", { scope: "row" }, key), cell(one), cell(two));
+      return el("tr", { class: differs ? "differs" : "same" }, el("th", { scope: "row" }, ...breakable(key)), cell(one), cell(two));
     }));
     notes.replaceChildren(...[one, two].filter((run) => run.note).map((run) => el("p", { class: "said" }, `${run.label}: ${run.note}.`)));
   }
