@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 Experiments = Annotated[
     list[str] | None,
-    typer.Argument(
-        help="Experiments, e.g. table1 equal-evaluations; default: all that have finished cells."
-    ),
+    typer.Argument(help="Experiments, e.g. table1 steps; default: all that have finished cells."),
 ]
 Output = Annotated[
     Path | None,

@@ -256,7 +256,8 @@ def picture_data(
     return {
         "prompts": [{"id": prompt.id, "text": prompt.text} for prompt in gallery.prompts],
         "there": gallery.there,
-        "positions": sorted({0, *gallery.between, *ends}),
+        # A run that ended sooner shows its end from there on.
+        "positions": sorted({0, *gallery.between, *([max(ends)] if ends else [])}),
         "seeds": list(gallery.seeds),
         "group_label": chapter.experiment.table.group_label,
         "rewards": [{"key": c.reward, "label": c.label, "digits": c.digits} for c in columns],

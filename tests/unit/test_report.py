@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +34,7 @@ from reproduce.report.images import LADDER, fit
 from reproduce.report.marks import reference_of, table_marks
 from reproduce.report.overview import overview_grid
 from reproduce.report.page import make_page, script_json, view_of
-from reproduce.report.pictures import Amount, gather_pictures, reduced
+from reproduce.report.pictures import Amount, Gallery, gather_pictures, picture_data, reduced
 from reproduce.report.provenance import provenance_grid
 
 
@@ -232,6 +233,25 @@ def test_a_gallery_is_reduced_evenly_and_keeps_its_ends(chapter: Chapter) -> Non
     ends = reduced(gallery, Amount(None, 2, between=0))
     assert ends.between == ()
     assert ends.seeds == (1, 2, 3)
+
+
+def test_runs_of_different_lengths_share_the_moments_that_were_kept(chapter: Chapter) -> None:
+    gallery = gather_pictures(chapter)
+    tiles = [
+        replace(tile, end=5, frames=(*tile.frames[:-1], replace(tile.frames[-1], iteration=5)))
+        if tile.row.label == "DanceGRPO"
+        else tile
+        for tile in gallery.tiles
+    ]
+    shorter = replace(gallery, tiles=tuple(tiles))
+    data = picture_data(chapter, shorter, dict.fromkeys(_paths(shorter), "x"))
+    assert data is not None
+    assert data["positions"] == [0, 2, 4, ITERATIONS]
+    assert {tile["end"] for tile in data["tiles"]} == {None, 5, ITERATIONS}
+
+
+def _paths(gallery: Gallery) -> list[Path]:
+    return [p for t in gallery.tiles for frame in t.frames for p in frame.images.values()]
 
 
 def test_what_does_not_fit_is_left_out_and_told(results: Results, chapter: Chapter) -> None:
