@@ -33,7 +33,7 @@ export IMAGE
 
 .PHONY: help setup mini smoke test lint docs mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
-	plan submit status doctor check \
+	plan submit status doctor check report test-browser \
 	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-slurm-facts test-latex
@@ -85,6 +85,9 @@ test-slurm-facts: $(READY) ## what the launcher relies on in SLURM itself, for a
 
 test-latex: $(READY) ## compile every table with a real LaTeX, installed where it is missing (root and Debian)
 	PYTHON=$(RUN)/python tests/latex/run.sh
+
+test-browser: $(READY) ## the report in a headless Chromium (installs it on Debian as root); screenshots in build/
+	PYTHON=$(RUN)/python tests/browser/run.sh
 
 slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Debian)
 	tests/slurm/cluster/up.sh
@@ -175,6 +178,10 @@ submit: $(READY) ## submit a table and return (TABLE=, PROFILE=, CLUSTER= as for
 
 status: $(READY) ## where the stages of the latest submission stand
 	$(RUN)/g2rpo status
+
+report: $(READY) ## one HTML page of all that is finished (PROFILE=mini unless given; TABLE=, SEEDS=, PUBLISH=1)
+	$(OFFLINE) $(RUN)/g2rpo report $(TABLE) --profile $(or $(PROFILE),mini) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PUBLISH),--publish)
 
 check: $(READY) ## can this machine run the suite, and what to mend where it cannot
 	$(RUN)/g2rpo check

@@ -9,7 +9,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from reproduce.commands import compare, embed, export, jobs, prompts, raters, run, weights
+from reproduce.commands import compare, embed, export, jobs, prompts, raters, report, run, weights
 from reproduce.commands.check import check
 from reproduce.commands.doctor import doctor
 from reproduce.commands.options import (
@@ -205,6 +205,7 @@ for verb in (
     check,
     embed.embed,
     export.export,
+    report.report,
 ):
     app.command()(verb)
 

@@ -100,6 +100,8 @@ def _training_uses(train: TrainConfig, *, every_prompt: bool) -> Iterator[Prompt
     yield PromptUse(Path(train.prompts.file), train.prompts.limit, draws)
     if train.validation is not None:
         yield PromptUse(Path(train.validation.file), train.validation.limit)
+    if train.pictures is not None:
+        yield PromptUse(Path(train.pictures.file), train.pictures.limit)
 
 
 def prompt_uses(

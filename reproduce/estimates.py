@@ -114,6 +114,22 @@ class _Clock:
         self.measured &= not rate.estimated
 
 
+def _pictures(config: TrainConfig, clock: _Clock) -> int:
+    """Adds the images that a run keeps to look at; gives their velocity evaluations."""
+    pictures = config.pictures
+    moments = 0 if pictures is None else len(pictures.iterations(config.optimization.iterations))
+    if pictures is None or not moments:
+        return 0
+    images = moments * min(pictures.limit, known_prompts(Path(pictures.file)))
+    policy = config.policy.model_copy(update={"resolution": pictures.resolution})
+    own = _Clock(clock.speeds, policy)
+    own.evaluations(images * pictures.grid.steps)
+    own.decoded(images)
+    clock.seconds += own.seconds
+    clock.measured &= own.measured
+    return images * pictures.grid.steps
+
+
 def training_estimate(
     config: TrainConfig, hardware: Hardware, speeds: Speeds, *, draw: bool = False
 ) -> Estimate:
@@ -144,6 +160,7 @@ def training_estimate(
         alone.decoded(images)
         alone.scored(images, rewards)
         evaluations += images * config.grid.steps
+    evaluations += _pictures(config, alone)
     one, kept, written = checkpoint_disk(config, hardware)
     alone.written(written * one)
     wall = alone.seconds + shared.seconds / ranks

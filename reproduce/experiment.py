@@ -68,6 +68,9 @@ class Profile(StrictModel):
     validation_prompts: int = Field(64, ge=0)
     """Validation prompts scored during training for the learning curves; 0 for none."""
     validation_every: int = Field(10, ge=1)
+    pictured_prompts: int = Field(0, ge=0)
+    """Held-out prompts of which an image is kept now and then during training; 0 for none."""
+    pictured_every: int = Field(50, ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
     """Sections of the training configuration that every method shares under ``matched``."""
     method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -427,6 +430,22 @@ class Resolver:
             self._presets[method, preset] = load_preset(method, preset)
         return self._presets[method, preset]
 
+    def _pictures(self, cell: CellConfig, where: str) -> dict[str, Any] | None:
+        """The images kept during training: under the protocol that the cell is evaluated with."""
+        if not self.profile.pictured_prompts:
+            return None
+        evaluation, _ = self._evaluated(cell, where)
+        limit, every = self.profile.pictured_prompts, self.profile.pictured_every
+        return {
+            "file": self._prompts[evaluation.split],
+            "limit": limit if evaluation.limit is None else min(limit, evaluation.limit),
+            "every": every,
+            "seed": evaluation.seed,
+            "grid": evaluation.grid,
+            "resolution": evaluation.resolution,
+            "guidance_scale": evaluation.guidance_scale,
+        }
+
     def _layers(self, cell: CellConfig, preset: str, where: str) -> tuple[Mapping[str, Any], ...]:
         """What a training configuration is laid together from; later layers win."""
         profile = self.profile
@@ -452,6 +471,7 @@ class Resolver:
         shared = {
             "policy": self._policy,
             "validation": validation,
+            "pictures": self._pictures(cell, where),
             "prompts": {"file": self._prompts["train"]},
             "rewards": {name: {"reward": self._rewards[name]} for name in cell.train},
         }

@@ -34,7 +34,7 @@ from g2rpo.training.config import TrainConfig
 ALGORITHM_VERSION = 1
 """Raised when the same configuration would give other weights or images than before."""
 
-NOT_DETERMINING = ("validation", "checkpoints", "execution")
+NOT_DETERMINING = ("validation", "pictures", "checkpoints", "execution")
 """Sections of a training configuration that do not change the trained weights."""
 
 PACKAGES = (

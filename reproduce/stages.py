@@ -6,6 +6,7 @@ interrupted one goes on where it was. Sampling and scoring can be shared by seve
 
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -21,8 +22,10 @@ from g2rpo.files import atomic_path, atomic_write_text, write_json
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.checkpoint import find_checkpoint
 from g2rpo.policy.flux import Handover
+from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.loop import Trainer
+from g2rpo.training.pictures import pictured_iterations, pictures_folder
 from g2rpo.training.trained import load_trained
 from reproduce import embedding, runs
 from reproduce.behaviour import Behaviour
@@ -198,6 +201,8 @@ def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
     prompts = share.of(behaviour.prompts)
     score_images(models, prompts, folder / "images", stem.with_suffix(".parquet"))
     behaviour.judge(tower)
+    if share.index == 0:
+        _score_pictures(cell, layout, models)
     weights = {name: model.weights_hash for name, model in models.items()}
     weights["policy"] = _policy_hash(cell)
     origin = {}
@@ -207,6 +212,27 @@ def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
         stem.with_suffix(".json"),
         {"rewards": wanted_rewards(cell), "provenance": runs.provenance(weights) | origin},
     )
+
+
+def picture_scores(evaluation: Path, iteration: int) -> Path:
+    """The scores of the images that were kept after ``iteration`` iterations of training."""
+    return evaluation / "pictures" / f"iteration-{iteration:06d}.parquet"
+
+
+def _score_pictures(
+    cell: ResolvedCell, layout: Layout, models: Mapping[str, BatchedReward]
+) -> None:
+    """Scores the images that training has kept, for those who look at them; no table has these."""
+    if cell.train is None or cell.train.pictures is None:
+        return
+    run, evaluation = layout.training(cell), layout.evaluation(cell)
+    pictures = cell.train.pictures
+    prompts = read_prompts(Path(pictures.file), pictures.limit)
+    for iteration in pictured_iterations(run):
+        folder, output = pictures_folder(run, iteration), picture_scores(evaluation, iteration)
+        there = [prompt for prompt in prompts if image_path(folder, prompt).exists()]
+        if there and not output.exists():
+            score_images(models, there, folder, output)
 
 
 def finish_scores(cell: ResolvedCell, layout: Layout, shares: int) -> None:

@@ -370,6 +370,21 @@ class FluxPolicy:
         other.transformer = self._read_transformer(self.config, self.folder).to(self.device)
         return other
 
+    def at(self, resolution: int, guidance_scale: float) -> "FluxPolicy":
+        """This policy at another resolution and guidance; weights and encoders are shared.
+
+        Raises:
+            UserError: the resolution cannot be packed.
+        """
+        update = {"resolution": resolution, "guidance_scale": guidance_scale}
+        transformer: Any = self.transformer
+        other = FluxPolicy(
+            self.config.model_copy(update=update), self.folder, transformer, self.vae
+        )
+        other.offload, other.conditioning_source = self.offload, self.conditioning_source
+        other._text_encoders = self._text_encoders
+        return other
+
     @staticmethod
     def _read_transformer(config: PolicyConfig, folder: Path) -> FluxTransformer2DModel:
         dtype = getattr(torch, config.dtype)

@@ -133,6 +133,27 @@ class ValidationConfig(StrictModel):
     seed: int = 1223627
 
 
+class PicturesConfig(StrictModel):
+    """Images of fixed prompts and noise during training, to be looked at.
+
+    They are not scored in training and change nothing of it.
+    """
+
+    file: str
+    limit: int = Field(8, ge=1)
+    """Uses the first so many prompts."""
+    every: int = Field(50, ge=1)
+    """Iterations between two."""
+    seed: int = 1223627
+    grid: GridConfig = GridConfig()
+    resolution: int = Field(gt=0)
+    guidance_scale: float = Field(3.5, ge=0)
+
+    def iterations(self, total: int) -> range:
+        """After which of ``total`` iterations; the ends are the evaluation's."""
+        return range(self.every, total, self.every)
+
+
 class ExecutionConfig(StrictModel):
     """Where and in which batches a run executes; not part of its name."""
 
@@ -176,6 +197,8 @@ class TrainConfig(StrictModel):
     advantage: AdvantageConfig = AdvantageConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     validation: ValidationConfig | None = None
+    pictures: PicturesConfig | None = None
+    """Images that are kept of the steps between base and end; null keeps none."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -183,7 +206,7 @@ class TrainConfig(StrictModel):
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Runs are named by a hash of this: those without adapters and approximations keep theirs.
         fields: dict[str, Any] = handler(self)
-        for name in ("lora", "continuations"):
+        for name in ("lora", "continuations", "pictures"):
             if getattr(self, name) is None:
                 fields.pop(name, None)
         return fields

@@ -36,7 +36,8 @@ from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
 from g2rpo.training.fitting import RolloutSizes
 from g2rpo.training.memory import check_fits, reward_bytes
-from g2rpo.training.metrics import METRICS_FILE, MetricsLog, reward_row, reward_sums
+from g2rpo.training.metrics import METRICS_FILE, MetricsLog, PhaseClock, reward_row, reward_sums
+from g2rpo.training.pictures import keep_pictures
 from g2rpo.training.rollout import Rollout, RolloutEngine
 from g2rpo.training.state import TrainingState
 from g2rpo.training.transitions import TrainingBatch, collect_transitions
@@ -181,6 +182,7 @@ class Trainer:
             with ProgressReport(name, total, done=self.progress.iteration, enabled=main) as report:
                 self._between_iterations()
                 while not self.finished:
+                    keep_pictures(self.config, self.run, self.weights, self.progress.iteration)
                     row = self.iterate() | self.validate()
                     error = self._record(log, row)
                     shown = next(iter(self.config.rewards))
@@ -270,15 +272,18 @@ class Trainer:
 
     def iterate(self) -> dict[str, Any]:
         """Runs one iteration and returns its metrics."""
-        started = time.perf_counter()
+        clock = PhaseClock()
         iteration = self.progress.iteration
         prompts = self.local_prompts()
         rollout = self._rollout(prompts, iteration)
+        clock.end("sampling", rollout.sampling_seconds)
+        clock.end("scoring")
         batch, equal_groups = self.training_batch(rollout, prompts, iteration)
         statistics = self.updater.run(batch, rollout.conditioning, prompts, iteration)
         if self.ema is not None:
             self.ema.step(self.weights.parameters)
-        return self._metrics(rollout, batch, statistics, equal_groups, started)
+        clock.end("training")
+        return self._metrics(rollout, batch, statistics, equal_groups, clock)
 
     def _rollout(self, prompts: list[Prompt], iteration: int) -> Rollout:
         forest = self.config.method.forest(self.config.shape, iteration)
@@ -332,7 +337,7 @@ class Trainer:
         batch: TrainingBatch,
         statistics: UpdateStatistics,
         equal_groups: dict[str, int],
-        started: float,
+        clock: PhaseClock,
     ) -> dict[str, Any]:
         """Sums over ranks, advances the counters and describes the iteration."""
         ranks = self.accelerator.num_processes
@@ -343,12 +348,13 @@ class Trainer:
             "training_forwards": statistics.forwards,
             "training_backwards": statistics.backwards,
             "images_scored": images,
-            "device_seconds": time.perf_counter() - started,
+            "device_seconds": clock.total,
             "clipped": statistics.clipped,
             "transitions": statistics.transitions,
             "kl": statistics.kl,
             "loss": sum(statistics.losses) / len(statistics.losses),
             "advantage": float(batch.advantage.abs().mean()),
+            **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
         }
         for name in self.config.rewards:
             sums |= reward_sums(rollout, name)
@@ -381,6 +387,7 @@ class Trainer:
             "clipped_fraction": sums["clipped"] / sums["transitions"],
             "kl": sums["kl"] / sums["transitions"],
             "advantage/absolute_mean": sums["advantage"] / ranks,
+            **{f"seconds/{phase}": sums[f"seconds/{phase}"] / ranks for phase in clock.phases},
         }
         for name, count in equal_groups.items():
             row[f"advantage/{name}/equal_groups"] = count

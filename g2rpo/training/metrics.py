@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,30 @@ class MetricsLog:
         check_publication()
         with self.path.open("a") as handle:
             handle.write(json.dumps(dict(row), allow_nan=False) + "\n")
+
+
+class PhaseClock:
+    """The wall time of one iteration and of its phases, which follow each other.
+
+    Attributes:
+        phases: seconds by phase.
+    """
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    def end(self, phase: str, seconds: float | None = None) -> None:
+        """Ends a phase now, or says that it took ``seconds`` of what has gone by."""
+        if seconds is None:
+            seconds = time.perf_counter() - self._last
+        self.phases[phase] = seconds
+        self._last += seconds
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
 
 
 def reward_sums(rollout: "Rollout", name: str) -> dict[str, float]:

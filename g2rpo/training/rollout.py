@@ -1,5 +1,6 @@
 """One iteration's rollout: prompts in; scored images and stochastic transitions out."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Rollout:
         rewards: for each reward, the score of every distinct image, [P, I] float32.
         velocity_evaluations: how many it took, over the P prompts.
         reused_evaluations: how many of them a step cache answered, without most of the blocks.
+        sampling_seconds: wall time until the last latent was there, before decoding and scoring.
     """
 
     forest: Forest
@@ -46,6 +48,7 @@ class Rollout:
     rewards: Mapping[str, Tensor]
     velocity_evaluations: int
     reused_evaluations: int = 0
+    sampling_seconds: float = 0.0
 
     def group_rewards(self, name: str) -> Tensor:
         """The rewards of every group, [P, groups, G]."""
@@ -114,6 +117,7 @@ class RolloutEngine:
         Raises:
             UserError: a reward is not finite; names iteration, prompt and reward.
         """
+        started = time.perf_counter()
         conditioning = self.policy.encode([prompt.text for prompt in prompts])
 
         def velocity(latents: Tensor, times: Tensor, prompt_of: Tensor) -> Tensor:
@@ -123,6 +127,9 @@ class RolloutEngine:
         with self._continuations(forest, conditioning) as continuations:
             velocities = Velocities(velocity, continuations, self.gathered)
             swept = sweep(forest, self.grid, len(prompts), velocities, drawn, self.settings)
+        if self.policy.device.type == "cuda":  # the walk has only queued its last evaluations
+            torch.cuda.synchronize(self.policy.device)
+        sampled = time.perf_counter() - started
         slices = self.policy.decode_slices(swept.images.flatten(0, 1), self.decode)
         return Rollout(
             forest=forest,
@@ -131,6 +138,7 @@ class RolloutEngine:
             rewards=self._score(slices, len(forest.images), prompts, iteration),
             velocity_evaluations=swept.velocity_evaluations,
             reused_evaluations=0 if continuations is None else continuations.reused,
+            sampling_seconds=sampled,
         )
 
     @contextmanager

@@ -114,7 +114,9 @@ def assert_same_run(run: Path, other: Path) -> None:
     ours, theirs = state(run), state(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    timed = {"device_seconds", "seconds"}
+    timed = {"device_seconds", "seconds"} | {
+        f"seconds/{phase}" for phase in ("sampling", "scoring", "training")
+    }
     rows, others = (
         [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(one)]
         for one in (run / "metrics.jsonl", other / "metrics.jsonl")

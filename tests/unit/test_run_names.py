@@ -43,7 +43,7 @@ def test_committed_cells_keep_their_names(experiment: str) -> None:
 def plain_name(config: TrainConfig) -> str:
     """A run's name, each part of it read and hashed anew."""
     data = config.model_dump(mode="json")
-    for section in ("validation", "checkpoints", "execution"):
+    for section in ("validation", "pictures", "checkpoints", "execution"):
         del data[section]
     for part in (data["policy"], *(term["reward"] for term in data["rewards"].values())):
         del part["revision"]

@@ -1,0 +1,115 @@
+"""One experiment as the report shows it: its finished cells, and why the others are missing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.cells import Cell, cells_folder, load_cells
+from g2rpo.errors import UserError
+from reproduce.experiment import (
+    HERE,
+    ROOT,
+    Experiment,
+    Profile,
+    ResolvedCell,
+    Resolver,
+    load_experiment,
+)
+from reproduce.layout import Layout
+from reproduce.render.notes import Gap
+from reproduce.rendering import why_not
+
+
+@dataclass(frozen=True, eq=False)
+class Chapter:
+    """An experiment under one profile.
+
+    Attributes:
+        experiment: what was asked.
+        profile: at which scale.
+        layout: where its runs and cells are.
+        cells: the finished ones.
+        gaps: the others, each with the reason.
+        resolver: gives the configuration of a cell.
+    """
+
+    experiment: Experiment
+    profile: Profile
+    layout: Layout
+    cells: tuple[Cell, ...]
+    gaps: tuple[Gap, ...]
+    resolver: Resolver
+
+    @property
+    def name(self) -> str:
+        """The experiment's name."""
+        return self.experiment.name
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The training seeds of the finished cells."""
+        return tuple(sorted({c.info.seed for c in self.cells if c.info.seed is not None}))
+
+    def resolved(self, cell: Cell) -> ResolvedCell | None:
+        """What the experiment's files now say of a cell; None where they do not have it."""
+        if cell.info.row not in self.experiment.cells:
+            return None
+        return self.resolver.resolve(cell.info.row, cell.info.seed or 0)
+
+
+def load_chapter(
+    name: str, profile: Profile, layout: Layout, seeds: Sequence[int] | None = None
+) -> Chapter:
+    """Reads the finished cells of an experiment and finds out about the others.
+
+    Args:
+        name: a bundled experiment, or the path of a YAML file.
+        profile: the scale.
+        layout: where cells and runs are.
+        seeds: the training seeds that there should be; None: those of the finished cells, else the
+            profile's.
+
+    Raises:
+        UserError: the experiment or a cell cannot be read.
+    """
+    experiment = load_experiment(name)
+    found = load_cells(cells_folder(layout.tables, profile.name, experiment.name))
+    cells = tuple(c for c in found if seeds is None or c.info.seed in (None, *seeds))
+    resolver = Resolver(experiment, profile)
+    if seeds is None:
+        seeds = sorted({c.info.seed for c in cells if c.info.seed is not None}) or profile.seeds
+    there = {(cell.info.row, cell.info.seed) for cell in cells}
+    wanted = [
+        (key, seed)
+        for key, config in experiment.cells.items()
+        for seed in (seeds if config.method is not None else (None,))
+    ]
+    gaps = [
+        Gap(key, _reason(resolver.resolve(key, seed or 0), layout), seed)
+        for key, seed in wanted
+        if (key, seed) not in there
+    ]
+    return Chapter(experiment, profile, layout, cells, tuple(gaps), resolver)
+
+
+def _reason(cell: ResolvedCell, layout: Layout) -> str:
+    try:
+        return without_root(why_not(cell, layout))
+    except UserError as error:
+        return without_root(str(error))
+
+
+def without_root(text: str) -> str:
+    """``text`` with paths below the repository as they are within it."""
+    return text.replace(f"{ROOT}/", "")
+
+
+def finished_experiments(profile: Profile, layout: Layout) -> list[str]:
+    """The bundled experiments that have a finished cell; the paper's tables first."""
+    names = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
+    names.sort(key=lambda name: not name.startswith("table"))
+    return [name for name in names if any(_cells(profile, layout, name).glob("*.json"))]
+
+
+def _cells(profile: Profile, layout: Layout, name: str) -> Path:
+    return cells_folder(layout.tables, profile.name, name)

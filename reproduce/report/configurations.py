@@ -1,0 +1,75 @@
+"""The configuration behind each run, flat, so that any two can be laid side by side."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.cells import Cell
+from g2rpo.errors import UserError
+from reproduce.experiment import ResolvedCell
+from reproduce.render.notes import full_label
+from reproduce.report.chapter import Chapter, without_root
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys; all else as JSON, paths as within the repository."""
+    if isinstance(value, Mapping) and value:
+        return {
+            key: text
+            for name, inner in value.items()
+            for key, text in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    if isinstance(value, str):
+        return {prefix: without_root(value)}
+    return {prefix: without_root(json.dumps(value, ensure_ascii=False))}
+
+
+def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
+    """Name, configuration and, where it is not sure to be the run's own, a note, of each cell."""
+    rows = {row.key: full_label(row) for row in chapter.experiment.table.rows}
+    found = []
+    for cell in chapter.cells:
+        info = cell.info
+        seed = "" if info.seed is None else f", seed {info.seed}"
+        values, note = _configuration(chapter, cell)
+        found.append(
+            {
+                "label": f"{rows.get(info.row, info.row)}{seed}",
+                "chapter": chapter.name,
+                "note": note,
+                "values": values,
+            }
+        )
+    return found
+
+
+def _configuration(chapter: Chapter, cell: Cell) -> tuple[dict[str, str], str | None]:
+    known = {
+        "cell": cell.info.row, "method": cell.info.method, "preset": cell.info.preset,
+        "protocol": cell.info.protocol.name,
+    }  # fmt: skip
+    try:
+        resolved = chapter.resolved(cell)
+        name = None if resolved is None else chapter.layout.training(resolved).name
+    except UserError:  # its files are not here, and so it cannot be told what it is named
+        resolved, name = None, None
+    if resolved is not None and name == cell.info.runs.get("train"):
+        return flat(known | _sections(resolved)), None
+    path = chapter.layout.runs / cell.info.runs.get("train", "") / "config.json"
+    if path.is_file():
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        return flat(known | {"train": trained}), "as kept in the run's folder"
+    if resolved is not None:
+        note = "the experiment's files now say something else than this run was made from"
+        return flat(known | _sections(resolved)), note
+    return flat(known), "the files that the configuration is made from are not here"
+
+
+def _sections(cell: ResolvedCell) -> dict[str, Any]:
+    return {
+        "train": None if cell.train is None else cell.train.model_dump(mode="json"),
+        "policy": cell.policy.model_dump(mode="json"),
+        "evaluation": cell.evaluation.model_dump(mode="json"),
+        "evaluation_prompts": cell.evaluation_prompts,
+        "checkpoint": None if cell.checkpoint is None else cell.checkpoint.model_dump(mode="json"),
+    }

@@ -1,0 +1,172 @@
+"""Images kept during training: what they show, when, and that they change nothing."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from training_runs import config_for, distance, trainer_for, weights
+
+from benchmarks.held_out import EvaluationConfig, image_path, sample_images
+from g2rpo.data.prompts import read_prompts
+from g2rpo.policy import FluxPolicy
+from g2rpo.stop import Stopped, StopRequest
+from g2rpo.training.checkpoints import checkpoint_folder
+from g2rpo.training.loop import Trainer
+from g2rpo.training.metrics import read_metrics
+from g2rpo.training.pictures import keep_pictures, pictured_iterations, pictures_folder
+
+GRID = {"steps": 3, "timestep": "exact"}
+
+
+def pictures_of(assets: Path, every: int = 1) -> dict[str, object]:
+    return {
+        "file": str(assets / "prompts" / "test.txt"), "limit": 3, "every": every, "seed": 5,
+        "grid": GRID, "resolution": 48, "guidance_scale": 2.0,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictured(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("pictured")
+    config = config_for(
+        smoke_assets,
+        pictures=pictures_of(smoke_assets),
+        checkpoints={"every": 1, "keep_last": 3},
+    )
+    trainer_for(config, run).train()
+    return run
+
+
+def test_images_are_those_that_an_evaluation_of_the_checkpoint_gives(
+    pictured: Path, smoke_assets: Path, tmp_path: Path
+) -> None:
+    assert pictured_iterations(pictured) == [1, 2]
+    protocol = EvaluationConfig(name="test", seed=5, grid=GRID, resolution=48, guidance_scale=2.0)  # type: ignore[arg-type]
+    policy = config_for(smoke_assets).policy.model_copy(
+        update={"resolution": 48, "guidance_scale": 2.0}
+    )
+    prompts = read_prompts(smoke_assets / "prompts" / "test.txt", 3)
+    shown = []
+    for iteration in (1, 2):
+        loaded = FluxPolicy.load(policy, "cpu")
+        loaded.load_transformer(checkpoint_folder(pictured, iteration) / "transformer")
+        again = tmp_path / str(iteration)
+        sample_images(loaded, prompts, protocol, again)
+        folder = pictures_folder(pictured, iteration)
+        assert {path.name for path in folder.iterdir()} == {f"{p.id}.png" for p in prompts}
+        for prompt in prompts:
+            ours, theirs = (np.array(Image.open(image_path(f, prompt))) for f in (folder, again))
+            assert ours.shape == (48, 48, 3)
+            assert (ours == theirs).all()
+            shown.append(ours)
+    assert any((one != other).any() for one, other in zip(shown[:3], shown[3:], strict=True))
+
+
+def test_they_change_nothing_of_the_training(
+    pictured: Path, smoke_assets: Path, tmp_path: Path
+) -> None:
+    config = config_for(smoke_assets, checkpoints={"every": 1, "keep_last": 3})
+    trainer_for(config, tmp_path).train()
+    assert distance(weights(pictured), weights(tmp_path)) == 0
+    assert not (tmp_path / "images").exists()
+
+
+def test_no_global_random_state_is_touched(smoke_assets: Path, tmp_path: Path) -> None:
+    config = config_for(smoke_assets, pictures=pictures_of(smoke_assets))
+    trainer = trainer_for(config, tmp_path)
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)  # noqa: NPY002
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    keep_pictures(config, tmp_path, trainer.weights, 1)
+    after = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    assert pictured_iterations(tmp_path) == [1]
+    assert before[0] == after[0]
+    assert all(np.array_equal(one, other) for one, other in zip(before[1], after[1], strict=True))
+    assert torch.equal(before[2], after[2])
+
+
+def test_a_run_that_was_stopped_has_each_once(
+    pictured: Path, smoke_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(smoke_assets, pictures=pictures_of(smoke_assets))
+    sampled = []
+    original = Trainer.iterate
+
+    def stopped(self: Trainer) -> dict[str, object]:
+        if self.progress.iteration == 0:
+            StopRequest.request("test", resume=True)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "iterate", stopped)
+    with pytest.raises(Stopped):
+        trainer_for(config, tmp_path).train()
+    StopRequest.clear()
+    assert pictured_iterations(tmp_path) == []
+    monkeypatch.setattr(Trainer, "iterate", original)
+    from g2rpo.training import pictures
+
+    sample = pictures._sampled
+    monkeypatch.setattr(pictures, "_sampled", lambda *given: sampled.append(1) or sample(*given))
+    trainer_for(config, tmp_path).train()
+    assert len(sampled) == 2
+    for iteration in (1, 2):
+        for path in pictures_folder(pictured, iteration).iterdir():
+            same = pictures_folder(tmp_path, iteration) / path.name
+            assert same.read_bytes() == path.read_bytes()
+    # What is there is not sampled again.
+    trainer = trainer_for(config, tmp_path)
+    trainer.progress.iteration = 2
+    pictures.keep_pictures(config, tmp_path, trainer.weights, 2)
+    assert len(sampled) == 2
+
+
+def test_the_seconds_of_the_phases_are_within_the_iteration(pictured: Path) -> None:
+    before = 0.0
+    rows = [row for row in read_metrics(pictured / "metrics.jsonl") if row["iteration"]]
+    assert rows
+    for row in rows:
+        phases = [row[f"seconds/{name}"] for name in ("sampling", "scoring", "training")]
+        assert all(seconds > 0 for seconds in phases)
+        took = row["device_seconds"] - before
+        assert 0.9 * took < sum(phases) <= took + 1e-6
+        before = row["device_seconds"]
+
+
+def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:
+    from reproduce.experiment import HERE
+
+    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
+    for key in ("build", "assets"):
+        profile.pop(key)
+    profile["pictured_prompts"] = 3
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets)))
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            "-m", "reproduce.cli", "train", "table1", "hps/dance_grpo", "--profile", str(path),
+            "--results", str(tmp_path / "results"), "-s", "execution.device=cpu",
+            "-s", "execution.sharding=fsdp2",
+        ],
+        check=True, timeout=240, capture_output=True,
+    )  # fmt: skip
+    (run,) = (tmp_path / "results" / "runs").glob("dance_grpo-*")
+    names = {path.name for path in pictures_folder(run, 1).iterdir()}
+    assert names == {f"{p.id}.png" for p in read_prompts(smoke_assets / "prompts/test.txt", 3)}
+
+
+def test_the_policy_elsewhere_shares_its_weights(smoke_assets: Path) -> None:
+    policy = FluxPolicy.load(config_for(smoke_assets).policy, "cpu")
+    other = policy.at(48, 1.5)
+    assert other.transformer is policy.transformer
+    assert (other.config.resolution, other.config.guidance_scale) == (48, 1.5)
+    assert policy.config.resolution == 32
+    assert other.image_tokens > policy.image_tokens
+    assert torch.equal(
+        other.encode(["a red square"]).prompt_embeds, policy.encode(["a red square"]).prompt_embeds
+    )
