@@ -1,0 +1,32 @@
+"""Experiments and profiles: which cells a table has, and how each is trained and evaluated."""
+
+from reproduce.experiment.bundled import HERE, ROOT, absolute
+from reproduce.experiment.cells import (
+    Budget,
+    CellConfig,
+    Experiment,
+    load_experiment,
+    load_preset,
+)
+from reproduce.experiment.profile import Hardware, Profile, PromptSplits, load_profile
+from reproduce.experiment.resolving import ResolvedCell, Resolver, expand, judges, resolve
+
+__all__ = [
+    "HERE",
+    "ROOT",
+    "Budget",
+    "CellConfig",
+    "Experiment",
+    "Hardware",
+    "Profile",
+    "PromptSplits",
+    "ResolvedCell",
+    "Resolver",
+    "absolute",
+    "expand",
+    "judges",
+    "load_experiment",
+    "load_preset",
+    "load_profile",
+    "resolve",
+]

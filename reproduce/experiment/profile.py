@@ -1,0 +1,101 @@
+"""Profiles: the scale at which an experiment runs, and what it needs."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from benchmarks.protocol import EvaluationConfig
+from g2rpo.config import StrictModel, load_yaml, merge, validate
+from g2rpo.errors import UserError
+from g2rpo.policy import PolicyConfig
+from g2rpo.rewards.base import RewardConfig
+from reproduce.experiment.bundled import named_file
+
+
+class PromptSplits(StrictModel):
+    """The three disjoint prompt files; relative paths are relative to the repository."""
+
+    train: str
+    validation: str
+    test: str
+
+
+class Hardware(StrictModel):
+    """What a profile needs to run."""
+
+    gpus: int = Field(0, ge=0)
+    gpu_memory_gb: int = Field(0, ge=0)
+    engine: Literal["replicated", "sharded", "lora"] = "replicated"
+    """How the policy is held: whole on every rank, sharded over them, or frozen under LoRA."""
+    ranks: int | None = Field(None, ge=1)
+    """Processes of a training run; null is one per GPU, one without."""
+    evaluation_gpus: int | None = Field(None, ge=0)
+    """GPUs of one sampling or scoring job; null is one where training has any."""
+    evaluation_shares: int = Field(1, ge=1)
+    """Jobs that share the sampling, and the scoring, of one cell's prompts."""
+
+    @property
+    def training_ranks(self) -> int:
+        """Processes of a training run."""
+        return self.ranks or max(1, self.gpus)
+
+    @property
+    def evaluation_devices(self) -> int:
+        """GPUs of one sampling or scoring job."""
+        return min(1, self.gpus) if self.evaluation_gpus is None else self.evaluation_gpus
+
+
+class Profile(StrictModel):
+    """One scale: the policy, the prompts, the judges and what all methods share."""
+
+    name: str
+    description: str
+    policy: PolicyConfig
+    prompts: PromptSplits
+    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    """Every judge, by its column's name."""
+    validation_prompts: int = Field(64, ge=0)
+    """Validation prompts scored during training for the learning curves; 0 for none."""
+    validation_every: int = Field(10, ge=1)
+    pictured_prompts: int = Field(0, ge=0)
+    """Held-out prompts of which an image is kept now and then during training; 0 for none."""
+    pictured_every: int = Field(50, ge=1)
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Sections of the training configuration that every method shares under ``matched``."""
+    method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What a method's own settings are at this scale under ``matched``, by method."""
+    learning_rates: dict[str, float] = Field(default_factory=dict)
+    """Tuned learning rates under ``matched``, by method or variant."""
+    shortened: dict[str, Any] = Field(default_factory=dict)
+    """What this scale cannot afford of a method's own run; laid over cells that ask for it."""
+    device_seconds: float | None = Field(None, gt=0)
+    """The budget of a study at equal device-seconds, over all of a training's devices."""
+    evaluation: EvaluationConfig
+    seeds: tuple[int, ...] = (1,)
+    keep_images: int | None = Field(None, ge=0)
+    """Held-out images kept after scoring; null keeps all."""
+    hardware: Hardware = Hardware()
+    build: str | None = None
+    """``module:function`` that builds the profile's files, called with the folder ``assets``."""
+    assets: str | None = None
+
+
+def load_profile(name: str) -> Profile:
+    """A bundled profile by name, or a YAML file.
+
+    A file with a key ``extends`` is laid over the profile that it names.
+
+    Raises:
+        UserError: there is no such profile, or it is wrong; in one line.
+    """
+    return validate(Profile, _profile_data(name, ()), f"profile {name}")
+
+
+def _profile_data(name: str, below: tuple[str, ...]) -> dict[str, Any]:
+    if name in below:
+        raise UserError(f"profile {name} extends itself: {' -> '.join((*below, name))}")
+    data = load_yaml(named_file("profiles", name, "profile"))
+    extended = data.pop("extends", None)
+    if extended is None:
+        return data
+    return merge(_profile_data(str(extended), (*below, name)), data)
