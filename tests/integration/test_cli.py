@@ -1,8 +1,6 @@
 """The command line as a user meets it: the whole path, doing nothing twice, and clear refusals."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from command_line import g2rpo, write_small_profile
 from PIL import Image
 
 from benchmarks.cells import load_cells
-from reproduce.experiment import HERE
 
 TABLE = {
     "name": "two_rows",
@@ -38,27 +36,11 @@ TABLE = {
 }  # fmt: skip
 
 
-def g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "reproduce.cli", *arguments],
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small experiment and a profile on the session's tiny models."""
     folder = tmp_path_factory.mktemp("workplace")
-    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        profile.pop(key)
-    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
-    (folder / "small.yaml").write_text(text)
+    write_small_profile(folder / "small.yaml", smoke_assets)
     (folder / "two_rows.yaml").write_text(yaml.safe_dump(TABLE))
     return folder
 

@@ -2,16 +2,12 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-from reproduce.experiment import HERE
+from command_line import g2rpo, write_small_profile
 
 EXPERIMENT: dict[str, Any] = {
     "name": "small_credit",
@@ -37,26 +33,10 @@ EXPERIMENT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "reproduce.cli", *arguments],
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("credit")
-    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        profile.pop(key)
-    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
-    (folder / "small.yaml").write_text(text)
+    write_small_profile(folder / "small.yaml", smoke_assets)
     (folder / "credit.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     return folder
 
