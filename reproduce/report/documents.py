@@ -1,5 +1,6 @@
 """Findings that are no table of runs: what stands as Markdown beside the tables of a profile."""
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,14 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
+from benchmarks.cells import Provenance
 from reproduce.report.grids import Box, Grid, Heading
+from reproduce.report.pictures import SHEET_BYTES
+from reproduce.report.provenance import origin_boxes, origin_details
 
 READING = "README.md"
 """The words about all tables of a profile."""
+_BELOW = "<br><sub>"
 _DROPPED = {"link_open", "link_close", "image"}
 """Links and images lead to files beside the Markdown, which the page does not have."""
 
@@ -24,11 +29,15 @@ class Document:
         name: the folder that it stands in, or ``reading``.
         title: its first heading.
         parts: HTML of paragraphs, lists and headings (from ``h3``), and tables.
+        figure: a picture that stands beside it.
+        origins: of each cell behind it, where its numbers come from; None where that is not kept.
     """
 
     name: str
     title: str
     parts: tuple[Markup | Grid, ...]
+    figure: Path | None = None
+    origins: Grid | None = None
 
 
 def find_documents(folder: Path, shown: Collection[str]) -> list[Document]:
@@ -58,12 +67,34 @@ def read_document(name: str, path: Path) -> Document:
         else:
             html = parser.renderer.render(_shown(block), parser.options, {})
             parts.append(Markup(html))  # noqa: S704 - the renderer escapes all text
-    return Document(name, title, tuple(parts))
+    figure = path.with_suffix(".png")
+    there = figure.is_file() and figure.stat().st_size <= SHEET_BYTES
+    origins = _origins(path.with_suffix(".json"))
+    return Document(name, title, tuple(parts), figure if there else None, origins)
+
+
+def _origins(path: Path) -> Grid | None:
+    """The cells of the JSON beside a document, as far as each says what it was computed with."""
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found = [(c["row"], c["seed"], Provenance.model_validate(c["provenance"])) for c in cells]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    lines = tuple(
+        (
+            Box(row, row.lower(), kind="label"),
+            Box(str(seed), seed, kind="number"),
+            *origin_boxes(origin, origin_details(origin)),
+        )
+        for row, seed, origin in found
+    )
+    labels = ("Row", "Seed", "Commit", "Hardware", "Weights and packages")
+    heads = tuple(Heading(label, numeric=label == "Seed") for label in labels)
+    return Grid("Where these numbers come from", heads, lines) if lines else None
 
 
 def _without_title(tokens: Sequence[Token], name: str) -> tuple[str, list[Token]]:
-    opens = [token.type for token in tokens[:1]] == ["heading_open"] and tokens[0].tag == "h1"
-    if not opens:
+    if not tokens or tokens[0].type != "heading_open":
         return name, list(tokens)
     return _text(tokens[1]), list(tokens[3:])
 
@@ -124,13 +155,16 @@ def _grid(tokens: Sequence[Token], title: str) -> Grid:
 
 def _box(text: str, *, first: bool, numeric: bool) -> Box:
     if numeric:
-        return Box(text, _number(text), kind="number")
+        # The tables' own Markdown has intervals on a second line.
+        shown, _, below = text.partition(_BELOW)
+        interval = below.removesuffix("</sub>") or None
+        return Box(shown, _number(shown), interval=interval, kind="number")
     return Box(text, text.lower(), kind="label" if first else "text")
 
 
 def _number(text: str) -> float | None:
     """The figure that a cell begins with: ``0.9`` of ``0.9 (0.8 to 1.0)``, ``16`` of ``16 %``."""
-    words = text.replace("−", "-").split()
+    words = text.replace("−", "-").partition(_BELOW)[0].split()
     try:
         return float(words[0].replace(",", "").rstrip("%")) if words else None
     except ValueError:

@@ -221,7 +221,8 @@ class _Draft:
                 curves=self.curves,
                 pictures=pictures,
                 galleries=galleries,
-                sheets=[_sheet_uri(gallery) for gallery in galleries],
+                sheets=[_png_uri(gallery.sheet) for gallery in galleries],
+                figures=[_png_uri(document.figure) for document in self.documents],
                 overview=self.overview,
                 documents=self.documents,
                 cost_parts=grids.COST_PARTS,
@@ -239,10 +240,10 @@ class _Draft:
         )
 
 
-def _sheet_uri(gallery: Gallery) -> str | None:
-    if gallery.sheet is None:
+def _png_uri(path: Path | None) -> str | None:
+    if path is None:
         return None
-    return "data:image/png;base64," + base64.b64encode(gallery.sheet.read_bytes()).decode()
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def make_page(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.cells import Cell
+from benchmarks.cells import Cell, Provenance
 from reproduce.render.formats import NOTHING, human
 from reproduce.render.notes import full_label
 from reproduce.report.chapter import Chapter, without_root
@@ -38,20 +38,27 @@ def provenance_grid(chapters: Sequence[Chapter]) -> Grid:
     return Grid("Where every number comes from", heads, tuple(lines), tuple(anchors), (note,))
 
 
-def _line(chapter: Chapter, cell: Cell, label: str) -> tuple[Box, ...]:
-    info, origin = cell.info, cell.info.provenance
-    hardware = origin.hardware
+def origin_boxes(origin: Provenance, details: tuple[tuple[str, str], ...]) -> tuple[Box, ...]:
+    """Commit and hardware of what was computed, and ``details`` folded away."""
+    hardware = _hardware(origin.hardware)
     commit = (origin.git_commit or "unknown")[:SHORT]
     clean = {True: " with uncommitted changes", False: "", None: " (state unknown)"}
+    return (
+        Box(commit + clean[origin.git_dirty], commit, kind="code"),
+        Box(hardware, hardware.lower(), details=tuple(origin.hardware.items())),
+        Box("", len(origin.weights), details=details),
+    )
+
+
+def _line(chapter: Chapter, cell: Cell, label: str) -> tuple[Box, ...]:
+    info = cell.info
     iteration = info.checkpoint_iteration
     return (
         Box(label, label.lower(), kind="label"),
         text_box(chapter.name),
         number(info.seed, NOTHING if info.seed is None else str(info.seed)),
         text_box(info.runs.get("train", NOTHING), "code"),
-        Box(commit + clean[origin.git_dirty], commit, kind="code"),
-        Box(_hardware(hardware), _hardware(hardware).lower(), details=tuple(hardware.items())),
-        Box("", len(origin.weights), details=_details(cell)),
+        *origin_boxes(info.provenance, _details(cell)),
         text_box(info.runs.get("evaluation", NOTHING), "code"),
         number(iteration, NOTHING if iteration is None else human(iteration)),
         number(len(cell.scores), human(len(cell.scores))),
@@ -65,9 +72,15 @@ def _hardware(hardware: dict[str, str]) -> str:
 
 
 def _details(cell: Cell) -> tuple[tuple[str, str], ...]:
-    origin, protocol = cell.info.provenance, cell.info.protocol
+    protocol = cell.info.protocol
+    said = ("protocol", f"{protocol.name} {protocol.hash}")
+    return (*origin_details(cell.info.provenance), said)
+
+
+def origin_details(origin: Provenance) -> tuple[tuple[str, str], ...]:
+    """Hashes of the weights, the whole commit, and packages."""
     weights = [(f"weights of {name}", digest) for name, digest in origin.weights.items()]
     packages = [(name, version) for name, version in origin.packages.items()]
     source = [] if origin.checkpoint is None else [("from", without_root(origin.checkpoint))]
     commit = [] if origin.git_commit is None else [("commit", origin.git_commit)]
-    return (*weights, *source, *commit, ("protocol", f"{protocol.name} {protocol.hash}"), *packages)
+    return (*weights, *source, *commit, *packages)

@@ -368,7 +368,7 @@ Some *words* with a [link](../elsewhere.md), `code`, and <b>no HTML</b>.
 | row | a | b | c |
 |---|---:|---:|---|
 | one <img src=x onerror="window.hacked = 9"> | 0.9 (0.8 to 1.0) | 16 % | yes |
-| two | 1,200 | | no |
+| two | 1,200<br><sub>[1,100, 1,300]</sub> | | no |
 
 ## Then
 
@@ -383,6 +383,11 @@ def test_words_beside_the_tables_are_shown_and_their_tables_sorted(
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.md").write_text(WORDS)
     (tmp_path / "with-cells" / "cells").mkdir()
+    (tmp_path / "credit" / "credit.md").write_text(f"##{WORDS}")
+    origin = chapter.cells[0].info.provenance.model_dump(mode="json")
+    cells = [{"row": "hps/g2rpo", "seed": 3, "provenance": origin, "rollouts": []}]
+    (tmp_path / "credit" / "credit.json").write_text(json.dumps({"cells": cells}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "credit" / "credit.png")
     (tmp_path / "credit" / "credit_reading.md").write_text("# Not this\n")
     (tmp_path / "README.md").write_text("Only words.\n")
     found = find_documents(tmp_path, ["made-up"])
@@ -391,7 +396,8 @@ def test_words_beside_the_tables_are_shown_and_their_tables_sorted(
     ]  # fmt: skip
     html = make_page(results.loaded, [chapter], documents=found).html
     page = Parsed(html)
-    assert [tag for tag, _ in page.tags].count("img") == 0
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert image["alt"] == "Figure: What was found"
     assert "and <b>no HTML</b>." in page.text
     assert "elsewhere.md" not in html
     (grid,) = [part for part in found[1].parts if isinstance(part, Grid)]
@@ -399,7 +405,13 @@ def test_words_beside_the_tables_are_shown_and_their_tables_sorted(
     assert [[box.sort for box in row[1:]] for row in grid.rows] == [
         [0.9, 16.0, "yes"], [1200.0, None, "no"],
     ]  # fmt: skip
+    assert grid.rows[1][1].interval == "[1,100, 1,300]"
     assert "<h3>Then</h3>" in html
+    origins = found[1].origins
+    assert origins is not None
+    assert [box.text for box in origins.rows[0][:2]] == ["hps/g2rpo", "3"]
+    assert ("weights of hps", "cd" * 32) in origins.rows[0][-1].details
+    assert found[0].origins is None
 
 
 def test_the_overview_counts_what_the_tables_mark(chapter: Chapter) -> None:
