@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.protocol import CreditConfig
 from g2rpo.data.prompts import Prompt
-from g2rpo.flow.forest import recorded_steps
+from g2rpo.flow.forest import credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.progress import ProgressReport
 from g2rpo.training.collective import sum_over_ranks
@@ -138,7 +138,7 @@ def explained_shares(
         first = trainer.engine.run(forest, prompts, iteration, own)
         for step in recorded_steps(forest):
             other = _sharing(own, step, samples, same_start=len(starts) == 1)
-            second = trainer.engine.run(forest, prompts, iteration, other)
+            second = trainer.engine.run(credited_to(forest, step), prompts, iteration, other)
             shares[step] = {
                 name: _correlation(
                     trainer, _credited(first, name, step), _credited(second, name, step)

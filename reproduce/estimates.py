@@ -6,13 +6,13 @@ profile's machine (``speeds.yaml``), and bytes from the size of the transformer.
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.protocol import CreditConfig
 from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
-from g2rpo.flow.forest import recorded_steps
+from g2rpo.flow.forest import credited_to, recorded_steps
 from g2rpo.hub.prompt_sets import VALIDATION_PROMPTS, artifact_named
 from g2rpo.policy import PolicyConfig
 from g2rpo.training.config import CheckpointConfig, TrainConfig
@@ -181,15 +181,23 @@ def credit_estimate(
 ) -> Estimate:
     """The measurement of a method's credit: groups for each step's share, and for the gradients."""
     counts, total = training_counts(config), config.optimization.iterations
-    forests = len({config.method.forest_key(config.shape, i) for i in range(total)})
-    steps = len(recorded_steps(config.method.forest(config.shape, 0)))
-    shared = (1 + steps) * credit.samples / config.rollout.group_size
-    rollouts = min(credit.rollouts, forests)
-    iterations, trained = rollouts * (shared + credit.repeats), rollouts * credit.repeats
+    method, prompts = config.method, config.rollout.prompts_per_iteration
+    different = len({method.forest_key(config.shape, iteration) for iteration in range(total)})
+    rollouts = min(credit.rollouts, different)
+    forest = method.forest(replace(config.shape, group_size=credit.samples), 0)
+    pairs = [forest, *(credited_to(forest, step) for step in recorded_steps(forest))]
+    repeats = credit.repeats / total
+    evaluations = round(
+        rollouts * prompts * sum(part.velocity_evaluations for part in pairs)
+        + rollouts * repeats * counts.rollout_evaluations
+    )
+    images = round(
+        rollouts * prompts * sum(len(part.images) for part in pairs)
+        + rollouts * repeats * counts.images_scored
+    )
     clock = _Clock(speeds, config.policy)
-    clock.evaluations(round(counts.rollout_evaluations / total * iterations))
-    clock.training(round(counts.training_backwards / total * trained))
-    images = round(counts.images_scored / total * iterations)
+    clock.evaluations(evaluations)
+    clock.training(round(rollouts * repeats * counts.training_backwards))
     clock.decoded(images)
     clock.scored(images, [term.reward.model for term in config.rewards.values()])
     wall = clock.seconds / hardware.training_ranks
@@ -197,7 +205,7 @@ def credit_estimate(
         device_seconds=wall * (hardware.gpus or hardware.training_ranks),
         wall_seconds=wall,
         gpus=hardware.gpus,
-        evaluations=round(counts.rollout_evaluations / total * iterations),
+        evaluations=evaluations,
         disk_bytes=LOG_BYTES,
         measured=False,
     )

@@ -4,7 +4,7 @@ A rollout is a forest of trajectories over one sigma grid. It is described here 
 tensors, and is the same for every prompt of an iteration; :mod:`g2rpo.flow.sweep` walks it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,24 @@ class Forest:
 def recorded_steps(forest: Forest) -> list[int]:
     """The stochastic steps whose transitions are kept, ascending."""
     return sorted({forest.states[state].node - 1 for state in forest.recorded})
+
+
+def credited_to(forest: Forest, step: int) -> Forest:
+    """The part of ``forest`` that credits ``step``: its groups, and what their images come from."""
+    groups = [group for group in forest.groups if group.step in (None, step)]
+    kept: set[int] = set()
+    for image in {image for group in groups for image in group.images}:
+        state: int | None = image
+        while state is not None and state not in kept:
+            kept.add(state)
+            state = forest.states[state].parent
+    place = {state: index for index, state in enumerate(sorted(kept))}
+    part = Forest(forest.steps)
+    for index in place:
+        state = forest.states[index].parent
+        parent = None if state is None else place[state]
+        part.states.append(replace(forest.states[index], parent=parent))
+    here = [state for state in forest.recorded if forest.states[state].node - 1 == step]
+    part.recorded = [place[state] for state in here if state in place]
+    part.groups = [replace(g, images=tuple(place[image] for image in g.images)) for g in groups]
+    return part

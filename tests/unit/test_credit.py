@@ -23,7 +23,7 @@ from benchmarks.credit import (
 )
 from benchmarks.protocol import CreditConfig
 from g2rpo.data.prompts import Prompt
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.forest import Forest, credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.methods import dance_grpo, flow_grpo, g2rpo, mix_grpo
 from g2rpo.methods.base import Method, RolloutShape
@@ -104,6 +104,34 @@ def test_the_share_is_that_of_a_reward_which_is_linear_in_the_noise(
 def test_noise_at_one_step_alone_explains_everything_whatever_the_granularity() -> None:
     found = shares(g2rpo.Config(stochastic_steps=(0, 1, 4), granularities=(1, 2)), samples=8)
     assert found == pytest.approx({0: 1.0, 1: 1.0, 4: 1.0})
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        g2rpo.Config(stochastic_steps=(0, 1, 4), granularities=(1, 2)),
+        mix_grpo.Config(window_size=3),
+    ],
+)
+def test_the_part_of_a_rollout_that_credits_a_step_has_the_same_images(method: Method) -> None:
+    forest = method.forest(RolloutShape(steps=STEPS, group_size=3, iterations=12), 0)
+
+    def way(of: Forest, state: int | None) -> list[tuple[int, int | None]]:
+        if state is None:
+            return []
+        at = of.states[state]
+        return [*way(of, at.parent), (at.node, at.sample)]
+
+    for step in recorded_steps(forest):
+        part = credited_to(forest, step)
+        groups = [group for group in forest.groups if group.step in (None, step)]
+        assert recorded_steps(part) == [step]
+        assert [g.granularity for g in part.groups] == [g.granularity for g in groups]
+        for whole, own in zip(groups, part.groups, strict=True):
+            ways = [way(forest, image) for image in whole.images]
+            assert [way(part, image) for image in own.images] == ways
+        if len(groups) < len(forest.groups):
+            assert part.velocity_evaluations < forest.velocity_evaluations
 
 
 # --- the gradient --------------------------------------------------------------------------------
