@@ -30,6 +30,9 @@ from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.seeds import gaussian
 from g2rpo.training.transitions import Update
 from g2rpo.training.update import UpdateStatistics
+from reproduce.estimates import credit_estimate
+from reproduce.experiment import Hardware, load_profile
+from reproduce.speeds import speeds_of
 
 WEIGHTS = {INITIAL_NOISE: 5.0, 0: 1.0, 1: 2.0, 2: 0.5, 3: 0.0, 4: 1.5, 5: 1.0}
 STEPS = 6
@@ -203,3 +206,37 @@ def test_the_gradient_of_all_steps_is_that_of_one_backward(
     after = trainer.weights.parameters
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert trainer.progress == replace(trainer.progress, iteration=0)
+
+
+class Counting:
+    """An engine that counts the velocity evaluations of another."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.noise, self.evaluations = engine, engine.noise, 0
+
+    def run(self, *arguments: Any) -> Any:
+        rollout = self.engine.run(*arguments)
+        self.evaluations += rollout.velocity_evaluations
+        return rollout
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "g2rpo", "stochastic_steps": "all"},
+        {"name": "mix_grpo", "window_size": 2, "interval": 1},
+    ],
+)
+def test_the_plan_counts_what_is_evaluated(
+    smoke_assets: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    config = config_for(smoke_assets, method=method, grid={"steps": 6})
+    trainer: Any = trainer_for(config, tmp_path)
+    trainer.engine = Counting(trainer.engine)
+    settings = CreditConfig(samples=4, repeats=3, rollouts=2)
+    measure_credit(trainer, settings)
+    planned = credit_estimate(config, settings, Hardware(), speeds_of(load_profile("smoke")))
+    # The windows at the end of the grid are smaller; a plan takes the first and the mean of all.
+    assert planned.evaluations == pytest.approx(trainer.engine.evaluations, rel=0.15)
+    if method["name"] == "g2rpo":
+        assert planned.evaluations == trainer.engine.evaluations
