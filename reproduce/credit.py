@@ -10,13 +10,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from benchmarks.credit import signal_to_noise
 from benchmarks.statistics import MIN_SEEDS, Interval, method_intervals
 from g2rpo.files import atomic_path, atomic_write_text, write_json
+from reproduce.console import plain_table, wide_console
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.figures import FIGURE_STYLE, LINE_STYLES, MARKERS, PALETTE
 from reproduce.layout import Layout
@@ -150,10 +151,23 @@ def publish_credit(
     sigmas = {step["step"]: step["sigma"] for m in measured for _, step in m.steps()}
     for suffix in (".png", ".pdf"):
         _figure(quantities, sigmas, (output / "credit").with_suffix(suffix))
-    console = Console()
-    console.print(text, highlight=False, markup=False)
-    console.print(f"wrote {output}/credit.*", highlight=False, markup=False, soft_wrap=True)
+    _print(experiment.table.title, quantities)
+    for path in sorted(output.glob("credit.*")):
+        typer.echo(f"wrote {path}")
     return gaps
+
+
+def _print(title: str, quantities: Sequence[Quantity]) -> None:
+    console = wide_console()
+    for quantity in quantities:
+        steps = [str(step) for step in quantity.steps]
+        table = plain_table("method", *steps, right=steps)
+        table.title, table.title_justify = f"{title}: {quantity.title}, by step", "left"
+        for label, row in quantity.values.items():
+            means = [f"{np.mean(row[step]):.3f}" if step in row else "" for step in quantity.steps]
+            table.add_row(label, *means)
+        console.print(table, highlight=False)
+        console.print()
 
 
 # --- forms ---------------------------------------------------------------------------------------

@@ -44,11 +44,11 @@ def wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
 
 def is_scored(cell: ResolvedCell, layout: Layout, share: Share | None = None) -> bool:
     """Whether every judge of the profile has scored the cell's images, or those of ``share``."""
-    folder = layout.evaluation(cell)
-    manifest = read_manifest(folder)
-    if share is not None and manifest is None:
-        manifest = share_manifest(folder, share)
-    return manifest is not None and manifest["rewards"] == wanted_rewards(cell)
+    folder, wanted = layout.evaluation(cell), wanted_rewards(cell)
+    manifests = [read_manifest(folder)]
+    if share is not None:  # scored anew by other judges, and not yet put together
+        manifests.append(share_manifest(folder, share))
+    return any(found is not None and found["rewards"] == wanted for found in manifests)
 
 
 def share_stem(folder: Path, share: Share) -> Path:

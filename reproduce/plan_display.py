@@ -183,6 +183,10 @@ def _notes(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> l
     notes = [f"wall time: about {_wall(plan, cluster, estimates)}"]
     speeds = speeds_of(plan.profile)
     notes.append(f"speeds: {speeds.hardware} (reproduce/speeds.yaml)")
+    if cluster.gpu_type is not None and cluster.gpu_type.lower() not in speeds.hardware.lower():
+        notes.append(
+            f"the cluster's GPUs are {cluster.gpu_type}: hours and wall time are not theirs"
+        )
     if any(not estimates[name].measured for name in todo.stages):
         notes.append("~ is derived, not measured: see the sources there")
     return notes

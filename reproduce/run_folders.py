@@ -89,7 +89,9 @@ def chosen_names(part: str, names: Iterable[str]) -> list[str]:
     matching = fnmatch.filter(known, part)
     if matching:
         return matching
-    fitting = [name for name in known if part and name.startswith(part)]
+    # Whole words first: seed1 is no beginning of seed101 where there is a seed1.
+    fitting = [name for name in known if part and name.startswith(f"{part}-")]
+    fitting = fitting or [name for name in known if part and name.startswith(part)]
     if len(fitting) == 1:
         return fitting
     if fitting:

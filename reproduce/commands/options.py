@@ -45,9 +45,15 @@ ClusterName = Annotated[
 
 
 def layout_of(results: Path, *, publish: bool = False) -> "Layout":
-    """Where things go below ``results``."""
+    """Where things go below ``results``.
+
+    Raises:
+        UserError: it is no folder.
+    """
     from reproduce.layout import Layout
 
+    if results.exists() and not results.is_dir():
+        raise UserError(f"--results {results}: is no folder")
     return Layout(results / "runs", results if publish else results / "runs")
 
 
@@ -61,6 +67,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--seeds {text!r}: expected integers, e.g. 1,2,3") from None
+    if min(seeds) < 0:
+        raise UserError(f"--seeds {text!r}: a seed is 0 or more")
     if len(set(seeds)) != len(seeds):
         raise UserError(f"--seeds {text!r}: a seed is there twice")
     return seeds

@@ -116,7 +116,12 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
         )
     folder = launch.submissions_folder(plan.layout.runs) / "SUBMISSION"
     submission = launch.new_submission(plan, cluster, folder)
-    active = launch.active_stages(plan.layout.runs) if has_slurm() else {}
+    active: dict[str, str] = {}
+    if has_slurm():
+        try:
+            active = launch.active_stages(plan.layout.runs)
+        except UserError as error:
+            typer.echo(f"as if no job ran: {error}", err=True)
     for script in scripts(submission, launch.left_to_submit(plan, active), active):
         typer.echo(f"# {', '.join(script.stages)}")
         typer.echo(script.text)

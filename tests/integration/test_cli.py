@@ -1,6 +1,7 @@
 """The command line as a user meets it: the whole path, doing nothing twice, and clear refusals."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -234,3 +235,25 @@ def test_a_mistake_from_the_shell_has_no_traceback(workplace: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_judge_that_comes_later_scores_what_is_there(finished: Path, tmp_path: Path) -> None:
+    workplace = tmp_path / "later"
+    shutil.copytree(finished.parents[1], workplace)
+    profile = yaml.safe_load((workplace / "small.yaml").read_text())
+    profile["rewards"]["clip_again"] = profile["rewards"]["clip"]
+    (workplace / "small.yaml").write_text(yaml.safe_dump(profile))
+    runs = workplace / "results" / "runs"
+    trained = {path: path.stat().st_mtime_ns for path in runs.glob("*/manifest.json")}
+    for _ in range(2):
+        done = g2rpo(workplace, "reproduce", "two_rows.yaml", "--profile", "small.yaml")
+        assert done.returncode == 0, done.stderr
+    assert (
+        "everything is complete"
+        in g2rpo(workplace, "plan", "two_rows.yaml", "--profile", "small.yaml").stdout
+    )
+    for cell in load_cells(runs / "smoke" / "two_rows" / "cells"):
+        scores = cell.scores.pivot_table(index="prompt_id", columns="reward", values="score")
+        assert len(scores) == 8
+        assert (scores["clip_again"] == scores["clip"]).all()
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
