@@ -1,5 +1,6 @@
 """The committed results: whole, what they say they are, and what README and profile say of them."""
 
+import json
 from itertools import dropwhile, takewhile
 from pathlib import Path
 
@@ -27,7 +28,29 @@ def test_table_1_has_every_cell_at_three_seeds() -> None:
     assert seeds == dict.fromkeys(rows, SEEDS)
 
 
-@pytest.mark.parametrize("experiment", ["table1", "tuning"])
+STUDIES = ["steps", "eta", "fusion", "granularity", "equal-cost"]
+
+
+@pytest.mark.parametrize("experiment", STUDIES)
+def test_a_study_has_every_cell_at_three_seeds(experiment: str) -> None:
+    seeds: dict[str, set[int | None]] = {}
+    for cell in cells_of(experiment):
+        seeds.setdefault(cell.info.row, set()).add(cell.info.seed)
+    assert seeds.pop("base") == {None}
+    assert seeds == dict.fromkeys(set(load_experiment(experiment).cells) - {"base"}, SEEDS)
+
+
+def test_credit_was_measured_for_every_method_at_three_seeds() -> None:
+    document = json.loads((MINI / "credit" / "credit.json").read_text())
+    experiment = load_experiment("credit")
+    assert experiment.credit is not None
+    assert document["settings"] == experiment.credit.model_dump(mode="json")
+    measured = {(cell["row"], cell["seed"]) for cell in document["cells"]}
+    assert measured == {(row, seed) for row in experiment.cells for seed in SEEDS}
+    assert {cell["provenance"]["git_dirty"] for cell in document["cells"]} == {False}
+
+
+@pytest.mark.parametrize("experiment", ["table1", "tuning", "equal-cost"])
 def test_tables_are_rendered_from_the_committed_cells(experiment: str, tmp_path: Path) -> None:
     spec = load_experiment(experiment).table
     written = render_table(spec, cells_of(experiment), profile="mini", output=tmp_path)
@@ -36,7 +59,7 @@ def test_tables_are_rendered_from_the_committed_cells(experiment: str, tmp_path:
 
 
 def test_cells_were_made_by_committed_code() -> None:
-    for experiment in ("table1", "tuning"):
+    for experiment in ("table1", "tuning", *STUDIES):
         assert {cell.info.provenance.git_dirty for cell in cells_of(experiment)} == {False}
 
 
