@@ -30,6 +30,7 @@ from g2rpo.data.prompts import Prompt
 from g2rpo.flow.forest import credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.progress import ProgressReport
+from g2rpo.stop import StopRequest
 from g2rpo.training.collective import sum_over_ranks
 from g2rpo.training.loop import Trainer
 from g2rpo.training.rollout import Rollout
@@ -108,6 +109,7 @@ def measure_credit(trainer: Trainer, config: CreditConfig) -> list[RolloutCredit
 
     Raises:
         UserError: a reward is not finite.
+        Stopped: the process was asked to stop; what was measured is lost.
     """
     prompts = trainer.local_prompts()
     iterations = distinct_rollouts(trainer, config.rollouts)
@@ -243,6 +245,7 @@ def _gradients(
             moments[step].add(gradient)
         everything.add(joined_gradient(parts))
         report.advance()
+        StopRequest.obey()
     sigmas = trainer.grid.sigmas
     measured = [
         StepCredit(step, sigmas[step], explained[step], moments[step].signal, moments[step].noise)

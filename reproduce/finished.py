@@ -44,11 +44,14 @@ def wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
 
 def is_scored(cell: ResolvedCell, layout: Layout, share: Share | None = None) -> bool:
     """Whether every judge of the profile has scored the cell's images, or those of ``share``."""
-    folder, wanted = layout.evaluation(cell), wanted_rewards(cell)
+    folder = layout.evaluation(cell)
     manifests = [read_manifest(folder)]
     if share is not None:  # scored anew by other judges, and not yet put together
         manifests.append(share_manifest(folder, share))
-    return any(found is not None and found["rewards"] == wanted for found in manifests)
+    # What the judges are is asked last: nothing is scored where their weights are not here yet.
+    return any(
+        found is not None and found["rewards"] == wanted_rewards(cell) for found in manifests
+    )
 
 
 def share_stem(folder: Path, share: Share) -> Path:

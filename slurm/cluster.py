@@ -55,12 +55,14 @@ class Container(StrictModel):
 
 
 class Minutes(StrictModel):
-    """Time limits by kind of stage; a stage that needs longer is requeued and goes on."""
+    """Time limits by kind of stage; one that needs longer is requeued and goes on, but for
+    ``credit``, which begins again and so must fit."""
 
     embed: int = Field(120, ge=1)
     train: int = Field(1440, ge=1)
     sample: int = Field(240, ge=1)
     score: int = Field(240, ge=1)
+    credit: int = Field(1440, ge=1)
     render: int = Field(30, ge=1)
 
 

@@ -9,10 +9,11 @@ import yaml
 
 from g2rpo.config import validate
 from reproduce import finished
+from reproduce.commands.doctor import wanted_by
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.layout import Layout
 from reproduce.plan import Plan, make_plan
-from reproduce.plan_display import print_plan, stage_estimates
+from reproduce.plan_display import KINDS, print_plan, stage_estimates
 from reproduce.runs import absent_prompts_named
 from slurm.cluster import load_cluster
 
@@ -173,6 +174,12 @@ def test_the_paper_s_scale_is_planned_before_anything_is_fetched(
     assert row[4:7] == ["2", "x", "8"]
     assert "2 x 8" in text and "GPU-hours" in text
     assert not plan.done
+
+
+def test_every_kind_of_stage_has_a_time_limit_and_devices() -> None:
+    cluster, wanted = load_cluster("h100-apptainer"), wanted_by(load_profile("flux"))
+    assert set(wanted) == set(KINDS)
+    assert all(cluster.time_limit(kind) >= 1 for kind in KINDS)
 
 
 def test_estimates_are_there_for_every_stage(tmp_path: Path) -> None:
