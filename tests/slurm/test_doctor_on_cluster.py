@@ -140,10 +140,10 @@ def test_a_time_limit_above_the_partition_s(doctor: Doctor, cluster: Cluster) ->
     finally:
         cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
     assert done.code == 2
-    word, text = done.line("time of embed, train, sample, score")
+    word, text = done.line("time of embed, train, sample, score, credit")
     assert word == "failed"
     assert "asks for 1440 minutes, partition main allows 60" in text
-    assert "set minutes: {embed: 60, train: 60, sample: 60, score: 60}" in text
+    assert "set minutes: {embed: 60, train: 60, sample: 60, score: 60, credit: 60}" in text
 
 
 def test_preemption_without_time_to_save_is_a_warning(doctor: Doctor) -> None:
