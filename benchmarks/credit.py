@@ -29,6 +29,7 @@ from benchmarks.protocol import CreditConfig
 from g2rpo.data.prompts import Prompt
 from g2rpo.flow.forest import credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
+from g2rpo.methods.base import iterations_by_rollout
 from g2rpo.progress import ProgressReport
 from g2rpo.stop import StopRequest
 from g2rpo.training.collective import sum_over_ranks
@@ -92,11 +93,7 @@ def signal_to_noise(signal: float, noise: float) -> float:
 
 def distinct_rollouts(trainer: Trainer, most: int) -> list[int]:
     """Iterations with different rollouts, the first of each; at most ``most``, evenly chosen."""
-    config = trainer.config
-    first: dict[Any, int] = {}
-    for iteration in range(config.optimization.iterations):
-        first.setdefault(config.method.forest_key(config.shape, iteration), iteration)
-    found = list(first.values())
+    found = list(iterations_by_rollout(trainer.config.method, trainer.config.shape))
     if len(found) <= most:
         return found
     return [found[round(place * (len(found) - 1) / max(1, most - 1))] for place in range(most)]

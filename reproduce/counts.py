@@ -7,13 +7,19 @@ loaded; a run's forests are built as often as they differ.
 import bisect
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.flow.forest import Forest
-from g2rpo.methods.base import Method, RolloutShape, parse_method
+from g2rpo.methods.base import (
+    Method,
+    RolloutShape,
+    forest_key,
+    iterations_by_rollout,
+    parse_method,
+)
 from g2rpo.training.config import TrainConfig, ValidationConfig
 
 SAMPLED_GROUPS = 256
@@ -123,28 +129,10 @@ class _Group:
 def _groups(method: tuple[type[Method], str], shape: RolloutShape) -> Mapping[_Group, int]:
     """How many iterations have which rollout."""
     built = method[0].model_validate_json(method[1])
-    known: dict[object, _Group] = {}
     found: Counter[_Group] = Counter()
-    for iteration in range(shape.iterations):
-        key = _forest_key(built)(shape, iteration)
-        if key not in known:
-            known[key] = _Group.of(built.forest(shape, iteration))
-        found[known[key]] += 1
-        if key is None:  # the same in every iteration
-            found[known[key]] = shape.iterations
-            break
+    for iteration, count in iterations_by_rollout(built, shape).items():
+        found[_Group.of(built.forest(shape, iteration))] += count
     return found
-
-
-def _forest_key(method: Method) -> Callable[[RolloutShape, int], object]:
-    """The method's key, unless a derived class has another forest and the key of its base."""
-
-    def owner(name: str) -> type:
-        return next(kind for kind in type(method).__mro__ if name in vars(kind))
-
-    if issubclass(owner("forest_key"), owner("forest")):
-        return method.forest_key
-    return functools.partial(Method.forest_key, method)
 
 
 def _is_random(method: type[Method]) -> bool:
@@ -220,7 +208,7 @@ def _drawn_states(config: TrainConfig, question: _Question) -> int:
     method, shape = parse_method(config.method), config.shape
     prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
     count, seed = config.rollout.prompts_per_iteration, config.seed
-    key = _forest_key(method)
+    key = forest_key(method)
     known: dict[object, _Group] = {}
     total = 0
     for iteration in range(shape.iterations):

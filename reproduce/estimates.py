@@ -14,6 +14,7 @@ from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.forest import credited_to, recorded_steps
 from g2rpo.hub.prompt_sets import VALIDATION_PROMPTS, artifact_named
+from g2rpo.methods.base import iterations_by_rollout
 from g2rpo.policy import PolicyConfig
 from g2rpo.training.config import CheckpointConfig, TrainConfig
 from reproduce.counts import training_counts, validations
@@ -182,8 +183,7 @@ def credit_estimate(
     """The measurement of a method's credit: groups for each step's share, and for the gradients."""
     counts, total = training_counts(config), config.optimization.iterations
     method, prompts = config.method, config.rollout.prompts_per_iteration
-    different = len({method.forest_key(config.shape, iteration) for iteration in range(total)})
-    rollouts = min(credit.rollouts, different)
+    rollouts = min(credit.rollouts, len(iterations_by_rollout(method, config.shape)))
     forest = method.forest(replace(config.shape, group_size=credit.samples), 0)
     pairs = [forest, *(credited_to(forest, step) for step in recorded_steps(forest))]
     repeats = credit.repeats / total

@@ -3,7 +3,8 @@
 import functools
 import importlib
 import pkgutil
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -81,6 +82,30 @@ class Method(StrictModel):
         """
         del seed, iteration, key
         return recorded
+
+
+def forest_key(method: Method) -> Callable[[RolloutShape, int], Hashable]:
+    """The method's key, unless a derived class has another forest and the key of its base."""
+
+    def owner(name: str) -> type:
+        return next(kind for kind in type(method).__mro__ if name in vars(kind))
+
+    if issubclass(owner("forest_key"), owner("forest")):
+        return method.forest_key
+    return functools.partial(Method.forest_key, method)
+
+
+def iterations_by_rollout(method: Method, shape: RolloutShape) -> dict[int, int]:
+    """How many iterations have which rollout, by the first of them."""
+    key_of = forest_key(method)
+    first: dict[Hashable, int] = {}
+    found: Counter[int] = Counter()
+    for iteration in range(shape.iterations):
+        key = key_of(shape, iteration)
+        if key is None:  # the same in every iteration
+            return {0: shape.iterations}
+        found[first.setdefault(key, iteration)] += 1
+    return dict(found)
 
 
 def method_names() -> list[str]:

@@ -50,17 +50,15 @@ class Encoder:
     uris: dict[str, str] = field(default_factory=dict)
     names: dict[Path, str] = field(default_factory=dict)
 
-    def add(self, path: Path) -> int:
-        """Encodes a file that was not; returns the characters that it adds to the page."""
+    def add(self, path: Path) -> None:
+        """Encodes a file that was not."""
         if path in self.names:
-            return 0
+            return
         data = _webp(path, self.side)
         name = hashlib.sha256(data).hexdigest()[:16]
         self.names[path] = name
-        if name in self.uris:
-            return 0
-        self.uris[name] = "data:image/webp;base64," + base64.b64encode(data).decode()
-        return len(self.uris[name]) + len(name) + 6
+        if name not in self.uris:
+            self.uris[name] = "data:image/webp;base64," + base64.b64encode(data).decode()
 
 
 def _webp(path: Path, side: int | None) -> bytes:
@@ -134,6 +132,7 @@ def _fits(paths: Sequence[Path], encoder: Encoder, room: int) -> bool:
 
 
 def _size(encoder: Encoder, path: Path) -> int:
+    """Characters that an image takes on the page, with its name and the quotes around both."""
     encoder.add(path)
     name = encoder.names[path]
     return len(encoder.uris[name]) + len(name) + 6
