@@ -22,8 +22,9 @@ from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.figures import FIGURE_STYLE, LINE_STYLES, MARKERS, PALETTE
 from reproduce.layout import Layout
 from reproduce.render.notes import Gap
-from reproduce.rendering import why_not
+from reproduce.rendering import reason_of
 from reproduce.run_folders import read_manifest
+from reproduce.work import Measurement
 
 EXPLAINED = "Share of the reward's variance that the step's noise explains"
 RATIO = "Signal-to-noise ratio of the step's gradient, one iteration"
@@ -128,9 +129,10 @@ def publish_credit(
     measured: list[Measured] = []
     gaps: list[Gap] = []
     for cell in sorted(cells, key=lambda cell: (list(labels).index(cell.key), cell.seed or 0)):
-        manifest = read_manifest(layout.credit(cell, experiment.credit))
+        measurement = Measurement(cell, layout, experiment.credit)
+        manifest = read_manifest(measurement.folder)
         if manifest is None:
-            gaps.append(Gap(cell.key, why_not(cell, layout, experiment.credit), cell.seed))
+            gaps.append(Gap(cell.key, reason_of(measurement), cell.seed))
         else:
             measured.append(Measured(cell.key, labels[cell.key], cell.seed or 0, manifest))
     if not measured:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import CreditConfig
 from reproduce import runs
 from reproduce.experiment import ResolvedCell, judges
 from reproduce.layout import Layout
@@ -17,11 +16,6 @@ from reproduce.shares import WHOLE, Share
 def is_trained(cell: ResolvedCell, layout: Layout) -> bool:
     """Whether the cell needs no (more) training."""
     return cell.train is None or read_manifest(layout.training(cell)) is not None
-
-
-def is_measured(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> bool:
-    """Whether the credit of the cell's rollouts has been measured."""
-    return read_manifest(layout.credit(cell, config)) is not None
 
 
 def is_sampled(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:

@@ -10,7 +10,7 @@ from benchmarks.protocol import CreditConfig
 from reproduce.experiment import Experiment, Hardware, Profile, ResolvedCell
 from reproduce.layout import Layout, RememberedLayout
 from reproduce.shares import Share
-from reproduce.work import Embedding, Work, cell_file
+from reproduce.work import AnyWork, Embedding, Measurement, Work, cell_file
 from slurm.graph import Graph, Needs, Stage
 
 
@@ -33,7 +33,7 @@ class Plan:
     cells: tuple[ResolvedCell, ...]
     layout: Layout
     graph: Graph
-    works: Mapping[str, Work | Embedding]
+    works: Mapping[str, AnyWork]
     done: frozenset[str]
 
     @functools.cached_property
@@ -58,7 +58,7 @@ def make_plan(
     prompts = Embedding(tuple(cells), remembered)
     resources = Needs(1, profile.hardware.evaluation_devices)
     stages = {prompts.name: _stage(prompts, (), resources)}
-    works: dict[str, Work | Embedding] = {prompts.name: prompts}
+    works: dict[str, AnyWork] = {prompts.name: prompts}
     done: set[str] = set()
     judged: list[str] = []
     for cell in cells:
@@ -100,18 +100,18 @@ def shares_of(hardware: Hardware) -> list[Share]:
 
 def _cell_stages(
     cell: ResolvedCell, layout: Layout, credit: CreditConfig | None, embedded: tuple[str, ...]
-) -> Iterator[tuple[Work, Stage]]:
+) -> Iterator[tuple[AnyWork, Stage]]:
     """The stages of one cell, each after those it needs."""
     before, hardware = embedded, cell.profile.hardware
     whole = Needs(hardware.training_ranks, hardware.gpus)
     if credit is not None:
-        work = Work("credit", cell, layout, credit=credit)
-        yield work, _stage(work, before, whole)
+        measurement = Measurement(cell, layout, credit)
+        yield measurement, _stage(measurement, before, whole)
         return
     if cell.train is not None:
-        work = Work("train", cell, layout)
-        yield work, _stage(work, before, whole)
-        before = (work.name,)
+        training = Work("train", cell, layout)
+        yield training, _stage(training, before, whole)
+        before = (training.name,)
     resources = Needs(1, hardware.evaluation_devices)
     for kind in ("sample", "score"):
         works = [Work(kind, cell, layout, share) for share in shares_of(hardware)]
@@ -123,12 +123,14 @@ def _cell_stages(
 
 
 def _stage(
-    work: Work | Embedding, needs: tuple[str, ...], resources: Needs, array: str | None = None
+    work: AnyWork, needs: tuple[str, ...], resources: Needs, array: str | None = None
 ) -> Stage:
     payload: dict[str, Any] = {}
     if isinstance(work, Work):
         share = work.share
         payload = {"cell": cell_file(work.cell), "share": [share.index, share.count]}
+    elif isinstance(work, Measurement):
+        payload = {"cell": cell_file(work.cell)}
     return Stage(
         name=work.name,
         kind=work.kind,

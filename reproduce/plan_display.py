@@ -21,7 +21,7 @@ from reproduce.experiment import absolute
 from reproduce.plan import Plan
 from reproduce.schedule import Task, schedule_wall
 from reproduce.speeds import Speeds, speeds_of
-from reproduce.work import Work
+from reproduce.work import Measurement, Work
 from slurm.cluster import Cluster
 from slurm.graph import Stage
 
@@ -46,9 +46,6 @@ def _estimate(plan: Plan, stage: Stage, speeds: Speeds, referenced: set[Path]) -
     work = plan.works.get(stage.name)
     hardware = plan.profile.hardware
     if isinstance(work, Work):
-        if work.credit is not None:
-            assert work.cell.train is not None
-            return credit_estimate(work.cell.train, work.credit, hardware, speeds)
         if work.kind == "train":
             assert work.cell.train is not None
             return training_estimate(work.cell.train, hardware, speeds)
@@ -60,6 +57,9 @@ def _estimate(plan: Plan, stage: Stage, speeds: Speeds, referenced: set[Path]) -
             reference = path not in referenced and not path.exists()
             referenced.add(path)
         return sampling_estimate(work.cell, work.share, speeds, reference=reference)
+    if isinstance(work, Measurement):
+        assert work.cell.train is not None
+        return credit_estimate(work.cell.train, work.config, hardware, speeds)
     if work is not None:
         return embedding_estimate(_prompts(plan), plan.profile.policy, hardware, speeds)
     return rendering_estimate(speeds)

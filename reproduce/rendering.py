@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 from benchmarks.cells import Cell, load_cell
-from benchmarks.protocol import CreditConfig
 from g2rpo.errors import UserError
 from reproduce.collecting import collect, collected
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
 from reproduce.plan import shares_of
 from reproduce.render.notes import Gap
-from reproduce.work import Inputs, Work, finish, latest_attempt
+from reproduce.work import AnyWork, Inputs, Work, finish, latest_attempt
 
 
 def gather(
@@ -34,21 +33,21 @@ def gather(
     return finished, gaps
 
 
-def why_not(cell: ResolvedCell, layout: Layout, credit: CreditConfig | None = None) -> str:
+def why_not(cell: ResolvedCell, layout: Layout) -> str:
     """Why a cell is not finished, in one line: the first of its stages that is not done."""
     shares = shares_of(cell.profile.hardware)
     works = [] if cell.train is None else [Work("train", cell, layout)]
     works += [Work(kind, cell, layout, share) for kind in ("sample", "score") for share in shares]
-    if credit is not None:
-        works = [Work("credit", cell, layout, credit=credit)]
-    for work in works:
-        if work.done():
-            continue
-        attempt = latest_attempt(work.lease)
-        if attempt is None or attempt.record is None:
-            return f"{work.kind} has not run"
-        return attempt.record.reason or f"{work.kind} was interrupted"
-    return "its scores are not put together yet"
+    left = next((work for work in works if not work.done()), None)
+    return "its scores are not put together yet" if left is None else reason_of(left)
+
+
+def reason_of(work: AnyWork) -> str:
+    """Why ``work`` is not done, in one line."""
+    attempt = latest_attempt(work.lease)
+    if attempt is None or attempt.record is None:
+        return f"{work.kind} has not run"
+    return attempt.record.reason or f"{work.kind} was interrupted"
 
 
 def render(

@@ -31,7 +31,6 @@ from reproduce import embedding, runs
 from reproduce.behaviour import Behaviour
 from reproduce.experiment import ResolvedCell, judges
 from reproduce.finished import (
-    is_measured,
     is_sampled,
     is_scored,
     is_trained,
@@ -86,8 +85,6 @@ def measure(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> Path:
         UserError: whatever :class:`Trainer` raises.
     """
     folder = layout.credit(cell, config)
-    if is_measured(cell, layout, config):
-        return folder
     assert cell.train is not None
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cell.train, folder)

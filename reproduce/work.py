@@ -24,6 +24,7 @@ from g2rpo.training.config import TrainConfig
 from reproduce import embedding, finished
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
+from reproduce.run_folders import read_manifest
 from reproduce.shares import WHOLE, Share
 from slurm.distributed import Ranks
 from slurm.graph import Stage
@@ -37,24 +38,20 @@ class Work:
     """What one stage does.
 
     Attributes:
-        kind: ``train``, ``sample``, ``score`` or ``credit``.
+        kind: ``train``, ``sample`` or ``score``.
         cell: the cell it is of.
         layout: where things are.
         share: which part of the prompts, where the stage is shared.
-        credit: how credit is measured, where it is.
     """
 
     kind: str
     cell: ResolvedCell
     layout: Layout
     share: Share = WHOLE
-    credit: CreditConfig | None = None
 
     @functools.cached_property
     def name(self) -> str:
         """Names what it makes: the same for the same configuration and inputs."""
-        if self.credit is not None:
-            return f"credit/{self.layout.credit(self.cell, self.credit).name}"
         run = self.layout.training(self.cell)
         if self.kind == "train":
             return f"train/{run.name}"
@@ -63,8 +60,6 @@ class Work:
     @property
     def lease(self) -> Path:
         """Where its attempts are told."""
-        if self.credit is not None:
-            return self.layout.credit(self.cell, self.credit) / "leases" / "credit"
         if self.kind == "train":
             return self.layout.training(self.cell) / "leases" / "train"
         folder = self.layout.evaluation(self.cell) / "leases"
@@ -73,16 +68,13 @@ class Work:
     @property
     def label(self) -> str:
         """What people call it."""
-        cell = self.cell
-        name = cell.key if cell.seed is None else f"{cell.key}, seed {cell.seed}"
-        if self.kind in ("train", "credit") or self.share.count == 1:
+        name = _cell_label(self.cell)
+        if self.kind == "train" or self.share.count == 1:
             return name
         return f"{name}, {self.share.index + 1}/{self.share.count}"
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        if self.credit is not None:
-            return finished.is_measured(self.cell, self.layout, self.credit)
         if self.kind == "train":
             return finished.is_trained(self.cell, self.layout)
         if self.kind == "sample":
@@ -93,14 +85,62 @@ class Work:
         """Does what is left."""
         from reproduce import stages  # imports the model libraries: seconds that plans do without
 
-        if self.credit is not None:
-            stages.measure(self.cell, self.layout, self.credit)
-        elif self.kind == "train":
+        if self.kind == "train":
             stages.train(self.cell, self.layout)
         elif self.kind == "sample":
             stages.sample(self.cell, self.layout, self.share)
         else:
             stages.score_share(self.cell, self.layout, self.share)
+
+
+def _cell_label(cell: ResolvedCell) -> str:
+    return cell.key if cell.seed is None else f"{cell.key}, seed {cell.seed}"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The stage that measures the credit of a cell's rollouts.
+
+    Attributes:
+        cell: the cell it is of.
+        layout: where things are.
+        config: how it is measured.
+    """
+
+    cell: ResolvedCell
+    layout: Layout
+    config: CreditConfig
+    kind = "credit"
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where its result is."""
+        return self.layout.credit(self.cell, self.config)
+
+    @property
+    def name(self) -> str:
+        """Names what it makes: the same for the same configuration and inputs."""
+        return f"credit/{self.folder.name}"
+
+    @property
+    def lease(self) -> Path:
+        """Where its attempts are told."""
+        return self.folder / "leases" / "credit"
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return _cell_label(self.cell)
+
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return read_manifest(self.folder) is not None
+
+    def do(self) -> None:
+        """Measures it."""
+        from reproduce import stages  # imports the model libraries
+
+        stages.measure(self.cell, self.layout, self.config)
 
 
 @dataclass(frozen=True)
@@ -146,7 +186,10 @@ def latest_attempt(lease: Path) -> Attempt | None:
     return latest(lease.parent, lease.name)
 
 
-def perform(work: Work | Embedding, ranks: Ranks, log: Path | None = None) -> None:
+AnyWork = Work | Measurement | Embedding
+
+
+def perform(work: AnyWork, ranks: Ranks, log: Path | None = None) -> None:
     """Does ``work`` under its lease; returns at once where it is done.
 
     Raises:
@@ -260,14 +303,15 @@ class Inputs:
         cells = [cell_from(_read(path), self.profile, str(path)) for path in files]
         return sorted(cells, key=lambda cell: (cell.key, cell.seed or 0))
 
-    def work(self, stage: Stage) -> Work | Embedding:
+    def work(self, stage: Stage) -> AnyWork:
         """What ``stage`` does."""
         if stage.kind == "embed":
             return Embedding(tuple(self.cells()), self.layout)
         path = self.folder / "inputs" / "cells" / stage.payload["cell"]
         cell = cell_from(_read(path), self.profile, str(path))
-        share = Share(*stage.payload["share"])
-        return Work(stage.kind, cell, self.layout, share, self.experiment.credit)
+        if self.experiment.credit is not None:
+            return Measurement(cell, self.layout, self.experiment.credit)
+        return Work(stage.kind, cell, self.layout, Share(*stage.payload["share"]))
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
