@@ -23,6 +23,7 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from reproduce import runs
 from reproduce.experiment import Profile, judges
+from reproduce.run_folders import write_manifest
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _write(
         pd.DataFrame(bad, columns=["item", "reason"]).to_csv(temporary, index=False)
     hashes = scores.groupby("reward", sort=False)["weights_hash"].first()
     weights = {str(reward): str(sha256) for reward, sha256 in hashes.items()}
-    runs.write_manifest(
+    write_manifest(
         request.output,
         {
             "stage": "score",

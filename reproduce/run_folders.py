@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.errors import UserError
+from g2rpo.files import write_json
 
 SETTINGS = "config.json"
 EVALUATIONS = "evaluations"
@@ -39,6 +40,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, json.JSONDecodeError):
         return None
     return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Marks a stage complete: its manifest is written last."""
+    write_json(folder / MANIFEST, manifest)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ import torch
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file, sha256_files, sha256_tree, write_json
+from g2rpo.files import sha256_file, sha256_files, sha256_tree
 from g2rpo.hub.cache import Digests
 from g2rpo.hub.lock import lock_path, revision_of
 from g2rpo.policy import CheckpointConfig, PolicyConfig
@@ -243,8 +243,3 @@ def provenance(weights: dict[str, str]) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Marks a stage complete: its manifest is written last."""
-    write_json(folder / "manifest.json", manifest)

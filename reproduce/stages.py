@@ -39,6 +39,7 @@ from reproduce.finished import (
     wanted_rewards,
 )
 from reproduce.layout import Layout, evaluation_inputs
+from reproduce.run_folders import write_manifest
 from reproduce.shares import WHOLE, Share
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def train(cell: ResolvedCell, layout: Layout) -> Path:
             "progress": vars(progress),
             "provenance": runs.provenance(weights),
         }
-        runs.write_manifest(folder, manifest)
+        write_manifest(folder, manifest)
     return folder
 
 
@@ -100,7 +101,7 @@ def measure(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> Path:
             "rollouts": [rollout.document() for rollout in measured],
             "provenance": runs.provenance(weights),
         }
-        runs.write_manifest(folder, manifest)
+        write_manifest(folder, manifest)
     return folder
 
 
@@ -257,7 +258,7 @@ def finish_scores(cell: ResolvedCell, layout: Layout, shares: int) -> None:
         scores.to_parquet(temporary, index=False)
     behaviour.prune(cell.profile.keep_images)
     prune_images(folder / "images", behaviour.prompts, cell.profile.keep_images)
-    runs.write_manifest(
+    write_manifest(
         folder,
         {
             "stage": "score",

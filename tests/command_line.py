@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,10 +24,16 @@ def g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def write_small_profile(path: Path, assets: Path) -> Path:
-    """The smoke profile, on ``assets`` that are there already."""
-    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
+def small_profile_data(assets: Path) -> dict[str, Any]:
+    """The smoke profile's settings, on ``assets`` that are there already."""
+    text = (HERE / "profiles" / "smoke.yaml").read_text()
+    profile: dict[str, Any] = yaml.safe_load(text.replace("results/runs/assets/smoke", str(assets)))
     for key in ("build", "assets"):
         profile.pop(key)
-    path.write_text(yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(assets)))
+    return profile
+
+
+def write_small_profile(path: Path, assets: Path, **changes: Any) -> Path:
+    """Writes :func:`small_profile_data`, some of its settings changed."""
+    path.write_text(yaml.safe_dump(small_profile_data(assets) | changes))
     return path

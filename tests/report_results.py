@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from cell_factory import make_cell, make_metrics, make_scores
+from command_line import small_profile_data
 from PIL import Image
 
 from benchmarks.cells import Cell, Provenance, cells_folder, save_cell
@@ -15,7 +16,7 @@ from benchmarks.held_out import image_path
 from benchmarks.metrics import DISTANCE, DRIFT, VENDI
 from g2rpo.data.prompts import read_prompts
 from g2rpo.training.pictures import pictures_folder
-from reproduce.experiment import HERE, Profile, load_experiment, load_profile, resolve
+from reproduce.experiment import Profile, load_experiment, load_profile, resolve
 from reproduce.layout import Layout, protocol_hash
 from reproduce.report.chapter import Chapter, load_chapter
 from reproduce.stages import held_out_prompts, picture_scores
@@ -63,20 +64,16 @@ class Results:
 
 
 def _profile(folder: Path, assets: Path) -> Path:
-    data = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        data.pop(key)
+    data = small_profile_data(assets)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n")
     data["name"] = "made-up"
     data["rewards"] = {name: {"model": name, "source": "x"} for name in REWARDS}
     data["training"]["optimization"]["iterations"] = ITERATIONS
     data |= {"pictured_prompts": 4, "pictured_every": 2, "keep_images": len(PROMPTS)}
-    text = yaml.safe_dump(data).replace("results/runs/assets/smoke", str(assets))
-    changed = yaml.safe_load(text)
-    changed["prompts"]["test"] = str(prompts)
+    data["prompts"]["test"] = str(prompts)
     path = folder / "profile.yaml"
-    path.write_text(yaml.safe_dump(changed))
+    path.write_text(yaml.safe_dump(data))
     return path
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import small_profile_data
 
 from g2rpo.attempts import read_attempts
-from reproduce.experiment import HERE
 from reproduce.launch import DRIVER, latest_submission
 from reproduce.status import is_over, read_status
 from reproduce.work import latest_attempt
@@ -39,12 +39,9 @@ SLOW = ("-s", "optimization.iterations=100000")
 @pytest.fixture(scope="module")
 def inputs(smoke_assets: Path) -> dict[str, str]:
     """An experiment and a profile on the session's tiny models."""
-    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        profile.pop(key)
+    profile = small_profile_data(smoke_assets)
     profile["rewards"] = {name: profile["rewards"][name] for name in ("hps", "clip")}
-    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
-    return {"one_row.yaml": yaml.safe_dump(TABLE), "small.yaml": text}
+    return {"one_row.yaml": yaml.safe_dump(TABLE), "small.yaml": yaml.safe_dump(profile)}
 
 
 def workplace(folder: Path, inputs: dict[str, str]) -> Path:

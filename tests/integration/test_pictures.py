@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from command_line import write_small_profile
 from PIL import Image
 from training_runs import config_for, distance, trainer_for, weights
 
@@ -138,14 +138,7 @@ def test_the_seconds_of_the_phases_are_within_the_iteration(pictured: Path) -> N
 
 
 def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:
-    from reproduce.experiment import HERE
-
-    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        profile.pop(key)
-    profile["pictured_prompts"] = 3
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets)))
+    path = write_small_profile(tmp_path / "small.yaml", smoke_assets, pictured_prompts=3)
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from command_line import write_small_profile
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +23,7 @@ from g2rpo.policy import FluxPolicy, PolicyConfig
 from g2rpo.policy.flux import Handover
 from g2rpo.sampling import sample_ode
 from reproduce import cli
-from reproduce.experiment import HERE, load_experiment, load_profile
+from reproduce.experiment import load_experiment, load_profile
 
 NAME = "diffusion_pytorch_model.safetensors"
 HYBRID = {"name": "hybrid", "hybrid": {"tuned_fraction": 0.5}}
@@ -47,11 +48,7 @@ def moved(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sets of tuned weights in two layouts, an experiment on them, and the tiny profile."""
     place = tmp_path_factory.mktemp("released")
-    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        profile.pop(key)
-    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
-    (place / "small.yaml").write_text(text)
+    write_small_profile(place / "small.yaml", smoke_assets)
     transformer = smoke_assets / "policy" / "transformer"
     folder = place / "weights" / "checkpoint-300-0"
     folder.mkdir(parents=True)

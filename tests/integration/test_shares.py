@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
+from command_line import small_profile_data
 
 from benchmarks.cells import load_cells
 from g2rpo.config import validate
 from reproduce import stages
-from reproduce.experiment import HERE, Experiment, Profile, ResolvedCell, expand
+from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
 from reproduce.layout import Layout
 from reproduce.rendering import gather, why_not
 from reproduce.shares import Share
@@ -44,10 +44,7 @@ def _one_image_at_a_time() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def profile(smoke_assets: Path) -> Profile:
-    text = (HERE / "profiles" / "smoke.yaml").read_text()
-    data = yaml.safe_load(text.replace("results/runs/assets/smoke", str(smoke_assets)))
-    for key in ("build", "assets"):
-        data.pop(key)
+    data = small_profile_data(smoke_assets)
     data["rewards"] = {name: data["rewards"][name] | {"batch_size": 1} for name in ("hps", "clip")}
     data["evaluation"]["limit"] = 7
     return validate(Profile, data, "smoke")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_line import write_small_profile
 from safetensors.torch import load_file
 from training_runs import Brightness, config_for, distance, trainer_for, weights
 
@@ -30,15 +31,7 @@ ITERATIONS = 5
 @pytest.fixture(scope="session")
 def small_profile(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke profile on the session's assets, without judges that are not trained on."""
-    from reproduce.experiment import HERE
-
-    profile = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        profile.pop(key)
-    text = yaml.safe_dump(profile).replace("results/runs/assets/smoke", str(smoke_assets))
-    path = tmp_path_factory.mktemp("profile") / "small.yaml"
-    path.write_text(text)
-    return path
+    return write_small_profile(tmp_path_factory.mktemp("profile") / "small.yaml", smoke_assets)
 
 
 def train_command(profile: Path, results: Path, *extra: str, ranks: int = 1) -> list[str]:
