@@ -74,7 +74,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such prompt file") from None
+        raise UserError(
+            f"{path}: no such prompt file; `g2rpo prompts fetch` gets the published ones"
+        ) from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder; name a file with one prompt per line") from None
     except UnicodeDecodeError:
