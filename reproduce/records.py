@@ -17,7 +17,6 @@ from benchmarks.cells import Cell, CellInfo, Cost, Protocol, Provenance, load_ce
 from g2rpo.config import content_hash
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
-from reproduce import runs
 from reproduce.run_folders import (
     EVALUATIONS,
     MANIFEST,
@@ -29,6 +28,8 @@ from reproduce.run_folders import (
     read_settings,
     run_folders,
 )
+from reproduce.runs import train_run_name
+from reproduce.settings import NOT_DETERMINING
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class RunRecord:
     def without_seed(self) -> str:
         """Names what it is but for its seed: runs that share it are one method at several seeds."""
         if self.settings is not None:
-            apart = {"seed", *runs.NOT_DETERMINING}
+            apart = {"seed", *NOT_DETERMINING}
             return content_hash({k: v for k, v in self.settings.items() if k not in apart})
         if self.cells:
             info = self.cells[0].info
@@ -269,6 +270,6 @@ def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     train = resolved.train
-    if train is None or runs.train_run_name(train) != cell.info.runs["train"]:
+    if train is None or train_run_name(train) != cell.info.runs["train"]:
         return None
     return train.model_dump(mode="json")

@@ -4,11 +4,9 @@ Runs that differ in nothing but their seed are taken together, so that a compari
 methods where three seeds are shared, and about the trained weights at hand elsewhere.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +22,7 @@ from benchmarks.statistics import (
 from g2rpo.errors import UserError
 from reproduce.comparisons import compare_metric, compare_rows, strongest_label
 from reproduce.records import RunRecord
-from reproduce.runs import NOT_DETERMINING
+from reproduce.settings import NOT_DETERMINING, flat
 
 ABSENT = "–"
 
@@ -300,42 +298,30 @@ def setting_differences(compared: Sequence[Member]) -> list[Difference]:
 
     Members of which no settings are known show a dash and are not compared.
     """
-    flat = [[_flat(run.settings or {}) for run in member.runs] for member in compared]
-    return sorted(_differences(flat), key=lambda one: (not one.determining, one.key))
+    settings = [[flat(run.settings or {}) for run in one.runs] for one in compared]
+    return sorted(_differences(settings), key=lambda one: (not one.determining, one.key))
 
 
 def provenance_differences(compared: Sequence[Member]) -> list[Difference]:
     """In which code, packages, weights and hardware members were made, where these differ."""
-    flat = []
+    origins = []
     for member in compared:
         found = []
         for run in member.runs:
             fields = {} if run.provenance is None else run.provenance.model_dump(mode="json")
-            found.append(_flat(fields))
-        flat.append(found)
-    return _differences(flat)
+            found.append(flat(fields))
+        origins.append(found)
+    return _differences(origins)
 
 
-def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys; other values as JSON."""
-    flat: dict[str, str] = {}
-    for key, inner in value.items():
-        name = f"{before}{key}"
-        if isinstance(inner, Mapping) and inner:
-            flat |= _flat(inner, f"{name}.")
-        else:
-            flat[name] = inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
-    return flat
-
-
-def _differences(flat: Sequence[Sequence[Mapping[str, str]]]) -> list[Difference]:
-    keys = dict.fromkeys(key for member in flat for run in member for key in run)
+def _differences(compared: Sequence[Sequence[Mapping[str, str]]]) -> list[Difference]:
+    keys = dict.fromkeys(key for member in compared for run in member for key in run)
     found = []
     for key in keys:
         values = tuple(
-            ", ".join(dict.fromkeys(run.get(key, ABSENT) for run in member)) for member in flat
+            ", ".join(dict.fromkeys(run.get(key, ABSENT) for run in member)) for member in compared
         )
-        known = {value for value, member in zip(values, flat, strict=True) if any(member)}
+        known = {value for value, member in zip(values, compared, strict=True) if any(member)}
         if len(known) > 1:
             determining = key.split(".")[0] not in NOT_DETERMINING
             found.append(Difference(key, values, determining))

@@ -9,15 +9,17 @@ from rich.table import Table
 from g2rpo.progress import duration
 from reproduce.console import STYLES, plain_table
 from reproduce.run_states import RunState
+from reproduce.settings import distinctions
 
 DIGITS = 4
 
 
-def states_table(states: Sequence[RunState]) -> Table:
-    """A row per run."""
+def states_table(states: Sequence[RunState], known: Sequence[RunState]) -> Table:
+    """A row for each of ``states``, which are told apart from all the ``known`` of their method."""
+    differs = distinctions({state.name: state.settings for state in known})
     columns = (
         "run", "state", "progress", "ETA", "last reward", "validation", "evaluations",
-        "changed", "",
+        "changed", "settings", "",
     )  # fmt: skip
     table = plain_table(*columns, right=("progress", "ETA", "changed"))
     for state in states:
@@ -32,6 +34,7 @@ def states_table(states: Sequence[RunState]) -> Table:
             escape(_values(state.validation)),
             escape(state.evaluations),
             _ago(state.updated),
+            escape(differs[state.name]),
             escape(state.reason or where),
         )
     return table

@@ -26,6 +26,7 @@ class RunState:
 
     Attributes:
         name: of its folder.
+        settings: its training configuration; empty where it has none, or a damaged one.
         word: its state.
         reason: why it failed or was stopped; may be empty.
         done: iterations that are done; None where nothing is trained.
@@ -40,6 +41,7 @@ class RunState:
 
     name: str
     word: Word
+    settings: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
     done: int | None = None
     total: int | None = None
@@ -74,6 +76,7 @@ def read_run_state(folder: Path) -> RunState:
     return RunState(
         name=folder.name,
         word=word,
+        settings=config,
         reason=reason,
         done=int(rows[-1]["iteration"]) if rows else 0,
         total=config.get("optimization", {}).get("iterations"),

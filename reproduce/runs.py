@@ -30,12 +30,10 @@ from g2rpo.policy.checkpoint import files_at, find_checkpoint, local_path
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.unified_reward.template import question_inputs
 from g2rpo.training.config import TrainConfig
+from reproduce.settings import NOT_DETERMINING
 
 ALGORITHM_VERSION = 1
 """Raised when the same configuration would give other weights or images than before."""
-
-NOT_DETERMINING = ("validation", "pictures", "checkpoints", "execution")
-"""Sections of a training configuration that do not change the trained weights."""
 
 PACKAGES = (
     "g2rpo", "torch", "diffusers", "transformers", "accelerate", "open_clip_torch", "numpy",

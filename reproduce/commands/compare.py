@@ -40,7 +40,7 @@ def runs(
     ]
     if not shown:
         raise UserError(_none_of([one.name for one in known], words or (), state))
-    wide_console().print(states_table(shown))
+    wide_console().print(states_table(shown, known))
 
 
 def _none_of(names: Sequence[str], words: Sequence[str], state: str | None) -> str:

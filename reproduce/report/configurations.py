@@ -9,19 +9,7 @@ from g2rpo.errors import UserError
 from reproduce.experiment import ResolvedCell
 from reproduce.render.notes import full_label
 from reproduce.report.chapter import Chapter, without_root
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys; all else as JSON, paths as within the repository."""
-    if isinstance(value, Mapping) and value:
-        return {
-            key: text
-            for name, inner in value.items()
-            for key, text in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    if isinstance(value, str):
-        return {prefix: without_root(value)}
-    return {prefix: without_root(json.dumps(value, ensure_ascii=False))}
+from reproduce.settings import flat
 
 
 def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
@@ -54,15 +42,15 @@ def _configuration(chapter: Chapter, cell: Cell) -> tuple[dict[str, str], str | 
     except UserError:  # its files are not here, and so it cannot be told what it is named
         resolved, name = None, None
     if resolved is not None and name == cell.info.runs.get("train"):
-        return flat(known | _sections(resolved)), None
+        return _flat(known | _sections(resolved)), None
     path = chapter.layout.runs / cell.info.runs.get("train", "") / "config.json"
     if path.is_file():
         trained = json.loads(path.read_text(encoding="utf-8"))
-        return flat(known | {"train": trained}), "as kept in the run's folder"
+        return _flat(known | {"train": trained}), "as kept in the run's folder"
     if resolved is not None:
         note = "the experiment's files now say something else than this run was made from"
-        return flat(known | _sections(resolved)), note
-    return flat(known), "the files that the configuration is made from are not here"
+        return _flat(known | _sections(resolved)), note
+    return _flat(known), "the files that the configuration is made from are not here"
 
 
 def _sections(cell: ResolvedCell) -> dict[str, Any]:
@@ -73,3 +61,8 @@ def _sections(cell: ResolvedCell) -> dict[str, Any]:
         "evaluation_prompts": cell.evaluation_prompts,
         "checkpoint": None if cell.checkpoint is None else cell.checkpoint.model_dump(mode="json"),
     }
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys; paths as within the repository."""
+    return {key: without_root(text) for key, text in flat(values).items()}

@@ -26,7 +26,7 @@ from reproduce.figures import Metric, seed_band
 from reproduce.findings import findings
 from reproduce.layout import Layout
 from reproduce.report.chapter import Chapter, load_chapter
-from reproduce.report.configurations import configuration_data, flat
+from reproduce.report.configurations import configuration_data
 from reproduce.report.curves import AXES, curve_data
 from reproduce.report.documents import find_documents
 from reproduce.report.grids import Grid, phase_seconds
@@ -334,9 +334,23 @@ def test_a_run_of_other_files_says_so(results: Results, tmp_path: Path) -> None:
     assert "something else than this run was made from" in said["note"]
 
 
-def test_flat_has_dotted_keys_and_no_path_of_this_machine() -> None:
-    nested = {"a": {"b": [1, 2], "c": {"d": f"{ROOT}/prompts.txt"}}, "e": None, "f": {}}
-    assert flat(nested) == {"a.b": "[1, 2]", "a.c.d": "prompts.txt", "e": "null", "f": "{}"}
+def test_a_run_is_known_by_its_own_folder_without_a_path_of_this_machine(
+    results: Results, tmp_path: Path
+) -> None:
+    chapter = results.chapter()
+    cell = next(cell for cell in chapter.cells if cell.info.seed == 1)
+    run = chapter.layout.runs / "made-up-elsewhere"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"prompts": {"file": f"{ROOT}/prompts.txt"}}))
+    runs = {"train": run.name, "evaluation": "x"}
+    changed = replace(cell, info=cell.info.model_copy(update={"runs": runs}))
+    saved = load_cell(save_cell(changed, tmp_path))
+    try:
+        (said,) = configuration_data(replace(chapter, cells=(saved,)))
+    finally:
+        shutil.rmtree(run)
+    assert said["note"] == "as kept in the run's folder"
+    assert said["values"]["train.prompts.file"] == "prompts.txt"
 
 
 def test_every_row_leads_to_where_its_numbers_come_from(chapter: Chapter, html: str) -> None:

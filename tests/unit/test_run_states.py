@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from run_folders import write_attempt, write_evaluation, write_run
+from run_folders import SETTINGS, write_attempt, write_evaluation, write_run
 from typer.testing import CliRunner
 
+from g2rpo.config import merge
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.run_states import RunState, read_run_state, read_run_states
+from reproduce.settings import distinctions, flat
 
 
 def state_of(folder: Path) -> RunState:
@@ -80,6 +83,48 @@ def test_the_last_to_change_comes_first_and_other_folders_are_left_out(tmp_path:
     assert [state.name for state in read_run_states(tmp_path)] == ["new", "middle", "old"]
 
 
+def test_flat_has_dotted_keys() -> None:
+    nested = {"a": {"b": [1, 2], "c": {"d": "é"}}, "e": None, "f": {}}
+    assert flat(nested) == {"a.b": "[1, 2]", "a.c.d": "é", "e": "null", "f": "{}"}
+    assert flat({}) == {}
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return merge(SETTINGS, changes)
+
+
+def test_runs_of_one_method_are_told_apart_by_what_few_of_them_have() -> None:
+    told = distinctions(
+        {
+            "usual": config(),
+            "another seed": config(seed=2, execution={"compile": True}),
+            "eta": config(method={"eta": 0.3}),
+            "both": config(method={"eta": 1.1}, optimization={"iterations": 8}),
+            "other method": config(method={"name": "mix_grpo"}),
+            "damaged": {},
+        }
+    )
+    assert told == {
+        "usual": "eta 0.7", "another seed": "eta 0.7", "eta": "eta 0.3",
+        "both": "eta 1.1, iterations 8", "other method": "", "damaged": "",
+    }  # fmt: skip
+
+
+def test_a_setting_that_some_runs_lack_and_two_that_end_alike_are_told_in_full() -> None:
+    told = distinctions(
+        {
+            "a": config(optimization={"epsilon": 1e-8}, advantage={"epsilon": 1e-4}),
+            "b": config(optimization={"epsilon": 1e-6}, advantage={"epsilon": 1e-8}),
+            "c": config(optimization={"epsilon": 1e-8}),
+        }
+    )
+    assert told == {
+        "a": "advantage.epsilon 0.0001",
+        "b": "optimization.epsilon 1e-06, advantage.epsilon 1e-08",
+        "c": "advantage.epsilon none",
+    }
+
+
 def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
     for name in ("g2rpo-hps-seed1-aa", "g2rpo-hps-seed2-bb", "mix_grpo-hps-seed1-cc"):
         write_run(tmp_path / "runs", name)
@@ -88,13 +133,18 @@ def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "g2rpo-hps-seed1-aa" in shown.stdout and "done" in shown.stdout
     assert "4/4" in shown.stdout and "hps 0.4400" in shown.stdout
+    assert "learning_rate" not in shown.stdout
+    write_run(tmp_path / "runs", "g2rpo-hps-seed1-dd", optimization={"learning_rate": 1e-3})
+    shown = CliRunner().invoke(app, ["runs", "g2rpo-", "seed1", *where])
+    (row,) = (line for line in shown.stdout.splitlines() if line.startswith("g2rpo-hps-seed1-dd"))
+    assert "learning_rate 0.001" in row and "learning_rate 5e-05" not in shown.stdout
     assert "seed2" not in shown.stdout and "mix_grpo" not in shown.stdout
     for arguments, told in (
         (["--state", "runing"], "states are done, running,"),
-        (["nothing"], "none of the 3 runs has 'nothing' in its name"),
+        (["nothing"], "none of the 4 runs has 'nothing' in its name"),
         (["mixgrpo"], "did you mean 'mix_grpo'?"),
-        (["seed2", "mix"], "none of the 3 runs with 'seed2' with 'mix'"),
-        (["--state", "failed"], "none of the 3 runs is failed"),
+        (["seed2", "mix"], "none of the 4 runs with 'seed2' with 'mix'"),
+        (["--state", "failed"], "none of the 4 runs is failed"),
     ):
         refused = CliRunner().invoke(app, ["runs", *arguments, *where])
         assert isinstance(refused.exception, UserError) and told in str(refused.exception)
