@@ -16,9 +16,11 @@ gives the gradient of the step's loss. With their mean m and s^2 = E|g - m|^2, b
 the ratio is |m|^2 / s^2. Its inverse is how many groups must be averaged until signal equals noise.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.protocol import CreditConfig
 from g2rpo.data.prompts import Prompt
+from g2rpo.files import write_json
 from g2rpo.flow.forest import credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.methods.base import iterations_by_rollout
@@ -85,6 +88,16 @@ class RolloutCredit:
         """As JSON."""
         return asdict(self)
 
+    @classmethod
+    def read(cls, path: Path) -> "RolloutCredit | None":
+        """What was kept as :meth:`document`; None where there is nothing, or nothing whole."""
+        try:
+            data = json.loads(path.read_text())
+            steps = tuple(StepCredit(**step) for step in data.pop("steps"))
+            return cls(steps=steps, **data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
 
 def signal_to_noise(signal: float, noise: float) -> float:
     """Their ratio; 0 where there is neither."""
@@ -99,26 +112,38 @@ def distinct_rollouts(trainer: Trainer, most: int) -> list[int]:
     return [found[round(place * (len(found) - 1) / max(1, most - 1))] for place in range(most)]
 
 
-def measure_credit(trainer: Trainer, config: CreditConfig) -> list[RolloutCredit]:
+def measure_credit(trainer: Trainer, config: CreditConfig, folder: Path) -> list[RolloutCredit]:
     """Measures a method on the policy that ``trainer`` holds; its weights are left as they are.
 
-    The prompts are those of its first iteration.
+    The prompts are those of its first iteration. Each rollout is kept in ``folder`` when it is
+    measured, and not measured again.
+
+    Args:
+        trainer: holds the method, the policy and the rewards.
+        config: how it is measured.
+        folder: of this measurement alone.
 
     Raises:
         UserError: a reward is not finite.
-        Stopped: the process was asked to stop; what was measured is lost.
+        Stopped: the process was asked to stop; the rollouts that were measured are kept.
     """
     prompts = trainer.local_prompts()
     iterations = distinct_rollouts(trainer, config.rollouts)
+    files = {iteration: folder / f"rollout-{iteration:06d}.json" for iteration in iterations}
+    kept = {iteration: RolloutCredit.read(path) for iteration, path in files.items()}
+    found = {iteration: credit for iteration, credit in kept.items() if credit is not None}
+    left = [iteration for iteration in iterations if iteration not in found]
     name = f"credit {trainer.config.method.name}"
     main = trainer.accelerator.is_main_process
-    with ProgressReport(name, len(iterations) * (1 + config.repeats), enabled=main) as report:
-        found = []
-        for iteration in iterations:
+    with ProgressReport(name, len(left) * (1 + config.repeats), enabled=main) as report:
+        for iteration in left:
             explained = explained_shares(trainer, prompts, iteration, config.samples)
             report.advance()
-            found.append(_gradients(trainer, prompts, iteration, config.repeats, explained, report))
-    return found
+            measured = _gradients(trainer, prompts, iteration, config.repeats, explained, report)
+            if main:
+                write_json(files[iteration], measured.document())
+            found[iteration] = measured
+    return [found[iteration] for iteration in iterations]
 
 
 # --- the share of the reward's variance ----------------------------------------------------------

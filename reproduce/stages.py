@@ -90,7 +90,7 @@ def measure(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cell.train, folder)
     embedding.attach(trainer.policy, layout)
-    measured = measure_credit(trainer, config)
+    measured = measure_credit(trainer, config, folder)
     weights = {name: model.weights_hash for name, model in trainer.engine.rewards.items()}
     weights["policy"] = _policy_hash(cell)
     if trainer.accelerator.is_main_process:

@@ -28,6 +28,7 @@ from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.methods import dance_grpo, flow_grpo, g2rpo, mix_grpo
 from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.seeds import gaussian
+from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.transitions import Update
 from g2rpo.training.update import UpdateStatistics
 from reproduce.estimates import credit_estimate
@@ -200,12 +201,45 @@ def test_the_gradient_of_all_steps_is_that_of_one_backward(
         expected = torch.zeros_like(part) if parameter.grad is None else parameter.grad
         assert torch.allclose(part, expected, atol=1e-5 * largest)
     trainer.weights.drop_gradients()
-    measured = measure_credit(trainer, CreditConfig(samples=4, repeats=3))
+    measured = measure_credit(trainer, CreditConfig(samples=4, repeats=3), tmp_path)
     assert [step.step for step in measured[0].steps] == [0, 1, 2, 3]
     assert all(step.noise > 0 for step in measured[0].steps)
     after = trainer.weights.parameters
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert trainer.progress == replace(trainer.progress, iteration=0)
+
+
+def test_an_interrupted_measurement_goes_on_and_ends_the_same(
+    smoke_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = {"name": "mix_grpo", "window_size": 2, "interval": 1}
+    config = config_for(smoke_assets, method=method, grid={"steps": 6})
+    trainer: Any = trainer_for(config, tmp_path)
+    settings = CreditConfig(samples=4, repeats=3, rollouts=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    uncut = measure_credit(trainer, settings, whole)
+    # Asked to stop in the second rollout, after the first of its repeats.
+    answers = iter([False, False, False, True])
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "obey", lambda: stop_if(next(answers)))
+        with pytest.raises(Stopped):
+            measure_credit(trainer, settings, parts)
+    assert len(list(parts.iterdir())) == 1
+    trainer.engine = Counting(trainer.engine)
+    assert measure_credit(trainer, settings, parts) == uncut
+    once = trainer.engine.evaluations
+    assert measure_credit(trainer, settings, parts) == uncut
+    assert trainer.engine.evaluations == once > 0
+    next(parts.iterdir()).write_text("{")
+    assert measure_credit(trainer, settings, parts) == uncut
+    assert trainer.engine.evaluations > once
+
+
+def stop_if(asked: bool) -> None:
+    if asked:
+        raise Stopped("asked to", resume=False)
 
 
 class Counting:
@@ -234,7 +268,7 @@ def test_the_plan_counts_what_is_evaluated(
     trainer: Any = trainer_for(config, tmp_path)
     trainer.engine = Counting(trainer.engine)
     settings = CreditConfig(samples=4, repeats=3, rollouts=2)
-    measure_credit(trainer, settings)
+    measure_credit(trainer, settings, tmp_path)
     planned = credit_estimate(config, settings, Hardware(), speeds_of(load_profile("smoke")))
     # The windows at the end of the grid are smaller; a plan takes the first and the mean of all.
     assert planned.evaluations == pytest.approx(trainer.engine.evaluations, rel=0.15)
