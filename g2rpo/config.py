@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 import pydantic
 import yaml
+from pydantic_core import ErrorDetails
 
 from g2rpo.errors import UserError
 
@@ -106,8 +107,18 @@ def _tag(model: type[pydantic.BaseModel]) -> str | None:
     return None if field is None else str(field.default)
 
 
+def _first(error: pydantic.ValidationError) -> ErrorDetails:
+    """The fault to tell: a key that is misspelt rather than that the right one is missing."""
+    first, *others = error.errors(include_url=False)
+    if first["type"] == "missing":
+        for other in others:
+            if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]:
+                return other
+    return first
+
+
 def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, data: Any) -> str:
-    first = error.errors(include_url=False)[0]
+    first = _first(error)
     location = first["loc"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":

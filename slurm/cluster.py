@@ -6,7 +6,7 @@ A profile is a YAML file; the bundled ones in ``slurm/clusters/`` are commented 
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -55,8 +55,8 @@ class Container(StrictModel):
 
 
 class Minutes(StrictModel):
-    """Time limits by kind of stage; one that needs longer is requeued and goes on, but for
-    ``credit``, which begins again and so must fit."""
+    """Time limits by kind of stage; one that needs longer is requeued and goes on. What is lost
+    then is little, but for ``credit``: the rollout that was being measured, so one must fit."""
 
     embed: int = Field(120, ge=1)
     train: int = Field(1440, ge=1)
@@ -176,5 +176,7 @@ def load_cluster(name: str, *, gpus: int = 0) -> Cluster:
         if not path.exists():
             valid = [*BUILT_IN, *(found.stem for found in path.parent.glob("*.yaml"))]
             raise UserError(f"no cluster {name!r}; {nearest(name, valid)}, or the path of a YAML")
-    data: dict[str, Any] = {"name": path.stem} | load_yaml(path)
-    return validate(Cluster, data, f"cluster {name}")
+    data = load_yaml(path)
+    if not data:
+        raise UserError(f"cluster {name}: the file is empty; a single line, kind: slurm, is enough")
+    return validate(Cluster, {"name": path.stem} | data, f"cluster {name}")

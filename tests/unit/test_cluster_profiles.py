@@ -57,6 +57,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "no such event": ("mail: {user: me, events: [FAILED]}", "events"),
     "no time": ("minutes: {train: 0}", "minutes.train"),
     "no time to save": ("{minutes: {train: 5}, signal_lead_seconds: 300}", "signal_lead_seconds"),
+    "nothing": ("# partition: gpu", "kind: slurm"),
     "no mapping": ("- partition", "expected keys and values"),
 }
 

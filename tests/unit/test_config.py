@@ -79,6 +79,7 @@ def test_an_unknown_key_names_the_nearest(data: Any, key: str, hint: str) -> Non
         ({"needed": 1, "rate": float("inf")}, ("rate", "finite")),
         ({"needed": "two\nlines"}, ("needed",)),
         ({}, ("missing key 'needed'",)),
+        ({"neded": 1}, ("unknown key 'neded'", "did you mean 'needed'?")),
         ([], ("dictionary",)),
         ({"needed": "x", "rate": "y"}, ("needed", "1 more")),
     ],
