@@ -29,6 +29,7 @@ def test_table_1_has_every_cell_at_three_seeds() -> None:
 
 
 STUDIES = ["steps", "eta", "fusion", "granularity", "equal-cost"]
+SINGLE = ["group", "released-vs-matched"]
 
 
 @pytest.mark.parametrize("experiment", STUDIES)
@@ -38,6 +39,13 @@ def test_a_study_has_every_cell_at_three_seeds(experiment: str) -> None:
         seeds.setdefault(cell.info.row, set()).add(cell.info.seed)
     assert seeds.pop("base") == {None}
     assert seeds == dict.fromkeys(set(load_experiment(experiment).cells) - {"base"}, SEEDS)
+
+
+@pytest.mark.parametrize("experiment", SINGLE)
+def test_a_study_of_one_seed_has_every_cell(experiment: str) -> None:
+    rows = [(cell.info.row, cell.info.seed) for cell in cells_of(experiment)]
+    trained = set(load_experiment(experiment).cells) - {"base"}
+    assert sorted(rows, key=str) == sorted([("base", None), *((row, 1) for row in trained)], key=str)
 
 
 def test_credit_was_measured_for_every_method_at_three_seeds() -> None:
@@ -59,7 +67,7 @@ def test_tables_are_rendered_from_the_committed_cells(experiment: str, tmp_path:
 
 
 def test_cells_were_made_by_committed_code() -> None:
-    for experiment in ("table1", "tuning", *STUDIES):
+    for experiment in ("table1", "tuning", *STUDIES, *SINGLE):
         assert {cell.info.provenance.git_dirty for cell in cells_of(experiment)} == {False}
 
 
