@@ -24,7 +24,7 @@ TOOLS_READY := $(TOOLS)/.setup-done
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.setup-done
 # In the order in which they share trainings best.
-STUDIES := table1 table2 table3 granularity eta fusion steps group equal-cost released-vs-matched credit
+STUDIES := table1 table2 table3 granularity eta fusion steps group equal-cost choices released-vs-matched credit
 PUBLISHED = $(if $(PUBLISH),--publish)
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales read committed or freshly built weights only, so nothing may wait for a network.
@@ -157,6 +157,7 @@ reproduce-granularity: $(READY) ## study: further sets of granularities
 reproduce-group: $(READY) ## study: the group size
 reproduce-credit: $(READY) ## study: what a step's noise does to the reward, how clear its gradient is
 reproduce-equal-cost: $(READY) ## study: every method stopped at the same evaluations, or device-seconds
+reproduce-choices: $(READY) ## study: single choices of the methods' own codes
 reproduce-released-vs-matched: $(READY) ## study: each method's own settings against matched ones
 $(STUDIES:%=reproduce-%) reproduce-released:
 	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES) $(PUBLISHED) \

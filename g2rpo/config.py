@@ -9,7 +9,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -34,6 +34,7 @@ class StrictModel(pydantic.BaseModel):
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 Location = tuple[int | str, ...]
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -45,10 +46,27 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return "valid: " + ", ".join(names)
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key that is there twice is an error: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == MERGE_TAG:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in keys:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key!r} is there twice, the second time in line {line}")
+            if isinstance(key, Hashable):
+                keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping; a missing, malformed or non-mapping file is a :class:`UserError`."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - it is a safe one
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -123,6 +123,12 @@ class ProgressReport:
         made = max(1, self.done - self._first)
         return self.seconds / made * (self.total - self.done)
 
+    def expect(self, total: int) -> None:
+        """Changes how many units there are in all; shown with the next update."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """Says that ``count`` more units are done; ``note`` is shown beside the bar."""
         self.update(self.done + count, note)

@@ -73,6 +73,14 @@ class Method(StrictModel):
         del shape
         return iteration
 
+    def fixed(self, shape: RolloutShape) -> Self:
+        """The same method with what it derives from the planned iterations written out.
+
+        A run that may end sooner or later than planned then does the same in each iteration.
+        """
+        del shape
+        return self
+
     def trained_steps(
         self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]
     ) -> Sequence[int]:

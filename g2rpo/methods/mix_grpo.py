@@ -1,7 +1,7 @@
 """MixGRPO: noise inside a sliding window of steps, ODE outside (arXiv 2507.21802)."""
 
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -27,10 +27,18 @@ class Config(Method):
     interval: int | None = Field(25, ge=1)
     """Iterations between two moves; null is a twelfth of all iterations, as 25 is of 300."""
 
+    def moves_every(self, shape: RolloutShape) -> int:
+        """Iterations between two moves of the window."""
+        return max(1, round(shape.iterations / 12)) if self.interval is None else self.interval
+
+    def fixed(self, shape: RolloutShape) -> Self:
+        """See :meth:`Method.fixed`: the interval."""
+        return self.model_copy(update={"interval": self.moves_every(shape)})
+
     def window(self, shape: RolloutShape, iteration: int) -> tuple[int, ...]:
         """The stochastic steps of ``iteration`` (counted from 0)."""
         trainable = shape.steps - 2
-        interval = max(1, round(shape.iterations / 12)) if self.interval is None else self.interval
+        interval = self.moves_every(shape)
         positions = -(-trainable // self.stride) if self.stride else 1
         start = iteration // interval % positions * self.stride
         return tuple(range(start, min(start + self.window_size, trainable)))

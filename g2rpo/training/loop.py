@@ -1,6 +1,7 @@
 """The training loop: rollouts, advantages, updates, metrics and checkpoints."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,16 @@ class Trainer:
             limit is not None and spent >= limit
         )
 
+    @property
+    def expected_iterations(self) -> int:
+        """Iterations that the run will have, as far as their cost so far tells."""
+        settings, progress = self.config.optimization, self.progress
+        limit, spent = settings.max_device_seconds, progress.device_seconds
+        if limit is None or spent == 0:
+            return settings.iterations
+        within = math.ceil(progress.iteration * limit / spent)
+        return max(progress.iteration, min(settings.iterations, within))
+
     def save(self) -> None:
         """Writes a checkpoint of the current state (:meth:`TrainingState.save`)."""
         self.state.save(self.progress)
@@ -171,7 +182,7 @@ class Trainer:
                 checkpoint of those that are done has been written.
             StoppedAlone: memory ran out on this rank, which the others wait for.
         """
-        total, main = self.config.optimization.iterations, self.accelerator.is_main_process
+        main = self.accelerator.is_main_process
         self._saved_at = time.monotonic()
         log = self._open_log()
         if self.config.execution.tensorboard:
@@ -179,12 +190,14 @@ class Trainer:
             self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
         name = f"train {self.config.method.name}"
         try:
-            with ProgressReport(name, total, done=self.progress.iteration, enabled=main) as report:
+            total, done = self.expected_iterations, self.progress.iteration
+            with ProgressReport(name, total, done=done, enabled=main) as report:
                 self._between_iterations()
                 while not self.finished:
                     keep_pictures(self.config, self.run, self.weights, self.progress.iteration)
                     row = self.iterate() | self.validate()
                     error = self._record(log, row)
+                    report.expect(self.expected_iterations)
                     shown = next(iter(self.config.rewards))
                     report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
                     self._between_iterations(error)

@@ -10,7 +10,7 @@ from benchmarks.protocol import CreditConfig
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig
-from reproduce.experiment.bundled import named_file
+from reproduce.experiment.bundled import Name, named_file
 from reproduce.render.spec import TableSpec
 
 
@@ -70,7 +70,7 @@ class CellConfig(StrictModel):
 class Experiment(StrictModel):
     """One table or study."""
 
-    name: str
+    name: Name
     preset: Literal["released", "matched"] = "matched"
     policy: str | None = None
     """Hub id of the base that its checkpoints belong to; None where any policy will do."""
@@ -125,8 +125,10 @@ def load_experiment(name: str) -> Experiment:
     data = load_yaml(path)
     cells, table = data.get("cells"), data.get("table")
     if isinstance(cells, dict) and isinstance(table, dict):
-        for row in table.get("rows") or []:
-            cell = cells.get(row.get("key")) if isinstance(row, dict) else None
+        rows = table.get("rows")
+        for row in rows if isinstance(rows, list) else []:
+            key = row.get("key") if isinstance(row, dict) else None
+            cell = cells.get(key) if isinstance(key, str) else None
             if isinstance(cell, dict) and "train" in cell:
                 row.setdefault("train", cell["train"])
     return validate(Experiment, data, f"experiment {name}")

@@ -1,15 +1,16 @@
 """Profiles: the scale at which an experiment runs, and what it needs."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from benchmarks.protocol import EvaluationConfig
-from g2rpo.config import StrictModel, load_yaml, merge, validate
+from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
+from g2rpo.methods.base import method_names
 from g2rpo.policy import PolicyConfig
 from g2rpo.rewards.base import RewardConfig
-from reproduce.experiment.bundled import named_file
+from reproduce.experiment.bundled import Name, named_file
 
 
 class PromptSplits(StrictModel):
@@ -18,6 +19,17 @@ class PromptSplits(StrictModel):
     train: str
     validation: str
     test: str
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Self:
+        files: dict[str, str] = {}
+        for split, file in self:
+            if file in files:
+                raise ValueError(
+                    f"{split}: the same file as {files[file]}; the splits are disjoint"
+                )
+            files[file] = split
+        return self
 
 
 class Hardware(StrictModel):
@@ -48,7 +60,7 @@ class Hardware(StrictModel):
 class Profile(StrictModel):
     """One scale: the policy, the prompts, the judges and what all methods share."""
 
-    name: str
+    name: Name
     description: str
     policy: PolicyConfig
     prompts: PromptSplits
@@ -71,13 +83,34 @@ class Profile(StrictModel):
     device_seconds: float | None = Field(None, gt=0)
     """The budget of a study at equal device-seconds, over all of a training's devices."""
     evaluation: EvaluationConfig
-    seeds: tuple[int, ...] = (1,)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1,)
     keep_images: int | None = Field(None, ge=0)
     """Held-out images kept after scoring; null keeps all."""
     hardware: Hardware = Hardware()
     build: str | None = None
     """``module:function`` that builds the profile's files, called with the folder ``assets``."""
     assets: str | None = None
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a seed is there twice")
+        return value
+
+    @model_validator(mode="after")
+    def _of_methods(self) -> Self:
+        methods = method_names()
+        for key in self.method_settings:
+            if key not in methods:
+                raise ValueError(f"method_settings: no method {key!r}; {nearest(key, methods)}")
+        for key in self.learning_rates:
+            if not any(key == name or key.startswith(f"{name}_") for name in methods):
+                raise ValueError(
+                    f"learning_rates: {key!r} is neither a method nor METHOD_VARIANT; "
+                    f"{nearest(key, methods)}"
+                )
+        return self
 
 
 def load_profile(name: str) -> Profile:

@@ -53,6 +53,8 @@ class ResolvedCell:
         return self.train is None and self.checkpoint is None
 
 
+LENGTHENED = 2
+"""How many times its iterations a training may have that ends at device-seconds."""
 Located = TypeVar("Located", RewardConfig, CheckpointConfig | None)
 
 
@@ -119,13 +121,13 @@ class Resolver:
         where = f"{experiment.name}, cell {key}"
         evaluation, policy = self._evaluated(cell, where)
         train = preset = None
-        again = True
         if cell.method is not None:
             preset = cell.preset or experiment.preset
             layers = self._layers(cell, preset, where)
+            if any("seed" in layer for layer in layers):
+                raise UserError(f"{where}: seed: not a setting of a cell; give --seeds")
             layers = (*layers, self._budget(cell, merge({"seed": seed}, *layers), where))
             train = validate(TrainConfig, merge({"seed": seed}, *layers), where)
-            again = not any("seed" in layer for layer in layers)
         resolved = ResolvedCell(
             key=key,
             seed=None if train is None else seed,
@@ -139,8 +141,7 @@ class Resolver:
             train_rewards=cell.train,
             checkpoint=_located(cell.checkpoint),
         )
-        if again:
-            self._first[key] = resolved
+        self._first[key] = resolved
         return resolved
 
     def _budget(self, cell: CellConfig, data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -155,13 +156,19 @@ class Resolver:
                     f"{where}: budget.device_seconds: profile {self.profile.name} names none; "
                     "add device_seconds to the profile, or a number here"
                 )
+        own = validate(TrainConfig, data, where)
         if seconds is not None:
-            return {"optimization": {"max_device_seconds": seconds}}
+            # The budget is to end it, not its iterations, and each of these is to stay what it was.
+            limits = {
+                "max_device_seconds": seconds,
+                "iterations": LENGTHENED * own.optimization.iterations,
+            }
+            method = own.method.fixed(own.shape).model_dump(mode="json")
+            return {"optimization": limits, "method": method}
         assert cell.budget.evaluations_of is not None
         reference = self.resolve(cell.budget.evaluations_of, data["seed"]).train
         assert reference is not None
         wanted = training_counts(reference).rollout_evaluations
-        own = validate(TrainConfig, data, where)
         return {"optimization": {"iterations": iterations_within(own, wanted)}}
 
     def _evaluated(self, cell: CellConfig, where: str) -> tuple[EvaluationConfig, PolicyConfig]:
@@ -212,7 +219,14 @@ class Resolver:
         assert cell.method is not None
         scaled: dict[str, Any] = {}
         tuned: dict[str, Any] = {}
-        rate = profile.learning_rates.get(cell.tuned_as or cell.method)
+        rates = profile.learning_rates
+        rate = rates.get(cell.tuned_as or cell.method)
+        if rates and cell.tuned_as is not None and rate is None:
+            hint = nearest(cell.tuned_as, rates)
+            raise UserError(
+                f"{where}: tuned_as: profile {profile.name} has no learning rate of "
+                f"{cell.tuned_as!r}; {hint}"
+            )
         if preset == "matched":
             scaled = {"method": profile.method_settings.get(cell.method, {})}
         if preset == "matched" and rate is not None:

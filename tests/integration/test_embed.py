@@ -49,10 +49,9 @@ def profile(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def cell_of(profile: Path, key: str = "hps/g2rpo", *overrides: str) -> ResolvedCell:
-    return resolve(
-        load_experiment("table1"), load_profile(str(profile)), key, 1, parse_overrides(overrides)
-    )
+def cell_of(profile: Path, key: str = "hps/g2rpo", *overrides: str, seed: int = 1) -> ResolvedCell:
+    changes = parse_overrides(overrides)
+    return resolve(load_experiment("table1"), load_profile(str(profile)), key, seed, changes)
 
 
 def layout_of(results: Path) -> Layout:
@@ -166,7 +165,7 @@ def test_changed_prompts_and_settings_are_not_embedded(
 ) -> None:
     layout = layout_of(embedded)
     assert embedding.is_embedded(cell_of(profile), layout)
-    assert not embedding.is_embedded(cell_of(profile, "hps/g2rpo", "seed=5"), layout)
+    assert not embedding.is_embedded(cell_of(profile, seed=5), layout)
     assert not embedding.is_embedded(
         cell_of(profile, "hps/g2rpo", "policy.max_sequence_length=16"), layout
     )

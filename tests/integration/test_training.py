@@ -286,8 +286,10 @@ def test_a_budget_of_device_seconds_ends_a_run_as_a_finished_one(
     config = config_for(
         smoke_assets, optimization=settings, validation=validation, checkpoints=checkpoints
     )
-    progress = trainer_for(config, tmp_path / "run").train()
-    assert progress.iteration == 1
+    trainer = trainer_for(config, tmp_path / "run")
+    assert trainer.expected_iterations == 50
+    progress = trainer.train()
+    assert progress.iteration == 1 == trainer.expected_iterations
     assert saved_iterations(tmp_path / "run") == [1]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["iteration"] for row in rows if "validation/hps" in row] == [0, 1]

@@ -110,7 +110,18 @@ def test_load_yaml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["a: [1", "a: b: c", "\tx", "- 1\n- 2", "7", "a: !!python/object:os.system x", "2024-13-45"],
+    [
+        "a: [1",
+        "a: 1\na: 2",
+        "a: {b: 1, b: 1}",
+        "? [a]\n: 1\n",
+        "a: b: c",
+        "\tx",
+        "- 1\n- 2",
+        "7",
+        "a: !!python/object:os.system x",
+        "2024-13-45",
+    ],
 )
 def test_a_bad_yaml_file_is_one_line(tmp_path: Path, content: str) -> None:
     file = tmp_path / "bad.yaml"
@@ -119,6 +130,17 @@ def test_a_bad_yaml_file_is_one_line(tmp_path: Path, content: str) -> None:
         load_yaml(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_names_its_line_and_a_merge_does_not_count(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("cells:\n  a: {x: 1}\n  b: {x: 2}\n  a: {x: 3}\n")
+    with pytest.raises(UserError, match="key 'a' is there twice, the second time in line 4"):
+        load_yaml(file)
+    file.write_text("a: &base {x: 1, y: 2}\nb: {<<: *base, x: 3}\nc: *base\n")
+    assert load_yaml(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 2}}
 
 
 def test_an_unreadable_yaml_file_is_one_line(tmp_path: Path) -> None:
