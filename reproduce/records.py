@@ -147,11 +147,11 @@ def read_folder(folder: Path) -> RunRecord:
     rows = tuple(read_metrics(folder / METRICS_FILE))
     evaluations = sorted((folder / EVALUATIONS).glob(f"*/{MANIFEST}"))
     scored = [(path.parent, read_manifest(path.parent)) for path in evaluations]
-    made_by = manifest or next((found for _, found in scored if found is not None), None)
     provenance = None
+    made_by = next(((at, found) for at, found in [(folder, manifest), *scored] if found), None)
     if made_by is not None:
-        with damage_told(folder):
-            provenance = Provenance.model_validate(made_by["provenance"])
+        with damage_told(made_by[0] / MANIFEST):
+            provenance = Provenance.model_validate(made_by[1]["provenance"])
     cost = _cost(folder, manifest, rows, provenance)
     cells = tuple(
         _cell(folder, evaluation, found, settings, cost)
@@ -167,23 +167,24 @@ def _cost(
     rows: tuple[Mapping[str, Any], ...],
     provenance: Provenance | None,
 ) -> Cost | None:
-    counted: Mapping[str, Any] | None = None
-    if manifest is not None:
-        counted = manifest["progress"]
-    elif rows:
-        counted = rows[-1]
-    elif folder.name.startswith("base-"):
-        counted = {"iteration": 0}
-    if counted is None:
-        return None
     names = [name for name in Cost.model_fields if name not in ("iterations", "device")]
     device = "unknown" if provenance is None else provenance.hardware.get("device", "unknown")
-    return Cost(
-        iterations=counted["iteration"],
-        device=device,
-        # The row before the first iteration has not all of them.
-        **{name: counted.get(name, 0) for name in names},
-    )
+    with damage_told(folder / (METRICS_FILE if manifest is None else MANIFEST)):
+        counted: Mapping[str, Any] | None = None
+        if manifest is not None:
+            counted = manifest["progress"]
+        elif rows:
+            counted = rows[-1]
+        elif folder.name.startswith("base-"):
+            counted = {"iteration": 0}
+        if counted is None:
+            return None
+        return Cost(
+            iterations=counted["iteration"],
+            device=device,
+            # The row before the first iteration has not all of them.
+            **{name: counted.get(name, 0) for name in names},
+        )
 
 
 def _cell(
@@ -194,7 +195,7 @@ def _cell(
     cost: Cost | None,
 ) -> Cell:
     """One evaluation of the run as a cell."""
-    with damage_told(evaluation):
+    with damage_told(evaluation / MANIFEST):
         inputs = manifest["inputs"]
         asked = inputs["protocol"]
         protocol = Protocol(
@@ -215,10 +216,18 @@ def _cell(
             cost=cost,
             provenance=Provenance.model_validate(manifest["provenance"]),
         )
-        scores = pd.read_parquet(evaluation / "scores.parquet")
-        files = (evaluation / f"{name}.parquet" for name in ("diversity", "drift"))
-        measured = [pd.read_parquet(path) for path in files if path.exists()]
-    return Cell(info, scores, None, pd.concat(measured, ignore_index=True) if measured else None)
+    files = (evaluation / f"{name}.parquet" for name in ("diversity", "drift"))
+    measured = [_frame(path) for path in files if path.exists()]
+    metrics = pd.concat(measured, ignore_index=True) if measured else None
+    path = evaluation / "scores.parquet"
+    scores = _frame(path)
+    with damage_told(path):
+        return Cell(info, scores, None, metrics)
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    with damage_told(path):
+        return pd.read_parquet(path)
 
 
 # From cells

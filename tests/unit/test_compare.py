@@ -1,12 +1,21 @@
 """`g2rpo compare`: names, deltas against scipy, settings, cost; from folders and from cells."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
-from run_folders import PROVENANCE, prompt_means, write, write_evaluation, write_run
+from run_folders import (
+    DAMAGE,
+    PROVENANCE,
+    damage,
+    prompt_means,
+    write,
+    write_evaluation,
+    write_run,
+)
 from typer.testing import CliRunner
 
 from benchmarks.statistics import holm
@@ -171,11 +180,36 @@ def test_runs_of_one_method_alone_and_twins_are_refused(results: Path) -> None:
         members(find_runs(["g2rpo-hps-seed1", "twin", "mix*"], results))
 
 
-def test_a_damaged_run_is_one_line(results: Path) -> None:
-    evaluation = results / "runs" / "g2rpo-hps-seed1-aa" / "evaluations" / "test-0123456789ab"
-    write(evaluation / "manifest.json", {"inputs": {}})
-    with pytest.raises(UserError, match="test-0123456789ab: cannot be read"):
+EVALUATION = "evaluations/test-0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *DAMAGE,
+        ("metrics.jsonl", b'{"iteration": 1, "validation/hps": "0.5"}\n'),
+        ("manifest.json", b'{"provenance": {}}'),
+        ("manifest.json", json.dumps({"provenance": PROVENANCE}).encode()),
+        ("manifest.json", json.dumps({"provenance": PROVENANCE, "progress": [4]}).encode()),
+        (f"{EVALUATION}/manifest.json", json.dumps({"provenance": PROVENANCE}).encode()),
+        (f"{EVALUATION}/scores.parquet", b"PAR1"),
+        (f"{EVALUATION}/diversity.parquet", b""),
+    ],
+)
+def test_a_damaged_run_is_one_line(results: Path, file: str, content: bytes) -> None:
+    folder = results / "runs" / "g2rpo-hps-seed1-aa"
+    damage(folder, file, content)
+    with pytest.raises(UserError) as error:
         find_runs(["g2rpo-hps-seed1"], results)
+    assert str(error.value).startswith(str(folder / file)) and "\n" not in str(error.value)
+    members(find_runs(["g2rpo-hps-seed2", "mix_grpo-hps-seed1"], results))
+
+
+def test_a_last_row_that_says_not_what_it_cost_is_one_line(results: Path) -> None:
+    folder = write_run(results / "runs", "other-1", finished=False)
+    damage(folder, "metrics.jsonl", b'{"iteration": 1, "device_seconds": null}\n')
+    with pytest.raises(UserError, match=r"other-1/metrics\.jsonl: cannot be read"):
+        find_runs(["other"], results)
 
 
 def test_the_command_prints_scores_settings_and_cost(results: Path) -> None:
