@@ -270,7 +270,7 @@ def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
     """
     from reproduce.experiment import load_experiment, load_profile, resolve
 
-    if cell.info.seed is None:
+    if cell.info.seed is None or len(path.parts) < 4:  # copied to where no experiment is told
         return None
     profile, experiment = path.parts[-4], path.parts[-3]
     try:
@@ -279,6 +279,6 @@ def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     train = resolved.train
-    if train is None or train_run_name(train) != cell.info.runs["train"]:
+    if train is None or train_run_name(train) != cell.info.runs.get("train"):
         return None
     return train.model_dump(mode="json")

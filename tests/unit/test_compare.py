@@ -18,11 +18,12 @@ from run_folders import (
 )
 from typer.testing import CliRunner
 
+from benchmarks.cells import load_cell
 from benchmarks.statistics import holm
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment import ROOT
-from reproduce.records import chosen_names, find_runs
+from reproduce.records import chosen_names, find_runs, settings_of
 from reproduce.run_comparison import (
     curve_points,
     members,
@@ -231,6 +232,14 @@ def test_a_cell_is_a_run_too() -> None:
     assert len(score_sections(members(records))) == 1
     with pytest.raises(UserError, match=r"absent\.json: no such run"):
         find_runs([str(cells / "absent.json")], ROOT / "results")
+
+
+def test_the_settings_of_a_cell_that_lies_near_the_root_are_not_known() -> None:
+    (chosen,) = (ROOT / "results" / "mini" / "table1" / "cells").glob("hps--g2rpo__seed2.json")
+    cell = load_cell(chosen)
+    assert settings_of(cell, chosen) is not None
+    for place in ("/cell.json", "/tmp/cell.json", "/table1/cells/cell.json", "/a/b/c/cell.json"):
+        assert settings_of(cell, Path(place)) is None
 
 
 def test_committed_results_are_compared_by_the_names_of_their_runs(tmp_path: Path) -> None:
