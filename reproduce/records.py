@@ -44,6 +44,7 @@ class RunRecord:
         rows: its metrics, one for each iteration that was logged.
         cost: what it took so far; None where that is not known.
         provenance: commit, packages, weights and hardware; None before there is anything.
+        place: the folder of its cells, where only they are left of it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RunRecord:
     rows: tuple[Mapping[str, Any], ...] = ()
     cost: Cost | None = None
     provenance: Provenance | None = None
+    place: Path | None = None
 
     @property
     def seed(self) -> int | None:
@@ -63,13 +65,18 @@ class RunRecord:
 
     @cached_property
     def without_seed(self) -> str:
-        """Names what it is but for its seed: runs that share it are one method at several seeds."""
+        """Names what it is but for its seed: runs that share it are one method at several seeds.
+
+        Where no settings are known, those of one row, folder and commit are taken for that.
+        """
         if self.settings is not None:
             apart = {"seed", *NOT_DETERMINING}
             return content_hash({k: v for k, v in self.settings.items() if k not in apart})
         if self.cells:
             info = self.cells[0].info
-            return content_hash([info.row, info.method, info.train_rewards, info.preset])
+            kind = (info.row, info.method, info.train_rewards, info.preset)
+            where = self.folder or self.place
+            return content_hash([*kind, str(where), info.provenance.git_commit])
         return self.name
 
 
@@ -253,6 +260,7 @@ def read_cells(name: str, paths: list[Path]) -> RunRecord:
         rows=rows,
         cost=first.info.cost,
         provenance=first.info.provenance,
+        place=paths[0].resolve().parent,
     )
 
 

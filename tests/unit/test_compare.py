@@ -1,12 +1,14 @@
 """`g2rpo compare`: names, deltas against scipy, settings, cost; from folders and from cells."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
+from cell_factory import make_cell, make_scores
 from run_folders import (
     DAMAGE,
     PROVENANCE,
@@ -18,7 +20,7 @@ from run_folders import (
 )
 from typer.testing import CliRunner
 
-from benchmarks.cells import load_cell
+from benchmarks.cells import load_cell, save_cell
 from benchmarks.statistics import holm
 from g2rpo.errors import UserError
 from reproduce.cli import app
@@ -240,6 +242,33 @@ def test_the_settings_of_a_cell_that_lies_near_the_root_are_not_known() -> None:
     assert settings_of(cell, chosen) is not None
     for place in ("/cell.json", "/tmp/cell.json", "/table1/cells/cell.json", "/a/b/c/cell.json"):
         assert settings_of(cell, Path(place)) is None
+
+
+def unknown_cell(folder: Path, row: str, seed: int, commit: str | None = None) -> str:
+    """A cell of no experiment that is known here."""
+    made = make_cell(row, seed=seed, scores=make_scores({"hps": 0.5}, seed=seed))
+    provenance = made.info.provenance.model_copy(update={"git_commit": commit})
+    runs = {"train": f"g2rpo-hps-seed{seed}-{folder.name}-{commit}"}
+    info = made.info.model_copy(update={"provenance": provenance, "runs": runs})
+    return str(save_cell(replace(made, info=info), folder))
+
+
+def test_cells_without_settings_are_taken_together_in_one_folder_of_one_commit(
+    tmp_path: Path,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    cells = [
+        unknown_cell(one, "g2rpo", 1), unknown_cell(two, "g2rpo", 2), unknown_cell(one, "g2rpo", 3),
+        unknown_cell(one, "g2rpo", 4, "e" * 40), unknown_cell(two, "g2rpo", 1),
+    ]  # fmt: skip
+    compared = members(find_runs(cells, tmp_path))
+    assert [member.seeds for member in compared] == [(1, 3), (1, 2), (4,)]
+    shown = CliRunner().invoke(app, ["compare", *cells])
+    assert shown.exit_code == 0, shown.output
+    assert "Settings of A, B, C: none are known" in shown.stdout
+    assert "The runs of A, B were taken together by their row alone" in shown.stdout
+    alone = CliRunner().invoke(app, ["compare", cells[0], cells[1]])
+    assert alone.exit_code == 0 and "taken together" not in alone.stdout
 
 
 def test_committed_results_are_compared_by_the_names_of_their_runs(tmp_path: Path) -> None:
