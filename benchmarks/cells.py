@@ -35,6 +35,7 @@ Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0
 SCORE_COLUMNS = ("prompt_id", "reward", "score")
 STYLE = "style"
 """A further column of the scores, where the prompt set has styles."""
+AGAIN = "delete {} and run the same `g2rpo reproduce`, which writes it again from the run's folder"
 
 
 class Cost(StrictModel):
@@ -261,22 +262,27 @@ def load_cell(json_path: Path) -> Cell:
         UserError: a file is missing, malformed, or not the one the JSON was written for.
     """
     try:
-        text = json_path.read_text()
+        data = json_path.read_bytes()
     except OSError as error:
         raise UserError(f"{json_path}: cannot be read ({error.strerror})") from None
     try:
-        raw: Any = pydantic.TypeAdapter(dict[str, Any]).validate_json(text)
+        raw: Any = pydantic.TypeAdapter(dict[str, Any]).validate_json(data)
     except pydantic.ValidationError:
-        raise UserError(f"{json_path}: not a cell: this is not a JSON object") from None
-    document = validate(_CellFile, raw, str(json_path))
+        raise UserError(
+            f"{json_path}: not a cell: this is not a JSON object; {AGAIN.format('it')}"
+        ) from None
+    try:
+        document = validate(_CellFile, raw, str(json_path))
+    except UserError as error:
+        raise UserError(f"{error}; or {AGAIN.format('it')}") from None
     if document.cell.name != json_path.name.removesuffix(".json"):
         raise UserError(
             f"{json_path}: holds the cell {document.cell.name!r}; rename the file to "
             f"{document.cell.name}.json"
         )
-    scores = _read_parquet(_parquet_path(json_path), document.scores_sha256)
+    scores = _read_parquet(json_path, None, document.scores_sha256)
     curve, metrics = (
-        None if sha256 is None else _read_parquet(_parquet_path(json_path, part), sha256)
+        None if sha256 is None else _read_parquet(json_path, part, sha256)
         for part, sha256 in (
             ("curve", document.curve_sha256),
             ("metrics", document.metrics_sha256),
@@ -285,13 +291,12 @@ def load_cell(json_path: Path) -> Cell:
     return Cell(document.cell, scores, curve, metrics)
 
 
-def _read_parquet(path: Path, sha256: str) -> pd.DataFrame:
+def _read_parquet(json_path: Path, part: str | None, sha256: str) -> pd.DataFrame:
+    path, again = _parquet_path(json_path, part), AGAIN.format(json_path.name)
     if not path.is_file():
-        raise UserError(f"{path}: missing, though its cell's JSON names it; collect the cell again")
+        raise UserError(f"{path}: missing, though its cell's JSON names it; {again}")
     if sha256_file(path) != sha256:
-        raise UserError(
-            f"{path}: not the file that its cell's JSON was written for; collect the cell again"
-        )
+        raise UserError(f"{path}: not the file that its cell's JSON was written for; {again}")
     frame: pd.DataFrame = pq.read_table(path).to_pandas()
     return frame
 

@@ -211,7 +211,10 @@ for verb in (
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's is one line and exit code 2, without a traceback."""
+    """Entry point: a mistake of the user's is one line and exit code 2, without a traceback.
+
+    So is a file that cannot be read or written; other errors are bugs and keep their traceback.
+    """
     from reproduce.quiet import quiet_libraries
 
     try:
@@ -220,6 +223,13 @@ def main() -> None:
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        path = error.filename if error.filename2 is None else error.filename2
+        if path is None:
+            raise
+        reason = " ".join((error.strerror or str(error)).split())
+        typer.echo(f"error: {path}: {reason}", err=True)
         sys.exit(2)
     except SystemExit as left:
         # Typer makes an exit of an interruption.

@@ -20,17 +20,20 @@ from g2rpo.errors import UserError
 from g2rpo.training.metrics import read_metrics
 from reproduce.experiment import ResolvedCell
 from reproduce.layout import Layout, protocol_hash
-from reproduce.run_folders import read_manifest
+from reproduce.run_folders import damage_told, read_manifest
 from reproduce.stages import cell_behaviour
 
 
 def collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell | None:
-    """The cell's small result where it is written already and of these very runs."""
+    """The cell's small result where it is written already, whole, and of these very runs."""
     name = cell.key.replace("/", "--") + ("" if cell.seed is None else f"__seed{cell.seed}")
     path = cells_folder(layout.tables, cell.profile.name, experiment) / f"{name}.json"
     if not path.exists():
         return None
-    found = load_cell(path)
+    try:
+        found = load_cell(path)
+    except UserError:  # damaged: it is collected again
+        return None
     same = found.info.runs == _run_names(cell, layout)
     judged = set(found.rewards) == set(cell.profile.rewards)
     return found if same and judged else None
@@ -41,7 +44,11 @@ def _run_names(cell: ResolvedCell, layout: Layout) -> dict[str, str]:
 
 
 def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
-    """Writes the cell's small result; returns the path of its JSON."""
+    """Writes the cell's small result; returns the path of its JSON.
+
+    Raises:
+        UserError: the cell is not finished, or a file of its run is damaged.
+    """
     run, evaluation = layout.training(cell), layout.evaluation(cell)
     trained = read_manifest(run) if cell.train is not None else None
     scored = read_manifest(evaluation)
@@ -67,7 +74,8 @@ def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
             | {"weights": made_by["provenance"]["weights"] | scored["provenance"]["weights"]}
         ),
     )
-    scores = pd.read_parquet(evaluation / "scores.parquet")
+    with damage_told(evaluation / "scores.parquet"):
+        scores = pd.read_parquet(evaluation / "scores.parquet")
     curve = None
     if cell.train is not None:
         curve = pd.DataFrame(read_metrics(run / "metrics.jsonl"))

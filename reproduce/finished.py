@@ -2,20 +2,20 @@
 are half there have to be looked at: plans and states are asked for on login nodes.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from g2rpo.errors import UserError
 from reproduce import runs
 from reproduce.experiment import ResolvedCell, judges
 from reproduce.layout import Layout
-from reproduce.run_folders import read_manifest
+from reproduce.run_folders import read_document, sound_manifest
 from reproduce.shares import WHOLE, Share
 
 
 def is_trained(cell: ResolvedCell, layout: Layout) -> bool:
     """Whether the cell needs no (more) training."""
-    return cell.train is None or read_manifest(layout.training(cell)) is not None
+    return cell.train is None or sound_manifest(layout.training(cell)) is not None
 
 
 def is_sampled(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:
@@ -39,12 +39,12 @@ def wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
 def is_scored(cell: ResolvedCell, layout: Layout, share: Share | None = None) -> bool:
     """Whether every judge of the profile has scored the cell's images, or those of ``share``."""
     folder = layout.evaluation(cell)
-    manifests = [read_manifest(folder)]
+    manifests = [sound_manifest(folder)]
     if share is not None:  # scored anew by other judges, and not yet put together
         manifests.append(share_manifest(folder, share))
     # What the judges are is asked last: nothing is scored where their weights are not here yet.
     return any(
-        found is not None and found["rewards"] == wanted_rewards(cell) for found in manifests
+        found is not None and found.get("rewards") == wanted_rewards(cell) for found in manifests
     )
 
 
@@ -54,11 +54,9 @@ def share_stem(folder: Path, share: Share) -> Path:
 
 
 def share_manifest(folder: Path, share: Share) -> dict[str, Any] | None:
-    """The manifest of a share's scores; None while they are not all there."""
+    """The manifest of a share's scores; None while they are not all there, or it is damaged."""
+    path = share_stem(folder, share).with_suffix(".json")
     try:
-        manifest: dict[str, Any] = json.loads(
-            share_stem(folder, share).with_suffix(".json").read_text()
-        )
-    except (OSError, json.JSONDecodeError):
+        return read_document(path, ("rewards", "provenance"))
+    except UserError:
         return None
-    return manifest

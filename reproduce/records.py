@@ -44,6 +44,7 @@ class RunRecord:
         rows: its metrics, one for each iteration that was logged.
         cost: what it took so far; None where that is not known.
         provenance: commit, packages, weights and hardware; None before there is anything.
+        place: the folder of its cells, where only they are left of it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RunRecord:
     rows: tuple[Mapping[str, Any], ...] = ()
     cost: Cost | None = None
     provenance: Provenance | None = None
+    place: Path | None = None
 
     @property
     def seed(self) -> int | None:
@@ -63,13 +65,18 @@ class RunRecord:
 
     @cached_property
     def without_seed(self) -> str:
-        """Names what it is but for its seed: runs that share it are one method at several seeds."""
+        """Names what it is but for its seed: runs that share it are one method at several seeds.
+
+        Where no settings are known, those of one row, folder and commit are taken for that.
+        """
         if self.settings is not None:
             apart = {"seed", *NOT_DETERMINING}
             return content_hash({k: v for k, v in self.settings.items() if k not in apart})
         if self.cells:
             info = self.cells[0].info
-            return content_hash([info.row, info.method, info.train_rewards, info.preset])
+            kind = (info.row, info.method, info.train_rewards, info.preset)
+            where = self.folder or self.place
+            return content_hash([*kind, str(where), info.provenance.git_commit])
         return self.name
 
 
@@ -147,11 +154,11 @@ def read_folder(folder: Path) -> RunRecord:
     rows = tuple(read_metrics(folder / METRICS_FILE))
     evaluations = sorted((folder / EVALUATIONS).glob(f"*/{MANIFEST}"))
     scored = [(path.parent, read_manifest(path.parent)) for path in evaluations]
-    made_by = manifest or next((found for _, found in scored if found is not None), None)
     provenance = None
+    made_by = next(((at, found) for at, found in [(folder, manifest), *scored] if found), None)
     if made_by is not None:
-        with damage_told(folder):
-            provenance = Provenance.model_validate(made_by["provenance"])
+        with damage_told(made_by[0] / MANIFEST):
+            provenance = Provenance.model_validate(made_by[1]["provenance"])
     cost = _cost(folder, manifest, rows, provenance)
     cells = tuple(
         _cell(folder, evaluation, found, settings, cost)
@@ -167,23 +174,24 @@ def _cost(
     rows: tuple[Mapping[str, Any], ...],
     provenance: Provenance | None,
 ) -> Cost | None:
-    counted: Mapping[str, Any] | None = None
-    if manifest is not None:
-        counted = manifest["progress"]
-    elif rows:
-        counted = rows[-1]
-    elif folder.name.startswith("base-"):
-        counted = {"iteration": 0}
-    if counted is None:
-        return None
     names = [name for name in Cost.model_fields if name not in ("iterations", "device")]
     device = "unknown" if provenance is None else provenance.hardware.get("device", "unknown")
-    return Cost(
-        iterations=counted["iteration"],
-        device=device,
-        # The row before the first iteration has not all of them.
-        **{name: counted.get(name, 0) for name in names},
-    )
+    with damage_told(folder / (METRICS_FILE if manifest is None else MANIFEST)):
+        counted: Mapping[str, Any] | None = None
+        if manifest is not None:
+            counted = manifest["progress"]
+        elif rows:
+            counted = rows[-1]
+        elif folder.name.startswith("base-"):
+            counted = {"iteration": 0}
+        if counted is None:
+            return None
+        return Cost(
+            iterations=counted["iteration"],
+            device=device,
+            # The row before the first iteration has not all of them.
+            **{name: counted.get(name, 0) for name in names},
+        )
 
 
 def _cell(
@@ -194,7 +202,7 @@ def _cell(
     cost: Cost | None,
 ) -> Cell:
     """One evaluation of the run as a cell."""
-    with damage_told(evaluation):
+    with damage_told(evaluation / MANIFEST):
         inputs = manifest["inputs"]
         asked = inputs["protocol"]
         protocol = Protocol(
@@ -215,10 +223,18 @@ def _cell(
             cost=cost,
             provenance=Provenance.model_validate(manifest["provenance"]),
         )
-        scores = pd.read_parquet(evaluation / "scores.parquet")
-        files = (evaluation / f"{name}.parquet" for name in ("diversity", "drift"))
-        measured = [pd.read_parquet(path) for path in files if path.exists()]
-    return Cell(info, scores, None, pd.concat(measured, ignore_index=True) if measured else None)
+    files = (evaluation / f"{name}.parquet" for name in ("diversity", "drift"))
+    measured = [_frame(path) for path in files if path.exists()]
+    metrics = pd.concat(measured, ignore_index=True) if measured else None
+    path = evaluation / "scores.parquet"
+    scores = _frame(path)
+    with damage_told(path):
+        return Cell(info, scores, None, metrics)
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    with damage_told(path):
+        return pd.read_parquet(path)
 
 
 # From cells
@@ -244,6 +260,7 @@ def read_cells(name: str, paths: list[Path]) -> RunRecord:
         rows=rows,
         cost=first.info.cost,
         provenance=first.info.provenance,
+        place=paths[0].resolve().parent,
     )
 
 
@@ -261,7 +278,7 @@ def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
     """
     from reproduce.experiment import load_experiment, load_profile, resolve
 
-    if cell.info.seed is None:
+    if cell.info.seed is None or len(path.parts) < 4:  # copied to where no experiment is told
         return None
     profile, experiment = path.parts[-4], path.parts[-3]
     try:
@@ -270,6 +287,6 @@ def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     train = resolved.train
-    if train is None or train_run_name(train) != cell.info.runs["train"]:
+    if train is None or train_run_name(train) != cell.info.runs.get("train"):
         return None
     return train.model_dump(mode="json")

@@ -67,6 +67,15 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
             highlight=False,
             style="dim",
         )
+        together = [one.letter for one in compared if one.letter in unknown and len(one.runs) > 1]
+        if together:
+            console.print(
+                f"The runs of {', '.join(together)} were taken together by their row alone, as "
+                "cells of one folder and commit: whether they differ in more than their seed is "
+                "not known.",
+                highlight=False,
+                style="dim",
+            )
     _print_differences("Made with", provenance_differences(compared), compared, console)
 
 

@@ -34,12 +34,23 @@ def run_folders(runs_folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete stage, or None."""
+    """The manifest of a complete stage; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return read_document(folder / MANIFEST, ("provenance",))
+
+
+def sound_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete stage; None as well where it is damaged.
+
+    For those who decide what is left to do: such a stage is done again, which mends it.
+    """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+        return read_manifest(folder)
+    except UserError:
         return None
-    return manifest
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -54,10 +65,34 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         UserError: its file is damaged.
     """
     path = folder / SETTINGS
-    if not path.exists():
+    settings = read_document(path, ("method", "rewards", "optimization"))
+    if settings is None:
         return None
     with damage_told(path):
-        return dict(json.loads(path.read_text()))
+        if type(settings.get("seed")) is not int:
+            raise ValueError("its seed is no whole number")
+        if not isinstance(settings["method"].get("name"), str):
+            raise ValueError("its method has no name")
+    return settings
+
+
+def read_document(path: Path, sections: Iterable[str]) -> dict[str, Any] | None:
+    """A JSON object that has at least these ``sections``; None where there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with damage_told(path):
+        try:
+            document: Any = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not isinstance(document, dict):
+            raise TypeError("no JSON object")
+        for section in sections:
+            if not isinstance(document.get(section), dict):
+                raise ValueError(f"it has no section {section!r}")
+    return document
 
 
 @contextmanager
@@ -67,7 +102,12 @@ def damage_told(path: Path) -> Iterator[None]:
         yield
     except (KeyError, ValueError, TypeError, OSError) as error:
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read by this version ({text})") from None
+        # A stage is not done again while its manifest says that it is complete.
+        files = "it" if path.name == MANIFEST else f"it and the {MANIFEST} beside it"
+        raise UserError(
+            f"{path}: cannot be read by this version ({text}); "
+            f"delete {files} and run the command that wrote it again"
+        ) from None
 
 
 def name_of(given: Path, results: Path) -> str:

@@ -1,10 +1,10 @@
 """What every run of a results folder is doing: its state, progress, ETA and last reward."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from g2rpo.attempts import Attempt, is_alive, latest
 from g2rpo.errors import UserError
@@ -19,6 +19,9 @@ from reproduce.run_folders import (
     run_folders,
 )
 
+Found = TypeVar("Found")
+Other = TypeVar("Other")
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -28,7 +31,7 @@ class RunState:
         name: of its folder.
         settings: its training configuration; empty where it has none, or a damaged one.
         word: its state.
-        reason: why it failed or was stopped; may be empty.
+        reason: why it failed or was stopped, or which of its files is damaged; may be empty.
         done: iterations that are done; None where nothing is trained.
         total: iterations in all.
         remaining: seconds until it is trained, as it says itself; None where it does not run.
@@ -60,24 +63,27 @@ def read_run_states(runs_folder: Path) -> list[RunState]:
 
 
 def read_run_state(folder: Path) -> RunState:
-    """What the run in ``folder`` is doing."""
-    evaluations, evaluated_by = _evaluations(folder)
-    config = _settings(folder)
+    """What the run in ``folder`` is doing; one that has damaged files is not done."""
+    damage: list[str] = []
+    evaluations, evaluated_by = _evaluations(folder, damage)
+    config: dict[str, Any] | None = _sound(read_settings, folder, {}, damage)
     if config is None:
-        word: Word = "running" if evaluated_by else ("done" if evaluations else "interrupted")
-        updated = _changed(folder, folder / EVALUATIONS)
-        return RunState(folder.name, word, evaluations=evaluations, updated=updated)
+        sound = evaluations and not damage
+        word: Word = "running" if evaluated_by else ("done" if sound else "interrupted")
+        reason, updated = _told("", damage, folder), _changed(folder, folder / EVALUATIONS)
+        return RunState(folder.name, word, reason=reason, evaluations=evaluations, updated=updated)
     attempt = latest(folder / "leases", "train")
     record = None if attempt is None else attempt.record
-    word, reason = _judge(folder, attempt)
-    rows = read_metrics(folder / METRICS_FILE)
+    rows: list[dict[str, Any]] = _sound(read_metrics, folder / METRICS_FILE, [], damage)
+    trained = _sound(read_manifest, folder, None, damage) is not None
+    word, reason = ("done", "") if trained and not damage else _judge(attempt)
     times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, MANIFEST)]
     times += [] if record is None else [record.updated]
     return RunState(
         name=folder.name,
         word=word,
         settings=config,
-        reason=reason,
+        reason=_told(reason if word == "failed" or not damage else "", damage, folder),
         done=int(rows[-1]["iteration"]) if rows else 0,
         total=config.get("optimization", {}).get("iterations"),
         remaining=record.progress.remaining_seconds if record and word == "running" else None,
@@ -89,17 +95,24 @@ def read_run_state(folder: Path) -> RunState:
     )
 
 
-def _settings(folder: Path) -> dict[str, Any] | None:
-    """The run's settings; empty where they are damaged, None where it has none."""
+def _sound(
+    read: Callable[[Path], Found], path: Path, otherwise: Other, damage: list[str]
+) -> Found | Other:
+    """What ``read`` finds at ``path``; ``otherwise``, and a line of ``damage``, where it cannot."""
     try:
-        return read_settings(folder)
-    except UserError:
-        return {}
+        return read(path)
+    except (UserError, OSError) as error:
+        damage.append(" ".join(str(error).split()))
+        return otherwise
 
 
-def _judge(folder: Path, attempt: Attempt | None) -> tuple[Word, str]:
-    if read_manifest(folder) is not None:
-        return "done", ""
+def _told(reason: str, damage: list[str], folder: Path) -> str:
+    files = (f"damaged: {one.replace(f'{folder}/', '')}" for one in damage)
+    return "; ".join(part for part in (reason, *files) if part)
+
+
+def _judge(attempt: Attempt | None) -> tuple[Word, str]:
+    """The state of a training that is not done, from its last start."""
     if attempt is None:
         return "interrupted", "it was not started under a lease"
     if is_alive(attempt):
@@ -112,10 +125,10 @@ def _judge(folder: Path, attempt: Attempt | None) -> tuple[Word, str]:
     return "interrupted", record.reason or "it was stopped; the same command goes on"
 
 
-def _evaluations(folder: Path) -> tuple[str, bool]:
+def _evaluations(folder: Path, damage: list[str]) -> tuple[str, bool]:
     """What became of the evaluations, and whether one runs."""
     places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
-    scored = [place for place in places if read_manifest(place) is not None]
+    scored = [place for place in places if _sound(read_manifest, place, None, damage) is not None]
     texts = [f"{len(scored)} scored"] if scored else []
     running = False
     for place in places:

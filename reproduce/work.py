@@ -24,7 +24,7 @@ from g2rpo.training.config import TrainConfig
 from reproduce import embedding, finished
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
-from reproduce.run_folders import read_manifest
+from reproduce.run_folders import sound_manifest
 from reproduce.shares import WHOLE, Share
 from slurm.distributed import Ranks
 from slurm.graph import Stage
@@ -134,7 +134,7 @@ class Measurement:
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return read_manifest(self.folder) is not None
+        return sound_manifest(self.folder) is not None
 
     def do(self) -> None:
         """Measures it."""

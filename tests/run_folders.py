@@ -111,3 +111,29 @@ def prompt_means(means: dict[str, float], seed: int) -> dict[str, np.ndarray]:
     scores = make_scores(means, seed=seed)
     scores["score"] = scores["score"].astype("float32")
     return {str(k): v["score"].to_numpy(np.float64) for k, v in scores.groupby("reward")}
+
+
+DAMAGE: tuple[tuple[str, bytes], ...] = (
+    ("metrics.jsonl", b'3\n{"iteration": 1}\n'),
+    ("metrics.jsonl", b'{"reward/hps/mean": 0.5}\n{"iteration": 1}\n'),
+    ("metrics.jsonl", b'{"note": "\xff"}\n{"iteration": 1}\n'),
+    ("metrics.jsonl", b'{"iteration": 1, "reward/hps/mean": null}\n'),
+    ("manifest.json", b"\xff\xfe\x00"),
+    ("manifest.json", b"{}"),
+    ("manifest.json", b"[]"),
+    ("manifest.json", b'{"provenance": '),
+    ("evaluations/test-0123456789ab/manifest.json", b"{}"),
+    ("evaluations/test-0123456789ab/manifest.json", b"\xff"),
+    ("config.json", b"{}"),
+    ("config.json", b"[]"),
+    ("config.json", b"\xff"),
+    *(("config.json", json.dumps(SETTINGS | changed).encode()) for changed in (
+        {"seed": "one"}, {"optimization": None}, {"method": {}}, {"rewards": [1]},
+    )),
+)  # fmt: skip
+"""Files of a run folder, and contents with which they are damaged."""
+
+
+def damage(folder: Path, file: str, content: bytes) -> None:
+    assert (folder / file).is_file()
+    (folder / file).write_bytes(content)

@@ -14,19 +14,52 @@ if TYPE_CHECKING:  # states are read on login nodes, without the model libraries
     from g2rpo.training.rollout import Rollout
 
 METRICS_FILE = "metrics.jsonl"
+MEASURED = ("reward/", "validation/")
+"""With what the names of measured values begin."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: another line is no JSON object with a whole-number iteration, or a measured
+            value is no number; with the file and the line's number.
+    """
     if not path.exists():
         return []
+    lines = list(enumerate(path.read_bytes().splitlines(), start=1))
+    lines = [(number, line) for number, line in lines if line.strip()]
     rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for number, line in lines:
+        row = _row(line)
+        if row is None:
+            if number == lines[-1][0]:
+                break
+            raise _damage(path, number, "no JSON object with a whole-number iteration")
+        for name, value in row.items():
+            if name.startswith(MEASURED) and not _is_finite(value):
+                raise _damage(path, number, f"{name} is no number")
+        rows.append(row)
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that ``line`` holds; None where it is damaged."""
+    try:
+        row: Any = json.loads(line.decode())
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and type(row.get("iteration")) is int else None
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _damage(path: Path, number: int, what: str) -> UserError:
+    return UserError(
+        f"{path}, line {number}: {what}; remove that line, or the run's folder to train again"
+    )
 
 
 class MetricsLog:
@@ -36,6 +69,9 @@ class MetricsLog:
 
     Attributes:
         empty: whether nothing was kept of an earlier start.
+
+    Raises:
+        UserError: the file is damaged elsewhere than at its end; it stays as it is.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:

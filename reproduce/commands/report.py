@@ -1,5 +1,6 @@
 """``g2rpo report``: experiments as one HTML page."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +46,8 @@ def report(
     from reproduce.report.page import make_page
     from reproduce.runner import build_assets
 
+    if output is not None:
+        _check_output(output)
     chosen = load_profile(profile)
     build_assets(chosen)
     layout = layout_of(results, publish=publish)
@@ -64,6 +67,7 @@ def report(
         if experiments and len(chapters) == 1:
             folder = layout.experiment(chosen.name, chapters[0].name)
         output = folder / "report.html"
+        _check_output(output)
     documents = []
     if not experiments:
         shown = [chapter.name for chapter in chapters]
@@ -73,6 +77,21 @@ def report(
     for note in page.notes:
         typer.echo(note, err=True)
     typer.echo(f"wrote {output} ({len(page.html.encode()) / 1e6:.1f} MB)")
+
+
+def _check_output(output: Path) -> None:
+    """Asks whether the page can be written, before it is made.
+
+    Raises:
+        UserError: it is a folder, or there is no folder for it that may be written to.
+    """
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name a file, such as {output / 'report.html'}")
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{output}: {nearest} is no folder; name a file elsewhere with --output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{output}: {nearest} is not yours to write to; name a file elsewhere")
 
 
 def _committed(results: Path, profile: "Profile") -> "tuple[Layout, list[str]]":

@@ -154,6 +154,24 @@ def test_a_kill_before_the_shares_are_put_together_is_mended_by_the_table(
     assert [one.info for one in again] == [one.info for one in written]
 
 
+def test_a_damaged_cell_is_collected_again(profile: Profile, trained: Path, tmp_path: Path) -> None:
+    layout = Layout(trained, tmp_path / "tables")
+    cells = cells_of(profile)
+    whole, gaps = gather(cells, layout, "t")
+    assert (len(whole), gaps) == (2, [])
+    folder = layout.experiment("smoke", "t") / "cells"
+    written = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for path, content in written.items():
+        for damaged in (b"", content[:-9], b"\xff\xfe\x00", b"[]"):
+            path.write_bytes(damaged)
+            found, gaps = gather(cells, layout, "t")
+            assert ([one.info for one in found], gaps) == ([one.info for one in whole], [])
+            assert {path: path.read_bytes() for path in sorted(folder.iterdir())} == written
+        path.unlink()
+        assert gather(cells, layout, "t")[1] == []
+        assert path.read_bytes() == content
+
+
 def test_a_kill_while_they_are_put_together_is_mended(
     profile: Profile, runs: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,10 +86,11 @@ def test_altered_and_missing_files_are_refused_by_name(tmp_path: Path) -> None:
     path = save_cell(make_cell("base", seed=None, scores=SCORES), tmp_path)
     parquet = tmp_path / "base.parquet"
     parquet.write_bytes(parquet.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"base\.parquet: not the file"):
+    mend = "delete base.json and run the same `g2rpo reproduce`"
+    with pytest.raises(UserError, match=rf"base\.parquet: not the file.*{mend}"):
         load_cell(path)
     parquet.unlink()
-    with pytest.raises(UserError, match=r"base\.parquet: missing"):
+    with pytest.raises(UserError, match=rf"base\.parquet: missing.*{mend}"):
         load_cell(path)
     with pytest.raises(UserError, match="cannot be read"):
         load_cell(tmp_path / "absent.json")
@@ -105,6 +106,17 @@ def test_a_malformed_json_is_refused_with_the_key(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="not a JSON object"):
         load_cell(path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 1, "ce', b"\xff\xfe\x00", b"3", b"{}"])
+def test_a_damaged_json_is_told_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    path = save_cell(make_cell("base", seed=None, scores=SCORES), tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_cells(tmp_path)
+    told = str(error.value)
+    assert told.startswith(str(path)) and "delete it and run the same `g2rpo reproduce`" in told
+    assert "\n" not in told
 
 
 def test_a_renamed_cell_is_refused(tmp_path: Path) -> None:

@@ -1,19 +1,31 @@
 """`g2rpo compare`: names, deltas against scipy, settings, cost; from folders and from cells."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
-from run_folders import PROVENANCE, prompt_means, write, write_evaluation, write_run
+from cell_factory import make_cell, make_scores
+from run_folders import (
+    DAMAGE,
+    PROVENANCE,
+    damage,
+    prompt_means,
+    write,
+    write_evaluation,
+    write_run,
+)
 from typer.testing import CliRunner
 
+from benchmarks.cells import load_cell, save_cell
 from benchmarks.statistics import holm
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment import ROOT
-from reproduce.records import chosen_names, find_runs
+from reproduce.records import chosen_names, find_runs, settings_of
 from reproduce.run_comparison import (
     curve_points,
     members,
@@ -171,11 +183,36 @@ def test_runs_of_one_method_alone_and_twins_are_refused(results: Path) -> None:
         members(find_runs(["g2rpo-hps-seed1", "twin", "mix*"], results))
 
 
-def test_a_damaged_run_is_one_line(results: Path) -> None:
-    evaluation = results / "runs" / "g2rpo-hps-seed1-aa" / "evaluations" / "test-0123456789ab"
-    write(evaluation / "manifest.json", {"inputs": {}})
-    with pytest.raises(UserError, match="test-0123456789ab: cannot be read"):
+EVALUATION = "evaluations/test-0123456789ab"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *DAMAGE,
+        ("metrics.jsonl", b'{"iteration": 1, "validation/hps": "0.5"}\n'),
+        ("manifest.json", b'{"provenance": {}}'),
+        ("manifest.json", json.dumps({"provenance": PROVENANCE}).encode()),
+        ("manifest.json", json.dumps({"provenance": PROVENANCE, "progress": [4]}).encode()),
+        (f"{EVALUATION}/manifest.json", json.dumps({"provenance": PROVENANCE}).encode()),
+        (f"{EVALUATION}/scores.parquet", b"PAR1"),
+        (f"{EVALUATION}/diversity.parquet", b""),
+    ],
+)
+def test_a_damaged_run_is_one_line(results: Path, file: str, content: bytes) -> None:
+    folder = results / "runs" / "g2rpo-hps-seed1-aa"
+    damage(folder, file, content)
+    with pytest.raises(UserError) as error:
         find_runs(["g2rpo-hps-seed1"], results)
+    assert str(error.value).startswith(str(folder / file)) and "\n" not in str(error.value)
+    members(find_runs(["g2rpo-hps-seed2", "mix_grpo-hps-seed1"], results))
+
+
+def test_a_last_row_that_says_not_what_it_cost_is_one_line(results: Path) -> None:
+    folder = write_run(results / "runs", "other-1", finished=False)
+    damage(folder, "metrics.jsonl", b'{"iteration": 1, "device_seconds": null}\n')
+    with pytest.raises(UserError, match=r"other-1/metrics\.jsonl: cannot be read"):
+        find_runs(["other"], results)
 
 
 def test_the_command_prints_scores_settings_and_cost(results: Path) -> None:
@@ -197,6 +234,41 @@ def test_a_cell_is_a_run_too() -> None:
     assert len(score_sections(members(records))) == 1
     with pytest.raises(UserError, match=r"absent\.json: no such run"):
         find_runs([str(cells / "absent.json")], ROOT / "results")
+
+
+def test_the_settings_of_a_cell_that_lies_near_the_root_are_not_known() -> None:
+    (chosen,) = (ROOT / "results" / "mini" / "table1" / "cells").glob("hps--g2rpo__seed2.json")
+    cell = load_cell(chosen)
+    assert settings_of(cell, chosen) is not None
+    for place in ("/cell.json", "/tmp/cell.json", "/table1/cells/cell.json", "/a/b/c/cell.json"):
+        assert settings_of(cell, Path(place)) is None
+
+
+def unknown_cell(folder: Path, row: str, seed: int, commit: str | None = None) -> str:
+    """A cell of no experiment that is known here."""
+    made = make_cell(row, seed=seed, scores=make_scores({"hps": 0.5}, seed=seed))
+    provenance = made.info.provenance.model_copy(update={"git_commit": commit})
+    runs = {"train": f"g2rpo-hps-seed{seed}-{folder.name}-{commit}"}
+    info = made.info.model_copy(update={"provenance": provenance, "runs": runs})
+    return str(save_cell(replace(made, info=info), folder))
+
+
+def test_cells_without_settings_are_taken_together_in_one_folder_of_one_commit(
+    tmp_path: Path,
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    cells = [
+        unknown_cell(one, "g2rpo", 1), unknown_cell(two, "g2rpo", 2), unknown_cell(one, "g2rpo", 3),
+        unknown_cell(one, "g2rpo", 4, "e" * 40), unknown_cell(two, "g2rpo", 1),
+    ]  # fmt: skip
+    compared = members(find_runs(cells, tmp_path))
+    assert [member.seeds for member in compared] == [(1, 3), (1, 2), (4,)]
+    shown = CliRunner().invoke(app, ["compare", *cells])
+    assert shown.exit_code == 0, shown.output
+    assert "Settings of A, B, C: none are known" in shown.stdout
+    assert "The runs of A, B were taken together by their row alone" in shown.stdout
+    alone = CliRunner().invoke(app, ["compare", cells[0], cells[1]])
+    assert alone.exit_code == 0 and "taken together" not in alone.stdout
 
 
 def test_committed_results_are_compared_by_the_names_of_their_runs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pydantic
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from typer.testing import CliRunner
 
 from benchmarks.protocol import EvaluationConfig
 from g2rpo.methods.base import Method, method_names, parse_method
@@ -22,6 +24,8 @@ from g2rpo.training.config import TrainConfig
 from reproduce.cli import app
 from reproduce.experiment import ROOT, Hardware, load_experiment
 
+ELSEWHERE = "/mnt/"
+"""Paths of an example that are on nobody's machine."""
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 UNREAD = {"build", "data", "runs", "node_modules"}
 EXPERIMENTS = sorted((ROOT / "reproduce" / "experiments").glob("*.yaml"))
@@ -193,3 +197,33 @@ def test_the_catalogue_has_no_other_experiments() -> None:
     catalogue = (ROOT / "docs" / "experiments.md").read_text()
     listed = set(re.findall(r"^\| \[([a-z0-9-]+)\]\(#", catalogue, re.MULTILINE))
     assert listed == {path.stem for path in EXPERIMENTS}
+
+
+def comparisons() -> Iterator[tuple[Path, list[str]]]:
+    """The examples of `g2rpo compare`: the folder that each is called in, and its arguments."""
+    for token in PARSER.parse((ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")):
+        folder = ROOT
+        for line in token.content.splitlines() if token.type == "fence" else ():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["cd"]:
+                folder /= words[1]
+            elif words[:2] == ["g2rpo", "compare"] and ELSEWHERE not in line:
+                yield folder, words[2:]
+
+
+@pytest.mark.parametrize(("folder", "arguments"), list(comparisons()))
+def test_the_examples_of_comparisons_run_on_the_committed_results(
+    folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    # As a shell does.
+    names = [name for one in arguments for name in sorted(map(str, Path().glob(one))) or [one]]
+    done = CliRunner().invoke(app, ["compare", *names])
+    assert done.exit_code == 0, f"{arguments}: {done.exception}"
+    assert "Held-out" in done.stdout
+
+
+def test_examples_of_comparisons_are_found() -> None:
+    found = list(comparisons())
+    assert any(argument.endswith(".json") for _, arguments in found for argument in arguments)
+    assert any(folder == ROOT for folder, _ in found)

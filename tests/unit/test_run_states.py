@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import SETTINGS, write_attempt, write_evaluation, write_run
+from run_folders import (
+    DAMAGE,
+    SETTINGS,
+    damage,
+    write,
+    write_attempt,
+    write_evaluation,
+    write_run,
+)
 from typer.testing import CliRunner
 
 from g2rpo.config import merge
@@ -62,6 +70,46 @@ def test_a_run_without_a_row_and_one_with_damaged_settings_are_listed(tmp_path: 
     assert (state_of(folder).done, state_of(folder).rewards) == (0, {})
     (folder / "config.json").write_text("{")
     assert (state_of(folder).word, state_of(folder).total) == ("interrupted", None)
+
+
+@pytest.mark.parametrize(("file", "content"), DAMAGE)
+def test_a_damaged_file_is_told_and_the_other_runs_are_listed(
+    tmp_path: Path, file: str, content: bytes
+) -> None:
+    broken = write_run(tmp_path / "runs", "g2rpo-hps-seed1-aa", means={"hps": 0.7})
+    write_run(tmp_path / "runs", "g2rpo-hps-seed2-bb", means={"hps": 0.7})
+    before = state_of(broken)
+    damage(broken, file, content)
+    state = state_of(broken)
+    assert state.word == "interrupted"
+    assert state.reason.startswith(f"damaged: {file}") and "\n" not in state.reason
+    shown = CliRunner().invoke(app, ["runs", "--results", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    rows = {line.split()[0]: line for line in shown.stdout.splitlines()}
+    assert f"damaged: {file}" in rows[broken.name] and "4/4" in rows["g2rpo-hps-seed2-bb"]
+    assert " done " in rows["g2rpo-hps-seed2-bb"] and "damaged" not in rows["g2rpo-hps-seed2-bb"]
+    if not file.startswith("metrics"):
+        assert (state.done, state.rewards) == (before.done, before.rewards)
+
+
+def test_a_run_that_goes_on_or_failed_is_that_with_a_damaged_file_too(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", finished=False)
+    damage(folder, "metrics.jsonl", b"3\n4\n")
+    write_attempt(folder / "leases" / "train", "running", done=2, total=4)
+    assert state_of(folder).word == "running"
+    assert state_of(folder).reason.startswith("damaged: metrics.jsonl, line 1")
+    write_attempt(folder / "leases" / "train", "failed", reason="out of memory")
+    assert state_of(folder).word == "failed"
+    assert state_of(folder).reason.startswith("out of memory; damaged: metrics.jsonl, line 1")
+
+
+def test_a_base_with_a_damaged_evaluation_is_not_done(tmp_path: Path) -> None:
+    base = tmp_path / "base-0123"
+    write_evaluation(base, {"hps": 0.7})
+    write(base / "evaluations" / "other-ffffffffffff" / "manifest.json", [])
+    state = state_of(base)
+    assert (state.word, state.evaluations) == ("interrupted", "1 scored, unfinished")
+    assert state.reason.startswith("damaged: evaluations/other-ffffffffffff/manifest.json")
 
 
 def test_an_evaluation_that_runs_is_told(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from g2rpo.errors import UserError
 from g2rpo.lease import Lease, read_attempts
 from g2rpo.stop import Stopped
 from reproduce.experiment import HERE, Profile, ResolvedCell, expand, load_experiment, load_profile
+from reproduce.finished import share_manifest, share_stem
 from reproduce.layout import Layout
 from reproduce.plan import make_plan
 from reproduce.runs import absent_prompts_named
@@ -95,6 +96,26 @@ def test_a_submission_s_inputs_are_what_was_planned(tmp_path: Path) -> None:
 def test_inputs_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="submit again"):
         Inputs.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff", b'{"provenance": {', b"3"])
+def test_a_stage_with_a_damaged_manifest_is_done_again(tmp_path: Path, content: bytes) -> None:
+    layout = Layout(tmp_path, tmp_path)
+    cell = expand(load_experiment("table1"), load_profile("mini"), (1,))[-1]
+    share = Share(0, 2)
+    with absent_prompts_named():
+        train, score = Work("train", cell, layout), Work("score", cell, layout, share)
+        run, evaluation = layout.training(cell), layout.evaluation(cell)
+        for path in (run / "manifest.json", evaluation / "manifest.json"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        stem = share_stem(evaluation, share).with_suffix(".json")
+        stem.parent.mkdir()
+        stem.write_bytes(content)
+        assert not train.done() and not score.done()
+        assert share_manifest(evaluation, share) is None
+        (run / "manifest.json").write_text(json.dumps({"provenance": {}}))
+        assert train.done()
 
 
 class Piece(Work):
