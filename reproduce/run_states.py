@@ -79,13 +79,15 @@ def read_run_state(folder: Path) -> RunState:
     word, reason = ("done", "") if trained and not damage else _judge(attempt)
     times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, MANIFEST)]
     times += [] if record is None else [record.updated]
+    done = int(rows[-1]["iteration"]) if rows else 0
+    planned = config.get("optimization", {}).get("iterations")
     return RunState(
         name=folder.name,
         word=word,
         settings=config,
         reason=_told(reason if word == "failed" or not damage else "", damage, folder),
-        done=int(rows[-1]["iteration"]) if rows else 0,
-        total=config.get("optimization", {}).get("iterations"),
+        done=done,
+        total=done if word == "done" else planned,  # one that ends at a cost has fewer
         remaining=record.progress.remaining_seconds if record and word == "running" else None,
         rewards=_last(rows, "reward/", "/mean"),
         validation=_last(rows, "validation/", ""),

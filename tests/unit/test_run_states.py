@@ -37,6 +37,11 @@ def test_a_finished_run_shows_its_last_rewards_and_evaluations(tmp_path: Path) -
     assert (state.remaining, state.evaluations) == (None, "1 scored")
 
 
+def test_a_run_that_ended_at_a_cost_has_as_many_iterations_as_it_made(tmp_path: Path) -> None:
+    state = state_of(write_run(tmp_path, "a", optimization={"iterations": 60}))
+    assert (state.word, state.done, state.total) == ("done", 4, 4)
+
+
 def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", iterations=2, finished=False)
     write_attempt(folder / "leases" / "train", "running", done=2, total=4, remaining_seconds=90.0)
