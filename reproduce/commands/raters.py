@@ -44,8 +44,9 @@ def make(
     The folder can be given to raters as it is. The key is written beside it.
     """
     from reproduce.raters.pictures import find_sides
-    from reproduce.raters.sheet import PAGE, QUESTION, key_path, make_sheet
+    from reproduce.raters.sheet import PAGE, QUESTION, check_output, key_path, make_sheet
 
+    check_output(output)
     sides = find_sides([first, second], results, prompts)
     chosen = secrets.randbits(62) if seed is None else seed
     key = make_sheet(sides, output, pairs=pairs, seed=chosen, question=question or QUESTION)

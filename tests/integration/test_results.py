@@ -45,7 +45,9 @@ def test_a_study_has_every_cell_at_three_seeds(experiment: str) -> None:
 def test_a_study_of_one_seed_has_every_cell(experiment: str) -> None:
     rows = [(cell.info.row, cell.info.seed) for cell in cells_of(experiment)]
     trained = set(load_experiment(experiment).cells) - {"base"}
-    assert sorted(rows, key=str) == sorted([("base", None), *((row, 1) for row in trained)], key=str)
+    assert sorted(rows, key=str) == sorted(
+        [("base", None), *((row, 1) for row in trained)], key=str
+    )
 
 
 def test_credit_was_measured_for_every_method_at_three_seeds() -> None:

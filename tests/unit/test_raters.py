@@ -137,6 +137,57 @@ def test_what_cannot_be_compared_is_refused(results: Path) -> None:
         make_sheet([], results / "sheet", pairs=None, seed=1)
 
 
+def test_a_sheet_never_stands_without_its_key(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("reproduce.raters.sheet.write_json", "g2rpo.files.publish_folder"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, stop)
+            with pytest.raises(KeyboardInterrupt):
+                sheet(results)
+        assert not (results / "sheet").exists(), place
+    stopped = read_key(key_path(results / "sheet"))
+    output, key = sheet(results, seed=8)
+    assert read_key(key_path(output)) == key != stopped
+    assert read_key(results / f"sheet-key-{stopped.sheet}.json") == stopped
+
+
+def test_a_sheet_without_its_key_is_told_as_such(results: Path) -> None:
+    output, _ = sheet(results)
+    with pytest.raises(UserError, match="is there already"):
+        sheet(results)
+    key_path(output).unlink()
+    with pytest.raises(UserError, match=r"sheet without sheet-key\.json .*; delete it if its key"):
+        sheet(results)
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("notes.md/s", "notes.md is no folder"),
+        ("notes.md/deep/s", "notes.md is no folder"),
+        (".", "name a new folder for the sheet, such as sheet"),
+        ("..", "name a new folder for the sheet, such as ../sheet"),
+        ("notes.md", "is there already"),
+        ("kept", "kept-key.json: is in the way and no key"),
+        ("x" * 300, "cannot be written (File name too long)"),
+    ],
+)
+def test_where_no_sheet_can_be_is_one_line_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text("words\n")
+    Path("kept-key.json").write_text("{}\n")
+    made = CliRunner().invoke(app, ["raters", "make", "absent", "absent-too", "-o", output])
+    assert isinstance(made.exception, UserError), made.exception
+    assert told in str(made.exception) and "\n" not in str(made.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.md", "kept-key.json"}
+
+
 def test_a_side_is_not_compared_with_itself(results: Path) -> None:
     with pytest.raises(UserError, match="the same pictures"):
         find_sides([FIRST, "g2rpo-hps"], results, None)
