@@ -210,6 +210,40 @@ def test_folders_of_pictures_are_compared_by_a_prompt_set(results: Path) -> None
     assert key.protocol is None and key.first == str(folders[0])
 
 
+def write_folder(folder: Path, names: list[str], shade: int) -> Path:
+    folder.mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(folder / f"{name}.png")
+    return folder
+
+
+def test_a_prompt_set_may_be_larger_than_the_folders(results: Path) -> None:
+    first = write_folder(results / "one", ["000000", "000001", "000002"], 10)
+    second = write_folder(results / "two", ["000001", "000002"], 200)
+    prompts = results / "prompts.txt"
+    prompts.write_text("a cat\na dog\na bird\na cow\n")
+    key = make_sheet(
+        find_sides([str(first), str(second)], results, prompts),
+        results / "sheet", pairs=None, seed=1,
+    )  # fmt: skip
+    assert sorted(pair.prompt for pair in key.pairs) == ["a bird", "a dog"]
+
+
+def test_pictures_without_a_prompt_are_refused_or_left_out(results: Path) -> None:
+    first = write_folder(results / "one", ["a", "b", "c"], 10)
+    second = write_folder(results / "two", ["a", "b"], 200)
+    for folder in (first, second):
+        for name in ("a", "b"):
+            (folder / f"{name}.txt").write_text(f"a caption of {name}\n")
+    arguments = ["raters", "make", str(first), str(second), "-o", str(results / "sheet")]
+    refused = CliRunner().invoke(app, arguments)
+    assert "1 cannot be compared: c: no prompt" in str(refused.exception)
+    assert "--skip-bad" in str(refused.exception)
+    made = CliRunner().invoke(app, [*arguments, "--skip-bad"])
+    assert made.exit_code == 0, made.output
+    assert "2 pairs" in made.output and f"{first}: c is left out: no prompt" in made.output
+
+
 Choose = Callable[[int, str], str]
 
 
