@@ -348,13 +348,30 @@ def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
         read_key(results / "other.json")
 
 
-def test_what_a_spreadsheet_saves_is_read(results: Path) -> None:
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_what_a_spreadsheet_saves_is_read(results: Path, mark: str) -> None:
     _, key = sheet(results)
-    lines = ["\ufeffSheet;Rater;Pair;Answer"]
-    lines += [f"{key.sheet};Ann B;{int(pair.pair)};Left" for pair in key.pairs]
+    rows = [["\ufeffSheet", "Rater", "Pair", "Answer"]]
+    rows += [[key.sheet, "Ann B", str(int(pair.pair)), "Left"] for pair in key.pairs]
+    rows += [[""] * 4, [" "] * 4, [""] * 6, [""] * 2]
     path = results / "a.csv"
-    path.write_text("\r\n".join(lines), encoding="utf-8")
-    assert set(read_answers([path], key)["Ann B"].values()) == {"left"}
+    path.write_text("\r\n".join(mark.join(row) for row in rows), encoding="utf-8")
+    (answers,) = read_answers([path], key).values()
+    assert set(answers.values()) == {"left"} and len(answers) == PROMPTS
+
+
+def test_one_rater_may_be_spelt_in_several_ways(results: Path) -> None:
+    _, key = sheet(results)
+    names = ("Ann  Lee", "ann lee", " ANN Lee ", "Bob")
+    pairs = [pair.pair for pair in key.pairs]
+    lines = [f"{key.sheet},{name},{pair},left" for name, pair in zip(names, pairs, strict=False)]
+    path = results / "a.csv"
+    path.write_text("\n".join([",".join(COLUMNS), *lines]))
+    found = read_answers([path], key)
+    assert {rater: len(answers) for rater, answers in found.items()} == {"Ann  Lee": 3, "Bob": 1}
+    path.write_text("\n".join([",".join(COLUMNS), *lines, f"{key.sheet},ann lee,001,right"]))
+    with pytest.raises(UserError, match="line 6: Ann  Lee answers pair 001 again"):
+        read_answers([path], key)
 
 
 def test_the_commands_make_and_read(results: Path, tmp_path: Path) -> None:
