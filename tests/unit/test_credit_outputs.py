@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import yaml
 from command_line import write_small_profile
 from matplotlib.figure import Figure
 from run_folders import PROVENANCE
+from typer.testing import CliRunner
 
+from g2rpo.errors import UserError
+from reproduce.cli import app
+from reproduce.commands.render import no_table, render_credit
 from reproduce.credit import Measured, Quantity, _panel, publish_credit, steps_text
-from reproduce.experiment import expand, load_experiment, load_profile
+from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.layout import Layout
 from reproduce.run_folders import write_manifest
 from reproduce.work import Measurement
@@ -80,6 +85,13 @@ def measure(workplace: Path, layout: Layout, seeds: Sequence[int] = (1, 2, 3)) -
     assert publish_credit(loaded, profile, cells, layout) == []
 
 
+def place(workplace: Path) -> tuple[Experiment, Profile, Layout]:
+    """What the experiment's commands work on, where ``results`` are published."""
+    experiment = load_experiment(str(workplace / "credit.yaml"))
+    profile = load_profile(str(workplace / "small.yaml"))
+    return experiment, profile, Layout(workplace / "runs", workplace)
+
+
 def tables_of(text: str) -> list[dict[str, list[str]]]:
     """The tables of a Markdown text: by the first column, the means of the others."""
     found: list[dict[str, list[str]]] = []
@@ -133,3 +145,40 @@ def test_every_line_of_the_figure_looks_different() -> None:
     _panel(axes, Quantity("", values), {0: 0.9, 1: 0.5})  # type: ignore[arg-type]
     lines = axes.get_lines()[:12]
     assert len({(one.get_color(), one.get_marker()) for one in lines}) == 12
+
+
+def test_what_is_measured_is_rendered_again_and_what_is_not_is_told(workplace: Path) -> None:
+    experiment, profile, layout = place(workplace)
+    command = "g2rpo reproduce credit.yaml"
+    with pytest.raises(UserError, match="no measurements of small_credit; run `g2rpo reproduce cr"):
+        render_credit(experiment, profile, layout, command)
+    measure(workplace, layout, seeds=(1, 5))
+    document = layout.experiment("smoke", "small_credit") / "credit.md"
+    written = document.read_text()
+    document.unlink()
+    render_credit(experiment, profile, layout, command)
+    assert document.read_text() == written
+    shutil.rmtree(layout.runs)
+    for at in (layout, Layout(layout.runs, layout.runs)):
+        with pytest.raises(UserError) as error:
+            render_credit(experiment, profile, at, command)
+        assert str(document) in str(error.value) and command in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_report_of_credit_alone_says_where_it_is_shown(workplace: Path) -> None:
+    experiment, profile, layout = place(workplace)
+    measure(workplace, layout)
+    document = layout.experiment("smoke", "small_credit") / "credit.md"
+    said = no_table(experiment, profile, layout, "g2rpo reproduce credit.yaml")
+    assert said == f"small_credit is no table of runs: what was found is in {document}"
+    place_of = ["--profile", str(workplace / "small.yaml"), "--results", str(workplace)]
+    bundled = workplace / "smoke" / "credit" / "credit.md"
+    bundled.parent.mkdir()
+    asked = CliRunner().invoke(app, ["report", "credit", *place_of])
+    assert "no measurements of credit; run `g2rpo reproduce credit" in str(asked.exception)
+    bundled.write_text(document.read_text())
+    for more in ([], ["--publish"], ["table1"]):
+        asked = CliRunner().invoke(app, ["report", "credit", *more, *place_of])
+        assert isinstance(asked.exception, UserError)
+        assert f"{bundled}; a report without names shows it" in str(asked.exception)
