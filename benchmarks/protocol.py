@@ -48,8 +48,8 @@ class EvaluationConfig(StrictModel):
     name: str
     """What the protocol is called in tables."""
     split: Literal["validation", "test"] = "test"
-    limit: int | None = Field(None, ge=1)
-    """Uses the first so many prompts of the split; null uses all."""
+    limit: int | None = Field(None, ge=2)
+    """Uses the first so many prompts of the split; null uses all. An interval needs two."""
     seed: int = 1223627
     """Names the noise, together with the prompt's id (the released sampler seed)."""
     grid: GridConfig = GridConfig(steps=50, schedule="flux_dynamic", timestep="exact")

@@ -177,17 +177,20 @@ def render(
     """Write and print an experiment's table and figures from its finished cells."""
     from benchmarks.cells import cells_folder, load_cells
     from reproduce import experiment as experiments
+    from reproduce.commands.render import render_credit
     from reproduce.publish import publish as write_table
 
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
     layout = layout_of(results, publish=publish)
+    command = f"g2rpo reproduce {experiment} --profile {profile}"
+    if loaded.credit is not None:
+        render_credit(loaded, chosen, layout, command)
+        return
     folder = cells_folder(layout.tables, chosen.name, loaded.name)
     cells = load_cells(folder)
     if not cells:
-        raise UserError(
-            f"{folder}: no finished cells; run `g2rpo reproduce {experiment} --profile {profile}`"
-        )
+        raise UserError(f"{folder}: no finished cells; run `{command}`")
     write_table(loaded, chosen, cells, (), layout)
 
 

@@ -43,7 +43,10 @@ EXPLANATIONS = (
         "Signal-to-noise ratio: squared length of the mean gradient over the mean squared distance "
         "from it, over groups drawn again for the same prompts. Estimates near 0 may be below it."
     ),
-    "A step that several rollouts of a method have (a window that moves) is their mean.",
+    (
+        "A method whose window of noisy steps moves has a line for each of its rollouts, named by "
+        "these steps; a window at the end of the grid may hold one step alone."
+    ),
 )
 
 
@@ -69,52 +72,75 @@ class Measured:
             for step in rollout["steps"]:
                 yield rollout["iteration"], step
 
-    def explained(self, reward: str) -> dict[int, float]:
+    def lines(self) -> Iterator[tuple[str, "Line"]]:
+        """A line for each rollout, by iteration, with what it is called.
+
+        Where a method has several, their numbers cannot be averaged: what one step's noise
+        explains depends on which others are noisy.
+        """
+        rollouts = sorted(self.manifest["rollouts"], key=lambda rollout: rollout["iteration"])
+        if len(rollouts) == 1:
+            yield self.label, Line(rollouts[0])
+            return
+        windows = [steps_text([step["step"] for step in one["steps"]]) for one in rollouts]
+        for rollout, window in zip(rollouts, windows, strict=True):
+            alike = windows.count(window) > 1  # they differ in something else
+            which = f", iteration {rollout['iteration']}" if alike else ""
+            yield f"{self.label}, {window}{which}", Line(rollout)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One ``rollout`` of a cell, as its stage wrote it."""
+
+    rollout: dict[str, Any]
+
+    def explained(self, reward: str) -> dict[int | str, float]:
         """For each step, the share of the reward's variance."""
-        found: dict[int, list[float]] = {}
-        for _, step in self.steps():
-            found.setdefault(step["step"], []).append(step["explained"][reward])
-        return {step: float(np.mean(values)) for step, values in sorted(found.items())}
+        return {step["step"]: step["explained"][reward] for step in self.rollout["steps"]}
 
     def ratios(self) -> dict[int | str, float]:
         """For each step, and for all together, the signal-to-noise ratio."""
-        sums: dict[int | str, list[float]] = {}
-        for _, step in self.steps():
-            total = sums.setdefault(step["step"], [0.0, 0.0])
-            total[0] += step["signal"]
-            total[1] += step["noise"]
-        found = {step: signal_to_noise(*sums[step]) for step in sorted(sums, key=int)}
-        rollouts = self.manifest["rollouts"]
-        signal, noise = (sum(r[name] for r in rollouts) for name in ("signal", "noise"))
-        return {**found, ALL_STEPS: signal_to_noise(signal, noise)}
+        parts = [(step["step"], step) for step in self.rollout["steps"]]
+        return {
+            step: signal_to_noise(part["signal"], part["noise"])
+            for step, part in (*parts, (ALL_STEPS, self.rollout))
+        }
+
+
+def steps_text(steps: Sequence[int]) -> str:
+    """``step 5``, ``steps 2 to 5`` where they follow each other, else ``steps 0, 2, 5``."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    first, last = steps[0], steps[-1]
+    whole = list(steps) == list(range(first, last + 1))
+    return f"steps {first} to {last}" if whole else f"steps {', '.join(map(str, steps))}"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One number a step for every row, over seeds.
+    """One number a step for every line, over seeds.
 
     Attributes:
         title: what it is.
-        values: by row's label and step, the seeds' values.
+        values: by the line's label and step, the seeds' values.
     """
 
     title: str
     values: dict[str, dict[int | str, list[float]]]
 
     @classmethod
-    def of(
-        cls, title: str, found: Iterable[tuple[Measured, dict[int, float] | dict[int | str, float]]]
-    ) -> "Quantity":
-        """Gathers what each cell measured."""
+    def of(cls, title: str, found: Iterable[tuple[str, dict[int | str, float]]]) -> "Quantity":
+        """Gathers what was measured, by the line's label."""
         values: dict[str, dict[int | str, list[float]]] = {}
-        for cell, by_step in found:
+        for label, by_step in found:
             for step, value in by_step.items():
-                values.setdefault(cell.label, {}).setdefault(step, []).append(value)
+                values.setdefault(label, {}).setdefault(step, []).append(value)
         return cls(title, values)
 
     @property
     def steps(self) -> list[int | str]:
-        """All steps of any row, ascending; the gradient over all steps last."""
+        """All steps of any line, ascending; the gradient over all steps last."""
         steps = {step for row in self.values.values() for step in row}
         return sorted(steps, key=lambda step: (isinstance(step, str), step))
 
@@ -137,12 +163,13 @@ def publish_credit(
             measured.append(Measured(cell.key, labels[cell.key], cell.seed or 0, manifest))
     if not measured:
         return gaps
+    lines = [line for cell in measured for line in cell.lines()]
     quantities = [
         *(
-            Quantity.of(f"{EXPLAINED} ({reward})", [(m, m.explained(reward)) for m in measured])
+            Quantity.of(f"{EXPLAINED} ({reward})", [(of, at.explained(reward)) for of, at in lines])
             for reward in rewards
         ),
-        Quantity.of(RATIO, [(m, m.ratios()) for m in measured]),
+        Quantity.of(RATIO, [(of, at.ratios()) for of, at in lines]),
     ]
     output = layout.experiment(profile.name, experiment.name)
     output.mkdir(parents=True, exist_ok=True)
@@ -276,14 +303,19 @@ def _panel(axes: Axes, quantity: Quantity, sigmas: dict[int, float]) -> None:
         steps = [step for step in sorted(sigmas) if step in row]
         means = [float(np.mean(row[step])) for step in steps]
         color = PALETTE[index % len(PALETTE)]
+        # Beyond the palette, a colour that comes again has another line and marker.
+        style = (index + index // len(PALETTE)) % len(MARKERS)
         axes.plot(
             steps, means, color=color, label=label, markersize=4,
-            linestyle=LINE_STYLES[index % len(LINE_STYLES)], marker=MARKERS[index % len(MARKERS)],
+            linestyle=LINE_STYLES[style], marker=MARKERS[style],
         )  # fmt: skip
         bands = [_interval(row[step]) for step in steps]
         if all(band is not None for band in bands):
             ends = np.array([(band.low, band.high) for band in bands if band is not None])
-            axes.fill_between(steps, ends[:, 0], ends[:, 1], color=color, alpha=0.15, lw=0)
+            if len(steps) > 1:
+                axes.fill_between(steps, ends[:, 0], ends[:, 1], color=color, alpha=0.15, lw=0)
+            else:  # a band of one step has no width
+                axes.vlines(steps, ends[:, 0], ends[:, 1], color=color, alpha=0.5)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_title(quantity.title, wrap=True)
     axes.set_xticks(sorted(sigmas), [f"{k}\nσ {sigmas[k]:.2f}" for k in sorted(sigmas)])

@@ -78,14 +78,21 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def read_source(path: Path, prompts: Sequence[Prompt] | None = None) -> Source:
-    """The items of a folder or manifest ``path``; ``prompts`` names those of a folder.
+def read_source(
+    path: Path, prompts: Sequence[Prompt] | None = None, *, every_prompt: bool = True
+) -> Source:
+    """The items of a folder or manifest ``path``.
+
+    Args:
+        path: the folder or manifest.
+        prompts: names the images of a folder.
+        every_prompt: whether one of ``prompts`` without an image is bad.
 
     Raises:
         UserError: ``path`` is neither, a manifest cannot be read, or there is nothing to score.
     """
     if path.is_dir():
-        source = _read_folder(path, prompts)
+        source = _read_folder(path, prompts, every_prompt=every_prompt)
     elif not path.exists():
         raise UserError(f"{path}: no such folder of images or manifest")
     elif prompts is not None:
@@ -97,10 +104,10 @@ def read_source(path: Path, prompts: Sequence[Prompt] | None = None) -> Source:
     return source
 
 
-def _read_folder(folder: Path, prompts: Sequence[Prompt] | None) -> Source:
+def _read_folder(folder: Path, prompts: Sequence[Prompt] | None, *, every_prompt: bool) -> Source:
     images = _images(folder)
     if prompts is not None:
-        source = _match(folder, images, prompts)
+        source = _match(folder, images, prompts, every_prompt=every_prompt)
     else:
         manifests = [folder / name for name in MANIFESTS if (folder / name).is_file()]
         source = _read_manifest(manifests[0]) if manifests else _captioned(folder, images)
@@ -159,7 +166,9 @@ def _captioned(folder: Path, images: Sequence[Path]) -> Source:
     return source
 
 
-def _match(folder: Path, images: Sequence[Path], prompts: Sequence[Prompt]) -> Source:
+def _match(
+    folder: Path, images: Sequence[Path], prompts: Sequence[Prompt], *, every_prompt: bool
+) -> Source:
     source = Source()
     by_id = {prompt.id: prompt for prompt in prompts}
     found: set[str] = set()
@@ -177,7 +186,7 @@ def _match(folder: Path, images: Sequence[Path], prompts: Sequence[Prompt]) -> S
     source.bad += [
         (prompt.id, "the prompt has no image in the folder")
         for prompt in prompts
-        if prompt.id not in found
+        if every_prompt and prompt.id not in found
     ]
     return source
 
@@ -253,17 +262,17 @@ def _without_duplicates(source: Source) -> Source:
     return source
 
 
-def refuse_bad(source: Source, skip: bool) -> None:
+def refuse_bad(source: Source, skip: bool, use: str = "scored") -> None:
     """Raises :class:`UserError` with all that is wrong, unless it is to be skipped.
 
-    Also where nothing is left to score.
+    Also where nothing is left to be ``use``.
     """
     if source.bad and not skip:
         shown = "; ".join(f"{name}: {reason}" for name, reason in source.bad[:5])
         more = f"; and {len(source.bad) - 5} more" if len(source.bad) > 5 else ""
         raise UserError(
-            f"{len(source.bad)} cannot be scored: {shown}{more}; mend them, or leave them out "
+            f"{len(source.bad)} cannot be {use}: {shown}{more}; mend them, or leave them out "
             "with --skip-bad"
         )
     if not source.items:
-        raise UserError("nothing is left to score: every image or prompt is bad")
+        raise UserError(f"nothing is left to be {use}: every image or prompt is bad")

@@ -37,6 +37,9 @@ def make(
         typer.Option(help="Names the order and the sides; who knows it can undo the blinding."),
     ] = None,
     question: Annotated[str | None, typer.Option(help="What raters are asked.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out pictures without a prompt, and list them.")
+    ] = False,
     results: Results = Path("results"),
 ) -> None:
     """Write a sheet of pairs: the same prompt and noise under two models, in random order.
@@ -44,9 +47,13 @@ def make(
     The folder can be given to raters as it is. The key is written beside it.
     """
     from reproduce.raters.pictures import find_sides
-    from reproduce.raters.sheet import PAGE, QUESTION, key_path, make_sheet
+    from reproduce.raters.sheet import PAGE, QUESTION, check_output, key_path, make_sheet
 
-    sides = find_sides([first, second], results, prompts)
+    check_output(output)
+    sides = find_sides([first, second], results, prompts, skip_bad=skip_bad)
+    for side in sides:
+        for name, reason in side.left_out:
+            typer.echo(f"{side.label}: {name} is left out: {reason}", err=True)
     chosen = secrets.randbits(62) if seed is None else seed
     key = make_sheet(sides, output, pairs=pairs, seed=chosen, question=question or QUESTION)
     evaluated = max(side.prompts for side in sides)

@@ -40,7 +40,8 @@ def report(
     It opens from disk and asks no network. What is missing is shown as missing, with the reason.
     """
     from g2rpo.files import atomic_write_text
-    from reproduce.experiment import load_profile
+    from reproduce.commands.render import no_table
+    from reproduce.experiment import load_experiment, load_profile
     from reproduce.report.chapter import finished_experiments, load_chapter
     from reproduce.report.documents import find_documents
     from reproduce.report.page import make_page
@@ -51,6 +52,11 @@ def report(
     chosen = load_profile(profile)
     build_assets(chosen)
     layout = layout_of(results, publish=publish)
+    for name in experiments or ():
+        loaded = load_experiment(name)
+        if loaded.credit is not None:
+            command = f"g2rpo reproduce {name} --profile {profile}"
+            raise UserError(no_table(loaded, chosen, layout, command))
     names = experiments or finished_experiments(chosen, layout)
     if not names and not publish:
         layout, names = _committed(results, chosen)

@@ -21,14 +21,18 @@ Answers = dict[str, Choice]
 """One rater's answers by pair; pairs without an answer are left out."""
 
 OUTCOMES = {"first": 1.0, "tie": 0.5, "second": 0.0}
+SEPARATORS = (",", ";", "\t")
+"""Of columns, as spreadsheets write them."""
 
 
 def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
     """All answers by rater.
 
     Args:
-        paths: CSV files with the columns ``sheet, rater, pair, answer``; several raters may share
-            one, and the file's name stands for a rater that is left empty.
+        paths: files with the columns ``sheet, rater, pair, answer``, separated by a comma,
+            semicolon or tab; several raters may share one, and the file's name stands for a rater
+            that is left empty. Names that differ only in case or spaces are of one rater, called
+            as it is spelt first.
         key: the key of the sheet.
 
     Raises:
@@ -37,10 +41,12 @@ def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
     """
     found: dict[str, Answers] = {}
     where: dict[tuple[str, str], str] = {}
+    spelt: dict[str, str] = {}
     for path in paths:
         for line, row in _rows(path):
             place = f"{path}, line {line}"
-            rater, pair, answer = _checked(row, key, place, path.stem)
+            given, pair, answer = _checked(row, key, place, path.stem)
+            rater = spelt.setdefault(" ".join(given.casefold().split()), given)
             if (rater, pair) in where:
                 first = where[rater, pair]
                 raise UserError(f"{place}: {rater} answers pair {pair} again, first in {first}")
@@ -63,10 +69,11 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
         raise UserError(f"{path}: cannot be read ({error})") from None
     lines = text.splitlines()
     head = lines[0] if lines else ""
-    separator = ";" if head.count(";") > head.count(",") else ","
+    separator = max(SEPARATORS, key=head.count)
     reader = csv.DictReader(lines, delimiter=separator, strict=True)
     try:
-        rows = [(reader.line_num, dict(row)) for row in reader]
+        # Spreadsheets leave rows of nothing but separators.
+        rows = [(reader.line_num, dict(row)) for row in reader if not _is_empty(row)]
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: no CSV ({error})") from None
     names = [(name or "").strip().lower() for name in reader.fieldnames or ()]
@@ -77,6 +84,15 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
         (line, {str(name).strip().lower(): value for name, value in row.items()})
         for line, row in rows
     ]
+
+
+def _is_empty(row: Mapping[str | None, str | list[str] | None]) -> bool:
+    return not any(text and text.strip() for value in row.values() for text in _texts(value))
+
+
+def _texts(value: str | list[str] | None) -> Sequence[str | None]:
+    """A field, or those beyond the last column, which come as a list."""
+    return value if isinstance(value, list) else [value]
 
 
 def _checked(

@@ -39,32 +39,40 @@ class Side:
         pictures: by prompt id.
         protocol: names seed, grid and prompts of the pictures; None where that is not known.
         prompts: how many prompts were evaluated, of some of which the pictures may be gone.
+        left_out: what of a folder cannot be compared: pairs of a name and a reason.
     """
 
     label: str
     pictures: dict[str, Picture]
     protocol: str | None
     prompts: int
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
-def find_sides(names: Sequence[str], results: Path, prompts: Path | None) -> list[Side]:
+def find_sides(
+    names: Sequence[str], results: Path, prompts: Path | None, *, skip_bad: bool = False
+) -> list[Side]:
     """The two sides that are named by runs, evaluations or folders of pictures.
 
     Args:
         names: two of: the beginning of a run's name, a run's folder, the folder of one of its
             evaluations, or any folder of pictures.
         results: where runs are found by name.
-        prompts: the prompt set that names the pictures of a folder.
+        prompts: the prompt set that names the pictures of a folder; it may have others too.
+        skip_bad: leaves out the pictures of a folder that have no prompt.
 
     Raises:
-        UserError: there is no such run or folder, or two runs share not exactly one evaluation.
+        UserError: there is no such run or folder, two runs share not exactly one evaluation, or a
+            picture of a folder has no prompt.
     """
     found = [_evaluations(name, results) for name in names]
     if found[0] == found[1] and (found[0] or Path(names[0]).resolve() == Path(names[1]).resolve()):
         raise UserError("both sides are the same pictures; name another run or folder")
     if any(not places for places in found):
         return [
-            _folder_side(Path(name), prompts) if not places else _side(_only(name, places))
+            _folder_side(Path(name), prompts, skip_bad)
+            if not places
+            else _side(_only(name, places))
             for name, places in zip(names, found, strict=True)
         ]
     shared = set(found[0]) & set(found[1])
@@ -127,10 +135,11 @@ def _side(evaluation: Path) -> Side:
     return Side(label, pictures, _protocol(evaluation), len(texts))
 
 
-def _folder_side(folder: Path, prompts: Path | None) -> Side:
-    source = read_source(folder, None if prompts is None else read_prompts(prompts))
-    refuse_bad(source, skip=False)
+def _folder_side(folder: Path, prompts: Path | None, skip_bad: bool) -> Side:
+    known = None if prompts is None else read_prompts(prompts)
+    source = read_source(folder, known, every_prompt=False)
+    refuse_bad(source, skip_bad, "compared")
     pictures: dict[str, Picture] = {}
     for item in source.items:  # the first of several pictures of a prompt
         pictures.setdefault(item.prompt_id, Picture(item.prompt, item.image))
-    return Side(str(folder), pictures, None, len(pictures))
+    return Side(str(folder), pictures, None, len(pictures), tuple(source.bad))

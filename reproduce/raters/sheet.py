@@ -18,7 +18,7 @@ from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder, write_json
 from g2rpo.seeds import generator
-from reproduce.raters.key import COLUMNS, Pair, SheetKey
+from reproduce.raters.key import COLUMNS, Pair, SheetKey, read_key
 from reproduce.raters.pictures import Side
 
 QUESTION = "Which picture is better for the caption?"
@@ -32,10 +32,45 @@ def key_path(output: Path) -> Path:
     return output.with_name(f"{output.name}-key.json")
 
 
+def check_output(output: Path) -> None:
+    """Whether a new sheet and its key can be written as the folder ``output``.
+
+    Raises:
+        UserError: it has no name of its own, is there already, or no folder can be written there.
+    """
+    if output.name in ("", ".."):
+        raise UserError(f"{output}: name a new folder for the sheet, such as {output / 'sheet'}")
+    try:
+        if os.path.lexists(output):
+            _refuse_sheet(output)
+        _earlier_key(key_path(output))
+        above = next(path for path in output.absolute().parents if path.exists())
+    except OSError as error:  # a name that is too long
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    if not above.is_dir():
+        raise UserError(f"{output}: {above} is no folder; choose another place for the sheet")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{output}: {above} cannot be written; choose another place for the sheet")
+
+
+def _refuse_sheet(output: Path) -> None:
+    if (output / PAGE).is_file() and not key_path(output).exists():
+        raise UserError(
+            f"{output}: is a sheet without {key_path(output).name} beside it; delete it if its key "
+            "was never written, else choose another folder"
+        )
+    raise UserError(f"{output}: is there already; choose another folder")
+
+
 def make_sheet(
     sides: Sequence[Side], output: Path, *, pairs: int | None, seed: int, question: str = QUESTION
 ) -> SheetKey:
     """Writes a sheet into the folder ``output`` and its key beside it.
+
+    The key is written first: without it a sheet says nothing. One that is there already, of a
+    sheet that is not, is kept under a name with that sheet's own.
 
     Args:
         sides: two sides.
@@ -45,12 +80,11 @@ def make_sheet(
         question: what raters are asked.
 
     Raises:
-        UserError: ``output`` is there, no prompt has pictures of both sides, there are fewer than
-            ``pairs``, or a picture is damaged or of another size than its counterpart.
+        UserError: ``output`` is there or cannot be written, no prompt has pictures of both sides,
+            there are fewer than ``pairs``, or a picture is damaged or of another size than its
+            counterpart.
     """
-    for path in (output, key_path(output)):
-        if path.exists():
-            raise UserError(f"{path}: is there already; choose another folder")
+    check_output(output)
     key = _arranged(sides, pairs, seed, question)
     with atomic_folder(output) as folder:
         (folder / IMAGES).mkdir()
@@ -60,8 +94,25 @@ def make_sheet(
         (folder / ANSWERS).write_text(_blank_answers(key))
         for path in (*folder.rglob("*"), folder):
             os.utime(path, (FIXED_TIME, FIXED_TIME))
-    write_json(key_path(output), key.model_dump(mode="json"))
+        _keep_earlier_key(key_path(output))
+        write_json(key_path(output), key.model_dump(mode="json"))
     return key
+
+
+def _earlier_key(path: Path) -> SheetKey | None:
+    if not path.exists():
+        return None
+    try:
+        return read_key(path)
+    except UserError:
+        raise UserError(f"{path}: is in the way and no key; choose another folder") from None
+
+
+def _keep_earlier_key(path: Path) -> None:
+    """Moves a key out of the way: its sheet may have been given away."""
+    earlier = _earlier_key(path)
+    if earlier is not None:
+        path.replace(path.with_name(f"{path.stem}-{earlier.sheet}.json"))
 
 
 def _arranged(sides: Sequence[Side], pairs: int | None, seed: int, question: str) -> SheetKey:

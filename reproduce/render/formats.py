@@ -40,6 +40,9 @@ _LATEX_CHARACTERS = {
     "±": r"$\pm$",
     "≤": r"$\leq$",
     "≥": r"$\geq$",
+    "≠": r"$\neq$",
+    "≈": r"$\approx$",
+    "∞": r"$\infty$",
     "→": r"$\rightarrow$",
     "†": r"$^{\dagger}$",
     "\u00a0": "~",
@@ -51,18 +54,34 @@ _GREEK_CAPITALS = {
 }  # fmt: skip
 
 
-def latex_escape(text: str) -> str:
-    """``text`` as LaTeX that prints it; needs no package beyond the kernel.
+_T1_LETTERS = frozenset("«»ÐÞðþĄąĐđĘęĮįŊŋŲų")
+"""What pdflatex prints in the font encoding T1 alone."""
+_PDFLATEX = frozenset(
+    set(map(chr, range(0xA0, 0x180))) - _T1_LETTERS - set("ĦħĸĿŀŉŦŧſ")
+    | set("ƒȘșȚțẞ‐‑‖‘’“”‡•…‰‽⁄€™№←↑↓")
+)
+"""What pdflatex prints of UTF-8 without any package, beyond ASCII and what is replaced here."""
+_UNSEEN = ("Cf", "Mn")
+"""Categories of what joins, directs or changes other characters."""
 
-    Letters that pdflatex knows in UTF-8 (Latin scripts) are kept as they are.
+
+def latex_escape(text: str) -> str:
+    """``text`` as LaTeX that prints it on one line; needs no package beyond the kernel.
+
+    Letters that pdflatex knows in UTF-8 (Latin scripts) are kept as they are. Others, of any
+    script, are printed by lualatex and xelatex where the document's font has them; pdflatex prints
+    a question mark for each. White space becomes one space; control characters are left out.
     """
-    return "".join(_latex_character(character) for character in text)
+    # A blank line would end the paragraph, which captions and table cells must not do.
+    one_line = re.sub(r"[^\S\u00a0]+", " ", text)
+    composed = unicodedata.normalize("NFC", one_line)
+    return "".join(_latex_character(character) for character in composed)
 
 
 def _latex_character(character: str) -> str:
     if character in _LATEX_CHARACTERS:
         return _LATEX_CHARACTERS[character]
-    if character.isascii():
+    if character.isascii() and character.isprintable():
         return character
     tag, _, code = unicodedata.decomposition(character).partition(" ")
     if tag in ("<super>", "<sub>"):
@@ -75,7 +94,22 @@ def _latex_character(character: str) -> str:
             return rf"$\{name}$"
         if greek[1] == "CAPITAL" and greek[2] in _GREEK_CAPITALS:
             return rf"$\{name.capitalize()}$"
-    return character
+    return _by_engine(character)
+
+
+def _by_engine(character: str) -> str:
+    """A character as those engines print it that know it."""
+    category = unicodedata.category(character)
+    if category in ("Cc", "Cs"):
+        return ""
+    if character in _PDFLATEX:
+        return character
+    if character in _T1_LETTERS:
+        other = rf"{{\fontencoding{{T1}}\selectfont {character}}}"
+    else:
+        other = "" if category in _UNSEEN else "?"
+    # \Umathchar is there in the engines whose fonts may have any character.
+    return rf"\ifdefined\Umathchar {character}\else {other}\fi{{}}"
 
 
 def markdown_escape(text: str) -> str:

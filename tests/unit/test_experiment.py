@@ -159,6 +159,15 @@ def test_a_profile_extends_another(tmp_path: Path) -> None:
         load_profile(str(mine))
 
 
+def test_one_prompt_is_no_evaluation(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\nextends: mini\nevaluation: {limit: 1}\n")
+    with pytest.raises(UserError, match=r"evaluation\.limit: .*greater than or equal to 2"):
+        load_profile(str(mine))
+    mine.write_text("name: mine\nextends: mini\nevaluation: {limit: 2}\n")
+    assert load_profile(str(mine)).evaluation.limit == 2
+
+
 @pytest.mark.parametrize("name", ["flux-8gpu", "flux-lora", "flux-lora-40gb"])
 def test_the_profiles_of_flux_differ_in_their_engine_alone(name: str) -> None:
     other, flux = load_profile(name), load_profile("flux")

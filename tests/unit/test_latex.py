@@ -13,6 +13,7 @@ from benchmarks.cells import load_cells
 from g2rpo.config import validate
 from g2rpo.files import atomic_write_text
 from reproduce.experiment import ROOT
+from reproduce.render.formats import latex_escape
 from reproduce.render.references import BIBLIOGRAPHY, read_bibliography
 from reproduce.render.spec import TableSpec
 from reproduce.tables import render_table
@@ -25,17 +26,22 @@ pytestmark = pytest.mark.skipif("G2RPO_LATEX" not in os.environ, reason="make te
 
 
 def run(folder: Path, *command: str) -> str:
-    done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True)
+    # TeX folds its lines within characters.
+    done = subprocess.run(
+        command, check=False, cwd=folder, capture_output=True, text=True, errors="replace"
+    )
     assert done.returncode == 0, done.stdout[-2000:]
     return done.stdout
 
 
-def compiled(folder: Path, body: str, *, bibliography: bool = False) -> str:
-    """What pdflatex says of a document with ``body``."""
+def compiled(
+    folder: Path, body: str, *, bibliography: bool = False, engine: str = "pdflatex"
+) -> str:
+    """What ``engine`` says of a document with ``body``."""
     packages = r"\usepackage[margin=1in]{geometry}\usepackage{booktabs}\usepackage{natbib,url}"
     document = rf"\documentclass{{article}}{packages}\begin{{document}}{body}\end{{document}}"
     atomic_write_text(folder / "main.tex", document)
-    latex = ("pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex")
+    latex = (engine, "-interaction=nonstopmode", "-halt-on-error", "main.tex")
     said = run(folder, *latex)
     if bibliography:
         told = run(folder, "bibtex", "main")
@@ -61,6 +67,35 @@ def test_made_up_tables_compile(tmp_path: Path, name: str) -> None:
     said = compiled(tmp_path, body + rf"\bibliography{{{name}}}", bibliography=True)
     check_page(said)
     assert "undefined" not in said
+
+
+LABELS = (
+    "a blank\n\nline, a\x0cform feed, a \x00null",
+    "emoji 😀 ❤️ 👩‍👩‍👧, 漢字, 한국어, العربية, עברית, हिन्दी, Ελλάδα, Ж",
+    "Łódź, Wątek, Đorđe, Þór, «citát», Ħal, ŉ, ſ, ≈ ≠ ∞ ∉, \ue000, \ufffe",
+    "".join(map(chr, (*range(0x20, 0x250), *range(0x2010, 0x2070), *range(0x2190, 0x2270)))),
+)
+
+
+@pytest.mark.parametrize("engine", ["pdflatex", "lualatex", "xelatex"])
+@pytest.mark.parametrize("label", LABELS, ids=("space", "scripts", "letters", "blocks"))
+def test_any_label_compiles(tmp_path: Path, label: str, engine: str) -> None:
+    if engine != "pdflatex" and not has_engine(tmp_path, engine):
+        pytest.skip(f"no working {engine}")
+    escaped = latex_escape(label)
+    body = rf"\begin{{table}}\caption{{{escaped}}}\begin{{tabular}}{{p{{3in}}}}{escaped} \\"
+    compiled(tmp_path, rf"{body}\end{{tabular}}\end{{table}}", engine=engine)
+
+
+def has_engine(folder: Path, engine: str) -> bool:
+    """Whether ``engine`` is installed with what it needs for an empty document."""
+    if shutil.which(engine) is None:
+        return False
+    try:
+        compiled(folder, "a", engine=engine)
+    except AssertionError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)

@@ -137,6 +137,57 @@ def test_what_cannot_be_compared_is_refused(results: Path) -> None:
         make_sheet([], results / "sheet", pairs=None, seed=1)
 
 
+def test_a_sheet_never_stands_without_its_key(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("reproduce.raters.sheet.write_json", "g2rpo.files.publish_folder"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, stop)
+            with pytest.raises(KeyboardInterrupt):
+                sheet(results)
+        assert not (results / "sheet").exists(), place
+    stopped = read_key(key_path(results / "sheet"))
+    output, key = sheet(results, seed=8)
+    assert read_key(key_path(output)) == key != stopped
+    assert read_key(results / f"sheet-key-{stopped.sheet}.json") == stopped
+
+
+def test_a_sheet_without_its_key_is_told_as_such(results: Path) -> None:
+    output, _ = sheet(results)
+    with pytest.raises(UserError, match="is there already"):
+        sheet(results)
+    key_path(output).unlink()
+    with pytest.raises(UserError, match=r"sheet without sheet-key\.json .*; delete it if its key"):
+        sheet(results)
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("notes.md/s", "notes.md is no folder"),
+        ("notes.md/deep/s", "notes.md is no folder"),
+        (".", "name a new folder for the sheet, such as sheet"),
+        ("..", "name a new folder for the sheet, such as ../sheet"),
+        ("notes.md", "is there already"),
+        ("kept", "kept-key.json: is in the way and no key"),
+        ("x" * 300, "cannot be written (File name too long)"),
+    ],
+)
+def test_where_no_sheet_can_be_is_one_line_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.md").write_text("words\n")
+    Path("kept-key.json").write_text("{}\n")
+    made = CliRunner().invoke(app, ["raters", "make", "absent", "absent-too", "-o", output])
+    assert isinstance(made.exception, UserError), made.exception
+    assert told in str(made.exception) and "\n" not in str(made.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.md", "kept-key.json"}
+
+
 def test_a_side_is_not_compared_with_itself(results: Path) -> None:
     with pytest.raises(UserError, match="the same pictures"):
         find_sides([FIRST, "g2rpo-hps"], results, None)
@@ -157,6 +208,40 @@ def test_folders_of_pictures_are_compared_by_a_prompt_set(results: Path) -> None
     key = make_sheet(sides, results / "sheet", pairs=None, seed=1)
     assert sorted(pair.prompt for pair in key.pairs) == ["a bird", "a cat", "a dog"]
     assert key.protocol is None and key.first == str(folders[0])
+
+
+def write_folder(folder: Path, names: list[str], shade: int) -> Path:
+    folder.mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(folder / f"{name}.png")
+    return folder
+
+
+def test_a_prompt_set_may_be_larger_than_the_folders(results: Path) -> None:
+    first = write_folder(results / "one", ["000000", "000001", "000002"], 10)
+    second = write_folder(results / "two", ["000001", "000002"], 200)
+    prompts = results / "prompts.txt"
+    prompts.write_text("a cat\na dog\na bird\na cow\n")
+    key = make_sheet(
+        find_sides([str(first), str(second)], results, prompts),
+        results / "sheet", pairs=None, seed=1,
+    )  # fmt: skip
+    assert sorted(pair.prompt for pair in key.pairs) == ["a bird", "a dog"]
+
+
+def test_pictures_without_a_prompt_are_refused_or_left_out(results: Path) -> None:
+    first = write_folder(results / "one", ["a", "b", "c"], 10)
+    second = write_folder(results / "two", ["a", "b"], 200)
+    for folder in (first, second):
+        for name in ("a", "b"):
+            (folder / f"{name}.txt").write_text(f"a caption of {name}\n")
+    arguments = ["raters", "make", str(first), str(second), "-o", str(results / "sheet")]
+    refused = CliRunner().invoke(app, arguments)
+    assert "1 cannot be compared: c: no prompt" in str(refused.exception)
+    assert "--skip-bad" in str(refused.exception)
+    made = CliRunner().invoke(app, [*arguments, "--skip-bad"])
+    assert made.exit_code == 0, made.output
+    assert "2 pairs" in made.output and f"{first}: c is left out: no prompt" in made.output
 
 
 Choose = Callable[[int, str], str]
@@ -263,13 +348,30 @@ def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
         read_key(results / "other.json")
 
 
-def test_what_a_spreadsheet_saves_is_read(results: Path) -> None:
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_what_a_spreadsheet_saves_is_read(results: Path, mark: str) -> None:
     _, key = sheet(results)
-    lines = ["\ufeffSheet;Rater;Pair;Answer"]
-    lines += [f"{key.sheet};Ann B;{int(pair.pair)};Left" for pair in key.pairs]
+    rows = [["\ufeffSheet", "Rater", "Pair", "Answer"]]
+    rows += [[key.sheet, "Ann B", str(int(pair.pair)), "Left"] for pair in key.pairs]
+    rows += [[""] * 4, [" "] * 4, [""] * 6, [""] * 2]
     path = results / "a.csv"
-    path.write_text("\r\n".join(lines), encoding="utf-8")
-    assert set(read_answers([path], key)["Ann B"].values()) == {"left"}
+    path.write_text("\r\n".join(mark.join(row) for row in rows), encoding="utf-8")
+    (answers,) = read_answers([path], key).values()
+    assert set(answers.values()) == {"left"} and len(answers) == PROMPTS
+
+
+def test_one_rater_may_be_spelt_in_several_ways(results: Path) -> None:
+    _, key = sheet(results)
+    names = ("Ann  Lee", "ann lee", " ANN Lee ", "Bob")
+    pairs = [pair.pair for pair in key.pairs]
+    lines = [f"{key.sheet},{name},{pair},left" for name, pair in zip(names, pairs, strict=False)]
+    path = results / "a.csv"
+    path.write_text("\n".join([",".join(COLUMNS), *lines]))
+    found = read_answers([path], key)
+    assert {rater: len(answers) for rater, answers in found.items()} == {"Ann  Lee": 3, "Bob": 1}
+    path.write_text("\n".join([",".join(COLUMNS), *lines, f"{key.sheet},ann lee,001,right"]))
+    with pytest.raises(UserError, match="line 6: Ann  Lee answers pair 001 again"):
+        read_answers([path], key)
 
 
 def test_the_commands_make_and_read(results: Path, tmp_path: Path) -> None:

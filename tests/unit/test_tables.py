@@ -275,10 +275,24 @@ def test_latex_escapes() -> None:
     )
 
 
+def test_latex_escapes_stay_on_one_line_without_control_characters() -> None:
+    assert latex_escape("one\n\n two\t\r\nthree\u2028four") == "one two three four"
+    assert latex_escape("a\x00b\x1b[0m\x7f\x85c\ud800") == "ab[0m c"
+    assert latex_escape("5\u00a0GB, Se\u0301rie: ö “ł” €") == "5~GB, Série: ö “ł” €"
+
+
+def test_latex_escapes_leave_other_scripts_to_engines_that_have_them() -> None:
+    assert latex_escape("漢") == r"\ifdefined\Umathchar 漢\else ?\fi{}"
+    assert latex_escape("\u200d") == "\\ifdefined\\Umathchar \u200d\\else \\fi{}"
+    assert r"\else {\fontencoding{T1}\selectfont ą}\fi{}" in latex_escape("ą")
+
+
 @given(st.text(alphabet=st.characters(max_codepoint=0x3FF)))
 def test_latex_escapes_leave_no_bare_special_character(text: str) -> None:
     escaped = latex_escape(text)
     # Undo what an escape may legally contain; nothing special may be left over.
+    other = r"\?|\{\\fontencoding\{T1\}\\selectfont .\}|"
+    escaped = re.sub(rf"\\ifdefined\\Umathchar .\\else ({other})\\fi\{{\}}", "", escaped)
     legal = r"\\[{}&%$#_]|\\[a-zA-Z]+(\{[^{}\\]*\})?|\$[^$]*\$|\{''\}|~"
     assert not re.search(r"[\\{}&%$#_^]", re.sub(legal, "", escaped))
 

@@ -1,0 +1,184 @@
+"""What an experiment on credit leaves for people, from made-up measurements."""
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command_line import write_small_profile
+from matplotlib.figure import Figure
+from run_folders import PROVENANCE
+from typer.testing import CliRunner
+
+from g2rpo.errors import UserError
+from reproduce.cli import app
+from reproduce.commands.render import no_table, render_credit
+from reproduce.credit import Measured, Quantity, _panel, publish_credit, steps_text
+from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
+from reproduce.layout import Layout
+from reproduce.run_folders import write_manifest
+from reproduce.work import Measurement
+
+WINDOWS = ((0, [0, 1]), (1, [1, 2]), (4, [2]))
+
+
+def rollout(iteration: int, steps: Sequence[int], base: float) -> dict[str, Any]:
+    """A rollout as its stage writes it; a step that is alone explains everything."""
+    alone = len(steps) == 1
+    return {
+        "iteration": iteration,
+        "signal": 2.0 * base,
+        "noise": 4.0,
+        "velocity_evaluations": 8,
+        "steps": [
+            {
+                "step": step,
+                "sigma": 0.9 - step / 5,
+                "explained": {"hps": 1.0 if alone else base + step / 100},
+                "signal": base + step,
+                "noise": 10.0,
+            }
+            for step in steps
+        ],
+    }
+
+
+@pytest.fixture
+def workplace(smoke_assets: Path, tmp_path: Path) -> Path:
+    """An experiment of two methods, one with a window that moves, measured at three seeds."""
+    write_small_profile(tmp_path / "small.yaml", smoke_assets)
+    mix = {"method": {"window_size": 2, "interval": 1}}
+    labels = {"hps/dance_grpo": "DanceGRPO", "hps/mix_grpo": "MixGRPO"}
+    experiment = {
+        "name": "small_credit",
+        "credit": {"samples": 4, "repeats": 3, "rollouts": 3},
+        "cells": {
+            "hps/dance_grpo": {"method": "dance_grpo", "train": ["hps"]},
+            "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"], "set": mix},
+        },
+        "table": {
+            "name": "small_credit",
+            "title": "Credit",
+            "rows": [{"key": key, "label": at, "group": "HPS"} for key, at in labels.items()],
+            "columns": [{"reward": "hps", "label": "HPS"}],
+        },
+    }
+    (tmp_path / "credit.yaml").write_text(yaml.safe_dump(experiment))
+    return tmp_path
+
+
+def measure(workplace: Path, layout: Layout, seeds: Sequence[int] = (1, 2, 3)) -> None:
+    """Writes what the stages of the experiment would, and what is made of it."""
+    loaded = load_experiment(str(workplace / "credit.yaml"))
+    profile = load_profile(str(workplace / "small.yaml"))
+    assert loaded.credit is not None
+    cells = expand(loaded, profile, seeds)
+    for cell in cells:
+        windows = WINDOWS if cell.method == "mix_grpo" else ((0, [0, 1, 2]),)
+        rollouts = [rollout(at, steps, 0.1 * (cell.seed or 0)) for at, steps in windows]
+        written = {"inputs": {"seed": cell.seed}, "provenance": PROVENANCE, "rollouts": rollouts}
+        write_manifest(Measurement(cell, layout, loaded.credit).folder, written)
+    assert publish_credit(loaded, profile, cells, layout) == []
+
+
+def place(workplace: Path) -> tuple[Experiment, Profile, Layout]:
+    """What the experiment's commands work on, where ``results`` are published."""
+    experiment = load_experiment(str(workplace / "credit.yaml"))
+    profile = load_profile(str(workplace / "small.yaml"))
+    return experiment, profile, Layout(workplace / "runs", workplace)
+
+
+def tables_of(text: str) -> list[dict[str, list[str]]]:
+    """The tables of a Markdown text: by the first column, the means of the others."""
+    found: list[dict[str, list[str]]] = []
+    for line in text.splitlines():
+        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| Method"):
+            found.append({})
+        elif line.startswith("| "):
+            found[-1][first] = [cell.partition("<br>")[0] for cell in cells]
+    return found
+
+
+def test_each_rollout_of_a_method_has_a_line_of_its_own(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = Layout(workplace / "runs", workplace / "tables")
+    measure(workplace, layout)
+    output = layout.experiment("smoke", "small_credit")
+    shares, ratios = tables_of((output / "credit.md").read_text())
+    assert shares == {
+        "DanceGRPO": ["0.200", "0.210", "0.220"],
+        "MixGRPO, steps 0 to 1": ["0.200", "0.210", ""],
+        "MixGRPO, steps 1 to 2": ["", "0.210", "0.220"],
+        "MixGRPO, step 2": ["", "", "1.000"],
+    }
+    assert list(shares) == list(ratios)
+    assert ratios["MixGRPO, step 2"] == ["", "", "0.220", "0.100"]
+    assert "Mean over 3 seeds" in (output / "credit.md").read_text()
+    shown = capsys.readouterr().out
+    assert all(shown.count(label) == 2 for label in list(shares)[1:])
+    rows = list(csv.DictReader((output / "credit.csv").open()))
+    assert len(rows) == 3 * (3 + 2 + 2 + 1)
+    (first, *_) = json.loads((output / "credit.json").read_text())["cells"]
+    assert first["rollouts"] == [rollout(0, [0, 1, 2], 0.1)]
+
+
+def test_rollouts_are_named_by_their_steps() -> None:
+    assert steps_text([5]) == "step 5"
+    assert steps_text([2, 3, 4]) == "steps 2 to 4"
+    assert steps_text([0, 2, 3]) == "steps 0, 2, 3"
+    rollouts = [rollout(7, [0, 1], 0.1), rollout(0, [0, 1], 0.1), rollout(3, [1], 0.1)]
+    labels = [label for label, _ in Measured("a", "Mine", 1, {"rollouts": rollouts}).lines()]
+    assert labels == [
+        "Mine, steps 0 to 1, iteration 0", "Mine, step 1", "Mine, steps 0 to 1, iteration 7",
+    ]  # fmt: skip
+
+
+def test_every_line_of_the_figure_looks_different() -> None:
+    axes = Figure().subplots()
+    values = {f"line {number}": {0: [0.1], 1: [0.2]} for number in range(12)}
+    _panel(axes, Quantity("", values), {0: 0.9, 1: 0.5})  # type: ignore[arg-type]
+    lines = axes.get_lines()[:12]
+    assert len({(one.get_color(), one.get_marker()) for one in lines}) == 12
+
+
+def test_what_is_measured_is_rendered_again_and_what_is_not_is_told(workplace: Path) -> None:
+    experiment, profile, layout = place(workplace)
+    command = "g2rpo reproduce credit.yaml"
+    with pytest.raises(UserError, match="no measurements of small_credit; run `g2rpo reproduce cr"):
+        render_credit(experiment, profile, layout, command)
+    measure(workplace, layout, seeds=(1, 5))
+    document = layout.experiment("smoke", "small_credit") / "credit.md"
+    written = document.read_text()
+    document.unlink()
+    render_credit(experiment, profile, layout, command)
+    assert document.read_text() == written
+    shutil.rmtree(layout.runs)
+    for at in (layout, Layout(layout.runs, layout.runs)):
+        with pytest.raises(UserError) as error:
+            render_credit(experiment, profile, at, command)
+        assert str(document) in str(error.value) and command in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_report_of_credit_alone_says_where_it_is_shown(workplace: Path) -> None:
+    experiment, profile, layout = place(workplace)
+    measure(workplace, layout)
+    document = layout.experiment("smoke", "small_credit") / "credit.md"
+    said = no_table(experiment, profile, layout, "g2rpo reproduce credit.yaml")
+    assert said == f"small_credit is no table of runs: what was found is in {document}"
+    place_of = ["--profile", str(workplace / "small.yaml"), "--results", str(workplace)]
+    bundled = workplace / "smoke" / "credit" / "credit.md"
+    bundled.parent.mkdir()
+    asked = CliRunner().invoke(app, ["report", "credit", *place_of])
+    assert "no measurements of credit; run `g2rpo reproduce credit" in str(asked.exception)
+    bundled.write_text(document.read_text())
+    for more in ([], ["--publish"], ["table1"]):
+        asked = CliRunner().invoke(app, ["report", "credit", *more, *place_of])
+        assert isinstance(asked.exception, UserError)
+        assert f"{bundled}; a report without names shows it" in str(asked.exception)
