@@ -1,6 +1,5 @@
 """Learning curves: rewards and held-out scores against iterations and cost, over seeds."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,35 +71,6 @@ class Metric:
     label: str
     reference: float | None = None
     smooth: bool = False
-
-
-def read_metrics(path: Path) -> pd.DataFrame:
-    """Reads metrics.jsonl: one row per iteration, in order.
-
-    An iteration that was logged twice (a run killed and resumed) counts as logged last.
-
-    Raises:
-        UserError: the file is missing, or a line is no JSON object with an iteration.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows[int(row["iteration"])] = row
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{path}, line {number}: not a JSON object with an iteration; "
-                "remove the line or train again"
-            ) from None
-    if not rows:
-        raise UserError(f"{path}: holds no iteration yet")
-    return pd.DataFrame([rows[iteration] for iteration in sorted(rows)])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from reproduce.run_folders import (
     EVALUATIONS,
+    MANIFEST,
     chosen_names,
+    damage_told,
     is_run,
     name_of,
     read_manifest,
@@ -120,7 +122,8 @@ def _protocol(evaluation: Path) -> str | None:
     manifest = read_manifest(evaluation)
     if manifest is None:
         return None
-    return content_hash({key: manifest["inputs"][key] for key in ("protocol", "prompts")})
+    with damage_told(evaluation / MANIFEST):
+        return content_hash({key: manifest["inputs"][key] for key in ("protocol", "prompts")})
 
 
 def _side(evaluation: Path) -> Side:

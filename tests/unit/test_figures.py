@@ -1,6 +1,5 @@
 """Learning curves and picture grids: what is drawn, read back."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import scipy.stats
 from PIL import Image
 
 from g2rpo.errors import UserError
-from reproduce.figures import Metric, learning_curves, read_metrics, seed_band
+from reproduce.figures import Metric, learning_curves, seed_band
 from reproduce.picture_grid import picture_grid
 
 METRIC = Metric("reward/hps/mean", "HPS")
@@ -27,29 +26,6 @@ def run(seed: int, iterations: int = 12, cost: int = 100) -> pd.DataFrame:
             "reward/hps/mean": 0.3 + 0.01 * steps + rng.normal(0, 0.01, iterations),
         }
     )
-
-
-def test_metrics_are_read_in_order_and_the_last_log_counts(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    rows = [{"iteration": 1, "a": 1.0}, {"iteration": 2, "a": 2.0}, {"iteration": 3, "a": 3.0}]
-    again = [{"iteration": 2, "a": 20.0}, {"iteration": 3, "a": 30.0, "b": 5}]
-    path.write_text("\n".join(json.dumps(row) for row in [*rows, *again]) + "\n")
-    frame = read_metrics(path)
-    assert frame["iteration"].tolist() == [1, 2, 3]
-    assert frame["a"].tolist() == [1.0, 20.0, 30.0]
-    assert frame["b"].isna().tolist() == [True, True, False]
-
-
-def test_unreadable_metrics_are_refused_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1}\n{"iterat')
-    with pytest.raises(UserError, match="line 2"):
-        read_metrics(path)
-    path.write_text("\n")
-    with pytest.raises(UserError, match="no iteration"):
-        read_metrics(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_metrics(tmp_path / "absent.jsonl")
 
 
 def test_band_is_the_t_interval_at_the_shared_iterations() -> None:
