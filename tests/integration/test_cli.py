@@ -59,9 +59,9 @@ def test_the_whole_path_leaves_cells_tables_figures_and_pictures(finished: Path)
     cells = load_cells(output / "cells")
     assert [cell.info.row for cell in cells] == ["base", "hps/g2rpo", "hps/mix_grpo"]
     g2rpo_cell = cells[1].info
-    # One anchor of 6 steps, then for k = 0, 1, 2 and 3 samples the distinct continuation states;
+    # One anchor of 6 steps, then for k = 0, 1, 2 and 4 samples the distinct continuation states;
     # 2 prompts and 2 iterations.
-    per_prompt = 6 + 3 * ((5 + 1) + 4 + 3)
+    per_prompt = 6 + 4 * ((5 + 1) + 4 + 3)
     assert g2rpo_cell.cost.rollout_evaluations == 2 * 2 * per_prompt
     assert g2rpo_cell.cost.iterations == 2
     assert cells[0].info.cost.rollout_evaluations == 0

@@ -118,7 +118,7 @@ def test_no_rule_depends_on_a_rewards_unit(
     moved = {name: scale * values + shift for name, values in rewards.items()}
     before, after = found(rewards, fusion), found(moved, fusion)
     for one, other in zip(before, after, strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
         assert torch.allclose(one.mean(dim=-1), torch.zeros(2, dtype=torch.float64), atol=1e-9)
 
 
