@@ -133,8 +133,10 @@ class Workplace:
         return done
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Starts a command."""
-        return subprocess.Popen(**self._command(*arguments))
+        """Starts a command, which SIGINT interrupts even where these tests run in the background."""
+        command = self._command(*arguments)
+        command["args"] = ["env", "--default-signal=INT", *command["args"]]
+        return subprocess.Popen(**command)
 
     def request(self, verb: str, *more: str, place: str = "here.yaml") -> tuple[str, ...]:
         """The command line of ``reproduce``, ``submit`` or ``plan`` on the experiment."""

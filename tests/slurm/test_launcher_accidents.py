@@ -89,9 +89,9 @@ def test_node_whose_name_does_not_resolve(
     cluster.scancel(place.job("sample base"))
     place.held(TRAIN)
     assert cluster.wait_ended(job, 120) == "FAILED"
-    # Torch itself would wait for many minutes.
+    # Torch itself would wait for ten minutes and more; importing it is most of this.
     elapsed = cluster.run("sacct", "-nXP", f"--jobs={job}", "-oElapsedRaw")
-    assert int(elapsed) < 60
+    assert int(elapsed) < 240
     lines = place.g2rpo("status").stdout.splitlines()
     (failed,) = (line for line in lines if line.split()[:2] == ["train", "hps/g2rpo,"])
     assert "does not resolve the first node's name 'no-such-host'" in failed, failed
