@@ -133,7 +133,7 @@ class Workplace:
         return done
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        """Starts a command, which SIGINT interrupts even where these tests run in the background."""
+        """Starts a command; SIGINT interrupts it even where these tests run in the background."""
         command = self._command(*arguments)
         command["args"] = ["env", "--default-signal=INT", *command["args"]]
         return subprocess.Popen(**command)
