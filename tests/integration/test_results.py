@@ -42,6 +42,12 @@ def test_a_study_has_every_cell_at_three_seeds(experiment: str) -> None:
     assert seeds == dict.fromkeys(set(load_experiment(experiment).cells) - {"base"}, SEEDS)
 
 
+def test_the_study_of_single_choices_has_every_cell_at_one_seed() -> None:
+    rows = {(cell.info.row, cell.info.seed) for cell in cells_of("choices")}
+    trained = set(load_experiment("choices").cells) - {"base"}
+    assert rows == {("base", None), *((row, 1) for row in trained)}
+
+
 def test_credit_was_measured_for_every_method_at_three_seeds() -> None:
     document = json.loads((MINI / "credit" / "credit.json").read_text())
     experiment = load_experiment("credit")
@@ -61,7 +67,7 @@ def test_tables_are_rendered_from_the_committed_cells(experiment: str, tmp_path:
 
 
 def test_cells_were_made_by_committed_code() -> None:
-    for experiment in ("table1", "tuning", *STUDIES):
+    for experiment in ("table1", "tuning", "choices", *STUDIES):
         assert {cell.info.provenance.git_dirty for cell in cells_of(experiment)} == {False}
 
 
