@@ -32,6 +32,9 @@ from g2rpo.files import atomic_write_bytes, sha256_file, write_json
 Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")]
 """A row's key, such as ``base`` or ``hps/g2rpo``: it names files, so it is kept plain."""
 
+Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([_-][a-z0-9]+)*$")]
+"""Of a table, an experiment or a profile: it names files and folders."""
+
 SCORE_COLUMNS = ("prompt_id", "reward", "score")
 STYLE = "style"
 """A further column of the scores, where the prompt set has styles."""

@@ -18,7 +18,7 @@ the ratio is |m|^2 / s^2. Its inverse is how many groups must be averaged until 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,23 @@ class RolloutCredit:
         return asdict(self)
 
     @classmethod
+    def of(cls, document: Mapping[str, Any]) -> "RolloutCredit":
+        """What :meth:`document` gave."""
+        steps = tuple(StepCredit(**step) for step in document["steps"])
+        return cls(**{**document, "steps": steps})
+
+    @classmethod
     def read(cls, path: Path) -> "RolloutCredit | None":
         """What was kept as :meth:`document`; None where there is nothing, or nothing whole."""
         try:
-            data = json.loads(path.read_text())
-            steps = tuple(StepCredit(**step) for step in data.pop("steps"))
-            return cls(steps=steps, **data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return cls.of(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @property
+    def ratio(self) -> float:
+        """Signal-to-noise ratio of one group's gradient over all trained steps."""
+        return signal_to_noise(self.signal, self.noise)
 
 
 def signal_to_noise(signal: float, noise: float) -> float:

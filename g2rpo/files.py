@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from g2rpo.errors import UserError
+
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
@@ -91,6 +93,20 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Writes UTF-8 ``text`` to ``path`` atomically."""
     atomic_write_bytes(path, text.encode())
+
+
+def check_place(path: Path) -> None:
+    """Asks, before it is made, whether ``path`` can be written, and missing folders above it.
+
+    Raises:
+        UserError: what is there above it is no folder, or none that may be written to.
+        OSError: the name is too long.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{path}: {above} is no folder; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: {above} cannot be written; choose another place")
 
 
 def write_json(path: Path, value: Any) -> None:

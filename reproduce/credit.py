@@ -14,7 +14,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.credit import signal_to_noise
+from benchmarks.credit import RolloutCredit
 from benchmarks.statistics import MIN_SEEDS, Interval, method_intervals
 from g2rpo.files import atomic_path, atomic_write_text, write_json
 from reproduce.console import plain_table, wide_console
@@ -72,40 +72,32 @@ class Measured:
             for step in rollout["steps"]:
                 yield rollout["iteration"], step
 
-    def lines(self) -> Iterator[tuple[str, "Line"]]:
+    def lines(self) -> Iterator[tuple[str, RolloutCredit]]:
         """A line for each rollout, by iteration, with what it is called.
 
         Where a method has several, their numbers cannot be averaged: what one step's noise
         explains depends on which others are noisy.
         """
-        rollouts = sorted(self.manifest["rollouts"], key=lambda rollout: rollout["iteration"])
+        rollouts = [RolloutCredit.of(one) for one in self.manifest["rollouts"]]
+        rollouts.sort(key=lambda rollout: rollout.iteration)
         if len(rollouts) == 1:
-            yield self.label, Line(rollouts[0])
+            yield self.label, rollouts[0]
             return
-        windows = [steps_text([step["step"] for step in one["steps"]]) for one in rollouts]
+        windows = [steps_text([step.step for step in one.steps]) for one in rollouts]
         for rollout, window in zip(rollouts, windows, strict=True):
             alike = windows.count(window) > 1  # they differ in something else
-            which = f", iteration {rollout['iteration']}" if alike else ""
-            yield f"{self.label}, {window}{which}", Line(rollout)
+            which = f", iteration {rollout.iteration}" if alike else ""
+            yield f"{self.label}, {window}{which}", rollout
 
 
-@dataclass(frozen=True)
-class Line:
-    """One ``rollout`` of a cell, as its stage wrote it."""
+def explained(rollout: RolloutCredit, reward: str) -> dict[int | str, float]:
+    """For each step, the share of the reward's variance."""
+    return {step.step: step.explained[reward] for step in rollout.steps}
 
-    rollout: dict[str, Any]
 
-    def explained(self, reward: str) -> dict[int | str, float]:
-        """For each step, the share of the reward's variance."""
-        return {step["step"]: step["explained"][reward] for step in self.rollout["steps"]}
-
-    def ratios(self) -> dict[int | str, float]:
-        """For each step, and for all together, the signal-to-noise ratio."""
-        parts = [(step["step"], step) for step in self.rollout["steps"]]
-        return {
-            step: signal_to_noise(part["signal"], part["noise"])
-            for step, part in (*parts, (ALL_STEPS, self.rollout))
-        }
+def ratios(rollout: RolloutCredit) -> dict[int | str, float]:
+    """For each step, and for all together, the signal-to-noise ratio."""
+    return {**{step.step: step.ratio for step in rollout.steps}, ALL_STEPS: rollout.ratio}
 
 
 def steps_text(steps: Sequence[int]) -> str:
@@ -166,10 +158,12 @@ def publish_credit(
     lines = [line for cell in measured for line in cell.lines()]
     quantities = [
         *(
-            Quantity.of(f"{EXPLAINED} ({reward})", [(of, at.explained(reward)) for of, at in lines])
+            Quantity.of(
+                f"{EXPLAINED} ({reward})", [(of, explained(at, reward)) for of, at in lines]
+            )
             for reward in rewards
         ),
-        Quantity.of(RATIO, [(of, at.ratios()) for of, at in lines]),
+        Quantity.of(RATIO, [(of, ratios(at)) for of, at in lines]),
     ]
     output = layout.experiment(profile.name, experiment.name)
     output.mkdir(parents=True, exist_ok=True)

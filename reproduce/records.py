@@ -29,7 +29,7 @@ from reproduce.run_folders import (
     run_folders,
 )
 from reproduce.runs import train_run_name
-from reproduce.settings import NOT_DETERMINING
+from reproduce.settings import without_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +70,7 @@ class RunRecord:
         Where no settings are known, those of one row, folder and commit are taken for that.
         """
         if self.settings is not None:
-            apart = {"seed", *NOT_DETERMINING}
-            return content_hash({k: v for k, v in self.settings.items() if k not in apart})
+            return content_hash(without_seed(self.settings))
         if self.cells:
             info = self.cells[0].info
             kind = (info.row, info.method, info.train_rewards, info.preset)

@@ -12,6 +12,12 @@ NOT_DETERMINING = ("validation", "pictures", "checkpoints", "execution")
 """Sections of a training configuration that do not change the trained weights."""
 
 
+def without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs share that are one method at several seeds."""
+    apart = ("seed", *NOT_DETERMINING)
+    return {name: value for name, value in settings.items() if name not in apart}
+
+
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested mappings as dotted keys; text as it is, all else as JSON."""
     if isinstance(value, Mapping) and (value or not prefix):
@@ -35,8 +41,7 @@ def distinctions(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """
     kinds: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for name, config in settings.items():
-        kept = {k: v for k, v in config.items() if k not in ("seed", *NOT_DETERMINING)}
-        values = flat(kept)
+        values = flat(without_seed(config))
         rewards = config.get("rewards", {})
         kind = (values.get("method.name", ""), *sorted(rewards))
         kinds.setdefault(kind, {})[name] = values

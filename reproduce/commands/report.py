@@ -1,12 +1,12 @@
 """``g2rpo report``: experiments as one HTML page."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from g2rpo.errors import UserError
+from g2rpo.files import check_place
 from reproduce.commands.options import ProfileName, Publish, Results, Seeds, layout_of, parse_seeds
 
 if TYPE_CHECKING:
@@ -93,11 +93,7 @@ def _check_output(output: Path) -> None:
     """
     if output.is_dir():
         raise UserError(f"{output}: is a folder; name a file, such as {output / 'report.html'}")
-    nearest = next(folder for folder in output.absolute().parents if folder.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{output}: {nearest} is no folder; name a file elsewhere with --output")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{output}: {nearest} is not yours to write to; name a file elsewhere")
+    check_place(output)
 
 
 def _committed(results: Path, profile: "Profile") -> "tuple[Layout, list[str]]":

@@ -5,14 +5,15 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
+from benchmarks.cells import Name
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parents[1]
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([_-][a-z0-9]+)*$", max_length=80)]
-"""Of an experiment or a profile: it names folders and files."""
+FolderName = Annotated[Name, StringConstraints(max_length=80)]
+"""Of an experiment or a profile."""
 
 
 def named_file(folder: str, name: str, what: str) -> Path:

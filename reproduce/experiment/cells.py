@@ -10,7 +10,7 @@ from benchmarks.protocol import CreditConfig
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig
-from reproduce.experiment.bundled import Name, named_file
+from reproduce.experiment.bundled import FolderName, named_file
 from reproduce.render.spec import TableSpec
 
 
@@ -70,7 +70,7 @@ class CellConfig(StrictModel):
 class Experiment(StrictModel):
     """One table or study."""
 
-    name: Name
+    name: FolderName
     preset: Literal["released", "matched"] = "matched"
     policy: str | None = None
     """Hub id of the base that its checkpoints belong to; None where any policy will do."""

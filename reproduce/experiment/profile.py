@@ -10,7 +10,7 @@ from g2rpo.errors import UserError
 from g2rpo.methods.base import method_names
 from g2rpo.policy import PolicyConfig
 from g2rpo.rewards.base import RewardConfig
-from reproduce.experiment.bundled import Name, named_file
+from reproduce.experiment.bundled import FolderName, named_file
 
 
 class PromptSplits(StrictModel):
@@ -60,7 +60,7 @@ class Hardware(StrictModel):
 class Profile(StrictModel):
     """One scale: the policy, the prompts, the judges and what all methods share."""
 
-    name: Name
+    name: FolderName
     description: str
     policy: PolicyConfig
     prompts: PromptSplits

@@ -16,7 +16,7 @@ from PIL import Image
 
 from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_folder, write_json
+from g2rpo.files import atomic_folder, check_place, write_json
 from g2rpo.seeds import generator
 from reproduce.raters.key import COLUMNS, Pair, SheetKey, read_key
 from reproduce.raters.pictures import Side
@@ -44,15 +44,11 @@ def check_output(output: Path) -> None:
         if os.path.lexists(output):
             _refuse_sheet(output)
         _earlier_key(key_path(output))
-        above = next(path for path in output.absolute().parents if path.exists())
+        check_place(output)
     except OSError as error:  # a name that is too long
         raise UserError(
             f"{output}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-    if not above.is_dir():
-        raise UserError(f"{output}: {above} is no folder; choose another place for the sheet")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{output}: {above} cannot be written; choose another place for the sheet")
 
 
 def _refuse_sheet(output: Path) -> None:

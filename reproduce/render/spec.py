@@ -7,7 +7,7 @@ from typing import Literal
 
 import pydantic
 
-from benchmarks.cells import Key
+from benchmarks.cells import Key, Name
 from benchmarks.metrics import DISTANCE, DRIFT, VENDI
 from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
@@ -110,7 +110,7 @@ class TableSpec(StrictModel):
         notes: sentences printed under the table.
     """
 
-    name: str = pydantic.Field(pattern=r"^[a-z0-9]+([_-][a-z0-9]+)*$")
+    name: Name
     title: str
     rows: tuple[RowSpec, ...] = pydantic.Field(min_length=1)
     columns: tuple[ColumnSpec, ...] = pydantic.Field(min_length=1)
