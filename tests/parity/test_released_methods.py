@@ -43,7 +43,7 @@ class Case:
         cell: whose released settings the trainer has.
         changes: what is cut of them, as ``--set`` takes it.
         rewards: their weights.
-        several: whether later optimizer steps are off-policy enough to be clipped.
+        clips: whether later optimizer steps are off-policy enough to be clipped.
     """
 
     plain: Method
@@ -52,7 +52,7 @@ class Case:
     rewards: Mapping[str, float] = field(default_factory=lambda: {"hps": 1.0})
     iterations: int = 1
     dtype: str = "float64"
-    several: bool = True
+    clips: bool = True
 
     @property
     def tolerances(self) -> dict[str, float]:
@@ -81,7 +81,7 @@ CASES = {
         G2RPO(8, 3, stochastic_steps=(0, 1)),
         "released/g2rpo",
         sizes(8, 3) | {"method": {"stochastic_steps": [0, 1]}},
-        several=False,
+        clips=False,
     ),
     "G2RPO, HPS & CLIP script": Case(
         G2RPO(6, 4, stochastic_steps=(0, 3), per_step=False, advantage_clip=2.0),
@@ -92,16 +92,16 @@ CASES = {
             "advantage": {"clip": 2.0},
         },
         rewards={"hps": 1.0, "clip": 1.0},
-        several=False,
+        clips=False,
     ),
     "DanceGRPO, 16 GPUs": Case(DanceGRPO(7, 6), "released/dance_grpo", sizes(7, 6)),
     "DanceGRPO, 8 GPUs": DANCE_8_GPUS,
     "DanceGRPO, 8 GPUs, float32": replace(DANCE_8_GPUS, dtype="float32"),
-    # The window holds steps 0 to 3, and in the second iteration 2 to 4, the last that are trained.
+    # The window holds steps 0 to 3, and in the second iteration 2 and 3, the last that are trained.
     "MixGRPO": Case(
-        MixGRPO(7, 4, stride=2, interval=1),
+        MixGRPO(6, 4, stride=2, interval=1),
         "released/mix_grpo",
-        sizes(7, 4) | {"method": {"stride": 2, "interval": 1}},
+        sizes(6, 4) | {"method": {"stride": 2, "interval": 1}},
         rewards={"hps": 3.0, "clip": 1.0},
         iterations=2,
     ),
@@ -248,7 +248,7 @@ def test_iterations_are_those_of_the_released_procedure(name: str, tmp_path: Pat
         assert row["clipped_fraction"] == pytest.approx(len(outside) / len(one.ratios))
         # Where the ratio has left the range in the advantage's direction, no gradient is left.
         bound = [key for key in outside if (one.ratios[key] - 1) * one.advantages[key] > 0]
-        assert bool(bound) == case.several
+        assert bool(bound) == case.clips
         for reward, values in one.logged.items():
             mean = sum(values) / len(values)
             assert row[f"reward/{reward}/anchor"] == pytest.approx(mean, rel=1e-6)
