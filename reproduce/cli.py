@@ -104,7 +104,9 @@ def score(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Prompt set (.txt, .csv, .jsonl) whose ids name the folder's images."),
+        typer.Option(
+            help="Prompt set (.txt, .csv, .json, ...) whose ids name the folder's images."
+        ),
     ] = None,
     rewards: Annotated[
         str | None, typer.Option(help="Rewards of the profile, e.g. hps,clip; default: all.")

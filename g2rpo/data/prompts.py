@@ -80,7 +80,7 @@ def read_prompt_set(path: Path) -> PromptSet:
         table = read_table(path, FIELDS + PROMPT_COLUMNS, bare="prompt")
         _check_spelling(path, table.columns)
         column, rows = table.column(PROMPT_COLUMNS), table.rows
-        note = f"prompts are read from {column!r}{table.not_read((column, 'id', 'style'))}"
+        note = f"{path.name}: prompts are read from {column!r}{table.not_read((column, 'id', 'style'))}"
     else:
         raise UserError(
             f"{path}: the suffix says how a prompt set is written, and {suffix or 'none'!r} is not "
