@@ -203,7 +203,7 @@ def _write(
     console = Console(file=sys.stdout)
     summary.show(lines, scorer.findings.too_long, console)
     for name, reason in bad:
-        console.print(f"skipped {name}: {reason}", markup=False, highlight=False)
-    console.print(f"{request.output / 'scores.parquet'}", markup=False, highlight=False)
+        typer.echo(f"skipped {name}: {reason}")
+    typer.echo(request.output / "scores.parquet")
     skipped = f"; {len(bad)} skipped: {first_of(bad)}" if bad else ""
     typer.echo(f"scored {scored} of {source.found}{skipped}")

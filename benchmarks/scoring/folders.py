@@ -45,26 +45,32 @@ def list_files(folder: Path) -> Listing:
             continue
         seen.add(real)
         try:
-            with os.scandir(place) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
-                    path = place / entry.name
-                    if entry.name.startswith(".") or entry.name == "__MACOSX":
-                        continue
-                    if entry.is_file():
-                        found.files.append(path)
-                        links += [path] if entry.is_symlink() else []
-                    elif not entry.is_dir():
-                        found.broken.append((found.name(path), _no_file(path)))
-                    elif not entry.is_symlink():
-                        waiting.appendleft(path)
-                    elif not {path.resolve()} & {real, root, *real.parents, *root.parents}:
-                        waiting.append(path)
+            with os.scandir(place) as opened:
+                entries = sorted(opened, key=lambda entry: entry.name)
         except OSError as error:
-            name = found.name(Path(error.filename or place))
-            found.broken.append((name, f"cannot be read ({error.strerror})"))
+            found.broken.append((found.name(place), f"cannot be read ({error.strerror})"))
+            continue
+        for entry in entries:
+            path = place / entry.name
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            try:
+                is_file, is_folder = entry.is_file(), entry.is_dir()
+            except OSError as error:  # a link to itself, or a folder that may not be entered
+                found.broken.append((found.name(path), f"cannot be read ({error.strerror})"))
+                continue
+            if is_file:
+                found.files.append(path)
+                links += [path] if entry.is_symlink() else []
+            elif not is_folder:
+                found.broken.append((found.name(path), _no_file(path)))
+            elif not entry.is_symlink():
+                waiting.appendleft(path)
+            elif path.resolve() not in {real, root, *real.parents, *root.parents}:
+                waiting.append(path)
     found.files.sort()
     if links:
-        own = {path.resolve(): path for path in found.files if path not in set(links)}
+        own = {path.resolve(): path for path in set(found.files) - set(links)}
         found.aliases = {link: own[link.resolve()] for link in links if link.resolve() in own}
     return found
 

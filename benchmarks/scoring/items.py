@@ -222,8 +222,14 @@ def _captioned(listing: Listing) -> Source:
     def captions(shown: str) -> list[Path]:
         return [path for path in {find(_stem(shown)), find(shown)} if path is not None]
 
-    others = [path for path in listing.files if path.suffix.lower() in UNSUPPORTED]
-    used = {caption for path in others for caption in captions(listing.name(path))}
+    # What is named for another reason takes its caption along.
+    others = map(listing.name, set(listing.files) - set(texts))
+    used = {
+        caption
+        for name in others
+        if Path(name).suffix.lower() in UNSUPPORTED or not is_unicode(name)
+        for caption in captions(name)
+    }
     for image, shown in _images(listing, source, captions):
         beside, name = captions(shown), _stem(shown)
         used.update(beside)
@@ -310,7 +316,7 @@ def _read_manifest(path: Path) -> tuple[Source, list[Path]]:
 
 
 def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str]) -> list[Path]:
-    """Takes in one row of a manifest; gives the image that it names, where it does."""
+    """Takes in one row of a manifest; gives the image that it names, where there is one."""
     record = {key: value for key, value in row.values.items() if value is not None}
     image, prompt = (record.get(column) for column in columns)
     given, place = str(record.get("id", "")), f"{manifest.name}, {row.place}"
@@ -321,23 +327,30 @@ def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str])
     name = given or _stem(Path(image.replace("\\", "/")).as_posix())
     if not isinstance(prompt, str):
         source.refuse(name, f"{place}: no {columns[1]!r}, or not a text")
-        return [path]
+        return [path] if _exists(path) else []
     text, style = prompt.strip(), str(record.get("style", ""))
     prompt_id = str(record.get("prompt_id", "")) or _same_prompt(text)
     source.add(Item(name, path, text, prompt_id, style or None, image))
-    return [path]
+    return [path] if _exists(path) else []
 
 
 def _existing(folder: Path, image: str) -> Path:
     """The file that a manifest names, maybe as Windows or another system would write it."""
     for text in (image, image.strip(), image.strip().replace("\\", "/")):
-        if (folder / text).exists():
+        if _exists(folder / text):
             return folder / text
         spelt = {folder / normalize(form, text) for form in ("NFC", "NFD")}
-        there = [path for path in spelt if path.exists()]
+        there = [path for path in spelt if _exists(path)]
         if len(there) == 1:
             return there[0]
     return folder / image
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be looked into
+        return False
 
 
 def _without_duplicates(source: Source) -> Source:

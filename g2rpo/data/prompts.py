@@ -44,7 +44,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a file, and which of its columns were read; empty where it has none."""
+    """The prompts of a file; ``note`` says which column was read where that is not plain."""
 
     prompts: list[Prompt]
     note: str = ""
@@ -80,7 +80,9 @@ def read_prompt_set(path: Path) -> PromptSet:
         table = read_table(path, FIELDS + PROMPT_COLUMNS, bare="prompt")
         _check_spelling(path, table.columns)
         column, rows = table.column(PROMPT_COLUMNS), table.rows
-        note = f"{path.name}: prompts are read from {column!r}{table.not_read((column, 'id', 'style'))}"
+        others = table.not_read((column, "id", "style"))
+        if others or column != "prompt":
+            note = f"{path.name}: prompts are read from {column!r}{others}"
     else:
         raise UserError(
             f"{path}: the suffix says how a prompt set is written, and {suffix or 'none'!r} is not "
