@@ -122,17 +122,17 @@ def _looks_like(lines: Sequence[str]) -> str | None:
     words = set(cells) & HEADER
     is_header = len(words) > 1 or words & set(PROMPT_COLUMNS[: 2 if len(cells) > 1 else None])
     if any("\0" in line for line in lines):
-        return "holds NUL characters, so it is no text, or UTF-16 without a byte-order mark"
+        return "it holds NUL characters, so it is no text, or UTF-16 without a byte-order mark"
     if 2 * sum("\t" in line for line in lines) > len(lines):
-        return "has tabs in most lines; name it .tsv if it is a table"
+        return "most lines have tabs; name it .tsv if it is a table"
     # Unlike "[photo] a cat", which is a prompt.
     if re.match(r"\[\s*([\"'{]|$|[^][]*,[^][]*\]$)|\{\s*([\"']|$|[^{}]*:[^{}]*\}$)", head):
-        return "starts as JSON does; name it .json, or .jsonl if each line is an object"
+        return "it starts as JSON does; name it .json, or .jsonl if each line is an object"
     if second and is_header:
         return f"its first line {head!r} is the header of a table; name it .csv"
     bulleted = [line.startswith("- ") for line in lines]
     if all(bulleted[1:]) and bulleted[-1:] == [True] and (bulleted[0] or head.endswith(":")):
-        return "is written as YAML; name it .yaml"
+        return "it is written as YAML; name it .yaml"
     return None
 
 
@@ -209,7 +209,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
                 raise UserError(f"{path}: prompt {prompt.id} has a line break; write .jsonl")
         other = _looks_like([prompt.text for prompt in prompts])
         if other is not None:
-            raise UserError(f"{path}: would not be read back as it {other}; or write .jsonl")
+            raise UserError(f"{path}: could not be read again ({other}); or write .jsonl")
         atomic_write_text(path, "".join(prompt.text + "\n" for prompt in prompts))
 
 

@@ -254,8 +254,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-class _TextLoader(yaml.CBaseLoader):
-    """YAML in which scalars stay text, no tag makes an object, and no key is there twice."""
+class _TextLoader(yaml.BaseLoader):
+    """YAML in which scalars stay text, no tag makes an object, and no key is there twice.
+
+    The loader in C is faster, but crashes where lists are nested very deep.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
