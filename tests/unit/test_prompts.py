@@ -71,7 +71,7 @@ def test_txt_cannot_hold_a_line_break(tmp_path: Path) -> None:
 
 
 def test_txt_is_not_written_where_it_would_be_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="header of a table.*write .jsonl"):
+    with pytest.raises(UserError, match=r"header of a table.*write \.jsonl"):
         write_prompts(tmp_path / "set.txt", [Prompt("0", "Prompt"), Prompt("1", "a cat")])
     assert not (tmp_path / "set.txt").exists()
 
