@@ -231,7 +231,8 @@ def _captioned(listing: Listing) -> Source:
         for caption in captions(name)
     }
     for image, shown in _images(listing, source, captions):
-        beside, name = captions(shown), _stem(shown)
+        beside = captions(shown)
+        name = _stem(shown if _has_suffix(image) else listing.name(beside[0]))
         used.update(beside)
         if not beside:
             reason = f"no prompt: give --prompts, or write {_stem(image.name)}.txt or a manifest"
@@ -259,7 +260,7 @@ def _match(listing: Listing, prompts: Sequence[Prompt], *, every_prompt: bool) -
 
     def prompt_of(shown: str) -> Prompt | None:
         name = shown.rpartition("/")[2]
-        return _prompt_of(_stem(name), find) or _prompt_of(name, find)
+        return find(name) or _prompt_of(_stem(name), find)
 
     found: set[str] = set()
     for image, shown in _images(listing, source, prompt_of):
@@ -269,7 +270,9 @@ def _match(listing: Listing, prompts: Sequence[Prompt], *, every_prompt: bool) -
             source.refuse(_stem(shown), reason)
             continue
         found.add(prompt.id)
-        source.add(Item(_stem(shown), image, prompt.text, prompt.id, prompt.style, shown))
+        whole = not _has_suffix(image) and find(image.name) is not None
+        name = shown if whole else _stem(shown)
+        source.add(Item(name, image, prompt.text, prompt.id, prompt.style, shown))
     for prompt in prompts:
         if every_prompt and prompt.id not in found:
             source.refuse(prompt.id, "the prompt has no image in the folder")

@@ -79,7 +79,7 @@ def load_image(path: Path) -> LoadedImage:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        with _opened(data) as image:
+        with _opened(io.BytesIO(_without_text(data))) as image:
             pixels = np.array(to_rgb(image))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -102,7 +102,7 @@ def load_image(path: Path) -> LoadedImage:
 def is_image(path: Path) -> bool:
     """Whether Pillow takes the content of the file ``path`` for an image, whole or damaged."""
     try:
-        with _opened(path.read_bytes()):
+        with _opened(path):
             return True
     except (UnidentifiedImageError, OSError):
         return False
@@ -110,11 +110,11 @@ def is_image(path: Path) -> bool:
         return True
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(file: Path | io.BytesIO) -> Image.Image:
     # Pillow warns of images from half of its limit on. Filters are of the whole process.
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(_without_text(data)), formats=image_formats())
+        return Image.open(file, formats=image_formats())
 
 
 def _without_text(data: bytes) -> bytes:

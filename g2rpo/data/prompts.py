@@ -85,8 +85,8 @@ def read_prompt_set(path: Path) -> PromptSet:
             note = f"{path.name}: prompts are read from {column!r}{others}"
     else:
         raise UserError(
-            f"{path}: the suffix says how a prompt set is written, and {suffix or 'none'!r} is not "
-            f"known; name it .txt (one prompt per line), {', '.join(SUFFIXES)}"
+            f"{path}: its suffix must say how it is written, and {suffix or 'none'} does not; name "
+            f"it .txt (one prompt per line), {', '.join(SUFFIXES)}"
         )
     prompts: list[Prompt] = []
     places: dict[str, str] = {}

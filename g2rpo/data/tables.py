@@ -175,8 +175,11 @@ def _separated(path: Path, text: str, known: Collection[str]) -> Table:
     def names_known(mark: str) -> int:
         return len({_name(cell.strip(' "')) for cell in head.split(mark)} & set(known))
 
-    mark = max(marks, key=names_known)  # the first of several
+    told = re.fullmatch(r"sep=(.)", head.rstrip(), re.IGNORECASE)  # for spreadsheets
+    mark = told[1] if told else max(marks, key=names_known)  # the first of several
     lines = _cells(path, text, mark)
+    if told:
+        next(lines)
     columns = [_name(cell) for cell in next(lines, (1, []))[1]]
     while columns and not columns[-1]:
         columns.pop()

@@ -241,8 +241,8 @@ def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.md", "x", "'.md' is not known; name it .txt .*, .csv, .tsv, .json, "),
-        ("prompts", "x", "'none' is not known"),
+        ("a.md", "x", "and .md does not; name it .txt .*, .csv, .tsv, .json, "),
+        ("prompts", "x", "and none does not"),
         ("a.json", "{}", "no prompts|no column"),
         ("a.json", "[]", "no column 'prompt'"),
         ("a.json", '"a cat"', "expected a list of rows"),

@@ -40,7 +40,7 @@ def read(path: Path, prompts: list[Prompt] | None = None) -> tuple[dict[str, str
 
 def test_images_of_any_suffix_are_scored_where_a_caption_names_them(tmp_path: Path) -> None:
     kinds = {"0.jp2": "JPEG2000", "1.tga": "TGA", "2.pgm": "PPM", "3.apng": "PNG", "4": "PNG"}
-    kinds |= {"v1.5_6": "PNG", "7.image": "PNG", "8.JPE": "JPEG", "9.qoi": "QOI"}
+    kinds |= {"v1.5_6": "PNG", "v1.a": "PNG", "v1.b": "PNG", "7.image": "PNG", "8.JPE": "JPEG"}
     for name, kind in kinds.items():
         picture(tmp_path / "image", kind).rename(tmp_path / name)
     stems = {name: name if name.startswith("v") else name.split(".")[0] for name in kinds}
@@ -211,6 +211,7 @@ def lines(*rows: dict[str, Any]) -> str:
         ("m.csv", "image\tprompt\n0.png\ta cat\n1.png\ta dog\n".encode("utf-16")),
         ("m.csv", "image,prompt\n0.png,a cat\n1.png,a dog\n".encode("utf-8-sig")),
         ("m.csv", 'image, prompt\n0.png, "a cat"\n\n1.png, a dog\n'),
+        ("m.csv", "sep=;\r\nimage;prompt\r\n0.png;a cat\r\n1.png;a dog\r\n"),
         ("m.csv", ",image,prompt\n0,0.png,a cat\n1,1.png,a dog\n"),
         ("m.csv", "image,prompt\n.\\0.png,a cat\nsub\\..\\1.png,a dog\n"),
         ("m.csv", "image,prompt,text\n0.png,a cat,a cat\n1.png,a dog, a dog\n"),
