@@ -19,6 +19,7 @@ import hashlib
 import io
 import struct
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -148,6 +149,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise UserError(f"{reason}; save it as 8-bit RGB")
     tags = getattr(image, "tag_v2", {})  # of TIFF
     deep = image.mode.startswith("I")
+    image.load()
+    with suppress(Exception):  # damaged EXIF is none: the second reading finds what the first did
+        image.getexif()
     image = ImageOps.exif_transpose(image)
     key = image.info.get("transparency")
     if deep:

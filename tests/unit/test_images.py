@@ -317,6 +317,14 @@ def test_much_text_does_not_matter(tmp_path: Path, kind: bytes, after: bool) -> 
     assert load_image(tmp_path / "a.png").sha256 == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("exif", [b"garbage!!", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_damaged_metadata_does_not_matter(tmp_path: Path, name: str, exif: bytes) -> None:
+    Image.fromarray(RGB).save(tmp_path / f"whole{name}", lossless=True)
+    Image.fromarray(RGB).save(tmp_path / name, lossless=True, exif=exif)
+    np.testing.assert_array_equal(loaded(tmp_path / name), loaded(tmp_path / f"whole{name}"))
+
+
 def test_how_a_png_is_turned_may_stand_in_its_texts(tmp_path: Path) -> None:
     xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="3"></x:xmpmeta>'
     info = PngImagePlugin.PngInfo()
