@@ -145,7 +145,7 @@ def read_table(path: Path, known: Collection[str], bare: str | None = None) -> T
     """Reads a table.
 
     Args:
-        path: the file; its suffix is one of :data:`SUFFIXES`.
+        path: the file; its suffix is one of :data:`SUFFIXES`, or it is read as CSV.
         known: the columns that the header of a CSV file is recognised by.
         bare: the column of JSON and YAML entries that are mere strings; with it, a mapping of ids
             to entries is a table too, and so is a list under the name of a prompt column.
@@ -154,12 +154,13 @@ def read_table(path: Path, known: Collection[str], bare: str | None = None) -> T
         UserError: the file cannot be read or is malformed; one line with the place.
     """
     text, suffix = read_text(path), path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return _separated(path, text, known)
     if suffix in (".jsonl", ".ndjson"):
         return _of_entries(path, _json_lines(path, text), (), bare)
-    value = _json_value(path, text) if suffix == ".json" else _yaml_value(path, text)
-    return _document(path, value, bare)
+    if suffix == ".json":
+        return _document(path, _json_value(path, text), bare)
+    if suffix in (".yaml", ".yml"):
+        return _document(path, _yaml_value(path, text), bare)
+    return _separated(path, text, known)
 
 
 def _name(column: object) -> str:

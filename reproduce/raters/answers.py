@@ -13,7 +13,7 @@ import scipy.stats
 from benchmarks.statistics import LEVEL, MIN_SEEDS, Interval, method_intervals, sign_flip_p_values
 from benchmarks.statistics.improvement import share_intervals
 from g2rpo.config import nearest
-from g2rpo.data.tables import Row, read_table
+from g2rpo.data.tables import SUFFIXES, Row, read_table
 from g2rpo.errors import UserError
 from reproduce.raters.key import COLUMNS, Choice, SheetKey
 
@@ -61,7 +61,7 @@ def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
 
 
 def _rows(path: Path) -> list[Row]:
-    if path.suffix.lower() not in (".csv", ".tsv"):
+    if path.suffix.lower() in SUFFIXES[2:]:
         raise UserError(f"{path}: raters' answers are a .csv or .tsv file")
     table = read_table(path, COLUMNS)
     for name in COLUMNS:
