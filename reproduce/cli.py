@@ -1,5 +1,6 @@
 """The ``g2rpo`` command: one verb per stage, and ``reproduce`` for a whole experiment."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def score(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Prompt set (.txt, .csv, .jsonl) whose ids name the folder's images."),
+        typer.Option(help="Prompt set (.txt, .csv, .json, ...) whose ids name a folder's images."),
     ] = None,
     rewards: Annotated[
         str | None, typer.Option(help="Rewards of the profile, e.g. hps,clip; default: all.")
@@ -220,6 +221,9 @@ def main() -> None:
     """
     from reproduce.quiet import quiet_libraries
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the locale cannot write is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         if not {"--help", "-h"} & set(sys.argv):
             quiet_libraries()

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from benchmarks.scoring import summary
 from benchmarks.scoring.engine import Ranks, Scorer
-from benchmarks.scoring.items import Source, read_source, refuse_bad
+from benchmarks.scoring.items import Source, first_of, read_source, refuse_bad
 from g2rpo.config import content_hash, merge, nearest, validate
-from g2rpo.data.prompts import read_prompts
+from g2rpo.data.prompts import read_prompt_set
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, sha256_file
 from g2rpo.rewards.base import RewardConfig
@@ -96,9 +96,7 @@ def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
     ranks = Ranks.launched()
     if ranks.main:
         _check_writable(request.output)
-    prompts = None if request.prompts is None else read_prompts(request.prompts)
-    source = read_source(request.source, prompts)
-    refuse_bad(source, request.skip_bad)
+    source = _read(request, ranks)
     scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = f"cuda:{ranks.local % count}" if count else "cpu"
@@ -117,6 +115,18 @@ def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
         for name in left_out:
             typer.echo(f"{name}: its earlier scores are of other images or prompts; left out")
     return scores
+
+
+def _read(request: Request, ranks: Ranks) -> Source:
+    """What is scored; says which columns were read."""
+    known = None if request.prompts is None else read_prompt_set(request.prompts)
+    source = read_source(request.source, None if known is None else known.prompts)
+    if known is not None and known.note:
+        source.notes.append(known.note)
+    for note in source.notes if ranks.main else ():
+        typer.echo(note)
+    refuse_bad(source, request.skip_bad)
+    return source
 
 
 def _check_writable(output: Path) -> None:
@@ -164,6 +174,9 @@ def _write(
     scores: pd.DataFrame,
 ) -> None:
     bad = [*source.bad, *scorer.findings.skipped]
+    scored = len(scorer.items)
+    if scored + len(bad) != source.found:
+        raise RuntimeError(f"{source.found} found, but {scored} scored and {len(bad)} skipped")
     lines = summary.summarise(scores)
     with atomic_path(request.output / "scores.parquet") as temporary:
         scores.to_parquet(temporary, index=False)
@@ -177,7 +190,7 @@ def _write(
         request.output,
         {
             "stage": "score",
-            "images": len(scorer.items),
+            "images": scored,
             "images_sha256": content_hash(scorer.keys),
             "prompts_sha256": None if request.prompts is None else sha256_file(request.prompts),
             "rewards": {name: config.model_dump(mode="json") for name, config in rewards.items()},
@@ -190,5 +203,7 @@ def _write(
     console = Console(file=sys.stdout)
     summary.show(lines, scorer.findings.too_long, console)
     for name, reason in bad:
-        console.print(f"skipped {name}: {reason}", markup=False, highlight=False)
-    console.print(f"{request.output / 'scores.parquet'}", markup=False, highlight=False)
+        typer.echo(f"skipped {name}: {reason}")
+    typer.echo(request.output / "scores.parquet")
+    skipped = f"; {len(bad)} skipped: {first_of(bad)}" if bad else ""
+    typer.echo(f"scored {scored} of {source.found}{skipped}")

@@ -1,33 +1,52 @@
 """What is scored: image files with their prompts, from a manifest or from a folder.
 
-A manifest is CSV or JSONL with the columns ``image`` (a path, from the manifest's folder) and
-``prompt``, and optionally ``id``, ``prompt_id`` and ``style``; others are not read. Rows without a
-``prompt_id`` belong together where their prompts are equal. A folder's images find their prompts
+A manifest is a table (CSV, TSV, JSON or JSON Lines) with the columns ``image`` (a path, from the
+manifest's folder) and ``prompt``, and optionally ``id``, ``prompt_id`` and ``style``; others are
+not read. Rows without a ``prompt_id`` belong together where their prompts are equal. A folder's
+images find their prompts
 
 - in a prompt set, by the name of the file: ``<prompt id>.png``, or ``<prompt id>_<anything>.png``
   for several images of one prompt;
 - in the ``manifest.csv``, ``manifest.jsonl`` or ``metadata.jsonl`` (``file_name``, ``text``) in it;
-- beside them, in ``<name>.txt``.
+- beside them, in ``<name>.txt`` or ``<name>.png.txt``.
+
+Every image, every row, and every prompt or caption without an image is either an item or named with
+what is wrong with it; :attr:`Source.found` counts them.
 """
 
-import csv
 import hashlib
-import json
+import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from unicodedata import normalize
 
-from g2rpo.data.images import SUFFIXES
+from benchmarks.scoring.folders import Listing, list_files
+from g2rpo.data.images import image_suffixes, is_image
 from g2rpo.data.prompts import Prompt
+from g2rpo.data.tables import (
+    PROMPT_COLUMNS,
+    SUFFIXES,
+    Row,
+    by_name,
+    is_unicode,
+    read_table,
+    read_text,
+)
 from g2rpo.errors import UserError
 
 MANIFESTS = ("manifest.csv", "manifest.jsonl", "metadata.jsonl")
 UNSUPPORTED = frozenset({".heic", ".heif", ".jxl"})
 """Names of images that Pillow does not read."""
-_SAME = {"file_name": "image", "text": "prompt", "caption": "prompt"}
-"""Other names of a manifest's columns, as image folders on the hub have them."""
+NO_IMAGES = frozenset({".txt", *UNSUPPORTED})
+TABLES = frozenset(SUFFIXES) - {".yaml", ".yml"}
+IMAGE_COLUMNS = ("image", "file_name")
+"""Names of a manifest's column of images; the first of them that it has is read."""
+OTHER_COLUMNS = ("id", "prompt_id", "style")
+NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice"})
+"""Names of text files that are often in a folder and no captions."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +72,59 @@ class Item:
 
 @dataclass
 class Source:
-    """Items to score, and what is wrong with others: pairs of a name and a reason."""
+    """Items to score, and what is wrong with others.
+
+    Attributes:
+        items: what can be scored.
+        bad: pairs of a name and a reason.
+        found: how many there are together.
+        notes: which columns were read.
+    """
 
     items: list[Item] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    found: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def add(self, item: Item) -> None:
         """Takes in ``item``, or what is wrong with it."""
-        if not item.prompt.strip():
-            self.bad.append((item.id, "its prompt is empty"))
-        elif not (_is_text(item.prompt) and _is_text(item.id) and _is_text(str(item.image))):
-            self.bad.append((ascii(item.id), "its name or prompt is not valid Unicode"))
-        elif not item.image.is_file():
-            self.bad.append((item.id, f"no such image: {item.image}"))
-        else:
+        reason = _problem(item)
+        if reason is None:
+            self.found += 1
             self.items.append(item)
+        else:
+            self.refuse(item.id, reason)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Names what cannot be scored."""
+        self.found += 1
+        self.bad.append((name if is_unicode(name) else ascii(name), reason))
 
 
-def _is_text(text: str) -> bool:
+def _problem(item: Item) -> str | None:
+    """Why ``item`` cannot be scored, as far as that is known without reading the image."""
+    if not item.prompt.strip():
+        return "its prompt is empty"
+    if not is_unicode(item.prompt + item.id):
+        return "its prompt or id is not valid Unicode"
     try:
-        text.encode()
+        str(item.image).encode(sys.getfilesystemencoding())
+        if not item.image.is_file():
+            reason = "not a file" if item.image.exists() else "no such image"
+            return f"{reason}: {item.image}"
     except UnicodeEncodeError:
-        return False
-    return True
+        return _undecoded()
+    except OSError as error:
+        return f"cannot be read ({error.strerror}): {item.image}"
+    return None
+
+
+def _undecoded() -> str:
+    """Why the name of a file cannot be read as text."""
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower() != "utf-8":
+        return f"the locale reads file names as {encoding}; set LC_ALL=C.UTF-8"
+    return "its file name is not UTF-8; rename it"
 
 
 def read_source(
@@ -98,50 +147,39 @@ def read_source(
     elif prompts is not None:
         raise UserError(f"{path}: a manifest has its own prompts; --prompts is for folders")
     else:
-        source = _read_manifest(path)
-    if not source.items and not source.bad:
-        raise UserError(f"{path}: no images to score ({', '.join(sorted(SUFFIXES))})")
-    return source
-
-
-def _read_folder(folder: Path, prompts: Sequence[Prompt] | None, *, every_prompt: bool) -> Source:
-    images = _images(folder)
-    if prompts is not None:
-        source = _match(folder, images, prompts, every_prompt=every_prompt)
-    else:
-        manifests = [folder / name for name in MANIFESTS if (folder / name).is_file()]
-        source = _read_manifest(manifests[0]) if manifests else _captioned(folder, images)
-        listed = {item.image.resolve() for item in source.items} if manifests else None
-        source.bad += [
-            (_name(image, folder), f"no prompt: {manifests[0].name} does not list it")
-            for image in images
-            if listed is not None and image.resolve() not in listed
-        ]
-    source.bad += [
-        (path.relative_to(folder).as_posix(), "Pillow does not read such images; convert it")
-        for path in _visible(folder)
-        if path.suffix.lower() in UNSUPPORTED
-    ]
+        source, _ = _read_manifest(path)
+    if not source.found:
+        raise UserError(f"{path}: no images to score ({', '.join(sorted(image_suffixes()))})")
     return _without_duplicates(source)
 
 
-def _visible(folder: Path) -> list[Path]:
-    """All files, without those in hidden folders and in what archives of macOS add."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not any(
-            part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts
-        )
-    )
+def _read_folder(folder: Path, prompts: Sequence[Prompt] | None, *, every_prompt: bool) -> Source:
+    listing = list_files(folder)
+    manifests = [folder / name for name in MANIFESTS if (folder / name).is_file()]
+    if prompts is not None:
+        source = _match(listing, prompts, every_prompt=every_prompt)
+    elif len(manifests) > 1:
+        names = " and ".join(path.name for path in manifests)
+        raise UserError(f"{folder}: has {names}; name the one to score instead of the folder")
+    elif manifests:
+        source = _listed(listing, manifests[0])
+    else:
+        source = _captioned(listing)
+    for name, reason in listing.broken:
+        source.refuse(name, reason)
+    for path in listing.files:
+        if path.suffix.lower() in UNSUPPORTED:
+            source.refuse(listing.name(path), "Pillow does not read such images; convert it")
+    return source
 
 
-def _images(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.suffix.lower() in SUFFIXES]
+def _has_suffix(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes()
 
 
-def _name(image: Path, folder: Path) -> str:
-    return image.relative_to(folder).with_suffix("").as_posix()
+def _stem(name: str) -> str:
+    """``name`` without its suffix; what is after a dot may also belong to the name, as in 0.5."""
+    return re.sub(r"\.[A-Za-z][A-Za-z0-9]{0,4}$", "", name)
 
 
 def _same_prompt(prompt: str) -> str:
@@ -149,116 +187,183 @@ def _same_prompt(prompt: str) -> str:
     return hashlib.sha256(prompt.encode(errors="replace")).hexdigest()[:12]
 
 
-def _captioned(folder: Path, images: Sequence[Path]) -> Source:
-    source = Source()
-    for image in images:
-        name, caption = _name(image, folder), image.with_suffix(".txt")
-        shown = image.relative_to(folder).as_posix()
-        try:
-            text = caption.read_text(encoding="utf-8-sig").strip()
-        except FileNotFoundError:
-            reason = f"no prompt: give --prompts, or write {caption.name} or a manifest"
-            source.bad.append((name, reason))
-        except (OSError, UnicodeDecodeError):
-            source.bad.append((name, f"{caption.name} is not UTF-8 text"))
-        else:
-            source.add(Item(name, image, text, _same_prompt(text), name=shown))
+def _listed(listing: Listing, manifest: Path) -> Source:
+    source, images = _read_manifest(manifest)
+    named = {image.resolve() for image in images}
+    for image in listing.files:
+        if _has_suffix(image) and image.resolve() not in named:
+            name = _stem(listing.name(image))
+            source.refuse(name, f"no prompt: {manifest.name} does not list it")
     return source
 
 
-def _match(
-    folder: Path, images: Sequence[Path], prompts: Sequence[Prompt], *, every_prompt: bool
-) -> Source:
+def _images(
+    listing: Listing, source: Source, named: Callable[[str], object]
+) -> Iterator[tuple[Path, str]]:
+    """The files with the suffix of an image, or whose name is ``named`` and content one.
+
+    A link to another of the files is one only where it is named itself.
+    """
+    for path in listing.files:
+        shown, suffix = listing.name(path), path.suffix.lower()
+        if suffix in NO_IMAGES or not (_has_suffix(path) or (named(shown) and is_image(path))):
+            continue
+        if not is_unicode(shown):
+            source.refuse(shown, _undecoded())
+        elif path not in listing.aliases or named(shown):
+            yield path, shown
+
+
+def _captioned(listing: Listing) -> Source:
     source = Source()
-    by_id = {prompt.id: prompt for prompt in prompts}
+    texts = [path for path in listing.files if path.suffix.lower() == ".txt"]
+    find = by_name({listing.name(path)[: -len(".txt")]: path for path in texts})
+
+    def captions(shown: str) -> list[Path]:
+        return [path for path in {find(_stem(shown)), find(shown)} if path is not None]
+
+    # What is named for another reason takes its caption along.
+    others = map(listing.name, set(listing.files) - set(texts))
+    used = {
+        caption
+        for name in others
+        if Path(name).suffix.lower() in UNSUPPORTED or not is_unicode(name)
+        for caption in captions(name)
+    }
+    for image, shown in _images(listing, source, captions):
+        beside = captions(shown)
+        name = _stem(shown if _has_suffix(image) else listing.name(beside[0]))
+        used.update(beside)
+        if not beside:
+            reason = f"no prompt: give --prompts, or write {_stem(image.name)}.txt or a manifest"
+            source.refuse(name, reason)
+        elif len(beside) > 1:
+            names = " and ".join(sorted(path.name for path in beside))
+            source.refuse(name, f"has two captions, {names}; remove one")
+        else:
+            try:
+                text = read_text(beside[0]).strip()
+            except UserError as error:
+                source.refuse(name, str(error))
+            else:
+                source.add(Item(name, image, text, _same_prompt(text), name=shown))
+    for caption in texts:
+        known = caption in used or caption in listing.aliases
+        if not known and _stem(caption.name).lower() not in NO_CAPTIONS:
+            source.refuse(listing.name(caption), "a caption without an image that can be read")
+    return _without_aliases(source, listing)
+
+
+def _match(listing: Listing, prompts: Sequence[Prompt], *, every_prompt: bool) -> Source:
+    source = Source()
+    find = by_name({prompt.id: prompt for prompt in prompts})
+
+    def prompt_of(shown: str) -> Prompt | None:
+        name = shown.rpartition("/")[2]
+        return find(name) or _prompt_of(_stem(name), find)
+
     found: set[str] = set()
-    for image in images:
-        name = _name(image, folder)
-        prompt = _prompt_of(image.stem, by_id)
+    for image, shown in _images(listing, source, prompt_of):
+        prompt = prompt_of(shown)
         if prompt is None:
-            first = next(iter(by_id))
-            reason = f"no prompt of the set has its name as id (they are like {first!r})"
-            source.bad.append((name, reason))
+            reason = f"no prompt of the set has its name as id (they are like {prompts[0].id!r})"
+            source.refuse(_stem(shown), reason)
             continue
         found.add(prompt.id)
-        shown = image.relative_to(folder).as_posix()
+        whole = not _has_suffix(image) and find(image.name) is not None
+        name = shown if whole else _stem(shown)
         source.add(Item(name, image, prompt.text, prompt.id, prompt.style, shown))
-    source.bad += [
-        (prompt.id, "the prompt has no image in the folder")
-        for prompt in prompts
-        if every_prompt and prompt.id not in found
-    ]
-    return source
+    for prompt in prompts:
+        if every_prompt and prompt.id not in found:
+            source.refuse(prompt.id, "the prompt has no image in the folder")
+    return _without_aliases(source, listing)
 
 
-def _prompt_of(stem: str, by_id: Mapping[str, Prompt]) -> Prompt | None:
+def _prompt_of(stem: str, find: Callable[[str], Prompt | None]) -> Prompt | None:
     """The prompt whose id is ``stem``, or the longest part of it before an underscore."""
-    while stem not in by_id:
+    while (prompt := find(stem)) is None:
         stem, mark, _ = stem.rpartition("_")
         if not mark:
             return None
-    return by_id[stem]
+    return prompt
 
 
-def _read_manifest(path: Path) -> Source:
-    source = Source()
-    for number, row in _rows(path):
-        record = {_SAME.get(key, key): value for key, value in row.items() if value is not None}
-        name = str(record.get("id", ""))
-        image, prompt = record.get("image"), record.get("prompt")
-        if not isinstance(image, str) or not image:
-            source.bad.append((name or f"line {number}", f"{path.name}, line {number}: no 'image'"))
-            continue
-        name = name or Path(image).with_suffix("").as_posix()
-        if not isinstance(prompt, str):
-            source.bad.append((name, f"{path.name}, line {number}: no 'prompt', or not a text"))
-            continue
-        text, style = prompt.strip(), str(record.get("style", ""))
-        prompt_id = str(record.get("prompt_id", "")) or _same_prompt(text)
-        source.add(Item(name, path.parent / image, text, prompt_id, style or None, image))
-    return _without_duplicates(source)
+def _without_aliases(source: Source, listing: Listing) -> Source:
+    """Without links to an image that is scored with the same prompt under its own name."""
+    own = {(item.image, item.prompt_id) for item in source.items}
+    kept = [
+        item
+        for item in source.items
+        if (listing.aliases.get(item.image), item.prompt_id) not in own
+    ]
+    source.found -= len(source.items) - len(kept)
+    source.items = kept
+    return source
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV or JSONL file with their line numbers."""
-    kind, number = path.suffix.lower(), 0
-    if kind not in (".csv", ".jsonl"):
-        raise UserError(f"{path}: a manifest is a .csv or .jsonl file")
+def _read_manifest(path: Path) -> tuple[Source, list[Path]]:
+    """What the rows of a manifest say, and all images that they name."""
+    if path.suffix.lower() not in TABLES:
+        raise UserError(f"{path}: a manifest is a .csv or .jsonl file (or .tsv, .json, .ndjson)")
+    table = read_table(path, (*IMAGE_COLUMNS, *PROMPT_COLUMNS, *OTHER_COLUMNS))
+    columns = table.column(IMAGE_COLUMNS), table.column(PROMPT_COLUMNS)
+    source, images = Source(), []
+    source.notes.append(
+        f"{path.name}: images are read from {columns[0]!r}, prompts from {columns[1]!r}"
+        f"{table.not_read((*columns, *OTHER_COLUMNS))}"
+    )
+    for row in table.rows:
+        if not row.is_blank:
+            images += _add_row(source, path, row, columns)
+    return source, images
+
+
+def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str]) -> list[Path]:
+    """Takes in one row of a manifest; gives the image that it names, where there is one."""
+    record = {key: value for key, value in row.values.items() if value is not None}
+    image, prompt = (record.get(column) for column in columns)
+    given, place = str(record.get("id", "")), f"{manifest.name}, {row.place}"
+    if not isinstance(image, str) or not image.strip():
+        source.refuse(given or row.place, f"{place}: no {columns[0]!r}")
+        return []
+    path = _existing(manifest.parent, image)
+    name = given or _stem(Path(image.replace("\\", "/")).as_posix())
+    if not isinstance(prompt, str):
+        source.refuse(name, f"{place}: no {columns[1]!r}, or not a text")
+        return [path] if _exists(path) else []
+    text, style = prompt.strip(), str(record.get("style", ""))
+    prompt_id = str(record.get("prompt_id", "")) or _same_prompt(text)
+    source.add(Item(name, path, text, prompt_id, style or None, image))
+    return [path] if _exists(path) else []
+
+
+def _existing(folder: Path, image: str) -> Path:
+    """The file that a manifest names, maybe as Windows or another system would write it."""
+    for text in (image, image.strip(), image.strip().replace("\\", "/")):
+        if _exists(folder / text):
+            return folder / text
+        spelt = {folder / normalize(form, text) for form in ("NFC", "NFD")}
+        there = [path for path in spelt if _exists(path)]
+        if len(there) == 1:
+            return there[0]
+    return folder / image
+
+
+def _exists(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            if kind == ".csv":
-                reader = csv.DictReader(lines, strict=True)
-                for row in reader:
-                    number = reader.line_num
-                    # What is beyond the last column, or a column that is not there.
-                    if None in row or None in row.values():
-                        raise ValueError(
-                            "another number of columns than the first line; "
-                            "put texts with a comma in double quotes"
-                        )
-                    yield number, row
-                return
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("not a JSON object")
-                    yield number, row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}, line {number}: {error}") from None
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be looked into
+        return False
 
 
 def _without_duplicates(source: Source) -> Source:
     """Which of several rows of one id is meant cannot be known: none of them is kept."""
     counts = Counter(item.id for item in source.items) + Counter(name for name, _ in source.bad)
-    twice = dict.fromkeys(item.id for item in source.items if counts[item.id] > 1)
-    source.bad += [
-        (name, f"the id is there {counts[name]} times; give each row an id of its own")
-        for name in twice
-    ]
-    source.items = [item for item in source.items if item.id not in twice]
+    for item in source.items:
+        if counts[item.id] > 1:
+            reason = f"the id is there {counts[item.id]} times; give each row an id of its own"
+            source.bad.append((item.id, f"{reason} (here {item.name})"))
+    source.items = [item for item in source.items if counts[item.id] == 1]
     return source
 
 
@@ -268,11 +373,17 @@ def refuse_bad(source: Source, skip: bool, use: str = "scored") -> None:
     Also where nothing is left to be ``use``.
     """
     if source.bad and not skip:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in source.bad[:5])
-        more = f"; and {len(source.bad) - 5} more" if len(source.bad) > 5 else ""
         raise UserError(
-            f"{len(source.bad)} cannot be {use}: {shown}{more}; mend them, or leave them out "
-            "with --skip-bad"
+            f"{len(source.bad)} cannot be {use}: {first_of(source.bad)}; fix them, or leave them "
+            "out with --skip-bad"
         )
     if not source.items:
-        raise UserError(f"nothing is left to be {use}: every image or prompt is bad")
+        raise UserError(
+            f"nothing is left to be {use}: every image or prompt is bad: {first_of(source.bad)}"
+        )
+
+
+def first_of(bad: Sequence[tuple[str, str]]) -> str:
+    """The first names and reasons in one line, and how many more there are."""
+    shown = "; ".join(f"{name}: {reason}" for name, reason in bad[:5])
+    return f"{shown}; and {len(bad) - 5} more" if len(bad) > 5 else shown

@@ -4,33 +4,45 @@ The rule, in this order:
 
 - of an animation or a multi-page file, the first frame;
 - turned as its EXIF orientation says;
-- 16 bits a channel: the high byte (which is what Pillow reads of 16-bit colour files);
+- 16 bits a channel: the high byte (which is what Pillow reads of 16-bit colour files; netpbm files
+  are scaled from the maximum that they state); 12 bits: the upper eight;
 - palettes are looked up; gray is repeated in the three channels;
 - transparency is laid over white, as a page would show it;
 - CMYK, YCbCr, Lab and HSV are converted by Pillow; embedded colour profiles are not applied;
-- floating-point images are refused, for nothing says what their white is.
+- floating-point, signed and 32-bit images and those of scientific formats are refused, for nothing
+  says what their white is; so are 16-bit colours with a transparent one, which 8 bits cannot tell.
 
-Plain 8-bit RGB passes through unchanged.
+Plain 8-bit RGB passes through unchanged. Text in a file is not read, however much there is.
 """
 
 import hashlib
 import io
+import struct
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from g2rpo.errors import UserError
 
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"}
-)
-"""File names that are taken for images in a folder."""
+_NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+"""Formats that Pillow knows by name only, or reads by running another program."""
+_SIXTEEN_BITS = frozenset({"PNG", "TIFF", "JPEG2000", "PPM", "IM"})
+"""Formats whose 16-bit gray reaches from black to white; the others' are measurements."""
+_GRAY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
+"""By how much Pillow multiplies gray of fewer bits, but not the colour that is transparent."""
 _TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Texts of a PNG file that may say how it is turned."""
+_filters = Lock()
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,20 @@ class LoadedImage:
 
     pixels: Tensor
     sha256: str
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NO_PIXELS)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """File names that are taken for images in a folder, in lower case."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in known.items() if name in image_formats())
 
 
 def load_image(path: Path) -> LoadedImage:
@@ -54,19 +80,60 @@ def load_image(path: Path) -> LoadedImage:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(io.BytesIO(_without_text(data))) as image:
             pixels = np.array(to_rgb(image))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path}: more pixels than Pillow reads safely; make it smaller") from None
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise UserError(
+            f"{path}: more than {limit // 10**6} megapixels, the most that is read; make it smaller"
+        ) from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a readable image (empty, or of no known format)") from None
+        raise UserError(
+            f"{path}: not a readable image (empty, or of no known format or depth)"
+        ) from None
     # Damaged files make Pillow's decoders raise nearly anything.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason})") from None
     return LoadedImage(torch.from_numpy(pixels), hashlib.sha256(data).hexdigest())
+
+
+def is_image(path: Path) -> bool:
+    """Whether Pillow takes the content of the file ``path`` for an image, whole or damaged."""
+    try:
+        with _opened(path):
+            return True
+    except (UnidentifiedImageError, OSError):
+        return False
+    except Exception:
+        return True
+
+
+def _opened(file: Path | io.BytesIO) -> Image.Image:
+    # Pillow warns of images from half of its limit on. Filters are of the whole process.
+    with _filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=image_formats())
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG file without texts and colour profile: Pillow refuses more than a megabyte of either.
+
+    Programs write whole workflows there.
+    """
+    if not data.startswith(_PNG):
+        return data
+    kept, start = [_PNG], len(_PNG)
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + length + 12
+        text = kind in (b"tEXt", b"zTXt", b"iTXt") and not data.startswith(_ORIENTED, start + 8)
+        if not text and kind != b"iCCP":
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -76,20 +143,59 @@ def to_rgb(image: Image.Image) -> Image.Image:
         UserError: the rule refuses this kind of image.
     """
     image.seek(0)
+    raw = _raw_mode(image)
+    reason = _refused(image, raw)
+    if reason is not None:
+        raise UserError(f"{reason}; save it as 8-bit RGB")
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    deep = image.mode.startswith("I")
+    image.load()
+    with suppress(Exception):  # damaged EXIF is none: the second reading finds what the first did
+        image.getexif()
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise UserError("a floating-point image has no defined white; save it as 8-bit RGB")
-    if image.mode.startswith("I"):
-        image = Image.fromarray(_high_byte(image))
+    key = image.info.get("transparency")
+    if deep:
+        image = _upper_bits(image, 4 if raw == "I;12" else 8, white_is_zero=tags.get(262) == 0)
+    elif raw in _GRAY_STEPS and isinstance(key, int):
+        image.info["transparency"] = min(255, key * _GRAY_STEPS[raw])
     if image.mode in _TRANSPARENT or "transparency" in image.info:
-        layer = image.convert("RGBA")
+        # Pillow does not convert La to RGBA in one go.
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _high_byte(image: Image.Image) -> NDArray[np.uint8]:
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels lie in the file, in Pillow's words; empty where it does not tell."""
+    tiles = getattr(image, "tile", None) or [("", None, 0, "")]
+    arguments = tiles[0][3]
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _refused(image: Image.Image, raw: str) -> str | None:
+    if image.mode == "F":
+        return "a floating-point image has no defined white"
+    # Pillow also gives the 16 bits of netpbm files, and of PNG before version 11, in the mode I.
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        kind = "signed 16-bit" if ";16" in raw else "32-bit"
+        return f"a {kind} image has no defined white"
+    if image.mode.startswith("I;") and image.format not in _SIXTEEN_BITS:
+        return f"a 16-bit {image.format} image has no defined white"
+    sample = getattr(image, "tag_v2", {}).get(339, 1)
+    if 2 in (sample if isinstance(sample, tuple) else (sample,)):
+        return "an image of signed numbers has no defined white"
+    if image.mode == "RGB" and ";16" in raw and "transparency" in image.info:
+        return "a 16-bit image with a transparent colour cannot be reduced exactly"
+    return None
+
+
+def _upper_bits(image: Image.Image, shift: int, *, white_is_zero: bool) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError("a 32-bit image has no defined white; save it as 8-bit RGB")
-    return (values >> 8).astype(np.uint8)
+    gray = (values >> shift).astype(np.uint8)
+    if white_is_zero:  # Pillow turns 8 bits round, but not 16
+        gray = 255 - gray
+    key = image.info.get("transparency")
+    if key is not None:
+        gray = np.dstack([gray, np.where(values == key, 0, 255).astype(np.uint8)])
+    return Image.fromarray(gray)

@@ -1,21 +1,27 @@
 """Prompt sets, and which prompts an iteration trains on.
 
-A set is a file: ``.txt`` with one prompt per line, ``.csv`` with a column ``prompt``, or ``.jsonl``
-with an object per line; the latter two may give each prompt an ``id`` and a ``style``.
+A set is a file: ``.txt`` with one prompt per line, or a table (:mod:`g2rpo.data.tables`) with a
+column ``prompt``, which may give each prompt an ``id`` and a ``style``; a ``.json`` or ``.yaml``
+table may also be a list of prompts, or a mapping of ids to prompts.
 """
 
 import csv
+import difflib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from g2rpo.data.tables import PROMPT_COLUMNS, SUFFIXES, Row, is_unicode, read_table, read_text
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from g2rpo.seeds import permutation
 
 FIELDS = ("prompt", "id", "style")
+HEADER = {*PROMPT_COLUMNS, *FIELDS, "image", "file_name", "prompt_id", "category"}
+"""Words of which a line that has two is the header of a table."""
 LONGEST_ID = 200
 """Bytes of an id: it becomes part of a file's name."""
 
@@ -37,117 +43,130 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One prompt as its file gives it; ``line`` counts from 1."""
+class PromptSet:
+    """The prompts of a file; ``note`` says which column was read where that is not plain."""
 
-    line: int
-    values: Mapping[str, str | None]
+    prompts: list[Prompt]
+    note: str = ""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Reads a ``.txt``, ``.csv`` or ``.jsonl`` set; ``limit`` keeps the first prompts.
-
-    Any other name is read as ``.txt``.
+    """The prompts of a set; ``limit`` keeps the first ones.
 
     Raises:
-        UserError: the file is missing, not UTF-8, empty, or malformed, or has an empty prompt, an
-            empty, repeated or unusable id; the line is named.
+        UserError: what :func:`read_prompt_set` raises.
     """
-    rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix.lower(), _txt_rows)
-    prompts: list[Prompt] = []
-    lines: dict[str, int] = {}
-    for row in rows(path, _read_text(path)):
-        prompt = _prompt(path, row, len(prompts))
-        if prompt.id in lines:
-            raise UserError(
-                f"{path}, line {row.line}: the id {prompt.id!r} is that of line "
-                f"{lines[prompt.id]} too; ids must be unique"
-            )
-        lines[prompt.id] = row.line
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{path}: no prompts; write one per line")
+    prompts = read_prompt_set(path).prompts
     return prompts if limit is None else prompts[:limit]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
+def read_prompt_set(path: Path) -> PromptSet:
+    """Reads a set in the format of its suffix: ``.txt``, or that of a table.
+
+    Raises:
+        UserError: the file is missing, of another suffix, not UTF-8, empty, or malformed, or has
+            an empty prompt, an empty, repeated or unusable id; the place is named.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file with one prompt per line")
+    if not path.exists():
         raise UserError(
             f"{path}: no such prompt file; `g2rpo prompts fetch` gets the published ones"
-        ) from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder; name a file with one prompt per line") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; name a file with one prompt per line") from None
-
-
-def _txt_rows(path: Path, text: str) -> Iterator[_Row]:
-    del path
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # Not splitlines(): it also breaks at characters that a prompt may hold, e.g. U+2028.
-    lines = text.removesuffix("\n").split("\n") if text else []
-    for number, line in enumerate(lines, start=1):
-        yield _Row(number, {"prompt": line})
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        columns = [name.strip() for name in next(reader, [])]
-        _check_fields(path, 1, columns)
-        if len(set(columns)) != len(columns):
-            raise UserError(f"{path}, line 1: a column is there twice")
-        for values in reader:
-            if not values:  # csv gives an empty list for a line with nothing on it
-                raise UserError(f"{path}, line {reader.line_num}: empty prompt; remove the line")
-            if len(values) != len(columns):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(values)} values where the header has "
-                    f"{len(columns)}; put prompts with commas in double quotes"
-                )
-            yield _Row(reader.line_num, dict(zip(columns, values, strict=True)))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[_Row]:
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not valid JSON") from None
-        if not isinstance(value, dict):
-            raise UserError(f'{path}, line {number}: expected an object, {{"prompt": "..."}}')
-        _check_fields(path, number, list(value))
-        for key, given in value.items():
-            if not isinstance(given, str) and not (given is None and key == "style"):
-                raise UserError(f"{path}, line {number}: {key} must be a string")
-        yield _Row(number, value)
-
-
-def _check_fields(path: Path, line: int, names: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in FIELDS]
-    if unknown:
-        raise UserError(
-            f"{path}, line {line}: unknown column {unknown[0]!r}; a prompt set has prompt, and "
-            "may have id and style"
         )
-    if "prompt" not in names:
-        raise UserError(f"{path}, line {line}: no column 'prompt'; a prompt set needs one")
+    suffix, note = path.suffix.lower(), ""
+    if suffix == ".txt":
+        column, rows = "prompt", _txt_rows(path, read_text(path))
+    elif suffix in SUFFIXES:
+        table = read_table(path, FIELDS + PROMPT_COLUMNS, bare="prompt")
+        _check_spelling(path, table.columns)
+        column, rows = table.column(PROMPT_COLUMNS), table.rows
+        others = table.not_read((column, "id", "style"))
+        if others or column != "prompt":
+            note = f"{path.name}: prompts are read from {column!r}{others}"
+    else:
+        raise UserError(
+            f"{path}: its suffix must say how it is written, and {suffix or 'none'} does not; name "
+            f"it .txt (one prompt per line), {', '.join(SUFFIXES)}"
+        )
+    prompts: list[Prompt] = []
+    places: dict[str, str] = {}
+    for row in rows:
+        prompt = _prompt(path, row, column, len(prompts))
+        if prompt.id in places:
+            raise UserError(
+                f"{path}, {row.place}: the id {prompt.id!r} is that of {places[prompt.id]} too; "
+                "ids must be unique"
+            )
+        places[prompt.id] = row.place
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{path}: no prompts; write one per line")
+    return PromptSet(prompts, note)
 
 
-def _prompt(path: Path, row: _Row, number: int) -> Prompt:
-    text = (row.values["prompt"] or "").strip()
+def _txt_rows(path: Path, text: str) -> list[Row]:
+    # Not splitlines(): it also breaks at characters that a prompt may hold, e.g. U+2028.
+    lines = re.split(r"\r*\n|\r", text)
+    if not lines[-1]:
+        lines.pop()
+    other = _looks_like(lines)
+    if other is not None:
+        raise UserError(f"{path}: {other}; a .txt set has one prompt per line")
+    return [Row(f"line {number}", {"prompt": line}) for number, line in enumerate(lines, start=1)]
+
+
+def _looks_like(lines: Sequence[str]) -> str | None:
+    """What the lines of a .txt file seem to be instead of prompts; None where they may be."""
+    head, second = ([line.strip() for line in lines[:2]] + ["", ""])[:2]
+    cells = [cell.strip(' "').casefold() for cell in re.split("[,;|]", head)]
+    words = set(cells) & HEADER
+    is_header = len(words) > 1 or words & set(PROMPT_COLUMNS[: 2 if len(cells) > 1 else None])
+    if any("\0" in line for line in lines):
+        return "it holds NUL characters, so it is no text, or UTF-16 without a byte-order mark"
+    if 2 * sum("\t" in line for line in lines) > len(lines):
+        return "most lines have tabs; name it .tsv if it is a table"
+    # Unlike "[photo] a cat", which is a prompt.
+    if re.match(r"\[\s*([\"'{]|$|[^][]*,[^][]*\]$)|\{\s*([\"']|$|[^{}]*:[^{}]*\}$)", head):
+        return "it starts as JSON does; name it .json, or .jsonl if each line is an object"
+    if second and is_header:
+        return f"its first line {head!r} is the header of a table; name it .csv"
+    bulleted = [line.startswith("- ") for line in lines]
+    if all(bulleted[1:]) and bulleted[-1:] == [True] and (bulleted[0] or head.endswith(":")):
+        return "it is written as YAML; name it .yaml"
+    return None
+
+
+def _check_spelling(path: Path, columns: Collection[str]) -> None:
+    """Other columns are not read; one that seems to be a misspelt one of ours is refused."""
+    for name in columns:
+        for ours in FIELDS:
+            alike = difflib.SequenceMatcher(None, name, ours).ratio()
+            if ours not in columns and (
+                (alike > 0.8 and name not in PROMPT_COLUMNS) or sorted(name) == sorted(ours)
+            ):
+                raise UserError(
+                    f"{path}: unknown column {name!r}; did you mean {ours!r}? Rename or remove it"
+                )
+
+
+def _prompt(path: Path, row: Row, column: str, number: int) -> Prompt:
+    place, values = f"{path}, {row.place}", row.values
+    for key in (column, "id", "style"):
+        absent = key not in values or (values[key] is None and key == "style")
+        if not absent and not isinstance(values[key], str):
+            raise UserError(f"{place}: {key} must be a string")
+    if values and column not in values:
+        raise UserError(f"{place}: no {column!r}; found {', '.join(map(repr, values))}")
+    text = values.get(column, "").strip()
     if not text:
-        raise UserError(f"{path}, line {row.line}: empty prompt; remove the line")
-    given = row.values.get("id")
-    identity = f"{number:06d}" if given is None else given.strip()
+        raise UserError(f"{place}: empty prompt; remove the line")
+    if not is_unicode(text):
+        raise UserError(f"{place}: the prompt is not valid Unicode (half of a surrogate pair)")
+    identity = values.get("id", f"{number:06d}").strip()
     problem = id_problem(identity)
     if problem is not None:
-        raise UserError(f"{path}, line {row.line}: the id {identity!r} {problem}")
-    return Prompt(identity, text, (row.values.get("style") or "").strip() or None)
+        raise UserError(f"{place}: the id {identity!r} {problem}")
+    return Prompt(identity, text, (values.get("style") or "").strip() or None)
 
 
 def id_problem(identity: str) -> str | None:
@@ -165,7 +184,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """Writes a set in the format of the name of ``path``, atomically.
 
     Raises:
-        UserError: a ``.txt`` set cannot hold a prompt with a line break.
+        UserError: a ``.txt`` set cannot hold a prompt with a line break, or these prompts.
     """
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
@@ -188,6 +207,9 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             if "\n" in prompt.text or "\r" in prompt.text:
                 raise UserError(f"{path}: prompt {prompt.id} has a line break; write .jsonl")
+        other = _looks_like([prompt.text for prompt in prompts])
+        if other is not None:
+            raise UserError(f"{path}: could not be read again ({other}); or write .jsonl")
         atomic_write_text(path, "".join(prompt.text + "\n" for prompt in prompts))
 
 

@@ -88,7 +88,7 @@ def _describe(path: Path) -> None:
 
 @app.command()
 def check(
-    train: Annotated[Path, typer.Argument(help="Training prompts (.txt, .csv, .jsonl).")],
+    train: Annotated[Path, typer.Argument(help="Training prompts (.txt, .csv, .json, ...).")],
     test: Annotated[Path, typer.Argument(help="Prompts that are held out.")],
 ) -> None:
     """Count two sets, and show which prompts of one are in the other.
@@ -96,11 +96,14 @@ def check(
     Once literally, and once without case, width, punctuation and white space.
     """
     from g2rpo.data.overlap import overlap
-    from g2rpo.data.prompts import read_prompts
+    from g2rpo.data.prompts import read_prompt_set
 
-    for path in (train, test):
+    first, second = read_prompt_set(train), read_prompt_set(test)
+    for path, found in ((train, first), (test, second)):
         _describe(path)
-    shared = overlap(read_prompts(train), read_prompts(test))
+        if found.note:
+            typer.echo(found.note)
+    shared = overlap(first.prompts, second.prompts)
     typer.echo(
         f"in both: {len(shared.exact)} prompts exactly, {len(shared.normalised)} without case, "
         "punctuation and white space"

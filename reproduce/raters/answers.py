@@ -1,6 +1,5 @@
 """Raters' answers, and what they say: how often the first model's picture was preferred."""
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import scipy.stats
 from benchmarks.statistics import LEVEL, MIN_SEEDS, Interval, method_intervals, sign_flip_p_values
 from benchmarks.statistics.improvement import share_intervals
 from g2rpo.config import nearest
+from g2rpo.data.tables import SUFFIXES, Row, read_table
 from g2rpo.errors import UserError
 from reproduce.raters.key import COLUMNS, Choice, SheetKey
 
@@ -21,8 +21,6 @@ Answers = dict[str, Choice]
 """One rater's answers by pair; pairs without an answer are left out."""
 
 OUTCOMES = {"first": 1.0, "tie": 0.5, "second": 0.0}
-SEPARATORS = (",", ";", "\t")
-"""Of columns, as spreadsheets write them."""
 
 
 def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
@@ -43,9 +41,9 @@ def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
     where: dict[tuple[str, str], str] = {}
     spelt: dict[str, str] = {}
     for path in paths:
-        for line, row in _rows(path):
-            place = f"{path}, line {line}"
-            given, pair, answer = _checked(row, key, place, path.stem)
+        for row in _rows(path):
+            place = f"{path}, {row.place}"
+            given, pair, answer = _checked(row.values, key, place, path.stem)
             rater = spelt.setdefault(" ".join(given.casefold().split()), given)
             if (rater, pair) in where:
                 first = where[rater, pair]
@@ -62,43 +60,19 @@ def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
     return found
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # as spreadsheets save it
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    lines = text.splitlines()
-    head = lines[0] if lines else ""
-    separator = max(SEPARATORS, key=head.count)
-    reader = csv.DictReader(lines, delimiter=separator, strict=True)
-    try:
-        # Spreadsheets leave rows of nothing but separators.
-        rows = [(reader.line_num, dict(row)) for row in reader if not _is_empty(row)]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: no CSV ({error})") from None
-    names = [(name or "").strip().lower() for name in reader.fieldnames or ()]
-    absent = [name for name in COLUMNS if name not in names]
-    if absent:
-        raise UserError(f"{path}: no column {absent[0]!r}; it has to have {', '.join(COLUMNS)}")
-    return [
-        (line, {str(name).strip().lower(): value for name, value in row.items()})
-        for line, row in rows
-    ]
-
-
-def _is_empty(row: Mapping[str | None, str | list[str] | None]) -> bool:
-    return not any(text and text.strip() for value in row.values() for text in _texts(value))
-
-
-def _texts(value: str | list[str] | None) -> Sequence[str | None]:
-    """A field, or those beyond the last column, which come as a list."""
-    return value if isinstance(value, list) else [value]
+def _rows(path: Path) -> list[Row]:
+    if path.suffix.lower() in SUFFIXES[2:]:
+        raise UserError(f"{path}: raters' answers are a .csv or .tsv file")
+    table = read_table(path, COLUMNS)
+    for name in COLUMNS:
+        table.column([name])
+    return [row for row in table.rows if not row.is_blank]
 
 
 def _checked(
-    row: Mapping[str, str | None], key: SheetKey, place: str, file: str
+    row: Mapping[str, str], key: SheetKey, place: str, file: str
 ) -> tuple[str, str, Choice | None]:
-    sheet, rater, pair, answer = ((row[name] or "").strip() for name in COLUMNS)
+    sheet, rater, pair, answer = (row[name].strip() for name in COLUMNS)
     if sheet != key.sheet:
         raise UserError(f"{place}: an answer to the sheet {sheet!r}, the key is of {key.sheet!r}")
     known = [one.pair for one in key.pairs]

@@ -189,6 +189,47 @@ def test_mistakes_are_one_line(
     assert list(pd.read_parquet(tmp_path / "out" / "scores.parquet")["id"]) == ["one"]
 
 
+def test_everything_found_is_scored_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    places = [folder / "0.png", folder / "1.jp2", folder / "2", elsewhere / "3.tga"]
+    captions = world.make_captions(3, "test", len(places))
+    for place, caption in zip(places, captions, strict=True):
+        place.parent.mkdir(exist_ok=True)
+        picture = Image.fromarray(world.render(world.scene_of(caption), generator(3, "picture")))
+        picture.save(place, {".jp2": "JPEG2000", ".tga": "TGA"}.get(place.suffix, "PNG"))
+        place.with_suffix(".txt").write_text(caption)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "5.txt").write_text(captions[0])
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    options = ["--profile", "mini", "--rewards", "hps", "--output", tmp_path / "out"]
+    code, _, errors = run_here(monkeypatch, capsys, folder, *options)
+    assert code == 2
+    assert "2 cannot be scored: 5.txt: a caption without an image" in errors
+    assert "gone: a link to" in errors and "--skip-bad" in errors
+    code, printed, errors = run_here(monkeypatch, capsys, folder, *options, "--skip-bad")
+    assert code == 0, errors
+    assert printed.splitlines()[-1].startswith("scored 4 of 6; 2 skipped: 5.txt: a caption ")
+    assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["5.txt", "gone"]
+    scores = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("image")["score"]
+    assert list(scores.index) == ["0.png", "1.jp2", "2", "linked/3.tga"]
+    # The same as a manifest, with one more column of prompts.
+    rows = pd.DataFrame({"image": scores.index, "prompt": captions, "text": captions, "seed": 1})
+    rows.to_csv(folder / "set.csv", index=False, sep=";", encoding="utf-16")
+    code, printed, errors = run_here(monkeypatch, capsys, folder / "set.csv", *options)
+    assert code == 0, errors
+    assert "images are read from 'image', prompts from 'prompt'; not read: 'text', 's" in printed
+    assert printed.splitlines()[-1] == "scored 4 of 4"
+    again = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("image")["score"]
+    pd.testing.assert_series_equal(again, scores, rtol=1e-5)
+    rows["text"] = captions[::-1]
+    rows.to_csv(folder / "set.csv", index=False)
+    code, _, errors = run_here(monkeypatch, capsys, folder / "set.csv", *options)
+    assert code == 2
+    assert "set.csv, line 2: the columns 'prompt' and 'text' differ" in errors
+
+
 def test_the_readmes_gallery(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

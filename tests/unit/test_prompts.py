@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from g2rpo.data.overlap import Overlap, normalise, overlap, summarise
-from g2rpo.data.prompts import LONGEST_ID, Prompt, read_prompts, write_prompts
+from g2rpo.data.prompts import LONGEST_ID, Prompt, read_prompt_set, read_prompts, write_prompts
+from g2rpo.data.tables import PROMPT_COLUMNS
 from g2rpo.errors import UserError
 from reproduce.commands.prompts import app
 
@@ -52,7 +53,12 @@ def test_csv_and_jsonl_give_back_what_was_written(name: str, prompts: list[Promp
     assert through_a_file(name, prompts) == prompts
 
 
-@given(texts=st.lists(TEXTS.filter(lambda t: not set(t) & set("\r\n\ufeff")), min_size=1))
+def is_plain(text: str) -> bool:
+    """Whether no line of a .txt file that is ``text`` looks like a table or another format."""
+    return not set(text) & set("\r\n\ufeff\t\0[{,;|:-") and text.casefold() not in PROMPT_COLUMNS
+
+
+@given(texts=st.lists(TEXTS.filter(is_plain), min_size=1))
 def test_txt_gives_back_the_texts_and_numbers_them(texts: list[str]) -> None:
     numbered = [Prompt(f"{number:06d}", text) for number, text in enumerate(texts)]
     assert through_a_file("set.txt", numbered) == numbered
@@ -61,6 +67,12 @@ def test_txt_gives_back_the_texts_and_numbers_them(texts: list[str]) -> None:
 def test_txt_cannot_hold_a_line_break(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prompt 7 has a line break; write \.jsonl"):
         write_prompts(tmp_path / "set.txt", [Prompt("7", "two\nlines")])
+    assert not (tmp_path / "set.txt").exists()
+
+
+def test_txt_is_not_written_where_it_would_be_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"header of a table.*write \.jsonl"):
+        write_prompts(tmp_path / "set.txt", [Prompt("0", "Prompt"), Prompt("1", "a cat")])
     assert not (tmp_path / "set.txt").exists()
 
 
@@ -86,8 +98,8 @@ def test_id_and_style_may_be_left_out(tmp_path: Path) -> None:
         ("a.csv", "prompt,id\nx,\n", r"line 2: the id '' is empty"),
         ("a.csv", "prompt,id\nx,1\n  ,2\n", r"line 3: empty prompt"),
         ("a.csv", "prompt\nx\n\ny\n", r"line 3: empty prompt"),
-        ("a.csv", "prompt,di\nx,1\n", r"line 1: unknown column 'di'"),
-        ("a.csv", "id\n1\n", r"line 1: no column 'prompt'"),
+        ("a.csv", "prompt,di\nx,1\n", r"unknown column 'di'; did you mean 'id'"),
+        ("a.csv", "id\n1\n", r"no column 'prompt'; found 'id' \(separated by ','\)"),
         ("a.csv", "prompt,prompt\nx,y\n", r"line 1: a column is there twice"),
         ("a.csv", "prompt,id\na cat, a dog,1\n", r"line 2: 3 values .* double quotes"),
         ("a.csv", 'prompt\n"open\n', r"not valid CSV"),
@@ -96,7 +108,7 @@ def test_id_and_style_may_be_left_out(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', r"line 2: not valid JSON"),
         ("a.jsonl", '["x"]\n', r"line 1: expected an object"),
         ("a.jsonl", '{"prompt": "x", "id": 3}\n', r"line 1: id must be a string"),
-        ("a.jsonl", '{"prompt": "x", "seed": "3"}\n', r"line 1: unknown column 'seed'"),
+        ("a.jsonl", '{"prompt": "x", "styel": "3"}\n', r"unknown column 'styel'.*'style'"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": " "}\n', r"line 2: empty prompt"),
         (
             "a.jsonl",
@@ -119,6 +131,142 @@ def test_what_is_wrong_is_told_with_its_line(
         read_prompts(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+CATS = [Prompt("000000", "a cat"), Prompt("000001", "yes: a, dog")]
+NAMED = [Prompt("q1", "a cat", "photo"), Prompt("q2", "yes: a, dog")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected", "note"),
+    [
+        ("a.txt", "a cat\nyes: a, dog", CATS, ""),
+        ("a.txt", "a cat\r\r\nyes: a, dog\r\r\n", CATS, ""),
+        ("a.txt", "a cat\ryes: a, dog\r", CATS, ""),
+        ("a.json", '["a cat", "yes: a, dog"]', CATS, ""),
+        ("a.json", '{"prompts": ["a cat", "yes: a, dog"]}', CATS, ""),
+        ("a.json", '[{"prompt": "a cat"}, {"Prompt": "yes: a, dog"}]', CATS, ""),
+        ("a.jsonl", '"a cat"\n{"prompt": "yes: a, dog"}\n', CATS, ""),
+        ("a.ndjson", '{"prompt": "a cat"}\r\r\n{"prompt": "yes: a, dog"}\r\r\n\r\r\n', CATS, ""),
+        ("a.yaml", "- a cat\n- 'yes: a, dog'\n", CATS, ""),
+        ("a.yml", 'prompts:\n- a cat\n- prompt: "yes: a, dog"\n', CATS, ""),
+        ("a.csv", "\ufeffPrompts,Category\na cat,animals\n\"yes: a, dog\",x\n", CATS, "'category'"),
+        ("A.TSV", "Prompt\tNote\tX\na cat\tx\t\nyes: a, dog\ty\tz\n", CATS, "read: 'note', 'x'"),
+        ("a.csv", "text;seed\na cat;1\nyes: a, dog;2\n", CATS, "'text'; not read: 'seed'"),
+        ("a.jsonl", '{"text": "a cat"}\n{"text": "yes: a, dog", "x": [1]}\n', CATS, "'text'"),
+        ("a.json", '{"q1": {"prompt": "a cat", "style": "photo"}, "q2": "yes: a, dog"}', NAMED, ""),
+        ("a.yaml", "q1: {prompt: a cat, style: photo}\nq2: 'yes: a, dog'\n", NAMED, ""),
+        ("a.yaml", "seed: 3\nprompts:\n  q1: {prompt: a cat, style: photo}\n  q2: 'yes: a, dog'\n",
+         NAMED, "not read: 'seed'"),
+    ],
+)  # fmt: skip
+def test_the_suffix_says_how_a_set_is_read(
+    tmp_path: Path, name: str, text: str, expected: list[Prompt], note: str
+) -> None:
+    found = read_prompt_set(written(tmp_path, name, text))
+    assert found.prompts == expected
+    assert note in found.note and bool(note) == bool(found.note)
+
+
+def test_yaml_stays_the_text_that_is_written(tmp_path: Path) -> None:
+    words = ["yes", "12:30:00", "1e3", "null", "~", "0o17", "2026-11-29", "0x1F", "1_000", ".inf"]
+    tagged = ["!!python/object/apply:os.getcwd []", "- &all [*all]"]
+    path = written(tmp_path, "a.yaml", "".join(f"- {word}\n" for word in words))
+    assert [prompt.text for prompt in read_prompts(path)] == words
+    path = written(tmp_path, "b.yaml", "".join(f"{word}: {word}\n" for word in words[:-1]))
+    assert [(prompt.id, prompt.text) for prompt in read_prompts(path)] == [
+        (word, word) for word in words[:-1]
+    ]
+    for text in tagged:
+        with pytest.raises(UserError, match=r"c\.yaml"):
+            read_prompts(written(tmp_path, "c.yaml", f"- {text}\n"))
+
+
+def test_quotation_marks_of_a_published_tsv_are_text(tmp_path: Path) -> None:
+    text = (
+        'Prompt\tNote\n"Hi" on a sign\tx\na 6" pipe\ty\n"say ""hi"", all"\tz\n"two\tu\nlines"\tv\n'
+    )
+    found = [prompt.text for prompt in read_prompts(written(tmp_path, "a.tsv", text))]
+    assert found == ['"Hi" on a sign', 'a 6" pipe', 'say "hi", all', '"two', 'lines"']
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.csv", "a.yaml"])
+def test_marked_encodings_are_read(tmp_path: Path, name: str, encoding: str) -> None:
+    text = {".txt": "é 猫\n", ".json": '["é 猫"]', ".csv": "prompt\né 猫\n", ".yaml": "- é 猫\n"}
+    (tmp_path / name).write_text(text[Path(name).suffix], encoding=encoding)
+    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["é 猫"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["a cat", "a dog"]', "as JSON does; name it .json"),
+        ('[\n"a cat",\n"a dog"]', "as JSON does"),
+        ("['a cat']", "as JSON does"),
+        ("[a cat, a dog]", "as JSON does"),
+        ('{"prompt": "a cat"}\n', "as JSON does"),
+        ("{q1: a cat}", "as JSON does"),
+        ("prompt,id\na cat,1\n", "'prompt,id' is the header of a table; name it .csv"),
+        ('"Prompts";"Category"\na cat;x\n', "header of a table"),
+        ("id,text\n1,a cat\n", "header of a table"),
+        ("Prompt\na cat\n", "header of a table"),
+        ("Prompt\tNote\na cat\tx\na dog\ty\n", "most lines have tabs; name it .tsv"),
+        ("- a cat\n- a dog\n", "as YAML; name it .yaml"),
+        ("prompts:\n- a cat\n", "as YAML"),
+        ("a cat\0\n", "NUL"),
+    ],
+)
+def test_a_txt_that_is_something_else_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_prompts(written(tmp_path, "a.txt", text))
+
+
+def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
+    texts = [
+        "[photo] a cat",
+        "{red|blue} hair",
+        "text, sign",
+        "- 5 degrees",
+        "Poster:",
+        "a\tb",
+        "x",
+    ]
+    path = written(tmp_path, "a.txt", "".join(text + "\n" for text in texts))
+    assert [prompt.text for prompt in read_prompts(path)] == texts
+    for text in texts[:3]:
+        assert read_prompts(written(tmp_path, "b.txt", f"{text}\na dog\n"))[0].text == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.md", "x", "and .md does not; name it .txt .*, .csv, .tsv, .json, "),
+        ("prompts", "x", "and none does not"),
+        ("a.json", "{}", "no prompts|no column"),
+        ("a.json", "[]", "no column 'prompt'"),
+        ("a.json", '"a cat"', "expected a list of rows"),
+        ("a.json", '[["a cat"]]', "entry 1: expected an object"),
+        ("a.json", '{"anime": ["a cat"]}', "entry 'anime': prompt must be a string"),
+        ("a.json", '{"prompt": "a cat", "id": "1"}', "'prompt' stands outside of a list"),
+        ("a.json", '{"prompts": ["a"], "text": ["b"]}', "'text' stands outside of a list"),
+        ("a.json", '{"q1": "a", "q1": "b"}', "key 'q1' is there 2 times"),
+        ("a.json", '["a",\n"b"', "line 2: not valid JSON"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
+        ("a.json", '["\\ud83d"]', "entry 1: the prompt is not valid Unicode"),
+        ("a.yaml", "q1: a\nq1: b\n", "key 'q1' is there 2 times"),
+        ("a.yaml", "[" * 100_000, "not valid YAML"),
+        ("a.yaml", "- a\n- [b\n", "not valid YAML: .*line 2|not valid YAML: .*line 3"),
+        ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat'"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: no 'prompt'; found 'text'"),
+        ("a.csv", "prompt,caption\na,b\n", "line 2: .*'prompt' and 'caption' differ"),
+        ("a.csv", "promt,id\na,b\n", "unknown column 'promt'; did you mean 'prompt'"),
+    ],
+)
+def test_other_sets_are_refused_by_name(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_prompts(written(tmp_path, name, text))
+    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
 # --- normalising and overlap ---------------------------------------------------------------------

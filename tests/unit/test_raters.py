@@ -316,9 +316,10 @@ def test_one_sided_answers_leave_room(results: Path, tmp_path: Path) -> None:
         ("other,ann,001,left", "line 2: an answer to the sheet 'other'"),
         ("SHEET,ann,001,left\nSHEET,ann,1,right", "line 3: ann answers pair 001 again"),
         ("SHEET,ann,001,", "ann has answered nothing"),
-        ("SHEET,ann", "line 2: no pair ''"),
+        ("SHEET,ann", "line 2: 2 values where the header has 4"),
+        ("SHEET,ann,,left", "line 2: no pair ''"),
         ("SHEET,ann,001,left", "two pairs at least"),
-        ('SHEET,ann,001,"left', "no CSV"),
+        ('SHEET,ann,001,"left', "not valid CSV"),
         ("", "there is not one answer"),
     ],
 )
@@ -339,6 +340,9 @@ def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
         read_answers([path], key)
     with pytest.raises(UserError, match="cannot be read"):
         read_answers([results / "absent.csv"], key)
+    (results / "a.json").write_text("[]")
+    with pytest.raises(UserError, match=r"answers are a \.csv or \.tsv file"):
+        read_answers([results / "a.json"], key)
     with pytest.raises(UserError, match="no such key"):
         read_key(results / "absent.json")
     with pytest.raises(UserError, match="cannot be read as a key"):
@@ -348,14 +352,21 @@ def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
         read_key(results / "other.json")
 
 
-@pytest.mark.parametrize("mark", [",", ";", "\t"])
-def test_what_a_spreadsheet_saves_is_read(results: Path, mark: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "mark", "encoding"),
+    [("a.csv", ",", "utf-8"), ("a.csv", ";", "utf-8"), ("a.csv", "\t", "utf-16"),
+     ("a.tsv", "\t", "utf-8"), ("a.txt", "\t", "utf-16")],
+)  # fmt: skip
+def test_what_a_spreadsheet_saves_is_read(
+    results: Path, name: str, mark: str, encoding: str
+) -> None:
     _, key = sheet(results)
     rows = [["\ufeffSheet", "Rater", "Pair", "Answer"]]
     rows += [[key.sheet, "Ann B", str(int(pair.pair)), "Left"] for pair in key.pairs]
     rows += [[""] * 4, [" "] * 4, [""] * 6, [""] * 2]
-    path = results / "a.csv"
-    path.write_text("\r\n".join(mark.join(row) for row in rows), encoding="utf-8")
+    path = results / name
+    text = "\r\n".join(mark.join(row) for row in rows)
+    path.write_text(text.lstrip("\ufeff") if encoding == "utf-16" else text, encoding=encoding)
     (answers,) = read_answers([path], key).values()
     assert set(answers.values()) == {"left"} and len(answers) == PROMPTS
 

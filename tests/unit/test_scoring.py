@@ -365,9 +365,9 @@ class TestSources:
         ("name", "text", "message"),
         [
             ("m.csv", "image,prompt\na.png,a circle, on gray\n", "line 2: .*double quotes"),
-            ("m.csv", "image,prompt\na.png\n", "line 2: another number of columns"),
-            ("m.jsonl", '{"image": "a.png", "prompt": "x"}\n{broken\n', "line 2: not JSON"),
-            ("m.jsonl", "[1]\n", "line 1: not a JSON object"),
+            ("m.csv", "image,prompt\na.png\n", "line 2: 1 values where the header has 2"),
+            ("m.jsonl", '{"image": "a.png", "prompt": "x"}\n{broken\n', "line 2: not valid JSON"),
+            ("m.jsonl", "[1]\n", "line 1: expected an object"),
             ("m.yaml", "a: b", r"\.csv or \.jsonl"),
         ],
     )
@@ -409,7 +409,7 @@ class TestSources:
         (folder / "p0.txt").write_bytes("é".encode("latin-1"))
         reasons = dict(read_source(folder).bad)
         assert reasons.keys() == {"p0", "p0_1", "p0_a", "sub/p1_x", "p1.HEIC"}
-        assert reasons["p0"] == "p0.txt is not UTF-8 text"
+        assert "p0.txt, line 1: not UTF-8 text (it looks like Windows-1252" in reasons["p0"]
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such folder"):

@@ -1,0 +1,321 @@
+"""Tables of text: rows with their places, for prompt sets, manifests and raters' answers.
+
+The suffix says what a file is: ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` (``.ndjson``) or ``.yaml``
+(``.yml``). Text is UTF-8, or UTF-16 and UTF-32 with a byte-order mark. Column names count without
+case and surrounding spaces. The separator of a ``.csv`` or ``.tsv`` is the comma, semicolon, tab or
+bar that gives the header the most known names. YAML scalars stay the text that is written.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from unicodedata import normalize
+
+import yaml
+
+from g2rpo.errors import UserError
+
+Value = TypeVar("Value")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml")
+"""Of the files that are read as tables."""
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+"""Names of the column that holds the prompts; the first of them that a file has is read."""
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its values by column, and where it stands, e.g. ``line 3``."""
+
+    place: str
+    values: Mapping[str, Any]
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether no value says anything; spreadsheets leave such rows."""
+        return all(isinstance(text, str) and not text.strip() for text in self.values.values())
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of ``path``, all their columns, and how the file is written."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[Row]
+    form: str
+
+    def column(self, names: Sequence[str]) -> str:
+        """The one column that is read of those that mean the same: the first of ``names``.
+
+        Raises:
+            UserError: there is none, or two of them differ in a row.
+        """
+        present = [name for name in names if name in self.columns]
+        if not present:
+            found = ", ".join(map(repr, self.columns)) or "none"
+            raise UserError(f"{self.path}: no column {names[0]!r}; found {found} ({self.form})")
+        for other in present[1:]:
+            for row in self.rows:
+                one, two = row.values.get(present[0]), row.values.get(other)
+                if one is not None and two is not None and str(one).strip() != str(two).strip():
+                    raise UserError(
+                        f"{self.path}, {row.place}: the columns {present[0]!r} and {other!r} "
+                        "differ; remove or rename the one that should not be read"
+                    )
+        return present[0]
+
+    def not_read(self, read: Collection[str]) -> str:
+        """Names the columns that are not ``read``; empty where all are."""
+        others = [repr(name) for name in self.columns if name not in read]
+        return f"; not read: {', '.join(others)}" if others else ""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: it cannot be read or is not UTF-8, nor UTF-16 or UTF-32 with a byte-order mark.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and data.count(0) * 4 > len(data):
+        raise UserError(
+            f"{path}: not UTF-8 text (it looks like UTF-16 without a byte-order mark); "
+            "save it as UTF-8"
+        )
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        name = encoding.removesuffix("-sig").upper()
+        raise UserError(
+            f"{path}, line {line}: not {name} text{_guess(data)}; save it as UTF-8"
+        ) from None
+
+
+def _guess(data: bytes) -> str:
+    try:
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return ""
+    return " (it looks like Windows-1252 or Latin-1)"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written: JSON and file names may hold halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def by_name(named: Mapping[str, Value]) -> Callable[[str], Value | None]:
+    """Looks names up as they are, else by their NFC form where only one name has it.
+
+    File names from macOS are decomposed (NFD), those typed elsewhere mostly composed (NFC).
+    """
+    composed: dict[str, list[Value]] = {}
+    for name, value in named.items():
+        composed.setdefault(normalize("NFC", name), []).append(value)
+
+    def find(name: str) -> Value | None:
+        if name in named:
+            return named[name]
+        alike = composed.get(normalize("NFC", name), [])
+        return alike[0] if len(alike) == 1 else None
+
+    return find
+
+
+def read_table(path: Path, known: Collection[str], bare: str | None = None) -> Table:
+    """Reads a table.
+
+    Args:
+        path: the file; its suffix is one of :data:`SUFFIXES`, or it is read as CSV.
+        known: the columns that the header of a CSV file is recognised by.
+        bare: the column of JSON and YAML entries that are mere strings; with it, a mapping of ids
+            to entries is a table too, and so is a list under the name of a prompt column.
+
+    Raises:
+        UserError: the file cannot be read or is malformed; one line with the place.
+    """
+    text, suffix = read_text(path), path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return _of_entries(path, _json_lines(path, text), (), bare)
+    if suffix == ".json":
+        return _document(path, _json_value(path, text), bare)
+    if suffix in (".yaml", ".yml"):
+        return _document(path, _yaml_value(path, text), bare)
+    return _separated(path, text, known)
+
+
+def _name(column: object) -> str:
+    return str(column).strip().casefold()
+
+
+def _separated(path: Path, text: str, known: Collection[str]) -> Table:
+    if 0 < text.count("\r\r\n") == text.count("\n"):  # written twice as Windows text
+        text = text.replace("\r\r\n", "\n")
+    marks = "\t,;|" if path.suffix.lower() == ".tsv" else ",;\t|"
+    head = re.split(r"[\r\n]", text, maxsplit=1)[0]
+
+    def names_known(mark: str) -> int:
+        return len({_name(cell.strip(' "')) for cell in head.split(mark)} & set(known))
+
+    told = re.fullmatch(r"sep=(.)", head.rstrip(), re.IGNORECASE)  # for spreadsheets
+    mark = told[1] if told else max(marks, key=names_known)  # the first of several
+    lines = _cells(path, text, mark)
+    if told:
+        next(lines)
+    columns = [_name(cell) for cell in next(lines, (1, []))[1]]
+    while columns and not columns[-1]:
+        columns.pop()
+    twice = [name for name in columns if name and columns.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}, line 1: a column is there twice: {twice[0]!r}")
+    rows = []
+    for line, given in lines:
+        # Spreadsheets also write separators behind the last column, and rows of nothing else.
+        more = any(cell.strip() for cell in given[len(columns) :])
+        cells = given if more else given[: len(columns)]
+        if not any(cell.strip() for cell in cells):
+            cells = [""] * len(columns)
+        if len(cells) != len(columns):
+            raise UserError(
+                f"{path}, line {line}: {len(cells)} values where the header has {len(columns)}; "
+                "put texts with a separator in double quotes"
+            )
+        values = dict(zip(columns, cells, strict=True))
+        values.pop("", None)  # an index without a name
+        rows.append(Row(f"line {line}", values))
+    return Table(path, tuple(filter(None, columns)), rows, f"separated by {mark!r}")
+
+
+def _cells(path: Path, text: str, mark: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each row with the number of its last line."""
+    lines = re.split(r"\r\n|\r|\n", re.sub(r"[\r\n]+$", "", text))
+    if mark in lines[0] and mark == "\t" and len({line.count(mark) for line in lines}) == 1:
+        # Published lists do not quote: a quotation mark is a part of the text, unless it stands
+        # around all of it.
+        for number, line in enumerate(lines, start=1):
+            yield number, [_unquoted(cell) for cell in line.split(mark)]
+        return
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True, strict=True
+    )
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def _unquoted(cell: str) -> str:
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"') if quoted else cell
+
+
+def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+    lines = re.split(r"\r*\n|\r", text)  # not splitlines(): U+2028 may stand in a prompt
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [
+        (f"line {number}", _json_value(path, line, number) if line.strip() else {})
+        for number, line in enumerate(lines, start=1)
+    ]
+
+
+def _json_value(path: Path, text: str, line: int | None = None) -> Any:
+    place = "" if line is None else f", line {line}"
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        place = place or f", line {error.lineno}"
+        hint = "; an object per line is .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{path}{place}: not valid JSON ({error.msg}{hint})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}{place}: not valid JSON ({error})") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, count in Counter(key for key, _ in pairs).most_common(1):
+        if count > 1:
+            raise ValueError(f"key {key!r} is there {count} times")
+    return dict(pairs)
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML in which scalars stay text, no tag makes an object, and no key is there twice.
+
+    The loader in C is faster, but crashes where lists are nested very deep.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"key {key!r} is there {count} times")
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_value(path: Path, text: str) -> Any:
+    try:
+        return yaml.load(text, _TextLoader)  # noqa: S506 - it makes text, lists and mappings alone
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _document(path: Path, value: Any, bare: str | None) -> Table:
+    """A list of entries; or, with ``bare``, a mapping of ids to entries, or one that has a list."""
+    beside: list[str] = []
+    if isinstance(value, dict) and bare is not None:
+        named = {_name(key): key for key in value}
+        columns = [name for name in PROMPT_COLUMNS if name in named]
+        if len(columns) == 1 and isinstance(value[named[columns[0]]], (list, dict)):
+            beside = [name for name in named if name not in columns]
+            value = value[named[columns[0]]]
+        elif columns:
+            raise UserError(
+                f"{path}: the key {columns[-1]!r} stands outside of a list; give a list of prompts "
+                "or rows, or a mapping of ids to prompts"
+            )
+    if isinstance(value, list):
+        places = [(f"entry {number}", entry) for number, entry in enumerate(value, start=1)]
+    elif isinstance(value, dict) and bare is not None:
+        places = [
+            (f"entry {key!r}", {"id": key} | (entry if isinstance(entry, dict) else {bare: entry}))
+            for key, entry in value.items()
+        ]
+    else:
+        raise UserError(f"{path}: expected a list of rows, found {type(value).__name__}")
+    return _of_entries(path, places, beside, bare)
+
+
+def _of_entries(
+    path: Path, entries: Sequence[tuple[str, Any]], beside: Sequence[str], bare: str | None
+) -> Table:
+    columns, rows = dict.fromkeys(beside), []
+    for place, given in entries:
+        entry = {bare: given} if bare is not None and isinstance(given, str) else given
+        if not isinstance(entry, dict):
+            raise UserError(f'{path}, {place}: expected an object, {{"prompt": "..."}}')
+        values = {_name(key): value for key, value in entry.items()}
+        if len(values) < len(entry):
+            raise UserError(f"{path}, {place}: two keys differ in case or spaces alone")
+        columns |= dict.fromkeys(values)
+        rows.append(Row(place, values))
+    return Table(path, tuple(columns), rows, path.suffix.lower().removeprefix("."))
