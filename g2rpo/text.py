@@ -27,14 +27,14 @@ def plain_value(value: Any) -> Any:
 
 
 def csv_text(text: str) -> str:
-    """``text`` for a cell of a CSV file; a spreadsheet would run what begins like a formula.
+    """``text`` for a cell of a CSV file: :func:`visible`, and never a formula of a spreadsheet.
 
-    Such text gets an apostrophe in front; numbers, and other text, stay as they are.
+    What begins like one gets an apostrophe in front; numbers stay as they are.
     """
     if not text.startswith(tuple("=+-@\t\r\n＝＋－＠")):
-        return text
+        return visible(text)
     try:
         float(text)
     except ValueError:
-        return f"'{text}"
+        return f"'{visible(text)}"
     return text

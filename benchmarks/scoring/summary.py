@@ -113,7 +113,8 @@ def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: 
 
 def _table(lines: Sequence[Line]) -> PlainTable:
     styled = lines[0].style is not None
-    table = PlainTable("reward", *(("style",) if styled else ()), "images", "prompts")
+    names = ("reward", *(("style",) if styled else ()), "images", "prompts")
+    table = PlainTable(*names, box=None, pad_edge=False, header_style="bold")
     for name in ("mean", "95 % interval", "std over prompts"):
         table.add_column(name, justify="right")
     for line in lines:

@@ -34,7 +34,7 @@ from benchmarks.statistics.intervals import (
     row_intervals,
     seed_spreads,
 )
-from benchmarks.statistics.numbers import beside, fixed, p_equation, p_text, signed
+from benchmarks.statistics.numbers import fixed, p_equation, p_text, signed
 from benchmarks.statistics.records import (
     ALPHA,
     DEFAULT_RESAMPLING,
@@ -64,7 +64,6 @@ __all__ = [
     "Label",
     "Resampling",
     "SeedSpread",
-    "beside",
     "bootstrap_ends",
     "bootstrap_means",
     "checkpoint_comparisons",

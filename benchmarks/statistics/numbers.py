@@ -4,28 +4,11 @@ import math
 
 from benchmarks.statistics.records import ALPHA
 
-_MORE_DECIMALS = 5
-
 
 def fixed(number: float, digits: int) -> str:
     """A number with ``digits`` decimals, and no minus sign before a zero."""
     text = f"{number:.{digits}f}"
     return text.removeprefix("-") if not text.strip("-0.") else text
-
-
-def beside(number: float, digits: int, bound: float) -> str:
-    """A number with ``digits`` decimals, or more where rounding moves it onto or across ``bound``.
-
-    So what is above one half, or below a threshold, is printed as such.
-    """
-    side = _side(number, bound)
-    texts = (fixed(number, decimals) for decimals in range(digits, digits + _MORE_DECIMALS))
-    kept = (text for text in texts if _side(float(text), bound) == side)
-    return next(kept, repr(float(number)))
-
-
-def _side(number: float, bound: float) -> int:
-    return (number > bound) - (number < bound)
 
 
 def nonzero(number: float, digits: int) -> str:
@@ -41,13 +24,16 @@ def signed(difference: float, digits: int) -> str:
 
 
 def p_text(p_value: float) -> str:
-    """A p-value with three decimals, or more where it would change sides of :data:`ALPHA`.
+    """A p-value with three decimals, ``< 0.001`` below that, and a dash where there is none (NaN).
 
-    ``< 0.001`` below that, and a dash where there is none (NaN).
+    What is below :data:`ALPHA` but would round up to it is ``< 0.05``: 0.050 is not significant.
     """
     if math.isnan(p_value):
         return "–"
-    return "< 0.001" if p_value < 0.001 else beside(p_value, 3, ALPHA)
+    if p_value < 0.001:
+        return "< 0.001"
+    text = f"{p_value:.3f}"
+    return f"< {ALPHA}" if p_value < ALPHA <= float(text) else text
 
 
 def p_equation(p_value: float) -> str:

@@ -1,6 +1,6 @@
 """One plain sentence for a comparison: what was measured, over what, and how sure it is."""
 
-from benchmarks.statistics.numbers import beside, nonzero, p_equation
+from benchmarks.statistics.numbers import nonzero, p_equation
 from benchmarks.statistics.records import ALPHA, CorrectedComparison, Label
 
 
@@ -46,8 +46,7 @@ def improvement_sentence(found: CorrectedComparison) -> str:
     i = found.improvement
     return (
         f"On a prompt, {found.first} scores higher than {found.second} on {found.reward} with "
-        f"probability {_share(i.mean)} ({_percent(i.level)} interval {_share(i.low)} to "
-        f"{_share(i.high)} over "
+        f"probability {i.mean:.3f} ({_percent(i.level)} interval {i.low:.3f} to {i.high:.3f} over "
         f"{_units(i.label, i.count)}; ties count half)."
     )
 
@@ -73,7 +72,3 @@ def _units(label: Label, count: int) -> str:
 
 def _percent(level: float) -> str:
     return f"{100 * level:.6g} %"
-
-
-def _share(probability: float) -> str:
-    return beside(probability, 3, 0.5)

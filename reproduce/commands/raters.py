@@ -111,7 +111,4 @@ def _rate(rate: "Rate") -> tuple[str, str, str]:
 
 
 def _shown(share: float, low: float, high: float) -> tuple[str, str]:
-    from benchmarks.statistics import beside
-
-    mean, *ends = (beside(value, 3, 0.5) for value in (share, low, high))
-    return mean, " to ".join(ends)
+    return f"{share:.3f}", f"{low:.3f} to {high:.3f}"

@@ -35,7 +35,7 @@ class Mark:
     @property
     def symbol(self) -> str:
         """A triangle, filled where it holds after correction, empty where only before; or none."""
-        if self.comparison.p_value >= ALPHA:
+        if not self.comparison.p_value < ALPHA:
             return ""
         up = self.comparison.difference > 0
         if self.significant:
