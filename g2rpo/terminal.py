@@ -75,9 +75,13 @@ class PlainTable(Table):
         """The table for terminals that are too narrow for it."""
         if self.title:
             yield self.title
+        first = Text()
         for index, row in enumerate(self.rows, start=1):
-            for header, *cells in texts:
-                cell = Text(" ").join(cells[index - 1].split())
+            # An empty first cell stands for the one above it.
+            first = texts[0][index] or first
+            for place, column in enumerate(texts):
+                header, cell = column[0], first if place == 0 else column[index]
+                cell = Text(" ").join(cell.split())
                 if cell:
                     line = Text.assemble(header, ": ", cell) if header else cell
                     line.stylize(row.style or "")

@@ -1,5 +1,6 @@
 """The ``g2rpo`` command: one verb per stage, and ``reproduce`` for a whole experiment."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -221,6 +222,9 @@ def main() -> None:
     """
     from reproduce.quiet import quiet_libraries
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on stderr: what a terminal's encoding lacks is escaped, not an error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not {"--help", "-h"} & set(sys.argv):
             quiet_libraries()
