@@ -142,7 +142,7 @@ def _value_text(value: Value) -> Text:
 
 def _first_texts(table: Table, group: str, row: Row, first: bool) -> list[Text]:
     label = literal(row.label, "italic" if row.from_paper else "")
-    return [literal(group if first else ""), label] if _grouped(table) else [label]
+    return [literal((group or NOTHING) if first else ""), label] if _grouped(table) else [label]
 
 
 def _grouped(table: Table) -> bool:
