@@ -17,6 +17,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+
+from g2rpo.text import visible
+
+_LEAST_WIDTH = 80
+"""Columns of a terminal that a bar takes."""
 
 
 def duration(seconds: float) -> str:
@@ -75,25 +81,26 @@ class ProgressReport:
         enabled: bool = True,
         interval: float = 15.0,
     ) -> None:
-        self.description, self.total, self.done = description, total, done
+        self.description, self.total, self.done = visible(description), total, done
         self.enabled, self.interval = enabled, interval
         self._first, self._started = done, time.monotonic()
         self._last_line = float("-inf")
         self._note = ""
         self._bar: Progress | None = None
         console = Console(stderr=True)
-        if enabled and console.is_terminal and self.bars:
+        # Narrower ones would cut the numbers of a bar: they get the lines of a log.
+        if enabled and console.is_terminal and self.bars and console.width >= _LEAST_WIDTH:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
+                TextColumn("{task.description}", markup=False, table_column=Column()),
+                BarColumn(min(40, console.width - _LEAST_WIDTH + 10)),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
                 console=console,
             )
-            self._task = self._bar.add_task(description, total=total, completed=done, note="")
+            self._task = self._bar.add_task(self.description, total=total, completed=done, note="")
 
     def __enter__(self) -> "ProgressReport":
         if self._bar is not None:
@@ -135,6 +142,7 @@ class ProgressReport:
 
     def update(self, done: int, note: str = "", *, always: bool = False) -> None:
         """Says that ``done`` units are done; ``always`` prints the line now in a log."""
+        note = visible(note)
         self.done, self._note = done, note
         self._tell_listener()
         if self._bar is not None:

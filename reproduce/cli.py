@@ -10,6 +10,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
+from g2rpo.text import visible
 from reproduce.commands import compare, embed, export, jobs, prompts, raters, report, run, weights
 from reproduce.commands.check import check
 from reproduce.commands.doctor import doctor
@@ -221,22 +222,22 @@ def main() -> None:
     """
     from reproduce.quiet import quiet_libraries
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the locale cannot write is no error
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on stderr: what a terminal's encoding lacks is escaped, not an error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not {"--help", "-h"} & set(sys.argv):
             quiet_libraries()
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(visible(f"error: {error}"), err=True)
         sys.exit(2)
     except OSError as error:
         path = error.filename if error.filename2 is None else error.filename2
         if path is None:
             raise
         reason = " ".join((error.strerror or str(error)).split())
-        typer.echo(f"error: {path}: {reason}", err=True)
+        typer.echo(visible(f"error: {path}: {reason}"), err=True)
         sys.exit(2)
     except SystemExit as left:
         # Typer makes an exit of an interruption.

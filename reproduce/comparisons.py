@@ -62,14 +62,15 @@ def improvements(
 ) -> list[Interval]:
     """How likely ``first`` scores higher than ``second`` on a prompt, for each reward.
 
-    Arguments and pairing are those of :func:`compare_rows`.
+    Arguments are those of :func:`compare_rows`. Trainings are paired by shared seeds; where the
+    rows share none, every training of ``first`` meets every one of ``second``.
     """
     shared = _shared_seeds(first, second, label)
-    one, two = np.broadcast_arrays(first.scores(rewards, shared), second.scores(rewards, shared))
-    if label == "method":
-        return method_improvements(one, two)
-    means = (scores.mean(axis=1, keepdims=True) for scores in (one, two))
-    return checkpoint_improvements(*means)
+    one, two = first.scores(rewards, shared), second.scores(rewards, shared)
+    if shared is None:
+        cells = one.shape[1], two.shape[1]
+        one, two = np.repeat(one, cells[1], axis=1), np.tile(two, (1, cells[0], 1))
+    return (method_improvements if label == "method" else checkpoint_improvements)(one, two)
 
 
 def compare_metric(

@@ -1,4 +1,4 @@
-"""What is shown in a terminal: consoles, plain tables, and the words for states.
+"""What is shown in a terminal: plain tables, and the words for states.
 
 Nothing here imports a model library: states are asked for on login nodes.
 """
@@ -6,8 +6,11 @@ Nothing here imports a model library: states are asked for on login nodes.
 from collections.abc import Sequence
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+from g2rpo.terminal import PlainTable, literal, wide_console
+
+__all__ = ["STYLES", "Word", "literal", "plain_table", "state_text", "wide_console"]
 
 Word = Literal["done", "running", "starting", "waiting", "failed", "cancelled", "interrupted"]
 STYLES: dict[Word, str] = {
@@ -16,15 +19,14 @@ STYLES: dict[Word, str] = {
 }  # fmt: skip
 
 
-def wide_console(*, stderr: bool = False) -> Console:
-    """A console that cuts nothing where it is not a terminal."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=10_000)
+def state_text(word: Word) -> Text:
+    """The word for a state in its colour."""
+    return Text(word, STYLES[word])
 
 
-def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
+def plain_table(*columns: str, right: Sequence[str] = ()) -> PlainTable:
     """A table without lines; ``right`` names the columns of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = PlainTable(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left")
     return table

@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from benchmarks.credit import RolloutCredit
 from benchmarks.statistics import MIN_SEEDS, Interval, method_intervals
 from g2rpo.files import atomic_path, atomic_write_text, write_json
-from reproduce.console import plain_table, wide_console
+from reproduce.console import literal, plain_table, wide_console
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.figures import FIGURE_STYLE, LINE_STYLES, MARKERS, PALETTE
 from reproduce.layout import Layout
+from reproduce.render.formats import markdown_escape
 from reproduce.render.notes import Gap
 from reproduce.rendering import reason_of
 from reproduce.run_folders import sound_manifest
@@ -185,11 +186,11 @@ def _print(title: str, quantities: Sequence[Quantity]) -> None:
     for quantity in quantities:
         steps = [str(step) for step in quantity.steps]
         table = plain_table("method", *steps, right=steps)
-        table.title, table.title_justify = f"{title}: {quantity.title}, by step", "left"
+        console.print(literal(f"{title}: {quantity.title}, by step", "italic"))
         for label, row in quantity.values.items():
             means = [f"{np.mean(row[step]):.3f}" if step in row else "" for step in quantity.steps]
             table.add_row(label, *means)
-        console.print(table, highlight=False)
+        console.print(table)
         console.print()
 
 
@@ -202,14 +203,14 @@ def _markdown(
     quantities: Sequence[Quantity],
     gaps: Sequence[Gap],
 ) -> str:
-    parts = [f"### {experiment.table.title} (profile `{profile.name}`)"]
+    parts = [f"### {markdown_escape(experiment.table.title)} (profile `{profile.name}`)"]
     for quantity in quantities:
         parts.append(f"**{quantity.title}**")
         steps = quantity.steps
         lines = [f"| Method | {' | '.join(map(str, steps))} |", "|---|" + "---:|" * len(steps)]
         for label, row in quantity.values.items():
             shown = [_shown(row[step]) if step in row else "" for step in steps]
-            lines.append(f"| {label} | {' | '.join(shown)} |")
+            lines.append(f"| {markdown_escape(label)} | {' | '.join(shown)} |")
         parts.append("\n".join(lines))
     counts = {len(v) for q in quantities for row in q.values.values() for v in row.values()}
     fewest = min(counts)

@@ -5,13 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from g2rpo.progress import duration
-from reproduce.console import STYLES, plain_table, wide_console
+from reproduce.console import STYLES, literal, plain_table, state_text, wide_console
 from reproduce.status import Show, StageStatus
 from reproduce.work import latest_attempt
 from slurm.graph import Stage
@@ -42,14 +40,14 @@ def status_table(statuses: Sequence[StageStatus], *, everything: bool = False) -
         share, remaining = status.share_done, status.remaining
         table.add_row(
             status.stage.kind,
-            escape(status.stage.label),
-            f"[{STYLES[status.word]}]{status.word}[/]",
+            status.stage.label,
+            state_text(status.word),
             status.job,
-            escape(status.node),
+            status.node,
             "" if share is None else f"{share:.0%}",
             "" if remaining is None else duration(remaining),
             str(status.restarts or ""),
-            escape(_remark(status)),
+            _remark(status),
         )
     if len(rows) < len(statuses):
         table.add_row("…", f"{len(statuses) - len(rows)} more: --all shows them")
@@ -77,9 +75,9 @@ def print_status(
 ) -> None:
     """The whole state of a submission on standard output."""
     console = wide_console()
-    console.print(f"{submission.title}: {submission.name}", highlight=False, markup=False)
+    console.print(literal(f"{submission.title}: {submission.name}"))
     console.print(status_table(statuses, everything=everything))
-    console.print(summary(statuses), highlight=False)
+    console.print(literal(summary(statuses)))
 
 
 class Follow(Show):
@@ -87,7 +85,7 @@ class Follow(Show):
 
     def __init__(self, submission: Submission, *, everything: bool = False) -> None:
         self.submission, self.everything = submission, everything
-        self.console = Console(stderr=True)
+        self.console = wide_console(stderr=True)
         self._words: dict[str, str] = {}
         self._live: Live | None = None
 
@@ -105,7 +103,7 @@ class Follow(Show):
         """Shows a new reading."""
         if self._live is not None:
             table = status_table(statuses, everything=self.everything)
-            table.caption = summary(statuses)
+            table.caption = literal(summary(statuses))
             self._live.update(table, refresh=True)
             return
         for status in statuses:
@@ -120,11 +118,11 @@ class Follow(Show):
         job = f" (job {status.job})" if status.job else ""
         remark = _remark(status)
         line = head + job + (f": {remark}" if remark else "")
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(literal(line), soft_wrap=True)
 
     def trouble(self, message: str) -> None:
         """Says that the state could not be read."""
-        self.console.print(f"{message}; trying again", highlight=False, markup=False)
+        self.console.print(literal(f"{message}; trying again"))
 
 
 # A run on this machine
@@ -141,7 +139,7 @@ class LocalDisplay:
     def __init__(self, submission: Submission, total: int) -> None:
         self.submission = submission
         self.total, self.ended_count = total, 0
-        self.console = Console(stderr=True)
+        self.console = wide_console(stderr=True)
         self.started_at = time.monotonic()
         self._begun: dict[str, float] = {}
         self._live: Live | None = None
@@ -199,7 +197,7 @@ class LocalDisplay:
 
     def _print(self, line: str) -> None:
         console = self.console if self._live is None else self._live.console
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(literal(line), soft_wrap=True)
 
 
 def _running_line(stage: Stage) -> str:
@@ -214,8 +212,9 @@ def _running_line(stage: Stage) -> str:
 
 
 def _running_table(running: Iterable[Stage]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = plain_table("")
+    table.show_header = False
     for stage in running:
         line = _running_line(stage) or f"  {stage.kind} {stage.label}: starting"
-        table.add_row(escape(line))
+        table.add_row(line)
     return table

@@ -33,6 +33,7 @@ LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 FIGURE_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a label may have dollar signs
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,

@@ -75,7 +75,7 @@ class Finding:
     @property
     def verdict(self) -> str:
         """One of :data:`VERDICTS`."""
-        if self.comparison.p_value >= ALPHA:
+        if not self.comparison.p_value < ALPHA:
             return UNCLEAR
         direction = "above" if self.comparison.difference > 0 else "below"
         return direction if self.significant else f"{direction} before correction only"

@@ -1,6 +1,5 @@
 """Scores any folder or manifest of images with chosen reward models: ``g2rpo score``."""
 
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.scoring import summary
 from benchmarks.scoring.engine import Ranks, Scorer
@@ -18,9 +16,11 @@ from benchmarks.scoring.items import Source, first_of, read_source, refuse_bad
 from g2rpo.config import content_hash, merge, nearest, validate
 from g2rpo.data.prompts import read_prompt_set
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_path, sha256_file
+from g2rpo.files import atomic_path, atomic_write_text, sha256_file
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
+from g2rpo.terminal import literal, wide_console
+from g2rpo.text import visible
 from reproduce import runs
 from reproduce.experiment import Profile, judges
 from reproduce.run_folders import write_manifest
@@ -113,7 +113,9 @@ def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
         scores = pd.concat([*earlier, scores], ignore_index=True)
         _write(request, rewards, source, scorer, scores)
         for name in left_out:
-            typer.echo(f"{name}: its earlier scores are of other images or prompts; left out")
+            typer.echo(
+                visible(f"{name}: its earlier scores are of other images or prompts; left out")
+            )
     return scores
 
 
@@ -180,10 +182,9 @@ def _write(
     lines = summary.summarise(scores)
     with atomic_path(request.output / "scores.parquet") as temporary:
         scores.to_parquet(temporary, index=False)
-    with atomic_path(request.output / "summary.csv") as temporary:
-        summary.as_frame(lines).to_csv(temporary, index=False)
-    with atomic_path(request.output / "skipped.csv") as temporary:
-        pd.DataFrame(bad, columns=["item", "reason"]).to_csv(temporary, index=False)
+    skipped = pd.DataFrame(bad, columns=["item", "reason"])
+    for name, frame in (("summary.csv", summary.as_frame(lines)), ("skipped.csv", skipped)):
+        atomic_write_text(request.output / name, summary.as_csv(frame))
     hashes = scores.groupby("reward", sort=False)["weights_hash"].first()
     weights = {str(reward): str(sha256) for reward, sha256 in hashes.items()}
     write_manifest(
@@ -200,10 +201,10 @@ def _write(
             "provenance": runs.provenance(weights),
         },
     )
-    console = Console(file=sys.stdout)
+    console = wide_console()
     summary.show(lines, scorer.findings.too_long, console)
     for name, reason in bad:
-        typer.echo(f"skipped {name}: {reason}")
-    typer.echo(request.output / "scores.parquet")
+        console.print(literal(f"skipped {name}: {reason}"), soft_wrap=True)
+    console.print(literal(str(request.output / "scores.parquet")), soft_wrap=True)
     skipped = f"; {len(bad)} skipped: {first_of(bad)}" if bad else ""
-    typer.echo(f"scored {scored} of {source.found}{skipped}")
+    console.print(literal(f"scored {scored} of {source.found}{skipped}"), soft_wrap=True)

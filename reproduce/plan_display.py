@@ -3,10 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rich.markup import escape
-
 from g2rpo.errors import UserError
-from reproduce.console import plain_table, wide_console
+from reproduce.console import literal, plain_table, wide_console
 from reproduce.estimates import (
     Estimate,
     credit_estimate,
@@ -90,17 +88,17 @@ def print_plan(plan: Plan, cluster: Cluster, *, everything: bool = False) -> Non
     console = wide_console()
     experiment, profile = plan.experiment, plan.profile
     head = f"{experiment.name}, profile {profile.name}: {len(plan.cells)} cells"
-    console.print(f"{head}, on {cluster.name} ({cluster.kind})", highlight=False, markup=False)
+    console.print(literal(f"{head}, on {cluster.name} ({cluster.kind})"))
     try:
         estimates = stage_estimates(plan)
     except UserError as error:
         estimates = {}
-        console.print(f"no estimate: {error}", highlight=False, markup=False)
+        console.print(literal(f"no estimate: {error}"))
     if everything:
         console.print(_stage_table(plan, estimates))
     console.print(_kind_table(plan, cluster, estimates))
     for line in (*_notes(plan, cluster, estimates), *missing_inputs(plan)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(literal(line), soft_wrap=True)
 
 
 def _hours(seconds: float) -> str:
@@ -165,7 +163,7 @@ def _stage_table(plan: Plan, estimates: Mapping[str, Estimate]) -> object:
     for stage in plan.graph.stages.values():
         table.add_row(
             stage.kind,
-            escape(stage.label),
+            stage.label,
             "to do" if stage.name in todo else "done",
             str(stage.resources.gpus),
             *_cells(estimates.get(stage.name)),

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import typer
 from PIL import Image
-from rich.console import Console
 
 from benchmarks.cells import Cell
 from benchmarks.held_out import image_path
 from g2rpo.files import atomic_write_text
+from g2rpo.text import visible
 from reproduce.experiment import Experiment, Profile, resolve
 from reproduce.figures import Metric, learning_curves
 from reproduce.layout import Layout
@@ -61,9 +62,8 @@ def publish(
     atomic_write_text(reading, write_reading(spec, cells, profile=profile.name))
     written.append(reading)
     print_table(spec, cells, profile=profile.name, gaps=gaps)
-    console = Console()
     for path in written:
-        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        typer.echo(visible(f"wrote {path}"))
 
 
 def _curves(

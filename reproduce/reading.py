@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from benchmarks.cells import Cell, RowScores
-from benchmarks.statistics import ALPHA, MIN_SEEDS
+from benchmarks.statistics import ALPHA, MIN_SEEDS, p_equation, p_text, signed
 from reproduce.findings import UNCLEAR, VERDICTS, Finding, findings
 from reproduce.paper import DIGITS
 from reproduce.render.formats import IN_DOMAIN, NOTHING, markdown_escape
 from reproduce.render.spec import COST_LABELS, CostColumn, TableSpec
-from reproduce.render.values import fixed, row_costs, select_rows
+from reproduce.render.values import row_costs, select_rows
 
 
 def write_reading(
@@ -82,15 +82,6 @@ def _method_sentences(found: Sequence[Finding]) -> str:
     return " ".join(sentences)
 
 
-def _p_text(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def _signed(value: float, digits: int) -> str:
-    text = fixed(value, digits)
-    return text if text.startswith("-") or not text.strip("0.") else f"+{text}"
-
-
 def _difference_table(members: Sequence[Finding]) -> str:
     head = ("Row", "Against", "Score", "Difference", "95% interval", "p", "p (Holm)")
     with_paper = any(f.published is not None for f in members)
@@ -102,10 +93,10 @@ def _difference_table(members: Sequence[Finding]) -> str:
             f.focus.label,
             f.other.label,
             f.column.label + (IN_DOMAIN if f.column.reward in f.focus.train else ""),
-            _signed(c.difference, digits),
-            f"{_signed(c.low, digits)} to {_signed(c.high, digits)}",
-            _p_text(c.p_value),
-            _p_text(f.adjusted),
+            signed(c.difference, digits),
+            f"{signed(c.low, digits)} to {signed(c.high, digits)}",
+            p_text(c.p_value),
+            p_text(f.adjusted),
             c.label,
             f.verdict,
         ]
@@ -119,7 +110,7 @@ def _paper_difference(finding: Finding) -> str:
     """The paper's difference with the name of its column, or a dash."""
     if finding.published is None:
         return NOTHING
-    return f"{_signed(finding.published, DIGITS)} ({finding.column.paper})"
+    return f"{signed(finding.published, DIGITS)} ({finding.column.paper})"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -184,9 +175,9 @@ def _paper_sentences(spec: TableSpec, found: Sequence[Finding], profile: str) ->
 
 def _contrast(finding: Finding) -> str:
     where = f" ({finding.group})" if finding.group else ""
-    ours = _signed(finding.comparison.difference, finding.column.digits)
+    ours = signed(finding.comparison.difference, finding.column.digits)
     return (
         f"{finding.focus.label} against {finding.other.label}{where}, {finding.column.label}: "
-        f"here {ours} (p {_p_text(finding.adjusted)} after Holm), "
+        f"here {ours} ({p_equation(finding.adjusted)} after Holm), "
         f"paper {_paper_difference(finding)}."
     )

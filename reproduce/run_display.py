@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from benchmarks.statistics import ALPHA, Comparison
-from reproduce.console import plain_table
+from benchmarks.statistics import ALPHA, Comparison, fixed, p_text, signed
+from reproduce.console import literal, plain_table
 from reproduce.render.formats import human
 from reproduce.render.spec import COST_LABELS, METRIC_LABELS, CostColumn
 from reproduce.run_comparison import (
@@ -38,19 +38,19 @@ LONGEST = 60
 
 def print_comparison(compared: Sequence[Member], console: Console) -> None:
     """Everything in which runs differ from the first: scores, curves, cost, settings, origin."""
-    console.print("[bold]Runs[/]")
+    console.print(Text("Runs", "bold"))
     for member in compared:
         note = " (reference)" if member is compared[0] else ""
-        console.print(f"  {member.letter}{note}: {member.title}", markup=False, highlight=False)
+        console.print(literal(f"  {member.letter}{note}: {member.title}"))
     sections = score_sections(compared)
     for section in sections:
         title = f"Held-out: {section.protocol}, {section.prompts} prompts"
         _print_table(console, title, _section_table(section))
-        console.print(_meaning(section), highlight=False, style="dim")
+        console.print(literal(_meaning(section), "dim"))
     if not sections:
+        console.print()
         console.print(
-            "\nNo held-out evaluation that the reference shares with another run yet.",
-            highlight=False,
+            literal("No held-out evaluation that the reference shares with another run yet.")
         )
     points = curve_points(compared)
     if points:
@@ -62,19 +62,21 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
     unknown = [one.letter for one in compared if one.runs[0].settings is None]
     if unknown:
         console.print(
-            f"Settings of {', '.join(unknown)}: none are known (a base, or weights that were "
-            "trained elsewhere or by other settings than the experiment now has).",
-            highlight=False,
-            style="dim",
+            literal(
+                f"Settings of {', '.join(unknown)}: none are known (a base, or weights that were "
+                "trained elsewhere or by other settings than the experiment now has).",
+                "dim",
+            )
         )
         together = [one.letter for one in compared if one.letter in unknown and len(one.runs) > 1]
         if together:
             console.print(
-                f"The runs of {', '.join(together)} were taken together by their row alone, as "
-                "cells of one folder and commit: whether they differ in more than their seed is "
-                "not known.",
-                highlight=False,
-                style="dim",
+                literal(
+                    f"The runs of {', '.join(together)} were taken together by their row alone, "
+                    "as cells of one folder and commit: whether they differ in more than their "
+                    "seed is not known.",
+                    "dim",
+                )
             )
     _print_differences("Made with", provenance_differences(compared), compared, console)
 
@@ -86,9 +88,9 @@ def _section_table(section: Section) -> Table:
     for delta in section.deltas:
         quantity = METRIC_LABELS.get(delta.quantity, delta.quantity)
         table.add_row(
-            "" if quantity == last else escape(quantity),
+            "" if quantity == last else quantity,
             delta.member,
-            f"{delta.value.mean:.{DIGITS}f}",
+            fixed(delta.value.mean, DIGITS),
             *_comparison_texts(delta.comparison, delta.adjusted),
             "" if delta.comparison is None else f"{delta.comparison.label}{_over(delta.seeds)}",
         )
@@ -104,22 +106,24 @@ def _over(seeds: Sequence[int]) -> str:
 
 def _print_table(console: Console, title: str, table: Table) -> None:
     # A title of the table's own would be as narrow as the table.
-    console.print(f"\n[bold]{escape(title)}[/]", highlight=False)
+    console.print()
+    console.print(literal(title, "bold"))
     console.print(table)
 
 
-def _comparison_texts(comparison: Comparison | None, adjusted: float | None) -> tuple[str, ...]:
+def _comparison_texts(
+    comparison: Comparison | None, adjusted: float | None
+) -> tuple[str | Text, ...]:
     if comparison is None:
         return ("", "", "", "")
     p_value = comparison.p_value if adjusted is None else adjusted
-    verdict = "not settled"
+    verdict = Text("not settled")
     if p_value < ALPHA:
-        verdict = "[green]higher[/]" if comparison.difference > 0 else "[red]lower[/]"
-    interval = f"{comparison.low:+.{DIGITS}f} to {comparison.high:+.{DIGITS}f}"
+        verdict = Text("higher", "green") if comparison.difference > 0 else Text("lower", "red")
     return (
-        f"{comparison.difference:+.{DIGITS}f}",
-        interval,
-        "< 0.001" if p_value < 0.001 else f"{p_value:.3f}",
+        signed(comparison.difference, DIGITS),
+        f"{signed(comparison.low, DIGITS)} to {signed(comparison.high, DIGITS)}",
+        p_text(p_value),
         verdict,
     )
 
@@ -146,12 +150,12 @@ def _curve_table(points: Sequence[CurvePoint]) -> Table:
     for point in points:
         texts = _comparison_texts(point.comparison, None)
         if point.comparison is None:
-            texts = (f"{point.difference:+.{DIGITS}f}", "", "", "")
+            texts = (signed(point.difference, DIGITS), "", "", "")
         table.add_row(
-            escape(point.reward),
+            point.reward,
             point.member,
             str(point.iteration),
-            f"{point.value:.{DIGITS}f}",
+            fixed(point.value, DIGITS),
             *texts,
             _over(point.seeds).removeprefix(", ") or "each over its own seeds",
         )
@@ -173,7 +177,7 @@ def _cost_table(compared: Sequence[Member]) -> Table:
                 text += f" ({mean / means[0]:.2f}×)"
             texts.append(text)
         table.add_row(COST_LABELS[column], *texts)
-    table.add_row("Device", *(escape(", ".join(names) or ABSENT) for names in devices))
+    table.add_row("Device", *(", ".join(names) or ABSENT for names in devices))
     return table
 
 
@@ -192,14 +196,15 @@ def _print_differences(
     title: str, differences: Sequence[Difference], compared: Sequence[Member], console: Console
 ) -> None:
     if not differences:
-        console.print(f"\n[bold]{title}[/]: none")
+        console.print()
+        console.print(Text.assemble((title, "bold"), ": none"))
         return
     table = plain_table("key", *(member.letter for member in compared))
     for one in differences:
         style = "" if one.determining else "dim"
         note = "" if one.determining else " (not part of the run's name)"
-        values = (escape(_shortened(value)) for value in one.values)
-        table.add_row(escape(one.key) + note, *values, style=style)
+        values = (_shortened(value) for value in one.values)
+        table.add_row(one.key + note, *values, style=style)
     _print_table(console, title, table)
 
 

@@ -3,11 +3,10 @@
 import time
 from collections.abc import Mapping, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from g2rpo.progress import duration
-from reproduce.console import STYLES, plain_table
+from reproduce.console import plain_table, state_text
 from reproduce.run_states import RunState
 from reproduce.settings import distinctions
 
@@ -26,16 +25,16 @@ def states_table(states: Sequence[RunState], known: Sequence[RunState]) -> Table
         progress = "" if state.done is None else f"{state.done}/{state.total or '?'}"
         where = f"on {state.node}" if state.word == "running" and state.node else ""
         table.add_row(
-            escape(state.name),
-            f"[{STYLES[state.word]}]{state.word}[/]",
+            state.name,
+            state_text(state.word),
             progress,
             "" if state.remaining is None else duration(state.remaining),
-            escape(_values(state.rewards)),
-            escape(_values(state.validation)),
-            escape(state.evaluations),
+            _values(state.rewards),
+            _values(state.validation),
+            state.evaluations,
             _ago(state.updated),
-            escape(differs[state.name]),
-            escape(state.reason or where),
+            differs[state.name],
+            state.reason or where,
         )
     return table
 

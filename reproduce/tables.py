@@ -5,13 +5,13 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from benchmarks.cells import Cell
 from g2rpo.config import load_yaml, validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
+from g2rpo.terminal import PlainTable, literal, wide_console
 from reproduce.paper import load_paper_tables
 from reproduce.render.document import references_of, to_json
 from reproduce.render.formats import (
@@ -36,12 +36,6 @@ from reproduce.render.styles import style_table
 from reproduce.render.values import Row, Table, Value, build_table
 
 __all__ = ["Gap", "TableSpec", "load_table_spec", "print_table", "render_table"]
-
-_PIPED_WIDTH = 140
-"""Columns used where the output is no terminal and its width unknown."""
-
-_FIGURE_WIDTH = 7
-"""Narrowest column of figures, characters."""
 
 
 def load_table_spec(experiment: Path) -> TableSpec:
@@ -116,16 +110,14 @@ def print_table(
     Arguments and errors are those of :func:`render_table`.
     """
     table = build_table(spec, cells, profile=profile, paper=load_paper_tables(), gaps=gaps)
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, _PIPED_WIDTH)
+    console = console or wide_console()
     console.print(_score_table(table))
     if table.metrics:
         console.print(_metric_table(table))
     if spec.costs:
         console.print(_cost_table(table))
     for note in (*_gaps(table), *legend(table), *table.notes):
-        console.print(Text(f"· {note}", style="dim"))
+        console.print(literal(f"· {note}", "dim"))
     if table.paper is not None:
         console.print(_paper_table(table))
 
@@ -149,33 +141,32 @@ def _value_text(value: Value) -> Text:
 
 
 def _first_texts(table: Table, group: str, row: Row, first: bool) -> list[Text]:
-    label = Text(row.label, style="italic" if row.from_paper else "")
-    return [Text(group if first else ""), label] if _grouped(table) else [label]
+    label = literal(row.label, "italic" if row.from_paper else "")
+    return [literal((group or NOTHING) if first else ""), label] if _grouped(table) else [label]
 
 
 def _grouped(table: Table) -> bool:
     return any(group.label for group in table.groups)
 
 
-def _empty(table: Table, title: str) -> RichTable:
-    grid = RichTable(title=Text(title), box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+def _empty(table: Table, title: str) -> PlainTable:
+    grid = PlainTable(title=literal(title), box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
     if _grouped(table):
-        grid.add_column(Text(table.spec.group_label), overflow="fold")
-    grid.add_column(Text(table.spec.row_label), overflow="fold")
+        grid.add_column(table.spec.group_label)
+    grid.add_column(table.spec.row_label)
     return grid
 
 
-def _add_figures(grid: RichTable, label: str) -> None:
-    # Folded, never cut: in a narrow terminal an interval breaks between its two ends.
-    grid.add_column(Text(label), justify="right", min_width=_FIGURE_WIDTH, overflow="fold")
+def _add_figures(grid: PlainTable, label: str) -> None:
+    grid.add_column(label, justify="right")
 
 
-def _score_table(table: Table) -> RichTable:
+def _score_table(table: Table) -> PlainTable:
     grid = _empty(table, f"{table.spec.title} (profile {table.profile})")
     for column in table.columns:
         _add_figures(grid, column.label)
-    grid.add_column("Seeds", justify="right", overflow="fold")
-    grid.add_column("Interval", overflow="fold")
+    grid.add_column("Seeds", justify="right")
+    grid.add_column("Interval")
     for group in table.groups:
         for index, row in enumerate(group.rows):
             values = [_value_text(value) for value in row.values]
@@ -184,26 +175,26 @@ def _score_table(table: Table) -> RichTable:
                 label = Text("missing", style="yellow")
             first = _first_texts(table, group.label, row, index == 0)
             last = index == len(group.rows) - 1
-            grid.add_row(*first, *values, Text(seeds_text(row)), label, end_section=last)
+            grid.add_row(*first, *values, seeds_text(row), label, end_section=last)
     return grid
 
 
-def _metric_table(table: Table) -> RichTable:
+def _metric_table(table: Table) -> PlainTable:
     grid = _empty(table, "Beside the rewards")
     for label in metric_labels(table)[:-1]:
         _add_figures(grid, label)
-    grid.add_column(Text(metric_labels(table)[-1]), overflow="fold")
+    grid.add_column(metric_labels(table)[-1])
     for group in table.groups:
         rows = [row for row in group.rows if not row.from_paper]
         for index, row in enumerate(rows):
             first = _first_texts(table, group.label, row, index == 0)
             values = [_value_text(value) for value in metric_values(table, row)]
-            hacking = Text(hacking_text(table, row))
+            hacking = hacking_text(table, row)
             grid.add_row(*first, *values, hacking, end_section=index == len(rows) - 1)
     return grid
 
 
-def _cost_table(table: Table) -> RichTable:
+def _cost_table(table: Table) -> PlainTable:
     grid = _empty(table, "Cost of training")
     for cost in table.spec.costs:
         _add_figures(grid, COST_LABELS[cost])
@@ -211,12 +202,12 @@ def _cost_table(table: Table) -> RichTable:
         rows = [row for row in group.rows if not row.from_paper]
         for index, row in enumerate(rows):
             first = _first_texts(table, group.label, row, index == 0)
-            costs = [Text(human(cost)) for cost in row.costs]
+            costs = [human(cost) for cost in row.costs]
             grid.add_row(*first, *costs, end_section=index == len(rows) - 1)
     return grid
 
 
-def _paper_table(table: Table) -> RichTable:
+def _paper_table(table: Table) -> PlainTable:
     assert table.paper is not None
     grid = _empty(table, table.paper.caption)
     for column in table.paper.columns:

@@ -14,6 +14,7 @@ from typing import Any
 
 from g2rpo.errors import UserError
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
+from g2rpo.text import visible
 from slurm.distributed import Ranks, join
 from slurm.graph import Stage
 from slurm.submission import Submission
@@ -86,7 +87,7 @@ def _failed(error: Exception) -> int:
     if message is None:
         traceback.print_exception(error)
         return 1
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(visible(f"error: {message}") + "\n")
     sys.stderr.flush()
     return 2
 

@@ -6,28 +6,36 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.statistics import Interval, checkpoint_intervals
+from benchmarks.statistics import Interval, checkpoint_intervals, fixed
+from g2rpo.terminal import PlainTable, literal
+from g2rpo.text import csv_text
 
-ALL = "all"
-"""Stands in the column ``style`` for the rows over every prompt."""
+_DIGITS = 4
 
 
 @dataclass(frozen=True)
 class Line:
     """One line of the summary: a reward over all prompts, or over those of one style.
 
-    ``interval`` is over prompts (label ``checkpoint``), each prompt's images averaged first; None
-    with fewer than two prompts.
+    All statistics are over prompts, each prompt's images averaged first.
+
+    Attributes:
+        reward: the reward.
+        style: of the prompts; None for all of them.
+        images: how many were scored.
+        prompts: how many they are of.
+        mean: over the prompts.
+        std: sample standard deviation over the prompts; None with fewer than two.
+        interval: of the mean (label ``checkpoint``); None with fewer than two prompts.
     """
 
     reward: str
-    style: str
+    style: str | None
     images: int
     prompts: int
     mean: float
-    std: float
+    std: float | None
     interval: Interval | None
 
 
@@ -35,25 +43,29 @@ def summarise(scores: pd.DataFrame) -> list[Line]:
     """The lines of the rows that :class:`benchmarks.scoring.engine.Scorer` gave, in their order."""
     lines = []
     for reward, rows in scores.groupby("reward", sort=False):
-        lines.append(_line(str(reward), ALL, rows))
+        lines.append(_line(str(reward), None, rows))
         styles = rows["style"].dropna()
         if styles.nunique() > 1:
             lines += [_line(str(reward), str(style), part) for style, part in rows.groupby("style")]
     return lines
 
 
-def _line(reward: str, style: str, rows: pd.DataFrame) -> Line:
-    per_prompt = rows.groupby("prompt_id", sort=False)["score"].mean().to_numpy(np.float64)
-    interval = checkpoint_intervals(per_prompt[None])[0] if len(per_prompt) > 1 else None
-    values = rows["score"].to_numpy(np.float64)
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+def _line(reward: str, style: str | None, rows: pd.DataFrame) -> Line:
+    means = rows.groupby("prompt_id", sort=False)["score"].mean().to_numpy(np.float64)
+    several = len(means) > 1
     return Line(
-        reward, style, len(values), len(per_prompt), float(per_prompt.mean()), spread, interval
+        reward=reward,
+        style=style,
+        images=len(rows),
+        prompts=len(means),
+        mean=float(means.mean()),
+        std=float(means.std(ddof=1)) if several else None,
+        interval=checkpoint_intervals(means[None])[0] if several else None,
     )
 
 
 def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
-    """The summary as a table of plain columns."""
+    """The summary as a table of plain columns; over all prompts, ``style`` is empty."""
     return pd.DataFrame(
         [
             {
@@ -72,25 +84,48 @@ def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
     )
 
 
+def as_csv(frame: pd.DataFrame) -> str:
+    """A table as CSV whose texts no spreadsheet takes for formulas."""
+    safe = frame.map(lambda value: csv_text(value) if isinstance(value, str) else value)
+    return safe.to_csv(index=False)
+
+
 def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: Console) -> None:
     """Prints the summary, and how many prompts were cut at a model's context length."""
-    table = Table(title="Mean scores with 95 % intervals over the prompts (of these images)")
-    for name in ("reward", "style", "images", "prompts"):
-        table.add_column(name)
-    for name in ("mean", "95 % interval", "std"):
-        table.add_column(name, justify="right")
-    for line in lines:
-        bounds = "–"
-        if line.interval is not None:
-            bounds = f"{line.interval.low:.4f} to {line.interval.high:.4f}"
-        cells = (line.reward, line.style, str(line.images), str(line.prompts))
-        table.add_row(*cells, f"{line.mean:.4f}", bounds, f"{line.std:.4f}")
-    console.print(table)
+    console.print(
+        literal("Means over the prompts, with 95 % intervals (of these images)", "italic")
+    )
+    console.print(_table([line for line in lines if line.style is None]))
+    by_style = [line for line in lines if line.style is not None]
+    if by_style:
+        console.print(literal("By style", "italic"))
+        console.print(_table(by_style))
     for reward, ids in too_long.items():
         if ids:
             shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
             console.print(
-                f"{reward} reads only the beginning of {len(ids)} prompts, which are too long for "
-                f"it: {shown}",
-                markup=False,
+                literal(
+                    f"{reward} reads only the beginning of {len(ids)} prompts, which are too long "
+                    f"for it: {shown}"
+                )
             )
+
+
+def _table(lines: Sequence[Line]) -> PlainTable:
+    styled = lines[0].style is not None
+    names = ("reward", *(("style",) if styled else ()), "images", "prompts")
+    table = PlainTable(*names, box=None, pad_edge=False, header_style="bold")
+    for name in ("mean", "95 % interval", "std over prompts"):
+        table.add_column(name, justify="right")
+    for line in lines:
+        bounds = (line.interval.low, line.interval.high) if line.interval else ()
+        table.add_row(
+            line.reward,
+            *((line.style,) if styled else ()),
+            str(line.images),
+            str(line.prompts),
+            fixed(line.mean, _DIGITS),
+            " to ".join(fixed(bound, _DIGITS) for bound in bounds) or "–",
+            "–" if line.std is None else fixed(line.std, _DIGITS),
+        )
+    return table

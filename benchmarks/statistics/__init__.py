@@ -34,6 +34,7 @@ from benchmarks.statistics.intervals import (
     row_intervals,
     seed_spreads,
 )
+from benchmarks.statistics.numbers import fixed, p_equation, p_text, signed
 from benchmarks.statistics.records import (
     ALPHA,
     DEFAULT_RESAMPLING,
@@ -71,13 +72,17 @@ __all__ = [
     "compare_pairs",
     "compare_with_baseline",
     "comparison_sentence",
+    "fixed",
     "holm",
     "improvement_sentence",
     "method_comparisons",
     "method_improvements",
     "method_intervals",
+    "p_equation",
+    "p_text",
     "row_intervals",
     "seed_spreads",
     "sign_flip_p_values",
+    "signed",
     "wins",
 ]

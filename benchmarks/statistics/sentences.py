@@ -1,5 +1,6 @@
 """One plain sentence for a comparison: what was measured, over what, and how sure it is."""
 
+from benchmarks.statistics.numbers import nonzero, p_equation
 from benchmarks.statistics.records import ALPHA, CorrectedComparison, Label
 
 
@@ -22,14 +23,14 @@ def comparison_sentence(found: CorrectedComparison, *, digits: int = 4) -> str:
     if not found.significant:
         return (
             f"Whether {found.first} scores higher or lower than {found.second} on {found.reward} "
-            f"is not settled: the difference measured is {_number(c.difference, digits)} "
+            f"is not settled: the difference measured is {nonzero(c.difference, digits)} "
             f"({_evidence(found, c.low, c.high, digits)})."
         )
     direction, low, high = "higher", c.low, c.high
     if c.difference < 0:
         direction, low, high = "lower", -c.high, -c.low
     return (
-        f"{found.first} scores {_number(abs(c.difference), digits)} {direction} than "
+        f"{found.first} scores {nonzero(abs(c.difference), digits)} {direction} than "
         f"{found.second} on {found.reward} ({_evidence(found, low, high, digits)})."
     )
 
@@ -52,13 +53,13 @@ def improvement_sentence(found: CorrectedComparison) -> str:
 
 def _evidence(found: CorrectedComparison, low: float, high: float, digits: int) -> str:
     c = found.comparison
-    p_text = _p_text(found.adjusted)
+    p_text = p_equation(found.adjusted)
     if found.family > 1:
         p_text += f" after Holm's correction over {found.family} comparisons"
         if c.p_value < ALPHA <= found.adjusted:
-            p_text += f", {_p_text(c.p_value)} before it"
+            p_text += f", {p_equation(c.p_value)} before it"
     return (
-        f"{_percent(c.level)} interval {_number(low, digits)} to {_number(high, digits)} over "
+        f"{_percent(c.level)} interval {nonzero(low, digits)} to {nonzero(high, digits)} over "
         f"{_units(c.label, c.count)}; {p_text}"
     )
 
@@ -71,17 +72,3 @@ def _units(label: Label, count: int) -> str:
 
 def _percent(level: float) -> str:
     return f"{100 * level:.6g} %"
-
-
-def _number(value: float, digits: int) -> str:
-    text = f"{value:.{digits}f}"
-    # Neither "-0.0000" nor, for something that is not zero, "0.0000".
-    return (f"{value:.1g}" if value else text.lstrip("-")) if not text.strip("-0.") else text
-
-
-def _p_text(p_value: float) -> str:
-    if p_value < 0.001:
-        return "p < 0.001"
-    text = f"{p_value:.3f}"
-    # Rounding must not move it to the other side of what counts as significant.
-    return f"p < {ALPHA}" if p_value < ALPHA <= float(text) else f"p = {text}"

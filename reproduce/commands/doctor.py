@@ -126,19 +126,13 @@ def examine_weights(profile: str) -> tuple[list["Finding"], list[str]]:
 
 def print_findings(findings: Sequence["Finding"]) -> None:
     """A table on standard output; nothing is cut where it is not a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from reproduce.console import literal, plain_table, wide_console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=10_000)
-    table = Table("", "what", "found", "how to mend it", box=None, pad_edge=False)
+    table = plain_table("", "what", "found", "how to mend it")
     for finding in findings:
-        word = f"[{COLOURS[finding.word]}]{finding.word}[/]"
-        texts = (finding.what, finding.found, finding.mend)
-        table.add_row(word, *(escape(text) for text in texts))
-    console.print(table)
+        word = literal(finding.word, COLOURS[finding.word])
+        table.add_row(word, finding.what, finding.found, finding.mend)
+    wide_console().print(table)
 
 
 def conclude(findings: Sequence["Finding"], what: str) -> None:

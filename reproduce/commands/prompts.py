@@ -7,6 +7,7 @@ import typer
 
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
+from g2rpo.text import visible
 from reproduce.commands.weights import (
     Mirror,
     Offline,
@@ -109,6 +110,6 @@ def check(
         "punctuation and white space"
     )
     for text in shared.normalised[:EXAMPLES]:
-        typer.echo(f"  {text}")
+        typer.echo(visible(f"  {text}"))
     if len(shared.normalised) > EXAMPLES:
         typer.echo(f"  … and {len(shared.normalised) - EXAMPLES} more")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from g2rpo.text import visible
 from reproduce.commands.options import Results
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def make(
     sides = find_sides([first, second], results, prompts, skip_bad=skip_bad)
     for side in sides:
         for name, reason in side.left_out:
-            typer.echo(f"{side.label}: {name} is left out: {reason}", err=True)
+            typer.echo(visible(f"{side.label}: {name} is left out: {reason}"), err=True)
     chosen = secrets.randbits(62) if seed is None else seed
     key = make_sheet(sides, output, pairs=pairs, seed=chosen, question=question or QUESTION)
     evaluated = max(side.prompts for side in sides)
@@ -77,16 +78,16 @@ def read(
 
 
 def _print(verdict: "Verdict") -> None:
-    from reproduce.console import plain_table, wide_console
+    from benchmarks.statistics import ALPHA, p_equation
+    from reproduce.console import literal, plain_table, wide_console
 
     console = wide_console()
-    console.print(f"first:  {verdict.first}", highlight=False, markup=False)
-    console.print(f"second: {verdict.second}", highlight=False, markup=False)
+    console.print(literal(f"first:  {verdict.first}"))
+    console.print(literal(f"second: {verdict.second}"))
     counts = verdict.outcomes
     console.print(
         f"{counts['first']} answers for the first, {counts['second']} for the second, "
-        f"{counts['tie']} ties, {verdict.missing} not given",
-        highlight=False,
+        f"{counts['tie']} ties, {verdict.missing} not given"
     )
     table = plain_table("", "share", "95% interval", "over", right=("share",))
     rate, people = verdict.win_rate, verdict.over_raters
@@ -98,11 +99,11 @@ def _print(verdict: "Verdict") -> None:
     for rater, found in verdict.raters.items():
         table.add_row(f"  {rater}, without ties", *_rate(found))
     table.add_row("left picture", *_rate(verdict.left))
-    console.print(table, markup=False)
-    settled = "neither is preferred with significance" if verdict.p_value >= 0.05 else "significant"
-    p_text = "< 0.001" if verdict.p_value < 0.001 else f"= {verdict.p_value:.3f}"
+    console.print(table)
+    significant = verdict.p_value < ALPHA
+    settled = "significant" if significant else "neither is preferred with significance"
     agreement = "" if verdict.agreement is None else f"; raters agree on {verdict.agreement:.0%}"
-    console.print(f"p {p_text} over the pairs: {settled}{agreement}", highlight=False)
+    console.print(f"{p_equation(verdict.p_value)} over the pairs: {settled}{agreement}")
 
 
 def _rate(rate: "Rate") -> tuple[str, str, str]:

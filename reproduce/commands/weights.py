@@ -112,17 +112,12 @@ def readable_size(artifact: "Artifact") -> str:
 
 def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """A table on standard output; nothing is cut where it is not a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from reproduce.console import plain_table, wide_console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=10_000)
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table = plain_table(*columns)
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+        table.add_row(*row)
+    wide_console().print(table)
 
 
 @app.command("list")

@@ -18,6 +18,7 @@ from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder, check_place, write_json
 from g2rpo.seeds import generator
+from g2rpo.text import plain_value
 from reproduce.raters.key import COLUMNS, Pair, SheetKey, read_key
 from reproduce.raters.pictures import Side
 
@@ -86,7 +87,7 @@ def make_sheet(
         (folder / IMAGES).mkdir()
         for pair in key.pairs:
             _copy_pair(pair, sides, folder / IMAGES)
-        (folder / PAGE).write_text(_page(key))
+        (folder / PAGE).write_text(_page(key), encoding="utf-8")
         (folder / ANSWERS).write_text(_blank_answers(key))
         for path in (*folder.rglob("*"), folder):
             os.utime(path, (FIXED_TIME, FIXED_TIME))
@@ -176,6 +177,7 @@ def _page(key: SheetKey) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=True,
+        finalize=plain_value,
     )
     pairs = [{"pair": pair.pair, "prompt": pair.prompt} for pair in key.pairs]
     return environment.get_template("sheet.html.j2").render(

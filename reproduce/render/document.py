@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from benchmarks.cells import Cell, Cost, Protocol, RowScores
-from benchmarks.statistics import Interval, Label
+from benchmarks.statistics import ALPHA, Interval, Label
 from g2rpo.config import StrictModel, content_hash
 from reproduce.findings import Finding, Question, findings
 from reproduce.render.formats import legend
@@ -341,7 +341,9 @@ def _published_scores(names: Sequence[str], row: Row) -> dict[str, float]:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
+        rounded = float(f"{value:.{DIGITS}g}")
+        # A p-value stays on its side of what counts as significant.
+        return value if (value < ALPHA) != (rounded < ALPHA) else rounded
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):

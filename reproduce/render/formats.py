@@ -10,6 +10,8 @@ from pathlib import Path
 import jinja2
 
 from benchmarks.metrics import DISTANCE, DRIFT, VENDI
+from benchmarks.statistics import fixed
+from g2rpo.text import CONTROLS, csv_text, visible
 from reproduce.render.spec import COST_LABELS, HACKING_LABEL, METRIC_LABELS
 from reproduce.render.values import Group, Row, Table, Value
 
@@ -73,7 +75,7 @@ def latex_escape(text: str) -> str:
     a question mark for each. White space becomes one space; control characters are left out.
     """
     # A blank line would end the paragraph, which captions and table cells must not do.
-    one_line = re.sub(r"[^\S\u00a0]+", " ", text)
+    one_line = CONTROLS.sub("", re.sub(r"[^\S\u00a0]+", " ", text))
     composed = unicodedata.normalize("NFC", one_line)
     return "".join(_latex_character(character) for character in composed)
 
@@ -99,23 +101,28 @@ def _latex_character(character: str) -> str:
 
 def _by_engine(character: str) -> str:
     """A character as those engines print it that know it."""
-    category = unicodedata.category(character)
-    if category in ("Cc", "Cs"):
-        return ""
     if character in _PDFLATEX:
         return character
     if character in _T1_LETTERS:
         other = rf"{{\fontencoding{{T1}}\selectfont {character}}}"
     else:
-        other = "" if category in _UNSEEN else "?"
+        other = "" if unicodedata.category(character) in _UNSEEN else "?"
     # \Umathchar is there in the engines whose fonts may have any character.
     return rf"\ifdefined\Umathchar {character}\else {other}\fi{{}}"
 
 
+_MARKDOWN = re.compile(
+    r"[\\`*_|<>\[\]~$]"
+    r"|&(?=[#\w])"  # an entity
+    r"|^[-+#=](?=[-+#=\s]|$)"  # a list, a heading, a rule
+)
+
+
 def markdown_escape(text: str) -> str:
     """``text`` as it should be read inside a Markdown table cell or sentence."""
-    one_line = " ".join(text.split())
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", one_line)
+    one_line = visible(" ".join(text.split()))
+    # A number in front would begin a list.
+    return re.sub(r"^(\d+)([.)]\s)", r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", one_line))
 
 
 _UNITS = ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"))
@@ -139,8 +146,8 @@ def interval_text(value: Value) -> str | None:
     """``[low, high]`` with the value's decimals, or None where there is no interval."""
     if value.interval is None:
         return None
-    low, high = value.interval.low, value.interval.high
-    return f"[{low:.{value.digits}f}, {high:.{value.digits}f}]"
+    ends = (fixed(end, value.digits) for end in (value.interval.low, value.interval.high))
+    return f"[{', '.join(ends)}]"
 
 
 def seeds_text(row: Row) -> str:
@@ -335,7 +342,7 @@ def _csv_starts(
             seeds = "" if row.seeds is None else str(row.seeds)
             first = [source, group.label, row.key, row.label, seeds, row.interval_label or ""]
             scores = [text for value in row.values for text in _csv_value(value)]
-            yield row, [*first, row.gap or "", *scores]
+            yield row, [*map(csv_text, (*first, row.gap or "")), *scores]
 
 
 def _csv_metrics(table: Table, row: Row) -> list[str]:

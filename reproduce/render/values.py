@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.cells import Cell, RowScores, gather_rows
 from benchmarks.metrics import DRIFT
-from benchmarks.statistics import Interval, Label, row_intervals
+from benchmarks.statistics import Interval, Label, fixed, row_intervals
 from g2rpo.errors import UserError
 from reproduce.comparisons import Hacking, judge_hacking
 from reproduce.paper import DIGITS, PAPER_COLUMNS, PaperRow, PaperTables
@@ -108,12 +108,6 @@ class Table:
     notes: tuple[str, ...]
     paper: PaperBlock | None
     metrics: tuple[str, ...] = ()
-
-
-def fixed(number: float, digits: int) -> str:
-    """A number with ``digits`` decimals, and no minus sign before a zero."""
-    text = f"{number:.{digits}f}"
-    return text.removeprefix("-") if not text.strip("-0.") else text
 
 
 def mark_best(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.cells import Cell
+from benchmarks.statistics import p_text, signed
 from reproduce.findings import Finding
 from reproduce.render.formats import (
     IN_DOMAIN,
@@ -19,7 +20,7 @@ from reproduce.render.formats import (
 )
 from reproduce.render.spec import COST_LABELS, ColumnSpec, TableSpec
 from reproduce.render.values import Group, Row, Table, Value, row_costs, select_rows
-from reproduce.report.marks import Mark, signed
+from reproduce.report.marks import Mark
 
 PHASES = {
     "sampling": "Sampling",
@@ -302,7 +303,7 @@ def phase_grid(chapter: str, table: Table, cells: Sequence[Cell]) -> Grid | None
 
 
 def _p_box(value: float) -> Box:
-    return number(value, "<0.001" if value < 0.001 else f"{value:.3f}")
+    return number(value, p_text(value))
 
 
 def finding_grid(spec: TableSpec, found: Sequence[Finding]) -> Grid | None:

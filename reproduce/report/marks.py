@@ -4,17 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.cells import Cell, RowScores
-from benchmarks.statistics import ALPHA, Comparison, holm
+from benchmarks.statistics import ALPHA, Comparison, holm, p_equation, signed
 from reproduce.comparisons import compare_rows, strongest_label
 from reproduce.render.notes import full_label
 from reproduce.render.spec import RowSpec, TableSpec
-from reproduce.render.values import fixed, select_rows
-
-
-def signed(value: float, digits: int) -> str:
-    """A difference with its sign."""
-    text = fixed(value, digits)
-    return text if text.startswith("-") or not text.strip("0.") else f"+{text}"
+from reproduce.render.values import select_rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Mark:
     @property
     def symbol(self) -> str:
         """A triangle, filled where it holds after correction, empty where only before; or none."""
-        if self.comparison.p_value >= ALPHA:
+        if not self.comparison.p_value < ALPHA:
             return ""
         up = self.comparison.difference > 0
         if self.significant:
@@ -55,7 +49,7 @@ class Mark:
         return (
             f"{signed(c.difference, digits)} against {self.reference}, 95% interval "
             f"{signed(c.low, digits)} to {signed(c.high, digits)} ({c.label}), "
-            f"p = {c.p_value:.2g}, {self.adjusted:.2g} after Holm's correction"
+            f"{p_equation(c.p_value)}, {p_equation(self.adjusted)} after Holm's correction"
         )
 
 

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from g2rpo.errors import UserError
+from g2rpo.text import plain_value, visible
 from reproduce.experiment import Profile
 from reproduce.findings import findings
 from reproduce.paper import load_paper_tables
@@ -168,6 +169,15 @@ def script_json(value: Any) -> Markup:
     return Markup(text)  # noqa: S704 - escaped above
 
 
+def _visible(value: Any) -> Any:
+    """``value`` with every text in it as :func:`g2rpo.text.visible` shows it."""
+    if isinstance(value, dict):
+        return {visible(key): _visible(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible(inner) for inner in value]
+    return visible(value) if isinstance(value, str) else value
+
+
 def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
@@ -177,6 +187,7 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
+        finalize=plain_value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -228,7 +239,7 @@ class _Draft:
                 cost_parts=grids.COST_PARTS,
                 picture_notes=fitted.notes,
                 provenance=self.provenance,
-                data=script_json(data),
+                data=script_json(_visible(data)),
                 images=script_json(uris),
                 # Our own files, hashed so that the page runs no other script and no other style.
                 style=Markup(style),  # noqa: S704

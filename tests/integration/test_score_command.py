@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from benchmarks.mini_world import world
 from g2rpo.data.images import load_image
 from g2rpo.rewards.registry import load_reward
 from g2rpo.seeds import generator
+from g2rpo.text import csv_text, visible
 from reproduce.cli import main
 from reproduce.experiment import ROOT, judges, load_profile
 
@@ -83,7 +85,7 @@ def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Pat
         found = torch.tensor(own.loc[path.stem, "score"])
         torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=0)
     table = pd.read_csv(tmp_path / "out" / "summary.csv")
-    assert list(table["style"]) == ["all", "a", "b"] * 2
+    assert list(table["style"].fillna("")) == ["", "a", "b"] * 2
     assert (table["low"] <= table["mean"]).all()
     assert set(table["interval"]) == {"checkpoint"}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -103,6 +105,35 @@ def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Pat
         )
         pd.testing.assert_frame_equal(one, two)
     assert (again["reward"] == "clip").sum() == 40
+
+
+@pytest.mark.parametrize("width", [20, 200])
+def test_any_style_is_shown_as_it_is(
+    gallery: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    width: int,
+) -> None:
+    styles = ["[photo]", "[/anime]", "all", "=1+1", "\x1b[31mred", "a\nb", ":cat:"]
+    images = sorted(gallery.glob("*.png"))[: 2 * len(styles)]
+    rows = [
+        {"image": str(image), "prompt": f"prompt [/{place}]", "style": style}
+        for place, (image, style) in enumerate(zip(images, styles * 2, strict=True))
+    ]
+    manifest = tmp_path / "[m].jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, value in {"COLUMNS": str(width), "TTY_COMPATIBLE": "1", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    options = ["--profile", "mini", "--rewards", "clip", "--output", tmp_path / "out"]
+    code, out, errors = run_here(monkeypatch, capsys, manifest, *options)
+    assert code == 0, errors
+    text = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    table = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("style")
+    assert table.index.fillna("").tolist() == ["", *map(csv_text, sorted(styles))]
+    for style in styles:
+        assert visible(style) in text
+        assert f"{table.loc[csv_text(style), 'mean']:.4f}" in text.split()
 
 
 def test_killed_it_goes_on(

@@ -1,6 +1,8 @@
 """`g2rpo compare`: names, deltas against scipy, settings, cost; from folders and from cells."""
 
 import json
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,26 @@ def test_the_command_prints_scores_settings_and_cost(results: Path) -> None:
     assert ["learning_rate"] not in lines
     assert ["Rollout", "evaluations", "400", "400", "(1.00×)", "0", "(0.00×)"] in lines
     assert any(line[:2] == ["method.name", "mix_grpo"] for line in lines)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 0])
+@pytest.mark.parametrize(
+    "arguments", [["compare", "mix*", "g2rpo*", "base"], ["runs"]], ids=lambda a: a[0]
+)
+def test_a_narrow_terminal_cuts_no_number(results: Path, arguments: list[str], width: int) -> None:
+    wide = CliRunner().invoke(app, [*arguments, "--results", str(results)])
+    terminal = {"COLUMNS": str(width), "TTY_COMPATIBLE": "1", "TERM": "xterm"}
+    environment = terminal if width else {"COLUMNS": "20"}  # piped
+    shown = CliRunner().invoke(app, [*arguments, "--results", str(results)], env=environment)
+    assert shown.exit_code == 0, shown.output
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout)
+    figure = re.compile(r"(?<![\w.-])[+-]?\d+\.\d+(?![\w.])")
+    assert Counter(figure.findall(text)) == Counter(figure.findall(wide.stdout))
+    assert len(figure.findall(wide.stdout)) > 10
+    if width:
+        assert max(map(len, text.splitlines())) <= width
+    else:
+        assert len(text.splitlines()) == len(wide.stdout.splitlines())
 
 
 def test_a_cell_is_a_run_too() -> None:

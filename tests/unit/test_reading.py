@@ -1,9 +1,12 @@
 """The reading of a table: its comparisons against scipy, and what its sentences say."""
 
+import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from cell_factory import TABLE1, make_cell, make_scores, make_table_cells
@@ -12,7 +15,12 @@ from benchmarks.cells import Cell
 from benchmarks.statistics import holm
 from g2rpo.config import validate
 from reproduce.findings import Finding, findings
+from reproduce.paper import load_paper_tables
 from reproduce.reading import write_reading
+from reproduce.render.document import to_json
+from reproduce.render.values import build_table
+from reproduce.report.grids import finding_grid
+from reproduce.report.marks import Mark
 from reproduce.tables import TableSpec
 
 SPEC = validate(TableSpec, TABLE1, "table1")
@@ -83,6 +91,74 @@ def test_only_shared_seeds_are_paired() -> None:
     assert "say nothing about training the method again" in write_reading(
         SPEC, both, profile="smoke"
     )
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "probability"),
+    [
+        # Prompt by prompt: won and lost; tied and lost. The means over seeds win and lose: 1/2.
+        ({1: (9, 1), 2: (0, 1)}, {1: (0, 2), 2: (0, 2)}, (1 + 0 + 0.5 + 0) / 4),
+        # Seed 2 alone is shared: lost, won.
+        ({1: (9, 9), 2: (1, 3)}, {2: (2, 2), 3: (0, 0)}, 1 / 2),
+        # None is shared: each of two trainings meets each of three.
+        ({1: (1, 5), 2: (3, 5)}, {3: (0, 9), 4: (2, 9), 5: (3, 5)}, (4.5 - 1 + 0 + 1) / 12),
+        ({1: (1, 5)}, {2: (0, 6)}, 1 / 2),
+        # Three seeds are about the method, and mean the same.
+        ({1: (9, 1), 2: (0, 1), 3: (1, 1)}, dict.fromkeys((1, 2, 3), (0.5, 1)), 3.5 / 6),
+    ],
+)
+def test_wins_are_counted_training_by_training(
+    ours: dict[int, tuple[float, ...]], theirs: dict[int, tuple[float, ...]], probability: float
+) -> None:
+    cells = [
+        make_cell(row, seed=seed, scores=scored(values), train=("hps",))
+        for row, seeds in (("hps/g2rpo", ours), ("hps/mix_grpo", theirs))
+        for seed, values in seeds.items()
+    ]
+    found = pick(findings(SPEC, cells, profile="smoke"), "hps/mix_grpo", "hps")
+    assert found.improvement.mean == pytest.approx(probability)
+    table = build_table(SPEC, cells, profile="smoke", paper=load_paper_tables())
+    (written,) = (c for c in json.loads(to_json(table, cells))["comparisons"])
+    assert written["improvement"]["mean"] == pytest.approx(probability, abs=1e-6)
+    assert f"with probability {probability:.3f}" in write_reading(SPEC, cells, profile="smoke")
+
+
+def scored(values: Sequence[float]) -> pd.DataFrame:
+    prompts = [f"p{index}" for index in range(len(values))]
+    return pd.DataFrame({"prompt_id": prompts, "reward": "hps", "score": values})
+
+
+@pytest.mark.parametrize("p_value", [0.0494, 0.0496, 0.0499999975, 0.0501, 0.0504])
+def test_p_and_its_mark_agree_in_every_form(p_value: float) -> None:
+    # Differences -s + m, m, s + m: with two degrees of freedom p = 1 - t / sqrt(t² + 2).
+    t = (1 - p_value) * np.sqrt(2 / (1 - (1 - p_value) ** 2))
+    cells = [
+        make_cell(row, seed=seed, scores=scored((mean, mean)), train=("hps",))
+        for seed in (0, 1, 2)
+        for row, mean in (("hps/mix_grpo", 0.0), ("hps/g2rpo", t / np.sqrt(3) + seed - 1))
+    ]
+    found = findings(SPEC, cells, profile="smoke")
+    (finding,) = found
+    assert finding.comparison.p_value == pytest.approx(p_value, abs=1e-8)
+    significant = finding.comparison.p_value < 0.05
+    assert significant == (p_value < 0.05)
+    assert (finding.verdict == "above") == significant
+
+    def agrees(text: str) -> bool:
+        return ("< 0.05" in text or "0.049" in text) == significant
+
+    (row,) = (
+        line for line in write_reading(SPEC, cells, profile="smoke").splitlines()
+        if line.startswith("| G")
+    )  # fmt: skip
+    assert agrees(row) and agrees(finding.sentences)
+    grid = finding_grid(SPEC, found)
+    assert grid is not None and agrees(grid.rows[0][5].text)
+    table = build_table(SPEC, cells, profile="smoke", paper=load_paper_tables())
+    (written,) = json.loads(to_json(table, cells))["comparisons"]
+    assert (written["p_holm"] < 0.05) == significant
+    mark = Mark(finding.comparison, finding.adjusted, "MixGRPO", 3)
+    assert (mark.symbol == "▲") == significant and agrees(mark.sentence)
 
 
 @pytest.mark.parametrize(

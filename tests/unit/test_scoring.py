@@ -421,7 +421,7 @@ class TestSources:
 def test_the_summary_averages_a_prompts_images_first(items: list[Item], tmp_path: Path) -> None:
     scores = Scorer(tmp_path / "journal", items).score("light", Brightness())
     lines = summary.summarise(scores)
-    total = next(line for line in lines if (line.reward, line.style) == ("light", summary.ALL))
+    total = next(line for line in lines if (line.reward, line.style) == ("light", None))
     assert (total.images, total.prompts) == (10, 5)
     own = scores[scores["reward"] == "light"]
     means = [own[own["prompt_id"] == f"p{i}"]["score"].astype(float).mean() for i in range(5)]
@@ -429,5 +429,5 @@ def test_the_summary_averages_a_prompts_images_first(items: list[Item], tmp_path
     assert total.interval is not None
     assert total.interval.label == "checkpoint"
     assert total.interval.low < total.mean < total.interval.high
-    assert {line.style for line in lines} == {summary.ALL, "a", "b"}
+    assert {line.style for line in lines} == {None, "a", "b"}
     assert len(summary.as_frame(lines)) == 9
