@@ -206,5 +206,5 @@ def _write(
     for name, reason in bad:
         console.print(literal(f"skipped {name}: {reason}"), soft_wrap=True)
     console.print(literal(str(request.output / "scores.parquet")), soft_wrap=True)
-    skipped = f"; {len(bad)} skipped: {first_of(bad)}" if bad else ""
-    console.print(literal(f"scored {scored} of {source.found}{skipped}"), soft_wrap=True)
+    rest = f"; {len(bad)} skipped: {first_of(bad)}" if bad else ""
+    console.print(literal(f"scored {scored} of {source.found}{rest}"), soft_wrap=True)
