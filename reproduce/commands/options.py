@@ -106,6 +106,7 @@ class Request:
         from reproduce import runner
         from reproduce.plan import make_plan
         from slurm.cluster import load_cluster
+        from slurm.doctor.beforehand import refuse_impossible
 
         profile = experiments.load_profile(self.profile)
         loaded = experiments.load_experiment(self.experiment)
@@ -119,4 +120,7 @@ class Request:
         if runnable:
             runner.check_memory(profile, cells)
         layout = layout_of(self.results, publish=self.publish)
-        return make_plan(loaded, profile, cells, layout), cluster
+        plan = make_plan(loaded, profile, cells, layout)
+        todo = plan.todo.stages.values()
+        refuse_impossible(cluster, {stage.kind: stage.resources for stage in todo})
+        return plan, cluster
