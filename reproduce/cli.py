@@ -218,26 +218,36 @@ def main() -> None:
 
     So is a file that cannot be read or written; other errors are bugs and keep their traceback.
     """
+    from reproduce import locales
     from reproduce.quiet import quiet_libraries
 
+    locales.escape_output()
     try:
         if not {"--help", "-h"} & set(sys.argv):
             quiet_libraries()
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {error}{locales.locale_note(*sys.argv)}", err=True)
+        sys.exit(2)
+    except UnicodeError as error:
+        told = locales.explain(error)
+        if told is None:
+            raise
+        typer.echo(f"error: {told}", err=True)
         sys.exit(2)
     except OSError as error:
         path = error.filename if error.filename2 is None else error.filename2
         if path is None:
             raise
         reason = " ".join((error.strerror or str(error)).split())
-        typer.echo(f"error: {path}: {reason}", err=True)
+        typer.echo(f"error: {path}: {reason}{locales.locale_note(*sys.argv)}", err=True)
         sys.exit(2)
     except SystemExit as left:
         # Typer makes an exit of an interruption.
         if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
             typer.echo("interrupted; run the same command to go on", err=True)
+        elif note := locales.output_note():
+            typer.echo(note, err=True)
         raise
 
 
