@@ -149,6 +149,8 @@ def _way_out(kind: str, found: Any) -> str:
     """How to write what was probably meant by a value of the wrong type; empty if that is clear."""
     if kind == "string_type" and isinstance(found, (bool, int, float)):
         return "; put it in quotes"
+    if kind == "tuple_type" and isinstance(found, str):
+        return "; write a list, [a, b]"
     if kind == "bool_type":
         return "; write true or false"
     if kind not in ("int_type", "float_type") or isinstance(found, bool):

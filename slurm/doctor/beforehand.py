@@ -8,25 +8,26 @@ from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from slurm.cluster import Cluster
 from slurm.doctor import limits
-from slurm.doctor.finding import Case, Finding
+from slurm.doctor.finding import Case, Finding, Options
 from slurm.doctor.site import Site, ask
 from slurm.flags import KNOWN
 from slurm.graph import Needs
 
 
-def refuse_impossible(cluster: Cluster, wanted: Mapping[str, Needs]) -> None:
+def refuse_impossible(cluster: Cluster, wanted: Mapping[str, Needs], shares: int) -> None:
     """Refuses a profile under which stages could never run; what only SLURM knows it is asked.
 
     Args:
         cluster: the profile.
         wanted: the devices of each kind of stage that is to run.
+        shares: jobs of the largest array.
 
     Raises:
         UserError: the first reason, in one line.
     """
-    if cluster.kind != "slurm":
+    if cluster.kind != "slurm" or not wanted:
         return
-    case = Case(cluster, wanted, Path())
+    case = Case(cluster, wanted, Path(), Options(shares=shares))
     for needs in case.groups:
         cluster.tasks(needs)
     for finding in _findings(case):
@@ -43,6 +44,7 @@ def _findings(case: Case) -> Iterator[Finding]:
     except UserError:
         return  # a plan needs no cluster; submitting tells what is wrong with it
     yield from limits.times(case, site)
+    yield from limits.jobs(case, site)
 
 
 def unknown_flags(case: Case) -> Iterator[Finding]:

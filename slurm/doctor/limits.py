@@ -170,7 +170,7 @@ def jobs(case: Case, site: Site) -> Iterator[Finding]:
         number_of(site.config.get("MaxArraySize")),
         number_of(site.config.get("MaxJobCount")),
     )
-    if array is not None and shares >= array:
+    if array is not None and shares > 1 and shares >= array:
         found = f"MaxArraySize allows {array - 1} jobs, a cell is shared by {shares}"
         yield Finding("failed", "arrays", found, "lower hardware.evaluation_shares")
     else:

@@ -98,6 +98,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
         "reservation cannot be set here: it n",
     ),
     "flag that is off": ("extra: {hold: false}", "hold"),
+    "text for a list": ("setup: module load cuda", "write a list"),
+    "number for a variable": ("environment: {OMP_NUM_THREADS: 8}", "put it in quotes"),
     "flag of no type": ("extra: {nice: 1.5}", "extra.nice: "),
     "nothing": ("# partition: gpu", "kind: slurm"),
     "no mapping": ("- partition", "expected keys and values"),
@@ -218,6 +220,9 @@ def test_a_limit_above_the_partition_s_own_is_refused_by_the_plan(
     assert found in str(done.exception)
     profile.write_text("partition: main\nminutes: {train: 08:00:00}\n")
     assert planned(profile).exit_code == 0
+    answering("scontrol", '[ "$2" = config ] && echo "MaxArraySize = 8"; exit 0')
+    done = planned(profile)
+    assert "MaxArraySize allows 7 jobs, a cell is shared by 8" in str(done.exception)
 
 
 def test_a_flag_that_sbatch_does_not_know_is_refused_by_the_plan(

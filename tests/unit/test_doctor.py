@@ -297,6 +297,8 @@ def test_without_slurm_nothing_is_raised(tmp_path: Path, monkeypatch: pytest.Mon
     assert line(found, "SLURM").found.startswith("sbatch, squeue, ")
     assert line(found, "SLURM").word == "failed"
     assert not list(tmp_path.iterdir())
+    found = examine(Cluster(extra={"reservatoin": "x"}), TRAIN, tmp_path / "a" / "b")
+    assert line(found, "extra: reservatoin").mend == "did you mean 'reservation'?"
 
 
 def test_a_command_that_hangs_or_fails_is_told(
