@@ -44,10 +44,10 @@ OWN: Mapping[str, str] = {
 """What cannot be given in ``extra``, and what to do instead."""
 _PLAIN = frozenset({
     "contiguous", "hold", "ignore-pbs", "overcommit", "reboot", "spread-job", "stepmgr",
-    "use-min-nodes", "verbose",
+    "oversubscribe", "use-min-nodes", "verbose",
 })  # fmt: skip
 _EITHER = frozenset({
-    "get-user-env", "nice", "no-kill", "oom-kill-step", "oversubscribe", "propagate", "resv-ports",
+    "get-user-env", "nice", "no-kill", "oom-kill-step", "propagate", "resv-ports",
 })  # fmt: skip
 _VALUED = frozenset({
     "acctg-freq", "batch", "bb", "bbf", "begin", "cluster-constraint", "container-id", "core-spec",
