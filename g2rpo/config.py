@@ -90,6 +90,16 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def _at(data: Any, location: Location) -> Any:
+    """The value of ``data`` at a place; None where there is none."""
+    for part in location:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
 def _field_names(model: type[pydantic.BaseModel], location: Location, data: Any) -> set[str]:
     """The valid keys at the place of an unknown key of ``data``."""
     places: list[tuple[Any, Any]] = [(model, data)]
@@ -112,10 +122,7 @@ def _options(annotation: Any, value: Any) -> list[Any]:
 
 def _inside(annotation: Any, value: Any, part: int | str) -> list[tuple[Any, Any]]:
     """The annotations and values one key further in."""
-    try:
-        inner = value[part]
-    except (KeyError, IndexError, TypeError):
-        inner = None
+    inner = _at(value, (part,))
     found: list[tuple[Any, Any]] = []
     for option in _options(annotation, value):
         if isinstance(option, type) and issubclass(option, pydantic.BaseModel):
@@ -145,16 +152,19 @@ def _first(error: pydantic.ValidationError) -> ErrorDetails:
     return first
 
 
-def _way_out(kind: str, found: Any) -> str:
+_WAYS_OUT = {
+    "string_type": "; put it in quotes",
+    "bool_type": "; write true or false",
+    "tuple_type": "; write a list, [a, b]",
+    "model_type": "; write keys and values, {key: value}",
+    "dict_type": "; write keys and values, {key: value}",
+}
+
+
+def _way_out(kind: str, found: str | float | bool) -> str:
     """How to write what was probably meant by a value of the wrong type; empty if that is clear."""
-    if kind == "string_type" and isinstance(found, (bool, int, float)):
-        return "; put it in quotes"
-    if kind == "tuple_type" and isinstance(found, str):
-        return "; write a list, [a, b]"
-    if kind == "bool_type":
-        return "; write true or false"
-    if kind not in ("int_type", "float_type") or isinstance(found, bool):
-        return ""
+    if kind not in ("int_type", "float_type"):
+        return _WAYS_OUT.get(kind, "")
     if isinstance(found, str):
         return "; write a plain number, without quotes, underscores or units"
     return f"; write {found:.0f}" if isinstance(found, float) and found.is_integer() else ""
@@ -169,23 +179,19 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
         return f"unknown key {key!r}; " + nearest(str(location[-1]), names)
     if first["type"] == "missing":
         return f"missing key {key!r}"
-    errors = error.errors(include_url=False)
-    # Where several types are allowed, each member of the union has its own error.
-    peers = [
-        each
-        for each in errors
-        if each["loc"][:-1] == location[:-1] and each.get("input") is first.get("input")
-    ]
-    if len(peers) > 1:
+    errors, peers = error.errors(include_url=False), [first]
+    found = first.get("input")
+    if location and found is not None and _at(data, location[:-1]) is found:
+        # Of several types that are allowed here, each has its own error, and its name in its place.
         key = ".".join(str(part) for part in location[:-1])
+        peers = [each for each in errors if each["loc"][:-1] == location[:-1]]
     messages = dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in peers)
     message = " or ".join(text[:1].lower() + text[1:] for text in messages)
     more = len(errors) - len(peers)
     rest = f" (and {more} more)" if more else ""
-    found = first.get("input")
-    shown = f" (found {found!r}{_way_out(first['type'], found)})"
-    if not isinstance(found, (str, int, float, bool)):
-        shown = ""
+    shown = ""
+    if isinstance(found, (str, int, float, bool)):
+        shown = f" (found {found!r}{_way_out(first['type'], found)})"
     if not key or message.startswith((f"{key}.", f"{key}:")):
         return f"{message}{rest}"
     return f"{key}: {message}{shown}{rest}"

@@ -165,7 +165,10 @@ class Cluster(StrictModel):
             )
         least = self.extra.get("time-min", self.extra.get("time_min"))
         if least is not None:
-            found = int(minutes_of(least))
+            try:
+                found = int(minutes_of(least))
+            except ValueError as error:
+                raise ValueError(f"extra: time-min: {error}") from None
             if not lead + 60 <= 60 * found <= 60 * min(minutes.values()):
                 raise ValueError(
                     "extra: time-min must be longer than signal_lead_seconds and no longer than "

@@ -91,6 +91,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "shared and exclusive": ("{exclusive: true, extra: {oversubscribe: true}}", "exclusive"),
     "nodes for jobs of one": ('extra: {nodelist: "n[01-04]"}', "exclude, constraint or reserv"),
     "least time above a limit": ("extra: {time-min: 01:00:00}", "time-min"),
+    "least time of no form": ("extra: {time-min: soon}", "extra: time-min: expected minutes"),
+    "one limit for all": ("minutes: 24:00:00", "minutes: input should be a valid dictionary"),
     "least time below the lead": ("extra: {time-min: 5}", "time-min"),
     "value of a plain flag": ('extra: {hold: "yes"}', "hold cannot be set here: it takes no value"),
     "flag without its value": (

@@ -86,6 +86,7 @@ def test_an_unknown_key_names_the_nearest(data: Any, key: str, hint: str) -> Non
         ([], ("dictionary",)),
         ({"needed": "x", "rate": "y"}, ("needed", "1 more")),
         ({"needed": True}, ("needed", "integer", "True")),
+        ({"needed": True, "rate": True}, (" needed: ", "integer (found True) (and 1 more)")),
         ({"needed": 10.0}, ("needed", "integer", "10.0; write 10")),
         ({"needed": "10"}, ("needed", "integer", "without quotes")),
         ({"needed": "1_000"}, ("needed", "'1_000'", "without", "underscores")),
