@@ -18,7 +18,7 @@ from typing import Literal, Self, TypeVar
 import pydantic
 from pydantic import Field, model_validator
 
-from g2rpo.config import StrictModel, validate
+from g2rpo.config import StrictModel, parse_overrides, validate
 from g2rpo.owner import Owner
 from g2rpo.progress import duration
 
@@ -58,7 +58,7 @@ class LeaseSettings(StrictModel):
             UserError: a variable is not a number that goes with the others.
         """
         variables = {name: os.environ.get(ENVIRONMENT + name.upper()) for name in self.model_dump()}
-        named = {name: text for name, text in variables.items() if text}
+        named = parse_overrides(f"{name}={text}" for name, text in variables.items() if text)
         return validate(LeaseSettings, self.model_dump() | named, f"{ENVIRONMENT}*")
 
 

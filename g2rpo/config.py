@@ -9,21 +9,47 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import pydantic
-import yaml
-from pydantic_core import ErrorDetails
+from pydantic_core import CoreSchema, ErrorDetails
 
 from g2rpo.errors import UserError
+from g2rpo.yaml_text import parse_yaml
+
+
+def _no_coercion(schema: Any) -> None:
+    """Has every number and boolean inside of ``schema`` take values of its own type alone."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("int", "float", "bool"):
+            schema["strict"] = True
+        for key, inner in schema.items():
+            if key != "default":
+                _no_coercion(inner)
+    elif isinstance(schema, (list, tuple)):
+        for inner in schema:
+            _no_coercion(inner)
 
 
 class StrictModel(pydantic.BaseModel):
-    """Base of every configuration model: unknown keys are refused and values do not change."""
+    """Base of every configuration model: unknown keys are refused and values do not change.
+
+    ``true`` is no number, ``"10"`` and 10.0 are no integers and 1 is no boolean; an integer is a
+    float, and a list will do for a tuple.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: pydantic.GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Pydantic's own schema without conversions; its ``strict`` would refuse lists too."""
+        schema = handler(source)
+        _no_coercion(schema)
+        return schema
 
     @classmethod
     def concrete(cls, data: Any) -> type[Self]:
@@ -34,7 +60,6 @@ class StrictModel(pydantic.BaseModel):
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 Location = tuple[int | str, ...]
-MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -46,38 +71,33 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return "valid: " + ", ".join(names)
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key that is there twice is an error: the first would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == MERGE_TAG:
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in keys:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key!r} is there twice, the second time in line {line}")
-            if isinstance(key, Hashable):
-                keys.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def load_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping; a missing, malformed or non-mapping file is a :class:`UserError`."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - it is a safe one
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected keys and values, found a {type(value).__name__}")
     return value
+
+
+def _at(data: Any, location: Location) -> Any:
+    """The value of ``data`` at a place; None where there is none."""
+    for part in location:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
 
 
 def _field_names(model: type[pydantic.BaseModel], location: Location, data: Any) -> set[str]:
@@ -102,10 +122,7 @@ def _options(annotation: Any, value: Any) -> list[Any]:
 
 def _inside(annotation: Any, value: Any, part: int | str) -> list[tuple[Any, Any]]:
     """The annotations and values one key further in."""
-    try:
-        inner = value[part]
-    except (KeyError, IndexError, TypeError):
-        inner = None
+    inner = _at(value, (part,))
     found: list[tuple[Any, Any]] = []
     for option in _options(annotation, value):
         if isinstance(option, type) and issubclass(option, pydantic.BaseModel):
@@ -135,6 +152,24 @@ def _first(error: pydantic.ValidationError) -> ErrorDetails:
     return first
 
 
+_WAYS_OUT = {
+    "string_type": "; put it in quotes",
+    "bool_type": "; write true or false",
+    "tuple_type": "; write a list, [a, b]",
+    "model_type": "; write keys and values, {key: value}",
+    "dict_type": "; write keys and values, {key: value}",
+}
+
+
+def _way_out(kind: str, found: str | float | bool) -> str:
+    """How to write what was probably meant by a value of the wrong type; empty if that is clear."""
+    if kind not in ("int_type", "float_type"):
+        return _WAYS_OUT.get(kind, "")
+    if isinstance(found, str):
+        return "; write a plain number, without quotes, underscores or units"
+    return f"; write {found:.0f}" if isinstance(found, float) and found.is_integer() else ""
+
+
 def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, data: Any) -> str:
     first = _first(error)
     location = first["loc"]
@@ -144,12 +179,19 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
         return f"unknown key {key!r}; " + nearest(str(location[-1]), names)
     if first["type"] == "missing":
         return f"missing key {key!r}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    more = len(error.errors(include_url=False)) - 1
-    rest = f" (and {more} more)" if more else ""
+    errors, peers = error.errors(include_url=False), [first]
     found = first.get("input")
-    shown = f" (found {found!r})" if isinstance(found, (str, int, float, bool)) else ""
+    if location and found is not None and _at(data, location[:-1]) is found:
+        # Of several types that are allowed here, each has its own error, and its name in its place.
+        key = ".".join(str(part) for part in location[:-1])
+        peers = [each for each in errors if each["loc"][:-1] == location[:-1]]
+    messages = dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in peers)
+    message = " or ".join(text[:1].lower() + text[1:] for text in messages)
+    more = len(errors) - len(peers)
+    rest = f" (and {more} more)" if more else ""
+    shown = ""
+    if isinstance(found, (str, int, float, bool)):
+        shown = f" (found {found!r}{_way_out(first['type'], found)})"
     if not key or message.startswith((f"{key}.", f"{key}:")):
         return f"{message}{rest}"
     return f"{key}: {message}{shown}{rest}"
@@ -190,9 +232,9 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         if not separator or not all(parts):
             raise UserError(f"override {assignment!r}: expected key=value, e.g. training.seed=1")
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"override {assignment!r}: the value is not valid YAML") from None
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(f"override {assignment!r}: not valid YAML: {error}") from None
         nested: Any = value
         for part in reversed(parts):
             nested = {part: nested}

@@ -1,6 +1,5 @@
 """The ``g2rpo`` command: one verb per stage, and ``reproduce`` for a whole experiment."""
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -220,29 +219,36 @@ def main() -> None:
 
     So is a file that cannot be read or written; other errors are bugs and keep their traceback.
     """
+    from reproduce import locales
     from reproduce.quiet import quiet_libraries
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # As on stderr: what a terminal's encoding lacks is escaped, not an error.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    locales.escape_output()
     try:
         if not {"--help", "-h"} & set(sys.argv):
             quiet_libraries()
         app()
     except UserError as error:
-        typer.echo(visible(f"error: {error}"), err=True)
+        typer.echo(visible(f"error: {error}{locales.locale_note(*sys.argv)}"), err=True)
+        sys.exit(2)
+    except UnicodeError as error:
+        told = locales.explain(error)
+        if told is None:
+            raise
+        typer.echo(visible(f"error: {told}"), err=True)
         sys.exit(2)
     except OSError as error:
         path = error.filename if error.filename2 is None else error.filename2
         if path is None:
             raise
         reason = " ".join((error.strerror or str(error)).split())
-        typer.echo(visible(f"error: {path}: {reason}"), err=True)
+        typer.echo(visible(f"error: {path}: {reason}{locales.locale_note(*sys.argv)}"), err=True)
         sys.exit(2)
     except SystemExit as left:
         # Typer makes an exit of an interruption.
         if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
             typer.echo("interrupted; run the same command to go on", err=True)
+        elif note := locales.output_note():
+            typer.echo(note, err=True)
         raise
 
 

@@ -4,51 +4,70 @@ A profile is a YAML file; the bundled ones in ``slurm/clusters/`` are commented 
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
+from slurm.flags import refusal
 from slurm.graph import Needs
+from slurm.times import minutes_of
 
 HERE = Path(__file__).resolve().parent
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\r\n]*$")]
 """Text that may stand in a line of a batch script."""
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-FlagName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
-OWN_FLAGS = {
-    "array", "comment", "dependency", "error", "kill-on-invalid-dep", "open-mode", "output",
-    "signal",
-}  # fmt: skip
-"""What dependencies, logs, checkpoints in time and status rest on."""
+
+
+def _one_name(value: str) -> str:
+    if any(part.split() != [part] for part in value.split(",")):
+        raise ValueError("must not be empty or hold spaces; leave the key out for the default")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty; leave the key out for the default")
+    return value
+
+
+SiteName = Annotated[OneLine, AfterValidator(_one_name)]
+"""A name that the site has given, or several with commas between them."""
+Text = Annotated[OneLine, AfterValidator(_not_blank)]
+TimeLimit = Annotated[int, BeforeValidator(minutes_of), Field(ge=1, le=365 * 24 * 60)]
+"""Whole minutes, or a time as sbatch has it."""
 BUILT_IN = ("auto", "slurm", "local", "debug")
 
 
 class Mail(StrictModel):
     """Whom SLURM writes to, and when."""
 
-    user: OneLine
-    events: tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "ALL"], ...] = ("FAIL",)
+    user: SiteName
+    events: Annotated[
+        tuple[Literal["BEGIN", "END", "FAIL", "REQUEUE", "TIME_LIMIT", "ALL"], ...],
+        Field(min_length=1),
+    ] = ("FAIL",)
 
 
 class Container(StrictModel):
     """The container that jobs run in; the repository and the results are mounted as they are."""
 
     kind: Literal["none", "apptainer", "pyxis", "podman"] = "none"
-    image: OneLine | None = None
+    image: Text | None = None
     """A .sif file for apptainer, an image name or .sqsh for pyxis, an image name for podman."""
     mounts: tuple[OneLine, ...] = ()
     """Further folders, ``path`` or ``path:path-inside``, e.g. the cache of published weights."""
     arguments: tuple[OneLine, ...] = ()
     """Further arguments of apptainer exec, srun (pyxis) or podman run."""
-    python: OneLine = "python3"
+    python: Text = "python3"
     """The interpreter inside of the image."""
 
     @model_validator(mode="after")
-    def _has_an_image(self) -> "Container":
+    def _has_an_image(self) -> Self:
         if self.kind != "none" and self.image is None:
             raise ValueError(f"image: name the image that {self.kind} is to run")
         return self
@@ -58,12 +77,12 @@ class Minutes(StrictModel):
     """Time limits by kind of stage; one that needs longer is requeued and goes on. What is lost
     then is little, but for ``credit``: the rollout that was being measured, so one must fit."""
 
-    embed: int = Field(120, ge=1)
-    train: int = Field(1440, ge=1)
-    sample: int = Field(240, ge=1)
-    score: int = Field(240, ge=1)
-    credit: int = Field(1440, ge=1)
-    render: int = Field(30, ge=1)
+    embed: TimeLimit = 120
+    train: TimeLimit = 1440
+    sample: TimeLimit = 240
+    score: TimeLimit = 240
+    credit: TimeLimit = 1440
+    render: TimeLimit = 30
 
 
 class Cluster(StrictModel):
@@ -73,24 +92,24 @@ class Cluster(StrictModel):
     kind: Literal["slurm", "local", "debug"] = "slurm"
     """``local``: this machine, as many stages at once as it has devices. ``debug``: this process,
     one stage after the other, errors with their traceback."""
-    partition: OneLine | None = None
-    cpu_partition: OneLine | None = None
+    partition: SiteName | None = None
+    cpu_partition: SiteName | None = None
     """For stages without a GPU; null is the same."""
-    account: OneLine | None = None
-    qos: OneLine | None = None
-    constraint: OneLine | None = None
+    account: SiteName | None = None
+    qos: SiteName | None = None
+    constraint: Text | None = None
     gpus_per_node: int = Field(8, ge=1)
     tasks_per_node: int = Field(8, ge=1)
     """Ranks on a node of a stage without GPUs."""
     gpu_flag: Literal["gpus_per_node", "gres"] = "gpus_per_node"
     """How GPUs are asked for: ``--gpus-per-node=N`` or ``--gres=gpu:N``."""
-    gpu_type: OneLine | None = None
+    gpu_type: Annotated[SiteName, StringConstraints(pattern=r"^[^:,=]*$")] | None = None
     """As in ``--gres=gpu:TYPE:N``; null takes any."""
     cpus_per_task: int = Field(8, ge=1)
-    memory_gb_per_task: int | None = Field(None, ge=1)
-    """Main memory for each rank; null takes the partition's default."""
+    memory_gb_per_task: int | None = Field(None, ge=1, le=16_384)
+    """Main memory for each rank in GB; null takes the partition's default."""
     minutes: Minutes = Minutes()
-    signal_lead_seconds: int = Field(300, ge=1)
+    signal_lead_seconds: int = Field(300, ge=1, le=65_535)
     """SLURM signals so long before a time limit; a checkpoint and one iteration must fit in."""
     max_restarts: int = Field(100, ge=0)
     """A job that was requeued so often is not requeued by itself any more."""
@@ -103,20 +122,58 @@ class Cluster(StrictModel):
     environment: dict[VariableName, OneLine] = Field(default_factory=dict)
     """Environment variables of jobs. Not for secrets: batch scripts are readable."""
     container: Container = Container()
-    extra: dict[FlagName, OneLine | int | bool] = Field(default_factory=dict)
+    extra: dict[str, OneLine | int | bool] = Field(default_factory=dict)
     """Further sbatch flags by their long name, e.g. ``reservation: course``."""
 
     @model_validator(mode="after")
-    def _leaves_own_flags_alone(self) -> "Cluster":
-        for name in self.extra:
-            if name.replace("_", "-") in OWN_FLAGS:
-                raise ValueError(f"extra: {name} is set for each job and cannot be changed")
+    def _extra_leaves_the_launcher_s_flags_alone(self) -> Self:
+        names = {name.replace("_", "-") for name in self.extra}
+        if len(names) < len(self.extra):
+            raise ValueError("extra: a flag is there twice, with dashes and with underscores")
+        for name, value in self.extra.items():
+            if not re.fullmatch("[a-z][a-z0-9_-]*", name):
+                raise ValueError(
+                    f"extra: {name!r}: write a flag's long name without the dashes in front"
+                )
+            problem = refusal(name.replace("_", "-"), value)
+            if problem is not None:
+                raise ValueError(f"extra: {name} cannot be set here: {problem}")
+        if "mem-per-cpu" in names and self.memory_gb_per_task is not None:
+            raise ValueError(
+                "extra: mem-per-cpu cannot be set beside memory_gb_per_task: leave one of them out"
+            )
+        gres = str(self.extra.get("gres", ""))
+        if gres and (self.gpu_flag == "gres" or re.search(r"(^|,)\s*(gres/)?gpu\b", gres)):
+            raise ValueError(
+                "extra: gres cannot ask for GPUs, nor stand beside gpu_flag: gres: the launcher "
+                "asks for GPUs by gpus_per_node, gpu_flag and gpu_type"
+            )
+        if "oversubscribe" in names and self.exclusive:
+            raise ValueError("extra: oversubscribe contradicts exclusive: true")
         return self
 
     @model_validator(mode="after")
-    def _time_to_save(self) -> "Cluster":
-        if self.signal_lead_seconds >= 60 * self.minutes.train:
-            raise ValueError("signal_lead_seconds: must be shorter than minutes.train")
+    def _time_to_work_and_to_save(self) -> Self:
+        minutes = dict(self.minutes)
+        lead = self.signal_lead_seconds
+        # SLURM may send the signal a minute too early.
+        short = [f"{kind} ({most})" for kind, most in minutes.items() if 60 * most < lead + 60]
+        if short:
+            raise ValueError(
+                f"signal_lead_seconds: {lead} leaves no time to work within minutes of "
+                f"{', '.join(short)}: lower it, or raise those limits"
+            )
+        least = self.extra.get("time-min", self.extra.get("time_min"))
+        if least is not None:
+            try:
+                found = int(minutes_of(least))
+            except ValueError as error:
+                raise ValueError(f"extra: time-min: {error}") from None
+            if not lead + 60 <= 60 * found <= 60 * min(minutes.values()):
+                raise ValueError(
+                    "extra: time-min must be longer than signal_lead_seconds and no longer than "
+                    "any limit in minutes"
+                )
         return self
 
     def nodes(self, needs: Needs) -> int:

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unicodedata import normalize
 
-import yaml
-
 from g2rpo.errors import UserError
+from g2rpo.yaml_text import parse_yaml
 
 Value = TypeVar("Value")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml")
@@ -258,25 +257,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-class _TextLoader(yaml.BaseLoader):
-    """YAML in which scalars stay text, no tag makes an object, and no key is there twice.
-
-    The loader in C is faster, but crashes where lists are nested very deep.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.most_common(1):
-            if count > 1:
-                raise yaml.YAMLError(f"key {key!r} is there {count} times")
-        return super().construct_mapping(node, deep)
-
-
 def _yaml_value(path: Path, text: str) -> Any:
     try:
-        return yaml.load(text, _TextLoader)  # noqa: S506 - it makes text, lists and mappings alone
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        return parse_yaml(text, as_text=True)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
 
 
 def _document(path: Path, value: Any, bare: str | None) -> Table:

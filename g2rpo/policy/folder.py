@@ -152,14 +152,14 @@ def fetch_snapshot(what: str, source: str, revision: str | None, patterns: Seque
     except GatedRepoError:
         raise UserError(
             f"{where} is gated: accept its licence on https://huggingface.co/{source}, "
-            "then log in with `huggingface-cli login` (or set HF_TOKEN)"
+            "then log in with `hf auth login` (or set HF_TOKEN)"
         ) from None
     except RevisionNotFoundError:
         raise UserError(f"{where}: the hub has no such revision; correct {what}.revision") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
             f"{where}: neither a folder here nor a hub repository you can see; correct the name, "
-            "or log in with `huggingface-cli login` if it is private"
+            "or log in with `hf auth login` if it is private"
         ) from None
     except LocalEntryNotFoundError:
         raise UserError(

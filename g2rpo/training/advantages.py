@@ -21,7 +21,7 @@ class AdvantageConfig(StrictModel):
     normalizer: Literal["group", "global_std"] = "group"
     """``group``: mean and std of the group. ``global_std``: the group's mean, and the std over all
     samples of the batch (Flow-GRPO's released ``global_std``)."""
-    ddof: Literal[0, 1] = 1
+    ddof: int = Field(1, ge=0, le=1)
     """Delta degrees of freedom of the std (torch's default 1; Flow-GRPO's numpy 0)."""
     epsilon: float = Field(1e-8, ge=0)
     """Added to the std."""

@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from g2rpo.config import load_yaml
+from g2rpo.yaml_text import dump_yaml
 from reproduce.checks.finding import Finding
 from reproduce.experiment import HERE
 from reproduce.runs import REPOSITORY
@@ -59,9 +58,9 @@ def check_whole_path() -> Finding:
 def _write_inputs(folder: Path) -> None:
     """The smoke profile with its files in ``folder``, and an experiment of two cells."""
     profile = load_yaml(HERE / "profiles" / "smoke.yaml")
-    text = yaml.safe_dump(profile).replace(str(profile["assets"]), str(folder / "assets"))
+    text = dump_yaml(profile).replace(str(profile["assets"]), str(folder / "assets"))
     (folder / "profile.yaml").write_text(text)
-    (folder / "check.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    (folder / "check.yaml").write_text(dump_yaml(EXPERIMENT))
 
 
 def _run(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ import typer
 
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
+from g2rpo.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from reproduce.layout import Layout
@@ -64,9 +65,11 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         UserError: they are not integers, or one is there twice.
     """
     try:
-        seeds = tuple(int(part) for part in text.split(","))
+        seeds = tuple(parse_yaml(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--seeds {text!r}: expected integers, e.g. 1,2,3") from None
+        seeds = ()
+    if not seeds or any(type(seed) is not int for seed in seeds):
+        raise UserError(f"--seeds {text!r}: expected integers, e.g. 1,2,3")
     if min(seeds) < 0:
         raise UserError(f"--seeds {text!r}: a seed is 0 or more")
     if len(set(seeds)) != len(seeds):
@@ -106,6 +109,7 @@ class Request:
         from reproduce import runner
         from reproduce.plan import make_plan
         from slurm.cluster import load_cluster
+        from slurm.doctor.beforehand import refuse_impossible
 
         profile = experiments.load_profile(self.profile)
         loaded = experiments.load_experiment(self.experiment)
@@ -119,4 +123,7 @@ class Request:
         if runnable:
             runner.check_memory(profile, cells)
         layout = layout_of(self.results, publish=self.publish)
-        return make_plan(loaded, profile, cells, layout), cluster
+        plan = make_plan(loaded, profile, cells, layout)
+        wanted = {stage.kind: stage.resources for stage in plan.todo.stages.values()}
+        refuse_impossible(cluster, wanted, profile.hardware.evaluation_shares)
+        return plan, cluster

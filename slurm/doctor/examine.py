@@ -8,6 +8,7 @@ from g2rpo.errors import UserError
 from slurm.cluster import Cluster
 from slurm.doctor import limits, nodes, place, requeue, trial
 from slurm.doctor.answers import disk
+from slurm.doctor.beforehand import unknown_flags
 from slurm.doctor.finding import Case, Finding, Options, listed
 from slurm.doctor.site import Site, ask, missing
 from slurm.graph import Needs
@@ -49,6 +50,7 @@ def examine(
     if cluster.kind != "slurm":
         return [*place.this_machine(case), *place.files(case), *_folder(case, None)]
     site, findings = _ask_slurm()
+    findings += unknown_flags(case)
     if site is not None:
         findings += _checks(case, site)
     return [*findings, *place.container(case), *place.files(case), *_folder(case, site)]

@@ -1,27 +1,23 @@
 """What the site allows: time, jobs at once, accounts, qualities of service."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from slurm.doctor.finding import Case, Finding, Word, listed
 from slurm.doctor.nodes import Request
-from slurm.doctor.site import Site, number_of, resources, seconds_of
+from slurm.doctor.site import Site, number_of, resources
+from slurm.times import seconds_of
 
 _WITHOUT = "without it ended jobs are told from what they left on disk alone"
 
 
 def times(case: Case, site: Site) -> Iterator[Finding]:
-    """Whether each kind's time limit is allowed, and leaves room to save before it."""
+    """Whether each kind's time limit is allowed, and most of it is left to work in."""
     lead = case.cluster.signal_lead_seconds
     for name, kinds in case.partitions.items():
-        limits = {f"partition {part}": _most(site.partitions[part]) for part in site.names(name)}
-        if len(limits) > 1:  # a job that names several goes to one that takes it
-            known = [limit for limit in limits.values() if limit is not None]
-            several = max(known) if len(known) == len(limits) else None
-            limits = {f"partitions {name}": several}
-        limits |= {what: seconds_of(row.get("MaxWall", "")) for what, row in _rows(case, site)}
+        limits = _time_limits(case, site, name)
         asked = {kind: 60 * case.cluster.time_limit(kind) for kind in kinds}
         good = True
         for what, most in limits.items():
@@ -36,16 +32,7 @@ def times(case: Case, site: Site) -> Iterator[Finding]:
                     f"set minutes: {{{', '.join(f'{kind}: {most // 60}' for kind in long)}}}; "
                     "jobs are requeued and go on",
                 )
-        short = [kind for kind, seconds in asked.items() if seconds <= lead]
-        if short:
-            good = False
-            yield Finding(
-                "failed",
-                f"time of {listed(short, 8)}",
-                f"signal_lead_seconds ({lead}) is no less than the time limit",
-                f"raise minutes.{short[0]} or lower signal_lead_seconds",
-            )
-        tight = [kind for kind in asked if kind not in short and asked[kind] < 2 * lead]
+        tight = [kind for kind in asked if asked[kind] < 2 * lead]
         if tight:
             good = False
             yield Finding(
@@ -59,22 +46,45 @@ def times(case: Case, site: Site) -> Iterator[Finding]:
             yield Finding("ok", "time limits", f"{told} minutes; signalled {lead} s before")
 
 
-def _most(values: Mapping[str, str]) -> int | None:
-    return seconds_of(values.get("MaxTime", "UNLIMITED"))
+def _time_limits(case: Case, site: Site, partition: str | None) -> dict[str, int | None]:
+    """The seconds that jobs of a partition may ask for, by who says so; None is no limit."""
+    names = site.names(partition)
+    rows = dict(_rows(case, site, names))
+    limits = {what: seconds_of(row.get("MaxWall", "")) for what, row in rows.items()}
+    if any("PartitionTimeLimit" in row.get("Flags", "") for row in rows.values()):
+        return limits  # such a qos stands above the partition
+    most = [seconds_of(site.partitions[part].get("MaxTime", "UNLIMITED")) for part in names]
+    # A job that names several goes to one that takes it.
+    known = [limit for limit in most if limit is not None]
+    what = "partitions" if len(names) > 1 else "partition"
+    shown = f"{what} {partition or ','.join(names)}"
+    return {shown: max(known) if known and len(known) == len(most) else None} | limits
 
 
-def _rows(case: Case, site: Site) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """The rows of accounting that limit this user's jobs, by what people call them."""
+def _rows(
+    case: Case, site: Site, partitions: Sequence[str] = ()
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The rows of accounting that limit this user's jobs, by what people call them.
+
+    A qos counts where the profile names it, else the account's own; and that of the partition.
+    """
     if site.accounts is None:
         return
     if not (_enforced(site, "limits") or _enforced(site, "safe")):
         return
-    account, qos = case.cluster.account, case.cluster.qos
-    if qos is not None and qos in site.accounts.qos:
-        yield f"qos {qos}", site.accounts.qos[qos]
-    for row in site.accounts.associations:
-        if row["Account"] == account and not row["Partition"]:
-            yield f"account {account}", row
+    account = case.cluster.account
+    own = [row for row in site.accounts.associations if not row["Partition"]]
+    if account is None and len(own) == 1:  # no other can be the default
+        account = own[0]["Account"]
+    accounts = [row for row in own if row["Account"] == account]
+    named = [case.cluster.qos or row["DefaultQOS"] for row in accounts] or [case.cluster.qos or ""]
+    # A job that may go to several partitions is bound by none of theirs alone.
+    named += [site.partitions[part].get("QoS", "") for part in partitions if len(partitions) == 1]
+    for qos in dict.fromkeys(named):
+        if qos in site.accounts.qos:
+            yield f"qos {qos}", site.accounts.qos[qos]
+    for row in accounts:
+        yield f"account {account}", row
 
 
 def accounting(case: Case, site: Site) -> Iterator[Finding]:
@@ -160,7 +170,7 @@ def jobs(case: Case, site: Site) -> Iterator[Finding]:
         number_of(site.config.get("MaxArraySize")),
         number_of(site.config.get("MaxJobCount")),
     )
-    if array is not None and shares >= array:
+    if array is not None and shares > 1 and shares >= array:
         found = f"MaxArraySize allows {array - 1} jobs, a cell is shared by {shares}"
         yield Finding("failed", "arrays", found, "lower hardware.evaluation_shares")
     else:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from slurm.doctor.finding import Case, Finding
-from slurm.doctor.site import Site, number_of, seconds_of
+from slurm.doctor.site import Site, number_of
+from slurm.times import seconds_of
 
 SENDS_SIGNAL = "preempt_send_user_signal"
 LOST = "it goes on from its last periodic checkpoint: up to checkpoints.every_minutes are lost"
@@ -11,15 +12,6 @@ LOST = "it goes on from its last periodic checkpoint: up to checkpoints.every_mi
 
 def requeueing(case: Case, site: Site) -> Iterator[Finding]:
     """Whether jobs may be started again."""
-    extra = case.cluster.extra
-    if extra.get("no-requeue") or extra.get("requeue") is False:
-        yield Finding(
-            "failed",
-            "requeueing",
-            "extra: of the profile turns it off, so a stage ends at its first time limit",
-            "take no-requeue or requeue out of extra:",
-        )
-        return
     usual = site.config.get("JobRequeue") == "1"
     text = "the site's default" if usual else "off unless a job asks for it, which these do"
     yield Finding("ok", "requeueing", f"{text}; {case.cluster.max_restarts} times at most")

@@ -22,7 +22,7 @@ _SET_ASIDE = {"MAINT", "RESERVED"}
 _ASSOCIATION = ("Account", "Partition", "QOS", "DefaultQOS", "MaxJobs", "MaxSubmit", "MaxWall")
 _ASSOCIATION_TRES = ("MaxTRES", "GrpTRES")
 _QOS = ("Name", "GraceTime", "PreemptMode", "MaxWall", "MaxTRESPU", "MaxTRES", "MaxJobsPU")
-_QOS_MORE = ("MaxSubmitPU", "GrpTRES")
+_QOS_MORE = ("MaxSubmitPU", "GrpTRES", "Flags")
 
 
 def ask(*command: str, text: str = "", seconds: float = SECONDS) -> str:
@@ -72,22 +72,6 @@ def settings(text: str) -> dict[str, str]:
     """The values of ``scontrol show config``."""
     pairs = (line.partition("=") for line in text.splitlines())
     return {name.strip(): value.strip() for name, sign, value in pairs if sign}
-
-
-def seconds_of(text: str) -> int | None:
-    """A time as SLURM writes it, ``days-hours:minutes:seconds``, or ``30 sec``; None: no limit."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?(?: sec| min)?", text.strip())
-    if found is None:
-        return None
-    days, *rest = (None if part is None else int(part) for part in found.groups())
-    numbers = [part for part in rest if part is not None]
-    if len(numbers) == 1 and days is None:
-        return numbers[0] * (60 if text.strip().endswith("min") else 1)
-    if days is not None or len(numbers) == 3:
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-    else:
-        hours, (minutes, seconds) = 0, numbers
-    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def number_of(text: str | None) -> int | None:
@@ -208,15 +192,16 @@ class Site:
     accounts_problem: str = ""
 
     @classmethod
-    def read(cls) -> "Site":
-        """Asks SLURM.
+    def read(cls, *, with_nodes: bool = True) -> "Site":
+        """Asks SLURM; on a large cluster the nodes take it longest.
 
         Raises:
             UserError: it does not answer.
         """
         config = settings(ask("scontrol", "show", "config"))
         partitions = _named(ask("scontrol", "show", "partition", "--oneliner"), "PartitionName")
-        nodes = _named(ask("scontrol", "show", "node", "--oneliner"), "NodeName")
+        told = ask("scontrol", "show", "node", "--oneliner") if with_nodes else ""
+        nodes = _named(told, "NodeName")
         listing = tuple(Node(name, values) for name, values in nodes.items())
         accounts, problem = None, ""
         try:

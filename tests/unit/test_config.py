@@ -30,6 +30,9 @@ class Tree(StrictModel):
     named: dict[str, dict[str, Leaf]] = Field(default_factory=dict)
     either: Leaf | Branch = Leaf()
     rate: float = 1.0
+    flag: bool = False
+    pair: tuple[int, ...] | None = None
+    until: Literal["profile"] | float | None = None
 
 
 def problem(model: type[StrictModel], data: Any, where: str = "file.yaml") -> str:
@@ -82,6 +85,18 @@ def test_an_unknown_key_names_the_nearest(data: Any, key: str, hint: str) -> Non
         ({"neded": 1}, ("unknown key 'neded'", "did you mean 'needed'?")),
         ([], ("dictionary",)),
         ({"needed": "x", "rate": "y"}, ("needed", "1 more")),
+        ({"needed": True}, ("needed", "integer", "True")),
+        ({"needed": True, "rate": True}, (" needed: ", "integer (found True) (and 1 more)")),
+        ({"needed": 10.0}, ("needed", "integer", "10.0; write 10")),
+        ({"needed": "10"}, ("needed", "integer", "without quotes")),
+        ({"needed": "1_000"}, ("needed", "'1_000'", "without", "underscores")),
+        ({"needed": 1, "rate": True}, ("rate", "number", "True")),
+        ({"needed": 1, "rate": "2e-5"}, ("rate", "number", "without quotes")),
+        ({"needed": 1, "flag": 1}, ("flag", "boolean", "1; write true or false")),
+        ({"needed": 1, "flag": "yes"}, ("flag", "boolean", "'yes'; write true or false")),
+        ({"needed": 1, "pair": [1, True]}, ("pair.1", "integer", "True")),
+        ({"needed": 1, "leaf": {"label": 12}}, ("leaf.label", "string", "12; put it in quotes")),
+        ({"needed": 1, "until": True}, ("until: ", "'profile' or ", "number", "True")),
     ],
 )
 def test_a_wrong_value_names_the_key(data: Any, words: tuple[str, ...]) -> None:
@@ -91,8 +106,9 @@ def test_a_wrong_value_names_the_key(data: Any, words: tuple[str, ...]) -> None:
 
 
 def test_a_valid_mapping_is_built_and_frozen() -> None:
-    tree = validate(Tree, {"needed": 2, "many": [{"width": 5}]}, "here")
+    tree = validate(Tree, {"needed": 2, "many": [{"width": 5}], "rate": 2, "until": 3}, "here")
     assert tree.many[0].width == 5
+    assert (tree.rate, tree.until) == (2.0, 3.0)
     with pytest.raises(ValueError, match="frozen"):
         tree.needed = 3  # type: ignore[misc]
 
@@ -168,14 +184,17 @@ def test_overrides_are_yaml_values_at_dotted_keys() -> None:
     assert parse_overrides([]) == {}
 
 
-def test_an_override_without_a_point_in_its_exponent_is_still_a_number() -> None:
-    # YAML 1.1 reads 2e-5 as text; the typed field makes it a number.
-    tree = validate(Tree, parse_overrides(["needed=1", "rate=2e-5"]), "command line")
-    assert tree.rate == 2e-5
+def test_a_number_configures_the_same_run_however_it_is_written() -> None:
+    plain = validate(TrainConfig, training("optimization.learning_rate=1.0e-05"), "run")
+    for text in ("1e-5", "1E-5", "0.00001", ".00001", "+1.e-5"):
+        config = validate(TrainConfig, training(f"optimization.learning_rate={text}"), "run")
+        assert content_hash(config.model_dump(mode="json")) == content_hash(
+            plain.model_dump(mode="json")
+        )
 
 
 @pytest.mark.parametrize(
-    "text", ["novalue", "=1", "a..b=1", ".a=1", "a.=1", "a=[1", "a=2024-13-45"]
+    "text", ["novalue", "=1", "a..b=1", ".a=1", "a.=1", "a=[1", "a={b: 1, b: 2}", "a=!!set {b}"]
 )
 def test_a_bad_override_is_one_line(text: str) -> None:
     with pytest.raises(UserError, match="override") as caught:
@@ -258,6 +277,11 @@ def test_a_plain_training_configuration_is_valid() -> None:
         (["optimization.betas=[0.9, 1.0]"], ("optimization.betas.1", "less than 1")),
         (["optimization.learning_rate=fast"], ("optimization.learning_rate", "number")),
         (["optimization.learning_rate=.nan"], ("optimization.learning_rate", "finite")),
+        (["advantage.ddof=true"], ("advantage.ddof", "integer", "True")),
+        (["optimization.iterations=true"], ("optimization.iterations", "integer", "True")),
+        (["optimization.iterations=1_000"], ("optimization.iterations", "without", "underscores")),
+        (["optimization.iterations=1:00"], ("optimization.iterations", "'1:00'")),
+        (["optimization.iterations=1e3"], ("optimization.iterations", "write 1000")),
         (["advantage.combination=mean"], ("advantage.combination", "'sum'")),
         (["rollouts.group_size=4"], ("rollouts", "'rollout'")),
     ],

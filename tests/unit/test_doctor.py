@@ -21,6 +21,7 @@ from slurm.doctor.examine import examine
 from slurm.doctor.finding import Case, Finding, Options
 from slurm.doctor.site import Site
 from slurm.graph import Needs
+from slurm.times import seconds_of
 
 RECORDED = Path(__file__).parent / "slurm_recorded"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,7 +90,7 @@ def test_a_cluster_as_it_was_recorded(answers: dict[str, str]) -> None:
     ],
 )  # fmt: skip
 def test_times(text: str, seconds: int | None) -> None:
-    assert sites.seconds_of(text) == seconds
+    assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -207,8 +208,6 @@ def test_time_limits(answers: dict[str, str]) -> None:
     assert found.found == "asks for 1440 minutes, partition main allows 480"
     assert "minutes: {train: 480}" in found.mend
     assert words(limits.times(case(partition="main,high"), site)) == {"ok"}
-    short = case(minutes={"render": 2}, signal_lead_seconds=120)
-    assert line(limits.times(short, Site.read()), "time of render").word == "failed"
     tight = case({"render": Needs()}, minutes={"render": 3}, signal_lead_seconds=120)
     assert line(limits.times(tight, Site.read()), "time of render").word == "warning"
 
@@ -229,6 +228,23 @@ def test_accounts_and_their_limits(answers: dict[str, str]) -> None:
     assert words(limits.accounting(case(qos="normal", account="root"), site)) == {"ok"}
     found = line(limits.times(case(qos="day", minutes={"train": 2880}), site), "time of train")
     assert found.found == "asks for 2880 minutes, qos day allows 1440"
+    whole = answers.copy()
+    limited = case(minutes={"train": 2880})
+    # The account's own qos, the partition's, and one that stands above the partition's limit.
+    answers["associations"] = answers["associations"].replace("normal||", "normal|day|")
+    found = line(limits.times(limited, Site.read()), "time of train")
+    assert found.found == "asks for 2880 minutes, qos day allows 1440"
+    answers |= whole | {"partitions": whole["partitions"].replace("QoS=N/A", "QoS=day", 1)}
+    found = line(limits.times(limited, Site.read()), "time of train")
+    assert found.found == "asks for 2880 minutes, qos day allows 1440"
+    assert words(limits.times(case(partition="high"), Site.read())) == {"ok"}
+    answers |= whole | {
+        "partitions": whole["partitions"].replace("MaxTime=UNLIMITED", "MaxTime=60:00"),
+        "qos": whole["qos"].replace("|10||", "|10||PartitionTimeLimit"),
+    }
+    assert words(limits.times(case(), Site.read())) == {"failed"}
+    assert words(limits.times(case(qos="day"), Site.read())) == {"ok"}
+    answers |= whole
     shared = case(options=Options(shares=16), qos="day")
     assert "takes 10 of your jobs" in line(limits.jobs(shared, site), "jobs").found
     many = case({"train": Needs(16, 16)}, qos="day", cpus_per_task=2)
@@ -268,12 +284,7 @@ def test_preemption(answers: dict[str, str]) -> None:
     assert found.word == "warning" and "cancelled and not started again" in found.found
 
 
-def test_requeueing_that_the_profile_turns_off(answers: dict[str, str]) -> None:
-    site = Site.read()
-    assert (
-        line(requeue.requeueing(case(extra={"no-requeue": True}), site), "requeueing").word
-        == "failed"
-    )
+def test_requeueing_where_the_site_does_not(answers: dict[str, str]) -> None:
     answers["config"] = answers["config"].replace("JobRequeue              = 1", "JobRequeue = 0")
     assert line(requeue.requeueing(case(), Site.read()), "requeueing").found.startswith(
         "off unless"
@@ -286,6 +297,8 @@ def test_without_slurm_nothing_is_raised(tmp_path: Path, monkeypatch: pytest.Mon
     assert line(found, "SLURM").found.startswith("sbatch, squeue, ")
     assert line(found, "SLURM").word == "failed"
     assert not list(tmp_path.iterdir())
+    found = examine(Cluster(extra={"reservatoin": "x"}), TRAIN, tmp_path / "a" / "b")
+    assert line(found, "extra: reservatoin").mend == "did you mean 'reservation'?"
 
 
 def test_a_command_that_hangs_or_fails_is_told(

@@ -1,6 +1,9 @@
 """The entry point: what the file system refuses is one line, bugs keep their traceback."""
 
 import errno
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,7 @@ import pytest
 
 from g2rpo.files import atomic_write_text
 from reproduce import cli
+from reproduce.experiment import HERE
 
 
 def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,3 +74,57 @@ def test_other_errors_keep_their_traceback(
     with pytest.raises(type(error)) as raised:
         cli.main()
     assert raised.value is error
+
+
+def without_unicode(*arguments: str) -> "subprocess.CompletedProcess[bytes]":
+    """The command in a process whose locale has ASCII alone."""
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONIOENCODING"}
+    return subprocess.run(
+        [sys.executable, "-m", "reproduce.cli", *arguments],
+        env=environment | plain,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_a_locale_without_unicode_is_named_and_nothing_crashes(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\u00e9"
+    folder.mkdir()
+    title = "title: \u00dcbersicht \u03c3"
+    text = (HERE / "experiments" / "table3.yaml").read_text(encoding="utf-8")
+    shown, changes = re.subn("title: .*", title, text, count=1)
+    assert changes == 1
+    (folder / "shown.yaml").write_text(shown, encoding="utf-8")
+    profile = f"{{extends: mini, name: other, prompts: {{train: {folder}/absent.txt}}}}"
+    (folder / "other.yaml").write_text(profile, encoding="utf-8")
+
+    done = without_unicode("plan", str(folder / "shown.yaml"), "--all")
+    assert (done.returncode, done.stderr.count(b"\n")) == (0, 1)
+    assert rb"\xdcbersicht \u03c3" in done.stdout
+    assert b"the locale's encoding, ascii, lacks characters" in done.stderr
+    for refused_words in (
+        ("plan", "table3", "--profile", str(folder / "other.yaml")),  # a path in a file
+        ("plan", str(folder / "absent.yaml")),  # a path on the command line
+        ("plan", "table3", "-s", "m\u00e9thod=1"),
+    ):
+        done = without_unicode(*refused_words)
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
+        assert b"the locale's encoding, ascii, lacks characters: set LC_ALL" in done.stderr
+
+
+def test_a_name_that_is_no_text_is_printed_as_it_is() -> None:
+    script = "import os; from reproduce import locales; locales.escape_output(); "
+    script += "print(os.fsdecode(b'caf\\xe9.png'), '\u03c3')"
+    for encoding, expected in (
+        ("utf-8", b"caf\xe9.png \xcf\x83"),
+        ("ascii", b"caf\xe9.png \\u03c3"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-X", "utf8", "-c", script],
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            check=True,
+        )
+        assert done.stdout.strip() == expected

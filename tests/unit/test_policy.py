@@ -131,7 +131,7 @@ def test_hub_id_that_is_not_cached_while_offline() -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (huggingface_hub.errors.GatedRepoError, ("licence", "huggingface-cli login")),
+        (huggingface_hub.errors.GatedRepoError, ("licence", "hf auth login")),
         (huggingface_hub.errors.RepositoryNotFoundError, ("neither a folder", "correct the name")),
         (huggingface_hub.errors.RevisionNotFoundError, ("'v9'", "policy.revision")),
     ],

@@ -46,6 +46,7 @@ TAUGHT[:, 0] /= 3
 @pytest.fixture(autouse=True)
 def _cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("G2RPO_CACHE", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,8 @@ class TestCache:
         for value in ("", "relative"):
             monkeypatch.setenv("XDG_CACHE_HOME", value)
             assert default_folder() == Path.home() / ".cache" / "g2rpo" / "answers"
+        monkeypatch.setenv("G2RPO_CACHE", str(tmp_path / "own"))
+        assert default_folder() == tmp_path / "own" / "answers"
 
 
 def hammer(job: tuple[str, int]) -> bool:

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
+from g2rpo.hub.cache import own_cache
 
 VERSION = 1
 
 
 def default_folder() -> Path:
-    """``g2rpo/answers`` in ``$XDG_CACHE_HOME``, or in ``~/.cache`` where that is not absolute."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (base if base.is_absolute() else Path.home() / ".cache") / "g2rpo" / "answers"
+    """``answers`` in the folder that ``G2RPO_CACHE`` names."""
+    return own_cache() / "answers"
 
 
 def answer_key(image: Tensor, prompt: str, asked: dict[str, Any]) -> str:

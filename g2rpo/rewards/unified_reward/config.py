@@ -91,7 +91,7 @@ class QuestionConfig(StrictModel):
     cache: bool = True
     """Whether well-formed answers are kept on disk and used again."""
     cache_folder: str | None = None
-    """None means ``g2rpo/answers`` in the user's cache directory."""
+    """None means ``answers`` in ``G2RPO_CACHE``, which is ``~/.cache/g2rpo`` by default."""
 
     @model_validator(mode="after")
     def _dtype_is_the_servers(self) -> "QuestionConfig":
