@@ -250,7 +250,7 @@ def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
         ("a.json", '{"anime": ["a cat"]}', "entry 'anime': prompt must be a string"),
         ("a.json", '{"prompt": "a cat", "id": "1"}', "'prompt' stands outside of a list"),
         ("a.json", '{"prompts": ["a"], "text": ["b"]}', "'text' stands outside of a list"),
-        ("a.json", '{"q1": "a", "q1": "b"}', "key 'q1' is there twice"),
+        ("a.json", '{"q1": "a", "q1": "b"}', "key 'q1' is there 2 times"),
         ("a.json", '["a",\n"b"', "line 2: not valid JSON"),
         ("a.json", "[" * 100_000, "not valid JSON"),
         ("a.json", '["\\ud83d"]', "entry 1: the prompt is not valid Unicode"),
