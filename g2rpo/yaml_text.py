@@ -66,8 +66,6 @@ class _Loader(yaml.SafeLoader):
 class _TextLoader(_Loader):
     """YAML whose scalars stay the text that is written."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
-
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that either version of YAML would read as something else."""
@@ -87,6 +85,7 @@ def _constructor(
 
 
 _Loader.yaml_implicit_resolvers = {}
+_TextLoader.yaml_implicit_resolvers = {}
 for _name, _form, _first, _convert in _SCALARS:
     _starts = [*_first, *([""] if _name == "null" else [])]
     _Loader.add_implicit_resolver(_TAG + _name, _form, _starts)
