@@ -40,7 +40,7 @@ def hashing_up_to(size: int = LARGE) -> Iterator[None]:
         _most.reset(token)
 
 
-def measure(files: Iterable[Path], folder: Path) -> dict[str, dict[str, Any]]:
+def checksums_of(files: Iterable[Path], folder: Path) -> dict[str, dict[str, Any]]:
     """The SHA-256 and size of each of ``files``, by its path relative to ``folder``."""
     return {
         os.path.relpath(path, folder): {"sha256": sha256_file(path), "size": path.stat().st_size}
@@ -52,8 +52,13 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
     """Writes ``document`` with its own checksum, atomically; the order of its keys is kept."""
     if path.is_dir():  # a damaged document in its place
         remove(path)
-    text = json.dumps({**document, CHECKSUM: _digest(document)}, indent=2, allow_nan=False)
+    text = json.dumps(with_checksum(document), indent=2, allow_nan=False)
     atomic_write_text(path, text + "\n")
+
+
+def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
+    """``document`` with its own checksum, as :func:`parse_document` reads it."""
+    return {**document, CHECKSUM: _digest(document)}
 
 
 def parse_document(data: bytes) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def parse_document(data: bytes) -> dict[str, Any]:
     """
     document: Any = json.loads(data)
     if not isinstance(document, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     recorded = document.pop(CHECKSUM, None)
     files = document.get(FILES)
     # One damaged bit may hide the checksum's own name; only newer documents list files with hashes.
@@ -83,7 +88,7 @@ def problems(folder: Path, recorded: Mapping[str, Any]) -> Iterator[tuple[Path, 
 
     Args:
         folder: what the paths are relative to.
-        recorded: what :func:`measure` gave; or sizes alone, as older versions wrote them.
+        recorded: what :func:`checksums_of` gave; or sizes alone, as older versions wrote them.
     """
     for name, entry in recorded.items():
         path = Path(os.path.normpath(folder / name))

@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks.scoring import summary
 from benchmarks.scoring.engine import Ranks, Scorer
 from benchmarks.scoring.items import Source, read_source, refuse_bad
+from g2rpo.checksums import FILES, problems
 from g2rpo.config import content_hash, merge, nearest, validate
 from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
@@ -23,7 +24,7 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from reproduce import runs
 from reproduce.experiment import Profile, judges
-from reproduce.run_folders import write_manifest
+from reproduce.run_folders import MANIFEST, listed, write_manifest
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], li
     path = output / "scores.parquet"
     if not path.is_file():
         return [], []
+    for damaged, problem in problems(output, listed(output / MANIFEST, FILES)):
+        if damaged.name == path.name:
+            raise UserError(f"{damaged} {problem}; delete it and score again")
     try:
         old = pd.read_parquet(path)
     except (OSError, ValueError):
@@ -186,6 +190,7 @@ def _write(
             "batch_size": scorer.findings.batch_size,
             "provenance": runs.provenance(weights),
         },
+        [request.output / name for name in ("scores.parquet", "summary.csv", "skipped.csv")],
     )
     console = Console(file=sys.stdout)
     summary.show(lines, scorer.findings.too_long, console)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from g2rpo.attempts import Attempt, Record, WorkProgress
+from g2rpo.checksums import hashing_up_to
 from g2rpo.errors import UserError
 from g2rpo.lease import is_alive
 from reproduce.console import Word
@@ -97,7 +98,9 @@ def read_status(submission: Submission) -> list[StageStatus]:
     for stage in submission.graph.stages.values():
         job = jobs.get(stage.name)
         reader = _Reader(submission, inputs, found, driver_lives=alive)
-        found[stage.name] = reader.read(stage, None if job is None else known.get(job), job or "")
+        state = None if job is None else known.get(job)
+        with hashing_up_to():
+            found[stage.name] = reader.read(stage, state, job or "")
     return list(found.values())
 
 

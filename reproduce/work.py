@@ -5,7 +5,6 @@ on this machine, or the command line.
 """
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -15,16 +14,16 @@ from typing import Any
 
 from benchmarks.protocol import CreditConfig, EvaluationConfig
 from g2rpo.attempts import Attempt
+from g2rpo.checksums import FILES, parse_document, write_document
 from g2rpo.config import content_hash, validate
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_text
 from g2rpo.lease import Lease, latest
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.training.config import TrainConfig
 from reproduce import embedding, finished
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
-from reproduce.run_folders import sound_manifest
+from reproduce.run_folders import read_manifest, sound
 from reproduce.shares import WHOLE, Share
 from slurm.distributed import Ranks
 from slurm.graph import Stage
@@ -77,6 +76,8 @@ class Work:
         """Whether nothing is left to do."""
         if self.kind == "train":
             return finished.is_trained(self.cell, self.layout)
+        if not finished.has_training_record(self.cell, self.layout):
+            return False
         if self.kind == "sample":
             return finished.is_sampled(self.cell, self.layout, self.share)
         return finished.is_scored(self.cell, self.layout, self.share)
@@ -134,7 +135,7 @@ class Measurement:
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return sound_manifest(self.folder) is not None
+        return sound(read_manifest, self.folder) is not None
 
     def do(self) -> None:
         """Measures it."""
@@ -315,16 +316,14 @@ class Inputs:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    # Not sorted: the order of rewards is part of a run's name, and of its sums.
-    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_document(path, {**value, FILES: {}})
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return parse_document(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); submit again") from None
-    return data
 
 
 def cell_file(cell: ResolvedCell) -> str:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from g2rpo.checksums import EXPORTED, FILES, measure, write_document
+from g2rpo.checksums import EXPORTED, FILES, checksums_of, write_document
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
 from g2rpo.policy.flux import FluxPolicy
@@ -32,5 +32,5 @@ def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
 
 def write_checksums(folder: Path) -> None:
     """Writes the checksums of all files of an export into it."""
-    files = measure((path for path in folder.rglob("*") if path.is_file()), folder)
+    files = checksums_of((path for path in folder.rglob("*") if path.is_file()), folder)
     write_document(folder / EXPORTED, {FILES: files})

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from g2rpo.checksums import measure
+from g2rpo.checksums import checksums_of
 from g2rpo.errors import UserError
 from g2rpo.files import check_publication, publish_folder
 from g2rpo.training import checkpoints
@@ -124,7 +124,7 @@ class BackgroundWriter:
         """The checksums of the files that this rank has written, once it has."""
         written.result()
         own = (temporary / SHARDS).glob(f"__{self.accelerator.process_index}_*")
-        return measure(own, temporary)
+        return checksums_of(own, temporary)
 
     @property
     def written(self) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from g2rpo.checksums import FILES, measure, parse_document, problems, write_document
+from g2rpo.checksums import FILES, checksums_of, parse_document, problems, write_document
 from g2rpo.errors import UserError
 from g2rpo.files import check_publication
 
@@ -115,11 +115,11 @@ def write_state(
 ) -> None:
     """Completes a checkpoint: its counters, and the checksums of its files.
 
-    ``measured`` are those that are known already (:func:`g2rpo.checksums.measure`).
+    ``measured`` are those that are known already (:func:`g2rpo.checksums.checksums_of`).
     """
     files = dict(measured or {})
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    files |= measure((p for p in paths if p.relative_to(folder).as_posix() not in files), folder)
+    known = {folder / name for name in files}
+    files |= checksums_of({p for p in folder.rglob("*") if p.is_file()} - known, folder)
     write_document(folder / STATE, {"progress": asdict(progress), FILES: files})
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from g2rpo.checksums import measure, write_document
+from g2rpo.checksums import checksums_of, write_document
 from g2rpo.data.embeddings.cache import (
     SHARD_SUFFIX,
     EmbeddingCache,
@@ -165,7 +165,7 @@ def _write_shard(
         remove(shard)
         with atomic_path(shard) as temporary:
             save_file(tensors, temporary)
-        index = ShardIndex(files=measure([shard], folder), entries=entries, origin=origin)
+        index = ShardIndex(files=checksums_of([shard], folder), entries=entries, origin=origin)
         write_document(index_path(shard), index.model_dump(mode="json", exclude_none=True))
     except (OSError, SafetensorError) as error:
         if not _is_full(error):
