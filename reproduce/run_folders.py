@@ -97,7 +97,10 @@ def warn_once(message: str) -> None:
 
 
 def write_manifest(
-    folder: Path, manifest: Mapping[str, Any], files: Iterable[Path], images: Iterable[Path] = ()
+    folder: Path,
+    manifest: Mapping[str, Any],
+    files: Iterable[Path] = (),
+    images: Iterable[Path] = (),
 ) -> None:
     """Marks a stage complete: its manifest is written last, with checksums of its files."""
     listed = {FILES: checksums_of(files, folder), IMAGES: checksums_of(images, folder)}
