@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -200,8 +201,9 @@ def guarded_folder(path: Path) -> Path:
 
 
 def writable_by_others(path: Path) -> bool:
-    """Whether the group or others may write to ``path``."""
-    return bool(path.stat().st_mode & 0o022)
+    """Whether the group or others may replace what is in the folder ``path``."""
+    mode = path.stat().st_mode
+    return bool(mode & 0o022) and not mode & stat.S_ISVTX
 
 
 def sha256_file(path: Path) -> str:

@@ -16,6 +16,7 @@ from benchmarks.drift import DriftReference, base_reference, measure_drift, no_d
 from benchmarks.held_out import (
     compared_images,
     image_path,
+    image_problem,
     prune_images,
     sample_images,
 )
@@ -152,11 +153,19 @@ class Behaviour:
         return model
 
     def judge(self, tower: ImageTower | None) -> None:
-        """Measures the diversity, once all images are there."""
+        """Measures the diversity, once all images are there.
+
+        Raises:
+            UserError: one of them, which may be of another share, is damaged.
+        """
         section = self.config.diversity
         if section is None or tower is None or not self.share.first:
             return
         files = compared_images(self.prompts, section, self.folder / "images", self._images)
+        for path in (path for paths in files.values() for path in paths):
+            problem = image_problem(path)
+            if problem is not None:
+                raise UserError(f"{path} {problem}; run `g2rpo sample` on this cell again")
         _write(measure_diversity(tower, files, section.features), self._diversity)
 
     def prune(self, keep: int | None) -> None:

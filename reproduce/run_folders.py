@@ -14,7 +14,7 @@ from typing import Any
 
 from g2rpo.checksums import FILES, checksums_of, parse_document, problems, write_document
 from g2rpo.errors import UserError
-from g2rpo.training.checkpoints import checkpoint_folder, problem
+from g2rpo.training.checkpoints import CHECKPOINTS, checkpoint_folder, problem
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ SHOWN_NAMES = 4
 
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` is a training run, or a base or checkpoint that was evaluated."""
-    return (folder / SETTINGS).is_file() or (folder / EVALUATIONS).is_dir()
+    return any((folder / name).exists() for name in (SETTINGS, CHECKPOINTS, EVALUATIONS))
 
 
 def run_folders(runs_folder: Path) -> list[Path]:
@@ -111,11 +111,13 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """The training configuration of a run; None where nothing is trained.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: its file is damaged, or missing where something was trained.
     """
     path = folder / SETTINGS
     settings = read_document(path, ("method", "rewards", "optimization"))
     if settings is None:
+        if (folder / CHECKPOINTS).exists():
+            raise UserError(f"{path} is missing; {AGAIN}")
         return None
     with damage_told(path):
         if type(settings.get("seed")) is not int:

@@ -5,6 +5,7 @@ on this machine, or the command line.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from g2rpo.attempts import Attempt
 from g2rpo.checksums import FILES, parse_document, write_document
 from g2rpo.config import content_hash, validate
 from g2rpo.errors import UserError
+from g2rpo.files import writable_by_others
 from g2rpo.lease import Lease, latest
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.training.config import TrainConfig
@@ -29,6 +31,7 @@ from slurm.distributed import Ranks
 from slurm.graph import Stage
 from slurm.submission import Submission
 
+logger = logging.getLogger(__name__)
 ENTRY = "reproduce.work:run_stage"
 
 
@@ -236,6 +239,11 @@ def run_stage(submission: Submission, stage: Stage, ranks: Ranks) -> None:
         UserError: the stage fails.
         Stopped: the process was asked to stop.
     """
+    for folder in (submission.folder, submission.jobs_folder):
+        if folder.is_dir() and writable_by_others(folder):
+            logger.warning(
+                "%s: jobs load code from it and others can write to it; run chmod go-w", folder
+            )
     os.chdir(submission.directory)
     inputs = Inputs.load(submission.folder)
     if stage.kind == "render":

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _FOLDER = re.compile(r"iteration-(\d{6})")
 FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 """safetensors tells an error of the system by its text alone."""
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints."""
 STATE = "state.json"
 """The file that completes a checkpoint."""
 
@@ -65,12 +67,12 @@ class Progress:
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
     """Where the checkpoint after ``iteration`` iterations is kept."""
-    return run / "checkpoints" / f"iteration-{iteration:06d}"
+    return run / CHECKPOINTS / f"iteration-{iteration:06d}"
 
 
 def saved_iterations(run: Path) -> list[int]:
     """The iterations that have a checkpoint, ascending."""
-    found = (_FOLDER.fullmatch(path.name) for path in (run / "checkpoints").glob("iteration-*"))
+    found = (_FOLDER.fullmatch(path.name) for path in (run / CHECKPOINTS).glob("iteration-*"))
     return sorted(int(match.group(1)) for match in found if match)
 
 
@@ -156,7 +158,7 @@ def remove_unfinished(run: Path) -> None:
     folder gone, and may not publish. A successor's cannot be hit: what was listed before the guards
     were asked is older than any successor.
     """
-    for leftover in sorted((run / "checkpoints").glob(".iteration-*.tmp")):
+    for leftover in sorted((run / CHECKPOINTS).glob(".iteration-*.tmp")):
         _delete(leftover)
 
 
