@@ -189,15 +189,10 @@ def file_state(path: Path) -> FileState | None:
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
-def guarded_folder(path: Path) -> Path:
-    """Makes a folder, and those above it, that the group and others cannot write to.
-
-    Raises:
-        FileExistsError: it is there already.
-    """
+def guarded_folder(path: Path) -> None:
+    """Makes a folder, where there is none, that the group and others cannot write to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o755)  # less what the umask takes away
-    return path
+    path.mkdir(mode=0o755, exist_ok=True)  # less what the umask takes away
 
 
 def writable_by_others(path: Path) -> bool:

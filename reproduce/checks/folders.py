@@ -49,10 +49,8 @@ def check_results(folder: Path) -> Finding:
     places = (folder, folder / "runs", folder / "runs" / "submissions")
     shared = [str(path.absolute()) for path in places if path.is_dir() and writable_by_others(path)]
     if shared:
-        return Finding(
-            "results", "warning", f"{text}; jobs load code from {shared[0]}, which others can write to",
-            f"chmod go-w {' '.join(shared)}",
-        )  # fmt: skip
+        text += f"; jobs load code from {shared[0]}, which others can write to"
+        return Finding("results", "warning", text, f"chmod go-w {' '.join(shared)}")
     return Finding("results", "ok", text)
 
 

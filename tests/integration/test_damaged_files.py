@@ -418,5 +418,5 @@ def test_damaged_exports_are_refused_by_name(
     assert resolve_source(str(tmp_path / "out"), None) == tmp_path / "out"
     path = tmp_path / "out" / "transformer" / "config.json"
     FAULTS[fault](path)
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         resolve_source(str(tmp_path / "out"), None)
