@@ -75,17 +75,22 @@ def sample_images(
     Raises:
         Stopped: a stop was asked for; the images so far are kept.
     """
-    missing = [prompt for prompt in prompts if not image_path(folder, prompt, index).exists()]
+    missing = {prompt for prompt in prompts if not image_path(folder, prompt, index).exists()}
     grid = build_grid(config.grid, policy.image_tokens)
     with ProgressReport("sample", len(prompts), done=len(prompts) - len(missing)) as report:
-        for start in range(0, len(missing), batch):
+        for start in range(0, len(prompts), batch):
+            # Whole batches, whichever images are there: in others, sums would be rounded otherwise.
+            part = prompts[start : start + batch]
+            left = [prompt for prompt in part if prompt in missing]
+            if not left:
+                continue
             StopRequest.obey()
-            part = missing[start : start + batch]
             images = sample_ode(policy, part, grid, config.seed, batch, index)
             for prompt, pixels in zip(part, images, strict=True):
-                with atomic_path(image_path(folder, prompt, index)) as temporary:
-                    Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
-            report.advance(len(part))
+                if prompt in left:
+                    with atomic_path(image_path(folder, prompt, index)) as temporary:
+                        Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
+            report.advance(len(left))
     return len(missing)
 
 

@@ -149,7 +149,10 @@ class EmbeddingCache:
 
     def _problem(self, shard: Path) -> str | None:
         found = next(problems(self.folder, self._recorded[shard]), None)
-        return None if found is None else found[1]
+        if found is None:
+            return None
+        path, problem = found
+        return problem if path.name == shard.name else f"has an index that {problem}"
 
     def _is_whole(self, shard: Path) -> bool:
         problem = self._problem(shard)
@@ -184,7 +187,8 @@ class EmbeddingCache:
     def _take_in(self, path: Path) -> None:
         shard = path.with_suffix(SHARD_SUFFIX)
         try:
-            index = validate(ShardIndex, parse_document(path.read_bytes()), str(path))
+            data = path.read_bytes()
+            index = validate(ShardIndex, parse_document(data), str(path))
             keys = tuple(entry.prompt for entry in index.entries)
             if shard_name(keys) != shard.name:
                 raise ValueError("the index of another shard")
@@ -193,7 +197,8 @@ class EmbeddingCache:
         except (OSError, ValueError, UserError):
             self._tell(shard, "has a damaged index")
             return
-        self._recorded[shard] = index.recorded(shard)
+        own = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        self._recorded[shard] = {**index.recorded(shard), path.name: own}
         with hashing_up_to(0):  # what is in it is compared where it is used
             if not self._is_whole(shard):
                 return
