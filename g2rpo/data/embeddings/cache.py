@@ -22,6 +22,7 @@ from torch import Tensor
 from g2rpo.checksums import hashing_up_to, parse_document, problems
 from g2rpo.config import StrictModel, content_hash, validate
 from g2rpo.errors import UserError
+from g2rpo.files import remove
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ class EmbeddingCache:
         index = index_path(shard)
         self._forget(index.name)
         try:
-            index.unlink(missing_ok=True)
+            remove(index)
         except OSError:
             # It stays known as one without entries, so that it is not taken in again.
             self._shards[index.name] = ()
