@@ -20,6 +20,7 @@ from engine_runs import config_for, run_to, trained_weights, trainer_for
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from benchmarks.scoring.journal import Entry, Journal
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.policy import FluxPolicy
@@ -278,6 +279,36 @@ def test_damaged_previews_are_left_out(
     scored = pd.read_parquet(site.evaluation / name)
     assert set(before["prompt_id"]) - set(scored["prompt_id"]) == {"000001"}
     site.same_as(whole)
+
+
+def test_a_damaged_reference_of_the_drift_is_made_again(
+    whole: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = whole.copy(tmp_path)
+    path = only(site.runs, "base-*/drift/*.safetensors")
+    flip(path)
+    (site.evaluation / "drift.parquet").unlink()
+    site.do("sample", "score")
+    assert path.name in caplog.text
+    site.same_as(whole)
+
+
+def test_a_damaged_line_of_a_journal_is_scored_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path, "judge", 0)
+    entries = [Entry(f"{item}", "key", {"hps": 0.1 * item}) for item in range(3)]
+    journal.append(entries)
+    kept = journal.path.read_bytes()
+    second = kept.index(b"\n") + 1
+    for place in range(second, kept.index(b"\n", second)):
+        data = bytearray(kept)
+        data[place] ^= 1
+        journal.path.write_bytes(bytes(data))
+        found = list(journal.read())
+        assert found in ([entries[0], entries[2]], entries)  # white space may be another
+        assert found == entries or "a damaged line" in caplog.text
+    assert found == [entries[0], entries[2]]
 
 
 @pytest.mark.parametrize("part", ["json", "parquet"])
