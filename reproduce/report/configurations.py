@@ -8,7 +8,7 @@ from g2rpo.errors import UserError
 from reproduce.experiment import ResolvedCell
 from reproduce.render.notes import full_label
 from reproduce.report.chapter import Chapter, without_root
-from reproduce.run_folders import read_settings
+from reproduce.run_folders import SETTINGS, read_document
 from reproduce.settings import flat
 
 
@@ -44,7 +44,8 @@ def _configuration(chapter: Chapter, cell: Cell) -> tuple[dict[str, str], str | 
     if resolved is not None and name == cell.info.runs.get("train"):
         return _flat(known | _sections(resolved)), None
     try:
-        trained = read_settings(chapter.layout.runs / cell.info.runs.get("train", ""))
+        run = chapter.layout.runs / cell.info.runs.get("train", "")
+        trained = read_document(run / SETTINGS, ())
     except UserError as error:
         return _flat(known), str(error)
     if trained is not None:
