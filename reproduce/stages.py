@@ -177,16 +177,17 @@ def _discard_damaged(folder: Path, share: Share, files: Sequence[Path]) -> None:
     What has no recorded checksum was written by a start that was interrupted: PNG files have
     checksums of their own, others are made again.
     """
-    known: set[str] = set()
+    own = {Path(os.path.normpath(path)) for path in files}
+    known: set[Path] = set()
     for document, section in ((sampled_path(folder, share), FILES), (folder / MANIFEST, IMAGES)):
         recorded = listed(document, section)
         for path, problem in problems(document.parent, recorded):
-            if path.exists():
+            if path in own and path.exists():  # other shares look after theirs
                 logger.warning("%s %s; it is made again", path, problem)
                 remove(path)
-        known.update(os.path.normpath(document.parent / name) for name in recorded)
-    for path in files:
-        if os.path.normpath(path) in known or not path.exists():
+        known.update(Path(os.path.normpath(document.parent / name)) for name in recorded)
+    for path in sorted(own - known):
+        if not path.exists():
             continue
         if path.suffix == ".png":
             _keep_image(path)
