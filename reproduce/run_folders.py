@@ -19,7 +19,7 @@ from g2rpo.training.checkpoints import CHECKPOINTS, checkpoint_folder, problem
 logger = logging.getLogger(__name__)
 
 AGAIN = "run the command that wrote it again"
-IMAGES = "images"
+IMAGES = "image_files"
 """The section of a manifest with the checksums of images."""
 SETTINGS = "config.json"
 EVALUATIONS = "evaluations"
