@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,10 @@ import pydantic
 
 from benchmarks.metrics import checked_metrics
 from benchmarks.protocol import DiversityConfig, DriftConfig
+from g2rpo.checksums import parse_document, write_document
 from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_bytes, sha256_file, write_json
+from g2rpo.files import atomic_write_bytes, sha256_file
 
 Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")]
 """A row's key, such as ``base`` or ``hps/g2rpo``: it names files, so it is kept plain."""
@@ -237,7 +238,7 @@ def save_cell(cell: Cell, folder: Path) -> Path:
         curve_sha256=_save_optional(cell.curve, _parquet_path(json_path, "curve")),
         metrics_sha256=_save_optional(cell.metrics, _parquet_path(json_path, "metrics")),
     )
-    write_json(json_path, document.model_dump(mode="json"))
+    write_document(json_path, document.model_dump(mode="json"))
     return json_path
 
 
@@ -269,11 +270,9 @@ def load_cell(json_path: Path) -> Cell:
     except OSError as error:
         raise UserError(f"{json_path}: cannot be read ({error.strerror})") from None
     try:
-        raw: Any = pydantic.TypeAdapter(dict[str, Any]).validate_json(data)
-    except pydantic.ValidationError:
-        raise UserError(
-            f"{json_path}: not a cell: this is not a JSON object; {AGAIN.format('it')}"
-        ) from None
+        raw = parse_document(data)
+    except ValueError as error:
+        raise UserError(f"{json_path}: not a cell ({error}); {AGAIN.format('it')}") from None
     try:
         document = validate(_CellFile, raw, str(json_path))
     except UserError as error:

@@ -16,7 +16,7 @@ gives the gradient of the step's loss. With their mean m and s^2 = E|g - m|^2, b
 the ratio is |m|^2 / s^2. Its inverse is how many groups must be averaged until signal equals noise.
 """
 
-import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.protocol import CreditConfig
+from g2rpo.checksums import parse_document, write_document
 from g2rpo.data.prompts import Prompt
-from g2rpo.files import write_json
 from g2rpo.flow.forest import credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.methods.base import iterations_by_rollout
@@ -40,6 +40,8 @@ from g2rpo.training.loop import Trainer
 from g2rpo.training.rollout import Rollout
 from g2rpo.training.transitions import Update
 from g2rpo.training.update import UpdateStatistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,13 @@ class RolloutCredit:
 
     @classmethod
     def read(cls, path: Path) -> "RolloutCredit | None":
-        """What was kept as :meth:`document`; None where there is nothing, or nothing whole."""
+        """What was kept as :meth:`document`; None where there is nothing, or it is damaged."""
         try:
-            return cls.of(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError):
+            return cls.of(parse_document(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s); it is measured again", path, error)
             return None
 
     @property
@@ -150,7 +155,7 @@ def measure_credit(trainer: Trainer, config: CreditConfig, folder: Path) -> list
             report.advance()
             measured = _gradients(trainer, prompts, iteration, config.repeats, explained, report)
             if main:
-                write_json(files[iteration], measured.document())
+                write_document(files[iteration], measured.document())
             found[iteration] = measured
     return [found[iteration] for iteration in iterations]
 

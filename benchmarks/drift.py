@@ -14,12 +14,13 @@ from typing import Self
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.metrics import DRIFT, metric_frame
 from benchmarks.protocol import DriftConfig
+from g2rpo.data.embeddings.cache import rows_digest
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
@@ -46,7 +47,8 @@ class DriftReference:
         """Writes one safetensors file, atomically: of several writers the last one stays."""
         with atomic_path(path) as temporary:
             tensors = {"latents": self.latents, "velocities": self.velocities}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, temporary, {"sha256": rows_digest(tensors)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -56,12 +58,14 @@ class DriftReference:
             UserError: the file is missing or damaged.
         """
         try:
-            tensors = load_file(path)
-            return cls(tensors["latents"], tensors["velocities"])
-        except (OSError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({error}); delete the file, and it is made again"
-            ) from None
+            with safe_open(path, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in ("latents", "velocities")}
+                recorded = opened.metadata()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); it is made again") from None
+        if recorded and recorded.get("sha256") != rows_digest(tensors):
+            raise UserError(f"{path}: does not match its recorded SHA-256; it is made again")
+        return cls(**tensors)
 
 
 def base_reference(

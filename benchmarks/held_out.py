@@ -14,7 +14,7 @@ from benchmarks.protocol import DiversityConfig, EvaluationConfig
 from benchmarks.scoring.engine import Scorer
 from benchmarks.scoring.items import Item
 from g2rpo.data.prompts import Prompt
-from g2rpo.files import atomic_path, check_publication
+from g2rpo.files import atomic_path, check_publication, remove
 from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy
 from g2rpo.progress import ProgressReport
@@ -26,6 +26,16 @@ from g2rpo.stop import StopRequest
 def image_path(folder: Path, prompt: Prompt, index: int = 0) -> Path:
     """Where image ``index`` of ``prompt`` is kept; the first is the one that is scored."""
     return folder / (f"{prompt.id}_{index}.png" if index else f"{prompt.id}.png")
+
+
+def image_problem(path: Path) -> str | None:
+    """What is wrong with a PNG file by the checksums of its own format; None where nothing is."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
+        return f"is damaged ({' '.join(str(error).split())[:200]})"
+    return None
 
 
 def compared_images(
@@ -65,17 +75,22 @@ def sample_images(
     Raises:
         Stopped: a stop was asked for; the images so far are kept.
     """
-    missing = [prompt for prompt in prompts if not image_path(folder, prompt, index).exists()]
+    missing = {prompt for prompt in prompts if not image_path(folder, prompt, index).exists()}
     grid = build_grid(config.grid, policy.image_tokens)
     with ProgressReport("sample", len(prompts), done=len(prompts) - len(missing)) as report:
-        for start in range(0, len(missing), batch):
+        for start in range(0, len(prompts), batch):
+            # Whole batches, whichever images are there: in others, sums would be rounded otherwise.
+            part = prompts[start : start + batch]
+            left = [prompt for prompt in part if prompt in missing]
+            if not left:
+                continue
             StopRequest.obey()
-            part = missing[start : start + batch]
             images = sample_ode(policy, part, grid, config.seed, batch, index)
             for prompt, pixels in zip(part, images, strict=True):
-                with atomic_path(image_path(folder, prompt, index)) as temporary:
-                    Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
-            report.advance(len(part))
+                if prompt in left:
+                    with atomic_path(image_path(folder, prompt, index)) as temporary:
+                        Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
+            report.advance(len(left))
     return len(missing)
 
 
@@ -110,6 +125,7 @@ def score_images(
     scores = pd.concat(
         [scorer.score(name, model) for name, model in rewards.items()], ignore_index=True
     )
+    remove(output)
     with atomic_path(output) as temporary:
         scores.to_parquet(temporary, index=False)
     check_publication()

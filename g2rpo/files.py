@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +96,15 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def remove(path: Path) -> None:
+    """Deletes a file, or a folder with all in it, where this process may; nothing is no error."""
+    check_publication()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def check_place(path: Path) -> None:
     """Asks, before it is made, whether ``path`` can be written, and missing folders above it.
 
@@ -153,7 +163,9 @@ def publish_folder(temporary: Path, path: Path) -> None:
             os.umask(umask)
             temporary.chmod(0o777 & ~umask)
             check_publication()
-            if path.exists():
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+            else:
                 retired = _temporary_folder(path)
                 path.replace(retired)
             temporary.replace(path)
@@ -161,6 +173,32 @@ def publish_folder(temporary: Path, path: Path) -> None:
     finally:
         if retired is not None:
             shutil.rmtree(retired, ignore_errors=True)
+
+
+FileState = tuple[int, int, int, int, int]
+"""Device, inode, times of the last changes in ns, size: another one where a file was changed."""
+
+
+def file_state(path: Path) -> FileState | None:
+    """What tells that a file is still the same; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    # The first time can be set by anybody, the second by the system alone.
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def guarded_folder(path: Path) -> None:
+    """Makes a folder, where there is none, that the group and others cannot write to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o755, exist_ok=True)  # less what the umask takes away
+
+
+def writable_by_others(path: Path) -> bool:
+    """Whether the group or others may replace what is in the folder ``path``."""
+    mode = path.stat().st_mode
+    return bool(mode & 0o022) and not mode & stat.S_ISVTX
 
 
 def sha256_file(path: Path) -> str:

@@ -3,6 +3,7 @@ velocities. The sampling stage makes what needs the policy, the scoring stage wh
 """
 
 import gc
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,21 @@ from benchmarks.drift import DriftReference, base_reference, measure_drift, no_d
 from benchmarks.held_out import (
     compared_images,
     image_path,
+    image_problem,
     prune_images,
     sample_images,
 )
 from benchmarks.protocol import EvaluationConfig
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_path
+from g2rpo.files import atomic_path, remove
 from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.image_tower import ImageTower
 from reproduce.shares import WHOLE, Share
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,16 @@ class Behaviour:
         return self.folder / "diversity.parquet"
 
     @property
-    def sampled(self) -> bool:
-        """Whether nothing is left that needs the policy."""
+    def sampled_files(self) -> list[Path]:
+        """What needs the policy: the share's further images, and the drift."""
         others = [image_path(self._images, *one) for one in self._other_images()]
-        return not self._drift_is_due and all(path.exists() for path in others)
+        drift = self.config.drift is not None and self.share.first
+        return [*others, self._drift] if drift else others
+
+    @property
+    def judged_files(self) -> list[Path]:
+        """What :meth:`judge` writes, for the first share."""
+        return [] if self.config.diversity is None else [self._diversity]
 
     @property
     def _drift_is_due(self) -> bool:
@@ -87,8 +97,15 @@ class Behaviour:
     def prepare(self, load_base: Callable[[], FluxPolicy]) -> None:
         """Makes the base's reference where it is not there; the base has left memory afterwards."""
         section = self.config.drift
-        if section is None or not self._drift_is_due or self.is_base or self.reference.exists():
+        if section is None or not self._drift_is_due or self.is_base:
             return
+        if self.reference.exists():
+            try:
+                DriftReference.load(self.reference)
+                return
+            except UserError as error:
+                logger.warning("%s", error)
+                remove(self.reference)
         base = load_base()
         grid = build_grid(self.config.grid, base.image_tokens)
         seed = self.config.seed
@@ -136,11 +153,19 @@ class Behaviour:
         return model
 
     def judge(self, tower: ImageTower | None) -> None:
-        """Measures the diversity, once all images are there."""
+        """Measures the diversity, once all images are there.
+
+        Raises:
+            UserError: one of them, which may be of another share, is damaged.
+        """
         section = self.config.diversity
         if section is None or tower is None or not self.share.first:
             return
         files = compared_images(self.prompts, section, self.folder / "images", self._images)
+        for path in (path for paths in files.values() for path in paths):
+            problem = image_problem(path)
+            if problem is not None:
+                raise UserError(f"{path} {problem}; run `g2rpo sample` on this cell again")
         _write(measure_diversity(tower, files, section.features), self._diversity)
 
     def prune(self, keep: int | None) -> None:
@@ -156,5 +181,6 @@ class Behaviour:
 
 
 def _write(frame: pd.DataFrame, path: Path) -> None:
+    remove(path)
     with atomic_path(path) as temporary:
         frame.to_parquet(temporary, index=False)

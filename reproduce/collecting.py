@@ -1,5 +1,6 @@
 """A finished cell's small result: its scores, costs and provenance, out of its run folders."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from reproduce.layout import Layout, protocol_hash
 from reproduce.run_folders import damage_told, read_manifest
 from reproduce.stages import cell_behaviour
 
+logger = logging.getLogger(__name__)
+
 
 def collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell | None:
     """The cell's small result where it is written already, whole, and of these very runs."""
@@ -32,7 +35,8 @@ def collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell | Non
         return None
     try:
         found = load_cell(path)
-    except UserError:  # damaged: it is collected again
+    except UserError as error:
+        logger.warning("%s; it is written again", error)
         return None
     same = found.info.runs == _run_names(cell, layout)
     judged = set(found.rewards) == set(cell.profile.rewards)

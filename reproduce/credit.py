@@ -24,7 +24,7 @@ from reproduce.layout import Layout
 from reproduce.render.formats import markdown_escape
 from reproduce.render.notes import Gap
 from reproduce.rendering import reason_of
-from reproduce.run_folders import sound_manifest
+from reproduce.run_folders import read_manifest, sound
 from reproduce.work import Measurement
 
 EXPLAINED = "Share of the reward's variance that the step's noise explains"
@@ -149,7 +149,7 @@ def publish_credit(
     gaps: list[Gap] = []
     for cell in sorted(cells, key=lambda cell: (list(labels).index(cell.key), cell.seed or 0)):
         measurement = Measurement(cell, layout, experiment.credit)
-        manifest = sound_manifest(measurement.folder)
+        manifest = sound(read_manifest, measurement.folder)
         if manifest is None:
             gaps.append(Gap(cell.key, reason_of(measurement), cell.seed))
         else:

@@ -392,7 +392,5 @@ def _checkpoints(settings: CheckpointConfig, iterations: int) -> tuple[int, int]
         kept.append(iteration)
         written += 1
         most = max(most, len(kept))
-        last = set(kept[-settings.keep_last :])
-        every = settings.keep_every
-        kept = [i for i in kept if i in last or (every is not None and i % every == 0)]
+        kept = sorted(settings.kept(kept))
     return most, written

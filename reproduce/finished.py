@@ -1,34 +1,45 @@
-"""Whether a stage of a cell is complete. Nothing here imports a model library, unless images that
-are half there have to be looked at: plans and states are asked for on login nodes.
+"""Whether a stage of a cell is done: what later stages need of it is there and undamaged.
+
+Nothing here imports a model library: plans and states are asked for on login nodes.
 """
 
 from pathlib import Path
 from typing import Any
 
-from g2rpo.errors import UserError
+from g2rpo.checksums import FILES
 from reproduce import runs
 from reproduce.experiment import ResolvedCell, judges
 from reproduce.layout import Layout
-from reproduce.run_folders import read_document, sound_manifest
+from reproduce.run_folders import (
+    read_document,
+    read_manifest,
+    read_scored,
+    read_trained,
+    sound,
+)
 from reproduce.shares import WHOLE, Share
 
 
 def is_trained(cell: ResolvedCell, layout: Layout) -> bool:
     """Whether the cell needs no (more) training."""
-    return cell.train is None or sound_manifest(layout.training(cell)) is not None
+    return cell.train is None or sound(read_trained, layout.training(cell)) is not None
+
+
+def has_training_record(cell: ResolvedCell, layout: Layout) -> bool:
+    """Whether what tables tell of the training is there: all of it but its weights."""
+    return cell.train is None or sound(read_manifest, layout.training(cell)) is not None
 
 
 def is_sampled(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:
     """Whether the held-out images of ``share`` are there, or were and have been scored."""
     folder = layout.evaluation(cell)
-    if not folder.exists():
-        return False
     # Once scored, most images are deleted on purpose.
-    if is_scored(cell, layout, share):
-        return True
-    from reproduce.stages import are_images_there  # imports the model libraries: seconds
+    return is_scored(cell, layout, share) or sampled_files(folder, share) is not None
 
-    return are_images_there(cell, layout, share)
+
+def sampled_files(folder: Path, share: Share) -> dict[str, Any] | None:
+    """What the sampling of ``share`` has recorded when it was complete; None where it is not."""
+    return sound(lambda path: read_document(path, (FILES,)), sampled_path(folder, share))
 
 
 def wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
@@ -39,7 +50,7 @@ def wanted_rewards(cell: ResolvedCell) -> dict[str, Any]:
 def is_scored(cell: ResolvedCell, layout: Layout, share: Share | None = None) -> bool:
     """Whether every judge of the profile has scored the cell's images, or those of ``share``."""
     folder = layout.evaluation(cell)
-    manifests = [sound_manifest(folder)]
+    manifests = [sound(read_scored, folder)]
     if share is not None:  # scored anew by other judges, and not yet put together
         manifests.append(share_manifest(folder, share))
     # What the judges are is asked last: nothing is scored where their weights are not here yet.
@@ -53,10 +64,12 @@ def share_stem(folder: Path, share: Share) -> Path:
     return folder / "shares" / str(share)
 
 
+def sampled_path(folder: Path, share: Share) -> Path:
+    """The document that completes the sampling of a share of the evaluation in ``folder``."""
+    return folder / "shares" / f"{share}-images.json"
+
+
 def share_manifest(folder: Path, share: Share) -> dict[str, Any] | None:
-    """The manifest of a share's scores; None while they are not all there, or it is damaged."""
+    """The manifest of a share's scores; None while they are not all there, or one is damaged."""
     path = share_stem(folder, share).with_suffix(".json")
-    try:
-        return read_document(path, ("rewards", "provenance"))
-    except UserError:
-        return None
+    return sound(lambda found: read_document(found, ("rewards", "provenance")), path)

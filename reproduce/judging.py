@@ -13,6 +13,7 @@ import typer
 from benchmarks.scoring import summary
 from benchmarks.scoring.engine import Ranks, Scorer
 from benchmarks.scoring.items import Source, first_of, read_source, refuse_bad
+from g2rpo.checksums import FILES, problems
 from g2rpo.config import content_hash, merge, nearest, validate
 from g2rpo.data.prompts import read_prompt_set
 from g2rpo.errors import UserError
@@ -23,7 +24,7 @@ from g2rpo.terminal import literal, wide_console
 from g2rpo.text import visible
 from reproduce import runs
 from reproduce.experiment import Profile, judges
-from reproduce.run_folders import write_manifest
+from reproduce.run_folders import MANIFEST, listed, write_manifest
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,9 @@ def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], li
     path = output / "scores.parquet"
     if not path.is_file():
         return [], []
+    for damaged, problem in problems(output, listed(output / MANIFEST, FILES)):
+        if damaged.name == path.name:
+            raise UserError(f"{damaged} {problem}; delete it and score again")
     try:
         old = pd.read_parquet(path)
     except (OSError, ValueError):
@@ -200,6 +204,7 @@ def _write(
             "batch_size": scorer.findings.batch_size,
             "provenance": runs.provenance(weights),
         },
+        [request.output / name for name in ("scores.parquet", "summary.csv", "skipped.csv")],
     )
     console = wide_console()
     summary.show(lines, scorer.findings.too_long, console)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from g2rpo.checksums import hashing_up_to
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.lease import Lease
@@ -116,10 +117,15 @@ def hopeless_jobs(runs_folder: Path, active: Mapping[str, str]) -> dict[str, str
             name
             for name, stage in graph.stages.items()
             if name in submitted - waiting and stage.kind != "render"
-            if not inputs.work(stage).done()
+            if not _is_done(inputs, stage)
         ]
         found |= {stage: active[stage] for stage in graph.downstream(lost) & waiting}
     return found
+
+
+def _is_done(inputs: Inputs, stage: Stage) -> bool:
+    with hashing_up_to():
+        return inputs.work(stage).done()
 
 
 def left_to_submit(plan: Plan, active: Mapping[str, str]) -> list[Stage]:

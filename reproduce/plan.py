@@ -77,13 +77,13 @@ def make_plan(
         lease=str(layout.experiment(profile.name, experiment.name).resolve() / "leases" / "render"),
     )
     graph = Graph([*stages.values(), render])
-    done |= _not_needed(graph, done)
+    done |= not_needed(graph, done)
     if prompts.name not in done and prompts.done():
         done.add(prompts.name)
     return Plan(experiment, profile, tuple(cells), layout, graph, works, frozenset(done))
 
 
-def _not_needed(graph: Graph, done: set[str]) -> set[str]:
+def not_needed(graph: Graph, done: set[str]) -> set[str]:
     """Stages that are not done but made only for stages that are."""
     wanted: set[str] = set()
     for stage in reversed(graph.stages.values()):

@@ -47,6 +47,8 @@ def reason_of(work: AnyWork) -> str:
     attempt = latest_attempt(work.lease)
     if attempt is None or attempt.record is None:
         return f"{work.kind} has not run"
+    if attempt.record.state == "done":
+        return f"what {work.kind} wrote is missing or damaged; `g2rpo reproduce` makes it again"
     return attempt.record.reason or f"{work.kind} was interrupted"
 
 

@@ -5,15 +5,22 @@ Nothing here imports a model library: runs are listed on login nodes.
 
 import difflib
 import fnmatch
-import json
-from collections.abc import Iterable, Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from g2rpo.checksums import FILES, checksums_of, parse_document, problems, write_document
 from g2rpo.errors import UserError
-from g2rpo.files import write_json
+from g2rpo.training.checkpoints import CHECKPOINTS, checkpoint_folder, problem
 
+logger = logging.getLogger(__name__)
+
+AGAIN = "run the command that wrote it again"
+IMAGES = "image_files"
+"""The section of a manifest with the checksums of images."""
 SETTINGS = "config.json"
 EVALUATIONS = "evaluations"
 MANIFEST = "manifest.json"
@@ -23,7 +30,7 @@ SHOWN_NAMES = 4
 
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` is a training run, or a base or checkpoint that was evaluated."""
-    return (folder / SETTINGS).is_file() or (folder / EVALUATIONS).is_dir()
+    return any((folder / name).exists() for name in (SETTINGS, CHECKPOINTS, EVALUATIONS))
 
 
 def run_folders(runs_folder: Path) -> list[Path]:
@@ -34,39 +41,83 @@ def run_folders(runs_folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete stage; None where there is none.
+    """The manifest of a stage that has ended; None where there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or a file of the stage other than weights and images is.
     """
     return read_document(folder / MANIFEST, ("provenance",))
 
 
-def sound_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete stage; None as well where it is damaged.
+def read_trained(run: Path) -> dict[str, Any] | None:
+    """The manifest of a finished training whose last checkpoint is there; None where it has none.
 
-    For those who decide what is left to do: such a stage is done again, which mends it.
+    Raises:
+        UserError: it, the checkpoint or another file is missing or damaged.
+    """
+    manifest = read_manifest(run)
+    if manifest is None:
+        return None
+    with damage_told(run / MANIFEST):
+        checkpoint = checkpoint_folder(run, manifest["progress"]["iteration"])
+    found = problem(checkpoint)
+    if found is not None:
+        raise UserError(f"{checkpoint}/{found}; {AGAIN}")
+    return manifest
+
+
+def read_scored(evaluation: Path) -> dict[str, Any] | None:
+    """The manifest of a scored evaluation whose images are there; None where it has none.
+
+    Raises:
+        UserError: it, an image that is kept or another file is missing or damaged.
+    """
+    manifest = read_manifest(evaluation)
+    if manifest is not None:
+        _check_files(evaluation, manifest.get(IMAGES, {}))
+    return manifest
+
+
+def sound(read: Callable[[Path], dict[str, Any] | None], path: Path) -> dict[str, Any] | None:
+    """What ``read`` finds at ``path``; None as well, with a warning, where that is damaged.
+
+    For those who decide what is left to do: such a stage runs again, which repairs it.
     """
     try:
-        return read_manifest(folder)
-    except UserError:
+        return read(path)
+    except UserError as error:
+        warn_once(str(error))
         return None
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Marks a stage complete: its manifest is written last."""
-    write_json(folder / MANIFEST, manifest)
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, once however often it is found."""
+    logger.warning("%s", message)
+
+
+def write_manifest(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    files: Iterable[Path] = (),
+    images: Iterable[Path] = (),
+) -> None:
+    """Marks a stage complete: its manifest is written last, with checksums of its files."""
+    listed = {FILES: checksums_of(files, folder), IMAGES: checksums_of(images, folder)}
+    write_document(folder / MANIFEST, {**manifest, **listed})
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """The training configuration of a run; None where nothing is trained.
 
     Raises:
-        UserError: its file is damaged.
+        UserError: its file is damaged, or missing where something was trained.
     """
     path = folder / SETTINGS
     settings = read_document(path, ("method", "rewards", "optimization"))
     if settings is None:
+        if (folder / CHECKPOINTS).exists():
+            raise UserError(f"{path} is missing; {AGAIN}")
         return None
     with damage_told(path):
         if type(settings.get("seed")) is not int:
@@ -80,19 +131,32 @@ def read_document(path: Path, sections: Iterable[str]) -> dict[str, Any] | None:
     """A JSON object that has at least these ``sections``; None where there is no such file.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or one that it lists is missing or damaged.
     """
     with damage_told(path):
         try:
-            document: Any = json.loads(path.read_bytes())
+            document = parse_document(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if not isinstance(document, dict):
-            raise TypeError("no JSON object")
         for section in sections:
             if not isinstance(document.get(section), dict):
                 raise ValueError(f"it has no section {section!r}")
+    _check_files(path.parent, document.get(FILES, {}))
     return document
+
+
+def listed(path: Path, section: str) -> dict[str, Any]:
+    """The checksums in a section of a document, for those who repair; none where it is damaged."""
+    try:
+        recorded: dict[str, Any] = parse_document(path.read_bytes()).get(section, {})
+    except (OSError, ValueError):
+        return {}
+    return recorded
+
+
+def _check_files(folder: Path, recorded: Mapping[str, Any]) -> None:
+    for path, found in problems(folder, recorded):
+        raise UserError(f"{path} {found}; {AGAIN}")
 
 
 @contextmanager
@@ -105,8 +169,7 @@ def damage_told(path: Path) -> Iterator[None]:
         # A stage is not done again while its manifest says that it is complete.
         files = "it" if path.name == MANIFEST else f"it and the {MANIFEST} beside it"
         raise UserError(
-            f"{path}: cannot be read by this version ({text}); "
-            f"delete {files} and run the command that wrote it again"
+            f"{path}: cannot be read by this version ({text}); delete {files} and {AGAIN}"
         ) from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from g2rpo.attempts import Attempt, is_alive, latest
+from g2rpo.checksums import hashing_up_to
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
 from reproduce.console import Word
@@ -14,8 +15,9 @@ from reproduce.run_folders import (
     EVALUATIONS,
     MANIFEST,
     SETTINGS,
-    read_manifest,
+    read_scored,
     read_settings,
+    read_trained,
     run_folders,
 )
 
@@ -58,7 +60,8 @@ class RunState:
 
 def read_run_states(runs_folder: Path) -> list[RunState]:
     """The runs of a folder, the one that changed last first."""
-    states = [read_run_state(folder) for folder in run_folders(runs_folder)]
+    with hashing_up_to():
+        states = [read_run_state(folder) for folder in run_folders(runs_folder)]
     return sorted(states, key=lambda state: (-state.updated, state.name))
 
 
@@ -75,7 +78,7 @@ def read_run_state(folder: Path) -> RunState:
     attempt = latest(folder / "leases", "train")
     record = None if attempt is None else attempt.record
     rows: list[dict[str, Any]] = _sound(read_metrics, folder / METRICS_FILE, [], damage)
-    trained = _sound(read_manifest, folder, None, damage) is not None
+    trained = _sound(read_trained, folder, None, damage) is not None
     word, reason = ("done", "") if trained and not damage else _judge(attempt)
     times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, MANIFEST)]
     times += [] if record is None else [record.updated]
@@ -130,7 +133,7 @@ def _judge(attempt: Attempt | None) -> tuple[Word, str]:
 def _evaluations(folder: Path, damage: list[str]) -> tuple[str, bool]:
     """What became of the evaluations, and whether one runs."""
     places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
-    scored = [place for place in places if _sound(read_manifest, place, None, damage) is not None]
+    scored = [place for place in places if _sound(read_scored, place, None, damage) is not None]
     texts = [f"{len(scored)} scored"] if scored else []
     running = False
     for place in places:

@@ -22,7 +22,7 @@ import torch
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file, sha256_files, sha256_tree
+from g2rpo.files import FileState, file_state, sha256_file, sha256_files, sha256_tree
 from g2rpo.hub.cache import Digests
 from g2rpo.hub.lock import lock_path, revision_of
 from g2rpo.policy import CheckpointConfig, PolicyConfig
@@ -51,18 +51,6 @@ def _file_hash(path: Path) -> str:
     return sha256_file(path)
 
 
-FileState = tuple[int, int, int, int]
-"""Device, inode, time of the last change in ns, and size: another one where a file was changed."""
-
-
-def _state(path: Path) -> FileState | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
-
-
 @functools.lru_cache(maxsize=1024)
 def _resolved(source: str, device: int, inode: int) -> Path:
     # A path leads elsewhere when the folder that it is relative to changes: hence the other two.
@@ -89,7 +77,7 @@ def source_fingerprint(source: str | None, revision: str | None) -> str | dict[s
     if found is not None and stat.S_ISREG(found.st_mode):
         return _file_hash(_resolved(source, found.st_dev, found.st_ino))
     lock = lock_path()
-    pinned = _pinned(source, lock, _state(lock)) if revision is None else None
+    pinned = _pinned(source, lock, file_state(lock)) if revision is None else None
     return {"id": source, "revision": revision or pinned}
 
 
@@ -158,7 +146,7 @@ def prompts_hash(path: Path) -> str:
     if _absent_prompts.get() and not path.exists():
         return f"absent: {path}"
     # Thousands of cells share a file: it is read again only where it has changed.
-    return _prompts_hash(path, _state(path))
+    return _prompts_hash(path, file_state(path))
 
 
 def train_inputs(config: TrainConfig) -> dict[str, Any]:

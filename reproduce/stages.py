@@ -1,30 +1,34 @@
 """The stages of one cell: train, sample and score; or the measurement of its credit.
 
-Each stage is complete when its manifest is there; a complete stage is not run again, an
-interrupted one goes on where it was. Sampling and scoring can be shared by several jobs.
+Each stage writes a document with the checksums of its files last, and is done while all of that is
+there and undamaged; an interrupted or damaged one resumes from what is. Sampling and scoring can be
+shared by several jobs.
 """
 
 import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from benchmarks.credit import measure_credit
-from benchmarks.held_out import image_path, prune_images, sample_images, score_images
+from benchmarks.held_out import image_path, image_problem, prune_images, sample_images, score_images
 from benchmarks.protocol import CreditConfig
+from g2rpo.checksums import FILES, checksums_of, problems, write_document
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_path, atomic_write_text, write_json
+from g2rpo.files import atomic_path, remove
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.checkpoint import find_checkpoint
 from g2rpo.policy.flux import Handover
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.loop import Trainer
+from g2rpo.training.metrics import METRICS_FILE
 from g2rpo.training.pictures import pictured_iterations, pictures_folder
 from g2rpo.training.trained import load_trained
 from reproduce import embedding, runs
@@ -34,12 +38,13 @@ from reproduce.finished import (
     is_sampled,
     is_scored,
     is_trained,
+    sampled_path,
     share_manifest,
     share_stem,
     wanted_rewards,
 )
 from reproduce.layout import Layout, evaluation_inputs
-from reproduce.run_folders import write_manifest
+from reproduce.run_folders import IMAGES, MANIFEST, SETTINGS, listed, write_manifest
 from reproduce.shares import WHOLE, Share
 
 logger = logging.getLogger(__name__)
@@ -60,8 +65,7 @@ def train(cell: ResolvedCell, layout: Layout) -> Path:
     for note in cell.train.notes():
         logger.warning("%s: %s", cell.key, note)
     folder.mkdir(parents=True, exist_ok=True)
-    text = cell.train.model_dump_json(indent=2)
-    atomic_write_text(folder / "config.json", text + "\n")
+    write_document(folder / SETTINGS, cell.train.model_dump(mode="json"))
     trainer = Trainer(cell.train, folder)
     embedding.attach(trainer.policy, layout)
     progress = trainer.train()
@@ -75,8 +79,18 @@ def train(cell: ResolvedCell, layout: Layout) -> Path:
             "progress": vars(progress),
             "provenance": runs.provenance(weights),
         }
-        write_manifest(folder, manifest)
+        images = [path for path in folder.glob("images/*/*.png") if _keep_image(path)]
+        write_manifest(folder, manifest, [folder / SETTINGS, folder / METRICS_FILE], images)
     return folder
+
+
+def _keep_image(path: Path) -> bool:
+    """Whether an image is undamaged; else it is deleted, and named in a warning."""
+    problem = image_problem(path)
+    if problem is not None:
+        logger.warning("%s %s; it is deleted", path, problem)
+        remove(path)
+    return problem is None
 
 
 def measure(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> Path:
@@ -101,7 +115,7 @@ def measure(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> Path:
             "rollouts": [rollout.document() for rollout in measured],
             "provenance": runs.provenance(weights),
         }
-        write_manifest(folder, manifest)
+        write_manifest(folder, manifest, folder.glob("rollout-*.json"))
     return folder
 
 
@@ -157,40 +171,73 @@ def cell_behaviour(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> 
     )
 
 
-def are_images_there(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool:
-    """Whether nothing of ``share`` is left that needs the policy."""
-    behaviour = cell_behaviour(cell, layout, share)
-    prompts = share.of(behaviour.prompts)
-    images = layout.evaluation(cell) / "images"
-    return behaviour.sampled and all(image_path(images, prompt).exists() for prompt in prompts)
+def _discard_damaged(folder: Path, share: Share, files: Sequence[Path]) -> None:
+    """Deletes, with a warning, what is damaged of the ``files`` that ``share`` samples.
+
+    What has no recorded checksum was written by a start that was interrupted: PNG files have
+    checksums of their own, others are made again.
+    """
+    own = {Path(os.path.normpath(path)) for path in files}
+    known: set[Path] = set()
+    for document, section in ((sampled_path(folder, share), FILES), (folder / MANIFEST, IMAGES)):
+        recorded = listed(document, section)
+        for path, problem in problems(document.parent, recorded):
+            if path in own and path.exists():  # other shares look after theirs
+                logger.warning("%s %s; it is made again", path, problem)
+                remove(path)
+        known.update(Path(os.path.normpath(document.parent / name)) for name in recorded)
+    for path in sorted(own - known):
+        if not path.exists():
+            continue
+        if path.suffix == ".png":
+            _keep_image(path)
+        else:
+            remove(path)
 
 
 def sample(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> Path:
     """Samples the held-out images of ``share``; returns the folder of the cell's evaluation.
 
     Raises:
-        UserError: the cell has not been trained to its end.
+        UserError: the cell has not been trained to its end, or what it trained is damaged.
     """
     folder = layout.evaluation(cell)
     if is_sampled(cell, layout, share):
         return folder
     if not is_trained(cell, layout):
         raise UserError(
-            f"{cell.key}, seed {cell.seed}: not trained to its end; run `g2rpo train` first"
+            f"{cell.key}, seed {cell.seed}: not trained to its end, or damaged since; run "
+            "`g2rpo train` on this cell first"
         )
     behaviour = cell_behaviour(cell, layout, share)
-    behaviour.prepare(lambda: _base_policy(cell, layout))
-    policy = _trained_policy(cell, layout)
     prompts = share.of(behaviour.prompts)
-    sample_images(policy, prompts, cell.evaluation, folder / "images", _sampling_batch(cell))
-    behaviour.sample(policy)
+    images = folder / "images"
+    files = [*(image_path(images, prompt) for prompt in prompts), *behaviour.sampled_files]
+    _discard_damaged(folder, share, files)
+    if not all(path.exists() for path in files):
+        behaviour.prepare(lambda: _base_policy(cell, layout))
+        policy = _trained_policy(cell, layout)
+        sample_images(policy, prompts, cell.evaluation, images, _sampling_batch(cell))
+        behaviour.sample(policy)
+    marker = sampled_path(folder, share)
+    marker.parent.mkdir(exist_ok=True)
+    write_document(marker, {FILES: checksums_of(files, marker.parent)})
     return folder
 
 
 def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
-    """Scores the images of ``share``, which have been sampled, with every judge of the profile."""
+    """Scores the images of ``share``, which have been sampled, with every judge of the profile.
+
+    Raises:
+        UserError: they have not been sampled, or one is missing or damaged.
+    """
     if is_scored(cell, layout, share):
         return
+    if not is_sampled(cell, layout, share):
+        raise UserError(
+            f"{cell.key}, seed {cell.seed}: its images are not all there and undamaged; run "
+            "`g2rpo sample` on this cell first"
+        )
     folder = layout.evaluation(cell)
     behaviour = cell_behaviour(cell, layout, share)
     models = {name: load_reward(config, _device()) for name, config in judges(cell.profile).items()}
@@ -199,16 +246,21 @@ def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
     prompts = share.of(behaviour.prompts)
     score_images(models, prompts, folder / "images", stem.with_suffix(".parquet"))
     behaviour.judge(tower)
-    if share.index == 0:
-        _score_pictures(cell, layout, models)
+    files = [stem.with_suffix(".parquet")]
+    if share.first:
+        files += [*_score_pictures(cell, layout, models), *behaviour.judged_files]
     weights = {name: model.weights_hash for name, model in models.items()}
     weights["policy"] = _policy_hash(cell)
     origin = {}
     if cell.checkpoint is not None:
         origin["checkpoint"], weights["checkpoint"] = runs.checkpoint_provenance(cell.checkpoint)
-    write_json(
+    write_document(
         stem.with_suffix(".json"),
-        {"rewards": wanted_rewards(cell), "provenance": runs.provenance(weights) | origin},
+        {
+            "rewards": wanted_rewards(cell),
+            "provenance": runs.provenance(weights) | origin,
+            FILES: checksums_of(files, stem.parent),
+        },
     )
 
 
@@ -219,18 +271,28 @@ def picture_scores(evaluation: Path, iteration: int) -> Path:
 
 def _score_pictures(
     cell: ResolvedCell, layout: Layout, models: Mapping[str, BatchedReward]
-) -> None:
-    """Scores the images that training has kept, for those who look at them; no table has these."""
+) -> list[Path]:
+    """Scores the images that training has kept, for those who look at them; no table has these.
+
+    Damaged ones are left out. Returns the files of scores.
+    """
     if cell.train is None or cell.train.pictures is None:
-        return
+        return []
     run, evaluation = layout.training(cell), layout.evaluation(cell)
     pictures = cell.train.pictures
     prompts = read_prompts(Path(pictures.file), pictures.limit)
+    damaged = dict(problems(run, listed(run / MANIFEST, IMAGES)))
+    for path, problem in damaged.items():
+        logger.warning("%s %s; it is left out", path, problem)
+    outputs = []
     for iteration in pictured_iterations(run):
         folder, output = pictures_folder(run, iteration), picture_scores(evaluation, iteration)
-        there = [prompt for prompt in prompts if image_path(folder, prompt).exists()]
-        if there and not output.exists():
+        paths = {prompt: Path(os.path.normpath(image_path(folder, prompt))) for prompt in prompts}
+        there = [p for p, path in paths.items() if path.exists() and path not in damaged]
+        if there:
             score_images(models, there, folder, output)
+            outputs.append(output)
+    return outputs
 
 
 def finish_scores(cell: ResolvedCell, layout: Layout, shares: int) -> None:
@@ -254,6 +316,7 @@ def finish_scores(cell: ResolvedCell, layout: Layout, shares: int) -> None:
         ],
         ignore_index=True,
     )
+    remove(folder / "scores.parquet")
     with atomic_path(folder / "scores.parquet") as temporary:
         scores.to_parquet(temporary, index=False)
     behaviour.prune(cell.profile.keep_images)
@@ -266,5 +329,7 @@ def finish_scores(cell: ResolvedCell, layout: Layout, shares: int) -> None:
             "rewards": first["rewards"],
             "provenance": first["provenance"],
         },
+        [*folder.glob("*.parquet"), *folder.glob("pictures/*.parquet")],
+        [*folder.glob("images/*.png"), *folder.glob("diversity/*.png")],
     )
     shutil.rmtree(folder / "shares")

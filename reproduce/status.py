@@ -5,15 +5,17 @@ Nothing is asked of the process that submitted it, so this works when that is go
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from g2rpo.attempts import Attempt, Record, WorkProgress
+from g2rpo.checksums import hashing_up_to
 from g2rpo.errors import UserError
 from g2rpo.lease import is_alive
 from reproduce.console import Word
 from reproduce.launch import DRIVER
+from reproduce.plan import not_needed
 from reproduce.work import Inputs, latest_attempt
 from slurm import states
 from slurm.graph import Stage
@@ -93,12 +95,21 @@ def read_status(submission: Submission) -> list[StageStatus]:
     known = _job_states(submission, jobs)
     alive = _driver_lives(submission)
     inputs = Inputs.load(submission.folder)
+    with hashing_up_to():
+        done = _done_stages(submission, inputs)
     found: dict[str, StageStatus] = {}
     for stage in submission.graph.stages.values():
         job = jobs.get(stage.name)
-        reader = _Reader(submission, inputs, found, driver_lives=alive)
+        reader = _Reader(submission, done, found, driver_lives=alive)
         found[stage.name] = reader.read(stage, None if job is None else known.get(job), job or "")
     return list(found.values())
+
+
+def _done_stages(submission: Submission, inputs: Inputs) -> set[str]:
+    """The stages whose outputs are there, or are not needed any more; without the rendering."""
+    stages = submission.graph.stages.values()
+    done = {s.name for s in stages if s.kind != "render" and inputs.work(s).done()}
+    return done | not_needed(submission.graph, done)
 
 
 def _job_states(submission: Submission, jobs: Mapping[str, str]) -> dict[str, JobState]:
@@ -125,7 +136,7 @@ def _lives(attempt: Attempt) -> bool:
 @dataclass(frozen=True)
 class _Reader:
     submission: Submission
-    inputs: Inputs
+    done: Collection[str]
     found: Mapping[str, StageStatus]
     driver_lives: bool
 
@@ -192,7 +203,7 @@ class _Reader:
         if stage.kind == "render":
             record = None if attempt is None else attempt.record
             return record is not None and record.state == "done" and self._recent(record)
-        return stage.name in self.submission.done or self.inputs.work(stage).done()
+        return stage.name in self.done
 
 
 def _ended(job: JobState) -> str:

@@ -5,7 +5,7 @@ on this machine, or the command line.
 """
 
 import functools
-import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -15,21 +15,23 @@ from typing import Any
 
 from benchmarks.protocol import CreditConfig, EvaluationConfig
 from g2rpo.attempts import Attempt
+from g2rpo.checksums import FILES, parse_document, write_document
 from g2rpo.config import content_hash, validate
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_text
+from g2rpo.files import writable_by_others
 from g2rpo.lease import Lease, latest
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.training.config import TrainConfig
 from reproduce import embedding, finished
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.layout import Layout
-from reproduce.run_folders import sound_manifest
+from reproduce.run_folders import read_manifest, sound
 from reproduce.shares import WHOLE, Share
 from slurm.distributed import Ranks
 from slurm.graph import Stage
 from slurm.submission import Submission
 
+logger = logging.getLogger(__name__)
 ENTRY = "reproduce.work:run_stage"
 
 
@@ -77,6 +79,8 @@ class Work:
         """Whether nothing is left to do."""
         if self.kind == "train":
             return finished.is_trained(self.cell, self.layout)
+        if not finished.has_training_record(self.cell, self.layout):
+            return False
         if self.kind == "sample":
             return finished.is_sampled(self.cell, self.layout, self.share)
         return finished.is_scored(self.cell, self.layout, self.share)
@@ -134,7 +138,7 @@ class Measurement:
 
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return sound_manifest(self.folder) is not None
+        return sound(read_manifest, self.folder) is not None
 
     def do(self) -> None:
         """Measures it."""
@@ -235,6 +239,11 @@ def run_stage(submission: Submission, stage: Stage, ranks: Ranks) -> None:
         UserError: the stage fails.
         Stopped: the process was asked to stop.
     """
+    for folder in (submission.folder, submission.jobs_folder):
+        if folder.is_dir() and writable_by_others(folder):
+            logger.warning(
+                "%s: jobs load code from it and others can write to it; run chmod go-w", folder
+            )
     os.chdir(submission.directory)
     inputs = Inputs.load(submission.folder)
     if stage.kind == "render":
@@ -315,16 +324,14 @@ class Inputs:
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
-    # Not sorted: the order of rewards is part of a run's name, and of its sums.
-    atomic_write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_document(path, {**value, FILES: {}})
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return parse_document(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); submit again") from None
-    return data
 
 
 def cell_file(cell: ResolvedCell) -> str:

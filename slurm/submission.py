@@ -15,7 +15,7 @@ from typing import Any
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from g2rpo.files import write_json
+from g2rpo.files import guarded_folder, write_json
 from slurm.cluster import Cluster
 from slurm.graph import Graph, Needs, Stage
 
@@ -184,7 +184,7 @@ def new_folder(submissions: Path, title: str) -> Path:
     """A new folder for a submission; its name says what and when."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = submissions / f"{title}-{stamp}-{secrets.token_hex(2)}"
-    folder.mkdir(parents=True)
+    guarded_folder(folder)
     return folder
 
 

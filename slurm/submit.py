@@ -8,6 +8,7 @@ from pathlib import Path
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from g2rpo.errors import UserError
+from g2rpo.files import guarded_folder
 from slurm.batch import Batch, executor
 from slurm.graph import Stage
 from slurm.job import StageJob
@@ -101,6 +102,7 @@ def submit(
     Raises:
         UserError: SLURM refuses a job; what was submitted before stays.
     """
+    guarded_folder(submission.jobs_folder)  # jobs unpickle what is in it
     job_of = dict(active)
     made: dict[str, str] = {}
     for stages in batches(todo):

@@ -11,6 +11,7 @@ from cell_factory import make_metrics, make_scores
 from g2rpo.attempts import Record, WorkProgress, attempt_path
 from g2rpo.config import merge
 from g2rpo.owner import Owner
+from g2rpo.training.checkpoints import Progress, checkpoint_folder, write_state
 
 PROVENANCE: dict[str, Any] = {
     "git_commit": "c" * 40,
@@ -63,8 +64,18 @@ def write_run(
         progress = {k: v for k, v in rows[-1].items() if "/" not in k and k != "seconds"}
         manifest = {"stage": "train", "seed": seed, "progress": progress}
         write(folder / "manifest.json", manifest | {"provenance": PROVENANCE})
+        write_checkpoint(folder, iterations)
     if means is not None:
         write_evaluation(folder, means, seed)
+    return folder
+
+
+def write_checkpoint(run: Path, iteration: int) -> Path:
+    """A checkpoint of a run, with a file in place of weights."""
+    folder = checkpoint_folder(run, iteration)
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "transformer" / "weights.safetensors").write_bytes(b"weights")
+    write_state(folder, Progress(iteration=iteration))
     return folder
 
 

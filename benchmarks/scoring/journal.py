@@ -1,14 +1,18 @@
 """Scores on disk as they come: one line per image, so that a kill loses one batch at most."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from g2rpo.checksums import parse_document, with_checksum
 from g2rpo.config import content_hash
 from g2rpo.files import check_publication
 from g2rpo.rewards.base import BatchedReward
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ def judge_name(model: BatchedReward) -> str:
 class Journal:
     """What one process writes of one reward model; all processes' lines are read together.
 
-    Lines are only ever appended. One that a kill cut short is not complete JSON, and is ignored.
+    Lines are only ever appended, each with a checksum. One that a kill cut short, or that is
+    damaged, is left out, so that its image is scored again.
     """
 
     def __init__(self, folder: Path, judge: str, rank: int) -> None:
@@ -45,11 +50,11 @@ class Journal:
     def read(self) -> Iterator[Entry]:
         """The entries of all ranks."""
         for path in sorted(self.folder.glob(f"{self.judge}-rank*.jsonl")):
-            for line in path.read_text().splitlines():
+            for line in path.read_bytes().splitlines():
                 try:
-                    yield Entry(**json.loads(line))
+                    yield Entry(**parse_document(line))
                 except (ValueError, TypeError):
-                    continue
+                    logger.warning("%s: a damaged line; its image is scored again", path)
 
     def valid(self, keys: Mapping[str, str]) -> dict[str, Entry]:
         """The entries, by item, whose image and prompt are still those of ``keys``."""
@@ -62,7 +67,7 @@ class Journal:
         """
         check_publication()
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        text = "".join(json.dumps(with_checksum(asdict(entry))) + "\n" for entry in entries)
         with self.path.open("ab") as file:
             if file.tell() and not _ends_with_newline(self.path):
                 file.write(b"\n")  # after a line that was cut short

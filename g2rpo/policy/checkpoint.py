@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from g2rpo.checksums import check_exported
 from g2rpo.errors import UserError
 from g2rpo.hub.fetch import check_cached
 from g2rpo.hub.lock import revision_of
@@ -56,6 +57,7 @@ def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
     """
     path = local_path(config)
     if path is not None:
+        check_exported(path)
         return files_at(path, str(path))
     if not HUB_ID.fullmatch(config.source):
         raise UserError(

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from g2rpo.checksums import EXPORTED, FILES, checksums_of, write_document
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
 from g2rpo.policy.flux import FluxPolicy
@@ -26,3 +27,10 @@ def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
             if name != "transformer":
                 shutil.copytree(policy.folder / name, temporary / name)
         policy.save_transformer(temporary / "transformer")
+        write_checksums(temporary)
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the checksums of all files of an export into it."""
+    files = checksums_of((path for path in folder.rglob("*") if path.is_file()), folder)
+    write_document(folder / EXPORTED, {FILES: files})

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
+from g2rpo.checksums import check_exported
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
 from g2rpo.hub.cache import Digests
@@ -66,7 +67,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
 
     Raises:
         UserError: no such folder; the hub id is gated, unknown, or not in the cache while offline;
-            the folder is not a FluxPipeline folder or lacks a part of one.
+            the folder is not a FluxPipeline folder or lacks a part of one, or is a damaged export.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -76,6 +77,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
             )
         folder = _fetch(source, revision or revision_of(source))
     check_pipeline_folder(folder)
+    check_exported(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ last of its files, and its name.
 
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from g2rpo.checksums import checksums_of
 from g2rpo.errors import UserError
 from g2rpo.files import check_publication, publish_folder
 from g2rpo.training import checkpoints
 from g2rpo.training.checkpoints import Progress
-from g2rpo.training.collective import raise_together
+from g2rpo.training.collective import of_all_ranks, raise_together
 from g2rpo.training.config import CheckpointConfig
+from g2rpo.training.metrics import keep_metrics
 
+Checksums = dict[str, dict[str, Any]]
 SHARDS = "shards"
 """The folder of a checkpoint that holds every rank's part."""
 
@@ -34,7 +37,8 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) 
     """Fills ``tensors`` from a checkpoint, whatever number of ranks wrote it.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint. Its metadata is a pickle: compare it with its checksums first
+            (:func:`g2rpo.training.checkpoints.problem`).
         tensors: by name; sharded ones get this rank's part. What else is there is left.
         group: the process group of all ranks; None reads in this process alone.
 
@@ -66,7 +70,7 @@ def _reason(error: BaseException) -> str:
 class _Pending:
     """A checkpoint that is being written."""
 
-    future: Future[Any]
+    future: Future[Checksums]
     progress: Progress
     temporary: Path
 
@@ -84,6 +88,7 @@ class BackgroundWriter:
         several = accelerator.num_processes > 1
         self.group: Any = torch.distributed.new_group(backend="gloo") if several else None
         self._pending: _Pending | None = None
+        self._measuring = ThreadPoolExecutor(1)
 
     def start(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
         """Copies ``tensors`` and begins to write them; ends the checkpoint before first.
@@ -101,6 +106,7 @@ class BackgroundWriter:
                     check_publication()
                     shutil.rmtree(temporary, ignore_errors=True)
                     (temporary / SHARDS).mkdir(parents=True)
+                    keep_metrics(self.run, temporary)
             except UserError as found:
                 error = found
         raise_together(self.accelerator, error)
@@ -111,7 +117,14 @@ class BackgroundWriter:
             no_dist=self.group is None,
         )
         assert isinstance(future, Future)
-        self._pending = _Pending(future, progress, temporary)
+        measured = self._measuring.submit(self._measured, future, temporary)
+        self._pending = _Pending(measured, progress, temporary)
+
+    def _measured(self, written: Future[Any], temporary: Path) -> Checksums:
+        """The checksums of the files that this rank has written, once it has."""
+        written.result()
+        own = (temporary / SHARDS).glob(f"__{self.accelerator.process_index}_*")
+        return checksums_of(own, temporary)
 
     @property
     def written(self) -> bool:
@@ -128,22 +141,23 @@ class BackgroundWriter:
             return
         pending, self._pending = self._pending, None
         folder = checkpoints.checkpoint_folder(self.run, pending.progress.iteration)
-        error = None
+        error, measured = None, {}
         try:
             with checkpoints.writing(self.run, f"checkpoint {folder.name}"):
                 try:
-                    pending.future.result()
+                    measured = pending.future.result()
                 except (CheckpointException, RuntimeError) as failed:
                     raise OSError(_reason(failed)) from failed
         except UserError as found:
             error = found
         raise_together(self.accelerator, error)
+        files = {k: v for part in of_all_ranks(self.accelerator, measured) for k, v in part.items()}
         if self.accelerator.is_main_process:
             try:
                 with checkpoints.writing(self.run, f"checkpoint {folder.name}"):
-                    checkpoints.write_state(pending.temporary, pending.progress)
+                    checkpoints.write_state(pending.temporary, pending.progress, files)
                     publish_folder(pending.temporary, folder)
-                    checkpoints.prune(self.run, self.config)
+                    checkpoints.prune(self.run, self.config, pending.progress.iteration)
             except UserError as found:
                 error = found
         raise_together(self.accelerator, error)

@@ -1,31 +1,37 @@
-"""Checkpoints: whole or absent, safetensors only, the newest sound one is resumed from."""
+"""Checkpoints: whole or absent, with checksums; the newest undamaged one is resumed from.
+
+Nothing here imports a model library: runs are listed on login nodes.
+"""
 
 import errno
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import safetensors
-import torch
-from safetensors.torch import load_file, save_file
 
+from g2rpo.checksums import FILES, checksums_of, parse_document, problems, write_document
 from g2rpo.errors import UserError
 from g2rpo.files import check_publication
-from g2rpo.training.config import CheckpointConfig
-from g2rpo.training.engine.optimizer import unpacked
+
+if TYPE_CHECKING:
+    from g2rpo.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"iteration-(\d{6})")
 FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 """safetensors tells an error of the system by its text alone."""
-NamedParameters = Sequence[tuple[str, torch.nn.Parameter]]
+CHECKPOINTS = "checkpoints"
+"""The folder of a run's checkpoints."""
+STATE = "state.json"
+"""The file that completes a checkpoint."""
 
 
 @dataclass
@@ -61,79 +67,86 @@ class Progress:
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
     """Where the checkpoint after ``iteration`` iterations is kept."""
-    return run / "checkpoints" / f"iteration-{iteration:06d}"
+    return run / CHECKPOINTS / f"iteration-{iteration:06d}"
 
 
 def saved_iterations(run: Path) -> list[int]:
     """The iterations that have a checkpoint, ascending."""
-    found = (_FOLDER.fullmatch(path.name) for path in (run / "checkpoints").glob("iteration-*"))
+    found = (_FOLDER.fullmatch(path.name) for path in (run / CHECKPOINTS).glob("iteration-*"))
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def is_sound(folder: Path) -> bool:
-    """Whether every file that the checkpoint was written with is there in its full size."""
+def problem(folder: Path, part: slice = slice(None)) -> str | None:
+    """What is wrong with a checkpoint, in a few words that name the file; None where nothing is.
+
+    Args:
+        folder: the checkpoint.
+        part: of its files, in the order of their names, for ranks that share the reading.
+    """
     try:
-        sizes = json.loads((folder / "state.json").read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        state = read_state(folder)
+        files = dict(sorted(state[FILES].items())[part])
+        found = next(problems(folder, files), None)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{STATE} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE} is damaged ({error})"
+    return None if found is None else f"{os.path.relpath(found[0], folder)} {found[1]}"
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest sound checkpoint, or None; a damaged one is passed over with a warning."""
+def latest_checkpoint(run: Path, check: Callable[[Path], str | None] = problem) -> Path | None:
+    """The newest undamaged checkpoint, or None; damaged ones are named in a warning.
+
+    ``check`` is :func:`problem`, or does it on several ranks.
+    """
+    damaged = False
     for iteration in reversed(saved_iterations(run)):
         folder = checkpoint_folder(run, iteration)
-        if is_sound(folder):
+        found = check(folder)
+        if found is None:
             return folder
-        logger.warning("%s is damaged: resuming from the checkpoint before it", folder)
+        damaged = True
+        logger.warning("%s: %s; looking for the checkpoint before it", folder, found)
+    if damaged:
+        logger.warning("%s: no undamaged checkpoint is left; training starts over", run)
     return None
 
 
-def save_optimizer(
-    path: Path, optimizer: torch.optim.Optimizer, parameters: NamedParameters
+def write_state(
+    folder: Path, progress: Progress, measured: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Writes AdamW's state, each tensor under its parameter's name."""
-    tensors = {}
-    for name, parameter in parameters:
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = unpacked(value).contiguous()
-    save_file(tensors, path)
+    """Completes a checkpoint: its counters, and the checksums of its files.
+
+    ``measured`` are those that are known already (:func:`g2rpo.checksums.checksums_of`).
+    """
+    files = dict(measured or {})
+    known = {folder / name for name in files}
+    files |= checksums_of({p for p in folder.rglob("*") if p.is_file()} - known, folder)
+    write_document(folder / STATE, {"progress": asdict(progress), FILES: files})
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file; :class:`UserError` where it is missing or damaged."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; delete this checkpoint to use the one before") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); delete this checkpoint to use the one before"
-        ) from None
+def read_state(folder: Path) -> dict[str, Any]:
+    """What :func:`write_state` wrote.
 
-
-def write_state(folder: Path, progress: Progress) -> None:
-    """Closes a checkpoint: its counters and the sizes of its files."""
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    state = {"progress": asdict(progress), "files": files}
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    return parse_document((folder / STATE).read_bytes())
 
 
 def read_progress(folder: Path) -> Progress:
     """The counters of a checkpoint."""
-    return Progress(**json.loads((folder / "state.json").read_text())["progress"])
+    return Progress(**read_state(folder)["progress"])
 
 
-def prune(run: Path, config: CheckpointConfig) -> None:
-    """Deletes the checkpoints that are not kept, where this process may."""
+def prune(run: Path, config: "CheckpointConfig", newest: int | None = None) -> None:
+    """Deletes the checkpoints that are not kept, where this process may.
+
+    Those after ``newest``, which was just written, are damaged ones of an earlier start.
+    """
     iterations = saved_iterations(run)
-    kept = set(iterations[-config.keep_last :])
-    if config.keep_every is not None:
-        kept.update(i for i in iterations if i % config.keep_every == 0)
+    kept = config.kept([i for i in iterations if newest is None or i <= newest])
     for iteration in sorted(set(iterations) - kept):
         _delete(checkpoint_folder(run, iteration))
 
@@ -145,7 +158,7 @@ def remove_unfinished(run: Path) -> None:
     folder gone, and may not publish. A successor's cannot be hit: what was listed before the guards
     were asked is older than any successor.
     """
-    for leftover in sorted((run / "checkpoints").glob(".iteration-*.tmp")):
+    for leftover in sorted((run / CHECKPOINTS).glob(".iteration-*.tmp")):
         _delete(leftover)
 
 

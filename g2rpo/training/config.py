@@ -1,5 +1,6 @@
 """What a training run is: one typed object, stored with the run and hashed into its name."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -114,9 +115,16 @@ class CheckpointConfig(StrictModel):
     """Iterations between two checkpoints."""
     every_minutes: float | None = Field(30.0, gt=0)
     """One is written as well when so many minutes have passed since the last; null: none is."""
-    keep_last: int = Field(1, ge=1)
+    keep_last: int = Field(2, ge=1)
+    """At least two are kept whatever this says: if the last is damaged, the one before is used."""
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this are kept for good."""
+
+    def kept(self, iterations: Sequence[int]) -> set[int]:
+        """Those of ``iterations``, which are ascending, whose checkpoints are kept."""
+        last = set(iterations[-max(2, self.keep_last) :])
+        every = self.keep_every
+        return {i for i in iterations if i in last or (every is not None and i % every == 0)}
 
 
 class ValidationConfig(StrictModel):

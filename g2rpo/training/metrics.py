@@ -1,17 +1,21 @@
 """The run's metrics: one JSON object per iteration, kept in step with the checkpoints."""
 
 import json
+import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_text, check_publication
+from g2rpo.files import atomic_write_bytes, atomic_write_text, check_publication, remove
 
 if TYPE_CHECKING:  # states are read on login nodes, without the model libraries
     from g2rpo.training.rollout import Rollout
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 MEASURED = ("reward/", "validation/")
@@ -85,6 +89,30 @@ class MetricsLog:
         check_publication()
         with self.path.open("a") as handle:
             handle.write(json.dumps(dict(row), allow_nan=False) + "\n")
+
+
+def keep_metrics(run: Path, checkpoint: Path) -> None:
+    """Copies the metrics so far into a checkpoint that is being written."""
+    if (run / METRICS_FILE).exists():
+        shutil.copyfile(run / METRICS_FILE, checkpoint / METRICS_FILE)
+
+
+def restore_metrics(run: Path, checkpoint: Path | None) -> None:
+    """Puts the metrics back as they were at ``checkpoint``, or at the start where that is None.
+
+    Checkpoints of older versions have none; then the file stays as it is.
+    """
+    path = run / METRICS_FILE
+    if checkpoint is None:
+        remove(path)
+        return
+    if not (checkpoint / METRICS_FILE).exists():
+        return
+    kept = (checkpoint / METRICS_FILE).read_bytes()
+    if not path.is_file() or not path.read_bytes().startswith(kept):
+        logger.warning("%s is missing or damaged; restored from %s", path, checkpoint.name)
+        remove(path)
+    atomic_write_bytes(path, kept)
 
 
 class PhaseClock:

@@ -7,15 +7,16 @@ at any number of ranks.
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from g2rpo.errors import UserError
@@ -24,10 +25,11 @@ from g2rpo.policy.checkpoint import copy_whole
 from g2rpo.training import checkpoints
 from g2rpo.training.background import SHARDS, BackgroundWriter, read_shards
 from g2rpo.training.checkpoints import Progress
-from g2rpo.training.collective import raise_together
+from g2rpo.training.collective import of_all_ranks, raise_together
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import TrainedWeights
 from g2rpo.training.engine.optimizer import fill_states, unpacked, write_back
+from g2rpo.training.metrics import METRICS_FILE, keep_metrics, restore_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class TrainingState:
         with atomic_folder(folder) as temporary:
             self._save_weights(temporary, "")
             optimizer = temporary / "optimizer.safetensors"
-            checkpoints.save_optimizer(optimizer, self.optimizer, self.weights.named)
+            _save_optimizer(optimizer, self.optimizer, self.weights.named)
             if self.ema is not None:
                 names = [name for name, _ in self.weights.named]
                 shadow: dict[str, Any] = dict(zip(names, self.ema.shadow_params, strict=True))
@@ -103,8 +105,9 @@ class TrainingState:
                 save_file(shadow, temporary / "ema.safetensors")
                 with self._averaged():
                     self._save_weights(temporary, "ema_")
+            keep_metrics(self.run, temporary)
             checkpoints.write_state(temporary, progress)
-        checkpoints.prune(self.run, self.config.checkpoints)
+        checkpoints.prune(self.run, self.config.checkpoints, progress.iteration)
 
     def _save_weights(self, folder: Path, prefix: str) -> None:
         policy = self.weights.policy
@@ -128,19 +131,23 @@ class TrainingState:
     # Resuming
 
     def resume(self) -> Progress:
-        """Restores the newest sound checkpoint, if there is one; says how far the run is.
+        """Restores the newest undamaged checkpoint, if there is one; says how far the run is.
+
+        The metrics are restored with it.
 
         Raises:
             UserError: a checkpoint cannot be read, or is of other weights than are trained now.
         """
+        folder = checkpoints.latest_checkpoint(self.run, self._problem)
         error = None
         if self.accelerator.is_main_process:
             try:
                 checkpoints.remove_unfinished(self.run)
+                with checkpoints.writing(self.run, METRICS_FILE):
+                    restore_metrics(self.run, folder)
             except UserError as found:
                 error = found
         raise_together(self.accelerator, error)
-        folder = checkpoints.latest_checkpoint(self.run)
         if folder is None:
             return Progress()
         if (folder / SHARDS).is_dir():
@@ -152,16 +159,22 @@ class TrainingState:
         logger.info("resuming after iteration %d", progress.iteration)
         return progress
 
+    def _problem(self, folder: Path) -> str | None:
+        """As :func:`checkpoints.problem`; the ranks share the reading."""
+        ranks = self.accelerator
+        own = checkpoints.problem(folder, slice(ranks.process_index, None, ranks.num_processes))
+        return next((one for one in of_all_ranks(ranks, own) if one is not None), None)
+
     def _read_whole(self, folder: Path) -> None:
         with self.weights.exact():
             if self.config.lora is None:
                 self.weights.policy.load_transformer(folder / "transformer")
             else:
                 self.weights.policy.load_lora(folder / "lora")
-        tensors = checkpoints.load_tensors(folder / "optimizer.safetensors")
+        tensors = _load_tensors(folder / "optimizer.safetensors")
         fill_states(self.optimizer, self.weights.named, tensors)
         if self.ema is not None:
-            tensors = checkpoints.load_tensors(folder / "ema.safetensors")
+            tensors = _load_tensors(folder / "ema.safetensors")
             for (name, _), shadow in zip(self.weights.named, self.ema.shadow_params, strict=True):
                 copy_whole(shadow, tensors[name])
             self.ema.optimization_step = int(tensors["optimization_step"])
@@ -186,3 +199,28 @@ class TrainingState:
                 tensors[f"ema.{name}"] = shadow
             tensors["ema.optimization_step"] = torch.tensor(self.ema.optimization_step)
         return tensors
+
+
+def _save_optimizer(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[tuple[str, torch.nn.Parameter]],
+) -> None:
+    """Writes AdamW's state, each tensor under its parameter's name."""
+    tensors = {}
+    for name, parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = unpacked(value).contiguous()
+    save_file(tensors, path)
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file; :class:`UserError` where it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; delete this checkpoint to use the one before") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete this checkpoint to use the one before"
+        ) from None

@@ -3,11 +3,13 @@
 import shutil
 from pathlib import Path
 
+from g2rpo.checksums import parse_document
 from g2rpo.errors import UserError
+from g2rpo.files import atomic_folder
 from g2rpo.policy import FluxPolicy, export_pipeline
-from g2rpo.policy.folder import read_json
+from g2rpo.policy.export import write_checksums
 from g2rpo.training.background import SHARDS, read_shards
-from g2rpo.training.checkpoints import latest_checkpoint
+from g2rpo.training.checkpoints import checkpoint_folder, problem, saved_iterations
 from g2rpo.training.loop import load_train_config
 
 
@@ -19,14 +21,18 @@ def load_trained(policy: FluxPolicy, run: Path) -> Path:
         run: a run folder, of whole, sharded or LoRA checkpoints.
 
     Returns:
-        The checkpoint that was read: the newest sound one.
+        The checkpoint that was read: the newest.
 
     Raises:
-        UserError: there is none, or it is of another base.
+        UserError: there is none, or it is damaged or of another base.
     """
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
+    iterations = saved_iterations(run)
+    if not iterations:
         raise UserError(f"{run}: no checkpoint; train this cell first")
+    checkpoint = checkpoint_folder(run, iterations[-1])
+    found = problem(checkpoint)
+    if found is not None:  # the one before it would be of another policy than the run's
+        raise UserError(f"{checkpoint}: {found}; train this cell again, which repairs it")
     if (checkpoint / SHARDS).is_dir():
         _load_shards(policy, checkpoint)
         return checkpoint
@@ -59,13 +65,21 @@ def export_trained(run: Path, output: Path) -> str:
     Raises:
         UserError: ``run`` is no run folder or has no checkpoint, or ``output`` holds its base.
     """
-    config = load_train_config(read_json(run / "config.json"), str(run / "config.json"))
+    path = run / "config.json"
+    try:
+        settings = parse_document(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is it a run folder?") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); train this cell again") from None
+    config = load_train_config(settings, str(path))
     policy = FluxPolicy.load(config.policy, "cpu")
     checkpoint = load_trained(policy, run)
     if policy.has_lora:
         lora = "ema_lora" if (checkpoint / "ema_lora").is_dir() else "lora"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(checkpoint / lora, output, dirs_exist_ok=True)
+        with atomic_folder(output) as temporary:
+            shutil.copytree(checkpoint / lora, temporary, dirs_exist_ok=True)
+            write_checksums(temporary)
         return f"LoRA file of {checkpoint.name}"
     export_pipeline(policy, output)
     return f"FluxPipeline folder of {checkpoint.name}"

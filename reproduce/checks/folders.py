@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from g2rpo.files import writable_by_others
 from reproduce.checks.finding import Finding, gibibytes
 
 LITTLE = 5 * 2**30
@@ -45,6 +46,11 @@ def check_results(folder: Path) -> Finding:
     text = f"{folder.absolute()}, {gibibytes(free)} free"
     if free < LITTLE:
         return Finding("results", "warning", text, "free some space, or give another --results")
+    places = (folder, folder / "runs", folder / "runs" / "submissions")
+    shared = [str(path.absolute()) for path in places if path.is_dir() and writable_by_others(path)]
+    if shared:
+        text += f"; jobs load code from {shared[0]}, which others can write to"
+        return Finding("results", "warning", text, f"chmod go-w {' '.join(shared)}")
     return Finding("results", "ok", text)
 
 

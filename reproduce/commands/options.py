@@ -1,12 +1,14 @@
 """Command-line options that several verbs share, and what they stand for."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from g2rpo.checksums import hashing_up_to
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
 from g2rpo.yaml_text import parse_yaml
@@ -123,7 +125,10 @@ class Request:
         if runnable:
             runner.check_memory(profile, cells)
         layout = layout_of(self.results, publish=self.publish)
-        plan = make_plan(loaded, profile, cells, layout)
+        # Whoever only looks, or submits from a login node, leaves large files to the jobs.
+        looks = not runnable or cluster.kind == "slurm"
+        with hashing_up_to() if looks else nullcontext():
+            plan = make_plan(loaded, profile, cells, layout)
         wanted = {stage.kind: stage.resources for stage in plan.todo.stages.values()}
         refuse_impossible(cluster, wanted, profile.hardware.evaluation_shares)
         return plan, cluster

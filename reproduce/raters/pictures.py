@@ -18,6 +18,7 @@ from reproduce.run_folders import (
     is_run,
     name_of,
     read_manifest,
+    read_scored,
     run_folders,
 )
 
@@ -119,7 +120,7 @@ def _evaluations(name: str, results: Path) -> dict[str, Path]:
 
 
 def _protocol(evaluation: Path) -> str | None:
-    manifest = read_manifest(evaluation)
+    manifest = read_scored(evaluation)
     if manifest is None:
         return None
     with damage_told(evaluation / MANIFEST):

@@ -1,6 +1,5 @@
 """The configuration behind each run, flat, so that any two can be laid side by side."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ from g2rpo.errors import UserError
 from reproduce.experiment import ResolvedCell
 from reproduce.render.notes import full_label
 from reproduce.report.chapter import Chapter, without_root
+from reproduce.run_folders import SETTINGS, read_document
 from reproduce.settings import flat
 
 
@@ -43,9 +43,12 @@ def _configuration(chapter: Chapter, cell: Cell) -> tuple[dict[str, str], str | 
         resolved, name = None, None
     if resolved is not None and name == cell.info.runs.get("train"):
         return _flat(known | _sections(resolved)), None
-    path = chapter.layout.runs / cell.info.runs.get("train", "") / "config.json"
-    if path.is_file():
-        trained = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        run = chapter.layout.runs / cell.info.runs.get("train", "")
+        trained = read_document(run / SETTINGS, ())
+    except UserError as error:
+        return _flat(known), str(error)
+    if trained is not None:
         return _flat(known | {"train": trained}), "as kept in the run's folder"
     if resolved is not None:
         note = "the experiment's files now say something else than this run was made from"

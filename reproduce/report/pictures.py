@@ -4,6 +4,7 @@ For each trained run the base's image stands before the first iteration, those t
 (:mod:`g2rpo.training.pictures`) between, and the held-out image of the evaluation at the end.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pandas as pd
 
 from benchmarks.cells import Cell
 from benchmarks.held_out import image_path
+from g2rpo.checksums import problems
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.training.pictures import pictured_iterations, pictures_folder
@@ -20,7 +22,10 @@ from reproduce.experiment import ResolvedCell
 from reproduce.layout import Layout
 from reproduce.render.spec import RowSpec
 from reproduce.report.chapter import Chapter
+from reproduce.run_folders import IMAGES, MANIFEST, damage_told, listed, read_scored
 from reproduce.stages import held_out_prompts, picture_scores
+
+logger = logging.getLogger(__name__)
 
 SHEET = "pictures.png"
 """What rendering an experiment writes beside its tables (:mod:`reproduce.picture_grid`)."""
@@ -108,7 +113,8 @@ def gather_pictures(chapter: Chapter) -> Gallery:
             try:
                 resolved = chapter.resolved(cell)
                 frames, known = _frames(chapter.layout, cell, resolved)
-            except UserError:
+            except UserError as error:
+                logger.warning("%s", error)
                 frames, known = (), []
             prompts |= {p.id: p for p in known}
             tile = Tile(row, cell.info.seed, _end(cell), frames)
@@ -142,16 +148,19 @@ def _frames(
     run = layout.runs / cell.info.runs.get("train", "")
     evaluation = run / "evaluations" / cell.info.runs.get("evaluation", "")
     prompts = held_out_prompts(resolved)
+    read_scored(evaluation)
     frames = [_frame(_end(cell), evaluation / "images", prompts, _scores(cell.scores))]
     if resolved.train is not None:
+        damaged = dict(problems(run, listed(run / MANIFEST, IMAGES)))
         for iteration in pictured_iterations(run):
             scores = picture_scores(evaluation, iteration)
-            known = _scores(pd.read_parquet(scores)) if scores.is_file() else {}
-            frames.append(_frame(iteration, pictures_folder(run, iteration), prompts, known))
+            frame = _frame(iteration, pictures_folder(run, iteration), prompts, _read(scores))
+            sound = {p: path for p, path in frame.images.items() if path not in damaged}
+            frames.append(replace(frame, images=sound))
         base = replace(resolved, train=None, seed=None, preset=None, method="base", key="base")
         before = layout.evaluation(base)
-        kept = before / "scores.parquet"
-        known = _scores(pd.read_parquet(kept)) if kept.is_file() else {}
+        read_scored(before)
+        known = _read(before / "scores.parquet")
         frames.append(_frame(0, before / "images", prompts, known))
     found = [frame for frame in frames if frame.images]
     found.sort(key=lambda frame: frame.iteration or 0)
@@ -162,6 +171,11 @@ def _frame(iteration: int | None, folder: Path, prompts: Sequence[Prompt], score
     paths = {prompt.id: image_path(folder, prompt) for prompt in prompts}
     images = {name: path for name, path in paths.items() if path.is_file()}
     return Frame(iteration, images, {name: scores[name] for name in images if name in scores})
+
+
+def _read(path: Path) -> Scores:
+    with damage_told(path):
+        return _scores(pd.read_parquet(path)) if path.exists() else {}
 
 
 def _scores(frame: pd.DataFrame) -> Scores:

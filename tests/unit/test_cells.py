@@ -1,7 +1,6 @@
 """Cells: whole or absent on disk, small, and checked when they are put side by side."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from benchmarks.cells import (
     load_cells,
     save_cell,
 )
+from g2rpo.checksums import parse_document, write_document
 from g2rpo.errors import UserError
 
 SCORES = make_scores({"hps": 0.3, "clip": 0.4})
@@ -73,7 +73,7 @@ def test_an_interrupted_save_leaves_no_cell(
 
     old = make_cell("base", seed=None, scores=SCORES)
     save_cell(old, tmp_path)
-    monkeypatch.setattr(benchmarks.cells, "write_json", killed)
+    monkeypatch.setattr(benchmarks.cells, "write_document", killed)
     with pytest.raises(KeyboardInterrupt):
         save_cell(make_cell("base", seed=None, scores=make_scores({"hps": 0.9})), tmp_path)
     assert load_cells(tmp_path) == []
@@ -98,9 +98,9 @@ def test_altered_and_missing_files_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_malformed_json_is_refused_with_the_key(tmp_path: Path) -> None:
     path = save_cell(make_cell("base", seed=None, scores=SCORES), tmp_path)
-    document = json.loads(path.read_text())
+    document = parse_document(path.read_bytes())
     document["cell"]["metod"] = "base"
-    path.write_text(json.dumps(document))
+    write_document(path, document)
     with pytest.raises(UserError, match=r"unknown key 'cell.metod'.*'method'"):
         load_cell(path)
     path.write_text("[1, 2]")

@@ -86,6 +86,20 @@ def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+@pytest.mark.parametrize("open_to_others", [".", "runs", "runs/submissions"])
+def test_folders_of_jobs_that_others_can_write_to_are_a_warning(
+    tmp_path: Path, open_to_others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "LITTLE", 0)
+    (tmp_path / "runs" / "submissions").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "submissions"):
+        path.chmod(0o755)
+    assert "others" not in folders.check_results(tmp_path).found
+    (tmp_path / open_to_others).chmod(0o775)
+    found = folders.check_results(tmp_path)
+    assert found.word == "warning" and found.mend == f"chmod go-w {tmp_path / open_to_others}"
+
+
 def test_missing_weights_are_a_note_and_a_cache_of_others_a_warning(tmp_path: Path) -> None:
     assert folders.check_cache(tmp_path, []).word == "ok"
     some = [("hps", 4_000_000), ("flux", None)]

@@ -19,6 +19,7 @@ from fake_encoder import Recorder, encode, prompts_of, settings
 from safetensors import safe_open
 from tiny_flux import build_tiny_flux
 
+from g2rpo.checksums import hashing_up_to
 from g2rpo.data.embeddings import CacheKey, EmbeddingCache, FillSettings, Part, fill, prompt_key
 from g2rpo.errors import UserError
 from g2rpo.policy import folder as policy_folder
@@ -328,7 +329,8 @@ def test_damage_is_found_when_it_is_read(tmp_path: Path, caplog: pytest.LogCaptu
     cache = EmbeddingCache(tmp_path)
     flip(shards(tmp_path)[0])  # one prompt's number, behind the reader's back
     whole = frozenset(map(prompt_key, prompts_of(4)))
-    assert cache.holds(whole)
+    with hashing_up_to(0):  # as a listing looks at large shards
+        assert cache.holds(whole)
     with caplog.at_level(logging.WARNING, logger="g2rpo"):
         found = [cache.read([prompt]) for prompt in prompts_of(4) * 2]
     assert sum(map(len, found)) == 3 or not all(found)

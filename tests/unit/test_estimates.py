@@ -132,9 +132,9 @@ def test_another_resolution_is_scaled_and_told_as_not_measured() -> None:
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
-        ({"every": 10, "keep_last": 1}, 2),
+        ({"every": 10, "keep_last": 1}, 3),
         ({"every": 50, "keep_last": 2, "keep_every": 50}, 6),
-        ({"every": 10, "keep_last": 1, "keep_every": 100}, 4),
+        ({"every": 10, "keep_last": 1, "keep_every": 100}, 5),
         ({"every": 1000}, 1),
         ({"every": 70, "keep_last": 2}, 3),
     ],

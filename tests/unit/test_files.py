@@ -12,9 +12,11 @@ from g2rpo.files import (
     atomic_path,
     atomic_write_bytes,
     atomic_write_text,
+    guarded_folder,
     sha256_file,
     sha256_files,
     sha256_tree,
+    writable_by_others,
     write_json,
 )
 
@@ -179,3 +181,18 @@ def test_sha256_files_is_the_files_own_or_one_over_names_and_hashes(tmp_path: Pa
     listing = f"a.bin {first}\nb.bin {second}\n"
     assert sha256_files([one, two]) == hashlib.sha256(listing.encode()).hexdigest()
     assert sha256_files([one], lambda path: f"known {path.name}") == "known a.bin"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o755), (0o000, 0o755), (0o077, 0o700)])
+def test_a_guarded_folder_is_not_writable_by_others(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        guarded_folder(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == mode
+    assert not writable_by_others(tmp_path / "a" / "b")
+    (tmp_path / "a" / "b").chmod(0o775)
+    assert writable_by_others(tmp_path / "a" / "b")
+    (tmp_path / "a" / "b").chmod(0o1777)  # as /tmp is: others cannot replace what is in it
+    assert not writable_by_others(tmp_path / "a" / "b")

@@ -65,7 +65,7 @@ class TestCells:
     def test_cells_of_before_are_read(self, tmp_path: Path) -> None:
         path = save_cell(make_cell("base", seed=None, scores=SCORES), tmp_path)
         document = json.loads(path.read_text())
-        del document["metrics_sha256"]
+        del document["metrics_sha256"], document["document_sha256"]
         for section in ("diversity", "drift"):
             del document["cell"]["protocol"][section]
         path.write_text(json.dumps(document))

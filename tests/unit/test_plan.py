@@ -76,6 +76,7 @@ def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = plan_of(tmp_path)
     trained = next(cell for cell in first.cells if cell.key == "hps/a")
     name = first.layout.training(trained).name
+    monkeypatch.setattr(finished, "has_training_record", lambda *_: True)
     monkeypatch.setattr(
         finished,
         "is_trained",
@@ -99,6 +100,7 @@ def test_with_everything_done_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finished, "is_scored", lambda *_: True)
+    monkeypatch.setattr(finished, "has_training_record", lambda *_: True)
     plan = plan_of(tmp_path)
     assert len(plan.todo) == 0
     assert len(plan.done) == len(plan.graph) - 1

@@ -1,11 +1,13 @@
 """What jobs read and do: cells as documents, leases around the work, nothing done twice."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import write_checkpoint
 
 from g2rpo.errors import UserError
 from g2rpo.lease import Lease, read_attempts
@@ -114,8 +116,13 @@ def test_a_stage_with_a_damaged_manifest_is_done_again(tmp_path: Path, content: 
         stem.write_bytes(content)
         assert not train.done() and not score.done()
         assert share_manifest(evaluation, share) is None
-        (run / "manifest.json").write_text(json.dumps({"provenance": {}}))
+        write_checkpoint(run, 4)
+        (run / "manifest.json").write_text(
+            json.dumps({"progress": {"iteration": 4}, "provenance": {}})
+        )
         assert train.done()
+        shutil.rmtree(run / "checkpoints")
+        assert not train.done()
 
 
 class Piece(Work):

@@ -7,20 +7,22 @@ whenever it is read.
 """
 
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from g2rpo.checksums import hashing_up_to, parse_document, problems
 from g2rpo.config import StrictModel, content_hash, validate
 from g2rpo.errors import UserError
+from g2rpo.files import remove
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +62,18 @@ class ShardIndex(StrictModel):
     """What is written beside a shard."""
 
     format: int = Field(FORMAT, ge=FORMAT, le=FORMAT)
-    size: int
-    """Bytes of the shard."""
+    size: int | None = None
+    """Bytes of the shard, as older versions wrote it."""
+    files: dict[str, dict[str, Any]] | None = None
+    """The shard's name with its checksum."""
     entries: tuple[IndexedPrompt, ...]
     """In the order of the tensors' rows."""
     origin: dict[str, str] = Field(default_factory=dict)
     """The device and packages that computed it, for people."""
+
+    def recorded(self, shard: Path) -> Mapping[str, Any]:
+        """What the shard is compared with (:func:`g2rpo.checksums.problems`)."""
+        return {shard.name: self.size} if self.files is None else self.files
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,9 @@ class EmbeddingCache:
         self.folder = folder
         self._entries: dict[str, Entry] = {}
         self._shards: dict[str, tuple[str, ...]] = {}
+        self._recorded: dict[Path, Mapping[str, Any]] = {}
         self._told: set[str] = set()
-        self._held: dict[frozenset[str], bool] = {}
+        self._held: dict[frozenset[str], frozenset[Path] | None] = {}
         self._stamp: int | None = None
         self.refresh()
 
@@ -128,11 +137,29 @@ class EmbeddingCache:
         return len(self._entries)
 
     def holds(self, keys: frozenset[str]) -> bool:
-        """Whether all prompts of these keys (:func:`prompt_key`) are there; cheap to ask again."""
+        """Whether all prompts of these keys (:func:`prompt_key`) are there, in undamaged shards.
+
+        Cheap to ask again: a shard is only read again where it has changed.
+        """
         self.refresh()
         if keys not in self._held:
-            self._held[keys] = keys <= self._entries.keys()
-        return self._held[keys]
+            known = keys <= self._entries.keys()
+            self._held[keys] = frozenset(self._entries[k].shard for k in keys) if known else None
+        shards = self._held[keys]
+        return shards is not None and all(self._is_whole(shard) for shard in sorted(shards))
+
+    def _problem(self, shard: Path) -> str | None:
+        found = next(problems(self.folder, self._recorded[shard]), None)
+        if found is None:
+            return None
+        path, problem = found
+        return problem if path.name == shard.name else f"has an index that {problem}"
+
+    def _is_whole(self, shard: Path) -> bool:
+        problem = self._problem(shard)
+        if problem is not None:
+            self._tell(shard, problem)
+        return problem is None
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """Those of ``prompts`` that are not there, each once, in their order."""
@@ -161,22 +188,21 @@ class EmbeddingCache:
     def _take_in(self, path: Path) -> None:
         shard = path.with_suffix(SHARD_SUFFIX)
         try:
-            data: object = json.loads(path.read_text())
-            index = validate(ShardIndex, data, str(path))
+            data = path.read_bytes()
+            index = validate(ShardIndex, parse_document(data), str(path))
             keys = tuple(entry.prompt for entry in index.entries)
             if shard_name(keys) != shard.name:
                 raise ValueError("the index of another shard")
-            size = shard.stat().st_size
-        except FileNotFoundError:
-            if path.exists():
-                self._tell(shard, "is gone")
+        except FileNotFoundError:  # another process is encoding it again
             return
-        except (ValueError, UserError):
+        except (OSError, ValueError, UserError):
             self._tell(shard, "has a damaged index")
             return
-        if size != index.size:
-            self._tell(shard, f"has {size} bytes where {index.size} were written")
-            return
+        own = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        self._recorded[shard] = {**index.recorded(shard), path.name: own}
+        with hashing_up_to(0):  # what is in it is compared where it is used
+            if not self._is_whole(shard):
+                return
         self._shards[path.name] = keys
         for row, entry in enumerate(index.entries):
             self._entries[entry.prompt] = Entry(shard, row, entry.content)
@@ -200,7 +226,7 @@ class EmbeddingCache:
         index = index_path(shard)
         self._forget(index.name)
         try:
-            index.unlink(missing_ok=True)
+            remove(index)
         except OSError:
             # It stays known as one without entries, so that it is not taken in again.
             self._shards[index.name] = ()
@@ -232,6 +258,12 @@ class EmbeddingCache:
             if entry is not None:
                 wanted.setdefault(entry.shard, []).append(entry)
         for shard, entries in wanted.items():
+            problem = self._problem(shard)
+            if problem is not None:
+                self._discard(shard, problem)
+                continue
+            if isinstance(self._recorded[shard][shard.name], dict):
+                continue  # its own checksum was compared
             for entry in entries:  # one at a time: a shard need not fit into memory twice
                 if self._read_shard(shard, [entry]) is None:
                     break

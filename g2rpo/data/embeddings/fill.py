@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from g2rpo.checksums import checksums_of, write_document
 from g2rpo.data.embeddings.cache import (
     SHARD_SUFFIX,
     EmbeddingCache,
@@ -27,7 +28,7 @@ from g2rpo.data.embeddings.cache import (
     shard_name,
 )
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_path, write_json
+from g2rpo.files import atomic_path, remove
 from g2rpo.progress import ProgressReport
 
 logger = logging.getLogger(__name__)
@@ -160,11 +161,12 @@ def _write_shard(
         for key, row in zip(keys, rows, strict=True)
     )
     try:
-        index_path(shard).unlink(missing_ok=True)
+        remove(index_path(shard))
+        remove(shard)
         with atomic_path(shard) as temporary:
             save_file(tensors, temporary)
-        index = ShardIndex(size=shard.stat().st_size, entries=entries, origin=origin)
-        write_json(index_path(shard), index.model_dump(mode="json"))
+        index = ShardIndex(files=checksums_of([shard], folder), entries=entries, origin=origin)
+        write_document(index_path(shard), index.model_dump(mode="json", exclude_none=True))
     except (OSError, SafetensorError) as error:
         if not _is_full(error):
             raise
