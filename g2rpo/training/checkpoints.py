@@ -87,6 +87,10 @@ def problem(folder: Path, part: slice = slice(None)) -> str | None:
         state = read_state(folder)
         files = dict(sorted(state[FILES].items())[part])
         found = next(problems(folder, files), None)
+        for metadata in folder.glob("*/.metadata"):  # a pickle, which is not loaded unchecked
+            entry = state[FILES].get(os.path.relpath(metadata, folder))
+            if not isinstance(entry, dict):
+                return f"{os.path.relpath(metadata, folder)} has no recorded SHA-256"
     except (FileNotFoundError, NotADirectoryError):
         return f"{STATE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -436,6 +436,22 @@ def test_checkpoints_of_older_versions_are_read(smoke_assets: Path, tmp_path: Pa
     assert latest_checkpoint(tmp_path) is None
 
 
+def test_a_pickle_without_a_checksum_is_not_loaded(
+    smoke_assets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_for(smoke_assets, execution={"sharding": "fsdp2"})
+    run_to(trainer_for(config, tmp_path), 1)
+    folder = checkpoint_folder(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    sizes = {name: entry["size"] for name, entry in state["files"].items()}
+    for files in (sizes, {}):
+        text = json.dumps({"progress": state["progress"], "files": files})
+        (folder / "state.json").write_text(text)
+        caplog.clear()
+        assert latest_checkpoint(tmp_path) is None
+        assert "shards/.metadata has no recorded SHA-256" in caplog.text
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_exports_are_refused_by_name(
     smoke_assets: Path, tmp_path: Path, fault: str
