@@ -9,10 +9,13 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-Word = Literal["done", "running", "starting", "waiting", "failed", "cancelled", "interrupted"]
+Word = Literal[
+    "done", "running", "starting", "waiting", "failed", "cancelled", "interrupted", "unknown"
+]
 STYLES: dict[Word, str] = {
     "done": "green", "running": "cyan", "starting": "cyan", "waiting": "dim",
     "failed": "bold red", "cancelled": "red", "interrupted": "yellow",
+    "unknown": "yellow",
 }  # fmt: skip
 
 

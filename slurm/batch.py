@@ -1,4 +1,4 @@
-"""Stages as a SLURM batch script, through submitit: parameters, container, requeueing.
+"""Stages as a SLURM batch script, written by submitit: parameters, container, requeueing.
 
 Requeueing is the batch script's: it runs outside of any container, where ``scontrol`` is. A stage
 that was asked to stop in time leaves a marker, which the lines after ``srun`` look for.
@@ -19,6 +19,8 @@ from slurm.job import TERMINATED, requeue_marker
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOB = "JOB"
+AWAY_SECONDS = 1800
+"""How long a job that is to be requeued asks for a controller that is away."""
 KILLED_BY_USR2 = 128 + 12
 """What srun ends with when the signal came while Python was still importing."""
 
@@ -114,8 +116,6 @@ def setup(cluster: Cluster, jobs: Path) -> list[str]:
         "job=${job:-$SLURM_JOB_ID}",
         f'marker={before}"$job"{after}',
         'rm -f "$marker"',
-        # A start that ended on a full disk leaves these, and submitit refuses to go on at them.
-        f'rm -f {before}"$job"_*_result.pkl.save_tmp',
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *cluster.setup,
     ]
@@ -126,22 +126,40 @@ def teardown(max_restarts: int) -> list[str]:
 
     It is to go on where it left a marker, where USR2 ended it before Python could handle that, and
     where preemption gave it SIGTERM alone; never once it is not RUNNING, for then it was cancelled,
-    and requeueing would revive it.
+    and requeueing would revive it. While the controller is away (a restart, a failover) it is
+    asked again: it is the one that would end this job.
     """
     return [
         "code=$?",
         "again=",
         '[ -e "$marker" ] && again=yes',
         f'[ "$code" = {KILLED_BY_USR2} ] && again=yes',
-        'details=$(scontrol show job --oneliner "$job")',
-        f'[ "$code" = {TERMINATED} ] && [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes',
+        f"deadline=$((SECONDS + {AWAY_SECONDS}))",
+        "answer() {",
+        "  local pause=1 told",
+        '  until told=$(timeout 60 "$@" 2>&1); do',
+        # It is not there (127), or it has answered, or it has been away for long.
+        '    [ "$?" = 127 ] || [[ "$told" = *"nvalid job id"* ]] && break',
+        '    [ "$SECONDS" -lt "$deadline" ] || break',
+        '    sleep "$pause"',
+        "    pause=$((pause < 16 ? 2 * pause : 30))",
+        "  done",
+        '  echo "$told"',
+        "}",
+        f'if [ "$code" = {TERMINATED} ]; then',
+        '  details=$(answer scontrol show job --oneliner "$job")',
+        '  [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes',
+        "fi",
         'rm -f "$marker"',
         f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_restarts} ] && again=',
-        'state=$(squeue --noheader --jobs="$job" --format=%T)',
-        'if [ -n "$again" ] && [ "$state" = RUNNING ]; then',
+        "for _ in 1 2 3 4 5; do",
+        '  [ -n "$again" ] || break',
+        '  state=$(answer squeue --noheader --jobs="$job" --format=%T | tail -n 1)',
+        '  [ "$state" = RUNNING ] || break',
         # SLURM ends this script soon after it has taken the request.
-        '  for _ in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 10; done',
-        "fi",
+        '  scontrol requeue "$job" && break',
+        "  sleep 10",
+        "done",
         'exit "$code"',
     ]
 
@@ -197,44 +215,28 @@ def exported_names(cluster: Cluster) -> list[str]:
     return ["PYTHONPATH", "PYTHONUNBUFFERED", *cluster.environment]
 
 
-class Executor(submitit_slurm.SlurmExecutor):  # type: ignore[misc]
-    """submitit's executor for SLURM; its texts can be made where there is no SLURM."""
-
-    @classmethod
-    def name(cls) -> str:
-        """The name under which submitit's job environment is found."""
-        return "slurm"
-
-    @classmethod
-    def affinity(cls) -> int:
-        """Whether it can be used: told by sbatch itself when something is submitted."""
-        return 2
-
-    def text(self, count: int) -> str:
-        """The batch script that submitting ``count`` stages would write."""
-        extra = {"map_count": count} if count > 1 else {}
-        text: str = submitit_slurm._make_sbatch_string(  # noqa: SLF001 - it has no public name
-            command=self._submitit_command_str, folder=self.folder, **self.parameters, **extra
-        )
-        return text
-
-
-def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Executor:
-    """The executor that submits ``batch``.
+def script(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> str:
+    """The batch script of ``batch``.
 
     Args:
         cluster: the cluster profile.
         batch: the stages.
-        jobs: where submitit keeps its files.
+        jobs: the submission's jobs folder.
         results: the folder that jobs write to, seen from inside of a container too.
 
     Raises:
         UserError: the profile has what submitit does not take.
     """
-    gpus = batch.stages[0].resources.gpus > 0
-    made = Executor(jobs, python=python_command(cluster, results, gpus=gpus))
+    python = python_command(cluster, results, gpus=batch.stages[0].resources.gpus > 0)
+    names = [stage.name for stage in batch.stages]
+    # submitit would have the job load a pickle that is in place only some time after sbatch.
+    command = f"{python} -u -m slurm.job {shlex.join([str(jobs.parent), *names])}"
+    array = {"map_count": len(names)} if len(names) > 1 else {}
+    settings = parameters(cluster, batch, jobs, results)
     try:
-        made.update_parameters(**parameters(cluster, batch, jobs, results))
+        text: str = submitit_slurm._make_sbatch_string(  # noqa: SLF001 - it has no public name
+            command=command, folder=jobs, **settings, **array
+        )
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"cluster {cluster.name}: {' '.join(str(error).split())[:300]}") from None
-    return made
+    return text

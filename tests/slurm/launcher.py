@@ -248,7 +248,7 @@ def interrupt(process: "subprocess.Popen[str]", number: int = signal.SIGKILL) ->
 def without_ids(script: str, submission: str) -> str:
     """A batch script without what only a submission has: its name, and the ids of jobs."""
     text = script.replace(submission, "SUBMISSION")
-    text = re.sub(r"(?m)^(#SBATCH --comment=.*/)\w+$", r"\1NUMBER", text)
+    text = re.sub(r"(?m)^(#SBATCH --comment='?g2rpo/SUBMISSION/)\w+", r"\1NUMBER", text)
     return re.sub(
         r"(?m)^#SBATCH --dependency=.*$",
         # A name in angle brackets is quoted, a number is not.

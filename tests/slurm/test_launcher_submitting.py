@@ -3,7 +3,6 @@
 Most jobs here are held, so that they stay where they are and cost nothing.
 """
 
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 from harness import Cluster
 from launcher import Workplace, interrupt, slow_sbatch, wait_exit
+
+from slurm.submission import read_comment
 
 pytestmark = pytest.mark.slurm
 
@@ -27,16 +28,11 @@ def _comments(cluster: Cluster) -> dict[str, str]:
 
 def _assert_each_stage_has_one_job(place: Workplace) -> None:
     """As SLURM knows it: by the comments of jobs, whatever the submissions say of ids."""
-    announced: dict[str, list[str]] = {}
-    stages = 0
-    for submission in place.submissions():
-        for line in (submission.folder / "jobs.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            if "stages" in entry:
-                announced[entry["comment"]] = entry["stages"]
-        stages = len(submission.graph) - len(submission.done)
+    submission = place.submission()
+    stages = len(submission.graph) - len(submission.done)
     comments = _comments(place.cluster)
-    found = [name for comment in set(comments.values()) for name in announced[comment]]
+    named = [read_comment(comment) for comment in set(comments.values())]
+    found = [name for one in named if one is not None for name in one[1]]
     tables = [name for name in found if name.startswith("render/")]
     assert len(found) == len(set(found)) + len(tables) - 1, found
     assert len(comments) == len(found)

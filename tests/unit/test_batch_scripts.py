@@ -7,6 +7,7 @@ writes ``tests/unit/sbatch/`` anew, and read the difference before it is committ
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from g2rpo.errors import UserError
 from slurm.batch import REPOSITORY
 from slurm.cluster import Cluster
 from slurm.graph import Graph, Needs, Stage
-from slurm.submission import Submission
+from slurm.submission import Submission, job_comment, read_comment
 from slurm.submit import dependency, scripts
 
 GOLDEN = Path(__file__).with_name("sbatch")
@@ -109,15 +110,18 @@ def test_what_a_reader_of_the_golden_files_relies_on() -> None:
     assert "#SBATCH --array=0-7%4\n" in array
     found = [line for line in array.splitlines() if "--dependency" in line]
     assert found == ["#SBATCH --dependency='afterok:<train/a>:4711,afterany:<embed/a>'"]
+    assert "slurm.job /RESULTS/submissions/table1-flux sample/a/0 sample/a/1 sample/a/2" in array
     cpu = text_of("cpu")
     assert "--partition=cpu\n" in cpu and "gpus" not in cpu
     assert "constraint" not in cpu and "exclusive" not in cpu
 
 
-def test_an_array_is_waited_for_once_by_its_own_id() -> None:
-    needing = Stage("score", "score", "a", needs=("s/0", "s/1", "done"), after=("t",))
-    jobs = {"s/0": "7_0", "s/1": "7_1", "t": "9"}
-    assert dependency([needing, needing], jobs) == "afterok:7,afterany:9"
+def test_of_an_older_array_only_the_tasks_that_are_needed_are_waited_for() -> None:
+    needing = Stage("score", "score", "a", needs=("s/0", "s/1", "s/2", "done"), after=("t",))
+    # 21 was submitted before, and one of its tasks has failed; 28 does that one again.
+    jobs = {"s/0": "28", "s/1": "21_1", "s/2": "21_2", "t": "9"}
+    assert dependency([needing, needing], jobs) == "afterok:28:21_1:21_2,afterany:9"
+    assert dependency([needing], {"s/0": "28", "s/1": "28"}) == "afterok:28"
     assert dependency([needing], {}) is None
 
 
@@ -130,7 +134,28 @@ def test_stages_of_one_array_are_submitted_together_in_order() -> None:
 def test_the_comment_is_the_submission_s_own() -> None:
     made = scripts(submission_of(SHARES, {}), SHARES, {})
     comments = [line for script in made for line in script.text.splitlines() if "--comment" in line]
-    assert comments == [f"#SBATCH --comment=g2rpo/table1-flux/{number}" for number in (1, 2, 3)]
+    assert comments == [
+        "#SBATCH --comment=g2rpo/table1-flux/1/train/a",
+        "#SBATCH --comment=g2rpo/table1-flux/2/embed/a",
+        "#SBATCH --comment='g2rpo/table1-flux/3/sample/a/{0,1,2,3,4,5,6,7}'",
+    ]
+
+
+def test_the_comment_says_which_stages_a_job_runs() -> None:
+    array = tuple(f"score/g2rpo-0123456789ab/e0/{n:03d}-of-064" for n in range(64))
+    for stages in (array, array[7:9], array[:1], ("render/flux/table1",), ("a", "b")):
+        comment = job_comment("table1-flux-20260101-000000-ab12", "0a1b2c3d", stages)
+        assert len(comment) <= 1024  # SLURM takes no more
+        assert read_comment(comment) == ("table1-flux-20260101-000000-ab12", stages)
+    for other in ("", "(null)", "g2rpo/doctor", "g2rpo/table1-flux-x/0a1b", "mine/x/0a/train/a"):
+        assert read_comment(other) is None
+
+
+def test_a_long_array_is_submitted_in_parts() -> None:
+    shares = [replace(SHARES[2], name=f"sample/a/{index:03d}", needs=(), after=()) for index in range(130)]
+    made = scripts(submission_of(shares, {}), shares, {})
+    assert [len(script.stages) for script in made] == [64, 64, 2]
+    assert [name for script in made for name in script.stages] == [s.name for s in shares]
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
