@@ -99,17 +99,17 @@ def stage_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, St
 
 
 def with_ends(jobs: Mapping[str, StageJob], known: Mapping[str, JobState]) -> dict[str, StageJob]:
-    """``jobs`` with what accounting says of those that squeue does not list (``known``)."""
+    """``jobs`` with how those ended that neither wait nor run; ``known`` is what squeue lists."""
     comments = {array_of(job): state.comment for job, state in known.items()}
     # An id that was given again says nothing of the job that had it before.
     asked = {
         job.job
         for job in jobs.values()
-        if job.state is None and comments.get(array_of(job.job), job.comment) == job.comment
+        if not job.active and comments.get(array_of(job.job), job.comment) == job.comment
     }
     ended = states.ended_jobs(asked, known)
     return {
-        stage: job if job.state else replace(job, state=ended.get(job.job))
+        stage: job if job.active else replace(job, state=ended.get(job.job))
         for stage, job in jobs.items()
     }
 

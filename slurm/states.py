@@ -3,7 +3,7 @@
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from g2rpo.errors import UserError
@@ -179,15 +179,15 @@ def known_jobs() -> dict[str, JobState]:
     return jobs
 
 
-def ended_jobs(jobs: Iterable[str], listed: Iterable[str] = ()) -> dict[str, JobState]:
-    """How jobs ended that squeue does not list, by id, as far as accounting or the rest tell.
+def ended_jobs(jobs: Iterable[str], listed: Mapping[str, JobState]) -> dict[str, JobState]:
+    """How jobs ended, by id: as accounting says, else squeue, as far as either knows them.
 
     A task that was cancelled while its array waited is in no list any more: where SLURM knows its
     array, that is what became of it.
 
     Args:
         jobs: the ids.
-        listed: the ids that squeue lists.
+        listed: what squeue lists (:func:`known_jobs`).
     """
     wanted = set(jobs)
     if not wanted:
@@ -199,6 +199,8 @@ def ended_jobs(jobs: Iterable[str], listed: Iterable[str] = ()) -> dict[str, Job
         state = accounts.get(job)
         if state is not None and not state.active:
             found[job] = state
+        elif job in listed:
+            found[job] = listed[job]
         elif "_" in job and array_of(job) in arrays and (not state or state.state == "PENDING"):
             found[job] = JobState(job, "CANCELLED")
     return found

@@ -339,6 +339,17 @@ class Cluster:
         is_ours = str(self.configuration) in command and command[-1] == node
         return process if is_ours else None
 
+    @contextmanager
+    def controller_away(self) -> Iterator[None]:
+        """No controller answers while the block runs; jobs and their processes go on."""
+        process = psutil.Process(int((self.root / "run" / "slurmctld.pid").read_text()))
+        _kill(process)
+        try:
+            yield
+        finally:
+            self.run("slurmctld", "-f", str(self.configuration))
+            self.wait(self.is_up, 60, "controller")
+
     def kill_slurmd(self, node: str) -> None:
         """Kills a node's slurmd as a crash would; steps and their processes live on."""
         process = self._slurmd(node)

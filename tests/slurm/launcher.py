@@ -17,7 +17,7 @@ from g2rpo.attempts import Attempt, read_attempts
 from slurm.submission import Submission, job_groups, list_submissions
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND_SECONDS = 180
+COMMAND_SECONDS = 480
 """Much more than a command takes: importing torch is slow on a machine that has other work."""
 
 CELLS: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ import pytest
 from harness import Cluster
 from launcher import Workplace, interrupt, slow_sbatch, wait_exit
 
+from slurm.states import array_of
 from slurm.submission import read_comment
 
 pytestmark = pytest.mark.slurm
@@ -58,8 +59,7 @@ def test_two_submissions_at_once(cluster: Cluster, places: Callable[..., Workpla
 def test_submitting_shell_is_killed_after_a_job_nobody_noted(
     cluster: Cluster, places: Callable[..., Workplace], tmp_path: Path
 ) -> None:
-    place = places("base", "hps/g2rpo")
-    place.cluster_profile(**HELD)
+    place = places("base")
     place.path = slow_sbatch(tmp_path / "bin", 30)
     submitting = place.start(*place.request("submit"))
     try:
@@ -67,14 +67,42 @@ def test_submitting_shell_is_killed_after_a_job_nobody_noted(
     finally:
         interrupt(submitting)
     assert place.jobs() == {}  # it was killed before it could note the id
-    (first,) = place.alive()
     place.path = None
+    done = place.g2rpo(*place.request("reproduce"))
+    assert "base" in done.stdout
+    assert [len(place.attempts(kind)) for kind in ("sample", "score")] == [1, 1]
+    lines = place.g2rpo("status").stdout.splitlines()
+    assert lines[-1] == "4 done", lines
+
+
+def test_one_task_of_an_array_is_cancelled(
+    cluster: Cluster, places: Callable[..., Workplace]
+) -> None:
+    place = places("base")
+    place.profile(ranks=1, shares=2)
+    place.cluster_profile(**HELD)
     place.submit()
-    assert first in place.alive()
-    _assert_each_stage_has_one_job(place)
-    before = place.alive()
-    place.submit()
-    assert place.alive() == before
+    first, second = (place.job(f"sample base, {share}/2") for share in (1, 2))
+    scores = [place.job(f"score base, {share}/2") for share in (1, 2)]
+    cluster.scancel(second)  # no list of SLURM has it any more
+    lines = place.g2rpo("status").stdout.splitlines()
+    (told,) = (line for line in lines if line.split()[:3] == ["sample", "base,", "2/2"])
+    assert "cancelled" in told and "its job was cancelled" in told
+
+    place.cluster_profile()
+    again = place.start(*place.request("reproduce"))
+    try:
+        place.wait_jobs("render")
+        waits = cluster.fields(place.job("score base, 1/2"))["Dependency"]
+        assert f"afterok:{first}(" in waits and f"{array_of(second)}_*" not in waits, waits
+        cluster.run("scontrol", "release", first)
+        code, table, told = wait_exit(again)
+    finally:
+        again.kill()
+    assert code == 0 and "base" in table, told
+    assert [cluster.state(job) for job in scores] == ["CANCELLED", "CANCELLED"]
+    kinds = [f"{kind} base, {share}/2" for kind in ("sample", "score") for share in (1, 2)]
+    assert [len(place.attempts(kind)) for kind in kinds] == [1, 1, 1, 1]
 
 
 def test_following_shell_is_killed(cluster: Cluster, places: Callable[..., Workplace]) -> None:

@@ -9,6 +9,10 @@ from harness import Cluster
 from job_functions import DieOfSignal, LeaveAlone, Signalled, events
 from submission import FOUR_RANKS, executor, requeueing, start, teardowns, wait_started
 
+from slurm import batch
+from slurm.cluster import Cluster as Profile
+from slurm.job import REQUEUE, requeue_marker
+
 pytestmark = pytest.mark.slurm
 
 WITH_USR2 = "SlurmctldParameters=preempt_send_user_signal"
@@ -241,3 +245,30 @@ def test_rank_that_leaves_first_takes_the_others_down(cluster: Cluster, folder: 
     ]
     # Who ignores SIGTERM is killed after KillWait, and srun ends with the highest code: 128 + 9.
     assert teardowns(folder) == [f"{job.job_id} 137 RUNNING"]
+
+
+@pytest.mark.core
+def test_requeue_while_the_controller_is_away(cluster: Cluster, folder: Path) -> None:
+    settings = Profile()
+    go, started = folder / "go", folder / "started"
+    first = [f"touch {started}", f"until [ -e {go} ]; do sleep 0.1; done", 'touch "$marker"']
+    script = [
+        *batch.setup(settings, folder),
+        'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then',
+        *first,
+        f"(exit {REQUEUE})",
+        "fi",
+        *batch.teardown(settings.max_restarts),
+    ]
+    job = cluster.submit("\n".join(script))
+    after = cluster.submit("true", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    cluster.wait(started.exists, 60, "started job")
+    with cluster.controller_away():
+        go.touch()
+        marker = requeue_marker(folder, job)
+        cluster.wait(marker.exists, 60, "request to be requeued")
+        cluster.wait(lambda: not marker.exists(), 60, "end of the job's command")
+        time.sleep(3)  # it has asked, and nobody has answered
+    assert cluster.wait_ended(job, 120) == "COMPLETED"
+    assert cluster.fields(job)["Restarts"] == "1"
+    assert cluster.wait_ended(after) == "COMPLETED"

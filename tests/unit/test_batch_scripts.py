@@ -152,7 +152,8 @@ def test_the_comment_says_which_stages_a_job_runs() -> None:
 
 
 def test_a_long_array_is_submitted_in_parts() -> None:
-    shares = [replace(SHARES[2], name=f"sample/a/{index:03d}", needs=(), after=()) for index in range(130)]
+    share = replace(SHARES[2], needs=(), after=())
+    shares = [replace(share, name=f"sample/a/{index:03d}") for index in range(130)]
     made = scripts(submission_of(shares, {}), shares, {})
     assert [len(script.stages) for script in made] == [64, 64, 2]
     assert [name for script in made for name in script.stages] == [s.name for s in shares]
