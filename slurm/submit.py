@@ -8,9 +8,9 @@ from pathlib import Path
 
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
+from slurm import states
 from slurm.batch import Batch, script
 from slurm.graph import Stage
-from slurm.states import ask
 from slurm.submission import Submission, job_comment
 
 ARRAY = 64
@@ -128,7 +128,7 @@ def submit(submission: Submission, todo: Iterable[Stage], active: Mapping[str, s
 def _sbatch(path: Path, what: str) -> str:
     """Submits a batch script; returns the id of its job."""
     try:
-        told = ask("sbatch", "--parsable", str(path), seconds=SBATCH_SECONDS)
+        told = states.ask("sbatch", "--parsable", str(path), seconds=SBATCH_SECONDS)
         found = re.search(r"^(\d+)(;.*)?$", told, re.MULTILINE)
         if found is None:
             raise UserError(f"sbatch gave no job id, but {told.strip()[:200]!r}")
