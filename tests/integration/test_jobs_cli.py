@@ -76,7 +76,7 @@ def here(
     return (code if isinstance(code, int) else 0), told.out, told.err
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 200.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what} in {seconds} s"
@@ -141,7 +141,7 @@ def test_submitted_watched_cancelled_and_retried(
         until(lambda: words_of(folder).get(TRAIN) == "running", "training again")
         name = latest_submission(folder / "results/runs").name
         assert g2rpo("cancel", name)[0] == 0
-        _, told = again.communicate(timeout=120)
+        _, told = again.communicate(timeout=600)
     finally:
         again.kill()
     assert again.returncode == 130
@@ -160,7 +160,7 @@ def test_two_at_once_do_nothing_twice_and_end_alike(
     folder = workplace(tmp_path, inputs)
     both = [start(folder, "reproduce", *ARGUMENTS) for _ in range(2)]
     try:
-        ended = [process.communicate(timeout=400) for process in both]
+        ended = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()

@@ -118,11 +118,11 @@ def test_jobs_run_in_the_image_and_survive_a_requeue(
         return output.split()[0]
 
     number = job()
-    cluster.wait(trained, 150, "checkpoint of the training")
+    cluster.wait(trained, "checkpoint of the training")
     cluster.requeue(number)
-    cluster.wait(lambda: list(runs.glob("g2rpo-*/manifest.json")), 240, "end of the training")
+    cluster.wait(lambda: list(runs.glob("g2rpo-*/manifest.json")), "end of the training")
     table = runs / "smoke" / "contained" / "contained.md"
-    cluster.wait(table.exists, 120, "table")
+    cluster.wait(table.exists, "table")
     assert int(cluster.fields(number)["Restarts"]) >= 1
     assert len(list(runs.glob("g2rpo-*/leases/train/*.json"))) >= 2
     told = _g2rpo(tmp_path, "status")

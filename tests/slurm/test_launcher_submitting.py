@@ -16,8 +16,6 @@ from slurm.states import array_of
 from slurm.submission import read_comment
 
 pytestmark = pytest.mark.slurm
-
-TEST_SECONDS = 600
 HELD = {"extra": {"hold": True}}
 
 
@@ -63,7 +61,7 @@ def test_submitting_shell_is_killed_after_a_job_nobody_noted(
     place.path = slow_sbatch(tmp_path / "bin", 30)
     submitting = place.start(*place.request("submit"))
     try:
-        cluster.wait(place.alive, 120, "first job")
+        cluster.wait(place.alive, "first job")
     finally:
         interrupt(submitting)
     assert place.jobs() == {}  # it was killed before it could note the id
@@ -92,6 +90,7 @@ def test_one_task_of_an_array_is_cancelled(
     place.cluster_profile()
     again = place.start(*place.request("reproduce"))
     try:
+        cluster.wait(lambda: len(place.submissions()) == 2, "second submission")
         place.wait_jobs("render")
         waits = cluster.fields(place.job("score base, 1/2"))["Dependency"]
         assert f"afterok:{first}(" in waits and f"{array_of(second)}_*" not in waits, waits
@@ -135,7 +134,7 @@ def test_cancel_retry_and_scancel(cluster: Cluster, places: Callable[..., Workpl
     children = ("sample hps/g2rpo", "score hps/g2rpo")
     for child in children:  # SLURM does not look at the dependencies of what is held
         cluster.run("scontrol", "release", place.job(child))
-    cluster.wait(lambda: cluster.state(place.job(children[-1])) == "CANCELLED", 30, "child")
+    cluster.wait(lambda: cluster.state(place.job(children[-1])) == "CANCELLED", "child")
     lines = place.g2rpo("status").stdout.splitlines()
     assert lines[-1].startswith("1 done, 3 waiting, 3 cancelled"), lines
     place.submit()
@@ -145,10 +144,10 @@ def test_cancel_retry_and_scancel(cluster: Cluster, places: Callable[..., Workpl
 
     place.g2rpo("cancel", first.name)
     place.g2rpo("cancel")
-    cluster.wait(lambda: place.alive() == [], 30, "end of all jobs")
+    cluster.wait(lambda: place.alive() == [], "end of all jobs")
     retrying = place.start("retry")
     try:
-        cluster.wait(lambda: len(place.submissions()) == 3, 120, "third submission")
+        cluster.wait(lambda: len(place.submissions()) == 3, "third submission")
         place.wait_jobs("render")
         _assert_each_stage_has_one_job(place)
         time.sleep(1)
