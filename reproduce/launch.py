@@ -97,7 +97,10 @@ def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
 
 
 def _submit_rest(plan: Plan, cluster: Cluster) -> Submission | None:
-    active = active_stages(plan.layout.runs)
+    try:
+        active = active_stages(plan.layout.runs)
+    except UserError as error:
+        raise UserError(f"nothing was submitted: {error}; run the same command again") from None
     # Asked after SLURM: a job that has ended since the plan was made has left its stage done.
     ended = {n for n in plan.todo.stages if n in plan.works and n not in active}
     plan = replace(plan, done=plan.done | {n for n in ended if plan.works[n].done()})
