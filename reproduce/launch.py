@@ -15,7 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.lease import Lease
 from reproduce import runs
 from reproduce.plan import Plan
-from reproduce.queue import active_stages, hopeless_stages, submissions_folder
+from reproduce.stage_jobs import active_stages, hopeless_stages, submissions_folder
 from reproduce.work import ENTRY, Inputs, run_stage
 from slurm import states, submit
 from slurm.cluster import Cluster

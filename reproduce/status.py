@@ -15,7 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.lease import is_alive
 from reproduce.console import Word
 from reproduce.launch import DRIVER
-from reproduce.queue import StageJob, stage_jobs, with_ends
+from reproduce.stage_jobs import StageJob, stage_jobs, with_ends
 from reproduce.work import Inputs, latest_attempt
 from slurm import states
 from slurm.graph import Stage

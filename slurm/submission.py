@@ -33,6 +33,10 @@ class DamagedRecord(UserError):  # noqa: N818 - it is what was found
     """The record of a submission is not there, or not whole, or not of this version."""
 
 
+class OtherVersion(DamagedRecord):
+    """Another version of g2rpo wrote the record."""
+
+
 def job_comment(submission: str, number: str, stages: Sequence[str]) -> str:
     """The comment of a job or an array: it names the submission and the stages, in order.
 
@@ -158,7 +162,7 @@ class Submission:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
-            raise DamagedRecord(f"{path}: written by another version of g2rpo")
+            raise OtherVersion(f"{path}: written by another version of g2rpo")
         try:
             record = validate(_Record, data, str(path))
             graph = Graph(record.stages)
@@ -223,7 +227,7 @@ class _Line(pydantic.BaseModel):
 def _lines(path: Path) -> list[_Line]:
     try:
         text = path.read_text(errors="replace")
-    except FileNotFoundError:
+    except OSError:  # SLURM knows the jobs too
         return []
     lines = []
     for line in text.splitlines():

@@ -125,7 +125,7 @@ def cancel(
 
 def _cancel_jobs(name: str, results: Path) -> None:
     """Cancels the jobs of a submission, and names those that others still have."""
-    from reproduce.queue import own_jobs
+    from reproduce.stage_jobs import own_jobs
     from slurm.states import cancel_jobs, known_jobs
 
     try:

@@ -20,7 +20,7 @@ from reproduce.experiment import Experiment, expand, load_profile
 from reproduce.launch import DRIVER, latest_submission, left_to_submit, save_submission
 from reproduce.layout import Layout
 from reproduce.plan import Plan, make_plan
-from reproduce.queue import active_stages, hopeless_stages
+from reproduce.stage_jobs import active_stages, hopeless_stages
 from reproduce.status import Show, StageStatus, follow, is_over, read_status
 from slurm import states
 from slurm.cluster import Cluster
@@ -423,6 +423,14 @@ def test_a_job_that_waits_for_what_will_not_come_is_hopeless(site: Callable[[str
     here.known["3"] = replace(here.known["3"], reason="DependencyNeverSatisfied")
     assert hopeless() == {SAMPLE, SCORE}
     # Of a submission that cannot be read, what waits would fail; what runs goes on.
-    for name in ("submission.json", "submission-copy.json"):
-        (here.submission.folder / name).write_text("{}")
-    assert hopeless() == {TRAIN, SAMPLE, SCORE, "sample base", "score base"}
+    whole = (here.submission.folder / "submission.json").read_text()
+    for text, expected in (
+        (
+            whole.replace('"format": 1', '"format": 2'),
+            {SAMPLE, SCORE},
+        ),  # its own version can read it
+        ("{}", {TRAIN, SAMPLE, SCORE, "sample base", "score base"}),
+    ):
+        for name in ("submission.json", "submission-copy.json"):
+            (here.submission.folder / name).write_text(text)
+        assert hopeless() == expected

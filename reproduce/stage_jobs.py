@@ -9,7 +9,13 @@ from reproduce.plan import Plan
 from reproduce.work import Inputs
 from slurm import states
 from slurm.states import JobState, array_of
-from slurm.submission import Submission, job_groups, list_submissions, read_comment
+from slurm.submission import (
+    OtherVersion,
+    Submission,
+    job_groups,
+    list_submissions,
+    read_comment,
+)
 
 
 def submissions_folder(runs_folder: Path) -> Path:
@@ -40,6 +46,11 @@ class StageJob:
     def active(self) -> bool:
         """Whether it waits, runs, or will run again."""
         return self.state is not None and self.state.active
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it has not started, or waits to start again."""
+        return self.state is not None and self.state.state == "PENDING"
 
     def precedes(self, other: "StageJob") -> bool:
         """Whether ``other`` tells more of the stage: it is alive, or was submitted later."""
@@ -132,21 +143,16 @@ def hopeless_stages(plan: Plan, active: Mapping[str, StageJob]) -> set[str]:
     more would fail when it starts.
     """
     parent, done = submissions_folder(plan.layout.runs), plan.done
-    waiting = {
-        name: job
-        for name, job in active.items()
-        if name in plan.todo.stages and job.state is not None and job.state.state == "PENDING"
-    }
-    hopeless = {
-        name
-        for name, job in waiting.items()
-        if job.state is not None and job.state.reason == "DependencyNeverSatisfied"
-    }
+    waiting = {n: job for n, job in active.items() if n in plan.todo.stages and job.waiting}
+    never = "DependencyNeverSatisfied"
+    hopeless = {n for n, job in waiting.items() if job.state and job.state.reason == never}
     for folder in {parent / job.submission for job in waiting.values()}:
         mine = {name for name, job in waiting.items() if job.submission == folder.name}
         try:
             submission = Submission.load(folder)
             inputs = Inputs.load(folder)
+        except OtherVersion:  # its jobs run the code that wrote it
+            continue
         except UserError:
             hopeless |= mine
             continue
@@ -156,5 +162,5 @@ def hopeless_stages(plan: Plan, active: Mapping[str, StageJob]) -> set[str]:
             for name, stage in left.stages.items()
             if name not in active and stage.kind != "render" and not inputs.work(stage).done()
         }
-        hopeless |= left.downstream(lost | hopeless) & mine
-    return hopeless
+        hopeless |= left.downstream(lost) & mine
+    return plan.graph.downstream(hopeless) & waiting.keys()
