@@ -254,6 +254,7 @@ def test_requeue_while_the_controller_is_away(cluster: Cluster, folder: Path) ->
     first = [f"touch {started}", f"until [ -e {go} ]; do sleep 0.1; done"]
     first += ['touch "$marker"', f"touch {ended}"]
     script = [
+        "#!/bin/bash",
         *batch.setup(settings, folder),
         'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then',
         *first,
@@ -261,7 +262,9 @@ def test_requeue_while_the_controller_is_away(cluster: Cluster, folder: Path) ->
         "fi",
         *batch.teardown(settings.max_restarts),
     ]
-    job = cluster.submit("\n".join(script))
+    path = folder / "job.sh"
+    path.write_text("\n".join(script))
+    job = cluster.run("sbatch", "--parsable", f"--output={folder}/log", str(path))
     after = cluster.submit("true", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
     cluster.wait(started.exists, "started job")
     with cluster.controller_away():
