@@ -219,9 +219,9 @@ class _Record(StrictModel):
 class _Line(pydantic.BaseModel):
     """A line of ``jobs.jsonl``; earlier versions wrote the stages before and the job after."""
 
-    comment: str
+    comment: str = pydantic.Field(pattern="^g2rpo/[^/]+/")
     stages: tuple[str, ...] = ()
-    job: str | None = None
+    job: str | None = pydantic.Field(None, pattern="^[0-9]+$")
 
 
 def _lines(path: Path) -> list[_Line]:

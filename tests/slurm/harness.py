@@ -347,7 +347,15 @@ class Cluster:
         try:
             yield
         finally:
-            self.run("slurmctld", "-f", str(self.configuration))
+            # It would keep a pipe open.
+            subprocess.run(
+                ["slurmctld", "-f", str(self.configuration)],
+                env={**os.environ, **self.environment},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=COMMAND_SECONDS,
+                check=True,
+            )
             self.wait(self.is_up, "controller")
 
     def kill_slurmd(self, node: str) -> None:

@@ -290,7 +290,8 @@ def test_a_job_is_known_whatever_was_noted_of_it(site: Callable[[str], Site], re
     line = json.loads(path.read_text())
     path.write_text({
         "none": "", "whole": path.read_text(), "cut short": path.read_text()[:40],
-        "of an earlier version": json.dumps(line | {"job": None}), "junk": '[1]\n{"job": 7}\n\0',
+        "of an earlier version": json.dumps(line | {"job": None}),
+        "junk": '[1]\n{"job": 7}\n\0\n{"comment": "x", "stages": ["y"], "job": "z"}',
     }[record])  # fmt: skip
     here.known = {
         "7_0": JobState("7_0", "RUNNING", comment=comment),

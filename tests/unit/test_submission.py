@@ -52,6 +52,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert list(loaded.graph.stages) == list(submission.graph.stages)
 
 
+FIRST, SECOND = "g2rpo/table1/1a/train/a", "g2rpo/table1/2b/score/a/{0,1}"
 DAMAGES: dict[str, Callable[[str], str]] = {
     "empty": lambda whole: "",
     "cut short": lambda whole: whole[: len(whole) // 2],
@@ -100,23 +101,23 @@ def test_a_damaged_record_is_set_aside_and_its_copy_is_used(
 def test_groups_say_which_job_a_stage_has(tmp_path: Path) -> None:
     submission = submission_in(tmp_path)
     assert job_groups(tmp_path) == []
-    submission.submitted("c1", ["train/a"], "17")
-    submission.submitted("c2", ["score/a/0", "score/a/1"], "18")
+    submission.submitted(FIRST, ["train/a"], "17")
+    submission.submitted(SECOND, ["score/a/0", "score/a/1"], "18")
     first, second = job_groups(tmp_path)
     assert (first.stages, first.job_of("train/a")) == (("train/a",), "17")
-    assert (second.comment, second.job_of("score/a/1")) == ("c2", "18_1")
+    assert (second.comment, second.job_of("score/a/1")) == (SECOND, "18_1")
 
 
 def test_a_line_cut_short_by_a_kill_takes_no_other_with_it(tmp_path: Path) -> None:
     submission = submission_in(tmp_path)
-    submission.submitted("c1", ["train/a"], "17")
+    submission.submitted(FIRST, ["train/a"], "17")
     path = tmp_path / "jobs.jsonl"
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
-        assert job_groups(tmp_path) in ([], [JobGroup("c1", ("train/a",), "17")])
-        submission.submitted("c2", ["render"], "18")
-        assert job_groups(tmp_path)[-1] == JobGroup("c2", ("render",), "18"), cut
+        assert job_groups(tmp_path) in ([], [JobGroup(FIRST, ("train/a",), "17")])
+        submission.submitted(SECOND, ["render"], "18")
+        assert job_groups(tmp_path)[-1] == JobGroup(SECOND, ("render",), "18"), cut
 
 
 def test_submissions_are_listed_by_age(tmp_path: Path) -> None:
