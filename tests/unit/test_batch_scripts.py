@@ -5,6 +5,7 @@ writes ``tests/unit/sbatch/`` anew, and read the difference before it is committ
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +16,11 @@ import pytest
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
+from slurm import batch
 from slurm.batch import REPOSITORY
 from slurm.cluster import Cluster
 from slurm.graph import Graph, Needs, Stage
+from slurm.job import REQUEUE
 from slurm.submission import Submission, job_comment, read_comment
 from slurm.submit import dependency, scripts
 
@@ -163,3 +166,69 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
     stage = Stage("train/a", "train", "a", resources=Needs(12, 12))
     with pytest.raises(UserError, match=r"cluster test: 12 ranks do not fill nodes of 8"):
         scripts(submission_of([stage], {}), [stage], {})
+
+
+AWAY = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1'
+NO_JOB = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
+
+
+def after_a_job(folder: Path, code: int, answers: dict[str, list[str]]) -> tuple[int, list[str]]:
+    """Runs the lines after a job's command; the exit code, and the commands of SLURM.
+
+    ``answers`` has a shell line for each call of a command, the last one for the rest.
+    """
+    (folder / "sleep").write_text("#!/bin/bash\n")
+    for name, lines in answers.items():
+        cases = "\n".join(f"{n}) {line} ;;" for n, line in enumerate(lines[:-1], start=1))
+        (folder / name).write_text(
+            f'#!/bin/bash\necho "{name} $*" >>{folder}/calls\n'
+            f"case $(grep -c '^{name}' {folder}/calls) in\n{cases}\n*) {lines[-1]} ;;\nesac\n"
+        )
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    for tool in ("bash", "grep", "rm", "tail", "timeout"):  # no SLURM that may be installed here
+        (folder / tool).symlink_to(str(shutil.which(tool)))
+    marker = folder / "marker"
+    if code == REQUEUE:
+        marker.touch()
+    script = [f"job=17 marker={marker}", f"(exit {code})", *batch.teardown(3)]
+    command = ["bash", "-c", "\n".join(script)]
+    done = subprocess.run(command, env={"PATH": str(folder)}, timeout=600, check=False)
+    assert not marker.exists()
+    calls = folder / "calls"
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("code", "answers", "requeued"),
+    [
+        (REQUEUE, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 1),
+        (REQUEUE, {"squeue": [AWAY, AWAY, AWAY, "echo RUNNING"], "scontrol": ["exit 0"]}, 1),
+        (REQUEUE, {"squeue": ["echo warning >&2; echo RUNNING"], "scontrol": [AWAY, "exit 0"]}, 2),
+        (REQUEUE, {"squeue": ["echo RUNNING"], "scontrol": ["exit 1"]}, 5),  # it is refused
+        (REQUEUE, {"squeue": [AWAY, "echo COMPLETING"], "scontrol": ["exit 0"]}, 0),
+        (REQUEUE, {"squeue": [AWAY, NO_JOB], "scontrol": ["exit 0"]}, 0),
+        (REQUEUE, {"squeue": [AWAY, ""], "scontrol": ["exit 0"]}, 0),
+        (REQUEUE, {}, 0),  # SLURM's commands are not there
+        (0, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 0),
+        (2, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 0),
+        (140, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 1),
+        (143, {"squeue": ["echo RUNNING"],
+               "scontrol": [AWAY, "echo PreemptTime=2026-01-01", "exit 0"]}, 1),
+        (143, {"squeue": ["echo RUNNING"], "scontrol": [AWAY, "echo PreemptTime=None"]}, 0),
+    ],
+)  # fmt: skip
+def test_a_job_is_requeued_as_soon_as_slurm_answers(
+    tmp_path: Path, code: int, answers: dict[str, list[str]], requeued: int
+) -> None:
+    left, calls = after_a_job(tmp_path, code, answers)
+    assert left == code
+    assert calls.count("scontrol requeue 17") == requeued, calls
+
+
+def test_a_controller_that_stays_away_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "AWAY_SECONDS", 0)
+    left, calls = after_a_job(tmp_path, REQUEUE, {"squeue": [AWAY], "scontrol": [AWAY]})
+    assert left == REQUEUE and len(calls) == 1
