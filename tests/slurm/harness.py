@@ -292,7 +292,9 @@ class Cluster:
 
     def node_state(self, node: str) -> str:
         """The state of a node, e.g. ``idle`` or ``down*`` (the star: it does not answer)."""
-        return self.run("sinfo", "--noheader", f"--nodes={node}", "--partition=main", "-o", "%T")
+        # Of one node alone, a controller that was started again goes on telling the old state.
+        text = self.run("sinfo", "--noheader", "-N", "--partition=main", "-o", "%N %T")
+        return dict(line.split() for line in text.splitlines())[node]
 
     def processes(self, job: str, node: str | None = None) -> list[psutil.Process]:
         """The processes that a job started and that live, on one node or on all."""
