@@ -99,7 +99,9 @@ def test_one_task_of_an_array_is_cancelled(
     finally:
         again.kill()
     assert code == 0 and "base" in table, told
-    assert [cluster.state(job) for job in scores] == ["CANCELLED", "CANCELLED"]
+    # Those that waited for the cancelled task are gone: SLURM may have forgotten them too.
+    ended = {state for job in scores for state in cluster.job_states(job)}
+    assert all(state.startswith("CANCELLED") for state in ended), ended
     kinds = [f"{kind} base, {share}/2" for kind in ("sample", "score") for share in (1, 2)]
     assert [len(place.attempts(kind)) for kind in kinds] == [1, 1, 1, 1]
 
