@@ -12,10 +12,13 @@ from g2rpo.terminal import PlainTable, literal, wide_console
 
 __all__ = ["STYLES", "Word", "literal", "plain_table", "state_text", "wide_console"]
 
-Word = Literal["done", "running", "starting", "waiting", "failed", "cancelled", "interrupted"]
+Word = Literal[
+    "done", "running", "starting", "waiting", "failed", "cancelled", "interrupted", "unknown"
+]
 STYLES: dict[Word, str] = {
     "done": "green", "running": "cyan", "starting": "cyan", "waiting": "dim",
     "failed": "bold red", "cancelled": "red", "interrupted": "yellow",
+    "unknown": "yellow",
 }  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """Starting a plan: on SLURM, on this machine, or in this process."""
 
+import contextlib
+import logging
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from g2rpo.checksums import hashing_up_to
@@ -13,22 +16,21 @@ from g2rpo.errors import UserError
 from g2rpo.lease import Lease
 from reproduce import runs
 from reproduce.plan import Plan
+from reproduce.stage_jobs import active_stages, hopeless_stages, submissions_folder
 from reproduce.work import ENTRY, Inputs, run_stage
 from slurm import states, submit
 from slurm.cluster import Cluster
 from slurm.distributed import Ranks
 from slurm.graph import Graph, Stage
 from slurm.local import LocalRun, Observer, Slots, interrupted_by_term
-from slurm.submission import Submission, job_groups, list_submissions, new_folder
+from slurm.submission import DamagedRecord, Submission, list_submissions, new_folder
 
+logger = logging.getLogger(__name__)
 PREPARE = "reproduce.launch:prepare_worker"
+LOOKS = 3
+"""How often SLURM is looked at again where a job ends between a look and sbatch."""
 DRIVER = "driver"
 """The lease of the process that runs a submission on this machine."""
-
-
-def submissions_folder(runs_folder: Path) -> Path:
-    """Where submissions are kept."""
-    return runs_folder / "submissions"
 
 
 def prepare_worker() -> None:
@@ -72,63 +74,7 @@ def save_submission(plan: Plan, cluster: Cluster) -> Submission:
     return submission
 
 
-def active_stages(runs_folder: Path) -> dict[str, str]:
-    """The SLURM jobs that wait or run for stages of this results folder, by stage.
-
-    Jobs are known by the comment that they were submitted with, so neither a shell that was killed
-    right after sbatch nor ids that a new cluster gives again can mislead.
-
-    Raises:
-        UserError: SLURM does not answer.
-    """
-    by_comment: dict[str, set[str]] = {}
-    for state in states.active_jobs().values():
-        by_comment.setdefault(state.comment, set()).add(state.job)
-    found: dict[str, str] = {}
-    for folder in list_submissions(submissions_folder(runs_folder)):
-        for group in job_groups(folder):
-            alive = by_comment.get(group.comment)
-            if not alive:
-                continue
-            base = next(iter(alive)).split("_")[0]
-            for index, stage in enumerate(group.stages):
-                job = base if len(group.stages) == 1 else f"{base}_{index}"
-                if job in alive:
-                    found[stage] = job
-    return found
-
-
-def hopeless_jobs(runs_folder: Path, active: Mapping[str, str]) -> dict[str, str]:
-    """The jobs, by stage, that wait for a stage of their submission that failed or was cancelled.
-
-    SLURM cancels them in its own time, so until then they look as if they would still run.
-
-    Raises:
-        UserError: a submission cannot be read.
-    """
-    found: dict[str, str] = {}
-    for folder in list_submissions(submissions_folder(runs_folder)):
-        submitted = {stage for group in job_groups(folder) for stage in group.stages}
-        waiting = submitted & active.keys()
-        if not waiting:
-            continue
-        graph, inputs = Submission.load(folder).graph, Inputs.load(folder)
-        lost = [
-            name
-            for name, stage in graph.stages.items()
-            if name in submitted - waiting and stage.kind != "render"
-            if not _is_done(inputs, stage)
-        ]
-        found |= {stage: active[stage] for stage in graph.downstream(lost) & waiting}
-    return found
-
-
-def _is_done(inputs: Inputs, stage: Stage) -> bool:
-    with hashing_up_to():
-        return inputs.work(stage).done()
-
-
-def left_to_submit(plan: Plan, active: Mapping[str, str]) -> list[Stage]:
+def left_to_submit(plan: Plan, active: Collection[str]) -> list[Stage]:
     """The stages that are to do and have no job; the table again where any other is."""
     todo = list(plan.todo.stages.values())
     idle = [stage for stage in todo if stage.name not in active]
@@ -144,16 +90,29 @@ def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
         UserError: SLURM does not answer or refuses a job, or another submission is under way.
     """
     # Two at once would both submit the same stages.
-    with Lease.acquire(submissions_folder(plan.layout.runs), "lease"):
+    with Lease.acquire(submissions_folder(plan.layout.runs), "lease"), hashing_up_to():
+        for _ in range(LOOKS - 1):
+            with contextlib.suppress(submit.DependencyGone):
+                return _submit_rest(plan, cluster)
+        return _submit_rest(plan, cluster)
+
+
+def _submit_rest(plan: Plan, cluster: Cluster) -> Submission | None:
+    try:
         active = active_stages(plan.layout.runs)
-        doomed = hopeless_jobs(plan.layout.runs, active)
-        states.cancel_jobs(doomed.values())
-        active = {stage: job for stage, job in active.items() if stage not in doomed}
-        todo = left_to_submit(plan, active)
-        if not todo:
-            return None
-        submission = save_submission(plan, cluster)
-        submit.submit(submission, todo, active)
+    except UserError as error:
+        raise UserError(f"nothing was submitted: {error}; run the same command again") from None
+    # Asked after SLURM: a job that has ended since the plan was made has left its stage done.
+    ended = {n for n in plan.todo.stages if n in plan.works and n not in active}
+    plan = replace(plan, done=plan.done | {n for n in ended if plan.works[n].done()})
+    hopeless = hopeless_stages(plan, active)
+    states.cancel_jobs(active[name].job for name in hopeless)
+    jobs = {name: job.job for name, job in active.items() if name not in hopeless}
+    todo = left_to_submit(plan, jobs)
+    if not todo:
+        return None
+    submission = save_submission(plan, cluster)
+    submit.submit(submission, todo, jobs)
     return submission
 
 
@@ -212,8 +171,8 @@ def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
     return log
 
 
-def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
-    """The latest submission, of an experiment or of all; or the one of that name.
+def submission_folders(runs_folder: Path, name: str | None = None) -> list[Path]:
+    """The folders of all submissions of an experiment, or of that name, or of all; latest last.
 
     Raises:
         UserError: there is none.
@@ -222,8 +181,28 @@ def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
     folders = list_submissions(parent)
     wanted = [f for f in folders if name in (None, f.name) or f.name.startswith(f"{name}-")]
     if wanted:
-        return Submission.load(wanted[-1])
+        return wanted
     if not folders:
         raise UserError(f"{parent}: nothing was submitted; `g2rpo submit` does that")
     hint = nearest(str(name), (folder.name for folder in folders[-10:]))
     raise UserError(f"no submission {name!r}; {hint}")
+
+
+def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
+    """The latest submission, of an experiment or of all; or the one of that name.
+
+    One whose record and its copy are damaged is left out with a warning.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = submission_folders(runs_folder, name)
+    for folder in reversed(folders):
+        try:
+            return Submission.load(folder)
+        except DamagedRecord as error:
+            logger.warning("%s; left out", error)
+    raise UserError(
+        f"{folders[-1]}: its record is damaged; the same `g2rpo reproduce` takes over its jobs, "
+        f"`g2rpo cancel {folders[-1].name}` ends them"
+    )

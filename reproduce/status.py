@@ -3,10 +3,11 @@
 Nothing is asked of the process that submitted it, so this works when that is gone.
 """
 
+import functools
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from g2rpo.attempts import Attempt, Record, WorkProgress
@@ -16,11 +17,13 @@ from g2rpo.lease import is_alive
 from reproduce.console import Word
 from reproduce.launch import DRIVER
 from reproduce.plan import not_needed
+from reproduce.stage_jobs import StageJob, stage_jobs, with_ends
 from reproduce.work import Inputs, latest_attempt
 from slurm import states
 from slurm.graph import Stage
+from slurm.job import REQUEUE
 from slurm.states import JobState
-from slurm.submission import Submission, job_groups
+from slurm.submission import Submission
 
 OVER: tuple[Word, ...] = ("done", "failed", "cancelled", "interrupted")
 
@@ -80,29 +83,26 @@ class StageStatus:
         return self.progress.remaining_seconds if self.word == "running" else None
 
 
-def read_status(submission: Submission) -> list[StageStatus]:
+def read_status(
+    submission: Submission, trouble: Callable[[str], None] | None = None
+) -> list[StageStatus]:
     """The state of every stage, in the order of the graph.
+
+    Args:
+        submission: the submission; its stages may be done by jobs of another one.
+        trouble: is told in one line that SLURM does not answer; then the states are what the run
+            folders say. None raises that.
 
     Raises:
         UserError: the submission cannot be read, or SLURM does not answer.
     """
-    jobs = {
-        stage: job
-        for group in job_groups(submission.folder)
-        for stage in group.stages
-        if (job := group.job_of(stage)) is not None
-    }
-    known = _job_states(submission, jobs)
-    alive = _driver_lives(submission)
-    inputs = Inputs.load(submission.folder)
+    jobs, reached = _jobs(submission, trouble)
     with hashing_up_to():
-        done = _done_stages(submission, inputs)
-    found: dict[str, StageStatus] = {}
+        done = _done_stages(submission, Inputs.load(submission.folder))
+    reader = _Reader(submission, done, jobs, reached)
     for stage in submission.graph.stages.values():
-        job = jobs.get(stage.name)
-        reader = _Reader(submission, done, found, driver_lives=alive)
-        found[stage.name] = reader.read(stage, None if job is None else known.get(job), job or "")
-    return list(found.values())
+        reader.found[stage.name] = reader.read(stage)
+    return list(reader.found.values())
 
 
 def _done_stages(submission: Submission, inputs: Inputs) -> set[str]:
@@ -112,20 +112,24 @@ def _done_stages(submission: Submission, inputs: Inputs) -> set[str]:
     return done | not_needed(submission.graph, done)
 
 
-def _job_states(submission: Submission, jobs: Mapping[str, str]) -> dict[str, JobState]:
-    if submission.cluster.kind != "slurm" or not jobs:
-        return {}
-    comments = {group.comment for group in job_groups(submission.folder)}
-    active = {
-        job: state for job, state in states.active_jobs().items() if state.comment in comments
-    }
-    ended = states.ended_jobs(job for job in jobs.values() if job not in active)
-    return {job: state for job, state in ended.items() if not state.active} | active
-
-
-def _driver_lives(submission: Submission) -> bool:
-    attempt = latest_attempt(submission.folder / DRIVER)
-    return attempt is not None and _lives(attempt)
+def _jobs(
+    submission: Submission, trouble: Callable[[str], None] | None
+) -> tuple[dict[str, StageJob], bool]:
+    """The job of each stage that has one, and whether SLURM, where it is needed, has answered."""
+    if submission.cluster.kind != "slurm":
+        return {}, True
+    known: Mapping[str, JobState] = {}
+    reached = True
+    try:
+        known = states.known_jobs()
+    except UserError as error:
+        if trouble is None:
+            raise
+        trouble(f"SLURM not reachable ({error}); this is what the run folders say")
+        reached = False
+    found = stage_jobs(submission.folder.parent.parent, known)
+    mine = {stage: job for stage, job in found.items() if stage in submission.graph.stages}
+    return with_ends(mine, known) if reached else mine, reached
 
 
 def _lives(attempt: Attempt) -> bool:
@@ -137,41 +141,58 @@ def _lives(attempt: Attempt) -> bool:
 class _Reader:
     submission: Submission
     done: Collection[str]
-    found: Mapping[str, StageStatus]
-    driver_lives: bool
+    jobs: Mapping[str, StageJob]
+    reached: bool
+    found: dict[str, StageStatus] = field(default_factory=dict)
 
-    def read(self, stage: Stage, job_state: JobState | None, job: str) -> StageStatus:
+    @functools.cached_property
+    def driver_lives(self) -> bool:
+        """Whether a process on this machine runs the submission."""
+        attempt = latest_attempt(self.submission.folder / DRIVER)
+        return attempt is not None and _lives(attempt)
+
+    def read(self, stage: Stage) -> StageStatus:
+        """The state of ``stage``; those of the stages that it needs have been read."""
         attempt = latest_attempt(Path(stage.lease))
-        word, reason = self._judge(stage, attempt, job_state, submitted=bool(job))
-        node = job_state.node if job_state is not None else ""
+        job = self.jobs.get(stage.name)
+        word, reason = self._judge(stage, attempt, job)
+        node = "" if job is None or job.state is None else job.state.node
         if not node and attempt is not None:
             node = "" if attempt.record is None else attempt.record.node
         log = self._log(stage, job)
         if word == "failed" and not self._told_end(attempt) and log is not None:
             reason = _last_error(log) or reason
-        return StageStatus(stage, word, reason, job, node, attempt, log)
+        return StageStatus(stage, word, reason, "" if job is None else job.job, node, attempt, log)
 
-    def _log(self, stage: Stage, job: str) -> Path | None:
+    def _log(self, stage: Stage, job: StageJob | None) -> Path | None:
         path = self.submission.local_log(stage.name)
-        if job:
-            path = self.submission.jobs_folder / f"{job}_0_log.out"
+        if job is not None:
+            owner = replace(
+                self.submission, folder=self.submission.folder.with_name(job.submission)
+            )
+            path = owner.jobs_folder / f"{job.job}_0_log.out"
         return path if path.exists() else None
 
     def _judge(
-        self, stage: Stage, attempt: Attempt | None, job: JobState | None, *, submitted: bool
+        self, stage: Stage, attempt: Attempt | None, job: StageJob | None
     ) -> tuple[Word, str]:
         done = self._is_done(stage, attempt)
         if done or (attempt is not None and _lives(attempt)):
             return ("done" if done else "running"), ""
-        if job is not None and job.active:
-            return ("waiting" if job.state == "PENDING" else "starting"), job.words
-        ended = self._told_end(attempt) or self._blocked(stage) or self._job_end(job)
+        state = None if job is None else job.state
+        if state is not None and state.active:
+            return ("waiting" if state.state == "PENDING" else "starting"), state.words
+        ended = self._told_end(attempt)
+        if self.reached:
+            ended = ended or self._blocked(stage) or _job_end(state)
         if ended is not None:
             return ended
+        if not self.reached:
+            return "unknown", "SLURM not reachable"
         if self.driver_lives:
             return "waiting", "waiting for the stages that it needs or a free device"
         stopped = "it was stopped" if attempt is not None else "it was not started"
-        return "interrupted", "SLURM does not know its job any more" if submitted else stopped
+        return "interrupted", "SLURM does not know its job any more" if job else stopped
 
     def _told_end(self, attempt: Attempt | None) -> tuple[Word, str] | None:
         """What its own record says of its end, where that is of this submission."""
@@ -188,14 +209,6 @@ class _Reader:
                 return "cancelled", f"{other.stage.kind} {other.stage.label} {other.word}"
         return None
 
-    def _job_end(self, job: JobState | None) -> tuple[Word, str] | None:
-        """What SLURM says of the end of its job."""
-        if job is None:
-            return None
-        if job.state == "CANCELLED":
-            return "cancelled", "its job was cancelled"
-        return "failed", _ended(job)
-
     def _recent(self, record: Record) -> bool:
         return record.updated >= self.submission.created
 
@@ -206,11 +219,18 @@ class _Reader:
         return stage.name in self.done
 
 
-def _ended(job: JobState) -> str:
+def _job_end(job: JobState | None) -> tuple[Word, str] | None:
+    """What SLURM says of the end of a job."""
+    if job is None:
+        return None
+    if job.state == "CANCELLED":
+        return "cancelled", "its job was cancelled"
     if job.state == "COMPLETED":
-        return "its job ended but its outputs are not there"
-    code = f" (exit code {job.reason})" if job.state == "FAILED" and job.reason else ""
-    return job.words + code
+        return "failed", "its job ended but its outputs are not there"
+    if job.state == "FAILED" and job.reason.startswith(f"{REQUEUE}:"):
+        return "interrupted", "it was stopped in time, and SLURM did not requeue its job"
+    code = f" (exit code {job.reason})" if job.state == "FAILED" and ":" in job.reason else ""
+    return "failed", job.words + code
 
 
 _ERROR = re.compile(r"^(error: .*|[\w.]*(Error|Exception)\b.*)$")
@@ -237,7 +257,7 @@ def follow(submission: Submission, show: "Show", every: float = 10.0) -> list[St
     """
     while True:
         try:
-            statuses = read_status(submission)
+            statuses = read_status(submission, show.trouble)
         except UserError as error:
             show.trouble(str(error))
         else:

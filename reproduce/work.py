@@ -9,14 +9,14 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.protocol import CreditConfig, EvaluationConfig
 from g2rpo.attempts import Attempt
 from g2rpo.checksums import FILES, parse_document, write_document
-from g2rpo.config import content_hash, validate
+from g2rpo.config import StrictModel, content_hash, validate
 from g2rpo.errors import UserError
 from g2rpo.files import writable_by_others
 from g2rpo.lease import Lease, latest
@@ -282,14 +282,9 @@ class Inputs:
         Raises:
             UserError: it cannot be read by this version.
         """
-        data = _read(folder / "inputs" / "experiment.json")
-        where = str(folder)
-        return cls(
-            folder,
-            validate(Experiment, data["experiment"], where),
-            validate(Profile, data["profile"], where),
-            Layout(Path(data["runs"]), Path(data["tables"])),
-        )
+        path = folder / "inputs" / "experiment.json"
+        found = validate(_Document, _read(path), str(path))
+        return cls(folder, found.experiment, found.profile, Layout(found.runs, found.tables))
 
     def save(self, cells: Iterable[ResolvedCell]) -> None:
         """Writes everything that jobs need, into the submission's folder."""
@@ -321,6 +316,15 @@ class Inputs:
         if self.experiment.credit is not None:
             return Measurement(cell, self.layout, self.experiment.credit)
         return Work(stage.kind, cell, self.layout, Share(*stage.payload["share"]))
+
+
+class _Document(StrictModel):
+    """What ``experiment.json`` holds."""
+
+    experiment: Experiment
+    profile: Profile
+    runs: Path
+    tables: Path
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -362,6 +366,9 @@ def cell_from(data: Mapping[str, Any], profile: Profile, where: str) -> Resolved
     Raises:
         UserError: it does not fit this version.
     """
+    missing = {field.name for field in fields(ResolvedCell)} - {"profile"} - set(data)
+    if missing:
+        raise UserError(f"{where}: lacks {', '.join(sorted(missing))}; submit again")
     train, checkpoint = data["train"], data["checkpoint"]
     return ResolvedCell(
         key=data["key"],

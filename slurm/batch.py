@@ -19,6 +19,10 @@ from slurm.job import TERMINATED, requeue_marker
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOB = "JOB"
+SBATCH_SECONDS = 300
+"""How long sbatch may take: a busy controller makes it wait."""
+AWAY_SECONDS = 1800
+"""How long a job that is to be requeued asks for a controller that is away."""
 KILLED_BY_USR2 = 128 + 12
 """What srun ends with when the signal came while Python was still importing."""
 
@@ -114,8 +118,6 @@ def setup(cluster: Cluster, jobs: Path) -> list[str]:
         "job=${job:-$SLURM_JOB_ID}",
         f'marker={before}"$job"{after}',
         'rm -f "$marker"',
-        # A start that ended on a full disk leaves these, and submitit refuses to go on at them.
-        f'rm -f {before}"$job"_*_result.pkl.save_tmp',
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         *cluster.setup,
     ]
@@ -126,22 +128,40 @@ def teardown(max_restarts: int) -> list[str]:
 
     It is to go on where it left a marker, where USR2 ended it before Python could handle that, and
     where preemption gave it SIGTERM alone; never once it is not RUNNING, for then it was cancelled,
-    and requeueing would revive it.
+    and requeueing would revive it. While the controller is away (a restart, a failover) it is
+    asked again: it is the one that would end this job.
     """
     return [
         "code=$?",
         "again=",
         '[ -e "$marker" ] && again=yes',
         f'[ "$code" = {KILLED_BY_USR2} ] && again=yes',
-        'details=$(scontrol show job --oneliner "$job")',
-        f'[ "$code" = {TERMINATED} ] && [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes',
+        f"deadline=$((SECONDS + {AWAY_SECONDS}))",
+        "answer() {",
+        "  local pause=1 told",
+        '  until told=$(timeout 60 "$@" 2>&1); do',
+        # It is not there (127), or it has answered, or it has been away for long.
+        '    [ "$?" = 127 ] || [[ "$told" = *"nvalid job id"* ]] && break',
+        '    [ "$SECONDS" -lt "$deadline" ] || break',
+        '    sleep "$pause"',
+        "    pause=$((pause < 16 ? 2 * pause : 30))",
+        "  done",
+        '  echo "$told"',
+        "}",
+        f'if [ "$code" = {TERMINATED} ]; then',
+        '  details=$(answer scontrol show job --oneliner "$job")',
+        '  [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes',
+        "fi",
         'rm -f "$marker"',
         f'[ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_restarts} ] && again=',
-        'state=$(squeue --noheader --jobs="$job" --format=%T)',
-        'if [ -n "$again" ] && [ "$state" = RUNNING ]; then',
+        "for _ in 1 2 3 4 5; do",
+        '  [ -n "$again" ] || break',
+        '  state=$(answer squeue --noheader --jobs="$job" --format=%T | tail -n 1)',
+        '  [ "$state" = RUNNING ] || break',
         # SLURM ends this script soon after it has taken the request.
-        '  for _ in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 10; done',
-        "fi",
+        '  scontrol requeue "$job" && break',
+        "  sleep 10",
+        "done",
         'exit "$code"',
     ]
 
@@ -198,7 +218,11 @@ def exported_names(cluster: Cluster) -> list[str]:
 
 
 class Executor(submitit_slurm.SlurmExecutor):  # type: ignore[misc]
-    """submitit's executor for SLURM; its texts can be made where there is no SLURM."""
+    """submitit's executor for SLURM, whose jobs run :mod:`slurm.job` instead of a pickle.
+
+    submitit names a job's pickle only after sbatch has answered: a job whose submitter is killed
+    in between would not find it.
+    """
 
     @classmethod
     def name(cls) -> str:
@@ -207,16 +231,20 @@ class Executor(submitit_slurm.SlurmExecutor):  # type: ignore[misc]
 
     @classmethod
     def affinity(cls) -> int:
-        """Whether it can be used: told by sbatch itself when something is submitted."""
+        """Whether it can be used; sbatch itself says so when something is submitted."""
         return 2
 
-    def text(self, count: int) -> str:
-        """The batch script that submitting ``count`` stages would write."""
-        extra = {"map_count": count} if count > 1 else {}
-        text: str = submitit_slurm._make_sbatch_string(  # noqa: SLF001 - it has no public name
-            command=self._submitit_command_str, folder=self.folder, **self.parameters, **extra
-        )
+    def text(self, command: str) -> str:
+        """The batch script that :meth:`submit_command` submits, made where there is no SLURM too."""
+        text: str = self._make_submission_file_text(command, "")
         return text
+
+    def submit_command(self, command: str) -> str:
+        """Submits ``command``; returns the id of the job or array."""
+        return str(self._submit_command(command).job_id)
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["timeout", str(SBATCH_SECONDS), "sbatch", str(submission_file_path)]
 
 
 def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Executor:
@@ -225,16 +253,30 @@ def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Execu
     Args:
         cluster: the cluster profile.
         batch: the stages.
-        jobs: where submitit keeps its files.
+        jobs: the submission's jobs folder.
         results: the folder that jobs write to, seen from inside of a container too.
 
     Raises:
         UserError: the profile has what submitit does not take.
     """
-    gpus = batch.stages[0].resources.gpus > 0
-    made = Executor(jobs, python=python_command(cluster, results, gpus=gpus))
+    count = len(batch.stages)
+    array = {"map_count": count} if count > 1 else {}
+    made = Executor(jobs)
     try:
-        made.update_parameters(**parameters(cluster, batch, jobs, results))
+        made.update_parameters(**parameters(cluster, batch, jobs, results), **array)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"cluster {cluster.name}: {' '.join(str(error).split())[:300]}") from None
     return made
+
+
+def command(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> str:
+    """What each task of ``batch`` runs; the arguments are those of :func:`executor`."""
+    python = python_command(cluster, results, gpus=batch.stages[0].resources.gpus > 0)
+    names = [stage.name for stage in batch.stages]
+    return f"{python} -u -m slurm.job {shlex.join([str(jobs.parent), *names])}"
+
+
+def script(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> str:
+    """The batch script of ``batch``; see :func:`executor`."""
+    place = (cluster, batch, jobs, results)
+    return executor(*place).text(command(*place))

@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +31,13 @@ MARKER_SECONDS = 20.0
 Entry = Callable[[Submission, Stage, Ranks], None]
 
 
-@dataclass(frozen=True)
-class StageJob:
-    """The function that submitit runs: pickled by its names alone, it survives a change of code.
-
-    Attributes:
-        submission: the submission's folder.
-        stage: the name of the stage.
-    """
-
-    submission: str
-    stage: str
-
-    def __call__(self) -> None:
-        """Runs the stage; leaves the process with an exit code where it does not succeed."""
-        # submitit bypasses signals, or requeues by itself where scontrol may be out of reach (in
-        # a container): here they ask the stage to stop, and the batch script requeues the job.
-        with StopRequest.handle_signals():
-            code = run_stage(Path(self.submission), self.stage)
-        if code:
-            sys.exit(code)
+def main() -> None:
+    """Runs one stage: ``python -m slurm.job SUBMISSION STAGE...``, of an array's the task's own."""
+    folder, *stages = sys.argv[1:]
+    name = stages[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) if len(stages) > 1 else 0]
+    with StopRequest.handle_signals():
+        code = run_stage(Path(folder), name)
+    sys.exit(code)
 
 
 def run_stage(folder: Path, name: str) -> int:
@@ -127,3 +113,7 @@ def _stopped(submission: Submission, stopped: Stopped, ranks: Ranks) -> int:
     while not marker.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     return REQUEUE
+
+
+if __name__ == "__main__":
+    main()

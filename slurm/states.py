@@ -1,8 +1,9 @@
 """What SLURM says about jobs: squeue for those that live, sacct for those that ended."""
 
 import os
+import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from g2rpo.errors import UserError
@@ -12,6 +13,7 @@ ACTIVE = {
     "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
 }  # fmt: skip
 TIMEOUT = 60
+"""Seconds that SLURM has to answer a question."""
 
 REASONS = {
     "Resources": "waiting for free devices",
@@ -91,80 +93,159 @@ class JobState:
         return ENDED.get(self.state, self.state.lower())
 
 
-def _ask(*command: str) -> str:
+def ask(*command: str, seconds: float | None = None) -> str:
+    """What a command of SLURM prints.
+
+    Args:
+        command: the command.
+        seconds: how long it may take; :data:`TIMEOUT` by default.
+
+    Raises:
+        UserError: it is missing, fails, or does not answer in time.
+    """
+    seconds = TIMEOUT if seconds is None else seconds
     try:
         done = subprocess.run(
             command,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            errors="replace",
+            timeout=seconds,
             check=False,
-            env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
+            # The indices of a long array are printed whole.
+            env=os.environ | {"SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"},
         )
     except FileNotFoundError:
         raise UserError(
             f"{command[0]} was not found: run this where SLURM's commands are"
         ) from None
+    except OSError as error:
+        raise UserError(f"{command[0]} cannot be run: {error.strerror or error}") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} did not answer within {TIMEOUT} s") from None
+        raise UserError(f"{command[0]} did not answer within {seconds:g} s") from None
     if done.returncode:
-        told = " ".join(done.stderr.split())
-        if "Invalid job id" in told:
-            return done.stdout
-        raise UserError(f"{command[0]} failed: {told[:300]}")
+        told = error_of(done.stderr) or f"exit code {done.returncode}"
+        raise UserError(f"{command[0]} failed: {told}")
     return done.stdout
 
 
-def active_jobs() -> dict[str, JobState]:
-    """This user's jobs that wait or run, by id; every task of an array alone.
+def error_of(text: str) -> str:
+    """The error in what a command wrote, without what the site has it say before."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    first = next((number for number, line in enumerate(lines) if "error" in line), 0)
+    return " ".join(lines[first:])[:300]
+
+
+def _elements(job: str) -> list[str]:
+    """The jobs that an id stands for: several where it has a range, as in ``21_[0,2-8:2%4]``."""
+    found = _RANGE.fullmatch(job)
+    if found is None:
+        return [job]
+    array, ranges = found.groups()
+    jobs = []
+    for one in ranges.split(","):
+        numbers = _INDICES.fullmatch(one)
+        if numbers is not None:
+            first, last, step = (int(number or 0) for number in numbers.groups())
+            indices = range(first, max(first, last) + 1, max(1, step))
+            jobs += [f"{array}_{index}" for index in indices]
+    return jobs
+
+
+_RANGE = re.compile(r"(\d+)_\[([^]%]*)(?:%\d+)?\]")
+_INDICES = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+
+
+def known_jobs() -> dict[str, JobState]:
+    """This user's jobs that wait or run, or ended lately, by id; every task of an array alone.
 
     Raises:
         UserError: squeue is missing or does not answer.
     """
     fields = "%i|%T|%r|%N|%k"
-    output = _ask("squeue", "--me", "--array", "--noheader", f"--format={fields}")
+    output = ask(
+        "squeue", "--me", "--array", "--states=all", "--noheader", f"--format={fields}"
+    )  # fmt: skip
     jobs = {}
     for line in output.splitlines():
         parts = [part.strip() for part in line.split("|", 4)]
         if len(parts) != 5:
             continue
-        job, state, reason, node, comment = parts
+        name, state, reason, node, comment = parts
         reason = reason.strip("()").split(",")[0]
-        found = JobState(job, state, "" if reason == "None" else reason, node, comment)
-        if found.active:
-            jobs[job] = found
+        for job in _elements(name):
+            jobs[job] = JobState(job, state, "" if reason == "None" else reason, node, comment)
     return jobs
 
 
-def ended_jobs(jobs: Iterable[str]) -> dict[str, JobState]:
-    """What accounting says of jobs, by id; nothing where the cluster keeps no accounts."""
-    ids = sorted({job.split("_")[0] for job in jobs})
-    if not ids:
+def ended_jobs(jobs: Iterable[str], listed: Mapping[str, JobState]) -> dict[str, JobState]:
+    """How jobs ended, by id: as accounting says, else squeue, as far as either knows them.
+
+    A task that was cancelled while its array waited is in no list any more: where SLURM knows its
+    array, that is what became of it.
+
+    Args:
+        jobs: the ids.
+        listed: what squeue lists (:func:`known_jobs`).
+    """
+    wanted = set(jobs)
+    if not wanted:
         return {}
+    accounts = _accounts({array_of(job) for job in wanted})
+    arrays = {array_of(job) for job in (*accounts, *listed)}
+    found = {}
+    for job in wanted:
+        state = accounts.get(job)
+        if state is not None and not state.active:
+            found[job] = state
+        elif job in listed:
+            found[job] = listed[job]
+        elif "_" in job and array_of(job) in arrays and (not state or state.state == "PENDING"):
+            found[job] = JobState(job, "CANCELLED")
+    return found
+
+
+def array_of(job: str) -> str:
+    """The id of a task's array; of a job that is none, its own."""
+    return job.partition("_")[0]
+
+
+def _accounts(ids: set[str]) -> dict[str, JobState]:
+    """What accounting says; nothing where there is none, or it does not answer."""
     fields = "JobID,State,ExitCode,NodeList"
     try:
-        output = _ask(
+        output = ask(
             "sacct", "--allocations", "--noheader", "--parsable2", f"--format={fields}",
-            f"--jobs={','.join(ids)}",
+            f"--jobs={','.join(sorted(ids))}",
         )  # fmt: skip
     except UserError:
         return {}
-    found = {}
+    ranges: dict[str, JobState] = {}
+    found: dict[str, JobState] = {}
     for line in output.splitlines():
         parts = line.split("|")
         if len(parts) != 4 or not parts[1].strip():
             continue
-        job, state, code, node = parts
-        found[job] = JobState(job, state.split()[0], code, "" if "None" in node else node)
-    return found
+        name, state, code, node = parts
+        # A line for a range may be older than that of one of its tasks.
+        kept = ranges if "[" in name else found
+        for job in _elements(name):
+            kept[job] = JobState(job, state.split()[0], code, "" if "None" in node else node)
+    return ranges | found
 
 
 def cancel_jobs(jobs: Iterable[str]) -> None:
-    """Cancels jobs; those that have ended are passed over.
+    """Cancels jobs; those that have ended are left out.
 
     Raises:
         UserError: scancel is missing or refuses.
     """
     ids = list(jobs)
-    if ids:
-        _ask("scancel", *ids)
+    if not ids:
+        return
+    try:
+        ask("scancel", *ids)
+    except UserError as error:
+        if "Invalid job id" not in str(error):
+            raise

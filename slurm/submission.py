@@ -1,25 +1,59 @@
 """What was submitted, on disk: the graph, the cluster, and which job runs which stage.
 
-A submission is a folder. It is written before anything is submitted and only added to afterwards,
-so it is complete enough to go on from whenever the submitting shell was killed.
+A submission is a folder. It is written before anything is submitted and only added to afterwards.
+The comment of each job says which stages it runs, so nothing is lost when the submitting shell is
+killed before it could note the job's id.
 """
 
+import contextlib
 import json
+import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from g2rpo.config import validate
+import pydantic
+
+from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
-from g2rpo.files import guarded_folder, write_json
+from g2rpo.files import atomic_write_bytes, guarded_folder, write_json
 from slurm.cluster import Cluster
-from slurm.graph import Graph, Needs, Stage
+from slurm.graph import Graph, Stage
 
 FORMAT = 1
+RECORD, COPY, JOBS = "submission.json", "submission-copy.json", "jobs.jsonl"
+logger = logging.getLogger(__name__)
+
+
+class DamagedRecord(UserError):  # noqa: N818 - it is what was found
+    """The record of a submission is not there, or not whole, or not of this version."""
+
+
+class OtherVersion(DamagedRecord):
+    """Another version of g2rpo wrote the record."""
+
+
+def job_comment(submission: str, number: str, stages: Sequence[str]) -> str:
+    """The comment of a job or an array: it names the submission and the stages, in order.
+
+    So SLURM itself says what a job does, also where no record of it was written or is left.
+    """
+    start = os.path.commonprefix(list(stages))  # noqa: RUF071 - names, not paths
+    ends = f"{{{','.join(name[len(start) :] for name in stages)}}}" if len(stages) > 1 else ""
+    return f"g2rpo/{submission}/{number}/{start}{ends}"
+
+
+def read_comment(comment: str) -> tuple[str, tuple[str, ...]] | None:
+    """The submission and the stages of :func:`job_comment`; None for the comment of another job."""
+    found = re.fullmatch(r"g2rpo/([^/]+)/\w+/([^{}]*)(?:\{([^{}]*)\})?", comment)
+    if found is None:
+        return None
+    submission, start, ends = found.groups()
+    return submission, (start,) if ends is None else tuple(start + end for end in ends.split(","))
 
 
 @dataclass(frozen=True)
@@ -29,14 +63,12 @@ class JobGroup:
     Attributes:
         comment: names the group in SLURM, so that it is found there without its id.
         stages: their names; in an array, by index.
-        job: the id of the job or of the array; None until sbatch has answered.
-        submitted: when, in seconds since the epoch.
+        job: the id of the job or of the array; None where only earlier versions announced it.
     """
 
     comment: str
     stages: tuple[str, ...]
     job: str | None = None
-    submitted: float = 0.0
 
     def job_of(self, stage: str) -> str | None:
         """The job id of one of its stages, with the array index where it has one."""
@@ -76,8 +108,8 @@ class Submission:
 
     @property
     def jobs_folder(self) -> Path:
-        """Where submitit keeps batch scripts, pickles and logs: one folder per submission, since
-        job ids start again at 1 on a new cluster."""
+        """Where batch scripts and logs are kept: one folder per submission, since job ids start
+        again at 1 on a new cluster."""
         return self.folder / "jobs"
 
     def local_log(self, stage: str) -> Path:
@@ -85,98 +117,133 @@ class Submission:
         return self.folder / "logs" / f"{stage.replace('/', '--')}.log"
 
     def save(self) -> None:
-        """Writes the submission, but for its jobs."""
-        write_json(
-            self.folder / "submission.json",
-            {
-                "format": FORMAT,
-                "title": self.title,
-                "entry": self.entry,
-                "directory": str(self.directory),
-                "cluster": self.cluster.model_dump(mode="json"),
-                "created": self.created,
-                "done": sorted(self.done),
-                "stages": [asdict(stage) for stage in self.graph.stages.values()],
-            },
-        )
+        """Writes the submission, but for its jobs; twice, since all its jobs read it."""
+        record = {
+            "format": FORMAT,
+            "title": self.title,
+            "entry": self.entry,
+            "directory": str(self.directory),
+            "cluster": self.cluster.model_dump(mode="json"),
+            "created": self.created,
+            "done": sorted(self.done),
+            "stages": [asdict(stage) for stage in self.graph.stages.values()],
+        }
+        for name in (COPY, RECORD):
+            write_json(self.folder / name, record)
 
     @classmethod
     def load(cls, folder: Path) -> "Submission":
-        """Reads a submission.
+        """Reads a submission; a damaged record is set aside, and its copy takes its place.
 
         Raises:
-            UserError: there is none in ``folder``, or another version wrote it.
+            DamagedRecord: there is none in ``folder``, it and its copy are damaged, or another
+                version wrote them.
+            UserError: it may not be read.
         """
-        path = folder / "submission.json"
         try:
-            data = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); submit again") from None
-        if data.get("format") != FORMAT:
-            raise UserError(f"{path}: written by another version of g2rpo; submit again")
+            return cls._read(folder / RECORD)
+        except DamagedRecord as error:
+            try:
+                found = cls._read(folder / COPY)
+            except UserError:
+                raise error from None
+            logger.warning("%s; set aside as %s.damaged, its copy is used", error, RECORD)
+        with contextlib.suppress(OSError):  # where this user may not write, the copy is read again
+            _restore(folder)
+        return found
+
+    @classmethod
+    def _read(cls, path: Path) -> "Submission":
+        try:
+            data = json.loads(path.read_bytes())
+        except (FileNotFoundError, IsADirectoryError, ValueError) as error:
+            told = error.strerror if isinstance(error, OSError) else error
+            raise DamagedRecord(f"{path}: cannot be read ({told})") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
+            raise OtherVersion(f"{path}: written by another version of g2rpo")
+        try:
+            record = validate(_Record, data, str(path))
+            graph = Graph(record.stages)
+        except (UserError, ValueError) as error:
+            told = str(error).removeprefix(f"{path}: ")
+            raise DamagedRecord(f"{path}: is damaged ({told})") from None
         return cls(
-            folder,
-            data["title"],
-            data["entry"],
-            Path(data["directory"]),
-            validate(Cluster, data["cluster"], str(path)),
-            Graph(_stage(stage) for stage in data["stages"]),
-            data["created"],
-            frozenset(data["done"]),
+            path.parent,
+            record.title,
+            record.entry,
+            record.directory,
+            record.cluster,
+            graph,
+            record.created,
+            record.done,
         )
 
-    def announce(self, comment: str, stages: Sequence[str]) -> None:
-        """Says that ``stages`` are about to be submitted together."""
-        self._append({"comment": comment, "stages": list(stages)})
-
-    def submitted(self, comment: str, job: str) -> None:
-        """Says under which id they were."""
-        self._append({"comment": comment, "job": job})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        path = self.folder / "jobs.jsonl"
+    def submitted(self, comment: str, stages: Sequence[str], job: str) -> None:
+        """Notes that ``stages`` were submitted together, as ``job``."""
+        line = {"comment": comment, "stages": list(stages), "job": job, "time": time.time()}
+        path = self.folder / JOBS
         with path.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             # A line that a kill cut short must not take this one with it.
             start = b"\n" if size and file.read(1) != b"\n" else b""
-            file.write(start + json.dumps(line | {"time": time.time()}).encode() + b"\n")
+            file.write(start + json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def _stage(data: dict[str, Any]) -> Stage:
-    fields = data | {
-        "needs": tuple(data["needs"]),
-        "after": tuple(data["after"]),
-        "resources": Needs(**data["resources"]),
-    }
-    return Stage(**fields)
+def _restore(folder: Path) -> None:
+    path, copy = folder / RECORD, folder / COPY
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(path.with_name(f"{RECORD}.damaged"))
+    atomic_write_bytes(path, copy.read_bytes())
+    times = copy.stat()
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # submissions are listed by it
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+class _Record(StrictModel):
+    """What ``submission.json`` holds."""
+
+    format: int
+    title: str
+    entry: str
+    directory: Path
+    cluster: Cluster
+    created: float
+    done: frozenset[str]
+    stages: tuple[Stage, ...]
+
+
+class _Line(pydantic.BaseModel):
+    """A line of ``jobs.jsonl``; earlier versions wrote the stages before and the job after."""
+
+    comment: str = pydantic.Field(pattern="^g2rpo/[^/]+/")
+    stages: tuple[str, ...] = ()
+    job: str | None = pydantic.Field(None, pattern="^[0-9]+$")
+
+
+def _lines(path: Path) -> list[_Line]:
     try:
-        text = path.read_text()
-    except FileNotFoundError:
+        text = path.read_text(errors="replace")
+    except OSError:  # SLURM knows the jobs too
         return []
     lines = []
     for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:  # cut short by a kill
-            continue
+        # One that a kill cut short, or that is damaged, leaves the others whole.
+        with contextlib.suppress(pydantic.ValidationError):
+            lines.append(_Line.model_validate_json(line))
     return lines
 
 
 def job_groups(folder: Path) -> list[JobGroup]:
     """What was submitted so far of the submission in ``folder``, the latest last."""
     groups: dict[str, JobGroup] = {}
-    for line in _lines(folder / "jobs.jsonl"):
-        known = groups.get(line["comment"])
-        stages = line.get("stages") or (known.stages if known else ())
-        groups[line["comment"]] = JobGroup(
-            line["comment"], tuple(stages), line.get("job"), line["time"]
-        )
+    for line in _lines(folder / JOBS):
+        known = groups.get(line.comment)
+        stages = line.stages or (known.stages if known else ())
+        groups[line.comment] = JobGroup(line.comment, stages, line.job)
     return list(groups.values())
 
 
@@ -189,6 +256,7 @@ def new_folder(submissions: Path, title: str) -> Path:
 
 
 def list_submissions(submissions: Path) -> list[Path]:
-    """The folders of all submissions, the oldest first."""
-    found = [path.parent for path in submissions.glob("*/submission.json")]
-    return sorted(found, key=lambda folder: ((folder / "submission.json").stat().st_mtime, folder))
+    """The folders of all submissions, the oldest first; those whose record is lost too."""
+    made = {path.parent: path.stat().st_mtime for path in submissions.glob(f"*/{JOBS}")}
+    made |= {path.parent: path.stat().st_mtime for path in submissions.glob(f"*/{RECORD}")}
+    return sorted(made, key=lambda folder: (made[folder], folder))

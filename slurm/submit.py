@@ -9,10 +9,17 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from g2rpo.errors import UserError
 from g2rpo.files import guarded_folder
-from slurm.batch import Batch, executor
+from slurm import states
+from slurm.batch import SBATCH_SECONDS, Batch, command, executor, script
 from slurm.graph import Stage
-from slurm.job import StageJob
-from slurm.submission import Submission
+from slurm.submission import Submission, job_comment
+
+ARRAY = 64
+"""Stages of one array at most: their names have to fit into its comment."""
+
+
+class DependencyGone(UserError):  # noqa: N818 - it is what has happened
+    """A job that was to be waited for ended just now, and SLURM has forgotten it already."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ def batches(todo: Iterable[Stage]) -> Iterator[tuple[Stage, ...]]:
     for stage in todo:
         arrays.setdefault(stage.array or stage.name, []).append(stage)
     for stages in arrays.values():
-        yield tuple(stages)
+        for start in range(0, len(stages), ARRAY):
+            yield tuple(stages[start : start + ARRAY])
 
 
 def dependency(stages: Sequence[Stage], job_of: Mapping[str, str]) -> str | None:
@@ -42,15 +50,15 @@ def dependency(stages: Sequence[Stage], job_of: Mapping[str, str]) -> str | None
 
     Args:
         stages: the stages.
-        job_of: the job of each stage that is waited for; the others are done.
+        job_of: the job of each stage that is waited for: an array that was submitted just now as
+            a whole, of an older one the task, since others of it may have failed.
     """
     parts = []
     for word, names in (
         ("afterok", [name for stage in stages for name in stage.needs]),
         ("afterany", [name for stage in stages for name in stage.after]),
     ):
-        # A whole array is waited for by its own id.
-        jobs = dict.fromkeys(job_of[name].split("_")[0] for name in names if name in job_of)
+        jobs = dict.fromkeys(job_of[name] for name in names if name in job_of)
         if jobs:
             parts.append(":".join((word, *jobs)))
     return ",".join(parts) or None
@@ -69,16 +77,13 @@ def scripts(
     job_of = dict(active)
     made = []
     for number, stages in enumerate(batches(todo), start=1):
-        batch = Batch(f"g2rpo/{submission.name}/{number}", stages, dependency(stages, job_of))
-        job_of |= {stage.name: f"<{_shown(stages)}>" for stage in stages}
-        run = executor(submission.cluster, batch, submission.jobs_folder, _results(submission))
-        made.append(Script(tuple(stage.name for stage in stages), run.text(len(stages))))
+        names = tuple(stage.name for stage in stages)
+        comment = job_comment(submission.name, str(number), names)
+        batch = Batch(comment, stages, dependency(stages, job_of))
+        text = script(submission.cluster, batch, submission.jobs_folder, _results(submission))
+        made.append(Script(names, text))
+        job_of |= dict.fromkeys(names, f"<{_shown(stages)}>")
     return made
-
-
-def _shown(stages: Sequence[Stage]) -> str:
-    first = stages[0].name
-    return first if len(stages) == 1 else f"array of {first}"
 
 
 def _results(submission: Submission) -> Path:
@@ -86,13 +91,16 @@ def _results(submission: Submission) -> Path:
     return submission.folder.parent.parent
 
 
-def submit(
-    submission: Submission, todo: Iterable[Stage], active: Mapping[str, str]
-) -> dict[str, str]:
-    """Submits all that is to do; returns the job of each stage.
+def _shown(stages: Sequence[Stage]) -> str:
+    first = stages[0].name
+    return first if len(stages) == 1 else f"array of {first}"
 
-    What was submitted is recorded at once, so an error or a kill in between loses nothing: the
-    rest is submitted the next time.
+
+def submit(submission: Submission, todo: Iterable[Stage], active: Mapping[str, str]) -> None:
+    """Submits all that is to do.
+
+    A job says in its comment which stages it runs, so an error or a kill at any point loses
+    nothing: the rest is submitted the next time.
 
     Args:
         submission: a saved submission.
@@ -100,39 +108,28 @@ def submit(
         active: the jobs of stages that run or wait already, by stage.
 
     Raises:
+        DependencyGone: SLURM does not know one of ``active`` any more.
         UserError: SLURM refuses a job; what was submitted before stays.
     """
-    guarded_folder(submission.jobs_folder)  # jobs unpickle what is in it
+    guarded_folder(submission.jobs_folder)  # jobs run the scripts in it
     job_of = dict(active)
-    made: dict[str, str] = {}
     for stages in batches(todo):
-        comment = f"g2rpo/{submission.name}/{secrets.token_hex(4)}"
-        batch = Batch(comment, stages, dependency(stages, job_of))
-        job = _submit_batch(submission, batch)
-        for index, stage in enumerate(stages):
-            made[stage.name] = job if len(stages) == 1 else f"{job}_{index}"
-        job_of |= made
-    return made
+        names = [stage.name for stage in stages]
+        comment = job_comment(submission.name, secrets.token_hex(4), names)
+        job = _submit_batch(submission, Batch(comment, stages, dependency(stages, job_of)))
+        submission.submitted(comment, names, job)
+        job_of |= dict.fromkeys(names, job)
 
 
 def _submit_batch(submission: Submission, batch: Batch) -> str:
-    run = executor(submission.cluster, batch, submission.jobs_folder, _results(submission))
-    submission.announce(batch.comment, [stage.name for stage in batch.stages])
-    functions = [StageJob(str(submission.folder), stage.name) for stage in batch.stages]
+    """Submits a batch; returns the id of its job."""
+    place = (submission.cluster, batch, submission.jobs_folder, _results(submission))
     try:
-        with run.batch():
-            jobs = [run.submit(function) for function in functions]
-        job = str(jobs[0].job_id).split("_")[0]
+        return executor(*place).submit_command(command(*place))
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise UserError(
-            f"SLURM did not take {_shown(batch.stages)}: {_reason(error)}; what was submitted "
-            "before goes on (`g2rpo status`); mend it and run the same command"
+        reason = states.error_of(str(error)) or f"sbatch did not answer within {SBATCH_SECONDS} s"
+        kind = DependencyGone if "dependency" in reason.lower() else UserError
+        raise kind(
+            f"SLURM did not take {_shown(batch.stages)}: {reason}; what was submitted before goes "
+            "on (`g2rpo status`); fix it and run the same command"
         ) from None
-    submission.submitted(batch.comment, job)
-    return job
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "error:" in line] or lines[-1:]
-    return " ".join(told)[:300] or type(error).__name__

@@ -19,7 +19,7 @@ def g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

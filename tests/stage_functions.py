@@ -19,7 +19,7 @@ from slurm.graph import Graph, Stage
 from slurm.submission import Submission
 
 ENTRY = "stage_functions:run"
-LONG = 60.0
+LONG = 600.0
 
 
 class OutOfMemoryError(RuntimeError):

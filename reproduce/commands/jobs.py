@@ -46,7 +46,7 @@ def status(
     submission = latest_submission(results / "runs", name)
     if watch:
         follow_submission(submission)
-    print_status(submission, read_status(submission), everything=everything)
+    print_status(submission, read_status(submission, typer.echo), everything=everything)
 
 
 def logs(
@@ -62,7 +62,8 @@ def logs(
     from reproduce.status import read_status
 
     submission = latest_submission(results / "runs", of)
-    chosen = _chosen(read_status(submission), stage)
+    statuses = read_status(submission, lambda trouble: typer.echo(trouble, err=True))
+    chosen = _chosen(statuses, stage)
     if chosen.log is None:
         raise UserError(
             f"{chosen.stage.kind} {chosen.stage.label} has no log yet: it is {chosen.word}"
@@ -107,18 +108,38 @@ def cancel(
     results: Results = Path("results"),
 ) -> None:
     """Cancel what waits or runs of a submission; what is done is kept, and can be gone on with."""
-    from reproduce.launch import latest_submission
-    from reproduce.status import OVER, read_status
+    from reproduce.launch import submission_folders
+    from slurm.submission import DamagedRecord, Submission
 
-    submission = latest_submission(results / "runs", name)
-    if submission.cluster.kind == "slurm":
-        from slurm.states import cancel_jobs
-
-        alive = [s.job for s in read_status(submission) if s.job and s.word not in OVER]
-        cancel_jobs(alive)
-        typer.echo(f"{submission.name}: {len(alive)} jobs cancelled")
+    folder = submission_folders(results / "runs", name)[-1]
+    try:
+        submission = Submission.load(folder)
+    except DamagedRecord:  # its jobs are known without
+        _cancel_jobs(folder.name, results)
         return
-    _stop_driver(submission)
+    if submission.cluster.kind == "slurm":
+        _cancel_jobs(folder.name, results)
+    else:
+        _stop_driver(submission)
+
+
+def _cancel_jobs(name: str, results: Path) -> None:
+    """Cancels the jobs of a submission, and names those that others still have."""
+    from reproduce.stage_jobs import own_jobs
+    from slurm.states import cancel_jobs, known_jobs
+
+    try:
+        jobs = own_jobs(results / "runs", known_jobs())
+        mine = jobs.pop(name, [])
+        cancel_jobs(mine)
+    except UserError as error:
+        raise UserError(f"{name}: not cancelled: {error}; try again") from None
+    typer.echo(f"{name}: {len(mine)} jobs cancelled")
+    place = "" if results == Path("results") else f" --results {results}"
+    for other, theirs in jobs.items():
+        typer.echo(
+            f"still queued: {len(theirs)} jobs of {other}; `g2rpo cancel {other}{place}` ends them"
+        )
 
 
 def _stop_driver(submission: "Submission") -> None:

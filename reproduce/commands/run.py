@@ -105,7 +105,7 @@ def plan(
 
 
 def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
-    from reproduce import launch
+    from reproduce import launch, stage_jobs
     from slurm.cluster import has_slurm
     from slurm.submit import scripts
 
@@ -114,12 +114,13 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
             f"--dry-run prints batch scripts, and cluster {cluster.name} has none: "
             "add --cluster slurm or a cluster profile"
         )
-    folder = launch.submissions_folder(plan.layout.runs) / "SUBMISSION"
+    folder = stage_jobs.submissions_folder(plan.layout.runs) / "SUBMISSION"
     submission = launch.new_submission(plan, cluster, folder)
     active: dict[str, str] = {}
     if has_slurm():
         try:
-            active = launch.active_stages(plan.layout.runs)
+            found = stage_jobs.active_stages(plan.layout.runs)
+            active = {stage: job.job for stage, job in found.items()}
         except UserError as error:
             typer.echo(f"as if no job ran: {error}", err=True)
     for script in scripts(submission, launch.left_to_submit(plan, active), active):

@@ -18,7 +18,7 @@ from typing import Any
 
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
-from slurm.batch import Batch, executor, python_command, setup, srun_arguments
+from slurm.batch import Batch, python_command, script, setup, srun_arguments
 from slurm.doctor.answers import judged
 from slurm.doctor.finding import Case, Finding, listed
 from slurm.doctor.probe import ANSWERS, QUESTION
@@ -66,7 +66,7 @@ def _script(case: Case, kind: str, needs: Needs) -> str:
     stage = Stage(name=f"{kind}/doctor", kind=kind, label="doctor", resources=needs)
     batch = Batch("g2rpo/doctor", (stage,))
     jobs = case.results / "doctor"
-    return executor(case.cluster, batch, jobs, case.results).text(1)
+    return script(case.cluster, batch, jobs, case.results)
 
 
 @dataclass(frozen=True)

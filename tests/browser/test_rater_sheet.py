@@ -34,7 +34,7 @@ def find(browser: "Chrome", selector: str) -> list:
 
 
 def downloaded(folder: Path) -> Path:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 600
     while time.monotonic() < until:
         found = list(folder.glob("*.csv"))
         if found:

@@ -13,7 +13,7 @@ def check(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
         env=os.environ | hidden | {"HF_HOME": str(folder / "cache")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 

@@ -81,7 +81,7 @@ def embedded(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp("embedded")
     processes = [start(profile, results, "--shard", part) for part in ("1/2", "2/2")]
     for process in processes:
-        output, errors = process.communicate(timeout=200)
+        output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         assert "embed prompts" in errors
         (folder,) = map(Path, output.split())
@@ -105,7 +105,7 @@ def test_the_command_encodes_once_what_every_cell_reads(profile: Path, embedded:
 
     before = states(folder)
     again = start(profile, embedded)
-    _, errors = again.communicate(timeout=200)
+    _, errors = again.communicate(timeout=600)
     assert again.returncode == 0 and "embed prompts" not in errors
     assert states(folder) == before
 

@@ -30,7 +30,7 @@ def follow(program: str, arguments: str, folder: Path) -> str:
         env=os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=420,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

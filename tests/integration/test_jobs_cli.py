@@ -76,7 +76,7 @@ def here(
     return (code if isinstance(code, int) else 0), told.out, told.err
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 200.0) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what} in {seconds} s"
@@ -141,7 +141,7 @@ def test_submitted_watched_cancelled_and_retried(
         until(lambda: words_of(folder).get(TRAIN) == "running", "training again")
         name = latest_submission(folder / "results/runs").name
         assert g2rpo("cancel", name)[0] == 0
-        _, told = again.communicate(timeout=120)
+        _, told = again.communicate(timeout=600)
     finally:
         again.kill()
     assert again.returncode == 130
@@ -160,7 +160,7 @@ def test_two_at_once_do_nothing_twice_and_end_alike(
     folder = workplace(tmp_path, inputs)
     both = [start(folder, "reproduce", *ARGUMENTS) for _ in range(2)]
     try:
-        ended = [process.communicate(timeout=400) for process in both]
+        ended = [process.communicate(timeout=600) for process in both]
     finally:
         for process in both:
             process.kill()
@@ -233,3 +233,85 @@ def test_scripts_are_printed_on_a_machine_without_slurm(
     assert "#SBATCH --dependency='afterok:<embed/" in shown
     assert "#SBATCH --dependency='afterany:<score/" in shown
     assert not (folder / "results").exists()
+
+
+SBATCH = """
+number=$(($(wc -l <"$QUEUE") + 100))
+comment=$(sed -n "s/^#SBATCH --comment=//p" "${@: -1}" | tr -d "'")
+echo "$number|PENDING|Priority||$comment" >>"$QUEUE"
+echo "$number"
+"""
+SCANCEL = """
+for job; do sed -i "s/^$job|PENDING/$job|CANCELLED/" "$QUEUE"; done
+"""
+
+
+def test_on_slurm_every_command_tells_the_truth(
+    tmp_path: Path,
+    inputs: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, commands, queue = workplace(tmp_path, inputs), tmp_path / "bin", tmp_path / "queue"
+    commands.mkdir()
+    queue.touch()
+    monkeypatch.setenv("PATH", f"{commands}:/usr/bin:/bin")
+    monkeypatch.setenv("QUEUE", str(queue))
+
+    def command(name: str, body: str) -> None:
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+
+    def g2rpo(*words: str) -> tuple[int, str, str]:
+        return here(folder, monkeypatch, capsys, *words)
+
+    def last(*words: str) -> str:
+        code, shown, told = g2rpo(*words)
+        assert code == 0, told
+        return shown.splitlines()[-1]
+
+    for name, body in (("sbatch", SBATCH), ("scancel", SCANCEL), ("squeue", 'cat "$QUEUE"'),
+                       ("sacct", "echo accounting is disabled >&2; exit 1")):  # fmt: skip
+        command(name, body)
+    submit = ("submit", "one_row.yaml", "--profile", "small.yaml", "--cluster", "slurm")
+    assert "submitted one_row-" in g2rpo(*submit)[2]
+    assert last("status") == "7 waiting"
+    (first,) = (folder / "results/runs/submissions").glob("one_row-*")
+
+    # Nothing that is damaged or lost of a submission's record keeps its jobs from being known.
+    (first / "submission.json").write_text('{"format": 1, "ti')
+    (first / "jobs.jsonl").unlink()
+    assert last("status") == "7 waiting"
+    assert "waits or runs already" in g2rpo(*submit)[2]
+    assert queue.read_text().count("PENDING") == 7
+
+    # What waits for a cancelled training is submitted again with it; the rest keeps its jobs.
+    (line,) = (line for line in queue.read_text().splitlines() if "/train/" in line)
+    queue.write_text(queue.read_text().replace(line, line.replace("PENDING", "CANCELLED")))
+    assert "1 cancelled" in last("status")
+    assert "submitted one_row-" in g2rpo(*submit)[2]
+    assert last("status") == "7 waiting"
+    assert queue.read_text().count("PENDING") == 8  # both have their table's
+    code, shown, _ = g2rpo("cancel")
+    assert code == 0 and ": 4 jobs cancelled" in shown
+    assert f"still queued: 4 jobs of {first.name}; `g2rpo cancel {first.name}` ends them" in shown
+
+    # SLURM is away.
+    command(
+        "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+    )
+    code, shown, _ = g2rpo("status")
+    assert code == 0 and shown.startswith("SLURM not reachable (squeue failed: slurm_load_jobs")
+    assert "7 unknown" in shown.splitlines()[-1]
+    for words in (("cancel",), ("logs", "train"), submit, ("retry", "--failed")):
+        code, _, told = g2rpo(*words)
+        assert code == 2 and "Unable to contact slurm controller" in told, words
+        assert told.splitlines()[-1].startswith("error: ") and "Traceback" not in told
+    assert queue.read_text().count("PENDING") == 4
+
+    # Of a record that is lost with its copy the jobs can be cancelled all the same.
+    command("squeue", 'cat "$QUEUE"')
+    for name in ("submission.json", "submission-copy.json"):
+        (first / name).write_text("[]")
+    assert g2rpo("cancel", first.name)[0] == 0
+    assert queue.read_text().count("PENDING") == 0

@@ -146,7 +146,7 @@ def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:
             "--results", str(tmp_path / "results"), "-s", "execution.device=cpu",
             "-s", "execution.sharding=fsdp2",
         ],
-        check=True, timeout=240, capture_output=True,
+        check=True, timeout=600, capture_output=True,
     )  # fmt: skip
     (run,) = (tmp_path / "results" / "runs").glob("dance_grpo-*")
     names = {path.name for path in pictures_folder(run, 1).iterdir()}

@@ -27,7 +27,7 @@ def on_two_ranks(name: str, assets: Path, folder: Path) -> int:
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    return subprocess.run(command, env=environment, timeout=240, check=False).returncode
+    return subprocess.run(command, env=environment, timeout=600, check=False).returncode
 
 
 def test_one_rank_of_two_that_runs_out_halves_the_size_of_both(

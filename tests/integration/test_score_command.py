@@ -52,7 +52,7 @@ def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", *launch, "-m", *command[2:]]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment
+        command, capture_output=True, text=True, check=False, timeout=600, env=environment
     )
 
 
@@ -150,7 +150,7 @@ def test_killed_it_goes_on(
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [*SCORE, *map(str, options), "--output", str(output)]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((output / "journal").glob("*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -263,7 +263,7 @@ def test_two_ranks(smoke_assets: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     places = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
-    subprocess.run(command, check=True, timeout=200, env=os.environ | environment)
+    subprocess.run(command, check=True, timeout=600, env=os.environ | environment)
     first, second = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     undisturbed, *stops, resumed, timed, full, checkpoint, overtaken = first

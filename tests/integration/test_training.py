@@ -59,7 +59,7 @@ def trained(profile: Path, results: Path, *extra: str, ranks: int = 1) -> Path:
         train_command(profile, results, *extra, ranks=ranks),
         check=True,
         env=environment(),
-        timeout=240,
+        timeout=600,
     )
     return run_folder(results)
 
@@ -74,7 +74,7 @@ def test_killed_and_resumed_ends_bit_identical(
 ) -> None:
     after = random.Random().randint(1, ITERATIONS - 1)
     process = subprocess.Popen(train_command(small_profile, tmp_path), env=environment())
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         logs = list(tmp_path.glob("runs/dance_grpo-*/metrics.jsonl"))
         if logs and max((row["iteration"] for row in read_metrics(logs[0])), default=0) >= after:

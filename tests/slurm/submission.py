@@ -75,7 +75,7 @@ def start(cluster: Cluster, function: Signalled, **parameters: Any) -> submitit.
 
 def wait_started(cluster: Cluster, folder: Path, count: int) -> None:
     """Waits until so many ranks have started in all."""
-    cluster.wait(lambda: len(events(folder, "start")) >= count, 60, f"{count} started ranks")
+    cluster.wait(lambda: len(events(folder, "start")) >= count, f"{count} started ranks")
 
 
 def log(job: submitit.Job[Any]) -> str:

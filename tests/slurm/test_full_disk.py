@@ -49,7 +49,7 @@ def test_result_is_lost_and_blocks_the_next(cluster: Cluster, disk: Path) -> Non
     assert left.name == f"{job.job_id}_0_result.pkl.save_tmp"
     left.write_bytes(b"")
     cluster.requeue(job.job_id)
-    cluster.wait(lambda: cluster.fields(job.job_id)["Restarts"] == "1", 10, "requeued job")
+    cluster.wait(lambda: cluster.fields(job.job_id)["Restarts"] == "1", "requeued job")
     assert cluster.wait_ended(job.job_id) == "FAILED"
     assert "A temporary saved file already exists" in log(job)
 
@@ -64,6 +64,6 @@ def test_job_that_starts_on_a_full_disk(cluster: Cluster, disk: Path) -> None:
     filler.unlink()
     (disk / "submitit" / f"{job.job_id}_0_result.pkl.save_tmp").unlink()
     cluster.requeue(job.job_id)
-    cluster.wait(lambda: cluster.fields(job.job_id)["Restarts"] == "1", 10, "requeued job")
+    cluster.wait(lambda: cluster.fields(job.job_id)["Restarts"] == "1", "requeued job")
     assert cluster.wait_ended(job.job_id) == "COMPLETED"
     assert job.result() == "x"

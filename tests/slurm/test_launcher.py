@@ -8,8 +8,6 @@ from harness import Cluster
 from launcher import Workplace, wait_exit, without_ids
 
 pytestmark = [pytest.mark.slurm, pytest.mark.core]
-
-TEST_SECONDS = 600
 GOOD, BROKEN = "train hps/g2rpo", "train hps/broken"
 
 
@@ -55,7 +53,7 @@ def test_experiment_with_a_requeued_and_a_failing_cell(
         place.wait_iteration(GOOD, attempt=1)
         good = place.job(GOOD)
         cluster.scancel(good, "USR2")
-        code, table, told = wait_exit(following, 400)
+        code, table, told = wait_exit(following)
     finally:
         following.kill()
     assert code == 2, told

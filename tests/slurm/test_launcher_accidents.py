@@ -12,8 +12,6 @@ from harness import NODES, Cluster
 from launcher import Workplace, interrupt
 
 pytestmark = pytest.mark.slurm
-
-TEST_SECONDS = 600
 TRAIN = "train hps/g2rpo"
 
 
@@ -29,11 +27,9 @@ def test_survivor_of_a_crashed_slurmd_publishes_nothing(
     survivors = [each for each in cluster.processes(job, node) if "_submit" in each.cmdline()[-2]]
     assert survivors
     cluster.kill_slurmd(node)
-    place.wait_iteration(TRAIN, 2, seconds=180)
+    place.wait_iteration(TRAIN, 2)
     assert cluster.fields(job)["NodeList"] == NODES[1 - NODES.index(node)]
-    cluster.wait(
-        lambda: not any(each.is_running() for each in survivors), 90, "end of the survivor"
-    )
+    cluster.wait(lambda: not any(each.is_running() for each in survivors), "end of the survivor")
     assert "has taken over from attempt 1, this process; it writes nothing more" in place.log(TRAIN)
     first, second = place.attempts(TRAIN)
     assert (first.state, second.state) == ("failed", "running"), place.log(TRAIN)
@@ -58,7 +54,7 @@ def test_full_disk(cluster: Cluster, places: Callable[..., Workplace], tmp_path:
         job = place.job(TRAIN)
         place.wait_iteration(TRAIN, 1, more=3)
         filler = _fill(disk)
-        assert cluster.wait_ended(job, 120) == "FAILED"
+        assert cluster.wait_ended(job) == "FAILED"
         refused = place.g2rpo(*place.request("submit"), code=2)
         assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
         assert "full" in refused.stderr or "No space" in refused.stderr
@@ -88,10 +84,10 @@ def test_node_whose_name_does_not_resolve(
     job = place.job(TRAIN)
     cluster.scancel(place.job("sample base"))
     place.held(TRAIN)
-    assert cluster.wait_ended(job, 120) == "FAILED"
+    assert cluster.wait_ended(job) == "FAILED"
     # Torch itself would wait for ten minutes and more; importing it is most of this.
     elapsed = cluster.run("sacct", "-nXP", f"--jobs={job}", "-oElapsedRaw")
-    assert int(elapsed) < 240
+    assert int(elapsed) < 540
     lines = place.g2rpo("status").stdout.splitlines()
     (failed,) = (line for line in lines if line.split()[:2] == ["train", "hps/g2rpo,"])
     assert "does not resolve the first node's name 'no-such-host'" in failed, failed
@@ -100,7 +96,7 @@ def test_node_whose_name_does_not_resolve(
     # Only what failed, and what needs it: not what was cancelled by hand.
     retrying = place.start("retry", "--failed")
     try:
-        cluster.wait(lambda: len(place.submissions()) == 2, 120, "second submission")
+        cluster.wait(lambda: len(place.submissions()) == 2, "second submission")
         place.wait_jobs("render")
         again = place.jobs()
     finally:

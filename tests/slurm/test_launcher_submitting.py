@@ -3,7 +3,6 @@
 Most jobs here are held, so that they stay where they are and cost nothing.
 """
 
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -13,9 +12,10 @@ import pytest
 from harness import Cluster
 from launcher import Workplace, interrupt, slow_sbatch, wait_exit
 
-pytestmark = pytest.mark.slurm
+from slurm.states import array_of
+from slurm.submission import read_comment
 
-TEST_SECONDS = 600
+pytestmark = pytest.mark.slurm
 HELD = {"extra": {"hold": True}}
 
 
@@ -27,16 +27,11 @@ def _comments(cluster: Cluster) -> dict[str, str]:
 
 def _assert_each_stage_has_one_job(place: Workplace) -> None:
     """As SLURM knows it: by the comments of jobs, whatever the submissions say of ids."""
-    announced: dict[str, list[str]] = {}
-    stages = 0
-    for submission in place.submissions():
-        for line in (submission.folder / "jobs.jsonl").read_text().splitlines():
-            entry = json.loads(line)
-            if "stages" in entry:
-                announced[entry["comment"]] = entry["stages"]
-        stages = len(submission.graph) - len(submission.done)
+    submission = place.submission()
+    stages = len(submission.graph) - len(submission.done)
     comments = _comments(place.cluster)
-    found = [name for comment in set(comments.values()) for name in announced[comment]]
+    named = [read_comment(comment) for comment in set(comments.values())]
+    found = [name for one in named if one is not None for name in one[1]]
     tables = [name for name in found if name.startswith("render/")]
     assert len(found) == len(set(found)) + len(tables) - 1, found
     assert len(comments) == len(found)
@@ -62,23 +57,53 @@ def test_two_submissions_at_once(cluster: Cluster, places: Callable[..., Workpla
 def test_submitting_shell_is_killed_after_a_job_nobody_noted(
     cluster: Cluster, places: Callable[..., Workplace], tmp_path: Path
 ) -> None:
-    place = places("base", "hps/g2rpo")
-    place.cluster_profile(**HELD)
+    place = places("base")
     place.path = slow_sbatch(tmp_path / "bin", 30)
     submitting = place.start(*place.request("submit"))
     try:
-        cluster.wait(place.alive, 120, "first job")
+        cluster.wait(place.alive, "first job")
     finally:
         interrupt(submitting)
     assert place.jobs() == {}  # it was killed before it could note the id
-    (first,) = place.alive()
     place.path = None
+    done = place.g2rpo(*place.request("reproduce"))
+    assert "base" in done.stdout
+    assert [len(place.attempts(kind)) for kind in ("sample", "score")] == [1, 1]
+    lines = place.g2rpo("status").stdout.splitlines()
+    assert lines[-1] == "4 done", lines
+
+
+def test_one_task_of_an_array_is_cancelled(
+    cluster: Cluster, places: Callable[..., Workplace]
+) -> None:
+    place = places("base")
+    place.profile(ranks=1, shares=2)
+    place.cluster_profile(**HELD)
     place.submit()
-    assert first in place.alive()
-    _assert_each_stage_has_one_job(place)
-    before = place.alive()
-    place.submit()
-    assert place.alive() == before
+    first, second = (place.job(f"sample base, {share}/2") for share in (1, 2))
+    scores = [place.job(f"score base, {share}/2") for share in (1, 2)]
+    cluster.scancel(second)  # no list of SLURM has it any more
+    lines = place.g2rpo("status").stdout.splitlines()
+    (told,) = (line for line in lines if line.split()[:3] == ["sample", "base,", "2/2"])
+    assert "cancelled" in told and "its job was cancelled" in told
+
+    place.cluster_profile()
+    again = place.start(*place.request("reproduce"))
+    try:
+        cluster.wait(lambda: len(place.submissions()) == 2, "second submission")
+        place.wait_jobs("render")
+        waits = cluster.fields(place.job("score base, 1/2"))["Dependency"]
+        assert f"afterok:{first}(" in waits and f"{array_of(second)}_*" not in waits, waits
+        cluster.run("scontrol", "release", first)
+        code, table, told = wait_exit(again)
+    finally:
+        again.kill()
+    assert code == 0 and "base" in table, told
+    # Those that waited for the cancelled task are gone: SLURM may have forgotten them too.
+    ended = {state for job in scores for state in cluster.job_states(job)}
+    assert all(state.startswith("CANCELLED") for state in ended), ended
+    kinds = [f"{kind} base, {share}/2" for kind in ("sample", "score") for share in (1, 2)]
+    assert [len(place.attempts(kind)) for kind in kinds] == [1, 1, 1, 1]
 
 
 def test_following_shell_is_killed(cluster: Cluster, places: Callable[..., Workplace]) -> None:
@@ -111,7 +136,7 @@ def test_cancel_retry_and_scancel(cluster: Cluster, places: Callable[..., Workpl
     children = ("sample hps/g2rpo", "score hps/g2rpo")
     for child in children:  # SLURM does not look at the dependencies of what is held
         cluster.run("scontrol", "release", place.job(child))
-    cluster.wait(lambda: cluster.state(place.job(children[-1])) == "CANCELLED", 30, "child")
+    cluster.wait(lambda: cluster.state(place.job(children[-1])) == "CANCELLED", "child")
     lines = place.g2rpo("status").stdout.splitlines()
     assert lines[-1].startswith("1 done, 3 waiting, 3 cancelled"), lines
     place.submit()
@@ -121,10 +146,10 @@ def test_cancel_retry_and_scancel(cluster: Cluster, places: Callable[..., Workpl
 
     place.g2rpo("cancel", first.name)
     place.g2rpo("cancel")
-    cluster.wait(lambda: place.alive() == [], 30, "end of all jobs")
+    cluster.wait(lambda: place.alive() == [], "end of all jobs")
     retrying = place.start("retry")
     try:
-        cluster.wait(lambda: len(place.submissions()) == 3, 120, "third submission")
+        cluster.wait(lambda: len(place.submissions()) == 3, "third submission")
         place.wait_jobs("render")
         _assert_each_stage_has_one_job(place)
         time.sleep(1)

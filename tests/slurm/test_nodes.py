@@ -11,9 +11,6 @@ from submission import executor, log
 
 pytestmark = pytest.mark.slurm
 
-SECONDS_TO_DOWN = 75
-"""SlurmdTimeout is 15 s, looked at every 15 s or so."""
-
 
 def _other(node: str) -> str:
     return NODES[1 - NODES.index(node)]
@@ -24,8 +21,8 @@ def _ticks(folder: Path, node: str) -> list[dict[str, Any]]:
 
 
 def _started(cluster: Cluster, folder: Path) -> tuple[Any, str]:
-    job = executor(folder).submit(Tick(folder, 200))
-    cluster.wait(lambda: events(folder, "tick"), 30, "started job")
+    job = executor(folder).submit(Tick(folder, 600))
+    cluster.wait(lambda: events(folder, "tick"), "started job")
     return job, str(cluster.fields(job.job_id)["NodeList"])
 
 
@@ -34,9 +31,7 @@ def test_old_process_survives_the_crash_of_slurmd(cluster: Cluster, folder: Path
     job, node = _started(cluster, folder)
     after = cluster.submit("true", f"--dependency=afterok:{job.job_id}")
     cluster.kill_slurmd(node)
-    cluster.wait(
-        lambda: _ticks(folder, _other(node)), SECONDS_TO_DOWN, "second start on the other node"
-    )
+    cluster.wait(lambda: _ticks(folder, _other(node)), "second start on the other node")
     assert cluster.node_state(node) == "down*"
     assert cluster.fields(job.job_id)["Restarts"] == "1"
     assert cluster.state(after) == "PENDING"
@@ -44,7 +39,6 @@ def test_old_process_survives_the_crash_of_slurmd(cluster: Cluster, folder: Path
     since = time.time()
     cluster.wait(
         lambda: all(each and each[-1]["time"] > since for each in _both(folder)),
-        10,
         "ticks of both processes",
     )
     assert events(folder, "SIGTERM") == []
@@ -54,7 +48,7 @@ def test_old_process_survives_the_crash_of_slurmd(cluster: Cluster, folder: Path
     assert cluster.job_states(job.job_id)[0] == "NODE_FAIL"
     # Only when slurmd is back does the controller have the old step killed.
     cluster.start_slurmd(node)
-    cluster.wait(lambda: not cluster.processes(job.job_id, node), 30, "end of the old process")
+    cluster.wait(lambda: not cluster.processes(job.job_id, node), "end of the old process")
     assert f"Node failure on {node}" in log(job)
     assert cluster.state(job.job_id) == "RUNNING"
 
@@ -68,9 +62,7 @@ def test_job_of_a_dead_node_starts_on_another(cluster: Cluster, folder: Path) ->
     cluster.kill_node(node)
     assert cluster.step_daemons(node) == []
     died = time.time()
-    cluster.wait(
-        lambda: _ticks(folder, _other(node)), SECONDS_TO_DOWN, "second start on the other node"
-    )
+    cluster.wait(lambda: _ticks(folder, _other(node)), "second start on the other node")
     assert _ticks(folder, node)[-1]["time"] < died
     assert cluster.fields(job.job_id)["Restarts"] == "1"
     cluster.wait_attempts(job.job_id, ["NODE_FAIL", "RUNNING"])

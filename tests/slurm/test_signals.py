@@ -9,6 +9,10 @@ from harness import Cluster
 from job_functions import DieOfSignal, LeaveAlone, Signalled, events
 from submission import FOUR_RANKS, executor, requeueing, start, teardowns, wait_started
 
+from slurm import batch
+from slurm.cluster import Cluster as Profile
+from slurm.job import REQUEUE
+
 pytestmark = pytest.mark.slurm
 
 WITH_USR2 = "SlurmctldParameters=preempt_send_user_signal"
@@ -27,7 +31,7 @@ def test_usr2_starts_the_same_pickle_again(cluster: Cluster, folder: Path) -> No
     job = start(cluster, Signalled(folder, value=7))
     after = cluster.submit("true", f"--dependency=afterok:{job.job_id}")
     cluster.scancel(job.job_id, "USR2")
-    cluster.wait(lambda: cluster.state(job.job_id) == "PENDING", 10, "requeued job")
+    cluster.wait(lambda: cluster.state(job.job_id) == "PENDING", "requeued job")
     assert cluster.fields(job.job_id)["Restarts"] == "1"
     assert cluster.fields(after)["Reason"] == "Dependency"
     assert cluster.wait_ended(job.job_id) == "COMPLETED"
@@ -99,7 +103,7 @@ def test_every_rank_gets_usr2(
 ) -> None:
     job = start(cluster, Signalled(folder), **FOUR_RANKS)
     cause(cluster, job.job_id)
-    cluster.wait(lambda: ranks(folder, "SIGUSR2") == [0, 1, 2, 3], 60, "USR2 on four ranks")
+    cluster.wait(lambda: ranks(folder, "SIGUSR2") == [0, 1, 2, 3], "USR2 on four ranks")
     assert cluster.wait_ended(job.job_id) == "COMPLETED"
     assert ranks(folder, "SIGTERM") == []
     assert ranks(folder, "leave") == ranks(folder, "end", restarts=1) == [0, 1, 2, 3]
@@ -110,7 +114,7 @@ def test_every_rank_gets_usr2(
 @pytest.mark.facts
 def test_usr2_comes_before_its_time(cluster: Cluster, folder: Path) -> None:
     job = start(cluster, Signalled(folder), time=1, signal_delay_s=55)
-    cluster.wait(lambda: events(folder, "SIGUSR2"), 60, "USR2")
+    cluster.wait(lambda: events(folder, "SIGUSR2"), "USR2")
     started, signalled = events(folder, "start")[0], events(folder, "SIGUSR2")[0]
     assert signalled["time"] - started["time"] < 31
     assert cluster.wait_ended(job.job_id) == "COMPLETED"
@@ -159,7 +163,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, folder: Path) -> None:
     job = start(cluster, Signalled(folder, closing=1), **FOUR_RANKS)
     cluster.scancel(job.job_id)
     assert cluster.wait_ended(job.job_id) == "CANCELLED"
-    cluster.wait(lambda: not cluster.processes(job.job_id), 15, "end of all processes")
+    cluster.wait(lambda: not cluster.processes(job.job_id), "end of all processes")
     assert ranks(folder, "terminated") == [0, 1, 2, 3]
     assert teardowns(folder) == []
     time.sleep(8)  # a requeued job would have started again
@@ -177,7 +181,7 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, folder: Path) -> None:
 def test_job_cancelled_while_it_closes(cluster: Cluster, folder: Path, setup: list[str]) -> None:
     job = start(cluster, Signalled(folder, closing=2.5), setup=setup)
     cluster.scancel(job.job_id, "USR2")
-    cluster.wait(lambda: events(folder, "SIGUSR2"), 10, "USR2")
+    cluster.wait(lambda: events(folder, "SIGUSR2"), "USR2")
     cluster.scancel(job.job_id)
     assert cluster.wait_ended(job.job_id) == "CANCELLED"
     time.sleep(8)
@@ -199,9 +203,9 @@ def test_requeue_revives_a_cancelled_job(cluster: Cluster, folder: Path) -> None
     careless.insert(-1, 'scontrol requeue "$job"')
     job = start(cluster, Signalled(folder, closing=2), setup=["trap : TERM"], teardown=careless)
     cluster.scancel(job.job_id, "USR2")
-    cluster.wait(lambda: events(folder, "SIGUSR2"), 10, "USR2")
+    cluster.wait(lambda: events(folder, "SIGUSR2"), "USR2")
     cluster.scancel(job.job_id)
-    cluster.wait(lambda: ranks(folder, "start", restarts=1) == [0], 40, "second start")
+    cluster.wait(lambda: ranks(folder, "start", restarts=1) == [0], "second start")
 
 
 @pytest.mark.core
@@ -241,3 +245,32 @@ def test_rank_that_leaves_first_takes_the_others_down(cluster: Cluster, folder: 
     ]
     # Who ignores SIGTERM is killed after KillWait, and srun ends with the highest code: 128 + 9.
     assert teardowns(folder) == [f"{job.job_id} 137 RUNNING"]
+
+
+@pytest.mark.core
+def test_requeue_while_the_controller_is_away(cluster: Cluster, folder: Path) -> None:
+    settings = Profile()
+    go, started, ended = (folder / name for name in ("go", "started", "ended"))
+    first = [f"touch {started}", f"until [ -e {go} ]; do sleep 0.1; done"]
+    first += ['touch "$marker"', f"touch {ended}"]
+    script = [
+        "#!/bin/bash",
+        *batch.setup(settings, folder),
+        'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then',
+        *first,
+        f"(exit {REQUEUE})",
+        "fi",
+        *batch.teardown(settings.max_restarts),
+    ]
+    path = folder / "job.sh"
+    path.write_text("\n".join(script))
+    job = cluster.run("sbatch", "--parsable", f"--output={folder}/log", str(path))
+    after = cluster.submit("true", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
+    cluster.wait(started.exists, "started job")
+    with cluster.controller_away():
+        go.touch()
+        cluster.wait(ended.exists, "end of the job's command")
+        time.sleep(3)  # it has asked, and nobody has answered
+    assert cluster.wait_ended(job) == "COMPLETED"
+    assert cluster.fields(job)["Restarts"] == "1"
+    assert cluster.wait_ended(after) == "COMPLETED"

@@ -5,8 +5,10 @@ writes ``tests/unit/sbatch/`` anew, and read the difference before it is committ
 """
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import pytest
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
+from slurm import batch
 from slurm.batch import REPOSITORY
 from slurm.cluster import Cluster
 from slurm.graph import Graph, Needs, Stage
-from slurm.submission import Submission
+from slurm.job import REQUEUE
+from slurm.submission import Submission, job_comment, read_comment
 from slurm.submit import dependency, scripts
 
 GOLDEN = Path(__file__).with_name("sbatch")
@@ -109,15 +113,18 @@ def test_what_a_reader_of_the_golden_files_relies_on() -> None:
     assert "#SBATCH --array=0-7%4\n" in array
     found = [line for line in array.splitlines() if "--dependency" in line]
     assert found == ["#SBATCH --dependency='afterok:<train/a>:4711,afterany:<embed/a>'"]
+    assert "slurm.job /RESULTS/submissions/table1-flux sample/a/0 sample/a/1 sample/a/2" in array
     cpu = text_of("cpu")
     assert "--partition=cpu\n" in cpu and "gpus" not in cpu
     assert "constraint" not in cpu and "exclusive" not in cpu
 
 
-def test_an_array_is_waited_for_once_by_its_own_id() -> None:
-    needing = Stage("score", "score", "a", needs=("s/0", "s/1", "done"), after=("t",))
-    jobs = {"s/0": "7_0", "s/1": "7_1", "t": "9"}
-    assert dependency([needing, needing], jobs) == "afterok:7,afterany:9"
+def test_of_an_older_array_only_the_tasks_that_are_needed_are_waited_for() -> None:
+    needing = Stage("score", "score", "a", needs=("s/0", "s/1", "s/2", "done"), after=("t",))
+    # 21 was submitted before, and one of its tasks has failed; 28 does that one again.
+    jobs = {"s/0": "28", "s/1": "21_1", "s/2": "21_2", "t": "9"}
+    assert dependency([needing, needing], jobs) == "afterok:28:21_1:21_2,afterany:9"
+    assert dependency([needing], {"s/0": "28", "s/1": "28"}) == "afterok:28"
     assert dependency([needing], {}) is None
 
 
@@ -130,10 +137,98 @@ def test_stages_of_one_array_are_submitted_together_in_order() -> None:
 def test_the_comment_is_the_submission_s_own() -> None:
     made = scripts(submission_of(SHARES, {}), SHARES, {})
     comments = [line for script in made for line in script.text.splitlines() if "--comment" in line]
-    assert comments == [f"#SBATCH --comment=g2rpo/table1-flux/{number}" for number in (1, 2, 3)]
+    assert comments == [
+        "#SBATCH --comment=g2rpo/table1-flux/1/train/a",
+        "#SBATCH --comment=g2rpo/table1-flux/2/embed/a",
+        "#SBATCH --comment='g2rpo/table1-flux/3/sample/a/{0,1,2,3,4,5,6,7}'",
+    ]
+
+
+def test_the_comment_says_which_stages_a_job_runs() -> None:
+    array = tuple(f"score/g2rpo-0123456789ab/e0/{n:03d}-of-064" for n in range(64))
+    for stages in (array, array[7:9], array[:1], ("render/flux/table1",), ("a", "b")):
+        comment = job_comment("table1-flux-20260101-000000-ab12", "0a1b2c3d", stages)
+        assert len(comment) <= 1024  # SLURM takes no more
+        assert read_comment(comment) == ("table1-flux-20260101-000000-ab12", stages)
+    for other in ("", "(null)", "g2rpo/doctor", "g2rpo/table1-flux-x/0a1b", "mine/x/0a/train/a"):
+        assert read_comment(other) is None
+
+
+def test_a_long_array_is_submitted_in_parts() -> None:
+    share = replace(SHARES[2], needs=(), after=())
+    shares = [replace(share, name=f"sample/a/{index:03d}") for index in range(130)]
+    made = scripts(submission_of(shares, {}), shares, {})
+    assert [len(script.stages) for script in made] == [64, 64, 2]
+    assert [name for script in made for name in script.stages] == [s.name for s in shares]
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
     stage = Stage("train/a", "train", "a", resources=Needs(12, 12))
     with pytest.raises(UserError, match=r"cluster test: 12 ranks do not fill nodes of 8"):
         scripts(submission_of([stage], {}), [stage], {})
+
+
+AWAY = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1'
+NO_JOB = 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
+
+
+def after_a_job(folder: Path, code: int, answers: dict[str, list[str]]) -> tuple[int, list[str]]:
+    """Runs the lines after a job's command; the exit code, and the commands of SLURM.
+
+    ``answers`` has a shell line for each call of a command, the last one for the rest.
+    """
+    (folder / "sleep").write_text("#!/bin/bash\n")
+    for name, lines in answers.items():
+        cases = "\n".join(f"{n}) {line} ;;" for n, line in enumerate(lines[:-1], start=1))
+        (folder / name).write_text(
+            f'#!/bin/bash\necho "{name} $*" >>{folder}/calls\n'
+            f"case $(grep -c '^{name}' {folder}/calls) in\n{cases}\n*) {lines[-1]} ;;\nesac\n"
+        )
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    for tool in ("bash", "grep", "rm", "tail", "timeout"):  # no SLURM that may be installed here
+        (folder / tool).symlink_to(str(shutil.which(tool)))
+    marker = folder / "marker"
+    if code == REQUEUE:
+        marker.touch()
+    script = [f"job=17 marker={marker}", f"(exit {code})", *batch.teardown(3)]
+    command = ["bash", "-c", "\n".join(script)]
+    done = subprocess.run(command, env={"PATH": str(folder)}, timeout=600, check=False)
+    assert not marker.exists()
+    calls = folder / "calls"
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("code", "answers", "requeued"),
+    [
+        (REQUEUE, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 1),
+        (REQUEUE, {"squeue": [AWAY, AWAY, AWAY, "echo RUNNING"], "scontrol": ["exit 0"]}, 1),
+        (REQUEUE, {"squeue": ["echo warning >&2; echo RUNNING"], "scontrol": [AWAY, "exit 0"]}, 2),
+        (REQUEUE, {"squeue": ["echo RUNNING"], "scontrol": ["exit 1"]}, 5),  # it is refused
+        (REQUEUE, {"squeue": [AWAY, "echo COMPLETING"], "scontrol": ["exit 0"]}, 0),
+        (REQUEUE, {"squeue": [AWAY, NO_JOB], "scontrol": ["exit 0"]}, 0),
+        (REQUEUE, {"squeue": [AWAY, ""], "scontrol": ["exit 0"]}, 0),
+        (REQUEUE, {}, 0),  # SLURM's commands are not there
+        (0, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 0),
+        (2, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 0),
+        (140, {"squeue": ["echo RUNNING"], "scontrol": ["exit 0"]}, 1),
+        (143, {"squeue": ["echo RUNNING"],
+               "scontrol": [AWAY, "echo PreemptTime=2026-01-01", "exit 0"]}, 1),
+        (143, {"squeue": ["echo RUNNING"], "scontrol": [AWAY, "echo PreemptTime=None"]}, 0),
+    ],
+)  # fmt: skip
+def test_a_job_is_requeued_as_soon_as_slurm_answers(
+    tmp_path: Path, code: int, answers: dict[str, list[str]], requeued: int
+) -> None:
+    left, calls = after_a_job(tmp_path, code, answers)
+    assert left == code
+    assert calls.count("scontrol requeue 17") == requeued, calls
+
+
+def test_a_controller_that_stays_away_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "AWAY_SECONDS", 0)
+    left, calls = after_a_job(tmp_path, REQUEUE, {"squeue": [AWAY], "scontrol": [AWAY]})
+    assert left == REQUEUE and len(calls) == 1

@@ -353,7 +353,7 @@ def probe(folder: Path, question: dict[str, Any], **environment: str) -> dict[st
         [sys.executable, "-m", "slurm.doctor.probe", str(folder)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), **environment},
         check=True,
-        timeout=60,
+        timeout=600,
     )
     answer: dict[str, Any] = json.loads((folder / "answer-0.json").read_text())
     return answer

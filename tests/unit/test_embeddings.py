@@ -195,7 +195,7 @@ def test_killed_and_resumed_leaves_the_same_files(tmp_path: Path) -> None:
     filled(tmp_path / "undisturbed", count)
     folder = tmp_path / "killed"
     process = start(folder, count, Part(), 0.03)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(list(folder.glob("*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -241,7 +241,7 @@ def test_writers_of_disjoint_parts_and_of_the_same_one(tmp_path: Path) -> None:
     processes = [start(folder, count, part, 0.01) for part in parts]
     encoded = []
     for process in processes:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         encoded.append(int(output))
     # Of the two that want the same part one waits, and then has nothing to do.
@@ -267,14 +267,14 @@ def test_a_writer_waits_for_another_of_the_same_part(
     def after(done: int) -> None:
         if done == 1:
             other.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not caplog.records and time.monotonic() < deadline:  # until the second waits
             time.sleep(0.005)
 
     first.after = after
     with caplog.at_level(logging.WARNING, logger="g2rpo"):
         fill(EmbeddingCache(tmp_path), prompts_of(10), first, settings())
-        other.join(timeout=60)
+        other.join(timeout=600)
     assert not other.is_alive()
     assert (len(first.encoded), second.loads) == (10, 0)
     assert [r.getMessage().split(": ")[1] for r in caplog.records] == [

@@ -174,7 +174,7 @@ except KeyboardInterrupt:
 """
 
 
-def _until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def _until(condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"no {what} in {seconds} s"
@@ -210,7 +210,7 @@ class Ended:
             _until(lambda: bool(told(self.submission)), "stage")
         self.workers = self._workers()
         self.process.send_signal(self.number)
-        self.code = self.process.wait(timeout=90)
+        self.code = self.process.wait(timeout=600)
         _until(lambda: not any(map(_runs, self.workers)), "end of the workers")
         return self
 

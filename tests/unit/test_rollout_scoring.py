@@ -89,7 +89,7 @@ def test_with_overlap_batches_are_evaluated_while_images_are_still_to_come() -> 
 
     def waiting() -> Iterator[Tensor]:
         yield IMAGES[:10]
-        assert scored.wait(timeout=60)
+        assert scored.wait(timeout=600)
         yield IMAGES[10:]
 
     found = Scorer({"a": slow}, overlap=True).score(waiting(), PROMPTS)

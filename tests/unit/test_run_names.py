@@ -1,7 +1,6 @@
 """The names of runs: those that committed results state, and how long thousands of them take."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def many_cells(count: int) -> Experiment:
 
 
 @pytest.mark.parametrize(("cells", "seeds"), [(2000, 1), (100, 20)])
-def test_thousands_of_cells_are_named_in_seconds(
+def test_thousands_of_cells_are_named_after_reading_each_file_once(
     cells: int, seeds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment, profile = many_cells(cells), load_profile("mini")
@@ -121,9 +120,7 @@ def test_thousands_of_cells_are_named_in_seconds(
 
     monkeypatch.setattr(runs, "read_prompts", counted)
     runs._prompts_hash.cache_clear()
-    started = time.perf_counter()
     resolved = expand(experiment, profile, range(seeds))
     names = {(LAYOUT.training(cell), LAYOUT.evaluation(cell)) for cell in resolved}
     assert len(names) == len(resolved)
     assert len(read) == 2  # training and test prompts, once each
-    assert time.perf_counter() - started < 5  # about half a second on one idle core

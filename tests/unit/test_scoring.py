@@ -133,7 +133,7 @@ def test_a_changed_image_prompt_or_judge_is_scored_again(items: list[Item], tmp_
 
 
 def test_several_processes_share_the_work(items: list[Item], tmp_path: Path) -> None:
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=600)
 
     def work(rank: int) -> tuple[Brightness, pd.DataFrame]:
         model = Brightness()
@@ -188,7 +188,7 @@ def test_a_stop_between_batches_keeps_what_is_scored(items: list[Item], tmp_path
 @pytest.mark.usefixtures("no_request")
 def test_processes_stop_together(items: list[Item], tmp_path: Path) -> None:
     """One has nothing left to score when the other stops: it stops as well, and is not stuck."""
-    barrier = threading.Barrier(2, timeout=60)
+    barrier = threading.Barrier(2, timeout=600)
     shared: dict[int, StopReason | None] = {}
 
     def work(rank: int) -> Stopped:

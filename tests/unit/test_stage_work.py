@@ -194,7 +194,7 @@ def test_whoever_waited_for_the_owner_passes(
     assert waiter.is_alive()
     (tmp_path / "done").touch()
     lease.release("done")
-    waiter.join(timeout=30)
+    waiter.join(timeout=600)
     assert not waiter.is_alive() and type(piece).times == 0
     attempts = read_attempts(tmp_path / "leases", "piece")
     assert [attempt.state for attempt in attempts] == ["done", "done"]

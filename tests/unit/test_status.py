@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,15 @@ from g2rpo.owner import Owner
 from reproduce import finished
 from reproduce.display import status_table, summary
 from reproduce.experiment import Experiment, expand, load_profile
-from reproduce.launch import (
-    DRIVER,
-    active_stages,
-    hopeless_jobs,
-    latest_submission,
-    left_to_submit,
-    save_submission,
-)
+from reproduce.launch import DRIVER, latest_submission, left_to_submit, save_submission
 from reproduce.layout import Layout
 from reproduce.plan import Plan, make_plan
+from reproduce.stage_jobs import active_stages, hopeless_stages
 from reproduce.status import Show, StageStatus, follow, is_over, read_status
 from slurm import states
 from slurm.cluster import Cluster
 from slurm.states import JobState
-from slurm.submission import Submission
+from slurm.submission import Submission, job_comment
 
 TABLE: dict[str, Any] = {
     "name": "t",
@@ -55,24 +50,31 @@ class Site:
         self.plan: Plan = make_plan(experiment, profile, cells, layout)
         cluster = validate(Cluster, {"name": "site", "kind": kind}, "test")
         self.submission: Submission = save_submission(self.plan, cluster)
-        self.active: dict[str, JobState] = {}
-        self.ended: dict[str, JobState] = {}
+        self.known: dict[str, JobState] = {}
+        self.accounts: dict[str, JobState] = {}
         self.names = {
             f"{stage.kind} {stage.label.split(',')[0]}": stage.name
             for stage in self.plan.graph.stages.values()
         }
 
-    def submitted(self, name: str, job: str) -> None:
-        self.submission.announce(f"c{job}", [self.names[name]])
-        self.submission.submitted(f"c{job}", job)
+    def submitted(self, name: str, job: str) -> str:
+        stages = [self.names[one] for one in name.split("+")]
+        comment = job_comment(self.submission.name, f"c{job}", stages)
+        self.submission.submitted(comment, stages, job)
+        return comment
 
     def job(self, name: str, job: str, state: str, reason: str = "") -> None:
-        self.submitted(name, job)
-        self.tell(job, state, reason)
+        made = JobState(job, state, reason, "node07", self.submitted(name, job))
+        (self.known if made.active else self.accounts)[job] = made
 
-    def tell(self, job: str, state: str, reason: str = "") -> None:
-        found = JobState(job, state, reason, "node07", f"c{job}")
-        (self.active if found.active else self.ended)[job] = found
+    def answer(self, command: str, *_: str) -> str:
+        """What squeue and sacct say."""
+        if command == "squeue":
+            fields, jobs = ("job", "state", "reason", "node", "comment"), self.known
+        else:
+            fields, jobs = ("job", "state", "reason", "node"), self.accounts
+        lines = ("|".join(getattr(job, field) for field in fields) for job in jobs.values())
+        return "\n".join(lines)
 
     def attempt(self, name: str, state: str, number: int = 1, **changes: Any) -> None:
         """Writes an attempt at a stage, or at the driver."""
@@ -97,11 +99,7 @@ class Site:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Site]:
     def make(kind: str) -> Site:
         made = Site(tmp_path, kind)
-        monkeypatch.setattr(states, "active_jobs", lambda: dict(made.active))
-        monkeypatch.setattr(
-            states, "ended_jobs", lambda ids: {job: made.ended[job] for job in ids
-                                               if job in made.ended}
-        )  # fmt: skip
+        monkeypatch.setattr(states, "ask", made.answer)
         return made
 
     return make
@@ -148,10 +146,9 @@ def test_a_requeued_job_is_not_running(site: Callable[[str], Site]) -> None:
 
 def test_what_failed_says_why_and_cancels_what_needs_it(site: Callable[[str], Site]) -> None:
     here = site("slurm")
-    for number, name in enumerate((TRAIN, SAMPLE, SCORE), start=2):
-        here.submitted(name, str(number))
-    here.tell("2", "FAILED", "2:0")
-    here.tell("3", "CANCELLED")
+    here.job(TRAIN, "2", "FAILED", "2:0")
+    here.job(SAMPLE, "3", "CANCELLED")
+    here.submitted(SCORE, "4")
     here.attempt(TRAIN, "failed", reason="the loss is not finite", owner=GONE)
     assert here.word(TRAIN) == ("failed", "the loss is not finite")
     assert here.word(SAMPLE) == ("cancelled", "train hps/a, seed 1 failed")
@@ -168,6 +165,7 @@ def test_what_failed_says_why_and_cancels_what_needs_it(site: Callable[[str], Si
         ("NODE_FAIL", "", "failed", "its node failed"),
         ("CANCELLED", "0:0", "cancelled", "its job was cancelled"),
         ("COMPLETED", "0:0", "failed", "its job ended but its outputs are not there"),
+        ("FAILED", "85:0", "interrupted", "SLURM did not requeue its job"),
     ],
 )
 def test_jobs_that_ended_without_a_word(
@@ -191,7 +189,7 @@ def test_a_job_that_slurm_has_forgotten(site: Callable[[str], Site]) -> None:
     here.submitted(TRAIN, "2")
     assert here.word(TRAIN) == ("interrupted", "SLURM does not know its job any more")
     # The id was given to somebody else's job.
-    here.active["2"] = JobState("2", "RUNNING", comment="another submission")
+    here.known["2"] = JobState("2", "RUNNING", comment="another submission")
     assert here.word(TRAIN)[0] == "interrupted"
 
 
@@ -256,15 +254,15 @@ def test_following_outlives_a_slurm_that_does_not_answer(
 ) -> None:
     here = site("slurm")
     here.job(TRAIN, "2", "RUNNING")
-    answers: list[Any] = [UserError("squeue did not answer"), dict(here.active), {}]
+    answers: list[Any] = [UserError("squeue did not answer"), dict(here.known), {}]
 
-    def active_jobs() -> dict[str, JobState]:
+    def known_jobs() -> dict[str, JobState]:
         answer = answers.pop(0)
         if isinstance(answer, UserError):
             raise answer
         return dict(answer)
 
-    monkeypatch.setattr(states, "active_jobs", active_jobs)
+    monkeypatch.setattr(states, "known_jobs", known_jobs)
     told: list[str] = []
 
     class Told(Show):
@@ -275,26 +273,116 @@ def test_following_outlives_a_slurm_that_does_not_answer(
             told.append(message)
 
     follow(here.submission, Told(), every=0.0)
-    assert told == ["squeue did not answer", "starting", "interrupted"]
+    away = "SLURM not reachable (squeue did not answer); this is what the run folders say"
+    assert told == [away, "unknown", "starting", "interrupted"]
+
+
+@pytest.mark.parametrize("record", ["none", "whole", "cut short", "of an earlier version", "junk"])
+def test_a_job_is_known_whatever_was_noted_of_it(site: Callable[[str], Site], record: str) -> None:
+    here = site("slurm")
+    runs = here.plan.layout.runs
+    stages = [here.names["sample base"], here.names["score base"]]
+    comment = job_comment(here.submission.name, "c7", stages)
+    if record == "of an earlier version":
+        comment = f"g2rpo/{here.submission.name}/c7"
+    here.submission.submitted(comment, stages, "7")
+    path = here.submission.folder / "jobs.jsonl"
+    line = json.loads(path.read_text())
+    path.write_text({
+        "none": "", "whole": path.read_text(), "cut short": path.read_text()[:40],
+        "of an earlier version": json.dumps(line | {"job": None}),
+        "junk": '[1]\n{"job": 7}\n\0\n{"comment": "x", "stages": ["y"], "job": "z"}',
+    }[record])  # fmt: skip
+    here.known = {
+        "7_0": JobState("7_0", "RUNNING", comment=comment),
+        "7_1": JobState("7_1", "CANCELLED", comment=comment),
+        "8": JobState("8", "PENDING", comment="somebody's own"),
+        "9": JobState("9", "PENDING", comment=f"g2rpo/elsewhere/1a/{stages[1]}"),
+    }
+    found = active_stages(runs)
+    assert {stage: job.job for stage, job in found.items()} == {stages[0]: "7_0"}
+    assert here.word("sample base") == ("starting", "")
+    assert here.word("score base") == ("cancelled", "its job was cancelled")
+    left = [stage.name for stage in left_to_submit(here.plan, found)]
+    assert stages[0] not in left and stages[1] in left
 
 
 def test_what_has_a_job_is_not_submitted_again(site: Callable[[str], Site]) -> None:
     here = site("slurm")
-    runs = here.plan.layout.runs
-    array = [here.names["sample base"], here.names["score base"]]
-    here.submission.announce("array", array)  # killed before the id was written
-    here.active = {
-        "7_0": JobState("7_0", "RUNNING", comment="array"),
-        "8": JobState("8", "PENDING", comment="somebody's own"),
-    }
-    assert active_stages(runs) == {array[0]: "7_0"}
-    left = [stage.name for stage in left_to_submit(here.plan, {array[0]: "7_0"})]
-    assert array[0] not in left and array[1] in left
-    everything = {stage.name: "1" for stage in here.plan.todo.stages.values()}
+    everything = set(here.plan.todo.stages)
     assert left_to_submit(here.plan, everything) == []
-    del everything[array[1]]
-    kinds = [stage.kind for stage in left_to_submit(here.plan, everything)]
-    assert kinds == ["score", "render"]
+    left = left_to_submit(here.plan, everything - {here.names["score base"]})
+    assert [stage.kind for stage in left] == ["score", "render"]
+
+
+def test_a_later_submission_shows_what_the_jobs_of_an_earlier_one_do(
+    site: Callable[[str], Site],
+) -> None:
+    here = site("slurm")
+    here.job(TRAIN, "2", "RUNNING")
+    here.job(SAMPLE, "3", "PENDING", "Dependency")
+    log = here.submission.jobs_folder / "2_0_log.out"
+    log.parent.mkdir()
+    log.write_text("of the training\n")
+    earlier, here.submission = here.submission, save_submission(here.plan, here.submission.cluster)
+    here.job(SCORE, "9", "PENDING", "Dependency")
+    found = here.read()
+    assert (found[TRAIN].word, found[TRAIN].job, found[TRAIN].log) == ("starting", "2", log)
+    assert found[SAMPLE].word == found[SCORE].word == "waiting"
+    here.submission = earlier
+    assert {name: status.word for name, status in here.read().items()} == {
+        name: status.word for name, status in found.items()
+    }
+    # Submitted again by the later one: that is where the stage is now.
+    here.known["2"] = replace(here.known["2"], state="FAILED", reason="NonZeroExitCode")
+    assert here.word(TRAIN) == ("failed", "failed")
+    here.accounts["2"] = replace(here.known["2"], reason="1:0")
+    assert here.word(TRAIN) == ("failed", "failed (exit code 1:0)")
+    here.submission = save_submission(here.plan, here.submission.cluster)
+    here.job(TRAIN, "12", "PENDING", "Priority")
+    here.submission = earlier
+    assert here.word(TRAIN)[0] == "waiting"
+
+
+def test_tasks_that_were_cancelled_before_they_started(site: Callable[[str], Site]) -> None:
+    here = site("slurm")
+    comment = here.submitted("sample base+score base", "21")
+    # As long as SLURM knows another task, one that it does not know was cancelled.
+    here.known = {"21_0": JobState("21_0", "PENDING", "JobHeldUser", "", comment)}
+    assert here.word("score base") == ("cancelled", "its job was cancelled")
+    here.known = {"21": JobState("21", "CANCELLED", "JobHeldUser", "", comment)}
+    assert here.word("sample base")[0] == here.word("score base")[0] == "cancelled"
+    # Accounting has a whole range of them, and may have an old one.
+    here.known = {}
+    here.accounts = {"21": JobState("21_[0-1%1]", "PENDING")}
+    assert here.word("score base")[0] == "cancelled"
+    # The id is somebody else's now.
+    here.known = {"21_0": JobState("21_0", "PENDING", comment="another")}
+    assert here.word("score base")[0] == "interrupted"
+
+
+def test_without_slurm_the_run_folders_speak(
+    site: Callable[[str], Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = site("slurm")
+    for number, name in enumerate((EMBED, TRAIN, SAMPLE), start=1):
+        here.job(name, str(number), "PENDING")
+    here.attempt(EMBED, "running")
+    here.attempt(TRAIN, "failed", reason="the loss is not finite", owner=GONE)
+
+    def away() -> dict[str, JobState]:
+        raise UserError("squeue failed: slurm_load_jobs error: Unable to contact")
+
+    monkeypatch.setattr(states, "known_jobs", away)
+    with pytest.raises(UserError, match="Unable to contact"):
+        read_status(here.submission)
+    told: list[str] = []
+    found = {status.stage.name: status for status in read_status(here.submission, told.append)}
+    assert len(told) == 1 and told[0].startswith("SLURM not reachable (squeue failed: slurm_load")
+    words = {name: found[here.names[name]].word for name in (EMBED, TRAIN, SAMPLE, SCORE)}
+    assert words == {EMBED: "running", TRAIN: "failed", SAMPLE: "unknown", SCORE: "unknown"}
+    assert found[here.names[SAMPLE]].reason == "SLURM not reachable"
+    assert not is_over(found.values())
 
 
 def test_the_latest_submission_is_found_by_name(site: Callable[[str], Site]) -> None:
@@ -307,22 +395,43 @@ def test_the_latest_submission_is_found_by_name(site: Callable[[str], Site]) -> 
         latest_submission(runs, "table1")
     with pytest.raises(UserError, match="nothing was submitted"):
         latest_submission(runs / "absent")
-    path = here.submission.folder / "submission.json"
-    path.write_text(json.dumps({"format": 0}))
-    with pytest.raises(UserError, match="another version"):
-        latest_submission(runs)
+    older, newer = here.submission, save_submission(here.plan, here.submission.cluster)
+    os.utime(older.folder / "submission.json", (1, 1))
+    assert latest_submission(runs).name == newer.name
+    for name in ("submission.json", "submission-copy.json"):
+        (newer.folder / name).write_text("")
+    assert latest_submission(runs).name == older.name
+    with pytest.raises(UserError, match=f"g2rpo cancel {newer.name}"):
+        latest_submission(runs, newer.name)
 
 
-def test_a_job_that_waits_for_a_failed_stage_is_hopeless(site: Callable[[str], Site]) -> None:
+def test_a_job_that_waits_for_what_will_not_come_is_hopeless(site: Callable[[str], Site]) -> None:
     here = site("slurm")
+    here.job(EMBED, "1", "RUNNING")
+    for number, name in enumerate((SAMPLE, SCORE, "sample base", "score base"), start=3):
+        here.job(name, str(number), "PENDING", "Dependency")
+    here.submitted(TRAIN, "2")  # it has failed, or was cancelled, and SLURM has forgotten it
     runs = here.plan.layout.runs
-    graph = here.plan.graph.stages
-    score, sample = here.names["score base"], here.names["sample base"]
-    other = here.names[TRAIN]
-    for number, stage in enumerate((sample, score, other)):
-        here.submission.announce(f"job {number}", [stage])
-    # Its sampling has no job any more and is not done; the training is another matter.
-    active = {score: "2", other: "3"}
-    assert sample in graph[score].needs and sample not in graph[other].needs
-    assert hopeless_jobs(runs, active) == {score: "2"}
-    assert hopeless_jobs(runs, {**active, sample: "1"}) == {}
+
+    def hopeless() -> set[str]:
+        names = {name: short for short, name in here.names.items()}
+        return {names[name] for name in hopeless_stages(here.plan, active_stages(runs))}
+
+    assert hopeless() == {SAMPLE, SCORE}
+    # The training has a job again, which these do not wait for: SLURM says so of the first.
+    here.job(TRAIN, "12", "PENDING", "Priority")
+    assert hopeless() == set()
+    here.known["3"] = replace(here.known["3"], reason="DependencyNeverSatisfied")
+    assert hopeless() == {SAMPLE, SCORE}
+    # Of a submission that cannot be read, what waits would fail; what runs goes on.
+    whole = (here.submission.folder / "submission.json").read_text()
+    for text, expected in (
+        (
+            whole.replace('"format": 1', '"format": 2'),
+            {SAMPLE, SCORE},
+        ),  # its own version can read it
+        ("{}", {TRAIN, SAMPLE, SCORE, "sample base", "score base"}),
+    ):
+        for name in ("submission.json", "submission-copy.json"):
+            (here.submission.folder / name).write_text(text)
+        assert hopeless() == expected

@@ -1,16 +1,22 @@
 """Submissions on disk: complete at any moment, whoever was killed."""
 
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from g2rpo.config import validate
-from g2rpo.errors import UserError
 from slurm.cluster import Cluster
 from slurm.graph import Graph, Needs, Stage
-from slurm.submission import JobGroup, Submission, job_groups, list_submissions, new_folder
+from slurm.submission import (
+    DamagedRecord,
+    JobGroup,
+    Submission,
+    job_groups,
+    list_submissions,
+    new_folder,
+)
 
 STAGES = (
     Stage("embed", "embed", "all prompts", lease="/runs/leases/embed"),
@@ -46,48 +52,72 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert list(loaded.graph.stages) == list(submission.graph.stages)
 
 
-@pytest.mark.parametrize("text", [None, "", '{"format": 1, "ti', '{"format": 99}'])
-def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "submission.json").write_text(text)
-    with pytest.raises(UserError, match="submit again") as told:
-        Submission.load(tmp_path)
-    assert "submission.json" in str(told.value) and "\n" not in str(told.value)
+FIRST, SECOND = "g2rpo/table1/1a/train/a", "g2rpo/table1/2b/score/a/{0,1}"
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "empty": lambda whole: "",
+    "cut short": lambda whole: whole[: len(whole) // 2],
+    "not JSON": lambda whole: "\0" * len(whole),
+    "another type": lambda whole: "[1, 2]",
+    "a number": lambda whole: "7",
+    "a newer version": lambda whole: whole.replace('"format": 1', '"format": 2'),
+    "a key is missing": lambda whole: whole.replace('"entry"', '"entries"'),
+    "a value of another type": lambda whole: whole.replace("1.5", '"yesterday"'),
+    "stages of another type": lambda whole: whole.replace('"needs": [],', '"needs": 7,'),
+    "a stage that is not there": lambda whole: whole.replace('"name": "embed"', '"name": "x"'),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "gone", "a folder"])
+def test_a_damaged_record_is_set_aside_and_its_copy_is_used(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    submission = submission_in(tmp_path / "one")
+    submission.save()
+    record, copy = (tmp_path / "one" / name for name in ("submission.json", "submission-copy.json"))
+    os.utime(copy, (1000, 1000))
+    whole = record.read_text()
+    record.unlink()
+    if damage == "a folder":
+        record.mkdir()
+    elif damage != "gone":
+        record.write_text(DAMAGES[damage](whole))
+        assert record.read_text() != whole
+    loaded = Submission.load(submission.folder)
+    assert loaded.graph.stages == submission.graph.stages and loaded.cluster == submission.cluster
+    (line,) = caplog.messages
+    assert str(record) in line and "set aside as submission.json.damaged" in line
+    assert record.read_text() == whole and record.stat().st_mtime == 1000
+    assert (tmp_path / "one" / "submission.json.damaged").exists() == (damage != "gone")
+    assert Submission.load(submission.folder).title == submission.title
+    assert len(caplog.messages) == 1
+    if damage in DAMAGES:
+        for path in (record, copy):
+            path.write_text(DAMAGES[damage](whole))
+        with pytest.raises(DamagedRecord) as told:
+            Submission.load(submission.folder)
+        assert "submission.json: " in str(told.value) and "\n" not in str(told.value)
 
 
 def test_groups_say_which_job_a_stage_has(tmp_path: Path) -> None:
     submission = submission_in(tmp_path)
     assert job_groups(tmp_path) == []
-    submission.announce("c1", ["train/a"])
-    submission.submitted("c1", "17")
-    submission.announce("c2", ["score/a/0", "score/a/1"])
+    submission.submitted(FIRST, ["train/a"], "17")
+    submission.submitted(SECOND, ["score/a/0", "score/a/1"], "18")
     first, second = job_groups(tmp_path)
-    assert (first.job, first.stages, first.job_of("train/a")) == ("17", ("train/a",), "17")
-    assert first.submitted > 0
-    # Killed right after sbatch: it is found by its comment, and has no id yet.
-    assert (second.comment, second.job, second.job_of("score/a/1")) == ("c2", None, None)
-    submission.submitted("c2", "18")
-    assert job_groups(tmp_path)[1].job_of("score/a/1") == "18_1"
-    assert [group.comment for group in job_groups(tmp_path)] == ["c1", "c2"]
+    assert (first.stages, first.job_of("train/a")) == (("train/a",), "17")
+    assert (second.comment, second.job_of("score/a/1")) == (SECOND, "18_1")
 
 
 def test_a_line_cut_short_by_a_kill_takes_no_other_with_it(tmp_path: Path) -> None:
     submission = submission_in(tmp_path)
-    submission.announce("c1", ["train/a"])
-    submission.submitted("c1", "17")
+    submission.submitted(FIRST, ["train/a"], "17")
     path = tmp_path / "jobs.jsonl"
     whole = path.read_bytes()
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
-        assert all(isinstance(group, JobGroup) for group in job_groups(tmp_path))
-        submission.announce("c2", ["render"])
-        submission.submitted("c2", "18")
-        assert job_groups(tmp_path)[-1].job_of("render") == "18", cut
-    lines = whole.splitlines()
-    path.write_bytes(lines[0] + b"\n" + lines[1][: len(lines[1]) // 2])
-    assert job_groups(tmp_path) == [
-        JobGroup("c1", ("train/a",), None, json.loads(lines[0])["time"])
-    ]
+        assert job_groups(tmp_path) in ([], [JobGroup(FIRST, ("train/a",), "17")])
+        submission.submitted(SECOND, ["render"], "18")
+        assert job_groups(tmp_path)[-1] == JobGroup(SECOND, ("render",), "18"), cut
 
 
 def test_submissions_are_listed_by_age(tmp_path: Path) -> None:

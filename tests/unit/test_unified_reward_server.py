@@ -350,7 +350,7 @@ class TestRefusals:
     def test_the_first_failure_ends_all(
         self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(server_module, "FIRST_DELAY", 30.0)
+        monkeypatch.setattr(server_module, "FIRST_DELAY", 600.0)
 
         def answer(body: dict[str, Any], number: int) -> Reply:
             return Reply(500) if number_in(body) else Reply(400, "too large", wait=0.2)
@@ -359,5 +359,5 @@ class TestRefusals:
         began = time.monotonic()
         with pytest.raises(UserError, match="HTTP 400: too large"):
             scores(load(server.url, concurrency=4), 12)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 300  # nobody waited out the delay
         assert len(server.requests) <= 6

@@ -2,7 +2,7 @@
 #!/bin/bash
 
 # Parameters
-#SBATCH --comment=g2rpo/table1-flux/1
+#SBATCH --comment=g2rpo/table1-flux/1/sample/a
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-node=1
 #SBATCH --job-name=g2rpo-sample
@@ -21,13 +21,12 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 marker=/RESULTS/submissions/table1-flux/jobs/"$job".requeue
 rm -f "$marker"
-rm -f /RESULTS/submissions/table1-flux/jobs/"$job"_*_result.pkl.save_tmp
 export PYTHONUNBUFFERED=1
 export PYTHONPATH=REPOSITORY
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /RESULTS/submissions/table1-flux/jobs/%j_%t_log.out --kill-on-bad-exit=1 PYTHON -u -m submitit.core._submit /RESULTS/submissions/table1-flux/jobs
+srun --unbuffered --output /RESULTS/submissions/table1-flux/jobs/%j_%t_log.out --kill-on-bad-exit=1 PYTHON -u -m slurm.job /RESULTS/submissions/table1-flux sample/a
 
 
 # teardown
@@ -35,12 +34,28 @@ code=$?
 again=
 [ -e "$marker" ] && again=yes
 [ "$code" = 140 ] && again=yes
-details=$(scontrol show job --oneliner "$job")
-[ "$code" = 143 ] && [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes
+deadline=$((SECONDS + 1800))
+answer() {
+  local pause=1 told
+  until told=$(timeout 60 "$@" 2>&1); do
+    [ "$?" = 127 ] || [[ "$told" = *"nvalid job id"* ]] && break
+    [ "$SECONDS" -lt "$deadline" ] || break
+    sleep "$pause"
+    pause=$((pause < 16 ? 2 * pause : 30))
+  done
+  echo "$told"
+}
+if [ "$code" = 143 ]; then
+  details=$(answer scontrol show job --oneliner "$job")
+  [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes
+fi
 rm -f "$marker"
 [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ] && again=
-state=$(squeue --noheader --jobs="$job" --format=%T)
-if [ -n "$again" ] && [ "$state" = RUNNING ]; then
-  for _ in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 10; done
-fi
+for _ in 1 2 3 4 5; do
+  [ -n "$again" ] || break
+  state=$(answer squeue --noheader --jobs="$job" --format=%T | tail -n 1)
+  [ "$state" = RUNNING ] || break
+  scontrol requeue "$job" && break
+  sleep 10
+done
 exit "$code"
