@@ -333,9 +333,11 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return parse_document(path.read_bytes())
+        document = parse_document(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); submit again") from None
+    document.pop(FILES, None)
+    return document
 
 
 def cell_file(cell: ResolvedCell) -> str:

@@ -235,7 +235,7 @@ class Executor(submitit_slurm.SlurmExecutor):  # type: ignore[misc]
         return 2
 
     def text(self, command: str) -> str:
-        """The batch script that :meth:`submit_command` submits, made where there is no SLURM too."""
+        """The batch script that :meth:`submit_command` submits; it needs no SLURM."""
         text: str = self._make_submission_file_text(command, "")
         return text
 
@@ -259,13 +259,13 @@ def executor(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> Execu
     Raises:
         UserError: the profile has what submitit does not take.
     """
-    count = len(batch.stages)
-    array = {"map_count": count} if count > 1 else {}
     made = Executor(jobs)
     try:
-        made.update_parameters(**parameters(cluster, batch, jobs, results), **array)
+        made.update_parameters(**parameters(cluster, batch, jobs, results))
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"cluster {cluster.name}: {' '.join(str(error).split())[:300]}") from None
+    if len(batch.stages) > 1:
+        made.parameters["map_count"] = len(batch.stages)  # as submitit itself makes an array
     return made
 
 

@@ -126,10 +126,12 @@ def _submit_batch(submission: Submission, batch: Batch) -> str:
     place = (submission.cluster, batch, submission.jobs_folder, _results(submission))
     try:
         return executor(*place).submit_command(command(*place))
-    except (FailedJobError, FailedSubmissionError, OSError) as error:
+    except FailedSubmissionError:
+        reason = "sbatch gave no job id"
+    except (FailedJobError, OSError) as error:
         reason = states.error_of(str(error)) or f"sbatch did not answer within {SBATCH_SECONDS} s"
-        kind = DependencyGone if "dependency" in reason.lower() else UserError
-        raise kind(
-            f"SLURM did not take {_shown(batch.stages)}: {reason}; what was submitted before goes "
-            "on (`g2rpo status`); fix it and run the same command"
-        ) from None
+    kind = DependencyGone if "dependency" in reason.lower() else UserError
+    raise kind(
+        f"SLURM did not take {_shown(batch.stages)}: {reason}; what was submitted before stays "
+        "submitted (`g2rpo status`); fix it and run the same command"
+    )

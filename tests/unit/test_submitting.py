@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from submitit.core import utils
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
@@ -46,8 +47,6 @@ class Slurm:
 
     def ask(self, command: str, *arguments: str, seconds: float = 0.0) -> str:
         del seconds
-        if command == "sbatch":
-            return self.sbatch(Path(arguments[-1]).read_text())
         if command == "scancel":
             self.states |= dict.fromkeys(arguments, "CANCELLED")
         if command != "squeue":
@@ -66,7 +65,7 @@ class Slurm:
             self.states[task], self.comments[task] = "PENDING", flags["comment"].strip("'")
             self.dependencies[task] = flags.get("dependency", "").strip("'")
         self.accident("after", self.count)
-        return f"{job};site\n"
+        return f"Submitted batch job {job} on cluster site\n"
 
     def stages(self) -> dict[str, str]:
         """The job of each stage that waits or runs; each has one."""
@@ -86,6 +85,11 @@ class Slurm:
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
     made = Slurm()
     monkeypatch.setattr(states, "ask", made.ask)
+
+    def command(words: list[str], verbose: bool) -> Callable[[], str]:
+        return lambda: made.sbatch(Path(words[-1]).read_text())
+
+    monkeypatch.setattr(utils, "CommandFunction", command)  # submitit runs sbatch by it
     return made
 
 
@@ -193,7 +197,7 @@ def test_a_job_that_slurm_forgot_between_is_looked_for_again(
 ) -> None:
     def accident(when: str, number: int) -> None:
         if when == "before" and 2 <= number < 2 + times:
-            raise UserError("sbatch failed: sbatch: error: Job dependency problem")
+            raise utils.FailedJobError("sbatch: error: Job dependency problem")
 
     slurm.accident = accident
     if times == 99:
