@@ -239,7 +239,7 @@ SBATCH = """
 number=$(($(wc -l <"$QUEUE") + 100))
 comment=$(sed -n "s/^#SBATCH --comment=//p" "${@: -1}" | tr -d "'")
 echo "$number|PENDING|Priority||$comment" >>"$QUEUE"
-echo "$number"
+echo "Submitted batch job $number"
 """
 SCANCEL = """
 for job; do sed -i "s/^$job|PENDING/$job|CANCELLED/" "$QUEUE"; done
