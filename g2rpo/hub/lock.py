@@ -6,7 +6,6 @@ another.
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +113,6 @@ def expected_of(repo: str, path: str) -> Expected:
         for file in artifact.files:
             if file.path == path:
                 return expected(artifact, file, lock)
-    locked: Mapping[str, LockedFile] = lock.repository(repo).files
-    if path in locked:
-        return Expected(revision_of(repo), locked[path].size, locked[path].sha256)
-    return Expected(revision_of(repo), None, None)
+    locked = lock.repository(repo).files.get(path)
+    size, sha256 = (locked.size, locked.sha256) if locked else (None, None)
+    return Expected(revision_of(repo), size, sha256)

@@ -8,8 +8,8 @@ from typing import Literal
 from g2rpo.errors import UserError
 from g2rpo.hub import cache
 from g2rpo.hub.catalogue import Artifact, PublishedFile
-from g2rpo.hub.fetch import difference, misnamed
-from g2rpo.hub.lock import Lock, LockedFile, LockedRepository, expected
+from g2rpo.hub.fetch import difference
+from g2rpo.hub.lock import Expected, Lock, LockedFile, LockedRepository, expected
 
 FileWord = Literal["ok", "missing", "altered", "not locked"]
 ArtifactWord = Literal["missing", "partly", "cached", "locked", "altered"]
@@ -44,8 +44,6 @@ def file_state(artifact: Artifact, file: PublishedFile, lock: Lock, *, rehash: b
     digests = cache.Digests()
     sha256 = digests.measure(path) if rehash else digests.known(path)
     problem = difference(path, sha256, want)
-    if problem is None and rehash and sha256 is not None:
-        problem = misnamed(path, sha256, path.resolve().name)
     if problem is not None:
         return FileState(file, "altered", path, problem)
     return FileState(file, "not locked" if want.sha256 is None else "ok", path)
@@ -89,34 +87,38 @@ def lock_cached(
         UserError: a cached file is not what its name in the cache says.
     """
     changes: list[LockChange] = []
-    digests = cache.Digests()
     for artifact in artifacts:
+        key = artifact.key
         for file in artifact.files:
-            entry = lock.repository(artifact.key)
+            entry = lock.repository(key)
             path = cache.find(artifact, file, artifact.revision) if update else None
             path = path or cache.find(artifact, file, artifact.revision or entry.revision)
             if path is None:
                 continue
+            files, revision = dict(entry.files), entry.revision
             if file.sha256 is None:
-                sha256 = digests.measure(path)
-                problem = misnamed(path, sha256, path.resolve().name)
-                if problem is not None:
-                    raise UserError(
-                        f"{artifact.name}: {file.path} is {problem}; not locked: fetch it again"
-                    )
-                locked = LockedFile(sha256=sha256, size=path.stat().st_size)
-                label = f"{artifact.key} {file.path}"
-                entry = _with_file(entry, file.path, locked, changes, label, update=update)
-            commit = cache.commit_of(artifact, path)
-            if artifact.revision is None and commit not in (None, entry.revision):
-                assert commit is not None
-                label = f"{artifact.key} revision"
-                changes.append(LockChange(label, entry.revision, commit))
-                if entry.revision is None or update:
-                    entry = LockedRepository(revision=commit, files=entry.files)
-            if entry != LockedRepository():
-                lock = lock.with_repository(artifact.key, entry)
+                old, new = files.get(file.path), _measured(artifact, file, path)
+                if old != new:
+                    previous = old.sha256 if old else None
+                    changes.append(LockChange(f"{key} {file.path}", previous, new.sha256))
+                if old is None or update:
+                    files[file.path] = new
+            commit = None if artifact.revision else cache.commit_of(artifact, path)
+            if commit not in (None, revision):
+                changes.append(LockChange(f"{key} revision", revision, str(commit)))
+                if revision is None or update:
+                    revision = commit
+            if files or revision:
+                lock = lock.with_repository(key, LockedRepository(revision=revision, files=files))
     return lock, changes
+
+
+def _measured(artifact: Artifact, file: PublishedFile, path: Path) -> LockedFile:
+    sha256 = cache.Digests().measure(path)
+    problem = difference(path, sha256, Expected(None, None, None))
+    if problem is not None:
+        raise UserError(f"{artifact.name}: {file.path} is {problem}; not locked: fetch it again")
+    return LockedFile(sha256=sha256, size=path.stat().st_size)
 
 
 def implausible(artifact: Artifact, lock: Lock) -> str | None:
@@ -134,21 +136,3 @@ def implausible(artifact: Artifact, lock: Lock) -> str | None:
     if total >= about / 2:
         return None
     return f"{artifact.name}: {total:,} bytes in all, where about {about:,} are expected"
-
-
-def _with_file(
-    entry: LockedRepository,
-    path: str,
-    new: LockedFile,
-    changes: list[LockChange],
-    label: str,
-    *,
-    update: bool,
-) -> LockedRepository:
-    old = entry.files.get(path)
-    if old == new:
-        return entry
-    changes.append(LockChange(label, old.sha256 if old else None, new.sha256))
-    if old is not None and not update:
-        return entry
-    return LockedRepository(revision=entry.revision, files={**entry.files, path: new})
