@@ -109,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = parts[1:] if parts[0] in ("raw", "datasets", "models") else parts
         repo, parts = "/".join(parts[:2]), parts[2:] if raw else parts[3:]
         hub, name = self.hub, "/".join([repo, *parts[1:]])
-        commit = hub.commits.get(repo, "") if parts[0] in ("main", "HEAD") else parts[0]
+        commit = "".join(parts[:1])  # huggingface_hub also asks for things that are no files
+        commit = hub.commits.get(repo, "") if commit in ("main", "HEAD") else commit
         if hub.broken:
             self._refuse(500)
         elif repo in hub.gated:

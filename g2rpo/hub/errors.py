@@ -37,7 +37,7 @@ class Wanted:
     """Where it is described, and access to it granted."""
     otherwise: str
     """What to do where it cannot be fetched from there."""
-    server: str = "the hub"
+    server: str = field(default_factory=lambda: constants.ENDPOINT)
     folder: Path = field(default_factory=lambda: Path(constants.HF_HUB_CACHE))
     """The cache that it goes into."""
 
@@ -90,9 +90,9 @@ def _explain(error: Exception, wanted: Wanted) -> str:
         )
     elif isinstance(error, UserWarning) or code in (errno.ENOSPC, errno.EDQUOT):
         text = (
-            f"the disk of {wanted.folder} is full ({reason}); free some space or set HF_HOME to "
-            "another disk, then run the same command again"
+            f"the disk of {wanted.folder} is full ({reason}); free some space or move the cache "
+            "to another disk (HF_HOME, G2RPO_CACHE), then run the same command again"
         )
     elif code is not None:
-        text = f"{reason}; check {wanted.folder}, or set HF_HOME to another folder"
+        text = f"{reason}; check {wanted.folder}, or move the cache (HF_HOME, G2RPO_CACHE)"
     return text

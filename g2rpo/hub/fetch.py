@@ -139,7 +139,7 @@ def _fetch_file(artifact: Artifact, file: PublishedFile, lock: Lock, options: Fe
         f"{label} of {artifact.key}",
         artifact.page,
         "fetch it from elsewhere with --mirror",
-        options.mirror or ("GitHub" if artifact.kind == "github" else "the hub"),
+        options.mirror or (RAW_GITHUB if artifact.kind == "github" else constants.ENDPOINT),
         cache.repository_folder(artifact),
     )
     with one_line(wanted):

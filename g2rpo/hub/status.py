@@ -19,7 +19,6 @@ ArtifactWord = Literal["missing", "partly", "cached", "locked", "altered"]
 class FileState:
     """One file: ``ok`` agrees with its hash, ``not locked`` is there but no hash is stated."""
 
-    file: PublishedFile
     word: FileWord
     path: Path | None = None
     detail: str = ""
@@ -40,13 +39,13 @@ def file_state(artifact: Artifact, file: PublishedFile, lock: Lock, *, rehash: b
     want = expected(artifact, file, lock)
     path = cache.find(artifact, file, want.revision)
     if path is None:
-        return FileState(file, "missing")
+        return FileState("missing")
     digests = cache.Digests()
     sha256 = digests.measure(path) if rehash else digests.known(path)
     problem = difference(path, sha256, want)
     if problem is not None:
-        return FileState(file, "altered", path, problem)
-    return FileState(file, "not locked" if want.sha256 is None else "ok", path)
+        return FileState("altered", path, problem)
+    return FileState("not locked" if want.sha256 is None else "ok", path)
 
 
 def artifact_state(artifact: Artifact, lock: Lock) -> ArtifactState:
@@ -54,63 +53,38 @@ def artifact_state(artifact: Artifact, lock: Lock) -> ArtifactState:
     states = [file_state(artifact, file, lock, rehash=False) for file in artifact.files]
     words = {state.word for state in states}
     paths = [state.path for state in states if state.path is not None]
-    word: ArtifactWord
+    word: ArtifactWord = "locked" if words == {"ok"} else "cached"
     if "altered" in words:
         word = "altered"
-    elif words == {"missing"}:
-        word = "missing"
     elif "missing" in words:
-        word = "partly"
-    else:
-        word = "locked" if words == {"ok"} else "cached"
+        word = "partly" if paths else "missing"
     return ArtifactState(artifact, word, paths[0].parent if paths else None)
 
 
-@dataclass(frozen=True)
-class LockChange:
-    """A value that the lock does not have yet (``old`` None) or has otherwise."""
+def lock_cached(artifacts: Iterable[Artifact], lock: Lock, *, update: bool) -> Lock:
+    """``lock`` with what is cached recorded, where the catalogue states nothing.
 
-    what: str
-    old: str | None
-    new: str
-
-
-def lock_cached(
-    artifacts: Iterable[Artifact], lock: Lock, *, update: bool
-) -> tuple[Lock, list[LockChange]]:
-    """The lock with what is cached recorded where the catalogue states nothing.
-
-    ``update``: also look at the newest cached revision and take over what differs; without it a
-    difference is in the list of changes but not in the lock.
+    ``update``: look at the newest cached revision and not at the locked one.
 
     Raises:
         UserError: a cached file is not what its name in the cache says.
     """
-    changes: list[LockChange] = []
     for artifact in artifacts:
-        key = artifact.key
         for file in artifact.files:
-            entry = lock.repository(key)
+            entry = lock.repository(artifact.key)
             path = cache.find(artifact, file, artifact.revision) if update else None
             path = path or cache.find(artifact, file, artifact.revision or entry.revision)
             if path is None:
                 continue
             files, revision = dict(entry.files), entry.revision
             if file.sha256 is None:
-                old, new = files.get(file.path), _measured(artifact, file, path)
-                if old != new:
-                    previous = old.sha256 if old else None
-                    changes.append(LockChange(f"{key} {file.path}", previous, new.sha256))
-                if old is None or update:
-                    files[file.path] = new
-            commit = None if artifact.revision else cache.commit_of(artifact, path)
-            if commit not in (None, revision):
-                changes.append(LockChange(f"{key} revision", revision, str(commit)))
-                if revision is None or update:
-                    revision = commit
+                files[file.path] = _measured(artifact, file, path)
+            if artifact.revision is None:
+                revision = cache.commit_of(artifact, path) or revision
             if files or revision:
-                lock = lock.with_repository(key, LockedRepository(revision=revision, files=files))
-    return lock, changes
+                entry = LockedRepository(revision=revision, files=files)
+                lock = Lock(repositories={**lock.repositories, artifact.key: entry})
+    return lock
 
 
 def _measured(artifact: Artifact, file: PublishedFile, path: Path) -> LockedFile:

@@ -1,7 +1,6 @@
 """``g2rpo weights``: list, fetch, verify and lock the published weights."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -225,13 +224,14 @@ def lock(
     from g2rpo.hub.lock import lock_path, read_lock, write_lock
     from g2rpo.hub.status import implausible, lock_cached
 
-    path: Path = lock_path()
+    path = lock_path()
     artifacts = _select(names, profile, EVERYTHING)
-    new, changes = lock_cached(artifacts, read_lock(path), update=update)
-    for change in changes:
-        old = "" if change.old is None else f"{change.old[:12]}… -> "
-        typer.echo(f"{change.what}: {old}{change.new[:12]}…")
-    differing = [change.what for change in changes if change.old is not None]
+    before = read_lock(path)
+    new = lock_cached(artifacts, before, update=update)
+    changes = before.changes(new)
+    for what, old, now in changes:
+        typer.echo(f"{what}: {f'{old[:12]}… -> ' if old else ''}{str(now)[:12]}…")
+    differing = [what for what, old, _ in changes if old is not None]
     if differing and not update:
         raise UserError(
             f"{path}: {differing[0]} differs from what is locked ({len(differing)} in all), "
