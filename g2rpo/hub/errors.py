@@ -69,7 +69,7 @@ def _explain(error: Exception, wanted: Wanted) -> str:
     elif isinstance(error, OfflineModeIsEnabled):
         text = f"it is not in the cache and offline mode is on (HF_HUB_OFFLINE); {otherwise}"
     elif isinstance(error, RevisionNotFoundError):
-        text = f"{server} has no such revision; correct it, see {page}"
+        text = f"{server} has no such revision; correct it, or delete it from the lock file: {page}"
     elif isinstance(error, RemoteEntryNotFoundError) or (
         status == 404 and not isinstance(error, RepositoryNotFoundError)
     ):

@@ -128,21 +128,22 @@ def _fetch_file(artifact: Artifact, file: PublishedFile, lock: Lock, options: Fe
         if offline:
             raise UserError(f"{label} is {problem}; fetch it again where there is a network")
         options.tell(f"{label}: {problem}; fetching it again")
-        cache.remove(path)
-    if offline:
+    elif offline:
         raise UserError(
             f"{label} is not in the cache and offline mode is on (--offline or HF_HUB_OFFLINE); "
             "leave it out, or give --mirror with a folder"
         )
     source = folder and folder / artifact.repo / file.path
     wanted = Wanted(
-        f"{label} of {artifact.key}",
+        f"{label} of {artifact.key}" + (f" at {want.revision}" if want.revision else ""),
         artifact.page,
         "fetch it from elsewhere with --mirror",
         options.mirror or (RAW_GITHUB if artifact.kind == "github" else constants.ENDPOINT),
         cache.repository_folder(artifact),
     )
     with one_line(wanted):
+        if path is not None:
+            cache.remove(path)
         if source is not None:
             path = _copy(artifact, file, want.revision, source)
         elif artifact.kind == "github":
@@ -150,14 +151,14 @@ def _fetch_file(artifact: Artifact, file: PublishedFile, lock: Lock, options: Fe
         else:
             path = _from_hub(artifact, file, want.revision, options.endpoint)
         sha256 = digests.measure(path)
-    problem = difference(path, sha256, want)
-    if problem is not None:
-        cache.remove(path)
-        again = f"replace {source}" if source else "fetch it again, or from elsewhere with --mirror"
-        raise UserError(
-            f"{label} is {problem}; what came was deleted: {again}; if it was changed on purpose, "
-            "delete its entry in the lock file"
-        )
+        problem = difference(path, sha256, want)
+        if problem is not None:
+            cache.remove(path)
+            again = f"replace {source}" if source else "fetch it again, or elsewhere with --mirror"
+            raise UserError(
+                f"{label} is {problem}; what came was deleted: {again}; if it was changed on "
+                "purpose, delete its entry in the lock file"
+            )
     options.tell(f"{label}: fetched, SHA-256 {sha256[:12]}…")
     return path
 
@@ -182,7 +183,7 @@ def _from_hub(
 def _remove_abandoned(folder: Path) -> None:
     """Deletes what killed downloads left: huggingface_hub does not continue them."""
     for part in folder.glob("blobs/*.incomplete"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # another process's, or another user's
             if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()
 
