@@ -5,14 +5,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_hub import COMMIT, FakeHub, serve, use_empty_caches
 
 from g2rpo.errors import UserError
 from g2rpo.hub.cache import Digests
-from g2rpo.hub.catalogue import Artifact, PublishedFile, catalogue, read_catalogue
+from g2rpo.hub.catalogue import Artifact, PublishedFile, catalogue
 from g2rpo.hub.fetch import FetchOptions, fetch
 from g2rpo.hub.lock import Lock, expected, lock_path, read_lock, revision_of, write_lock
 from g2rpo.hub.status import artifact_state, file_state, implausible, lock_cached
@@ -73,31 +72,13 @@ def test_the_catalogue_states_the_source_of_every_revision_size_and_hash() -> No
     assert named("hpdv2-test").files[0].sha256 is not None
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sizes": 1}, "unknown key"),
-        ({"repo": "no-owner"}, "repo"),
-        ({"revision": "main"}, "revision"),
-        ({"files": [{"path": "../x"}]}, "inside the repository"),
-        ({"files": [{"path": "x", "sha256": "12"}]}, "sha256"),
-    ],
-)
-def test_a_wrong_catalogue_is_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    base = {
-        "name": "x",
-        "repo": "a/b",
-        "page": "https://x",
-        "purpose": "reward",
-        "files": [{"path": "f"}],
-    }
-    path = tmp_path / "catalogue.yaml"
-    path.write_text(json.dumps({"artifacts": [base | change]}))
-    with pytest.raises(UserError, match=message):
-        read_catalogue(path)
-    path.write_text(json.dumps({"artifacts": [base, base]}))
-    with pytest.raises(UserError, match="there twice"):
-        read_catalogue(path)
+def test_the_catalogue_names_everything_once() -> None:
+    artifacts = catalogue().artifacts
+    assert len({artifact.name for artifact in artifacts}) == len(artifacts)
+    revisions = {(artifact.key, artifact.revision) for artifact in artifacts}
+    assert len({key for key, _ in revisions}) == len(revisions)
+    for file in (file for artifact in artifacts for file in artifact.files):
+        assert not {"", ".", ".."} & set(file.path.split("/")), file.path
 
 
 def test_an_unknown_artifact_names_the_nearest() -> None:
