@@ -57,7 +57,8 @@ def one_line(wanted: Wanted) -> Iterator[None]:
 
 
 def _explain(error: Exception, wanted: Wanted) -> str:
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    # Not a subclass, which says what files are missing.
+    if type(error) is LocalEntryNotFoundError and isinstance(error.__cause__, Exception):
         error = error.__cause__  # what kept huggingface_hub from asking the server
     server, page, otherwise = wanted.server, wanted.page, wanted.otherwise
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

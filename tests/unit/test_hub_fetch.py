@@ -349,6 +349,17 @@ def test_a_loader_takes_the_first_file_that_there_is(as_the_hub: FakeHub) -> Non
     assert (load_snapshot() / FILE).read_bytes() == CONTENT
 
 
+def test_an_incomplete_snapshot_is_not_loaded_offline(
+    as_the_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_the_hub.add(REPO, "deep/config.json", b"{}")
+    folder = load_snapshot()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_snapshot() == folder
+    cache.remove(folder / FILE)
+    assert f"incomplete: 1 file(s) are missing ({FILE})" in refused(load_snapshot)
+
+
 # --- a folder as mirror ---------------------------------------------------------------------------
 
 
