@@ -20,4 +20,5 @@ def quiet_libraries() -> None:
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
         if library in sys.modules:
             import_module(f"{library}.utils.logging").set_verbosity_error()
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

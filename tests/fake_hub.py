@@ -1,6 +1,7 @@
 """A model hub on loopback: what huggingface_hub needs of its protocol, and faults on demand."""
 
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -8,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from g2rpo.hub import download
 from g2rpo.hub.cache import CACHE_VARIABLE
 from g2rpo.hub.lock import LOCK_VARIABLE
 
@@ -37,12 +38,18 @@ class FakeHub:
     commits: dict[str, str] = field(default_factory=dict)
     small: set[str] = field(default_factory=set)
     """Files that are named as git names them, not by SHA-256."""
+    absent: set[str] = field(default_factory=set)
+    """Commits that no repository has; it has all others."""
     gated: dict[str, int] = field(default_factory=dict)
     """Repository -> status of the refusal."""
     cut_after: list[int] = field(default_factory=list)
     """Bytes after which each of the next downloads is cut."""
     sends: dict[str, bytes] = field(default_factory=dict)
     """What is sent instead of a file's content."""
+    broken: bool = False
+    """Whether every request is an error of the server."""
+    headers: bool = True
+    """Whether files are answered with their commit, as only a model hub does."""
     redirect: str | None = None
     """Address of another server that the content is on."""
     pause: float = 0.0
@@ -96,19 +103,40 @@ class _Handler(BaseHTTPRequestHandler):
             self.command, self.path, headers.get("Range"), headers.get("Authorization")
         )
         self.hub.log.append(request)
-        path = self.path.lstrip("/").removeprefix("raw/").removeprefix("datasets/")
-        owner, name, *rest = path.split("/")
-        repo = f"{owner}/{name}"
-        file = "/".join(rest[2:] if rest[0] == "resolve" else rest[1:])
-        if repo in self.hub.gated:
-            return self._refuse(self.hub.gated[repo], "GatedRepo")
-        if repo not in self.hub.commits:
-            return self._refuse(401, "RepoNotFound")
-        content = self.hub.files.get(f"{repo}/{file}")
-        if content is None:
-            return self._refuse(404, "EntryNotFound")
-        self._send(request, f"{repo}/{file}", content, self.hub.commits[repo], with_content)
-        return None
+        # raw/REPO/COMMIT/FILE, [datasets/]REPO/resolve/COMMIT/FILE, api/models/REPO/WHAT/COMMIT
+        parts = urlsplit(self.path).path.removeprefix("/api").lstrip("/").split("/")
+        raw = parts[0] == "raw"
+        parts = parts[1:] if parts[0] in ("raw", "datasets", "models") else parts
+        repo, parts = "/".join(parts[:2]), parts[2:] if raw else parts[3:]
+        hub, name = self.hub, "/".join([repo, *parts[1:]])
+        commit = "".join(parts[:1])  # huggingface_hub also asks for things that are no files
+        commit = hub.commits.get(repo, "") if commit in ("main", "HEAD") else commit
+        if hub.broken:
+            self._refuse(500)
+        elif repo in hub.gated:
+            self._refuse(hub.gated[repo], "GatedRepo")
+        elif repo not in hub.commits:
+            self._refuse(401, "RepoNotFound")
+        elif len(commit) != 40 or commit in hub.absent:
+            self._refuse(404, "" if raw else "RevisionNotFound")
+        elif self.path.startswith("/api/"):
+            self._describe(repo, commit, tree="/tree/" in self.path)
+        elif name not in hub.files:
+            self._refuse(404, "" if raw else "EntryNotFound")
+        else:
+            self._send(request, name, hub.files[name], commit, with_content)
+
+    def _describe(self, repo: str, commit: str, *, tree: bool) -> None:
+        listing = [
+            {"type": "file", "path": name[len(repo) + 1 :], "size": len(content), "oid": "a" * 40}
+            for name, content in self.hub.files.items()
+            if name.startswith(f"{repo}/")
+        ]
+        body = json.dumps(listing if tree else {"id": repo, "sha": commit}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def _send(
         self, request: Request, name: str, content: bytes, commit: str, with_content: bool
@@ -129,7 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(416)
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{etag}"')
-        self.send_header("X-Repo-Commit", commit)
+        if self.hub.headers:
+            self.send_header("X-Repo-Commit", commit)
         self.send_header("Accept-Ranges", "bytes")
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -176,7 +205,6 @@ def use_empty_caches(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
-    monkeypatch.setattr(download, "WAIT", 0.01)
     monkeypatch.setenv(CACHE_VARIABLE, str(folder / "own"))
     monkeypatch.setenv(LOCK_VARIABLE, str(folder / "lock.json"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "G2RPO_MIRROR", "HF_ENDPOINT"):

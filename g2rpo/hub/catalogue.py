@@ -5,13 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import pydantic
 from pydantic import Field
 
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
 
-CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 SHA256 = r"^[0-9a-f]{64}$"
 COMMIT = r"^[0-9a-f]{40}$"
 
@@ -24,13 +22,6 @@ class PublishedFile(StrictModel):
     size: int | None = Field(None, ge=0)
     """Bytes."""
     sha256: str | None = Field(None, pattern=SHA256)
-
-    @pydantic.field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        if path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
-            raise ValueError("must stay inside the repository")
-        return path
 
 
 class Artifact(StrictModel):
@@ -92,18 +83,6 @@ class Catalogue(StrictModel):
 
     artifacts: tuple[Artifact, ...]
 
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> "Catalogue":
-        names = [artifact.name for artifact in self.artifacts]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"artifact {twice[0]!r} is there twice")
-        revisions: dict[str, str | None] = {}
-        for artifact in self.artifacts:
-            if revisions.setdefault(artifact.key, artifact.revision) != artifact.revision:
-                raise ValueError(f"{artifact.key}: its artifacts state different revisions")
-        return self
-
     def select(self, names: Sequence[str], purposes: Iterable[str]) -> tuple[Artifact, ...]:
         """The artifacts of ``purposes``, all or those named (by name or ``owner/name``).
 
@@ -125,12 +104,8 @@ class Catalogue(StrictModel):
         return tuple(a for a in self.artifacts if a.kind == "model" and a.repo == repo)
 
 
-def read_catalogue(path: Path) -> Catalogue:
-    """Reads a catalogue; raises :class:`UserError` where it is wrong."""
-    return validate(Catalogue, load_yaml(path), str(path))
-
-
 @functools.cache
 def catalogue() -> Catalogue:
     """The catalogue that comes with the package."""
-    return read_catalogue(CATALOGUE)
+    path = Path(__file__).with_name("catalogue.yaml")
+    return validate(Catalogue, load_yaml(path), str(path))

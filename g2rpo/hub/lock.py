@@ -6,7 +6,6 @@ another.
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from g2rpo.files import write_json
 from g2rpo.hub.catalogue import COMMIT, SHA256, Artifact, PublishedFile, catalogue
 
 LOCK_VARIABLE = "G2RPO_WEIGHTS_LOCK"
+Change = tuple[str, str | None, str | None]
+"""What changed, its value before (None: it had none), and after."""
 
 
 class LockedFile(StrictModel):
@@ -44,9 +45,16 @@ class Lock(StrictModel):
         """The entry of a repository, empty where there is none."""
         return self.repositories.get(key, LockedRepository())
 
-    def with_repository(self, key: str, entry: LockedRepository) -> "Lock":
-        """A lock with the entry of one repository replaced."""
-        return Lock(repositories={**self.repositories, key: entry})
+    def changes(self, new: "Lock") -> list[Change]:
+        """The revisions and SHA-256 hashes that ``new`` has otherwise."""
+        found: list[Change] = []
+        for key, entry in new.repositories.items():
+            before = self.repository(key)
+            for path, file in entry.files.items():
+                old = before.files.get(path)
+                found.append((f"{key} {path}", old.sha256 if old else None, file.sha256))
+            found.append((f"{key} revision", before.revision, entry.revision))
+        return [change for change in found if change[1] != change[2]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,6 @@ def expected_of(repo: str, path: str) -> Expected:
         for file in artifact.files:
             if file.path == path:
                 return expected(artifact, file, lock)
-    locked: Mapping[str, LockedFile] = lock.repository(repo).files
-    if path in locked:
-        return Expected(revision_of(repo), locked[path].size, locked[path].sha256)
-    return Expected(revision_of(repo), None, None)
+    locked = lock.repository(repo).files.get(path)
+    size, sha256 = (locked.size, locked.sha256) if locked else (None, None)
+    return Expected(revision_of(repo), size, sha256)

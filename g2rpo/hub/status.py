@@ -8,8 +8,8 @@ from typing import Literal
 from g2rpo.errors import UserError
 from g2rpo.hub import cache
 from g2rpo.hub.catalogue import Artifact, PublishedFile
-from g2rpo.hub.fetch import difference, misnamed
-from g2rpo.hub.lock import Lock, LockedFile, LockedRepository, expected
+from g2rpo.hub.fetch import difference
+from g2rpo.hub.lock import Expected, Lock, LockedFile, LockedRepository, expected
 
 FileWord = Literal["ok", "missing", "altered", "not locked"]
 ArtifactWord = Literal["missing", "partly", "cached", "locked", "altered"]
@@ -19,7 +19,6 @@ ArtifactWord = Literal["missing", "partly", "cached", "locked", "altered"]
 class FileState:
     """One file: ``ok`` agrees with its hash, ``not locked`` is there but no hash is stated."""
 
-    file: PublishedFile
     word: FileWord
     path: Path | None = None
     detail: str = ""
@@ -40,15 +39,13 @@ def file_state(artifact: Artifact, file: PublishedFile, lock: Lock, *, rehash: b
     want = expected(artifact, file, lock)
     path = cache.find(artifact, file, want.revision)
     if path is None:
-        return FileState(file, "missing")
+        return FileState("missing")
     digests = cache.Digests()
     sha256 = digests.measure(path) if rehash else digests.known(path)
     problem = difference(path, sha256, want)
-    if problem is None and rehash and sha256 is not None:
-        problem = misnamed(path, sha256, path.resolve().name)
     if problem is not None:
-        return FileState(file, "altered", path, problem)
-    return FileState(file, "not locked" if want.sha256 is None else "ok", path)
+        return FileState("altered", path, problem)
+    return FileState("not locked" if want.sha256 is None else "ok", path)
 
 
 def artifact_state(artifact: Artifact, lock: Lock) -> ArtifactState:
@@ -56,40 +53,22 @@ def artifact_state(artifact: Artifact, lock: Lock) -> ArtifactState:
     states = [file_state(artifact, file, lock, rehash=False) for file in artifact.files]
     words = {state.word for state in states}
     paths = [state.path for state in states if state.path is not None]
-    word: ArtifactWord
+    word: ArtifactWord = "locked" if words == {"ok"} else "cached"
     if "altered" in words:
         word = "altered"
-    elif words == {"missing"}:
-        word = "missing"
     elif "missing" in words:
-        word = "partly"
-    else:
-        word = "locked" if words == {"ok"} else "cached"
+        word = "partly" if paths else "missing"
     return ArtifactState(artifact, word, paths[0].parent if paths else None)
 
 
-@dataclass(frozen=True)
-class LockChange:
-    """A value that the lock does not have yet (``old`` None) or has otherwise."""
+def lock_cached(artifacts: Iterable[Artifact], lock: Lock, *, update: bool) -> Lock:
+    """``lock`` with what is cached recorded, where the catalogue states nothing.
 
-    what: str
-    old: str | None
-    new: str
-
-
-def lock_cached(
-    artifacts: Iterable[Artifact], lock: Lock, *, update: bool
-) -> tuple[Lock, list[LockChange]]:
-    """The lock with what is cached recorded where the catalogue states nothing.
-
-    ``update``: also look at the newest cached revision and take over what differs; without it a
-    difference is in the list of changes but not in the lock.
+    ``update``: look at the newest cached revision and not at the locked one.
 
     Raises:
         UserError: a cached file is not what its name in the cache says.
     """
-    changes: list[LockChange] = []
-    digests = cache.Digests()
     for artifact in artifacts:
         for file in artifact.files:
             entry = lock.repository(artifact.key)
@@ -97,26 +76,23 @@ def lock_cached(
             path = path or cache.find(artifact, file, artifact.revision or entry.revision)
             if path is None:
                 continue
+            files, revision = dict(entry.files), entry.revision
             if file.sha256 is None:
-                sha256 = digests.measure(path)
-                problem = misnamed(path, sha256, path.resolve().name)
-                if problem is not None:
-                    raise UserError(
-                        f"{artifact.name}: {file.path} is {problem}; not locked: fetch it again"
-                    )
-                locked = LockedFile(sha256=sha256, size=path.stat().st_size)
-                label = f"{artifact.key} {file.path}"
-                entry = _with_file(entry, file.path, locked, changes, label, update=update)
-            commit = cache.commit_of(artifact, path)
-            if artifact.revision is None and commit not in (None, entry.revision):
-                assert commit is not None
-                label = f"{artifact.key} revision"
-                changes.append(LockChange(label, entry.revision, commit))
-                if entry.revision is None or update:
-                    entry = LockedRepository(revision=commit, files=entry.files)
-            if entry != LockedRepository():
-                lock = lock.with_repository(artifact.key, entry)
-    return lock, changes
+                files[file.path] = _measured(artifact, file, path)
+            if artifact.revision is None:
+                revision = cache.commit_of(artifact, path) or revision
+            if files or revision:
+                entry = LockedRepository(revision=revision, files=files)
+                lock = Lock(repositories={**lock.repositories, artifact.key: entry})
+    return lock
+
+
+def _measured(artifact: Artifact, file: PublishedFile, path: Path) -> LockedFile:
+    sha256 = cache.Digests().measure(path)
+    problem = difference(path, sha256, Expected(None, None, None))
+    if problem is not None:
+        raise UserError(f"{artifact.name}: {file.path} is {problem}; not locked: fetch it again")
+    return LockedFile(sha256=sha256, size=path.stat().st_size)
 
 
 def implausible(artifact: Artifact, lock: Lock) -> str | None:
@@ -134,21 +110,3 @@ def implausible(artifact: Artifact, lock: Lock) -> str | None:
     if total >= about / 2:
         return None
     return f"{artifact.name}: {total:,} bytes in all, where about {about:,} are expected"
-
-
-def _with_file(
-    entry: LockedRepository,
-    path: str,
-    new: LockedFile,
-    changes: list[LockChange],
-    label: str,
-    *,
-    update: bool,
-) -> LockedRepository:
-    old = entry.files.get(path)
-    if old == new:
-        return entry
-    changes.append(LockChange(label, old.sha256 if old else None, new.sha256))
-    if old is not None and not update:
-        return entry
-    return LockedRepository(revision=entry.revision, files={**entry.files, path: new})

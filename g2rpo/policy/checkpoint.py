@@ -15,10 +15,9 @@ from torch import Tensor
 
 from g2rpo.checksums import check_exported
 from g2rpo.errors import UserError
-from g2rpo.hub.fetch import check_cached
-from g2rpo.hub.lock import revision_of
+from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.policy.config import CheckpointConfig
-from g2rpo.policy.folder import HUB_ID, fetch_snapshot, read_json
+from g2rpo.policy.folder import HUB_ID, read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -70,9 +69,8 @@ def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
         stem = config.file.removesuffix(INDEX_SUFFIX)
         names = [config.file] if stem == config.file else [config.file, f"{stem}*.safetensors"]
     patterns = [inside + name for name in (*names, CONFIG_FILE)]
-    revision = config.revision or revision_of(config.source)
-    snapshot = fetch_snapshot("checkpoint", config.source, revision, patterns)
-    found = files_at(
+    snapshot = fetch_snapshot(config.source, patterns, config.revision, "checkpoint")
+    return files_at(
         snapshot.joinpath(*(part for part in (config.subfolder, config.file) if part)),
         "/".join(
             part
@@ -80,10 +78,6 @@ def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
             if part
         ),
     )
-    for file in found.weights:
-        name = file.relative_to(snapshot).as_posix()
-        check_cached(file, config.source, name, revision)
-    return found
 
 
 def files_at(path: Path, label: str) -> CheckpointFiles:

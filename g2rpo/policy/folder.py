@@ -8,20 +8,11 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from g2rpo.checksums import check_exported
@@ -29,6 +20,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
 from g2rpo.hub.cache import Digests
 from g2rpo.hub.catalogue import COMMIT
+from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.hub.lock import revision_of
 from g2rpo.progress import without_library_bars
 
@@ -75,7 +67,9 @@ def resolve_source(source: str, revision: str | None) -> Path:
             raise UserError(
                 f"policy source {source!r}: no such folder, nor a hub id of the form owner/name"
             )
-        folder = _fetch(source, revision or revision_of(source))
+        # The named folders only: FLUX repositories also hold the same weights in other formats.
+        patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
+        folder = fetch_snapshot(source, patterns, revision, "policy")
     check_pipeline_folder(folder)
     check_exported(folder)
     return folder
@@ -123,54 +117,6 @@ def _text_hash(folder: Path) -> str:
                 relative = path.relative_to(folder).as_posix()
                 listing.update(f"{relative} {sha256 or sha256_file(path)}\n".encode())
     return listing.hexdigest()
-
-
-def _fetch(source: str, revision: str | None) -> Path:
-    # The named folders only: FLUX repositories also hold the same weights in other formats.
-    patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
-    return fetch_snapshot("policy", source, revision, patterns)
-
-
-def fetch_snapshot(what: str, source: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The cached snapshot of a hub repository, with its files that match ``patterns`` fetched.
-
-    Args:
-        what: the section of the configuration that names it, for messages.
-        source: the hub id.
-        revision: branch, tag or commit; None is the default branch.
-        patterns: as ``fnmatch`` has them; other formats of weights than safetensors are left out.
-
-    Raises:
-        UserError: the repository is gated, unknown, or not in the cache while offline.
-    """
-    unwanted = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.h5"]
-    where = f"{what} source {source!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
-        return Path(
-            snapshot_download(
-                source, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted
-            )
-        )
-    except GatedRepoError:
-        raise UserError(
-            f"{where} is gated: accept its licence on https://huggingface.co/{source}, "
-            "then log in with `hf auth login` (or set HF_TOKEN)"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{where}: the hub has no such revision; correct {what}.revision") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"{where}: neither a folder here nor a hub repository you can see; correct the name, "
-            "or log in with `hf auth login` if it is private"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{where}: no such folder, not in the hub cache, and the hub cannot be reached; "
-            "download it once while online (HF_HUB_OFFLINE unset), or give a folder"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{where}: download failed ({reason}); try again") from None
 
 
 def check_pipeline_folder(folder: Path) -> None:

@@ -11,13 +11,11 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from g2rpo.errors import UserError
-from g2rpo.hub.fetch import check_cached
+from g2rpo.hub.fetch import fetch_first
 from g2rpo.hub.lock import revision_of
 
 
@@ -38,23 +36,7 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
         raise UserError(f"{source}: the folder has no {' or '.join(names)}")
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder of reward weights")
-    revision = revision or revision_of(source)
-    reason = "it has no such file"
-    for name in names:
-        try:
-            path = Path(hf_hub_download(source, name, revision=revision))
-            check_cached(path, source, name, revision)
-            return path
-        except LocalEntryNotFoundError:
-            reason = "it is not in the local cache and the hub cannot be reached"
-        except EntryNotFoundError:
-            continue
-        except (HFValidationError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-    raise UserError(
-        f"cannot get {names[0]} of {source}: {reason}; run `g2rpo weights fetch` (or `hf download "
-        f"{source}`) where there is network, or point `source` at a folder that holds the file"
-    )
+    return fetch_first(source, names, revision)
 
 
 def read_json(path: Path) -> dict[str, Any]:

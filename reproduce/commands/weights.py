@@ -1,7 +1,6 @@
 """``g2rpo weights``: list, fetch, verify and lock the published weights."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,24 +51,18 @@ def needed_by_profile(name: str, artifacts: Iterable["Artifact"]) -> tuple["Arti
 
 def needed_artifacts(profile: "Profile", artifacts: Iterable["Artifact"]) -> tuple["Artifact", ...]:
     """Those of ``artifacts`` that a profile's policy and rewards are loaded from."""
-    needed = []
-    for artifact in artifacts:
-        if artifact.purpose == "policy":
-            if profile.policy.source == artifact.repo:
-                needed.append(artifact)
-            continue
-        for config in profile.rewards.values():
-            variant = artifact.default if config.variant is None else True
-            if config.variant is not None and artifact.variant is not None:
-                variant = config.variant == artifact.variant
-            if (
-                config.model == artifact.reward
-                and config.source in (None, artifact.repo)
-                and variant
-            ):
-                needed.append(artifact)
-                break
-    return tuple(needed)
+    return tuple(artifact for artifact in artifacts if _needs(profile, artifact))
+
+
+def _needs(profile: "Profile", artifact: "Artifact") -> bool:
+    if artifact.purpose == "policy":
+        return profile.policy.source == artifact.repo
+    return any(
+        config.model == artifact.reward
+        and config.source in (None, artifact.repo)
+        and (artifact.variant in (None, config.variant) if config.variant else artifact.default)
+        for config in profile.rewards.values()
+    )
 
 
 def unfetched(profile: "Profile") -> list[str]:
@@ -101,13 +94,12 @@ def _select(
 
 def readable_size(artifact: "Artifact") -> str:
     """The size of an artifact for people; ``~`` where it is not exact."""
+    from rich import filesize
+
     size, exact = artifact.size()
     if size is None:
         return "?"
-    unit, scale = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6)
-    digits = 0 if size >= 1e7 and unit == "MB" else 1
-    text = f"{size / scale:.{digits}f} {unit}" if size >= 1e5 else f"{size / 1e3:.0f} kB"
-    return text if exact else f"~{text}"
+    return filesize.decimal(size) if exact else f"~{filesize.decimal(size)}"
 
 
 def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
@@ -131,17 +123,9 @@ def list_weights(profile: ProfileName = None) -> None:
     for artifact in _select(None, profile):
         state = artifact_state(artifact, lock)
         gated = f"yes: {artifact.page}" if artifact.gated else "no"
-        rows.append(
-            (
-                artifact.name,
-                artifact.needed_by,
-                readable_size(artifact),
-                artifact.licence or "not stated",
-                gated,
-                state.word,
-                str(state.folder or ""),
-            )
-        )
+        size, licence = readable_size(artifact), artifact.licence or "not stated"
+        where = str(state.folder or "")
+        rows.append((artifact.name, artifact.needed_by, size, licence, gated, state.word, where))
     print_table(("artifact", "needed by", "size", "licence", "gated", "state", "where"), rows)
 
 
@@ -164,7 +148,7 @@ def fetch(
 ) -> None:
     """Fetch weights and check them; what is cached whole is not fetched again.
 
-    Interrupted at any point, the same command goes on from the bytes that came.
+    Interrupted at any point, the same command fetches what is not there yet.
     """
     from g2rpo.hub.fetch import fetch as fetch_artifact
     from g2rpo.hub.lock import read_lock
@@ -188,7 +172,7 @@ def fetch(
     if failed:
         raise UserError(
             f"{len(failed)} of {len(artifacts)} artifacts were not fetched: {', '.join(failed)}; "
-            "the reasons are above; mend them and run the same command again"
+            "the reasons are above; run the same command again once they are solved"
         )
 
 
@@ -215,7 +199,7 @@ def verify(names: Names = None, profile: ProfileName = None) -> None:
     if wrong:
         raise UserError(
             f"missing or altered files in {', '.join(wrong)}; run `g2rpo weights fetch "
-            f"{' '.join(wrong)}` to mend them"
+            f"{' '.join(wrong)}` to fix them"
         )
 
 
@@ -235,13 +219,14 @@ def lock(
     from g2rpo.hub.lock import lock_path, read_lock, write_lock
     from g2rpo.hub.status import implausible, lock_cached
 
-    path: Path = lock_path()
+    path = lock_path()
     artifacts = _select(names, profile, EVERYTHING)
-    new, changes = lock_cached(artifacts, read_lock(path), update=update)
-    for change in changes:
-        old = "" if change.old is None else f"{change.old[:12]}… -> "
-        typer.echo(f"{change.what}: {old}{change.new[:12]}…")
-    differing = [change.what for change in changes if change.old is not None]
+    before = read_lock(path)
+    new = lock_cached(artifacts, before, update=update)
+    changes = before.changes(new)
+    for what, old, now in changes:
+        typer.echo(f"{what}: {f'{old[:12]}… -> ' if old else ''}{str(now)[:12]}…")
+    differing = [what for what, old, _ in changes if old is not None]
     if differing and not update:
         raise UserError(
             f"{path}: {differing[0]} differs from what is locked ({len(differing)} in all), "

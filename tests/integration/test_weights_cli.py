@@ -150,7 +150,21 @@ def test_a_profile_of_local_models_needs_nothing(run: Run, hub: FakeHub) -> None
     assert (code, err) == (0, "profile mini needs no published weights\n")
 
 
-def test_a_killed_fetch_goes_on_where_it_was(run: Run, hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "repo", "file"),
+    [
+        ("hps-v2.1", "xswu/HPSv2", HPS),
+        (
+            "unified-reward-question",
+            "CodeGoat24/UnifiedReward",
+            "inference_qwen/image_generation/qwen_point_score_ACS_image_generation.py",
+        ),
+    ],
+)
+def test_a_killed_fetch_leaves_nothing_that_looks_whole(
+    run: Run, hub: FakeHub, tmp_path: Path, name: str, repo: str, file: str
+) -> None:
+    hub.add(repo, file, CONTENT)
     hub.pause = 0.05  # 6 MB in 5 seconds
     program = "from reproduce.commands.weights import app; app()"
     environment = os.environ | {
@@ -158,8 +172,9 @@ def test_a_killed_fetch_goes_on_where_it_was(run: Run, hub: FakeHub, tmp_path: P
         "HF_HUB_OFFLINE": "0",
         "PYTHONPATH": str(REPOSITORY),
     }
+    fetch = ("fetch", name, "--mirror", hub.address)
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "fetch", "hps-v2.1", "--mirror", hub.address],
+        [sys.executable, "-c", program, *fetch],
         env=environment,
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -172,18 +187,12 @@ def test_a_killed_fetch_goes_on_where_it_was(run: Run, hub: FakeHub, tmp_path: P
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    parts = list(tmp_path.rglob("*.part"))
-    assert len(parts) == 1
-    kept = parts[0].stat().st_size
-    assert 0 < kept < len(CONTENT)
-    assert not list(tmp_path.rglob(HPS))
-    assert "missing" in run("weights", "list")[1].split("hps-v2.1", 1)[1].splitlines()[0]
+    assert hub.sent() < len(CONTENT)
+    assert not list(tmp_path.rglob(Path(file).name))
+    assert "missing" in run("weights", "list")[1].split(name, 1)[1].splitlines()[0]
 
     hub.pause = 0.0
-    hub.log.clear()
-    assert run("weights", "fetch", "hps-v2.1", "--mirror", hub.address)[0] == 0
-    assert [request.range for request in hub.downloads()] == [f"bytes={kept}-"]
-    assert hub.sent() == len(CONTENT) - kept
-    found = list(tmp_path.rglob(HPS))
+    assert run("weights", *fetch)[0] == 0
+    found = list(tmp_path.rglob(Path(file).name))
     assert [path.read_bytes() == CONTENT for path in found] == [True]
-    assert not list(tmp_path.rglob("*.part"))
+    assert run("weights", "lock")[0] == run("weights", "verify", name)[0] == 0

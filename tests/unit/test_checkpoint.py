@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from tiny_flux import build_tiny_flux
 from torch import Tensor
 
-import g2rpo.policy.folder
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig, FluxPolicy, PolicyConfig
 from g2rpo.policy.checkpoint import find_checkpoint
@@ -188,7 +187,7 @@ def test_only_what_is_named_is_fetched_from_the_hub(
         asked.update(options, source=source)
         return str(snapshot)
 
-    monkeypatch.setattr(g2rpo.policy.folder, "snapshot_download", fetch)
+    monkeypatch.setattr("g2rpo.hub.fetch.snapshot_download", fetch)
     config = CheckpointConfig(source="owner/name", subfolder="checkpoint-300-0", revision="v1")
     files = find_checkpoint(config)
     assert (asked["source"], asked["revision"]) == ("owner/name", "v1")

@@ -1,46 +1,65 @@
-"""Fetching from a hub on loopback and from folders: resuming, refusing, never half a file."""
+"""Fetching from a hub on loopback and from folders: checked, refused in one line, never half."""
 
 import errno
 import hashlib
+import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fake_hub import COMMIT, FakeHub, serve, use_empty_caches
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 
 from g2rpo.errors import UserError
 from g2rpo.hub import cache
-from g2rpo.hub import fetch as fetching
 from g2rpo.hub.catalogue import Artifact, PublishedFile
-from g2rpo.hub.fetch import FetchOptions, fetch
+from g2rpo.hub.fetch import FetchOptions, fetch, fetch_first, fetch_snapshot
 from g2rpo.hub.lock import Lock
 
 REPO = "owner/model"
+FILE = "deep/model.safetensors"
+NAME = f"{REPO}/{FILE}"
 CONTENT = random.Random(0).randbytes(700_000)
+ALTERED = CONTENT[:-1] + b"!"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+UNREACHABLE = "http://127.0.0.1:9"
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     use_empty_caches(monkeypatch, tmp_path)
     with serve() as running:
-        running.add(REPO, "deep/model.bin", CONTENT)
+        running.add(REPO, FILE, CONTENT)
         yield running
 
 
-def artifact(
-    *, size: int | None = None, sha256: str | None = None, gated: bool = False, kind: str = "model"
-) -> Artifact:
-    file = PublishedFile(path="deep/model.bin", size=size, sha256=sha256)
+@pytest.fixture
+def as_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """Where huggingface_hub looks for the hub itself."""
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path, hub: FakeHub) -> Path:
+    file = tmp_path / "mirror" / REPO / FILE
+    file.parent.mkdir(parents=True)
+    file.write_bytes(CONTENT)
+    return tmp_path / "mirror"
+
+
+def artifact(*, kind: str = "model", revision: str | None = None, **stated: object) -> Artifact:
     return Artifact.model_validate(
         {
             "name": "tiny",
             "kind": kind,
             "repo": REPO,
-            "files": (file,),
-            "gated": gated,
+            "revision": revision,
+            "files": [PublishedFile.model_validate({"path": FILE, **stated})],
             "page": "https://huggingface.co/owner/model",
             "purpose": "reward",
         }
@@ -51,306 +70,319 @@ def get(what: Artifact, mirror: str | Path, *, offline: bool = False) -> Path:
     return fetch(what, Lock(), FetchOptions(str(mirror), offline))[0]
 
 
-def leftovers(tmp_path: Path) -> list[str]:
-    """Files that a loader could take for whole."""
-    return [str(p) for p in (tmp_path / "hf").rglob("model.bin")]
-
-
-def parts(tmp_path: Path) -> list[Path]:
-    return sorted(tmp_path.rglob("*.part"))
+def refused(call: Callable[[], object]) -> str:
+    """The message of a refusal, after which no loader finds a file."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    found = [
+        cache.find(artifact(kind=kind), artifact().files[0], None) for kind in ("model", "github")
+    ]
+    assert found == [None, None]
+    return str(error.value)
 
 
 def test_a_fetched_file_is_where_the_hub_library_looks(hub: FakeHub, tmp_path: Path) -> None:
-    from huggingface_hub import hf_hub_download, snapshot_download
-
     path = get(artifact(size=len(CONTENT), sha256=SHA256), hub.address)
     assert path.read_bytes() == CONTENT
-    assert hf_hub_download(REPO, "deep/model.bin", local_files_only=True) == str(path)
-    pinned = hf_hub_download(REPO, "deep/model.bin", revision=COMMIT, local_files_only=True)
-    assert pinned == str(path)
+    for revision in (None, COMMIT):
+        found = hf_hub_download(REPO, FILE, revision=revision, local_files_only=True)
+        assert found == str(path)
     assert Path(snapshot_download(REPO, local_files_only=True)) == path.parents[1]
-    assert parts(tmp_path) == []
-
-
-def test_what_is_cached_is_not_fetched_again(hub: FakeHub) -> None:
-    get(artifact(), hub.address)
-    sent = hub.sent()
     told: list[str] = []
     fetch(artifact(), Lock(), FetchOptions(hub.address, tell=told.append))
-    assert hub.sent() == sent == len(CONTENT)
-    assert told == ["tiny: deep/model.bin: cached"]
-
-
-def test_a_cut_connection_is_gone_on_with(hub: FakeHub) -> None:
-    hub.cut_after = [200_000, 300_000]
-    assert get(artifact(), hub.address).read_bytes() == CONTENT
-    ranges = [request.range for request in hub.downloads()]
-    assert ranges == [None, "bytes=200000-", "bytes=500000-"]
+    assert told == ["tiny: deep/model.safetensors: cached"]
     assert hub.sent() == len(CONTENT)
 
 
-def test_a_large_download_shows_how_far_it_is(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["model", "dataset", "github"])
+def test_a_cut_connection_is_resumed(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    get(artifact(), hub.address)
-    assert capsys.readouterr().err == ""
-    hub.add(REPO, "deep/model.bin", CONTENT * 4, "e" * 40)
-    monkeypatch.setattr("g2rpo.hub.download.SHOWN", 2_000_000)
-    fetch(artifact(), Lock(), FetchOptions(hub.address, newest=True))
-    assert "tiny: deep/model.bin, MB: 2/2" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    hub.cut_after = [200_000]
+    assert get(artifact(kind=kind), hub.address).read_bytes() == CONTENT
+    assert [request.range for request in hub.downloads()] == [None, "bytes=200000-"]
 
 
-def test_a_connection_cut_for_good_keeps_its_bytes_for_the_next_time(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["model", "github"])
+def test_a_connection_that_is_always_cut_leaves_nothing(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    hub.cut_after = [400_000] + [0] * 6
-    with pytest.raises(UserError, match=r"deep/model\.bin.*cut after 400000 of 700000.*go on"):
-        get(artifact(), hub.address)
-    assert leftovers(tmp_path) == []
-    assert [part.stat().st_size for part in parts(tmp_path)] == [400_000]
-    hub.log.clear()
+    hub.cut_after = [400_000] + [0] * 9
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    message = refused(lambda: get(artifact(kind=kind), hub.address))
+    assert "tiny: deep/model.safetensors" in message
+    assert "stopped answering" in message and "run the same command again" in message
+    hub.cut_after = []
+    assert get(artifact(kind=kind), hub.address).read_bytes() == CONTENT
+
+
+def test_what_killed_downloads_left_is_deleted_when_it_is_old(hub: FakeHub) -> None:
+    blobs = cache.repository_folder(artifact()) / "blobs"
+    blobs.mkdir(parents=True)
+    old, new = blobs / f"{SHA256}.0.incomplete", blobs / f"{SHA256}.1.incomplete"
+    for part in (old, new):
+        part.write_bytes(CONTENT[:10])
+    os.utime(old, (1, 1))
     assert get(artifact(), hub.address).read_bytes() == CONTENT
-    assert [request.range for request in hub.downloads()] == ["bytes=400000-"]
-    assert hub.sent() == 300_000
+    assert (old.exists(), new.exists()) == (False, True)  # another process may be writing the other
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_altered_content_is_refused_by_name_without_any_known_hash(
-    hub: FakeHub, tmp_path: Path, small: bool
+@pytest.mark.parametrize(
+    ("kind", "stated", "small", "sent", "said"),
+    [
+        ("model", {}, False, ALTERED, "is altered"),
+        ("model", {}, True, ALTERED, "is altered: its content is not what its name"),
+        ("model", {"sha256": "0" * 64}, False, CONTENT, "where 000000000000… is expected"),
+        ("model", {"size": 900_000}, False, CONTENT, "is truncated: 700000 of 900000 bytes"),
+        ("model", {"size": 900}, False, CONTENT, "is altered: 700000 bytes where 900 are"),
+        ("model", {}, False, CONTENT[:1000], "should be of size 700000 but has size 1000"),
+        ("dataset", {"sha256": "0" * 64}, False, CONTENT, "is altered"),
+        ("github", {"sha256": SHA256}, False, ALTERED, "is altered"),
+        ("github", {"size": 700_000}, False, CONTENT[:1000], "is truncated: 1000 of 700000"),
+    ],
+)
+def test_other_content_is_refused_and_deleted(
+    hub: FakeHub, kind: str, stated: dict[str, object], small: bool, sent: bytes, said: str
 ) -> None:
-    name = f"{REPO}/deep/model.bin"
+    hub.sends[NAME] = sent
     if small:
-        hub.small.add(name)
-    hub.sends[name] = CONTENT[:-1] + b"!"
-    with pytest.raises(UserError, match=r"tiny: deep/model\.bin is altered.*fetch it again"):
-        get(artifact(), hub.address)
-    assert leftovers(tmp_path) == []
-    assert parts(tmp_path) == []
-    del hub.sends[name]
-    assert get(artifact(), hub.address).read_bytes() == CONTENT
+        hub.small.add(NAME)
+    message = refused(lambda: get(artifact(kind=kind, **stated), hub.address))
+    assert message.startswith("tiny: deep/model.safetensors") and said in message
+    hub.sends.clear()
+    assert get(artifact(kind=kind), hub.address).read_bytes() == CONTENT
 
 
-def test_other_content_than_the_stated_hash_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"deep/model\.bin is altered.*000000000000… is expected"):
-        get(artifact(sha256="0" * 64), hub.address)
-    assert leftovers(tmp_path) == []
-
-
-def test_a_truncated_file_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add(REPO, "deep/model.bin", CONTENT[:1000])
-    with pytest.raises(UserError, match=r"model\.bin is truncated on the server.*1000 bytes"):
-        get(artifact(size=len(CONTENT), sha256=SHA256), hub.address)
-    assert leftovers(tmp_path) == []
-
-
-def test_a_server_that_ends_early_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    """It announces the whole size, but sends a shorter file."""
-    hub.sends[f"{REPO}/deep/model.bin"] = CONTENT[:1000]
-    with pytest.raises(UserError, match=r"of 700000 bytes \(the server ends too early\)"):
-        get(artifact(), hub.address)
-    assert leftovers(tmp_path) == []
-
-
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_gated_repository_names_the_page_and_how_to_log_in(hub: FakeHub, status: int) -> None:
-    hub.gated[REPO] = status
-    with pytest.raises(UserError) as error:
-        get(artifact(gated=True), hub.address)
-    message = str(error.value)
-    assert "gated" in message
-    assert "https://huggingface.co/owner/model" in message
-    assert "hf auth login" in message
-    assert "\n" not in message
-
-
-def test_the_token_is_not_sent_to_a_mirror(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    get(artifact(), hub.address)
-    assert {request.authorization for request in hub.log} == {None}
-
-
-def test_the_hub_itself_gets_the_token_and_no_message_has_it(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        hub.address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    told: list[str] = []
-    fetch(artifact(), Lock(), FetchOptions(tell=told.append))
-    assert {request.authorization for request in hub.log} == {"Bearer hf_secret"}
-    hub.gated[REPO] = 403
-    with pytest.raises(UserError) as error:
-        fetch(artifact(sha256="0" * 64, gated=True), Lock(), FetchOptions(tell=told.append))
-    assert "hf_secret" not in " ".join([*told, str(error.value)])
-
-
-def test_content_on_another_host_is_resumed_there_without_the_token(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    with serve() as storage:
-        storage.add(REPO, "deep/model.bin", CONTENT)
-        storage.cut_after = [100_000]
-        hub.redirect = storage.address
-        assert fetch(artifact(), Lock(), FetchOptions())[0].read_bytes() == CONTENT
-        assert [request.range for request in storage.log] == [None, "bytes=100000-"]
-        assert {request.authorization for request in storage.log} == {None}
-        assert {request.authorization for request in hub.log} == {"Bearer hf_secret"}
-        # A signed address runs out: every connection asks the hub for a new one.
-        assert len(hub.downloads()) == 2
-
-
-def test_an_unknown_file_repository_and_server_are_told(hub: FakeHub) -> None:
-    hub.files.clear()
-    with pytest.raises(UserError, match=r"deep/model\.bin of owner/model: .* no such file \(404\)"):
-        get(artifact(), hub.address)
-    hub.commits.clear()
-    with pytest.raises(UserError, match=r"refuses it or has no such repository"):
-        get(artifact(), hub.address)
-    with pytest.raises(UserError, match=r"cannot be reached.*check the network"):
-        get(artifact(), "http://127.0.0.1:9")
-
-
-def test_offline_never_asks_the_server(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"not in the cache and --offline"):
-        get(artifact(), hub.address, offline=True)
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"not in the cache and offline mode is on"):
-        get(artifact(), hub.address)
-    assert hub.log == []
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    get(artifact(), hub.address)
-    hub.log.clear()
-    get(artifact(), hub.address, offline=True)
-    assert hub.log == []
-
-
-def test_a_full_disk_is_told_before_and_during_a_download(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        usage = shutil.disk_usage(".")
-        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-        with pytest.raises(UserError, match=r"model\.bin: the disk of .* is full .*free some"):
-            get(artifact(), hub.address)
-
-    def no_space(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("g2rpo.hub.download._receive", no_space)
-    with pytest.raises(UserError, match=r"model\.bin: the disk of .* is full .*No space left"):
-        get(artifact(), hub.address)
-
-
-def test_an_altered_cached_file_is_fetched_again(hub: FakeHub) -> None:
+@pytest.mark.parametrize("bad", [ALTERED, CONTENT[:10], b""])
+def test_an_altered_cached_file_is_fetched_again(hub: FakeHub, bad: bytes) -> None:
     what = artifact(sha256=SHA256)
     path = get(what, hub.address)
-    path.resolve().write_bytes(CONTENT[:-1] + b"!")
+    path.resolve().write_bytes(bad)
     with pytest.raises(UserError, match=r"is altered.*fetch it again where there is a network"):
         get(what, hub.address, offline=True)
     assert get(what, hub.address).read_bytes() == CONTENT
 
 
+def test_a_content_shared_between_repositories_is_replaced_where_it_lies(hub: FakeHub) -> None:
+    """huggingface_hub lets blobs of several repositories link to one content, named otherwise."""
+    path = get(artifact(), hub.address)
+    blob, shared = path.resolve(), path.parents[4] / "blobs" / ("f" * 64)
+    shared.parent.mkdir()
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    sent = hub.sent()
+    assert get(artifact(), hub.address) == path
+    assert hub.sent() == sent
+    shared.write_bytes(ALTERED)
+    assert get(artifact(), hub.address).read_bytes() == CONTENT
+
+
+# --- who is asked, and what is said when it refuses ----------------------------------------------
+
+
+def test_the_token_is_for_the_hub_alone(
+    hub: FakeHub, as_the_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    cache.remove(get(artifact(), hub.address))
+    assert {request.authorization for request in hub.log} == {None}
+    hub.log.clear()
+    with serve() as storage:  # the hub sends large files from another host
+        storage.add(REPO, FILE, CONTENT)
+        hub.redirect = storage.address
+        assert fetch_artifact().read_bytes() == CONTENT
+        assert {request.authorization for request in storage.log} == {None}
+    assert {request.authorization for request in hub.log} == {"Bearer hf_secret"}
+    hub.gated[REPO] = 403
+    with pytest.raises(UserError, match=r"^((?!hf_secret).)*$"):
+        fetch(artifact(), Lock(), FetchOptions(newest=True))
+
+
+def fetch_artifact(revision: str | None = None) -> Path:
+    return fetch(artifact(revision=revision), Lock(), FetchOptions())[0]
+
+
+def load_file(revision: str | None = None) -> Path:
+    return fetch_first(REPO, ("absent.bin", FILE), revision)
+
+
+def load_snapshot(revision: str | None = None) -> Path:
+    return fetch_snapshot(REPO, ["deep/*"], revision, "policy")
+
+
+def ask_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = UNREACHABLE + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", UNREACHABLE)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+
+@pytest.mark.parametrize("load", [fetch_artifact, load_file, load_snapshot])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("gated 401", ("gated", "https://huggingface.co/owner/model", "`hf auth login`")),
+        ("gated 403", ("gated", "https://huggingface.co/owner/model", "`hf auth login`")),
+        ("no repository", ("neither a folder here nor a repository", "correct the name")),
+        ("no revision", ("no such revision", "https://huggingface.co/owner/model")),
+        ("offline", ("not in the cache and offline mode is on", "HF_HUB_OFFLINE")),
+        ("unreachable", ("cannot be reached", "check the network")),
+        ("broken", ("answers with an error", "500", "try again later")),
+        ("full disk", ("disk of", "is full", "free some space")),
+        ("read-only", ("Permission denied", "HF_HOME")),
+    ],
+)
+def test_a_refusal_is_one_line_for_a_fetch_and_a_loader(
+    as_the_hub: FakeHub,
+    monkeypatch: pytest.MonkeyPatch,
+    load: Callable[..., Path],
+    fault: str,
+    said: tuple[str, ...],
+) -> None:
+    hub = as_the_hub
+    if fault.startswith("gated"):
+        hub.gated[REPO] = int(fault.split()[1])
+    elif fault == "no repository":
+        hub.commits.clear()
+    elif fault == "no revision":
+        hub.absent.add(COMMIT)
+    elif fault == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif fault == "unreachable":
+        ask_nobody(monkeypatch)
+    elif fault == "broken":
+        hub.broken = True
+        monkeypatch.setattr("time.sleep", lambda _: None)
+    elif fault == "full disk":
+        usage = shutil.disk_usage(".")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    elif fault == "read-only":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", "/cache")
+
+        monkeypatch.setattr("huggingface_hub.file_download.http_get", refuse)
+    message = refused(lambda: load(COMMIT if fault == "no revision" else None))
+    assert all(words in message for words in said), message
+
+
+def test_a_loader_says_which_setting_and_which_command(
+    as_the_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = refused(lambda: load_snapshot("v9"))
+    assert message.startswith("policy source 'owner/model' at policy.revision 'v9': ")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = refused(load_snapshot)
+    assert "; run `hf download owner/model` where there is a network" in message
+    assert message.endswith("or point `policy.source` at a folder that holds it")
+    message = refused(lambda: fetch_first("xswu/HPSv2", ("a.pt", "b.pt"), None))
+    assert message.startswith("cannot get a.pt or b.pt of xswu/HPSv2: ")
+    assert "run `g2rpo weights fetch xswu/HPSv2` or `hf download xswu/HPSv2`" in message
+
+
+def test_a_full_disk_is_told_while_a_file_comes(
+    hub: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", no_space)
+    monkeypatch.setattr("g2rpo.hub.fetch.http_get", no_space)
+    monkeypatch.setattr(shutil, "copyfile", no_space)
+    for kind, mirror in [("model", hub.address), ("github", hub.address), ("model", folder)]:
+        message = refused(lambda kind=kind, mirror=mirror: get(artifact(kind=kind), mirror))
+        assert "model.safetensors" in message and "is full ([Errno 28] No space left" in message
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset", "github"])
+def test_a_server_without_the_file_and_one_that_is_none(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    what = artifact(kind=kind)
+    hub.absent.add(COMMIT)
+    pinned = refused(lambda: get(artifact(kind=kind, revision=COMMIT), hub.address))
+    assert ("no such file (404)" if kind == "github" else "no such revision") in pinned
+    hub.absent.clear()
+    hub.files.clear()
+    message = refused(lambda: get(what, hub.address))
+    assert f"{hub.address} has no such file (404); see https://huggingface.co/owner" in message
+    assert f"{UNREACHABLE} cannot be reached" in refused(lambda: get(what, UNREACHABLE))
+    assert "model.safetensors" in refused(lambda: get(what, "http://127.0.0.1:no-port"))
+    assert "no such folder" in refused(lambda: get(what, "ftp://127.0.0.1"))
+
+
+def test_a_server_that_is_no_model_hub_is_told(hub: FakeHub) -> None:
+    hub.headers = False
+    message = refused(lambda: get(artifact(), hub.address))
+    assert f"{hub.address} does not answer like a model hub" in message
+
+
+@pytest.mark.parametrize("variable", [False, True])
+def test_offline_never_asks_the_server(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, variable: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", variable)
+    message = refused(lambda: get(artifact(), hub.address, offline=not variable))
+    assert "not in the cache and offline mode is on" in message and "--mirror" in message
+    assert hub.log == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    path = get(artifact(), hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", variable)
+    hub.log.clear()
+    assert get(artifact(), hub.address, offline=not variable) == path
+    assert hub.log == []
+
+
+def test_the_newest_is_not_taken_from_the_cache_where_the_hub_does_not_answer(hub: FakeHub) -> None:
+    get(artifact(), hub.address)
+    with pytest.raises(UserError, match="cannot be reached"):
+        fetch(artifact(), Lock(), FetchOptions(UNREACHABLE, newest=True))
+
+
+def test_a_loader_takes_the_first_file_that_there_is(as_the_hub: FakeHub) -> None:
+    assert load_file().read_bytes() == CONTENT
+    with pytest.raises(UserError, match=r"cannot get a.bin or b.bin of owner/model: .*\(404\)"):
+        fetch_first(REPO, ("a.bin", "b.bin"), None)
+    assert (load_snapshot() / FILE).read_bytes() == CONTENT
+
+
+def test_an_incomplete_snapshot_is_not_loaded_offline(
+    as_the_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_the_hub.add(REPO, "deep/config.json", b"{}")
+    folder = load_snapshot()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_snapshot() == folder
+    cache.remove(folder / FILE)
+    assert f"incomplete: 1 file(s) are missing ({FILE})" in refused(load_snapshot)
+
+
 # --- a folder as mirror ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path: Path, hub: FakeHub) -> Path:
-    file = tmp_path / "mirror" / REPO / "deep" / "model.bin"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(CONTENT)
-    return tmp_path / "mirror"
-
-
-def test_a_folder_fills_the_same_cache_without_a_network(
-    hub: FakeHub, folder: Path, tmp_path: Path
-) -> None:
-    from huggingface_hub import hf_hub_download
-
+def test_a_folder_fills_the_same_cache_without_a_network(hub: FakeHub, folder: Path) -> None:
     path = get(artifact(size=len(CONTENT), sha256=SHA256), folder, offline=True)
     assert path.read_bytes() == CONTENT
-    assert hf_hub_download(REPO, "deep/model.bin", local_files_only=True) == str(path)
+    assert hf_hub_download(REPO, FILE, local_files_only=True) == str(path)
+    assert Path(snapshot_download(REPO, local_files_only=True)) == path.parents[1]
+    assert COMMIT in get(artifact(revision=COMMIT), folder).parts
+    raw = get(artifact(kind="github"), folder, offline=True)
+    assert raw == cache.own_cache() / "github" / "owner--model" / "HEAD" / FILE
+    assert raw.read_bytes() == CONTENT
     assert hub.log == []
-    assert parts(tmp_path) == []
-
-
-def test_a_folder_with_a_pinned_commit_fills_that_commit(folder: Path) -> None:
-    pinned = artifact().model_copy(update={"revision": COMMIT})
-    assert COMMIT in get(pinned, folder).parts
-
-
-def test_a_copy_that_was_cut_is_gone_on_with(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = fetching._copy
-    read: list[int] = []
-
-    def cut(source: Path, part: Path, label: str) -> None:
-        part.write_bytes(source.read_bytes()[:300_000])
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fetching, "_copy", cut)
-        with pytest.raises(UserError, match="Input/output error"):
-            get(artifact(), folder)
-    assert leftovers(tmp_path) == []
-
-    def counting(source: Path, part: Path, label: str) -> None:
-        read.append(part.stat().st_size)
-        whole(source, part, label)
-
-    monkeypatch.setattr(fetching, "_copy", counting)
-    assert get(artifact(), folder).read_bytes() == CONTENT
-    assert read == [300_000]
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
 def test_what_is_wrong_in_a_folder_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    file = folder / REPO / "deep" / "model.bin"
+    file = folder / REPO / FILE
     what = artifact(size=len(CONTENT), sha256=SHA256)
-    file.write_bytes(CONTENT[:-1] + b"!")
-    with pytest.raises(UserError, match=r"deep/model\.bin is altered.*replace .*model\.bin"):
-        get(what, folder)
-    file.write_bytes(CONTENT[:5])
-    with pytest.raises(UserError, match=r"deep/model\.bin is truncated: 5 of 700000"):
-        get(what, folder)
+    for content, said in [(ALTERED, "is altered"), (CONTENT[:5], "is truncated: 5 of 700000")]:
+        file.write_bytes(content)
+        message = refused(lambda: get(what, folder))
+        assert said in message and f"replace {file}" in message
     file.unlink()
-    with pytest.raises(UserError, match=r"deep/model\.bin: the mirror has no "):
-        get(what, folder)
-    with pytest.raises(UserError, match=r"no such folder"):
-        get(what, tmp_path / "absent")
-    assert leftovers(tmp_path) == []
-
-
-# --- raw files of GitHub --------------------------------------------------------------------------
-
-
-def test_raw_files_go_into_our_own_cache_and_are_resumed(hub: FakeHub, tmp_path: Path) -> None:
-    what = artifact(kind="github", size=len(CONTENT), sha256=SHA256)
-    hub.cut_after = [100_000]
-    path = get(what, hub.address)
-    assert path == cache.own_cache() / "github" / "owner--model" / "HEAD" / "deep" / "model.bin"
-    assert path.read_bytes() == CONTENT
-    assert [request.range for request in hub.downloads()] == [None, "bytes=100000-"]
-
-
-def test_raw_files_are_refused_like_others(hub: FakeHub) -> None:
-    what = artifact(kind="github", sha256="0" * 64)
-    with pytest.raises(UserError, match=r"deep/model\.bin is altered"):
-        get(what, hub.address)
-    hub.files.clear()
-    with pytest.raises(UserError, match=r"no such file \(404\)"):
-        get(what, hub.address)
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 cannot be reached"):
-        get(what, "http://127.0.0.1:9")
+    assert f"the mirror has no {file}" in refused(lambda: get(what, folder))
+    assert "no such folder" in refused(lambda: get(what, tmp_path / "absent"))

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_flux import build_tiny_flux
 
-import g2rpo.policy.folder
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.policy import Conditioning, FluxPolicy, PolicyConfig, export_pipeline
@@ -128,28 +126,6 @@ def test_hub_id_that_is_not_cached_while_offline() -> None:
     assert "nobody/no-such-flux" in line and "HF_HUB_OFFLINE" in line
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (huggingface_hub.errors.GatedRepoError, ("licence", "hf auth login")),
-        (huggingface_hub.errors.RepositoryNotFoundError, ("neither a folder", "correct the name")),
-        (huggingface_hub.errors.RevisionNotFoundError, ("'v9'", "policy.revision")),
-    ],
-)
-def test_refusals_of_the_hub(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception], words: tuple[str, ...]
-) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        # Without the HTTP response that the constructor asks for: none is at hand offline.
-        raise error.__new__(error)
-
-    monkeypatch.setattr(g2rpo.policy.folder, "snapshot_download", refuse)
-    line = refusal(lambda: load("black-forest-labs/FLUX.1-dev", revision="v9"))
-    assert "black-forest-labs/FLUX.1-dev" in line
-    for word in words:
-        assert word in line
-
-
 def test_hub_snapshot_is_loaded_like_a_folder(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -159,7 +135,7 @@ def test_hub_snapshot_is_loaded_like_a_folder(
         asked.update(options, source=source)
         return str(folder)
 
-    monkeypatch.setattr(g2rpo.policy.folder, "snapshot_download", fetch)
+    monkeypatch.setattr("g2rpo.hub.fetch.snapshot_download", fetch)
     loaded = load("owner/flux", revision="main")
     assert loaded.folder == folder
     assert (asked["source"], asked["revision"]) == ("owner/flux", "main")

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLForConditionalGeneration
 
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_files
-from g2rpo.hub.lock import revision_of
+from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.rewards.unified_reward.answers import excerpt
 from g2rpo.rewards.unified_reward.config import QuestionConfig
 from g2rpo.rewards.weights import check_vocabulary, locate, read_json
@@ -35,30 +33,14 @@ def model_folder(source: str, revision: str | None = None) -> Path:
     Raises:
         UserError: it is not there, or holds no config.json or safetensors file.
     """
-    folder = _fetched(source, revision) if is_hub_id(source) else Path(source).expanduser()
+    hub = is_hub_id(source)
+    folder = fetch_snapshot(source, _FILES, revision) if hub else Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(f"{source}: no such folder of reward weights")
     locate(str(folder), ("config.json",))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{source}: the folder has no *.safetensors")
     return folder
-
-
-def _fetched(source: str, revision: str | None) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                source, revision=revision or revision_of(source), allow_patterns=list(_FILES)
-            )
-        )
-    except LocalEntryNotFoundError:
-        reason = "it is not in the local cache and the hub cannot be reached"
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-    raise UserError(
-        f"cannot get {source}: {reason}; run `hf download {source}` where there is network, "
-        "point `source` at a folder, or set question.server"
-    )
 
 
 def hash_files(folder: Path, patterns: Sequence[str]) -> str:
