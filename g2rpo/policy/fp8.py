@@ -75,7 +75,7 @@ class Fp8Linear(nn.Module):
 
     def _multiply(self, rounded: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         # Scales by row go only with results in bfloat16.
-        result = torch._scaled_mm(  # noqa: SLF001 - torch has no public name for it
+        result = torch._scaled_mm(  # noqa: SLF001 - functional.scaled_mm is not tried yet
             rounded,
             self.quantised.t(),
             scale_a=scale,

@@ -146,8 +146,8 @@ class ServerModel:
             if status < 500 and status not in _TRIED_AGAIN:
                 return reason
         return (
-            f"no answer after {self.config.retries + 1} tries: {reason}; check that the server "
-            "runs there, or raise question.server.retries or timeout_seconds"
+            f"no answer after at most {self.config.retries + 1} tries: {reason}; check that the "
+            "server runs there, or raise question.server.retries or timeout_seconds"
         )
 
     async def _not_found(self, client: openai.AsyncOpenAI) -> str:
