@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +25,7 @@ from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.rewards.unified_reward.reward import UnifiedReward
+from reproduce.cli import main
 
 MODEL, KEY = "judges/small", "sk-very-secret"
 SOON = {"Retry-After-Ms": "1"}
@@ -361,3 +364,34 @@ class TestRefusals:
             scores(load(server.url, concurrency=4), 12)
         assert time.monotonic() - began < 90
         assert len(server.requests) <= 6
+
+
+def test_the_command_goes_on_where_a_server_failed(
+    server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for i in range(5):
+        Image.fromarray(picture(i).numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"drawing {i}")
+    asked = f"{{template: own, server: {{url: '{server.url}', model: {MODEL}, retries: 1}}}}"
+    command = ["g2rpo", "score", str(tmp_path), "--rewards", "unified_reward", "--batch-size", "2"]
+    output = ["--output", str(tmp_path / "out"), "-s", f"unified_reward.question={asked}"]
+    monkeypatch.setattr(sys, "argv", [*command, *output])
+
+    def run() -> int:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    server.answer = lambda body, _: Reply(500, "no", SOON) if number_in(body) > 1 else good()
+    assert run() == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error.startswith(f"error: {server.url}: no answer after at most 2 tries: HTTP 500: no;")
+    server.answer = lambda body, _: good(style=2)
+    assert run() == 0
+    scores = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index(["reward", "id"])
+    assert scores.loc["unified_reward.style", "score"].to_dict() == {
+        "0": 5, "1": 5, "2": 2, "3": 2, "4": 2,
+    }  # fmt: skip
