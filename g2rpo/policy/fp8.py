@@ -5,6 +5,9 @@ weight and each token of the input. On a GPU that has such tensor cores (capabil
 product is ``torch._scaled_mm``; elsewhere it is emulated: the same rounding, then a product of the
 rounded values in the input's dtype. The two differ in how the product is summed (the tensor cores'
 accumulator is narrower than float32) and in its rounding to bfloat16.
+
+torchao's float8 layers are not used: they refuse devices without such kernels, and so their effect
+on rewards could not be measured on the mini world.
 """
 
 import torch
@@ -72,7 +75,7 @@ class Fp8Linear(nn.Module):
 
     def _multiply(self, rounded: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         # Scales by row go only with results in bfloat16.
-        result = torch._scaled_mm(  # noqa: SLF001 - torch has no public name for it
+        result = torch._scaled_mm(  # noqa: SLF001 - functional.scaled_mm is not tried yet
             rounded,
             self.quantised.t(),
             scale_a=scale,

@@ -5,9 +5,9 @@ trajectory has a remembered r, and whose signal (below) differs from the one rem
 less than a threshold, r is taken from there and the blocks are not run. The decision is a state's
 own, so it does not depend on the batch; it costs one small read from the device per batch.
 
-diffusers' ``enable_cache`` is not used: its first-block cache remembers one residual per model and
-decides once for a whole batch, for a pipeline that walks one batch of trajectories in step. The
-states of a batch here belong to trajectories of different lengths, strides and pasts.
+diffusers' ``enable_cache`` is not used: its first-block cache keeps one residual per cache context
+and decides once for a whole batch, and its other caches count the calls of a context. The states of
+a batch here belong to trajectories of different lengths, strides and pasts.
 """
 
 from collections.abc import Sequence
@@ -115,27 +115,20 @@ class CachedBlocks(nn.Module):
             signal = norm.linear(norm.silu(temb))
         remembered = self.cache.before()
         reused = self._unchanged(signal, remembered)
-        computed = [place for place in range(len(image)) if place not in reused]
-
-        if not reused:
-            result = self._run(rest, (image, text, temb), shared)
-        else:
-            result = torch.empty_like(image)
-            if computed:
-                chosen = indices(computed, image.device)
-                part = (image[chosen], text[chosen], temb[chosen])
-                result.index_copy_(0, chosen, self._run(rest, part, shared))
-            places = sorted(reused)
-            chosen = indices(places, image.device)
-            residual = torch.stack([reused[place].residual for place in places])
-            result.index_copy_(0, chosen, image[chosen] + residual)
+        result = torch.empty_like(image)
         for place, entry in reused.items():
+            torch.add(image[place], entry.residual, out=result[place])
             self.cache.keep(place, entry, reused=True)
+        computed = [place for place in range(len(image)) if place not in reused]
         if computed:
-            added = result - image
-            for place in computed:
-                entry = _Entry(signal[place], added[place])
-                self.cache.keep(place, entry, reused=False)
+            chosen = indices(computed, image.device)
+            tokens, text, temb = image[chosen], text[chosen], temb[chosen]
+            for block in rest:
+                text, tokens = block(tokens, text, temb, *shared)
+            result.index_copy_(0, chosen, tokens)
+            added = tokens - image[chosen]
+            for row, place in enumerate(computed):
+                self.cache.keep(place, _Entry(signal[place], added[row]), reused=False)
         return encoder_hidden_states, result
 
     def _unchanged(self, signal: Tensor, remembered: list[_Entry | None]) -> dict[int, _Entry]:
@@ -153,12 +146,3 @@ class CachedBlocks(nn.Module):
             for (place, entry), unchanged in zip(known.items(), below, strict=True)
             if unchanged
         }
-
-    @staticmethod
-    def _run(
-        blocks: list[nn.Module], tokens: tuple[Tensor, Tensor, Tensor], shared: tuple[Any, Any]
-    ) -> Tensor:
-        image, text, temb = tokens
-        for block in blocks:
-            text, image = block(image, text, temb, *shared)
-        return image

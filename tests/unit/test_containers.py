@@ -1,28 +1,15 @@
 """What goes into the image and what must not, the words it understands, and who calls make."""
 
 import fnmatch
-import importlib.util
-import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path, PurePosixPath
-from types import ModuleType
-from typing import Any
 
 import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docker" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def in_context(name: str) -> bool:
@@ -243,119 +230,3 @@ def test_a_real_make_runs_the_image_s_packages_without_setting_up(image: Path) -
     assert done.returncode == 0, done.stderr
     wanted = "/opt/venv/bin/g2rpo reproduce table1 --profile smoke --seeds 1,2"
     assert done.stdout.strip() == f"HF_HUB_OFFLINE=1 {wanted}"
-
-
-TOKEN = "hf_" + "aB3" * 12
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("root/.netrc", "machine example login me"),
-        ("opt/g2rpo/.git/HEAD", "ref: refs/heads/main"),
-        ("etc/pip.conf", "[global]\nindex-url = https://me:word@example/simple\n"),
-        ("home/g2rpo/.cache/huggingface/token", "x"),
-        ("opt/g2rpo/notes.txt", f"token: {TOKEN}\n"),
-        ("tmp/key", "-----BEGIN PRIVATE KEY-----\n" + "QUJD" * 40 + "\n-----END PRIVATE KEY-----"),
-        ("opt/venv/value", "this is planted-value here"),
-    ],
-)
-def test_a_secret_in_any_layer_is_found(tmp_path: Path, name: str, content: str) -> None:
-    audit = script("audit_layers")
-    path = tmp_path / name
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
-    (tmp_path / "fine.txt").write_text("nothing")
-    problems = list(audit.problems_of_layer(tmp_path, ["planted-value"]))
-    assert len(problems) == 1
-    assert not list(audit.problems_of_layer(tmp_path, ["planted-value"]))[1:]
-
-
-def test_an_innocent_layer_has_no_problem(tmp_path: Path) -> None:
-    audit = script("audit_layers")
-    for name, content in {
-        "etc/pip.conf": "",
-        "opt/venv/lib/python3.11/site-packages/x/tests/key.txt": f"example {TOKEN}",
-        "opt/venv/hf_hub.py": "hf_hub_download(hf_token)",
-        "etc/ssl/certs/ca.pem": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----",
-    }.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    assert list(audit.problems_of_layer(tmp_path, [])) == []
-
-
-def inspected(tmp_path: Path, **config: Any) -> Path:
-    (tmp_path / "upper").mkdir(exist_ok=True)
-    (tmp_path / "lower").mkdir(exist_ok=True)
-    data = {"UpperDir": str(tmp_path / "upper"), "LowerDir": str(tmp_path / "lower")}
-    image = {"GraphDriver": {"Data": data}, "Config": {"Env": ["PATH=/bin"]} | config}
-    path = tmp_path / "inspected.json"
-    path.write_text(json.dumps([image]))
-    return path
-
-
-def test_the_audit_s_exit_code_says_whether_there_is_a_secret(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "docker" / "audit_layers.py"]
-
-    def audit(**config: Any) -> "subprocess.CompletedProcess[str]":
-        path = inspected(tmp_path, **config)
-        return subprocess.run([*command, path], capture_output=True, text=True, check=False)
-
-    done = audit()
-    assert (done.returncode, done.stdout) == (0, "2 layers, 0 secrets found\n")
-    for config in ({"Env": ["HF_TOKEN=x"]}, {"Env": ["A=1"], "Labels": {"note": TOKEN}}):
-        assert audit(**config).returncode == 1
-    # Deleted by the upper layer, and still in the lower one.
-    (tmp_path / "lower" / ".netrc").write_text("machine example")
-    assert audit().returncode == 1
-
-
-def test_the_caller_s_pip_settings_are_mounted_and_only_those_that_fetch(tmp_path: Path) -> None:
-    mounts = script("pip_mounts")
-    for folder in ("wheels", "index/simple"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "ca.crt").write_text("")
-    listing = (
-        f":env:.find-links='{tmp_path}/wheels'\n"
-        f"global.cert='{tmp_path}/ca.crt'\n"
-        f"global.extra-index-url='file://{tmp_path}/index/simple https://example.org/simple'\n"
-        "global.find-links='/nowhere'\n"
-        "global.user='true'\n"
-    )
-    settings, volumes = mounts.mounts_of(mounts.caller_settings(listing))
-    assert settings.keys() == {"find-links", "cert", "extra-index-url"}
-    assert set(volumes) == {tmp_path / "wheels", tmp_path / "ca.crt", tmp_path / "index"}
-    inside = volumes[tmp_path / "index"]
-    assert settings["extra-index-url"].split() == [
-        f"file://{inside}/simple", "https://example.org/simple",
-    ]  # fmt: skip
-    assert settings["find-links"] == volumes[tmp_path / "wheels"]
-    assert mounts.mounts_of(mounts.caller_settings("")) == ({}, {})
-
-
-def test_an_image_that_does_not_say_what_it_is_is_told_so() -> None:
-    check = script("inspect_image")
-    names = ("title", "description", "licenses", "revision", "version", "created")
-    labels = {f"org.opencontainers.image.{name}": "0123abc" for name in names}
-    config = {"Labels": labels, "User": "1000:1000", "Env": ["G2RPO_GIT_COMMIT=0123abc"]}
-    image = {"Config": config, "Healthcheck": {"Test": ["CMD", "g2rpo-entrypoint", "health"]}}
-    assert list(check.problems_of_config(image, "0123abc")) == []
-    assert len(list(check.problems_of_config(image, "4567def"))) == 1
-    poor = {"Config": {"Env": [], "User": "root"}}
-    assert len(list(check.problems_of_config(poor, "0123abc"))) == 6 + 1 + 1 + 1 + 1
-
-
-def test_a_package_that_the_list_lacks_is_named() -> None:
-    check = script("inspect_image")
-    lock = (
-        "torch==2.14.1 \\\n    --hash=sha256:00\n"
-        "colorama==0.4.6 ; sys_platform == 'win32' \\\n    --hash=sha256:01\n"
-        "triton==3.8.0 ; python_full_version < '3.15' and sys_platform == 'linux' \\\n"
-        "anyio==4.16.0 ; sys_platform != 'emscripten' \\\n"
-    )
-    listed = [("torch", "2.14.1"), ("triton", "3.7"), ("anyio", "4.16.0")]
-    parts = [{"name": name, "version": version} for name, version in listed]
-    sbom = {"bomFormat": "CycloneDX", "components": parts}
-    problems = list(check.problems_of_packages(sbom, lock))
-    assert problems == ["its list of packages lacks triton 3.8.0"]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from small_vlm import CONTROL, Lesson, build_small_vlm, teach
 from torch import Tensor
 
-from benchmarks.small_vlm import Lesson, build_small_vlm, teach
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
@@ -181,9 +181,17 @@ class TestScores:
         assert len(message) < 200 + 350
         assert not list(default_folder().rglob("*.json"))
 
-    def test_control_tokens_in_a_prompt_are_refused(self, folder: Path) -> None:
-        with pytest.raises(UserError, match=r"<\|image_pad\|> stands in .*two <\|image_pad\|>"):
-            load(folder).score(IMAGES[:1], ["two <|image_pad|>"])
+    def test_control_tokens_in_a_prompt_are_plain_text(self, folder: Path) -> None:
+        reward, prompt = load(folder), " ".join(CONTROL)
+        tokenizer = reward.backend.processor.tokenizer  # type: ignore[attr-defined]
+        control = tokenizer.convert_tokens_to_ids(CONTROL)
+        asked, plainly = (
+            reward.prepare(IMAGES[:1], [text]).inputs["input_ids"][0] for text in (prompt, "a cat")
+        )
+        assert [int((asked == token).sum()) for token in control] == [
+            int((plainly == token).sum()) for token in control
+        ]
+        assert prompt in tokenizer.decode(asked)
 
     def test_precision_is_chosen(self, folder: Path) -> None:
         assert load(folder).backend.settings["dtype"] == "float32"
@@ -317,12 +325,23 @@ class TestLoading:
             with pytest.raises(UserError, match=r"vlm: .*lm_head"):
                 load(folder)
 
-    def test_another_architecture_is_refused(self, random_folder: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("model_type", "told"),
+        [
+            ("qwen3_vl", "not the weights of its configuration"),
+            ("bert", r"'bert'; .*question\.server"),
+            ("llava_qwen", r"'llava_qwen'; .*question\.server"),
+            (None, r"None; .*question\.server"),
+        ],
+    )
+    def test_another_architecture_is_refused(
+        self, random_folder: Path, tmp_path: Path, model_type: str | None, told: str
+    ) -> None:
         folder = tmp_path / "vlm"
         shutil.copytree(random_folder, folder)
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
-        with pytest.raises(UserError, match=r"'qwen3_vl', but only .*question\.server"):
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        with pytest.raises(UserError, match=told):
             load(folder)
 
     def test_a_tokenizer_of_another_model_is_refused(

@@ -1,20 +1,21 @@
 """UnifiedReward on a server: a real one on the loopback, with every way in which one can fail."""
 
+import asyncio
 import base64
 import io
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -23,11 +24,11 @@ from torch import Tensor
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
-from g2rpo.rewards.unified_reward import server as server_module
 from g2rpo.rewards.unified_reward.reward import UnifiedReward
-from g2rpo.rewards.unified_reward.server import _retry_after
+from reproduce.cli import main
 
 MODEL, KEY = "judges/small", "sk-very-secret"
+SOON = {"Retry-After-Ms": "1"}
 
 
 @dataclass
@@ -140,7 +141,7 @@ def server() -> Iterator[FakeServer]:
 def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("G2RPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(server_module, "FIRST_DELAY", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-for-another-server")
 
 
 def load(url: str, cache: bool = True, **server: Any) -> UnifiedReward:
@@ -208,6 +209,12 @@ class TestProtocol:
         torch.testing.assert_close(found[:, 1], 1 + torch.arange(24) / 10)
         assert 1 < server.most <= 6
 
+    def test_a_caller_may_run_an_event_loop(self, server: FakeServer) -> None:
+        async def cell_of_a_notebook() -> Tensor:
+            return scores(load(server.url))
+
+        assert asyncio.run(cell_of_a_notebook())[0, 0] == 4
+
     def test_answers_are_kept(self, server: FakeServer) -> None:
         first = scores(load(server.url), 3)
         server.close()
@@ -222,7 +229,7 @@ class TestProtocol:
 class TestRetries:
     @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503])
     def test_failures_that_pass(self, server: FakeServer, status: int) -> None:
-        server.sequence(Reply(status, "busy"), Reply(status, "busy"), good())
+        server.sequence(Reply(status, "busy", SOON), Reply(status, "busy", SOON), good())
         assert scores(load(server.url))[0, 0] == 4
         assert len(server.requests) == 3
 
@@ -231,20 +238,11 @@ class TestRetries:
         scores(load(server.url))
         assert server.times[1] - server.times[0] >= 0.4
 
-    def test_retry_after_as_a_date(self) -> None:
-        soon = datetime.now(UTC) + timedelta(seconds=30)
-        assert _retry_after(format_datetime(soon, usegmt=True)) == pytest.approx(30, abs=2)
-        past = format_datetime(soon - timedelta(days=1), usegmt=True)
-        assert (_retry_after(past), _retry_after("-3"), _retry_after("soon")) == (0, 0, None)
-
-    def test_delays_grow(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(server_module, "FIRST_DELAY", 0.1)
-        server.answer = lambda body, number: Reply(500)
-        with pytest.raises(UserError, match="no answer after 4 tries: HTTP 500"):
+    def test_retries_end(self, server: FakeServer) -> None:
+        server.answer = lambda body, number: Reply(500, "out of memory", SOON)
+        with pytest.raises(UserError, match="at most 4 tries: HTTP 500: out of memory"):
             scores(load(server.url))
-        waits = np.diff(server.times)
-        for wait, longest in zip(waits, (0.1, 0.2, 0.4), strict=True):
-            assert longest / 2 <= wait < longest + 0.3
+        assert len(server.requests) == 4
 
     def test_a_connection_that_breaks_off(self, server: FakeServer) -> None:
         server.sequence(Reply(hang_up=True), good())
@@ -254,20 +252,23 @@ class TestRetries:
         server.sequence(Reply(wait=0.5), good())
         assert scores(load(server.url, timeout_seconds=0.2))[0, 0] == 4
         server.answer = lambda body, number: Reply(wait=0.5)
-        with pytest.raises(UserError, match=r"after 2 tries: time-out of 0\.2 s; .*timeout_sec"):
+        with pytest.raises(UserError, match=r"at most 2 tries: time-out of 0\.2 s; .*timeout_sec"):
             scores(load(server.url, cache=False, timeout_seconds=0.2, retries=1))
 
-    @pytest.mark.parametrize("body", ["<html>", "{", "[]", "{}", '{"choices": []}', b"\xff\xfe"])
-    def test_a_response_that_is_no_completion(self, server: FakeServer, body: Any) -> None:
-        server.sequence(Reply(body=body), good())
+    @pytest.mark.parametrize("kind", ["application/json", "text/html"])
+    @pytest.mark.parametrize(
+        "body", ["<html>", "{", "[]", "{}", '{"choices": []}', b"\xff\xfe", says(None).body]
+    )
+    def test_a_response_that_is_no_completion(
+        self, server: FakeServer, body: Any, kind: str
+    ) -> None:
+        other = Reply(body=body, headers={"Content-Type": kind})
+        server.sequence(other, good())
         assert scores(load(server.url))[0, 0] == 4
-        server.answer = lambda _, number: Reply(body=body)
-        with pytest.raises(UserError, match="2 tries: the response is not a chat completion"):
-            scores(load(server.url, cache=False, retries=1))
-
-    def test_no_content(self, server: FakeServer) -> None:
-        server.sequence(says(None), good())
-        assert scores(load(server.url))[0, 0] == 4
+        server.answer = lambda _, number: other
+        with pytest.raises(UserError, match=r"not a chat completion with text; .*server\.url"):
+            scores(load(server.url, cache=False))
+        assert len(server.requests) == 4
 
 
 class TestAnswersWithoutScores:
@@ -316,14 +317,18 @@ class TestRefusals:
             load(server.url, api_key_env="JUDGE_KEY")
 
     def test_the_key_is_never_shown(
-        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+        self,
+        server: FakeServer,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
+        caplog.set_level("DEBUG")
         monkeypatch.setenv("JUDGE_KEY", KEY)
         for status in (400, 503):
-            server.answer = lambda body, number, s=status: Reply(s, f"with {KEY}: no")  # type: ignore[misc]
+            server.answer = lambda body, number, s=status: Reply(s, f"with {KEY}: no", SOON)  # type: ignore[misc]
             with pytest.raises(UserError, match=rf"HTTP {status}: with \*\*\*: no") as caught:
                 scores(load(server.url, api_key_env="JUDGE_KEY", retries=1))
-            assert KEY not in repr(caught.value) + repr(caught.value.__context__)
+            assert KEY not in repr(caught.value) + repr(caught.value.__context__) + caplog.text
 
     def test_a_model_that_is_not_served(self, server: FakeServer) -> None:
         with pytest.raises(UserError, match="model 'other'; it serves: judges/small, judges/large"):
@@ -339,7 +344,7 @@ class TestRefusals:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(UserError, match=rf"{url}: no answer after 3 tries: the connection"):
+        with pytest.raises(UserError, match=rf"^{url}: .* at most 3 tries: the connection"):
             scores(load(url, retries=2))
 
     def test_a_redirection_is_not_followed(self, server: FakeServer) -> None:
@@ -347,17 +352,44 @@ class TestRefusals:
         with pytest.raises(UserError, match="HTTP 302"):
             scores(load(server.url))
 
-    def test_the_first_failure_ends_all(
-        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(server_module, "FIRST_DELAY", 600.0)
+    def test_the_first_failure_ends_all(self, server: FakeServer) -> None:
+        later = Reply(503, headers={"Retry-After": "100"})
 
         def answer(body: dict[str, Any], number: int) -> Reply:
-            return Reply(500) if number_in(body) else Reply(400, "too large", wait=0.2)
+            return later if number_in(body) else Reply(400, "too large", wait=0.2)
 
         server.answer = answer
-        began = time.monotonic()
         with pytest.raises(UserError, match="HTTP 400: too large"):
             scores(load(server.url, concurrency=4), 12)
-        assert time.monotonic() - began < 300  # nobody waited out the delay
-        assert len(server.requests) <= 6
+        assert len(server.requests) <= 6  # nobody has waited and asked again
+
+
+def test_the_command_goes_on_where_a_server_failed(
+    server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for i in range(5):
+        Image.fromarray(picture(i).numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"drawing {i}")
+    asked = f"{{template: own, server: {{url: '{server.url}', model: {MODEL}, retries: 1}}}}"
+    command = ["g2rpo", "score", str(tmp_path), "--rewards", "unified_reward", "--batch-size", "2"]
+    output = ["--output", str(tmp_path / "out"), "-s", f"unified_reward.question={asked}"]
+    monkeypatch.setattr(sys, "argv", [*command, *output])
+
+    def run() -> int:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    server.answer = lambda body, _: Reply(500, "no", SOON) if number_in(body) > 1 else good()
+    assert run() == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert error.startswith(f"error: {server.url}: no answer after at most 2 tries: HTTP 500: no;")
+    server.answer = lambda body, _: good(style=2)
+    assert run() == 0
+    scores = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index(["reward", "id"])
+    assert scores.loc["unified_reward.style", "score"].to_dict() == {
+        "0": 5, "1": 5, "2": 2, "3": 2, "4": 2,
+    }  # fmt: skip

@@ -133,7 +133,7 @@ class TestConfig:
     )
     def test_the_root_and_v1_are_the_same(self, url: str) -> None:
         config = ServerConfig(url=url, model="m")
-        assert config.endpoint("chat/completions") == "http://h:1/v1/chat/completions"
+        assert config.api() == "http://h:1/v1"
 
     def test_weights(self) -> None:
         assert QuestionConfig().weights() == pytest.approx(dict.fromkeys(_aspects(), 1 / 3))

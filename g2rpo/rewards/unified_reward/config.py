@@ -66,9 +66,9 @@ class ServerConfig(StrictModel):
             )
         return self
 
-    def endpoint(self, path: str) -> str:
-        """The address of ``path`` below the API's ``/v1/``."""
-        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
+    def api(self) -> str:
+        """The address of the API."""
+        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1"
 
 
 class QuestionConfig(StrictModel):

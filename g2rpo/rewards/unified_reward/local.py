@@ -1,4 +1,4 @@
-"""Questions to a Qwen2.5-VL model in this process, through transformers."""
+"""Questions to a vision-language model in this process, through transformers."""
 
 import threading
 from collections.abc import Sequence
@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_files
 from g2rpo.hub.fetch import fetch_snapshot
-from g2rpo.rewards.unified_reward.answers import excerpt
 from g2rpo.rewards.unified_reward.config import QuestionConfig
 from g2rpo.rewards.weights import check_vocabulary, locate, read_json
 
-MODEL_TYPE = "qwen2_5_vl"
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
@@ -57,23 +56,7 @@ class LocalModel:
         self.model = name
         self.device = device
         self.weights_hash = hash_files(folder, ("*.safetensors",))
-        default = "bfloat16" if device.type == "cuda" else "float32"
-        dtype = config.dtype or default
-        self.network = _load_network(folder, dtype).to(device)
-        self.processor = _load_processor(folder)
-        tokenizer = self.processor.tokenizer
-        vocabulary = self.network.config.text_config.vocab_size
-        # Published vocabularies are rounded up, so only a larger tokenizer is certainly another's.
-        if len(tokenizer) > vocabulary or len(tokenizer) < vocabulary // 2:
-            check_vocabulary(str(folder), len(tokenizer), vocabulary)
-        tokenizer.padding_side = "left"
-        # A repetition penalty also counts padding. The end of a turn is in every question, so
-        # padding with it changes nothing; the usual padding token would.
-        tokenizer.pad_token = tokenizer.eos_token
-        added = tokenizer.added_tokens_decoder.values()
-        self._control = [str(token) for token in added if token.special]
-        self._generation = self._greedy(config.max_answer_tokens)
-        self._lock = threading.Lock()
+        dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         self.settings: dict[str, Any] = {
             "backend": "transformers",
             "device": device.type,
@@ -81,58 +64,61 @@ class LocalModel:
             "files": hash_files(folder, ("*.json", "*.jinja", "*.txt")),
             "max_answer_tokens": config.max_answer_tokens,
         }
-
-    def _greedy(self, max_answer_tokens: int) -> Any:
-        """The checkpoint's own generation settings, but greedy and of bounded length."""
-        generation = self.network.generation_config
-        generation.update(
+        self.network = _load_network(folder, dtype).to(device)
+        self.processor = _load_processor(folder)
+        tokenizer = self.processor.tokenizer
+        vocabulary = self.network.config.get_text_config().vocab_size
+        # Published vocabularies are rounded up, so only a larger tokenizer is certainly another's.
+        if not vocabulary // 2 <= len(tokenizer) <= vocabulary:
+            check_vocabulary(str(folder), len(tokenizer), vocabulary)
+        tokenizer.padding_side = "left"
+        # A repetition penalty also counts padding. The end of a turn is in every question, so
+        # padding with it changes nothing; the usual padding token would.
+        tokenizer.pad_token = tokenizer.eos_token
+        # The checkpoint's own settings, but greedy and of bounded length.
+        self.network.generation_config.update(
             do_sample=False,
             num_beams=1,
             temperature=None,
             top_p=None,
             top_k=None,
             max_length=None,
-            max_new_tokens=max_answer_tokens,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
+            max_new_tokens=config.max_answer_tokens,
+            pad_token_id=tokenizer.pad_token_id,
         )
-        return generation
+        self._lock = threading.Lock()
 
     def prepare(self, images: Sequence[Tensor], questions: Sequence[str]) -> BatchFeature:
         """See :meth:`Backend.prepare`."""
-        for question in questions:
-            for token in self._control:
-                if token in question:
-                    raise UserError(
-                        f"reward unified_reward: the control token {token} stands in a question "
-                        f"({excerpt(question)!r}); remove it from the prompt"
-                    )
-        pictures = [Image.fromarray(image.numpy()) for image in images]
+        chats = []
+        for image, question in zip(images, questions, strict=True):
+            picture = {"type": "image", "image": Image.fromarray(image.numpy())}
+            content = [picture, {"type": "text", "text": question}]
+            chats.append([{"role": "user", "content": content}])
         # A fast tokenizer keeps the last call's options in itself: one call at a time.
         with self._lock:
-            texts = [self._chat(question) for question in questions]
-            return self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-
-    def _chat(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        chat: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return chat
+            return self.processor.apply_chat_template(
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                sanitize_control_tokens=True,  # a prompt may hold text such as <|image_pad|>
+                processor_kwargs={"padding": True},
+            )
 
     @torch.no_grad()
     def ask(self, inputs: BatchFeature) -> list[str]:
         """See :meth:`Backend.ask`."""
         try:
-            tokens = self.network.generate(
-                **inputs.to(self.device), generation_config=self._generation
-            )
+            tokens = self.network.generate(**inputs.to(self.device))
         except torch.OutOfMemoryError:
             raise UserError(
                 f"reward unified_reward: {self.device} ran out of memory while it answered "
                 f"{len(inputs['input_ids'])} questions; lower the reward's batch_size"
             ) from None
         answers: list[str] = self.processor.batch_decode(
-            tokens[:, inputs["input_ids"].shape[1] :].cpu(),
+            tokens[:, inputs["input_ids"].shape[1] :],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
@@ -140,14 +126,14 @@ class LocalModel:
 
 
 def _load_network(folder: Path, dtype: str) -> Any:
-    found = read_json(folder / "config.json").get("model_type")
-    if found != MODEL_TYPE:
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UserError(
-            f"{folder}: its model_type is {found!r}, but only {MODEL_TYPE!r} runs in this "
-            "process; serve it with vLLM and set question.server"
+            f"{folder}: transformers knows no vision-language model of model_type {model_type!r}; "
+            "serve it with vLLM and set question.server"
         )
     try:
-        network, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        network, report = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
@@ -157,8 +143,7 @@ def _load_network(folder: Path, dtype: str) -> Any:
         line = " ".join(str(error).split())
         raise UserError(f"{folder}: cannot be loaded ({line[:300]}); fetch it again") from None
     # transformers would go on with random weights in place of the missing ones.
-    mismatched = [name for name, *_ in report["mismatched_keys"]]
-    missing = sorted([*report["missing_keys"], *mismatched])
+    missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if missing:
         raise UserError(
             f"{folder}: not the weights of its configuration: {missing[0]!r} is missing or has "
