@@ -178,6 +178,7 @@ def test_mistakes_are_one_line(
     options = ["--profile", "mini", "--output", tmp_path / "out", "--rewards"]
     for arguments, message in (
         ([tmp_path / "nowhere", *options, "hps"], "no such folder of images or manifest"),
+        (["nowhere", "--profile", "mini"], "no such folder of images or manifest"),
         ([gallery, *options, "hsp"], "did you mean 'hps'"),
         ([gallery, *options, "hps"], "--prompts"),
     ):
@@ -185,6 +186,7 @@ def test_mistakes_are_one_line(
         assert code == 2
         assert errors.strip().splitlines()[-1].startswith("error: ")
         assert message in errors
+    assert not list(Path().glob("nowhere*"))
     broken = tmp_path / "gallery"
     broken.mkdir()
     for name in ("one", "two"):
@@ -207,6 +209,18 @@ def test_mistakes_are_one_line(
             monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", *changes
         )
         assert code == 2, changes
+        assert message in errors.strip().splitlines()[-1]
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")).mkdir()
+    (tmp_path / "other").mkdir()
+    pd.DataFrame({"reward": ["hps"], "score": [0.5]}).to_parquet(tmp_path / "other/scores.parquet")
+    for output, message in (
+        (os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/out"), "its path is not UTF-8"),
+        (tmp_path / "other", "not written by `g2rpo score`; choose another --output"),
+    ):
+        code, _, errors = run_here(
+            monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", "--output", output
+        )
+        assert code == 2
         assert message in errors.strip().splitlines()[-1]
     code, _, errors = run_here(monkeypatch, capsys, "table1", "base", "--rewards", "hps")
     assert code == 2
