@@ -168,12 +168,13 @@ def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], li
     old = pd.read_parquet(path)
     old = old[~old["reward"].isin(scores["reward"].unique())]
     what = ["id", "prompt", "image_sha256"]
-    now = scores[what].drop_duplicates()
+    about = list(COLUMNS[: COLUMNS.index("reward")])  # groups and styles may be others by now
+    now = scores[about].drop_duplicates("id")
     kept, left_out = [], []
     for reward, rows in old.groupby("reward", sort=False):
-        same = len(rows) == len(now) and len(rows.merge(now, on=what)) == len(now)
-        if same:
-            kept.append(rows)
+        found = now.merge(rows[[*what, *COLUMNS[len(about) :]]], on=what)
+        if len(rows) == len(now) == len(found):
+            kept.append(found)
         else:
             left_out.append(str(reward))
     return kept, left_out
