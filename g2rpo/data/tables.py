@@ -310,4 +310,7 @@ def _of_entries(
             raise UserError(f"{path}, {place}: two keys differ in case or spaces alone")
         columns |= dict.fromkeys(values)
         rows.append(Row(place, values))
-    return Table(path, tuple(columns), rows, path.suffix.lower().removeprefix("."))
+    form = path.suffix.lower().removeprefix(".")
+    if form in ("yaml", "yml"):
+        form += "; text with ': ' in it needs quotes"
+    return Table(path, tuple(columns), rows, form)

@@ -83,7 +83,8 @@ def _describe(path: Path) -> None:
     found = summarise(path)
     typer.echo(
         visible(
-            f"{path}: {found.prompts} prompts ({found.distinct} distinct), {found.words} words, "
+            f"{path}: {found.prompts} prompt{'s' * (found.prompts != 1)} "
+            f"({found.distinct} distinct), {found.words} words, "
             f"{found.bytes} bytes, SHA-256 {found.sha256}"
         )
     )

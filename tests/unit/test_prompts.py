@@ -259,7 +259,7 @@ def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
         ("a.yaml", "q1: a\nq1: b\n", "key 'q1' is there twice"),
         ("a.yaml", "[" * 100_000, "not valid YAML"),
         ("a.yaml", "- a\n- [b\n", "not valid YAML: .*line 2|not valid YAML: .*line 3"),
-        ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat'"),
+        ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat' .*quotes"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: no 'prompt'; found 'text'"),
         ("a.csv", "prompt,caption\na,b\n", "line 2: .*'prompt' and 'caption' differ"),
         ("a.csv", "promt,id\na,b\n", "unknown column 'promt'; did you mean 'prompt'"),
