@@ -161,6 +161,8 @@ def score(
     if rewards is not None and not names:
         raise UserError("--rewards names none; leave it out to score with all of the profile")
     configs = judging.chosen_rewards(chosen, names, parse_overrides(overrides or []), batch_size)
+    if not source:  # as of a shell variable that is not set
+        raise UserError("the source is empty; name a folder of images or a manifest")
     path = Path(source)
     request = judging.Request(path, prompts, output or judging.default_output(path), skip_bad)
     judging.judge(request, configs)

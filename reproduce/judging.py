@@ -9,13 +9,15 @@ from typing import Any
 import pandas as pd
 import torch
 import typer
+from pyarrow import parquet
 
 from benchmarks.scoring import summary
-from benchmarks.scoring.engine import Ranks, Scorer
+from benchmarks.scoring.engine import COLUMNS, Ranks, Scorer
 from benchmarks.scoring.items import Source, first_of, read_source, refuse_bad
 from g2rpo.checksums import FILES, problems
 from g2rpo.config import content_hash, merge, nearest, validate
 from g2rpo.data.prompts import read_prompt_set
+from g2rpo.data.tables import is_unicode
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, atomic_write_text, sha256_file
 from g2rpo.rewards.base import RewardConfig
@@ -95,9 +97,9 @@ def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
         UserError: something cannot be scored, in one line; what is scored is kept.
     """
     ranks = Ranks.launched()
+    source = _read(request, ranks)
     if ranks.main:
         _check_writable(request.output)
-    source = _read(request, ranks)
     scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = f"cuda:{ranks.local % count}" if count else "cpu"
@@ -127,13 +129,15 @@ def _read(request: Request, ranks: Ranks) -> Source:
     if known is not None and known.note:
         source.notes.append(known.note)
     for note in source.notes if ranks.main else ():
-        typer.echo(note)
+        typer.echo(visible(note))
     refuse_bad(source, request.skip_bad)
     return source
 
 
 def _check_writable(output: Path) -> None:
     """Before anything is loaded: whether the results can be written."""
+    if not is_unicode(str(output.absolute())):  # which Parquet cannot write to
+        raise UserError(f"{output}: its path is not UTF-8; choose another --output")
     try:
         (output / "journal").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -145,6 +149,16 @@ def _check_writable(output: Path) -> None:
     for name in ("scores.parquet", "summary.csv", "skipped.csv", "manifest.json"):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: a folder is in the way; choose another --output")
+    scores = output / "scores.parquet"
+    if scores.is_file() and not set(COLUMNS) <= set(_columns(scores)):
+        raise UserError(f"{scores}: not written by `g2rpo score`; choose another --output")
+
+
+def _columns(scores: Path) -> list[str]:
+    try:
+        return list(parquet.read_schema(scores).names)
+    except (OSError, ValueError):
+        raise UserError(f"{scores}: cannot be read; delete it and score again") from None
 
 
 def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str]]:
@@ -161,12 +175,13 @@ def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], li
         raise UserError(f"{path}: cannot be read; delete it and score again") from None
     old = old[~old["reward"].isin(scores["reward"].unique())]
     what = ["id", "prompt", "image_sha256"]
-    now = scores[what].drop_duplicates()
+    about = list(COLUMNS[: COLUMNS.index("reward")])  # groups and styles may be others by now
+    now = scores[about].drop_duplicates("id")
     kept, left_out = [], []
     for reward, rows in old.groupby("reward", sort=False):
-        same = len(rows) == len(now) and len(rows.merge(now, on=what)) == len(now)
-        if same:
-            kept.append(rows)
+        found = now.merge(rows[[*what, *COLUMNS[len(about) :]]], on=what)
+        if len(rows) == len(now) == len(found):
+            kept.append(found)
         else:
             left_out.append(str(reward))
     return kept, left_out

@@ -7,7 +7,8 @@ images find their prompts
 
 - in a prompt set, by the name of the file: ``<prompt id>.png``, or ``<prompt id>_<anything>.png``
   for several images of one prompt;
-- in the ``manifest.csv``, ``manifest.jsonl`` or ``metadata.jsonl`` (``file_name``, ``text``) in it;
+- in the table called ``manifest`` or ``metadata`` in it, e.g. ``metadata.jsonl`` (``file_name``,
+  ``text``);
 - beside them, in ``<name>.txt`` or ``<name>.png.txt``.
 
 Every image, every row, and every prompt or caption without an image is either an item or named with
@@ -20,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from unicodedata import normalize
 
@@ -37,7 +39,12 @@ from g2rpo.data.tables import (
 )
 from g2rpo.errors import UserError
 
-MANIFESTS = ("manifest.csv", "manifest.jsonl", "metadata.jsonl")
+MANIFESTS = frozenset(
+    f"{stem}{suffix}"
+    for stem in ("manifest", "metadata")
+    for suffix in (".csv", ".tsv", ".jsonl", ".ndjson")  # a manifest.json says how images were made
+)
+"""Names, in lower case, of the table in a folder that lists its images."""
 UNSUPPORTED = frozenset({".heic", ".heif", ".jxl"})
 """Names of images that Pillow does not read."""
 NO_IMAGES = frozenset({".txt", *UNSUPPORTED})
@@ -124,7 +131,7 @@ def _undecoded() -> str:
     encoding = sys.getfilesystemencoding()
     if encoding.lower() != "utf-8":
         return f"the locale reads file names as {encoding}; set LC_ALL=C.UTF-8"
-    return "its file name is not UTF-8; rename it"
+    return "its path is not UTF-8; rename the file or folder"
 
 
 def read_source(
@@ -149,13 +156,16 @@ def read_source(
     else:
         source, _ = _read_manifest(path)
     if not source.found:
-        raise UserError(f"{path}: no images to score ({', '.join(sorted(image_suffixes()))})")
-    return _without_duplicates(source)
+        place = "in it or below" if path.is_dir() else "for it has no rows"
+        raise UserError(f"{path}: no images to score {place}")
+    return _without_ambiguous(source)
 
 
 def _read_folder(folder: Path, prompts: Sequence[Prompt] | None, *, every_prompt: bool) -> Source:
     listing = list_files(folder)
-    manifests = [folder / name for name in MANIFESTS if (folder / name).is_file()]
+    manifests = [
+        path for path in listing.files if path.parent == folder and path.name.lower() in MANIFESTS
+    ]
     if prompts is not None:
         source = _match(listing, prompts, every_prompt=every_prompt)
     elif len(manifests) > 1:
@@ -322,7 +332,8 @@ def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str])
     """Takes in one row of a manifest; gives the image that it names, where there is one."""
     record = {key: value for key, value in row.values.items() if value is not None}
     image, prompt = (record.get(column) for column in columns)
-    given, place = str(record.get("id", "")), f"{manifest.name}, {row.place}"
+    given, prompt_id, style = (str(record.get(name, "")).strip() for name in OTHER_COLUMNS)
+    place = f"{manifest.name}, {row.place}"
     if not isinstance(image, str) or not image.strip():
         source.refuse(given or row.place, f"{place}: no {columns[0]!r}")
         return []
@@ -331,9 +342,8 @@ def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str])
     if not isinstance(prompt, str):
         source.refuse(name, f"{place}: no {columns[1]!r}, or not a text")
         return [path] if _exists(path) else []
-    text, style = prompt.strip(), str(record.get("style", ""))
-    prompt_id = str(record.get("prompt_id", "")) or _same_prompt(text)
-    source.add(Item(name, path, text, prompt_id, style or None, image))
+    text = prompt.strip()
+    source.add(Item(name, path, text, prompt_id or _same_prompt(text), style or None, image))
     return [path] if _exists(path) else []
 
 
@@ -342,7 +352,9 @@ def _existing(folder: Path, image: str) -> Path:
     for text in (image, image.strip(), image.strip().replace("\\", "/")):
         if _exists(folder / text):
             return folder / text
-        spelt = {folder / normalize(form, text) for form in ("NFC", "NFD")}
+        # Folders and files may come from different systems.
+        forms = [{normalize(form, part) for form in ("NFC", "NFD")} for part in Path(text).parts]
+        spelt = {folder.joinpath(*parts) for parts in product(*forms)}
         there = [path for path in spelt if _exists(path)]
         if len(there) == 1:
             return there[0]
@@ -356,14 +368,29 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _without_duplicates(source: Source) -> Source:
-    """Which of several rows of one id is meant cannot be known: none of them is kept."""
+def _without_ambiguous(source: Source) -> Source:
+    """Without images that share an id, and without prompts that share a prompt_id.
+
+    Which of them is meant cannot be known: none is kept.
+    """
     counts = Counter(item.id for item in source.items) + Counter(name for name, _ in source.bad)
-    for item in source.items:
+    prompts = Counter(prompt_id for prompt_id, _ in {(i.prompt_id, i.prompt) for i in source.items})
+    items, source.items = source.items, []
+    for item in items:
         if counts[item.id] > 1:
-            reason = f"the id is there {counts[item.id]} times; give each row an id of its own"
-            source.bad.append((item.id, f"{reason} (here {item.name})"))
-    source.items = [item for item in source.items if counts[item.id] == 1]
+            reason = (
+                f"the id is there {counts[item.id]} times; rename the image, or give each row of "
+                f"a manifest an id of its own (here {item.name})"
+            )
+        elif prompts[item.prompt_id] > 1:
+            reason = (
+                f"the prompt_id {item.prompt_id!r} stands for {prompts[item.prompt_id]} prompts; "
+                "give each its own, or leave the column out"
+            )
+        else:
+            source.items.append(item)
+            continue
+        source.bad.append((item.id, reason))
     return source
 
 

@@ -105,8 +105,8 @@ def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: 
             shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
             console.print(
                 literal(
-                    f"{reward} reads only the beginning of {len(ids)} prompts, which are too long "
-                    f"for it: {shown}"
+                    f"{reward} reads only the beginning of prompts that are too long for it "
+                    f"({len(ids)}): {shown}"
                 )
             )
 

@@ -142,7 +142,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         UserError: the rule refuses this kind of image.
     """
-    image.seek(0)
     raw = _raw_mode(image)
     reason = _refused(image, raw)
     if reason is not None:

@@ -85,8 +85,8 @@ def read_prompt_set(path: Path) -> PromptSet:
             note = f"{path.name}: prompts are read from {column!r}{others}"
     else:
         raise UserError(
-            f"{path}: its suffix must say how it is written, and {suffix or 'none'} does not; name "
-            f"it .txt (one prompt per line), {', '.join(SUFFIXES)}"
+            f"{path}: the suffix of a prompt list says its format, and {suffix or 'none'} is not "
+            f"one; rename it to .txt (one prompt per line), {', '.join(SUFFIXES)}"
         )
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
@@ -154,7 +154,7 @@ def _prompt(path: Path, row: Row, column: str, number: int) -> Prompt:
     for key in (column, "id", "style"):
         absent = key not in values or (values[key] is None and key == "style")
         if not absent and not isinstance(values[key], str):
-            raise UserError(f"{place}: {key} must be a string")
+            raise UserError(f"{place}: {key} must be a string; write it in quotes")
     if values and column not in values:
         raise UserError(f"{place}: no {column!r}; found {', '.join(map(repr, values))}")
     text = values.get(column, "").strip()

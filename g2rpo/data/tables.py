@@ -114,7 +114,7 @@ def _guess(data: bytes) -> str:
         data.decode("cp1252")
     except UnicodeDecodeError:
         return ""
-    return " (it looks like Windows-1252 or Latin-1)"
+    return " (it may be Windows-1252 or Latin-1)"
 
 
 def is_unicode(text: str) -> bool:
@@ -170,7 +170,7 @@ def _separated(path: Path, text: str, known: Collection[str]) -> Table:
     if 0 < text.count("\r\r\n") == text.count("\n"):  # written twice as Windows text
         text = text.replace("\r\r\n", "\n")
     marks = "\t,;|" if path.suffix.lower() == ".tsv" else ",;\t|"
-    head = re.split(r"[\r\n]", text, maxsplit=1)[0]
+    head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
 
     def names_known(mark: str) -> int:
         return len({_name(cell.strip(' "')) for cell in head.split(mark)} & set(known))
@@ -178,14 +178,18 @@ def _separated(path: Path, text: str, known: Collection[str]) -> Table:
     told = re.fullmatch(r"sep=(.)", head.rstrip(), re.IGNORECASE)  # for spreadsheets
     mark = told[1] if told else max(marks, key=names_known)  # the first of several
     lines = _cells(path, text, mark)
+    filled = (cells for _, cells in lines if any(cell.strip() for cell in cells))
     if told:
-        next(lines)
-    columns = [_name(cell) for cell in next(lines, (1, []))[1]]
+        next(filled)
+    columns = [_name(cell) for cell in next(filled, [])]
     while columns and not columns[-1]:
         columns.pop()
     twice = [name for name in columns if name and columns.count(name) > 1]
     if twice:
         raise UserError(f"{path}, line 1: a column is there twice: {twice[0]!r}")
+    form = f"separated by {mark!r}"
+    if not set(columns) & set(known):  # no header, which is worse than any of its rows
+        return Table(path, tuple(filter(None, columns)), [], form)
     rows = []
     for line, given in lines:
         # Spreadsheets also write separators behind the last column, and rows of nothing else.
@@ -194,20 +198,20 @@ def _separated(path: Path, text: str, known: Collection[str]) -> Table:
         if not any(cell.strip() for cell in cells):
             cells = [""] * len(columns)
         if len(cells) != len(columns):
-            raise UserError(
-                f"{path}, line {line}: {len(cells)} values where the header has {len(columns)}; "
-                "put texts with a separator in double quotes"
-            )
+            hint = f"; put text that has {mark!r} in it in double quotes" if more else ""
+            counts = f"{len(cells)} values where the header has {len(columns)}"
+            raise UserError(f"{path}, line {line}: {counts}{hint}")
         values = dict(zip(columns, cells, strict=True))
         values.pop("", None)  # an index without a name
         rows.append(Row(f"line {line}", values))
-    return Table(path, tuple(filter(None, columns)), rows, f"separated by {mark!r}")
+    return Table(path, tuple(filter(None, columns)), rows, form)
 
 
 def _cells(path: Path, text: str, mark: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each row with the number of its last line."""
     lines = re.split(r"\r\n|\r|\n", re.sub(r"[\r\n]+$", "", text))
-    if mark in lines[0] and mark == "\t" and len({line.count(mark) for line in lines}) == 1:
+    counts = {line.count(mark) for line in lines if line.strip()}
+    if mark == "\t" and len(counts) == 1 and counts != {0}:
         # Published lists do not quote: a quotation mark is a part of the text, unless it stands
         # around all of it.
         for number, line in enumerate(lines, start=1):
@@ -244,7 +248,9 @@ def _json_value(path: Path, text: str, line: int | None = None) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         place = place or f", line {error.lineno}"
-        hint = "; an object per line is .jsonl" if error.msg == "Extra data" else ""
+        hint = "; each line must be one whole object"
+        if line is None:
+            hint = "; an object per line is .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{path}{place}: not valid JSON ({error.msg}{hint})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}{place}: not valid JSON ({error})") from None
@@ -286,7 +292,8 @@ def _document(path: Path, value: Any, bare: str | None) -> Table:
             for key, entry in value.items()
         ]
     else:
-        raise UserError(f"{path}: expected a list of rows, found {type(value).__name__}")
+        found = {dict: "an object", str: "text", type(None): "nothing"}.get(type(value), "a number")
+        raise UserError(f"{path}: expected a list of rows, found {found}")
     return _of_entries(path, places, beside, bare)
 
 
@@ -303,4 +310,7 @@ def _of_entries(
             raise UserError(f"{path}, {place}: two keys differ in case or spaces alone")
         columns |= dict.fromkeys(values)
         rows.append(Row(place, values))
-    return Table(path, tuple(columns), rows, path.suffix.lower().removeprefix("."))
+    form = path.suffix.lower().removeprefix(".")
+    if form in ("yaml", "yml"):
+        form += "; text with ': ' in it needs quotes"
+    return Table(path, tuple(columns), rows, form)

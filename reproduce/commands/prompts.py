@@ -82,8 +82,11 @@ def _describe(path: Path) -> None:
 
     found = summarise(path)
     typer.echo(
-        f"{path}: {found.prompts} prompts ({found.distinct} distinct), {found.words} words, "
-        f"{found.bytes} bytes, SHA-256 {found.sha256}"
+        visible(
+            f"{path}: {found.prompts} prompt{'s' * (found.prompts != 1)} "
+            f"({found.distinct} distinct), {found.words} words, "
+            f"{found.bytes} bytes, SHA-256 {found.sha256}"
+        )
     )
 
 
@@ -103,7 +106,7 @@ def check(
     for path, found in ((train, first), (test, second)):
         _describe(path)
         if found.note:
-            typer.echo(found.note)
+            typer.echo(visible(found.note))
     shared = overlap(first.prompts, second.prompts)
     typer.echo(
         f"in both: {len(shared.exact)} prompts exactly, {len(shared.normalised)} without case, "

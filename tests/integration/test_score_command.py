@@ -68,7 +68,12 @@ def run_here(
     return int(ended.value.code or 0), streams.out, streams.err
 
 
-def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Path) -> None:
+def test_a_folder_is_scored_as_its_rewards_score_it(
+    gallery: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     options = ["--prompts", gallery / "set.csv", "--profile", "mini", "--output", tmp_path / "out"]
     done = run(gallery, *options, "--rewards", "hps,attributes", ranks=2)
     assert done.returncode == 0, done.stderr
@@ -105,6 +110,15 @@ def test_a_folder_is_scored_as_its_rewards_score_it(gallery: Path, tmp_path: Pat
         )
         pd.testing.assert_frame_equal(one, two)
     assert (again["reward"] == "clip").sum() == 40
+    # Styles that were changed meanwhile are those of all rewards.
+    changed = pd.read_csv(gallery / "set.csv").assign(style="one")
+    changed.to_csv(tmp_path / "changed.csv", index=False)
+    options[1] = tmp_path / "changed.csv"
+    code, _, errors = run_here(monkeypatch, capsys, gallery, *options, "--rewards", "hps")
+    assert code == 0, errors
+    again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    assert set(again["reward"]) == {"hps", "clip", "attributes"}
+    assert set(again["style"]) == {"one"}
 
 
 @pytest.mark.parametrize("width", [20, 200])
@@ -178,6 +192,8 @@ def test_mistakes_are_one_line(
     options = ["--profile", "mini", "--output", tmp_path / "out", "--rewards"]
     for arguments, message in (
         ([tmp_path / "nowhere", *options, "hps"], "no such folder of images or manifest"),
+        (["nowhere", "--profile", "mini"], "no such folder of images or manifest"),
+        (["", "--profile", "mini"], "the source is empty"),
         ([gallery, *options, "hsp"], "did you mean 'hps'"),
         ([gallery, *options, "hps"], "--prompts"),
     ):
@@ -185,6 +201,7 @@ def test_mistakes_are_one_line(
         assert code == 2
         assert errors.strip().splitlines()[-1].startswith("error: ")
         assert message in errors
+    assert not list(Path().glob("nowhere*"))
     broken = tmp_path / "gallery"
     broken.mkdir()
     for name in ("one", "two"):
@@ -207,6 +224,18 @@ def test_mistakes_are_one_line(
             monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", *changes
         )
         assert code == 2, changes
+        assert message in errors.strip().splitlines()[-1]
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")).mkdir()
+    (tmp_path / "other").mkdir()
+    pd.DataFrame({"reward": ["hps"], "score": [0.5]}).to_parquet(tmp_path / "other/scores.parquet")
+    for output, message in (
+        (os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/out"), "its path is not UTF-8"),
+        (tmp_path / "other", "not written by `g2rpo score`; choose another --output"),
+    ):
+        code, _, errors = run_here(
+            monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", "--output", output
+        )
+        assert code == 2
         assert message in errors.strip().splitlines()[-1]
     code, _, errors = run_here(monkeypatch, capsys, "table1", "base", "--rewards", "hps")
     assert code == 2

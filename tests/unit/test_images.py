@@ -98,6 +98,14 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     np.testing.assert_array_equal(loaded(tmp_path / "turned.png"), turned[orientation])
 
 
+def test_of_layers_their_composite_counts(tmp_path: Path) -> None:
+    height, width, _ = RGB.shape
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, height, width, 8, 3)
+    body = struct.pack(">IIIH", 0, 0, 0, 0) + RGB.transpose(2, 0, 1).tobytes()
+    (tmp_path / "flat.psd").write_bytes(head + body)
+    np.testing.assert_array_equal(loaded(tmp_path / "flat.psd"), RGB)
+
+
 def test_of_an_animation_the_first_frame_counts(tmp_path: Path) -> None:
     frames = [Image.fromarray(RGB).quantize(32), Image.fromarray(255 - RGB).quantize(32)]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])

@@ -188,6 +188,8 @@ def test_quotation_marks_of_a_published_tsv_are_text(tmp_path: Path) -> None:
     )
     found = [prompt.text for prompt in read_prompts(written(tmp_path, "a.tsv", text))]
     assert found == ['"Hi" on a sign', 'a 6" pipe', 'say "hi", all', '"two', 'lines"']
+    path = written(tmp_path, "b.tsv", '\nPrompt\tNote\n"Hi" on a sign\tx\n')
+    assert [prompt.text for prompt in read_prompts(path)] == ['"Hi" on a sign']
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
@@ -241,8 +243,8 @@ def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.md", "x", "and .md does not; name it .txt .*, .csv, .tsv, .json, "),
-        ("prompts", "x", "and none does not"),
+        ("a.md", "x", "and .md is not one; rename it to .txt .*, .csv, .tsv, .json, "),
+        ("prompts", "x", "and none is not one"),
         ("a.json", "{}", "no prompts|no column"),
         ("a.json", "[]", "no column 'prompt'"),
         ("a.json", '"a cat"', "expected a list of rows"),
@@ -257,7 +259,7 @@ def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
         ("a.yaml", "q1: a\nq1: b\n", "key 'q1' is there twice"),
         ("a.yaml", "[" * 100_000, "not valid YAML"),
         ("a.yaml", "- a\n- [b\n", "not valid YAML: .*line 2|not valid YAML: .*line 3"),
-        ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat'"),
+        ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat' .*quotes"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: no 'prompt'; found 'text'"),
         ("a.csv", "prompt,caption\na,b\n", "line 2: .*'prompt' and 'caption' differ"),
         ("a.csv", "promt,id\na,b\n", "unknown column 'promt'; did you mean 'prompt'"),

@@ -409,7 +409,7 @@ class TestSources:
         (folder / "p0.txt").write_bytes("é".encode("latin-1"))
         reasons = dict(read_source(folder).bad)
         assert reasons.keys() == {"p0", "p0_1", "p0_a", "sub/p1_x", "p1.HEIC"}
-        assert "p0.txt, line 1: not UTF-8 text (it looks like Windows-1252" in reasons["p0"]
+        assert "p0.txt, line 1: not UTF-8 text (it may be Windows-1252" in reasons["p0"]
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such folder"):

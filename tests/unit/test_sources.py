@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from PIL import Image
@@ -140,9 +141,11 @@ def test_names_match_in_either_normal_form(tmp_path: Path) -> None:
     assert read(tmp_path / "a")[0] == {f"{NFD}.png": "by caption"}
     picture(tmp_path / "b" / f"{NFD}_1.png")
     assert read(tmp_path / "b", [Prompt(NFC, "by id")])[0] == {f"{NFD}_1.png": "by id"}
-    picture(tmp_path / "c" / NFD / "0.png")
-    (tmp_path / "c" / "m.csv").write_text(f"image,prompt\n{NFC}/0.png,by path\n")
-    assert read(tmp_path / "c" / "m.csv")[0] == {f"{NFC}/0.png": "by path"}
+    for place, name in enumerate((f"{NFD}/0.png", f"{NFD}/{NFC}.png")):
+        picture(tmp_path / "c" / str(place) / name)
+        named = normalize("NFC", name)
+        (tmp_path / "c" / str(place) / "m.csv").write_text(f"image,prompt\n{named},by path\n")
+        assert read(tmp_path / "c" / str(place) / "m.csv")[0] == {named: "by path"}
     for name in (NFC, NFD):  # two files stay two
         captioned(tmp_path / "d" / f"{name}.png", f"{len(name)} characters")
     both = {f"{NFC}.png": "4 characters", f"{NFD}.png": "5 characters"}
@@ -155,7 +158,9 @@ def test_names_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     captioned(tmp_path / "x.png", "x")
     for suffix in (".png", ".txt"):
         (tmp_path / f"x{suffix}").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9") + suffix)
-    assert read(tmp_path)[1] == {r"'caf\udce9.png'": "its file name is not UTF-8; rename it"}
+    assert read(tmp_path)[1] == {
+        r"'caf\udce9.png'": "its path is not UTF-8; rename the file or folder"
+    }
     code = (
         "import sys; from pathlib import Path; from benchmarks.scoring.items import read_source; "
         "print(read_source(Path(sys.argv[1])).bad)"
@@ -208,6 +213,7 @@ def lines(*rows: dict[str, Any]) -> str:
         ("m.csv", "image,prompt\r\r\n0.png,a cat\r\r\n1.png,a dog\r\r\n"),
         ("m.csv", " Image ;PROMPT;\n0.png;a cat;\n1.png;a dog;\n;;\n"),
         ("m.csv", "image\tprompt\n0.png\ta cat\n1.png\ta dog\n"),
+        ("m.csv", "\n\nimage;prompt\n0.png;a cat\n1.png;a dog\n"),
         ("m.csv", "image\tprompt\n0.png\ta cat\n1.png\ta dog\n".encode("utf-16")),
         ("m.csv", "image,prompt\n0.png,a cat\n1.png,a dog\n".encode("utf-8-sig")),
         ("m.csv", 'image, prompt\n0.png, "a cat"\n\n1.png, a dog\n'),
@@ -257,6 +263,11 @@ def test_manifests_as_programs_write_them(tmp_path: Path, name: str, text: str |
         ("m.json", '{"image": "0.png", "prompt": "a"}', "expected a list of rows"),
         ("m.json", lines({"image": "0.png"}, {"image": "1.png"}), "line 2: .*per line is .jsonl"),
         ("m.txt", "0.png a cat", r"\.csv or \.jsonl"),
+        ("m.csv", "# my images\nimage,prompt\n0.png,a\n", "no column 'image'; found '# my images'"),
+        ("m.csv", "0.png,a cat, asleep\n1.png,a dog\n", "no column 'image'; found '0.png'"),
+        ("m.csv", "image,prompt\n\n", "no images to score for it has no rows"),
+        ("m.jsonl", '{"image": "0.png", "prompt": "a"},\n', "line 1: .*must be one whole object"),
+        ("m.json", "null", "expected a list of rows, found nothing"),
     ],
 )
 def test_manifests_that_could_mean_several_things_are_refused(
@@ -286,6 +297,27 @@ def test_rows_that_no_file_can_stand_for_are_bad(tmp_path: Path) -> None:
     reasons = dict(source.bad)
     assert "File name too long" in reasons[long] and reasons[folder].startswith("not a file")
     assert source.found == 4 == len(source.items) + len(source.bad)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Manifest.TSV", "manifest.ndjson"])
+def test_the_table_in_a_folder_is_found(tmp_path: Path, name: str) -> None:
+    text = "file_name\ttext\n0.png\ta cat\n1.png\ta dog\n"
+    if name.endswith("json"):
+        text = lines(
+            {"file_name": "0.png", "text": "a cat"}, {"file_name": "1.png", "text": "a dog"}
+        )
+    manifest(tmp_path, name, text)
+    (tmp_path / "manifest.json").write_text('{"stage": "sample"}')
+    assert read(tmp_path) == ({"0.png": "a cat", "1.png": "a dog"}, {})
+
+
+def test_a_prompt_id_stands_for_one_prompt(tmp_path: Path) -> None:
+    text = "image,prompt,prompt_id,id\n0.png,a cat,7,a\n1.png,a dog,7 ,b\n0.png,a cat,8,c\n"
+    path = manifest(tmp_path, "m.csv", text)
+    found, bad = read(path)
+    assert found == {"0.png": "a cat"}
+    assert bad.keys() == {"a", "b"}
+    assert bad["a"].startswith("the prompt_id '7' stands for 2 prompts; give each its own")
 
 
 def test_two_manifests_in_a_folder_are_refused(tmp_path: Path) -> None:
