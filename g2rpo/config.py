@@ -176,6 +176,11 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         names = _field_names(model, location, data)
+        inner = [
+            f"{outer}.{key}" for outer in names if key in _field_names(model, (outer, key), data)
+        ]
+        if inner and len(location) == 1:
+            return f"unknown key {key!r}; did you mean {' or '.join(sorted(map(repr, inner)))}?"
         return f"unknown key {key!r}; " + nearest(str(location[-1]), names)
     if first["type"] == "missing":
         return f"missing key {key!r}"
