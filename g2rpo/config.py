@@ -176,12 +176,17 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         names = _field_names(model, location, data)
+        inner = [
+            f"{outer}.{key}" for outer in names if key in _field_names(model, (outer, key), data)
+        ]
+        if inner and len(location) == 1:
+            return f"unknown key {key!r}; did you mean {' or '.join(sorted(map(repr, inner)))}?"
         return f"unknown key {key!r}; " + nearest(str(location[-1]), names)
     if first["type"] == "missing":
         return f"missing key {key!r}"
     errors, peers = error.errors(include_url=False), [first]
     found = first.get("input")
-    if location and found is not None and _at(data, location[:-1]) is found:
+    if location and _at(data, location[:-1]) is found:
         # Of several types that are allowed here, each has its own error, and its name in its place.
         key = ".".join(str(part) for part in location[:-1])
         peers = [each for each in errors if each["loc"][:-1] == location[:-1]]
@@ -190,7 +195,9 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     more = len(errors) - len(peers)
     rest = f" (and {more} more)" if more else ""
     shown = ""
-    if isinstance(found, (str, int, float, bool)):
+    if found is None:
+        shown = " (found null)"
+    elif isinstance(found, (str, int, float, bool)):
         shown = f" (found {found!r}{_way_out(first['type'], found)})"
     if not key or message.startswith((f"{key}.", f"{key}:")):
         return f"{message}{rest}"
@@ -230,7 +237,9 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         key, separator, text = assignment.partition("=")
         parts = key.strip().split(".")
         if not separator or not all(parts):
-            raise UserError(f"override {assignment!r}: expected key=value, e.g. training.seed=1")
+            raise UserError(
+                f"override {assignment!r}: expected key=value, e.g. optimization.iterations=10"
+            )
         try:
             value = parse_yaml(text)
         except ValueError as error:

@@ -107,7 +107,8 @@ def parse_yaml(text: str, *, as_text: bool = False) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        where = str(error).replace('in "<unicode string>", ', "in ")
+        raise ValueError(" ".join(where.split())) from None
 
 
 def dump_yaml(value: Any) -> str:

@@ -70,6 +70,8 @@ class Container(StrictModel):
     def _has_an_image(self) -> Self:
         if self.kind != "none" and self.image is None:
             raise ValueError(f"image: name the image that {self.kind} is to run")
+        if self.kind == "none" and self.image is not None:
+            raise ValueError("an image needs a kind: apptainer, pyxis or podman")
         return self
 
 
@@ -131,7 +133,7 @@ class Cluster(StrictModel):
         if len(names) < len(self.extra):
             raise ValueError("extra: a flag is there twice, with dashes and with underscores")
         for name, value in self.extra.items():
-            if not re.fullmatch("[a-z][a-z0-9_-]*", name):
+            if not re.fullmatch("[a-z][a-z0-9_-]+", name):
                 raise ValueError(
                     f"extra: {name!r}: write a flag's long name without the dashes in front"
                 )

@@ -72,7 +72,7 @@ class RolloutConfig(StrictModel):
 class OptimizationConfig(StrictModel):
     """The optimiser, the objective and how an iteration is split into updates."""
 
-    iterations: int = Field(300, ge=1)
+    iterations: int = Field(300, ge=1, le=1_000_000_000)
     max_device_seconds: float | None = Field(None, gt=0)
     """Ends the run sooner: after the iteration in which the device-seconds of all ranks reach this.
     What it ends with depends on the machine; null leaves it to ``iterations``."""

@@ -64,6 +64,8 @@ class CellConfig(StrictModel):
             raise ValueError("the base (no method) takes neither train nor set nor budget")
         if self.method is not None and not self.train:
             raise ValueError("train is empty: name at least one reward")
+        if len(set(self.train)) < len(self.train):
+            raise ValueError("train names a reward twice")
         return self
 
 

@@ -301,11 +301,21 @@ def expand(
     seeds: Sequence[int],
     overrides: Mapping[str, Any] | None = None,
 ) -> list[ResolvedCell]:
-    """All cells of an experiment: what is not trained once, the others at each seed."""
+    """All cells of an experiment: what is not trained once, the others at each seed.
+
+    Raises:
+        UserError: a cell is wrong, or a column of the table shows no reward of the profile.
+    """
     base = [key for key, cell in experiment.cells.items() if cell.method is None]
     trained = [key for key, cell in experiment.cells.items() if cell.method is not None]
     resolver = Resolver(experiment, profile, overrides)
     resolved = [resolver.resolve(key, 0) for key in base]
     for seed in seeds:
         resolved += [resolver.resolve(key, seed) for key in trained]
+    for column in experiment.table.columns_for(profile.name):
+        if column.reward not in profile.rewards:
+            raise UserError(
+                f"{experiment.name}: table.columns shows {column.reward!r}, which is no reward of "
+                f"the profile {profile.name}; {nearest(column.reward, profile.rewards)}"
+            )
     return resolved

@@ -76,7 +76,9 @@ def test_an_unknown_key_names_the_nearest(data: Any, key: str, hint: str) -> Non
     [
         ({"needed": "many"}, ("needed", "integer", "'many'")),
         ({"needed": 1.5}, ("needed", "1.5")),
-        ({"needed": 1, "leaf": {"width": None}}, ("leaf.width", "integer")),
+        ({"needed": 1, "leaf": {"width": None}}, ("leaf.width", "integer (found null)")),
+        ({"needed": 1, "width": 2}, ("unknown key 'width'; did you mean ", "'leaf.width'")),
+        ({"needed": 1, "until": [1]}, ("until: ", "'profile' or ")),
         ({"needed": 1, "leaf": 3}, ("leaf", "3")),
         ({"needed": 1, "rate": float("nan")}, ("rate", "finite")),
         ({"needed": 1, "rate": float("inf")}, ("rate", "finite")),

@@ -290,6 +290,7 @@ def test_the_run_name_does_not_depend_on_where_the_files_lie(
     [
         ({"train": ["hps"]}, "base"),
         ({"method": "g2rpo"}, "train is empty"),
+        ({"method": "g2rpo", "train": ["hps", "hps"]}, "train names a reward twice"),
         ({"method": "g2rpo", "train": ["hps"], "sett": {}}, "'set'"),
     ],
 )
@@ -481,3 +482,12 @@ def test_released_settings_are_shortened_where_the_profile_says_so() -> None:
         assert short.rollout.group_size == own.rollout.group_size == group
         matched = trained(resolve(experiment, load_profile("mini"), f"matched/{method}", 1))
         assert matched.rollout.group_size == 8
+
+
+def test_a_column_without_a_reward_of_the_profile_is_refused_before_anything_runs() -> None:
+    experiment = load_experiment("table1")
+    column = experiment.table.columns[0].model_copy(update={"reward": "hsp"})
+    table = experiment.table.model_copy(update={"columns": (column,)})
+    wrong = experiment.model_copy(update={"table": table})
+    with pytest.raises(UserError, match="'hsp', which is no reward of the profile mini; did you"):
+        expand(wrong, load_profile("mini"), (1,))
