@@ -10,6 +10,7 @@ from g2rpo.config import StrictModel, merge, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.registry import REWARDS
 from g2rpo.training.config import TrainConfig
 from reproduce.counts import iterations_within, training_counts
 from reproduce.experiment.bundled import absolute
@@ -304,7 +305,8 @@ def expand(
     """All cells of an experiment: what is not trained once, the others at each seed.
 
     Raises:
-        UserError: a cell is wrong, or a column of the table shows no reward of the profile.
+        UserError: a cell is wrong, or a column of the table names no reward. One that the profile
+            leaves out is a column without values.
     """
     base = [key for key, cell in experiment.cells.items() if cell.method is None]
     trained = [key for key, cell in experiment.cells.items() if cell.method is not None]
@@ -313,7 +315,7 @@ def expand(
     for seed in seeds:
         resolved += [resolver.resolve(key, seed) for key in trained]
     for column in experiment.table.columns_for(profile.name):
-        if column.reward not in profile.rewards:
+        if column.reward not in {*profile.rewards, *REWARDS}:
             raise UserError(
                 f"{experiment.name}: table.columns shows {column.reward!r}, which is no reward of "
                 f"the profile {profile.name}; {nearest(column.reward, profile.rewards)}"
