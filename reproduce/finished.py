@@ -3,6 +3,7 @@
 Nothing here imports a model library: plans and states are asked for on login nodes.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,16 @@ def is_sampled(cell: ResolvedCell, layout: Layout, share: Share = WHOLE) -> bool
     """Whether the held-out images of ``share`` are there, or were and have been scored."""
     folder = layout.evaluation(cell)
     # Once scored, most images are deleted on purpose.
-    return is_scored(cell, layout, share) or sampled_files(folder, share) is not None
+    if is_scored(cell, layout, share) or sampled_files(folder, share) is not None:
+        return True
+    # All of them may have been sampled in another number of shares.
+    names = (path.name for path in sampled_path(folder, share).parent.glob("*-images.json"))
+    found = (re.fullmatch(r"\d+-of-0*([1-9]\d*)-images\.json", name) for name in names)
+    counts = {int(match[1]) for match in found if match}
+    return any(
+        all(sampled_files(folder, Share(index, count)) is not None for index in range(count))
+        for count in counts
+    )
 
 
 def sampled_files(folder: Path, share: Share) -> dict[str, Any] | None:
