@@ -71,8 +71,10 @@ mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one 
 smoke: $(READY) ## the whole path on tiny random models, two minutes at most
 	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile smoke $(CHOICES)
 
-test: $(READY) ## run all tests, in two processes
-	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile
+# In the order of their folders: by xdist's own, files with few but slow tests are left for the end.
+test: $(READY) ## run all tests, in two processes, and list the slowest
+	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+		--durations 20
 
 test-slurm: $(READY) ## the tests on a real SLURM cluster, in about ten minutes (root and Debian)
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and not facts'
