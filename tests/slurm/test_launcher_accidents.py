@@ -24,7 +24,7 @@ def test_survivor_of_a_crashed_slurmd_publishes_nothing(
     job = place.job(TRAIN)
     place.wait_iteration(TRAIN, 1)
     node = cluster.fields(job)["NodeList"]
-    survivors = [each for each in cluster.processes(job, node) if "_submit" in each.cmdline()[-2]]
+    survivors = [each for each in cluster.processes(job, node) if "slurm.job" in each.cmdline()]
     assert survivors
     cluster.kill_slurmd(node)
     place.wait_iteration(TRAIN, 2)
