@@ -229,9 +229,10 @@ class Workplace:
         return any(self.runs.glob("g2rpo-*/manifest.json"))
 
     def weights(self) -> bytes:
-        """The trained weights of the one training there is."""
-        (path,) = self.runs.glob("g2rpo-*/checkpoints/iteration-*/transformer/*.safetensors")
-        return path.read_bytes()
+        """The trained weights of the one training there is: its newest checkpoint's."""
+        (run,) = self.runs.glob("g2rpo-*")
+        newest = max(run.glob("checkpoints/iteration-*"))
+        return next(newest.glob("transformer/*.safetensors")).read_bytes()
 
     def held(self, start: str) -> None:
         """Lets the one held job of a stage run."""
