@@ -90,8 +90,8 @@ def read_status(
 
     Args:
         submission: the submission; its stages may be done by jobs of another one.
-        trouble: is told in one line that SLURM does not answer; then the states are what the run
-            folders say. None raises that.
+        trouble: called with one line when SLURM does not answer; the states are then those of the
+            run folders. None raises the error instead.
 
     Raises:
         UserError: the submission cannot be read, or SLURM does not answer.
