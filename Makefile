@@ -202,10 +202,10 @@ bench-speed: $(READY) ## a whole iteration the released way and ours (FLUX's siz
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.iteration
 
 bench-numerics: $(READY) ## how far the ratio is from 1 before an update, at FLUX's width and length (minutes)
-	$(OFFLINE) $(RUN)/python -m benchmarks.numerics
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.numerics
 
 bench-approximations: $(READY) ## what approximate continuations change on the mini world (about half an hour)
-	$(OFFLINE) $(RUN)/python -m benchmarks.approximations
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.approximations
 
 clean: ## remove caches and build products; .venv and results/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
 from g2rpo.flow.batching import BatchSize
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import SweepSettings, sweep
 from g2rpo.policy import Conditioning, FluxPolicy
@@ -74,7 +74,7 @@ def _walk(
     batch: int | BatchSize,
 ) -> Tensor:
     """Euler steps from ``start`` [P, tokens, channels] along ``grid``, which may be a stretch."""
-    forest = Forest(grid.steps)
+    forest = RolloutTree(grid.steps)
     forest.logged_images.append(
         forest.follow(forest.initial(sample=0), tuple(range(1, grid.steps)))
     )

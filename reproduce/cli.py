@@ -23,7 +23,7 @@ from reproduce.commands.options import (
 
 if TYPE_CHECKING:
     from reproduce.experiment import ResolvedCell
-    from reproduce.layout import Layout
+    from reproduce.experiment.layout import Layout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +43,7 @@ def _cell(
     experiment: str, key: str, profile: str, seed: int, overrides: list[str] | None
 ) -> "ResolvedCell":
     from reproduce import experiment as experiments
-    from reproduce.runner import build_assets, check_hardware
+    from reproduce.jobs.runner import build_assets, check_hardware
     from slurm.cluster import load_cluster
 
     chosen = experiments.load_profile(profile)
@@ -56,7 +56,7 @@ def _cell(
 
 def _perform(kind: str, cell: "ResolvedCell", results: Path) -> "Layout":
     """Does one stage of a cell under its lease, on the ranks that were launched."""
-    from reproduce.work import Work, finish, perform
+    from reproduce.stages.work import Work, finish, perform
     from slurm.distributed import join
 
     layout = layout_of(results)
@@ -152,8 +152,8 @@ def score(
         typer.echo(layout.evaluation(resolved) / "scores.parquet")
         return
     from reproduce import experiment as experiments
-    from reproduce import judging
-    from reproduce.runner import build_assets
+    from reproduce.jobs.runner import build_assets
+    from reproduce.stages import score_folder as judging
 
     chosen = experiments.load_profile(profile or "flux")
     build_assets(chosen)
@@ -178,10 +178,10 @@ def render(
     ] = False,
 ) -> None:
     """Write and print an experiment's table and figures from its finished cells."""
-    from benchmarks.cells import cells_folder, load_cells
+    from benchmarks.evaluation.results import cells_folder, load_cells
     from reproduce import experiment as experiments
     from reproduce.commands.render import render_credit
-    from reproduce.publish import publish as write_table
+    from reproduce.tables.publish import publish as write_table
 
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
@@ -221,8 +221,8 @@ def main() -> None:
 
     So is a file that cannot be read or written; other errors are bugs and keep their traceback.
     """
-    from reproduce import locales
-    from reproduce.quiet import quiet_libraries
+    from reproduce.commands import locales
+    from reproduce.commands.quiet import quiet_libraries
 
     locales.escape_output()
     try:

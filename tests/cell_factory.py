@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.cells import Cell, CellInfo, Cost, Protocol, Provenance
-from benchmarks.metrics import metric_frame
-from reproduce.render.spec import TableSpec
+from benchmarks.evaluation.metrics import metric_frame
+from benchmarks.evaluation.results import Cell, CellInfo, Cost, Protocol, Provenance
+from reproduce.tables.spec import TableSpec
 
 REWARDS = ("hps", "clip", "attributes")
 

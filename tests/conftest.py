@@ -19,7 +19,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def smoke_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of tiny random models and prompts that the smoke profile runs on."""
-    from benchmarks.tiny_models import build_tiny_models
+    from benchmarks.mini_world.tiny_models import build_tiny_models
 
     folder = tmp_path_factory.mktemp("assets") / "smoke"
     build_tiny_models(folder)

@@ -11,15 +11,15 @@ from cell_factory import make_cell, make_metrics, make_scores
 from command_line import small_profile_data
 from PIL import Image
 
-from benchmarks.cells import Cell, Provenance, cells_folder, save_cell
-from benchmarks.held_out import image_path
-from benchmarks.metrics import DISTANCE, DRIFT, VENDI
+from benchmarks.evaluation.held_out import image_path
+from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
+from benchmarks.evaluation.results import Cell, Provenance, cells_folder, save_cell
 from g2rpo.data.prompts import read_prompts
-from g2rpo.training.pictures import pictures_folder
+from g2rpo.training.previews import pictures_folder
 from reproduce.experiment import Profile, load_experiment, load_profile, resolve
-from reproduce.layout import Layout, protocol_hash
+from reproduce.experiment.layout import Layout, protocol_hash
 from reproduce.report.chapter import Chapter, load_chapter
-from reproduce.stages import held_out_prompts, picture_scores
+from reproduce.stages.cell_stages import held_out_prompts, picture_scores
 
 SEEDS = (1, 2, 3)
 ITERATIONS = 6

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from g2rpo.training.checkpoints import latest_checkpoint
+from g2rpo.training.checkpoint.checkpoints import latest_checkpoint
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer, load_train_config
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.mini_world.judge_data import CELL_CLASSES
+from benchmarks.mini_world.small_rewards import SmallDualEncoder, SmallImageReward
 from benchmarks.mini_world.world import GRAMMAR
-from benchmarks.small_rewards import SmallDualEncoder, SmallImageReward
 
 MAX_LOGIT_SCALE = 60.0
 FACTS_PER_UNIT = 8.0

@@ -28,8 +28,7 @@ from benchmarks.mini_world.judge_data import (
     to_pixels,
 )
 from benchmarks.mini_world.judge_losses import Batch, ContentHead, contrastive_loss, reward_loss
-from benchmarks.mini_world.tokenizers import words
-from benchmarks.small_rewards import (
+from benchmarks.mini_world.small_rewards import (
     PAD_ID,
     SmallCLIPScore,
     SmallDualEncoder,
@@ -39,6 +38,7 @@ from benchmarks.small_rewards import (
     SmallReward,
     normalise,
 )
+from benchmarks.mini_world.tokenizers import words
 from g2rpo.config import StrictModel
 from g2rpo.files import atomic_folder
 from g2rpo.progress import ProgressReport

@@ -83,7 +83,7 @@ class Bench:
     """The executions of one size."""
 
     def __init__(self, size: Size, models: Models, device: torch.device, folder: Path) -> None:
-        from reproduce.flux_size import flux_size
+        from reproduce.jobs.flux_size import flux_size
 
         self.size, self.models, self.device, self.folder = size, models, device, folder
         policy = size.config(models).policy
@@ -254,7 +254,7 @@ def largest_difference(first: Timing, second: Timing) -> float:
 
 
 def constants(ours: Timing) -> dict[str, float]:
-    """Seconds of each part of our execution, as ``reproduce/speeds.yaml`` has them."""
+    """Seconds of each part of our execution, as ``reproduce/jobs/speeds.yaml`` has them."""
     return {
         "evaluation": ours.seconds["rollout"] / ours.evaluations,
         "training_state": ours.seconds["training"] / ours.training_evaluations,
@@ -265,7 +265,7 @@ def constants(ours: Timing) -> dict[str, float]:
 
 def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """All executions of ``size``, the repeats in turn."""
-    from reproduce.runs import provenance
+    from reproduce.experiment.fingerprint import provenance
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -325,7 +325,7 @@ def main(
 
 
 if __name__ == "__main__":
-    from reproduce.quiet import quiet_libraries
+    from reproduce.commands.quiet import quiet_libraries
 
     quiet_libraries()
     try:

@@ -14,8 +14,7 @@ import open_clip
 import torch
 from transformers import BertTokenizer, CLIPConfig, CLIPModel
 
-from benchmarks.mini_world.tokenizers import words
-from benchmarks.small_rewards import (
+from benchmarks.mini_world.small_rewards import (
     PAD,
     UNKNOWN,
     liven,
@@ -23,6 +22,7 @@ from benchmarks.small_rewards import (
     save_transformers_clip,
     word_tokenizer,
 )
+from benchmarks.mini_world.tokenizers import words
 from g2rpo.files import write_json
 from g2rpo.rewards.hps import CHECKPOINTS
 from g2rpo.rewards.image_reward import (

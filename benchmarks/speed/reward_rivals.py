@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from benchmarks.packages import hpsv2_package, image_reward_package
 from benchmarks.speed import reward_files as files
+from benchmarks.speed.packages import hpsv2_package, image_reward_package
 from g2rpo.rewards.hps import CHECKPOINTS
 from g2rpo.rewards.image_reward import MED_CONFIG
 from g2rpo.rewards.open_clip_reward import WEIGHTS_FILES

@@ -15,9 +15,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
 from benchmarks.speed.reward_files import write_hps
-from benchmarks.tiny_models import build_tiny_models
 from g2rpo.config import validate
 from g2rpo.progress import without_library_bars
 from g2rpo.training.config import TrainConfig

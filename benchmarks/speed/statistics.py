@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.statistics import (
+from benchmarks.evaluation.statistics import (
     RESAMPLES,
     FloatArray,
     Kind,

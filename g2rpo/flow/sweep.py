@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from g2rpo.flow.batching import BatchSize, as_batch_size
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
 from g2rpo.flow.upload import indices, to_device
@@ -54,7 +54,7 @@ class Velocities:
 
     Attributes:
         exact: the policy's velocity.
-        continuations: in its place for all but ``Forest.exact``; None evaluates all exactly.
+        continuations: in its place for all but ``RolloutTree.exact``; None evaluates all exactly.
         gathered: entered around all evaluations of a node, e.g. to gather sharded weights once.
     """
 
@@ -128,7 +128,7 @@ class _Node:
 
 @torch.no_grad()
 def sweep(
-    forest: Forest,
+    forest: RolloutTree,
     grid: SigmaGrid,
     prompts: int,
     velocity: Velocity | Velocities,
@@ -158,7 +158,7 @@ def sweep(
 class _Walk:
     def __init__(
         self,
-        forest: Forest,
+        forest: RolloutTree,
         grid: SigmaGrid,
         prompts: int,
         velocities: Velocities,

@@ -11,7 +11,7 @@ from typing import Any, Self
 import g2rpo.methods
 from g2rpo.config import StrictModel, nearest
 from g2rpo.errors import UserError
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Method(StrictModel):
         """The SDE coefficient g at each of the T steps."""
         raise NotImplementedError
 
-    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """The rollout of one prompt in ``iteration`` (counted from 0)."""
         raise NotImplementedError
 
-    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
         """What :meth:`forest` depends on in ``iteration``: equal keys mean equal forests.
 
         By default every iteration has a forest of its own. It is for counting beforehand what a
@@ -92,20 +92,20 @@ class Method(StrictModel):
         return recorded
 
 
-def forest_key(method: Method) -> Callable[[RolloutShape, int], Hashable]:
+def rollout_key(method: Method) -> Callable[[RolloutShape, int], Hashable]:
     """The method's key, unless a derived class has another forest and the key of its base."""
 
     def owner(name: str) -> type:
         return next(kind for kind in type(method).__mro__ if name in vars(kind))
 
-    if issubclass(owner("forest_key"), owner("forest")):
-        return method.forest_key
-    return functools.partial(Method.forest_key, method)
+    if issubclass(owner("rollout_key"), owner("forest")):
+        return method.rollout_key
+    return functools.partial(Method.rollout_key, method)
 
 
 def iterations_by_rollout(method: Method, shape: RolloutShape) -> dict[int, int]:
     """How many iterations have which rollout, by the first of them."""
-    key_of = forest_key(method)
+    key_of = rollout_key(method)
     first: dict[Hashable, int] = {}
     found: Counter[int] = Counter()
     for iteration in range(shape.iterations):

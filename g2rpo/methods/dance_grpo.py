@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.transition import constant_diffusion
 from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.seeds import permutation
@@ -40,15 +40,15 @@ class Config(Method):
         """Constant: eta."""
         return constant_diffusion(self.eta, sigmas)
 
-    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.forest_key`: the same in every iteration."""
+    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.rollout_key`: the same in every iteration."""
         del shape, iteration
         return None
 
-    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """G stochastic lines; the image is x_0 predicted from the last node's state."""
         del iteration
-        forest = Forest(shape.steps)
+        forest = RolloutTree(shape.steps)
         root = forest.initial(sample=0)
         states = [root] * shape.group_size
         for _ in range(shape.steps - 1):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.base import Method, RolloutShape
 
@@ -23,15 +23,15 @@ class Config(Method):
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
 
-    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.forest_key`: the same in every iteration."""
+    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.rollout_key`: the same in every iteration."""
         del shape, iteration
         return None
 
-    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """G stochastic lines down to the image; the last step's noise is part of the image."""
         del iteration
-        forest = Forest(shape.steps)
+        forest = RolloutTree(shape.steps)
         if self.shared_initial_noise:
             states = [forest.initial(sample=0)] * shape.group_size
         else:

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator
 
 from g2rpo.config import nearest
-from g2rpo.flow.forest import Forest, Group
 from g2rpo.flow.granularity import coinciding_granularities, continuation_nodes
+from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.base import Method, RolloutShape, check_steps
 
@@ -86,15 +86,15 @@ class Config(Method):
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
 
-    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.forest_key`: the same in every iteration."""
+    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.rollout_key`: the same in every iteration."""
         del shape, iteration
         return None
 
-    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """The anchor, its branches and their continuations."""
         del iteration
-        forest = Forest(shape.steps)
+        forest = RolloutTree(shape.steps)
         anchor = [forest.initial(sample=0)]
         last = shape.steps if self.log_anchor_reward else max(self.steps_of(shape.steps))
         for node in range(1, last + 1):

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.base import Method, RolloutShape
 
@@ -55,13 +55,13 @@ class Config(Method):
         """Flow form: eta sqrt(sigma / (1 - sigma)); used inside the window only."""
         return flow_diffusion(self.eta, sigmas)
 
-    def forest_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.forest_key`: where the window is."""
+    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
+        """See :meth:`Method.rollout_key`: where the window is."""
         return self.window(shape, iteration)
 
-    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """ODE shared by the group up to the window, SDE inside it, ODE after it."""
-        forest = Forest(shape.steps)
+        forest = RolloutTree(shape.steps)
         window = set(self.window(shape, iteration))
         states = [forest.initial(sample=0)] * shape.group_size
         for step in range(shape.steps):

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from g2rpo.errors import UserError
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.sweep import Key
 from g2rpo.policy.conditioning import Conditioning
 from g2rpo.policy.config import ContinuationConfig
@@ -95,7 +95,7 @@ class ContinuationPolicy:
 
     @contextlib.contextmanager
     def rollout(
-        self, forest: Forest, conditioning: Conditioning
+        self, forest: RolloutTree, conditioning: Conditioning
     ) -> Iterator["RolloutContinuations"]:
         """The velocities of one walk over ``forest``, on the policy's current weights."""
         with torch.no_grad():

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Handover:
+class HybridSampling:
     """Sampling that begins with a policy's own velocities and goes on with another's.
 
     Attributes:
@@ -107,7 +107,7 @@ class FluxPolicy:
             )
         side = config.resolution // factor
         self.latent_shape: tuple[int, int, int] = (channels, side, side)
-        self.handover: Handover | None = None
+        self.handover: HybridSampling | None = None
         self.offload = OffloadConfig()
         self.conditioning_source: ConditioningSource | None = None
         self._told_missing = False

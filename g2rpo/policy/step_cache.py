@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.sweep import Key
 from g2rpo.flow.upload import indices
 from g2rpo.policy.config import StepCacheConfig
@@ -39,7 +39,7 @@ class StepCache:
         reused: how many states were answered from memory.
     """
 
-    def __init__(self, config: StepCacheConfig, forest: Forest) -> None:
+    def __init__(self, config: StepCacheConfig, forest: RolloutTree) -> None:
         self.config, self.forest = config, forest
         self.keys: Sequence[Key] = ()
         self._answered: set[Key] = set()
@@ -72,7 +72,7 @@ class StepCache:
             del self._entries[key]
 
 
-def _last_uses(forest: Forest) -> dict[int, int]:
+def _last_uses(forest: RolloutTree) -> dict[int, int]:
     """The last node at which a state that was reached from each state is itself evaluated."""
     last: dict[int, int] = {}
     for state in forest.states:

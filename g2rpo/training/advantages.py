@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from g2rpo.config import StrictModel
-from g2rpo.flow.forest import Group
+from g2rpo.flow.rollout_tree import Group
 from g2rpo.training.fusion import Fusion, fused_rewards, granularity_weights
 
 # Rewards are float32: a spread of a few of its rounding errors is no difference between images.

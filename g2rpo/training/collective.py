@@ -43,7 +43,7 @@ def of_all_ranks(accelerator: Accelerator, value: Value) -> list[Value]:
     return values
 
 
-def raise_together(accelerator: Accelerator, error: UserError | str | None) -> None:
+def raise_on_all_ranks(accelerator: Accelerator, error: UserError | str | None) -> None:
     """Raises on every rank if any rank has an ``error``, so that none waits for another.
 
     Raises:

@@ -21,26 +21,26 @@ from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
-from g2rpo.training import checkpoints
 from g2rpo.training.advantages import transition_advantages
-from g2rpo.training.checkpoints import Progress
+from g2rpo.training.checkpoint import checkpoints
+from g2rpo.training.checkpoint.checkpoints import Progress
+from g2rpo.training.checkpoint.state import TrainingState
 from g2rpo.training.collective import (
     Turn,
     decide,
     make_accelerator,
     of_all_ranks,
-    raise_together,
+    raise_on_all_ranks,
     sum_over_ranks,
 )
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
-from g2rpo.training.fitting import RolloutSizes
 from g2rpo.training.memory import check_fits, reward_bytes
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, PhaseClock, reward_row, reward_sums
-from g2rpo.training.pictures import keep_pictures
+from g2rpo.training.previews import save_previews
 from g2rpo.training.rollout import Rollout, RolloutEngine
-from g2rpo.training.state import TrainingState
+from g2rpo.training.rollout_batch_size import RolloutSizes
 from g2rpo.training.transitions import TrainingBatch, collect_transitions
 from g2rpo.training.update import Updater, UpdateStatistics
 from g2rpo.training.validation import is_due, validation_rewards
@@ -194,7 +194,7 @@ class Trainer:
             with ProgressReport(name, total, done=done, enabled=main) as report:
                 self._between_iterations()
                 while not self.finished:
-                    keep_pictures(self.config, self.run, self.weights, self.progress.iteration)
+                    save_previews(self.config, self.run, self.weights, self.progress.iteration)
                     row = self.iterate() | self.validate()
                     error = self._record(log, row)
                     report.expect(self.expected_iterations)
@@ -221,7 +221,7 @@ class Trainer:
                     log = MetricsLog(self.run / METRICS_FILE, self.progress.iteration)
             except UserError as found:
                 error = found
-        raise_together(self.accelerator, error)
+        raise_on_all_ranks(self.accelerator, error)
         begins = any(of_all_ranks(self.accelerator, log is not None and log.empty))
         if begins and (first := self.validate()) and log is not None:
             try:
@@ -229,7 +229,7 @@ class Trainer:
                     log.append({"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0} | first)
             except UserError as found:
                 error = found
-        raise_together(self.accelerator, error)
+        raise_on_all_ranks(self.accelerator, error)
         return log
 
     def _record(self, log: MetricsLog | None, row: dict[str, Any]) -> UserError | None:
@@ -306,7 +306,7 @@ class Trainer:
                 rollout = self.engine.run(forest, prompts, iteration)
         except UserError as error:
             message = str(error)
-        raise_together(self.accelerator, message)
+        raise_on_all_ranks(self.accelerator, message)
         self.sizes.share(self.accelerator)
         assert rollout is not None
         return rollout

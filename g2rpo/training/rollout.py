@@ -11,7 +11,7 @@ from torch import Tensor
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.flow.batching import BatchSize
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import (
     INITIAL_NOISE,
@@ -42,7 +42,7 @@ class Rollout:
         sampling_seconds: wall time until the last latent was there, before decoding and scoring.
     """
 
-    forest: Forest
+    forest: RolloutTree
     conditioning: Conditioning
     recorded: tuple[RecordedStep, ...]
     rewards: Mapping[str, Tensor]
@@ -101,7 +101,7 @@ class RolloutEngine:
 
     def run(
         self,
-        forest: Forest,
+        forest: RolloutTree,
         prompts: Sequence[Prompt],
         iteration: int,
         noise: Noise | None = None,
@@ -143,7 +143,7 @@ class RolloutEngine:
 
     @contextmanager
     def _continuations(
-        self, forest: Forest, conditioning: Conditioning
+        self, forest: RolloutTree, conditioning: Conditioning
     ) -> Iterator[RolloutContinuations | None]:
         if self.continuations is None:
             yield None

@@ -14,7 +14,7 @@ from g2rpo.data.prompts import Prompt
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.transition import log_prob, per_state, transition_mean
 from g2rpo.policy import Conditioning, FluxPolicy
-from g2rpo.training.collective import raise_together
+from g2rpo.training.collective import raise_on_all_ranks
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import TrainedWeights
 from g2rpo.training.engine.out_of_memory import MicroBatchSize
@@ -218,7 +218,7 @@ class Updater:
                 "the training forward does not repeat the rollout's (dtype, dropout, attention "
                 "backend or changed weights)"
             )
-        raise_together(self.accelerator, message)
+        raise_on_all_ranks(self.accelerator, message)
 
     def _step(
         self,
@@ -239,7 +239,7 @@ class Updater:
                 f"norm {norm_value:g}) on the prompts {texts} with the rewards {rewards}; lower "
                 "optimization.learning_rate; the last checkpoint is intact"
             )
-        raise_together(self.accelerator, message)
+        raise_on_all_ranks(self.accelerator, message)
         statistics.losses.append(loss)
         statistics.gradient_norms.append(norm_value)
         self.optimizer.step()

@@ -9,7 +9,7 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.batching import BatchSize
 from g2rpo.sampling import sample_ode
-from g2rpo.training.collective import of_all_ranks, raise_together
+from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import ValidationConfig
 from g2rpo.training.engine import TrainedWeights
 from g2rpo.training.rollout import RolloutEngine
@@ -49,7 +49,7 @@ def validation_rewards(
                 scores[name] = model.score(images[:counted], texts).double().tolist()
     except UserError as found:
         error = found
-    raise_together(accelerator, error)
+    raise_on_all_ranks(accelerator, error)
     return _means(of_all_ranks(accelerator, scores))
 
 

@@ -18,7 +18,7 @@ from diffusers import FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reproduce.checks.finding import Finding
-from reproduce.runs import REPOSITORY
+from reproduce.experiment.fingerprint import REPOSITORY
 
 NAME = "FLUX blocks"
 LIMIT = 300

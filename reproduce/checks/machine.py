@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from reproduce.checks.finding import Finding, Word, gibibytes
-from reproduce.runs import REPOSITORY, git_state
+from reproduce.experiment.fingerprint import REPOSITORY, git_state
 
 LOCK = REPOSITORY / "requirements" / "runtime.lock"
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -16,7 +16,7 @@ from g2rpo.config import load_yaml
 from g2rpo.yaml_text import dump_yaml
 from reproduce.checks.finding import Finding
 from reproduce.experiment import HERE
-from reproduce.runs import REPOSITORY
+from reproduce.experiment.fingerprint import REPOSITORY
 
 NAME = "train to table"
 LIMIT = 600

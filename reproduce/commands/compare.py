@@ -24,9 +24,9 @@ def runs(
 
     It reads what is on disk, so it works from any shell and asks no process.
     """
-    from reproduce.console import STYLES, wide_console
-    from reproduce.run_list import states_table
-    from reproduce.run_states import read_run_states
+    from reproduce.commands.console import STYLES, wide_console
+    from reproduce.runs.listing import states_table
+    from reproduce.runs.states import read_run_states
 
     if state is not None and state not in STYLES:
         raise UserError(f"no state {state!r}; states are {', '.join(STYLES)}")
@@ -70,9 +70,9 @@ def compare(
     Runs that differ in nothing but their seed are taken together. Committed results, of which no
     run folder is left, are found by the names of their runs.
     """
-    from reproduce.console import wide_console
-    from reproduce.records import find_runs
-    from reproduce.run_comparison import members
-    from reproduce.run_display import print_comparison
+    from reproduce.commands.console import wide_console
+    from reproduce.runs.comparison import members
+    from reproduce.runs.comparison_display import print_comparison
+    from reproduce.runs.records import find_runs
 
     print_comparison(members(find_runs(names, results)), wide_console())

@@ -81,7 +81,7 @@ def options_of(profile: "Profile", cached: Sequence[str], *, quick: bool) -> "Op
         shares=profile.hardware.evaluation_shares,
         gpu_memory_gb=profile.hardware.gpu_memory_gb,
         disk_gb=DISK_GB[profile.hardware.engine],
-        modules=("reproduce.stages", "g2rpo.training.loop"),
+        modules=("reproduce.stages.cell_stages", "g2rpo.training.loop"),
         files=needed_files(profile),
         artifacts=tuple(cached),
         quick=quick,
@@ -126,7 +126,7 @@ def examine_weights(profile: str) -> tuple[list["Finding"], list[str]]:
 
 def print_findings(findings: Sequence["Finding"]) -> None:
     """A table on standard output; nothing is cut where it is not a terminal."""
-    from reproduce.console import literal, plain_table, wide_console
+    from reproduce.commands.console import literal, plain_table, wide_console
 
     table = plain_table("", "what", "found", "how to mend it")
     for finding in findings:

@@ -40,10 +40,10 @@ def embed(
     What is there is read and checked. Interrupted, the same command goes on.
     """
     from g2rpo.config import parse_overrides
-    from reproduce import embedding
     from reproduce import experiment as experiments
     from reproduce.commands.options import layout_of
-    from reproduce.runner import build_assets
+    from reproduce.jobs.runner import build_assets
+    from reproduce.stages import embedding
 
     part = parse_part(shard)
     chosen = experiments.load_profile(profile)

@@ -14,7 +14,7 @@ from g2rpo.errors import UserError
 from reproduce.commands.options import Results
 
 if TYPE_CHECKING:
-    from reproduce.status import StageStatus
+    from reproduce.jobs.status import StageStatus
     from slurm.submission import Submission
 
 Name = Annotated[
@@ -39,9 +39,9 @@ def status(
     Works from any shell, also when the one that submitted is gone.
     """
     from reproduce.commands.run import follow_submission
-    from reproduce.display import print_status
-    from reproduce.launch import latest_submission
-    from reproduce.status import read_status
+    from reproduce.jobs.display import print_status
+    from reproduce.jobs.launch import latest_submission
+    from reproduce.jobs.status import read_status
 
     submission = latest_submission(results / "runs", name)
     if watch:
@@ -57,9 +57,9 @@ def logs(
     results: Results = Path("results"),
 ) -> None:
     """Print the log of a stage; of several that fit the failed one, else the latest to start."""
-    from reproduce.display import shown_path
-    from reproduce.launch import latest_submission
-    from reproduce.status import read_status
+    from reproduce.jobs.display import shown_path
+    from reproduce.jobs.launch import latest_submission
+    from reproduce.jobs.status import read_status
 
     submission = latest_submission(results / "runs", of)
     statuses = read_status(submission, lambda trouble: typer.echo(trouble, err=True))
@@ -108,7 +108,7 @@ def cancel(
     results: Results = Path("results"),
 ) -> None:
     """Cancel what waits or runs of a submission; what is done is kept, and can be gone on with."""
-    from reproduce.launch import submission_folders
+    from reproduce.jobs.launch import submission_folders
     from slurm.submission import DamagedRecord, Submission
 
     folder = submission_folders(results / "runs", name)[-1]
@@ -125,7 +125,7 @@ def cancel(
 
 def _cancel_jobs(name: str, results: Path) -> None:
     """Cancels the jobs of a submission, and names those that others still have."""
-    from reproduce.stage_jobs import own_jobs
+    from reproduce.jobs.stage_jobs import own_jobs
     from slurm.states import cancel_jobs, known_jobs
 
     try:
@@ -144,8 +144,8 @@ def _cancel_jobs(name: str, results: Path) -> None:
 
 def _stop_driver(submission: "Submission") -> None:
     from g2rpo.lease import is_alive
-    from reproduce.launch import DRIVER
-    from reproduce.work import latest_attempt
+    from reproduce.jobs.launch import DRIVER
+    from reproduce.stages.work import latest_attempt
 
     attempt = latest_attempt(submission.folder / DRIVER)
     if attempt is None or attempt.record is None or not is_alive(attempt):
@@ -169,6 +169,6 @@ def retry(
 ) -> None:
     """Submit again what a submission did not finish, as it was then, to the same cluster."""
     from reproduce.commands.run import run_again
-    from reproduce.launch import latest_submission
+    from reproduce.jobs.launch import latest_submission
 
     run_again(latest_submission(results / "runs", name), only_failed=failed)

@@ -14,8 +14,8 @@ from g2rpo.errors import UserError
 from g2rpo.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
-    from reproduce.layout import Layout
-    from reproduce.plan import Plan
+    from reproduce.experiment.layout import Layout
+    from reproduce.jobs.plan import Plan
     from slurm.cluster import Cluster
 
 ExperimentName = Annotated[
@@ -53,7 +53,7 @@ def layout_of(results: Path, *, publish: bool = False) -> "Layout":
     Raises:
         UserError: it is no folder.
     """
-    from reproduce.layout import Layout
+    from reproduce.experiment.layout import Layout
 
     if results.exists() and not results.is_dir():
         raise UserError(f"--results {results}: is no folder")
@@ -108,8 +108,8 @@ class Request:
             UserError: what is asked for does not exist, is impossible, or cannot run there.
         """
         from reproduce import experiment as experiments
-        from reproduce import runner
-        from reproduce.plan import make_plan
+        from reproduce.jobs import runner
+        from reproduce.jobs.plan import make_plan
         from slurm.cluster import load_cluster
         from slurm.doctor.beforehand import refuse_impossible
 

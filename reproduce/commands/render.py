@@ -5,7 +5,7 @@ from pathlib import Path
 
 from g2rpo.errors import UserError
 from reproduce.experiment import Experiment, Profile, expand
-from reproduce.layout import Layout
+from reproduce.experiment.layout import Layout
 
 _MEASUREMENT = re.compile(r"credit-.+-seed(\d+)-[0-9a-f]+")
 """The folder of one in ``results/runs``, as :meth:`Layout.credit` names it."""
@@ -23,9 +23,9 @@ def render_credit(experiment: Experiment, profile: Profile, layout: Layout, comm
     Raises:
         UserError: nothing has; in one line, with where its published document is.
     """
-    from reproduce.credit import publish_credit  # draws: seconds
-    from reproduce.runner import build_assets
-    from reproduce.work import Measurement
+    from reproduce.jobs.runner import build_assets
+    from reproduce.stages.work import Measurement
+    from reproduce.tables.credit import publish_credit  # draws: seconds
 
     assert experiment.credit is not None
     names = (_MEASUREMENT.fullmatch(folder.name) for folder in layout.runs.glob("credit-*"))

@@ -11,7 +11,7 @@ from reproduce.commands.options import ProfileName, Publish, Results, Seeds, lay
 
 if TYPE_CHECKING:
     from reproduce.experiment import Profile
-    from reproduce.layout import Layout
+    from reproduce.experiment.layout import Layout
 
 Experiments = Annotated[
     list[str] | None,
@@ -42,10 +42,10 @@ def report(
     from g2rpo.files import atomic_write_text
     from reproduce.commands.render import no_table
     from reproduce.experiment import load_experiment, load_profile
+    from reproduce.jobs.runner import build_assets
     from reproduce.report.chapter import finished_experiments, load_chapter
     from reproduce.report.documents import find_documents
     from reproduce.report.page import make_page
-    from reproduce.runner import build_assets
 
     if output is not None:
         _check_output(output)

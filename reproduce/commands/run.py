@@ -22,8 +22,8 @@ from reproduce.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from reproduce.plan import Plan
-    from reproduce.render.notes import Gap
+    from reproduce.jobs.plan import Plan
+    from reproduce.tables.notes import Gap
     from slurm.cluster import Cluster
     from slurm.submission import Submission
 
@@ -90,7 +90,7 @@ def plan(
 ) -> None:
     """Show what would be run: stages, GPUs, hours and disk, and what is done already."""
     request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
-    from reproduce.runs import absent_prompts_named
+    from reproduce.experiment.fingerprint import absent_prompts_named
 
     # The collector would only walk, again and again, what all lives until the end.
     gc.disable()
@@ -99,13 +99,13 @@ def plan(
         if dry_run:
             _print_scripts(made, place)
             return
-        from reproduce.plan_display import print_plan
+        from reproduce.jobs.plan_display import print_plan
 
         print_plan(made, place, everything=everything)
 
 
 def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
-    from reproduce import launch, stage_jobs
+    from reproduce.jobs import launch, stage_jobs
     from slurm.cluster import has_slurm
     from slurm.submit import scripts
 
@@ -129,8 +129,8 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
 
 
 def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
-    from reproduce import launch
-    from reproduce.display import LocalDisplay
+    from reproduce.jobs import launch
+    from reproduce.jobs.display import LocalDisplay
     from slurm.local import Slots
 
     if cluster.kind == "slurm":
@@ -150,7 +150,7 @@ def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
 
 def _submit(plan: "Plan", cluster: "Cluster") -> "Submission":
     """Submits what has no job yet; the submission that now has the plan's stages."""
-    from reproduce import launch
+    from reproduce.jobs import launch
 
     submission = launch.submit_to_slurm(plan, cluster)
     if submission is None:
@@ -162,8 +162,8 @@ def _submit(plan: "Plan", cluster: "Cluster") -> "Submission":
 
 def follow_submission(submission: "Submission") -> None:
     """Shows a submission's state until nothing will happen any more."""
-    from reproduce.display import Follow
-    from reproduce.status import follow
+    from reproduce.jobs.display import Follow
+    from reproduce.jobs.status import follow
 
     try:
         with Follow(submission) as show:
@@ -178,7 +178,7 @@ def follow_submission(submission: "Submission") -> None:
 
 
 def _detach(request: Request, plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
-    from reproduce import launch
+    from reproduce.jobs import launch
 
     if cluster.kind == "slurm":
         _submit(plan, cluster)
@@ -196,10 +196,10 @@ def run_again(submission: "Submission", *, only_failed: bool) -> None:
     Raises:
         UserError: nothing failed, or it cannot run.
     """
-    from reproduce import runner
-    from reproduce.plan import make_plan
-    from reproduce.status import read_status
-    from reproduce.work import Inputs
+    from reproduce.jobs import runner
+    from reproduce.jobs.plan import make_plan
+    from reproduce.jobs.status import read_status
+    from reproduce.stages.work import Inputs
 
     os.chdir(submission.directory)
     inputs = Inputs.load(submission.folder)
@@ -233,7 +233,7 @@ def _arguments(request: Request, jobs: int | None) -> Sequence[str]:
 def _report(plan: "Plan") -> None:
     """Writes and prints the table; cells that failed are an error."""
     from g2rpo.lease import Lease
-    from reproduce.rendering import render
+    from reproduce.stages.rendering import render
 
     work = (plan.experiment, plan.profile, plan.cells, plan.layout)
     if not plan.todo:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import StringConstraints
 
-from benchmarks.cells import Name
+from benchmarks.evaluation.results import Name
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 

@@ -5,13 +5,13 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
-from benchmarks.cells import Key
-from benchmarks.protocol import CreditConfig
+from benchmarks.evaluation.protocol import CreditConfig
+from benchmarks.evaluation.results import Key
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig
 from reproduce.experiment.bundled import FolderName, named_file
-from reproduce.render.spec import TableSpec
+from reproduce.tables.spec import TableSpec
 
 
 class Budget(StrictModel):

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from benchmarks.protocol import EvaluationConfig
+from benchmarks.evaluation.protocol import EvaluationConfig
 from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.methods.base import method_names

@@ -5,17 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.protocol import EvaluationConfig
+from benchmarks.evaluation.protocol import EvaluationConfig
 from g2rpo.config import StrictModel, merge, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import REWARDS
 from g2rpo.training.config import TrainConfig
-from reproduce.counts import iterations_within, training_counts
 from reproduce.experiment.bundled import absolute
 from reproduce.experiment.cells import CellConfig, Experiment, load_preset
 from reproduce.experiment.profile import Profile, PromptSplits
+from reproduce.jobs.counts import iterations_within, training_counts
 
 
 @dataclass(frozen=True)

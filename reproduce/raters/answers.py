@@ -10,8 +10,14 @@ from typing import get_args
 import numpy as np
 import scipy.stats
 
-from benchmarks.statistics import LEVEL, MIN_SEEDS, Interval, method_intervals, sign_flip_p_values
-from benchmarks.statistics.improvement import share_intervals
+from benchmarks.evaluation.statistics import (
+    LEVEL,
+    MIN_SEEDS,
+    Interval,
+    method_intervals,
+    sign_flip_p_values,
+)
+from benchmarks.evaluation.statistics.improvement import share_intervals
 from g2rpo.config import nearest
 from g2rpo.data.tables import SUFFIXES, Row, read_table
 from g2rpo.errors import UserError

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.scoring.items import read_source, refuse_bad
+from benchmarks.evaluation.scoring.items import read_source, refuse_bad
 from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
-from reproduce.run_folders import (
+from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,
     chosen_names,
@@ -128,7 +128,7 @@ def _protocol(evaluation: Path) -> str | None:
 
 
 def _side(evaluation: Path) -> Side:
-    from benchmarks.held_out import image_path  # imports the model libraries: seconds
+    from benchmarks.evaluation.held_out import image_path  # imports the model libraries: seconds
 
     scores = pd.read_parquet(evaluation / SCORES)
     texts = dict(zip(scores["prompt_id"].astype(str), scores["prompt"].astype(str), strict=True))

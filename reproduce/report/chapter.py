@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cells import Cell, cells_folder, load_cells
+from benchmarks.evaluation.results import Cell, cells_folder, load_cells
 from g2rpo.errors import UserError
 from reproduce.experiment import (
     HERE,
@@ -15,9 +15,9 @@ from reproduce.experiment import (
     Resolver,
     load_experiment,
 )
-from reproduce.layout import Layout
-from reproduce.render.notes import Gap
-from reproduce.rendering import why_not
+from reproduce.experiment.layout import Layout
+from reproduce.stages.rendering import why_not
+from reproduce.tables.notes import Gap
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.cells import Cell
+from benchmarks.evaluation.results import Cell
 from g2rpo.errors import UserError
 from reproduce.experiment import ResolvedCell
-from reproduce.render.notes import full_label
+from reproduce.experiment.settings import flat
 from reproduce.report.chapter import Chapter, without_root
-from reproduce.run_folders import SETTINGS, read_document
-from reproduce.settings import flat
+from reproduce.runs.folders import SETTINGS, read_document
+from reproduce.tables.notes import full_label
 
 
 def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from benchmarks.cells import Provenance
+from benchmarks.evaluation.results import Provenance
 from reproduce.report.grids import Box, Grid, Heading
 from reproduce.report.pictures import SHEET_BYTES
 from reproduce.report.provenance import origin_boxes, origin_details

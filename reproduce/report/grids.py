@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.cells import Cell
-from benchmarks.statistics import p_text, signed
-from reproduce.findings import Finding
-from reproduce.render.formats import (
+from benchmarks.evaluation.results import Cell
+from benchmarks.evaluation.statistics import p_text, signed
+from reproduce.report.marks import Mark
+from reproduce.tables.findings import Finding
+from reproduce.tables.formats import (
     IN_DOMAIN,
     NOTHING,
     hacking_text,
@@ -18,9 +19,8 @@ from reproduce.render.formats import (
     metric_labels,
     metric_values,
 )
-from reproduce.render.spec import COST_LABELS, ColumnSpec, TableSpec
-from reproduce.render.values import Group, Row, Table, Value, row_costs, select_rows
-from reproduce.report.marks import Mark
+from reproduce.tables.spec import COST_LABELS, ColumnSpec, TableSpec
+from reproduce.tables.values import Group, Row, Table, Value, row_costs, select_rows
 
 PHASES = {
     "sampling": "Sampling",

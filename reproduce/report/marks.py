@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.cells import Cell, RowScores
-from benchmarks.statistics import ALPHA, Comparison, holm, p_equation, signed
-from reproduce.comparisons import compare_rows, strongest_label
-from reproduce.render.notes import full_label
-from reproduce.render.spec import RowSpec, TableSpec
-from reproduce.render.values import select_rows
+from benchmarks.evaluation.results import Cell, RowScores
+from benchmarks.evaluation.statistics import ALPHA, Comparison, holm, p_equation, signed
+from reproduce.tables.comparisons import compare_rows, strongest_label
+from reproduce.tables.notes import full_label
+from reproduce.tables.spec import RowSpec, TableSpec
+from reproduce.tables.values import select_rows
 
 
 @dataclass(frozen=True)

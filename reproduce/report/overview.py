@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from reproduce.render.formats import NOTHING, human
-from reproduce.render.values import Table
 from reproduce.report.chapter import Chapter
 from reproduce.report.grids import Box, Grid, Heading, anchor, number, text_box
 from reproduce.report.marks import Mark
+from reproduce.tables.formats import NOTHING, human
+from reproduce.tables.values import Table
 
 _HEADS = (
     "Experiment", "What it shows", "Finished", "Seeds", "▲ above", "▼ below", "Hacking",

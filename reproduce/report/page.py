@@ -14,13 +14,6 @@ from markupsafe import Markup
 from g2rpo.errors import UserError
 from g2rpo.text import plain_value, visible
 from reproduce.experiment import Profile
-from reproduce.findings import findings
-from reproduce.paper import load_paper_tables
-from reproduce.reading import pair_sentence
-from reproduce.render.formats import human, legend
-from reproduce.render.notes import full_label
-from reproduce.render.styles import style_table
-from reproduce.render.values import Table, build_table
 from reproduce.report import grids
 from reproduce.report.chapter import Chapter
 from reproduce.report.configurations import configuration_data
@@ -31,6 +24,13 @@ from reproduce.report.marks import Mark, reference_of, table_marks
 from reproduce.report.overview import overview_grid
 from reproduce.report.pictures import Gallery, gather_pictures, picture_data
 from reproduce.report.provenance import provenance_grid
+from reproduce.tables.findings import findings
+from reproduce.tables.formats import human, legend
+from reproduce.tables.notes import full_label
+from reproduce.tables.paper import load_paper_tables
+from reproduce.tables.styles import style_table
+from reproduce.tables.summary import pair_sentence
+from reproduce.tables.values import Table, build_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 LIMIT = 15_000_000

@@ -1,7 +1,7 @@
 """The images that the page shows: the same prompts and noise under the base and every row.
 
 For each trained run the base's image stands before the first iteration, those that training kept
-(:mod:`g2rpo.training.pictures`) between, and the held-out image of the evaluation at the end.
+(:mod:`g2rpo.training.previews`) between, and the held-out image of the evaluation at the end.
 """
 
 import logging
@@ -12,23 +12,23 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.cells import Cell
-from benchmarks.held_out import image_path
+from benchmarks.evaluation.held_out import image_path
+from benchmarks.evaluation.results import Cell
 from g2rpo.checksums import problems
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
-from g2rpo.training.pictures import pictured_iterations, pictures_folder
+from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import ResolvedCell
-from reproduce.layout import Layout
-from reproduce.render.spec import RowSpec
+from reproduce.experiment.layout import Layout
 from reproduce.report.chapter import Chapter
-from reproduce.run_folders import IMAGES, MANIFEST, damage_told, listed, read_scored
-from reproduce.stages import held_out_prompts, picture_scores
+from reproduce.runs.folders import IMAGES, MANIFEST, damage_told, listed, read_scored
+from reproduce.stages.cell_stages import held_out_prompts, picture_scores
+from reproduce.tables.spec import RowSpec
 
 logger = logging.getLogger(__name__)
 
 SHEET = "pictures.png"
-"""What rendering an experiment writes beside its tables (:mod:`reproduce.picture_grid`)."""
+"""What rendering an experiment writes beside its tables (:mod:`reproduce.tables.picture_grid`)."""
 SHEET_BYTES = 1_000_000
 Scores = dict[str, dict[str, float]]
 """By prompt id, then by reward."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from benchmarks.cells import Cell, Provenance
-from reproduce.render.formats import NOTHING, human
-from reproduce.render.notes import full_label
+from benchmarks.evaluation.results import Cell, Provenance
 from reproduce.report.chapter import Chapter, without_root
 from reproduce.report.grids import Box, Grid, Heading, anchor, number, text_box
+from reproduce.tables.formats import NOTHING, human
+from reproduce.tables.notes import full_label
 
 SHORT = 12
 """Characters of a hash that are shown; the whole is folded away."""

@@ -14,7 +14,7 @@ from report_results import HOSTILE_LABEL, ITERATIONS, PROMPTS, make_results
 
 from g2rpo.files import atomic_write_bytes
 from reproduce.experiment import ROOT, load_profile
-from reproduce.layout import Layout
+from reproduce.experiment.layout import Layout
 from reproduce.report.chapter import load_chapter
 from reproduce.report.documents import find_documents
 from reproduce.report.page import make_page

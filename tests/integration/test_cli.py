@@ -12,7 +12,7 @@ import yaml
 from command_line import g2rpo, write_small_profile
 from PIL import Image
 
-from benchmarks.cells import load_cells
+from benchmarks.evaluation.results import load_cells
 
 TABLE = {
     "name": "two_rows",

@@ -8,9 +8,9 @@ import torch
 
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer, load_train_config
-from reproduce.counts import training_counts, validations
-from reproduce.estimates import checkpoint_bytes, checkpoint_disk, prompt_count
 from reproduce.experiment import Hardware
+from reproduce.jobs.counts import training_counts, validations
+from reproduce.jobs.estimates import checkpoint_bytes, checkpoint_disk, prompt_count
 
 WINDOW = {"name": "mix_grpo", "window_size": 2, "interval": 1}
 RUNS: dict[str, dict[str, Any]] = {

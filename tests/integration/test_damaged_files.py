@@ -20,21 +20,26 @@ from engine_runs import config_for, run_to, trained_weights, trainer_for
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from benchmarks.scoring.journal import Entry, Journal
+from benchmarks.evaluation.scoring.journal import Entry, Journal
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.folder import resolve_source
-from g2rpo.training.checkpoints import checkpoint_folder, latest_checkpoint, prune, saved_iterations
+from g2rpo.training.checkpoint.checkpoints import (
+    checkpoint_folder,
+    latest_checkpoint,
+    prune,
+    saved_iterations,
+)
 from g2rpo.training.config import CheckpointConfig
-from g2rpo.training.trained import export_trained, load_trained
+from g2rpo.training.load_weights import export_trained, load_trained
 from reproduce.cli import app
 from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
-from reproduce.layout import Layout
-from reproduce.rendering import gather
-from reproduce.run_states import read_run_state
-from reproduce.shares import WHOLE
-from reproduce.work import Embedding, Measurement, Work, finish, perform
+from reproduce.experiment.layout import Layout
+from reproduce.runs.states import read_run_state
+from reproduce.stages.rendering import gather
+from reproduce.stages.shares import WHOLE
+from reproduce.stages.work import Embedding, Measurement, Work, finish, perform
 from slurm.distributed import Ranks
 
 EXPERIMENT: dict[str, Any] = {
@@ -350,7 +355,7 @@ def test_embeddings_are_repaired(
 def test_credit_is_measured_again(
     whole: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, fault: str
 ) -> None:
-    from benchmarks.protocol import CreditConfig
+    from benchmarks.evaluation.protocol import CreditConfig
 
     layout = Layout(tmp_path, tmp_path)
     work = Measurement(whole.cell, layout, CreditConfig.model_validate(CREDIT))

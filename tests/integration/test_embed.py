@@ -22,7 +22,6 @@ from g2rpo.policy import FluxPolicy
 from g2rpo.sampling import sample_latents
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
-from reproduce import embedding
 from reproduce.commands.embed import parse_part
 from reproduce.experiment import (
     HERE,
@@ -32,7 +31,8 @@ from reproduce.experiment import (
     load_profile,
     resolve,
 )
-from reproduce.stages import Layout
+from reproduce.experiment.layout import Layout
+from reproduce.stages import embedding
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -30,9 +30,13 @@ from engine_runs import (
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from g2rpo.policy import FluxPolicy
-from g2rpo.training.checkpoints import checkpoint_folder, latest_checkpoint, saved_iterations
+from g2rpo.training.checkpoint.checkpoints import (
+    checkpoint_folder,
+    latest_checkpoint,
+    saved_iterations,
+)
 from g2rpo.training.engine import build_weights
-from g2rpo.training.trained import export_trained, load_trained
+from g2rpo.training.load_weights import export_trained, load_trained
 
 LORA = {"rank": 4, "alpha": 8}
 

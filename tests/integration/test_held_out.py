@@ -11,7 +11,7 @@ import torch
 from cell_factory import make_cell
 from PIL import Image
 
-from benchmarks.held_out import (
+from benchmarks.evaluation.held_out import (
     EvaluationConfig,
     compared_images,
     image_path,
@@ -19,7 +19,7 @@ from benchmarks.held_out import (
     sample_images,
     score_images,
 )
-from benchmarks.protocol import DiversityConfig
+from benchmarks.evaluation.protocol import DiversityConfig
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig

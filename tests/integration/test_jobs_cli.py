@@ -14,9 +14,9 @@ import yaml
 from command_line import small_profile_data
 
 from g2rpo.attempts import read_attempts
-from reproduce.launch import DRIVER, latest_submission
-from reproduce.status import is_over, read_status
-from reproduce.work import latest_attempt
+from reproduce.jobs.launch import DRIVER, latest_submission
+from reproduce.jobs.status import is_over, read_status
+from reproduce.stages.work import latest_attempt
 
 TABLE: dict[str, Any] = {
     "name": "one_row",

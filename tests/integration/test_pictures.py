@@ -12,14 +12,14 @@ from command_line import write_small_profile
 from PIL import Image
 from training_runs import config_for, distance, trainer_for, weights
 
-from benchmarks.held_out import EvaluationConfig, image_path, sample_images
+from benchmarks.evaluation.held_out import EvaluationConfig, image_path, sample_images
 from g2rpo.data.prompts import read_prompts
 from g2rpo.policy import FluxPolicy
 from g2rpo.stop import Stopped, StopRequest
-from g2rpo.training.checkpoints import checkpoint_folder
+from g2rpo.training.checkpoint.checkpoints import checkpoint_folder
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
-from g2rpo.training.pictures import keep_pictures, pictured_iterations, pictures_folder
+from g2rpo.training.previews import pictured_iterations, pictures_folder, save_previews
 
 GRID = {"steps": 3, "timestep": "exact"}
 
@@ -82,7 +82,7 @@ def test_no_global_random_state_is_touched(smoke_assets: Path, tmp_path: Path) -
     trainer = trainer_for(config, tmp_path)
     random.seed(7), np.random.seed(7), torch.manual_seed(7)  # noqa: NPY002
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    keep_pictures(config, tmp_path, trainer.weights, 1)
+    save_previews(config, tmp_path, trainer.weights, 1)
     after = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     assert pictured_iterations(tmp_path) == [1]
     assert before[0] == after[0]
@@ -108,7 +108,7 @@ def test_a_run_that_was_stopped_has_each_once(
     StopRequest.clear()
     assert pictured_iterations(tmp_path) == []
     monkeypatch.setattr(Trainer, "iterate", original)
-    from g2rpo.training import pictures
+    from g2rpo.training import previews as pictures
 
     sample = pictures._sampled
     monkeypatch.setattr(pictures, "_sampled", lambda *given: sampled.append(1) or sample(*given))
@@ -121,7 +121,7 @@ def test_a_run_that_was_stopped_has_each_once(
     # What is there is not sampled again.
     trainer = trainer_for(config, tmp_path)
     trainer.progress.iteration = 2
-    pictures.keep_pictures(config, tmp_path, trainer.weights, 2)
+    pictures.save_previews(config, tmp_path, trainer.weights, 2)
     assert len(sampled) == 2
 
 

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.cells import Cell, load_cells
+from benchmarks.evaluation.results import Cell, load_cells
 from g2rpo.data.prompts import read_prompts
 from g2rpo.files import sha256_file
 from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy, PolicyConfig
-from g2rpo.policy.flux import Handover
+from g2rpo.policy.flux import HybridSampling
 from g2rpo.sampling import sample_ode
 from reproduce import cli
 from reproduce.experiment import load_experiment, load_profile
@@ -126,7 +126,7 @@ def test_the_image_of_a_row_is_what_its_weights_sample(
     profile = load_profile(str(workplace / "small.yaml"))
     policy = policy_with(workplace, None if weights is None else workplace / weights)
     if tuned_steps is not None:
-        policy.handover = Handover(policy_with(workplace, None), tuned_steps)
+        policy.handover = HybridSampling(policy_with(workplace, None), tuned_steps)
     prompts = read_prompts(Path(profile.prompts.test), profile.evaluation.limit)
     grid = build_grid(profile.evaluation.grid, policy.image_tokens)
     expected = sample_ode(policy, prompts, grid, profile.evaluation.seed)

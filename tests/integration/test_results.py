@@ -5,17 +5,11 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
+from golden import EXPERIMENTS, MINI, cells_of, rendered
 
-from benchmarks.cells import Cell, load_cells
 from reproduce.experiment import ROOT, load_experiment, load_profile
-from reproduce.tables import render_table
 
-MINI = ROOT / "results" / "mini"
 SEEDS = {1, 2, 3}
-
-
-def cells_of(experiment: str) -> list[Cell]:
-    return load_cells(MINI / experiment / "cells")
 
 
 def test_table_1_has_every_cell_at_three_seeds() -> None:
@@ -58,12 +52,12 @@ def test_credit_was_measured_for_every_method_at_three_seeds() -> None:
     assert {cell["provenance"]["git_dirty"] for cell in document["cells"]} == {False}
 
 
-@pytest.mark.parametrize("experiment", ["table1", "tuning", "equal-cost"])
-def test_tables_are_rendered_from_the_committed_cells(experiment: str, tmp_path: Path) -> None:
-    spec = load_experiment(experiment).table
-    written = render_table(spec, cells_of(experiment), profile="mini", output=tmp_path)
-    for path in written.values():
-        assert path.read_text() == (MINI / experiment / path.name).read_text(), path.name
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_committed_texts_are_rendered_from_the_committed_cells(
+    experiment: str, tmp_path: Path
+) -> None:
+    for name, text in rendered(experiment, tmp_path).items():
+        assert text == (MINI / experiment / name).read_text(), name
 
 
 def test_cells_were_made_by_committed_code() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.policy.decoding import decode_size
-from g2rpo.training.fitting import LARGEST, RolloutSizes, fitting_states, state_bytes
+from g2rpo.training.rollout_batch_size import LARGEST, RolloutSizes, fitting_states, state_bytes
 
 
 def on_two_ranks(name: str, assets: Path, folder: Path) -> int:

@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 from command_line import small_profile_data
 
-from benchmarks.cells import load_cells
+from benchmarks.evaluation.results import load_cells
 from g2rpo.config import validate
-from reproduce import stages
 from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
-from reproduce.layout import Layout
-from reproduce.rendering import gather, why_not
-from reproduce.shares import Share
-from reproduce.work import Work, finish, perform
+from reproduce.experiment.layout import Layout
+from reproduce.stages import cell_stages as stages
+from reproduce.stages.rendering import gather, why_not
+from reproduce.stages.shares import Share
+from reproduce.stages.work import Work, finish, perform
 from slurm.distributed import Ranks
 
 TABLE: dict[str, Any] = {

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+from benchmarks.mini_world.small_rewards import SmallImageReward, SmallPickScore, liven
 from benchmarks.mini_world.tokenizers import words
-from benchmarks.packages import hpsv2_open_clip, image_reward_package
-from benchmarks.small_rewards import SmallImageReward, SmallPickScore, liven
+from benchmarks.speed.packages import hpsv2_open_clip, image_reward_package
 from g2rpo.rewards import image_reward
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.hps import CHECKPOINTS, HPS

@@ -11,8 +11,8 @@ from cell_factory import make_cell, make_scores
 from hypothesis import given
 from hypothesis import strategies as st
 
-import benchmarks.cells
-from benchmarks.cells import (
+import benchmarks.evaluation.results
+from benchmarks.evaluation.results import (
     Cell,
     Protocol,
     cells_folder,
@@ -73,7 +73,7 @@ def test_an_interrupted_save_leaves_no_cell(
 
     old = make_cell("base", seed=None, scores=SCORES)
     save_cell(old, tmp_path)
-    monkeypatch.setattr(benchmarks.cells, "write_document", killed)
+    monkeypatch.setattr(benchmarks.evaluation.results, "write_document", killed)
     with pytest.raises(KeyboardInterrupt):
         save_cell(make_cell("base", seed=None, scores=make_scores({"hps": 0.9})), tmp_path)
     assert load_cells(tmp_path) == []

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from reproduce import runs
 from reproduce.checks import flux_blocks, folders, machine, whole_path
 from reproduce.checks.finding import Finding, gibibytes, sentence
 from reproduce.checks.machine import Devices
+from reproduce.experiment import fingerprint as runs
 
 H100 = Devices(("H100, 79.2 GiB",) * 8, ((9, 0),) * 8, "580.95.05", True)
 

@@ -22,19 +22,19 @@ from run_folders import (
 )
 from typer.testing import CliRunner
 
-from benchmarks.cells import load_cell, save_cell
-from benchmarks.statistics import holm
+from benchmarks.evaluation.results import load_cell, save_cell
+from benchmarks.evaluation.statistics import holm
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment import ROOT
-from reproduce.records import chosen_names, find_runs, settings_of
-from reproduce.run_comparison import (
+from reproduce.runs.comparison import (
     curve_points,
     members,
     provenance_differences,
     score_sections,
     setting_differences,
 )
+from reproduce.runs.records import chosen_names, find_runs, settings_of
 
 NAMES = ("g2rpo-hps-seed1-aa", "g2rpo-hps-seed2-bb", "mix_grpo-hps-seed1-cc", "base-dd")
 MIX: dict[str, Any] = {"method": {"name": "mix_grpo", "window_size": 4}}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
 from g2rpo.flow.sweep import Key, Sweep, SweepSettings, Velocities, sweep
 from g2rpo.methods import g2rpo, mix_grpo
@@ -54,7 +54,7 @@ def noise_for(policy: FluxPolicy, prompt: int, sample: int, step: int) -> Tensor
 
 
 def walk(
-    policy: FluxPolicy, forest: Forest, grid: SigmaGrid, config: ContinuationConfig | None
+    policy: FluxPolicy, forest: RolloutTree, grid: SigmaGrid, config: ContinuationConfig | None
 ) -> tuple[Sweep, int]:
     """A walk for two prompts; and how many velocities were reused."""
     conditioning = policy.encode(["a red circle", "two blue squares above a green one"])
@@ -279,7 +279,7 @@ def test_merging_follows_the_adapters(policy: FluxPolicy) -> None:
     chosen = torch.zeros(1, dtype=torch.long)
 
     def change() -> tuple[Tensor, Tensor]:
-        with twin.rollout(Forest(4), conditioning) as continuations, torch.no_grad():
+        with twin.rollout(RolloutTree(4), conditioning) as continuations, torch.no_grad():
             merged = continuations(latents, times, chosen, [(0, 0)])
         with torch.no_grad():
             return merged, policy.velocity(latents, times, conditioning)
@@ -304,7 +304,7 @@ def test_float8_follows_the_weights_and_leaves_the_policy_alone(policy: FluxPoli
     latents, times = noise_for(policy, 0, 0, 0)[None], torch.tensor([0.7])
     chosen, found = torch.zeros(1, dtype=torch.long), []
     for _ in range(2):
-        with twin.rollout(Forest(4), conditioning) as continuations, torch.no_grad():
+        with twin.rollout(RolloutTree(4), conditioning) as continuations, torch.no_grad():
             found.append(continuations(latents, times, chosen, [(0, 0)]))
             expected = policy.velocity(latents, times, conditioning)
         assert 1e-4 < relative(found[-1], expected) < 0.1

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
 from g2rpo.methods.mix_grpo import Config as MixGRPO
 from g2rpo.training.config import TrainConfig, ValidationConfig
-from reproduce.counts import TrainingCounts, _groups, training_counts, validations
 from reproduce.experiment import ROOT, ResolvedCell, expand, load_experiment, load_profile
+from reproduce.jobs.counts import TrainingCounts, _groups, training_counts, validations
 
 COUNTERS = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
 
@@ -54,10 +54,10 @@ SHAPE = RolloutShape(steps=9, group_size=3, iterations=24)
 @pytest.mark.parametrize("name", method_names())
 def test_equal_keys_mean_equal_forests(name: str) -> None:
     method = parse_method({"name": name, **({"interval": 5} if name == "mix_grpo" else {})})
-    forests: dict[Hashable, Forest] = {}
+    forests: dict[Hashable, RolloutTree] = {}
     for iteration in range(SHAPE.iterations):
         forest = method.forest(SHAPE, iteration)
-        assert forests.setdefault(method.forest_key(SHAPE, iteration), forest) == forest
+        assert forests.setdefault(method.rollout_key(SHAPE, iteration), forest) == forest
     assert (len(forests) > 1) == (name == "mix_grpo")
     counted = _groups((type(method), method.model_dump_json()), SHAPE)
     assert sum(counted.values()) == SHAPE.iterations
@@ -68,7 +68,7 @@ def test_equal_keys_mean_equal_forests(name: str) -> None:
 class Hurried(MixGRPO):
     """A window that moves every iteration, with the key of one that does not."""
 
-    def forest(self, shape: RolloutShape, iteration: int) -> Forest:
+    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         return super().forest(shape, iteration * (self.interval or 1))
 
 

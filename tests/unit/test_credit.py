@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_runs import config_for, trainer_for
 
-from benchmarks.credit import (
+from benchmarks.evaluation.credit import (
     GradientMoments,
     distinct_rollouts,
     explained_shares,
@@ -21,9 +21,9 @@ from benchmarks.credit import (
     signal_to_noise,
     step_gradients,
 )
-from benchmarks.protocol import CreditConfig
+from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.data.prompts import Prompt
-from g2rpo.flow.forest import Forest, credited_to, recorded_steps
+from g2rpo.flow.rollout_tree import RolloutTree, credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.methods import dance_grpo, flow_grpo, g2rpo, mix_grpo
 from g2rpo.methods.base import Method, RolloutShape
@@ -31,9 +31,9 @@ from g2rpo.seeds import gaussian
 from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.transitions import Update
 from g2rpo.training.update import UpdateStatistics
-from reproduce.estimates import credit_estimate
 from reproduce.experiment import Hardware, load_profile
-from reproduce.speeds import speeds_of
+from reproduce.jobs.estimates import credit_estimate
+from reproduce.jobs.speeds import speeds_of
 
 WEIGHTS = {INITIAL_NOISE: 5.0, 0: 1.0, 1: 2.0, 2: 0.5, 3: 0.0, 4: 1.5, 5: 1.0}
 STEPS = 6
@@ -52,7 +52,7 @@ class Linear:
 
         return draw
 
-    def run(self, forest: Forest, prompts: Sequence[Prompt], _: int, noise: Noise) -> Any:
+    def run(self, forest: RolloutTree, prompts: Sequence[Prompt], _: int, noise: Noise) -> Any:
         def reward(prompt: int, image: int) -> float:
             total, at = 0.0, forest.states[image]
             while at.parent is not None:
@@ -120,7 +120,7 @@ def test_noise_at_one_step_alone_explains_everything_whatever_the_granularity() 
 def test_the_part_of_a_rollout_that_credits_a_step_has_the_same_images(method: Method) -> None:
     forest = method.forest(RolloutShape(steps=STEPS, group_size=3, iterations=12), 0)
 
-    def way(of: Forest, state: int | None) -> list[tuple[int, int | None]]:
+    def way(of: RolloutTree, state: int | None) -> list[tuple[int, int | None]]:
         if state is None:
             return []
         at = of.states[state]

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.commands.render import no_table, render_credit
-from reproduce.credit import Measured, Quantity, _panel, publish_credit, steps_text
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
-from reproduce.layout import Layout
-from reproduce.run_folders import write_manifest
-from reproduce.work import Measurement
+from reproduce.experiment.layout import Layout
+from reproduce.runs.folders import write_manifest
+from reproduce.stages.work import Measurement
+from reproduce.tables.credit import Measured, Quantity, _panel, publish_credit, steps_text
 
 WINDOWS = ((0, [0, 1]), (1, [1, 2]), (4, [2]))
 

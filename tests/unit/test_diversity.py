@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from benchmarks.diversity import mean_pairwise_distance, measure_diversity, vendi_score
-from benchmarks.metrics import DISTANCE, VENDI
+from benchmarks.evaluation.diversity import mean_pairwise_distance, measure_diversity, vendi_score
+from benchmarks.evaluation.metrics import DISTANCE, VENDI
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.image_tower import ImageTower

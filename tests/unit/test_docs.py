@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from typer.testing import CliRunner
 
-from benchmarks.protocol import EvaluationConfig
+from benchmarks.evaluation.protocol import EvaluationConfig
 from g2rpo.methods.base import Method, method_names, parse_method
 from g2rpo.policy.config import CheckpointConfig
 from g2rpo.rewards.unified_reward.config import QuestionConfig

@@ -11,11 +11,11 @@ from cell_factory import TABLE1, TABLE2, make_table_cells
 from g2rpo.config import validate
 from g2rpo.rewards.registry import REWARDS
 from reproduce.experiment import ROOT, load_experiment
-from reproduce.findings import findings
-from reproduce.render import references
-from reproduce.render.document import SCHEMA, TableDocument, schema
-from reproduce.render.spec import METRIC_LABELS, TableSpec
-from reproduce.tables import Gap, render_table
+from reproduce.tables import references
+from reproduce.tables.document import SCHEMA, TableDocument, schema
+from reproduce.tables.findings import findings
+from reproduce.tables.render import Gap, render_table
+from reproduce.tables.spec import METRIC_LABELS, TableSpec
 
 SPEC = validate(TableSpec, TABLE1, "table1")
 MISSING = "hps/mix_grpo"
@@ -36,7 +36,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_committed_schema_is_that_of_the_documents() -> None:
     assert json.loads(SCHEMA.read_text()) == schema(), (
-        "write it again: python -m reproduce.render.document"
+        "write it again: python -m reproduce.tables.document"
     )
 
 

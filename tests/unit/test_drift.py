@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.drift import (
+from benchmarks.evaluation.drift import (
     DriftConfig,
     DriftReference,
     base_reference,

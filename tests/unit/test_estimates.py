@@ -10,8 +10,19 @@ from diffusers import FluxTransformer2DModel
 
 from g2rpo.errors import UserError
 from g2rpo.training.config import CheckpointConfig
-from reproduce.counts import training_counts
-from reproduce.estimates import (
+from reproduce.experiment import (
+    ROOT,
+    Experiment,
+    Hardware,
+    Profile,
+    ResolvedCell,
+    expand,
+    load_experiment,
+    load_profile,
+    resolve,
+)
+from reproduce.jobs.counts import training_counts
+from reproduce.jobs.estimates import (
     Estimate,
     _checkpoints,
     checkpoint_bytes,
@@ -24,21 +35,10 @@ from reproduce.estimates import (
     scoring_estimate,
     training_estimate,
 )
-from reproduce.experiment import (
-    ROOT,
-    Experiment,
-    Hardware,
-    Profile,
-    ResolvedCell,
-    expand,
-    load_experiment,
-    load_profile,
-    resolve,
-)
-from reproduce.flux_size import FLUX_DEV, FluxSize, flux_size
-from reproduce.schedule import Task, schedule_wall
-from reproduce.shares import Share
-from reproduce.speeds import KINDS, all_speeds, speeds_of
+from reproduce.jobs.flux_size import FLUX_DEV, FluxSize, flux_size
+from reproduce.jobs.schedule import Task, schedule_wall
+from reproduce.jobs.speeds import KINDS, all_speeds, speeds_of
+from reproduce.stages.shares import Share
 
 
 def cell_of(profile: Profile, key: str = "hps/g2rpo") -> ResolvedCell:

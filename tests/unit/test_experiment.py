@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from g2rpo.config import merge
 from g2rpo.errors import UserError
 from g2rpo.training.config import TrainConfig
-from reproduce import runs
-from reproduce.counts import iterations_within, training_counts
 from reproduce.experiment import (
     HERE,
     Profile,
@@ -24,6 +22,8 @@ from reproduce.experiment import (
     load_profile,
     resolve,
 )
+from reproduce.experiment import fingerprint as runs
+from reproduce.jobs.counts import iterations_within, training_counts
 
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
 PROFILES = sorted(path.stem for path in (HERE / "profiles").glob("*.yaml"))

@@ -9,8 +9,8 @@ import scipy.stats
 from PIL import Image
 
 from g2rpo.errors import UserError
-from reproduce.figures import Metric, learning_curves, seed_band
-from reproduce.picture_grid import picture_grid
+from reproduce.tables.figures import Metric, learning_curves, seed_band
+from reproduce.tables.picture_grid import picture_grid
 
 METRIC = Metric("reward/hps/mean", "HPS")
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2rpo.flow.forest import Group
+from g2rpo.flow.rollout_tree import Group
 from g2rpo.training.advantages import (
     AdvantageConfig,
     group_advantages,

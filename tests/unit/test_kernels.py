@@ -12,7 +12,7 @@ from tiny_flux import build_tiny_flux
 from torch import Tensor, nn
 
 from g2rpo.errors import UserError
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
 from g2rpo.policy import FluxPolicy, PolicyConfig
 from g2rpo.policy.continuation import ContinuationConfig, ContinuationPolicy
@@ -163,7 +163,7 @@ def test_a_compiled_run_trains_as_a_plain_one(smoke_assets: Path, tmp_path: Path
     conditioning = trainer.policy.encode(["a red circle", "a blue square"])
     latents = trainer.policy.pack(torch.randn(2, *trainer.policy.latent_shape))
     times, prompts = torch.tensor([0.5, 0.5]), torch.tensor([0, 1])
-    with torch.no_grad(), twin.rollout(Forest(4), conditioning) as continuations:
+    with torch.no_grad(), twin.rollout(RolloutTree(4), conditioning) as continuations:
         approximate = continuations(latents, times, prompts, [(0, 0), (1, 0)])
         exact = trainer.policy.velocity(latents, times, conditioning)
     change = (approximate - exact).norm() / exact.norm()

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from cell_factory import TABLE1, TABLE2, TABLE3, make_table_cells
 
-from benchmarks.cells import load_cells
+from benchmarks.evaluation.results import load_cells
 from g2rpo.config import validate
 from g2rpo.files import atomic_write_text
 from reproduce.experiment import ROOT
-from reproduce.render.formats import latex_escape
-from reproduce.render.references import BIBLIOGRAPHY, read_bibliography
-from reproduce.render.spec import TableSpec
-from reproduce.tables import render_table
+from reproduce.tables.formats import latex_escape
+from reproduce.tables.references import BIBLIOGRAPHY, read_bibliography
+from reproduce.tables.render import render_table
+from reproduce.tables.spec import TableSpec
 
 MADE_UP = {data["name"]: data for data in (TABLE1, TABLE2, TABLE3)}
 COMMITTED = sorted((ROOT / "results").glob("*/*/*.tex"))

@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from benchmarks.scoring.journal import Entry, Journal
+from benchmarks.evaluation.scoring.journal import Entry, Journal
 from g2rpo import attempts as attempts_module
 from g2rpo import lease as lease_module
 from g2rpo.attempts import Attempt, attempt_path
@@ -28,7 +28,7 @@ from g2rpo.files import atomic_folder, atomic_path, atomic_write_text, sha256_tr
 from g2rpo.lease import Lease, LeaseLost, LeaseSettings, is_alive, latest, read_attempts
 from g2rpo.progress import ProgressReport
 from g2rpo.stop import Stopped, StopRequest
-from g2rpo.training import checkpoints
+from g2rpo.training.checkpoint import checkpoints
 from g2rpo.training.config import CheckpointConfig
 from g2rpo.training.metrics import MetricsLog
 

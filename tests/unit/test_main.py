@@ -33,7 +33,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_it_is_made(
     def computed(*_: object) -> None:
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr("reproduce.runner.build_assets", computed)
+    monkeypatch.setattr("reproduce.jobs.runner.build_assets", computed)
     file = tmp_path / "file"
     file.touch()
     for output, told in (

@@ -15,13 +15,20 @@ import scipy.stats
 from cell_factory import TABLE1, make_cell, make_metrics, make_scores, make_table_cells
 from rich.console import Console
 
-from benchmarks.cells import Cell, Protocol, RowScores, gather_rows, load_cell, save_cell
-from benchmarks.metrics import DISTANCE, DRIFT, VENDI
-from benchmarks.protocol import DiversityConfig, DriftConfig
+from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
+from benchmarks.evaluation.protocol import DiversityConfig, DriftConfig
+from benchmarks.evaluation.results import (
+    Cell,
+    Protocol,
+    RowScores,
+    gather_rows,
+    load_cell,
+    save_cell,
+)
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from reproduce.comparisons import Hacking, compare_metric, judge_hacking
-from reproduce.tables import TableSpec, print_table, render_table
+from reproduce.tables.comparisons import Hacking, compare_metric, judge_hacking
+from reproduce.tables.render import TableSpec, print_table, render_table
 
 SPEC = validate(TableSpec, TABLE1, "table1")
 METRICS = {DISTANCE: 0.4, VENDI: 2.5, DRIFT: 0.01234}

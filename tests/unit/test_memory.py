@@ -23,7 +23,7 @@ from g2rpo.training.memory import (
     weights_bytes,
 )
 from reproduce.experiment import Hardware, expand, load_experiment, load_profile
-from reproduce.runner import check_memory
+from reproduce.jobs.runner import check_memory
 
 FLUX_TOKENS = 2025 + 512
 

@@ -9,7 +9,7 @@ import pytest
 import g2rpo.methods
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from g2rpo.flow.forest import Forest
+from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import shifted_sigmas
 from g2rpo.methods import dance_grpo, flow_grpo, mix_grpo
 from g2rpo.methods import g2rpo as granular
@@ -19,7 +19,7 @@ PAPER = RolloutShape(steps=16, group_size=12, iterations=300)
 RELEASED_MIX = RolloutShape(steps=25, group_size=12, iterations=300)
 
 
-def path(forest: Forest, state: int) -> list[tuple[int, int | None]]:
+def path(forest: RolloutTree, state: int) -> list[tuple[int, int | None]]:
     """(node, whose noise) from the initial noise to ``state``."""
     found = []
     at: int | None = state
@@ -29,7 +29,7 @@ def path(forest: Forest, state: int) -> list[tuple[int, int | None]]:
     return found[::-1]
 
 
-def recorded_steps(forest: Forest) -> Counter[int]:
+def recorded_steps(forest: RolloutTree) -> Counter[int]:
     return Counter(forest.states[state].node - 1 for state in forest.recorded)
 
 

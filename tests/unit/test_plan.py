@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from g2rpo.config import validate
-from reproduce import finished
 from reproduce.commands.doctor import wanted_by
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
-from reproduce.layout import Layout
-from reproduce.plan import Plan, make_plan
-from reproduce.plan_display import KINDS, print_plan, stage_estimates
-from reproduce.runs import absent_prompts_named
+from reproduce.experiment.fingerprint import absent_prompts_named
+from reproduce.experiment.layout import Layout
+from reproduce.jobs.plan import Plan, make_plan
+from reproduce.jobs.plan_display import KINDS, print_plan, stage_estimates
+from reproduce.stages import finished
 from slurm.cluster import load_cluster
 
 TABLE: dict[str, Any] = {

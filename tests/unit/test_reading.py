@@ -11,17 +11,17 @@ import pytest
 import scipy.stats
 from cell_factory import TABLE1, make_cell, make_scores, make_table_cells
 
-from benchmarks.cells import Cell
-from benchmarks.statistics import holm
+from benchmarks.evaluation.results import Cell
+from benchmarks.evaluation.statistics import holm
 from g2rpo.config import validate
-from reproduce.findings import Finding, findings
-from reproduce.paper import load_paper_tables
-from reproduce.reading import write_reading
-from reproduce.render.document import to_json
-from reproduce.render.values import build_table
 from reproduce.report.grids import finding_grid
 from reproduce.report.marks import Mark
-from reproduce.tables import TableSpec
+from reproduce.tables.document import to_json
+from reproduce.tables.findings import Finding, findings
+from reproduce.tables.paper import load_paper_tables
+from reproduce.tables.render import TableSpec
+from reproduce.tables.summary import write_reading
+from reproduce.tables.values import build_table
 
 SPEC = validate(TableSpec, TABLE1, "table1")
 CELLS = make_table_cells(SPEC)

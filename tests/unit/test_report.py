@@ -18,13 +18,11 @@ from PIL import Image
 from report_results import HOSTILE_LABEL, ITERATIONS, PROMPTS, ROWS, Results, make_results
 from typer.testing import CliRunner
 
-from benchmarks.cells import load_cell, save_cell
+from benchmarks.evaluation.results import load_cell, save_cell
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment import ROOT, load_profile
-from reproduce.figures import Metric, seed_band
-from reproduce.findings import findings
-from reproduce.layout import Layout
+from reproduce.experiment.layout import Layout
 from reproduce.report.chapter import Chapter, load_chapter
 from reproduce.report.configurations import configuration_data
 from reproduce.report.curves import AXES, curve_data
@@ -36,6 +34,8 @@ from reproduce.report.overview import overview_grid
 from reproduce.report.page import make_page, script_json, view_of
 from reproduce.report.pictures import Amount, Gallery, gather_pictures, picture_data, reduced
 from reproduce.report.provenance import provenance_grid
+from reproduce.tables.figures import Metric, seed_band
+from reproduce.tables.findings import findings
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.mini_world import world
-from benchmarks.tiny_models import build_tiny_models
+from benchmarks.mini_world.tiny_models import build_tiny_models
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.preprocessing import Preprocessing

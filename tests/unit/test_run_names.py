@@ -12,9 +12,9 @@ from g2rpo.errors import UserError
 from g2rpo.files import sha256_file, sha256_tree
 from g2rpo.hub.lock import LOCK_VARIABLE
 from g2rpo.training.config import TrainConfig
-from reproduce import runs
 from reproduce.experiment import ROOT, Experiment, Profile, expand, load_experiment, load_profile
-from reproduce.layout import Layout
+from reproduce.experiment import fingerprint as runs
+from reproduce.experiment.layout import Layout
 
 LAYOUT = Layout(Path("runs"), Path("tables"))
 COMMITTED = sorted(path.parent.name for path in (ROOT / "results" / "mini").glob("*/cells"))

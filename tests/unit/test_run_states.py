@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from g2rpo.config import merge
 from g2rpo.errors import UserError
 from reproduce.cli import app
-from reproduce.run_states import RunState, read_run_state, read_run_states
-from reproduce.settings import distinctions, flat
+from reproduce.experiment.settings import distinctions, flat
+from reproduce.runs.states import RunState, read_run_state, read_run_states
 
 
 def state_of(folder: Path) -> RunState:

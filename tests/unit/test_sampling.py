@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.protocol import EvaluationConfig
+from benchmarks.evaluation.protocol import EvaluationConfig
 from g2rpo.config import validate
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
 from g2rpo.policy import FluxPolicy, PolicyConfig
 from g2rpo.policy.config import HybridConfig
-from g2rpo.policy.flux import Handover
+from g2rpo.policy.flux import HybridSampling
 from g2rpo.sampling import evaluation_noise, sample_latents, sample_ode
 
 SEED = 11
@@ -61,7 +61,7 @@ def moved(base: FluxPolicy) -> FluxPolicy:
 
 def hybrid(tuned: FluxPolicy, base: FluxPolicy, steps: int) -> FluxPolicy:
     policy = copy.copy(tuned)
-    policy.handover = Handover(base, steps)
+    policy.handover = HybridSampling(base, steps)
     return policy
 
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.scoring import summary
-from benchmarks.scoring.engine import COLUMNS, Ranks, Scorer
-from benchmarks.scoring.items import Item, read_source, refuse_bad
-from benchmarks.scoring.journal import Entry, Journal, judge_name
+from benchmarks.evaluation.scoring import summary
+from benchmarks.evaluation.scoring.engine import COLUMNS, Ranks, Scorer
+from benchmarks.evaluation.scoring.items import Item, read_source, refuse_bad
+from benchmarks.evaluation.scoring.journal import Entry, Journal, judge_name
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import BatchedReward, RewardConfig

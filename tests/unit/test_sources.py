@@ -11,7 +11,7 @@ from unicodedata import normalize
 import pytest
 from PIL import Image
 
-from benchmarks.scoring.items import Source, read_source
+from benchmarks.evaluation.scoring.items import Source, read_source
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 
@@ -162,7 +162,8 @@ def test_names_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         r"'caf\udce9.png'": "its path is not UTF-8; rename the file or folder"
     }
     code = (
-        "import sys; from pathlib import Path; from benchmarks.scoring.items import read_source; "
+        "import sys\nfrom pathlib import Path\n"
+        "from benchmarks.evaluation.scoring.items import read_source\n"
         "print(read_source(Path(sys.argv[1])).bad)"
     )
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -13,12 +13,12 @@ from g2rpo.errors import UserError
 from g2rpo.lease import Lease, read_attempts
 from g2rpo.stop import Stopped
 from reproduce.experiment import HERE, Profile, ResolvedCell, expand, load_experiment, load_profile
-from reproduce.finished import share_manifest, share_stem
-from reproduce.layout import Layout
-from reproduce.plan import make_plan
-from reproduce.runs import absent_prompts_named
-from reproduce.shares import Share
-from reproduce.work import (
+from reproduce.experiment.fingerprint import absent_prompts_named
+from reproduce.experiment.layout import Layout
+from reproduce.jobs.plan import make_plan
+from reproduce.stages.finished import share_manifest, share_stem
+from reproduce.stages.shares import Share
+from reproduce.stages.work import (
     Inputs,
     Work,
     cell_document,

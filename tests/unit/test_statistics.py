@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.statistics import (
+from benchmarks.evaluation.statistics import (
     bootstrap,
     bootstrap_means,
     checkpoint_comparisons,

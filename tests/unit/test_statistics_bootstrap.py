@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.statistics import (
+from benchmarks.evaluation.statistics import (
     Kind,
     Resampling,
     bootstrap_ends,

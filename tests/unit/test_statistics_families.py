@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from benchmarks.statistics import (
+from benchmarks.evaluation.statistics import (
     ALPHA,
     Comparison,
     CorrectedComparison,

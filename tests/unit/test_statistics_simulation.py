@@ -13,7 +13,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from benchmarks.statistics import (
+from benchmarks.evaluation.statistics import (
     Comparison,
     Interval,
     Kind,

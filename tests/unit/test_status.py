@@ -14,14 +14,14 @@ from g2rpo.attempts import Record, WorkProgress
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.owner import Owner
-from reproduce import finished
-from reproduce.display import status_table, summary
 from reproduce.experiment import Experiment, expand, load_profile
-from reproduce.launch import DRIVER, latest_submission, left_to_submit, save_submission
-from reproduce.layout import Layout
-from reproduce.plan import Plan, make_plan
-from reproduce.stage_jobs import active_stages, hopeless_stages
-from reproduce.status import Show, StageStatus, follow, is_over, read_status
+from reproduce.experiment.layout import Layout
+from reproduce.jobs.display import status_table, summary
+from reproduce.jobs.launch import DRIVER, latest_submission, left_to_submit, save_submission
+from reproduce.jobs.plan import Plan, make_plan
+from reproduce.jobs.stage_jobs import active_stages, hopeless_stages
+from reproduce.jobs.status import Show, StageStatus, follow, is_over, read_status
+from reproduce.stages import finished
 from slurm import states
 from slurm.cluster import Cluster
 from slurm.states import JobState

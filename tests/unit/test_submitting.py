@@ -11,10 +11,10 @@ from submitit.core import utils
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from reproduce.experiment import Experiment, expand, load_profile
-from reproduce.launch import submit_to_slurm
-from reproduce.layout import Layout
-from reproduce.plan import Plan, make_plan
-from reproduce.status import read_status
+from reproduce.experiment.layout import Layout
+from reproduce.jobs.launch import submit_to_slurm
+from reproduce.jobs.plan import Plan, make_plan
+from reproduce.jobs.status import read_status
 from slurm import states
 from slurm.cluster import Cluster
 from slurm.submission import Submission, list_submissions, read_comment

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
 from g2rpo.flow.sweep import INITIAL_NOISE, RecordedStep, Sweep, SweepSettings, sweep
 from g2rpo.flow.transition import log_prob, per_state, transition_mean
@@ -185,7 +185,7 @@ def run(
     iteration: int = 0,
     micro_batch: int = 64,
     prompts: int = PROMPTS,
-) -> tuple[Forest, Sweep, ToyTransformer]:
+) -> tuple[RolloutTree, Sweep, ToyTransformer]:
     grid, model = grid_of(shape.steps), ToyTransformer(dtype)
     forest = method.forest(shape, iteration)
     settings = SweepSettings(method.diffusion(grid.sigmas), micro_batch, dtype)
@@ -198,12 +198,12 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def group_images(forest: Forest, swept: Sweep, group: Group) -> Tensor:
+def group_images(forest: RolloutTree, swept: Sweep, group: Group) -> Tensor:
     place = {state: index for index, state in enumerate(forest.images)}
     return swept.images[:, [place[state] for state in group.images]]
 
 
-def compare(forest: Forest, swept: Sweep, naive: Naive) -> None:
+def compare(forest: RolloutTree, swept: Sweep, naive: Naive) -> None:
     seen: dict[int | None, int] = defaultdict(int)
     for group in forest.groups:
         images = group_images(forest, swept, group)
@@ -477,7 +477,7 @@ def test_noise_is_asked_for_by_prompt_sample_and_step() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    forest = Forest(4)
+    forest = RolloutTree(4)
     root = forest.initial(0)
     with pytest.raises(ValueError, match="no step"):
         forest.ode(root, 0)

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from benchmarks.cells import Cell, Protocol
+from benchmarks.evaluation.results import Cell, Protocol
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.text import visible
-from reproduce.paper import PAPER_TABLES, PaperKey, load_paper_tables
-from reproduce.render.formats import human, latex_escape, markdown_escape
-from reproduce.tables import Gap, TableSpec, load_table_spec, print_table, render_table
+from reproduce.tables.formats import human, latex_escape, markdown_escape
+from reproduce.tables.paper import PAPER_TABLES, PaperKey, load_paper_tables
+from reproduce.tables.render import Gap, TableSpec, load_table_spec, print_table, render_table
 
 SPECS = {data["name"]: validate(TableSpec, data, data["name"]) for data in (TABLE1, TABLE2, TABLE3)}
 SPEC = SPECS["table1"]

@@ -15,13 +15,13 @@ from markdown_it import MarkdownIt
 from rich.box import SIMPLE_HEAD, Box
 from rich.console import Console
 
-from benchmarks.scoring import summary
-from benchmarks.statistics import ALPHA, p_text, signed
+from benchmarks.evaluation.scoring import summary
+from benchmarks.evaluation.statistics import ALPHA, p_text, signed
 from g2rpo.config import validate
 from g2rpo.terminal import PlainTable
 from g2rpo.text import csv_text, plain_value, visible
-from reproduce.render.formats import markdown_escape
-from reproduce.tables import TableSpec, render_table
+from reproduce.tables.formats import markdown_escape
+from reproduce.tables.render import TableSpec, render_table
 
 HOSTILE = (
     "[photo]",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from g2rpo.flow.forest import Forest, Group
+from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.schedule import SigmaGrid, shifted_sigmas
 from g2rpo.flow.sweep import SweepSettings, sweep
 from g2rpo.flow.transition import (
@@ -252,7 +252,7 @@ def test_from_pure_noise_the_moments_follow_the_exact_recursion() -> None:
     diffusion = [eta * math.sqrt(s / (1 - (sigmas[1] if s == 1.0 else s))) for s in sigmas[:steps]]
     mean, variance = chain_moments(sigmas, diffusion, drift_and_score_mean)
 
-    forest = Forest(steps)
+    forest = RolloutTree(steps)
     states = [forest.initial(sample) for sample in range(lines)]
     for _ in range(steps):
         states = [forest.sde(state, sample, record=False) for sample, state in enumerate(states)]

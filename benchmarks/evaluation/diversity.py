@@ -1,0 +1,107 @@
+"""How different a policy's images of one prompt are, in the features of an image tower.
+
+Rewards are blind to a policy that always draws the same picture. Two measures over the n images of
+a prompt, both in float64: the mean of 1 - cosine over pairs, and the Vendi score (Friedman and
+Dieng, arXiv 2210.02410), the effective number of distinct images among the n.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from benchmarks.evaluation.metrics import DISTANCE, VENDI, metric_frame
+from g2rpo.data.images import load_image
+from g2rpo.progress import ProgressReport
+from g2rpo.rewards.image_tower import ImageTower
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def unit_rows(features: npt.ArrayLike) -> FloatArray:
+    """``features`` [n, D] with rows of length 1, float64.
+
+    Raises:
+        ValueError: not a matrix of two rows or more, or a row that has no direction.
+    """
+    matrix = np.asarray(features, dtype=np.float64)
+    if matrix.ndim != 2 or len(matrix) < 2:
+        raise ValueError(f"expected features [images >= 2, D], got shape {matrix.shape}")
+    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise ValueError("an image's features are zero or not finite")
+    rows: FloatArray = matrix / lengths
+    return rows
+
+
+def mean_pairwise_distance(features: npt.ArrayLike) -> float:
+    """Mean of 1 - cosine over the pairs of n images.
+
+    Args:
+        features: [n, D], n >= 2, of any length.
+
+    Returns:
+        in [0, 2]; 0 where all point the same way.
+
+    Raises:
+        ValueError: see :func:`unit_rows`.
+    """
+    rows = unit_rows(features)
+    first, second = np.triu_indices(len(rows), k=1)
+    # |a - b|^2 / 2 is 1 - cosine without the cancellation where two images are nearly alike.
+    squared = ((rows[first] - rows[second]) ** 2).sum(axis=1)
+    return float(squared.mean() / 2)
+
+
+def vendi_score(features: npt.ArrayLike) -> float:
+    """exp of the Shannon entropy of the eigenvalues of K / n, with the cosine kernel K.
+
+    Args:
+        features: [n, D], n >= 2, of any length.
+
+    Returns:
+        in [1, n]: 1 for n images alike, n for n orthogonal ones.
+
+    Raises:
+        ValueError: see :func:`unit_rows`.
+    """
+    rows = unit_rows(features)
+    eigenvalues = np.linalg.eigvalsh(rows @ rows.T / len(rows))
+    # Rounding leaves zeros a little off, on either side.
+    positive = eigenvalues[eigenvalues > len(rows) * np.finfo(np.float64).eps]
+    shares = positive / positive.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def measure_diversity(
+    tower: ImageTower, images: Mapping[str, Sequence[Path]], name: str
+) -> pd.DataFrame:
+    """Both measures for each prompt.
+
+    Args:
+        tower: gives the features.
+        images: prompt id to the files of its images, two or more each.
+        name: what the tower is called in the progress report.
+
+    Returns:
+        rows of :data:`benchmarks.evaluation.metrics.METRIC_COLUMNS`.
+
+    Raises:
+        UserError: an image is missing or damaged; it is named.
+    """
+    distances, scores = [], []
+    with ProgressReport(f"diversity by {name}", len(images)) as report:
+        for paths in images.values():
+            pixels = [load_image(path).pixels for path in paths]
+            features = tower.image_features(pixels).to(torch.float64).numpy()
+            distances.append(mean_pairwise_distance(features))
+            scores.append(vendi_score(features))
+            report.advance()
+    ids = list(images)
+    return pd.concat(
+        [metric_frame(DISTANCE, ids, distances), metric_frame(VENDI, ids, scores)],
+        ignore_index=True,
+    )

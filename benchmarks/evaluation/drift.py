@@ -1,0 +1,177 @@
+"""How far a trained policy has moved from its base, as a function: velocities on the same inputs.
+
+The inputs are the base's own: x_sigma = (1 - sigma) x_0 + sigma eps, the noising that flow matching
+trains on, with x_0 the base's sample of a prompt and eps a draw named by (evaluation seed, prompt
+id, index of sigma). They and the base's velocities are computed once and kept in a file, so that a
+large base and a trained policy are never in memory together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.evaluation.metrics import DRIFT, metric_frame
+from benchmarks.evaluation.protocol import DriftConfig
+from g2rpo.data.embeddings.cache import rows_digest
+from g2rpo.data.prompts import Prompt
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path
+from g2rpo.flow.schedule import SigmaGrid
+from g2rpo.policy import FluxPolicy
+from g2rpo.progress import ProgressReport
+from g2rpo.sampling import sample_latents
+from g2rpo.seeds import gaussian
+
+
+@dataclass(frozen=True, eq=False)
+class DriftReference:
+    """The fixed inputs, and the base's velocities there.
+
+    Attributes:
+        latents: x_sigma, [prompts, sigmas, tokens, channels], float32, on the CPU.
+        velocities: the same shape.
+    """
+
+    latents: Tensor
+    velocities: Tensor
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file, atomically: of several writers the last one stays."""
+        with atomic_path(path) as temporary:
+            tensors = {"latents": self.latents, "velocities": self.velocities}
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, temporary, {"sha256": rows_digest(tensors)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in ("latents", "velocities")}
+                recorded = opened.metadata()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); it is made again") from None
+        if recorded and recorded.get("sha256") != rows_digest(tensors):
+            raise UserError(f"{path}: does not match its recorded SHA-256; it is made again")
+        return cls(**tensors)
+
+
+def base_reference(
+    base: FluxPolicy,
+    prompts: Sequence[Prompt],
+    config: DriftConfig,
+    grid: SigmaGrid,
+    seed: int,
+    batch: int = 64,
+) -> DriftReference:
+    """Samples the base, noises its samples and evaluates its velocities there.
+
+    Args:
+        base: the untrained policy.
+        prompts: the held-out prompts; the first ``config.prompts`` are used.
+        config: the noise levels.
+        grid: the protocol's, along which x_0 is sampled.
+        seed: the evaluation seed.
+        batch: states per velocity evaluation.
+    """
+    chosen = list(prompts[: config.prompts])
+    parts = []
+    for start in range(0, len(chosen), batch):
+        part = chosen[start : start + batch]
+        clean = sample_latents(base, part, grid, seed, batch).cpu()
+        parts.append(
+            torch.stack(
+                [
+                    _noised(base, *pair, config.sigmas, seed)
+                    for pair in zip(clean, part, strict=True)
+                ]
+            )
+        )
+    latents = torch.cat(parts)
+    return DriftReference(latents, _velocities(base, chosen, latents, config.sigmas, batch))
+
+
+def _noised(
+    policy: FluxPolicy, clean: Tensor, prompt: Prompt, sigmas: Sequence[float], seed: int
+) -> Tensor:
+    """x_sigma of one prompt at each sigma, [sigmas, tokens, channels]."""
+    drawn = [
+        gaussian(policy.latent_shape, seed, "drift-noise", prompt.id, index)
+        for index in range(len(sigmas))
+    ]
+    noise = policy.pack(torch.stack(drawn))
+    level = torch.tensor(sigmas, dtype=noise.dtype)[:, None, None]
+    return (1 - level) * clean + level * noise
+
+
+@torch.no_grad()
+def _velocities(
+    policy: FluxPolicy,
+    prompts: Sequence[Prompt],
+    latents: Tensor,
+    sigmas: Sequence[float],
+    batch: int,
+) -> Tensor:
+    """Velocities [prompts, sigmas, tokens, channels] on the CPU.
+
+    The batches do not depend on the policy, so that the base meets its own velocities exactly.
+    """
+    conditioning = policy.encode([prompt.text for prompt in prompts])
+    flat = latents.flatten(0, 1)
+    times = torch.tensor(sigmas, dtype=torch.float32).repeat(len(prompts))
+    prompt_of = torch.arange(len(prompts)).repeat_interleave(len(sigmas))
+    found = torch.empty_like(flat)
+    with ProgressReport("velocities", len(flat)) as report:
+        for start in range(0, len(flat), batch):
+            part = slice(start, start + batch)
+            found[part] = policy.velocity(
+                flat[part].to(policy.device),
+                times[part].to(policy.device),
+                conditioning.select(prompt_of[part]),
+            ).cpu()
+            report.advance(len(flat[part]))
+    return found.view_as(latents)
+
+
+def measure_drift(
+    policy: FluxPolicy,
+    prompts: Sequence[Prompt],
+    config: DriftConfig,
+    reference: DriftReference,
+    batch: int = 64,
+) -> pd.DataFrame:
+    """Mean squared difference of velocity for each prompt, over sigmas, tokens and channels.
+
+    Args:
+        policy: the trained policy, of the reference's base.
+        prompts: the held-out prompts of the reference.
+        config: the noise levels of the reference.
+        reference: the base's inputs and velocities.
+        batch: states per velocity evaluation.
+
+    Returns:
+        rows of :data:`benchmarks.evaluation.metrics.METRIC_COLUMNS`; exactly 0 for the base itself.
+    """
+    chosen = prompts[: config.prompts]
+    moved = _velocities(policy, chosen, reference.latents, config.sigmas, batch)
+    squared = (moved.double() - reference.velocities.double()) ** 2
+    values = squared.flatten(1).mean(dim=1).numpy()
+    return metric_frame(DRIFT, [prompt.id for prompt in chosen], values)
+
+
+def no_drift(prompts: Sequence[Prompt], config: DriftConfig) -> pd.DataFrame:
+    """What :func:`measure_drift` gives for the base, without computing it."""
+    chosen = prompts[: config.prompts]
+    return metric_frame(DRIFT, [prompt.id for prompt in chosen], np.zeros(len(chosen)))

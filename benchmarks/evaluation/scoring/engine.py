@@ -1,0 +1,312 @@
+"""The scoring loop: images are read and prepared ahead while the device scores.
+
+Several processes (``accelerate launch``) share the work; each writes a journal of its own, so what
+was scored survives a kill, and any number of processes may go on with it.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from benchmarks.evaluation.scoring.items import Item, Source, refuse_bad
+from benchmarks.evaluation.scoring.journal import Entry, Journal, judge_name
+from g2rpo.data.images import load_image
+from g2rpo.errors import UserError
+from g2rpo.progress import ProgressReport
+from g2rpo.rewards.base import BatchedReward
+from g2rpo.stop import Stopped, StopReason, StopRequest
+
+AHEAD = 3
+"""Batches that are prepared while one is scored."""
+COLUMNS = (
+    "id", "prompt_id", "prompt", "style", "image", "image_sha256",
+    "reward", "version", "weights_hash", "template_hash", "score",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share the work."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    """The number of this process on its machine."""
+    wait: Callable[[], None] = lambda: None
+    """Returns when all processes have come here."""
+    share: Callable[[StopReason | None], Sequence[StopReason | None]] = lambda reason: [reason]
+    """Gives what all processes gave, when all have come here."""
+
+    @classmethod
+    def launched(cls) -> "Ranks":
+        """Those that ``accelerate launch`` started; one where nothing did."""
+        # One process may wait for the others as long as scoring takes.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+        return cls(
+            state.process_index,
+            state.num_processes,
+            state.local_process_index,
+            state.wait_for_everyone,
+            lambda reason: gather_object([reason]),
+        )
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes what there is one of."""
+        return self.rank == 0
+
+
+@dataclass
+class Findings:
+    """What scoring told beside the scores.
+
+    Attributes:
+        skipped: pairs of an item's id and why it was left out.
+        too_long: for each reward the ids of the prompts that it read only the beginning of.
+        batch_size: for each reward the largest batch that fitted into memory.
+    """
+
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    too_long: dict[str, list[str]] = field(default_factory=dict)
+    batch_size: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch that is ready for the device: its items, their keys, and the model's own input."""
+
+    items: Sequence[Item]
+    keys: list[str]
+    inputs: Any
+
+
+Prepare = Callable[[Sequence[Item]], Prepared]
+
+
+def item_key(image_sha256: str, prompt: str) -> str:
+    """Names what is scored: the bytes of the image file and the prompt."""
+    return hashlib.sha256(f"{image_sha256}\n{prompt}".encode()).hexdigest()
+
+
+def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], dict[str, str]]:
+    """Reads every file once, so that all that is wrong is told before anything is scored.
+
+    Returns:
+        by path the SHA-256 of those that can be scored, and why the others cannot.
+    """
+    paths = sorted({str(item.image) for item in items})
+    hashes, reasons = {}, {}
+    with (
+        ThreadPoolExecutor(_threads()) as pool,
+        ProgressReport("read images", len(paths), enabled=ranks.main) as report,
+    ):
+        for path, found in zip(paths, pool.map(_hash_or_error, paths), strict=True):
+            if isinstance(found, UserError):
+                reasons[path] = str(found)
+            else:
+                hashes[path] = found
+            report.advance()
+    return hashes, reasons
+
+
+def _hash_or_error(path: str) -> str | UserError:
+    try:
+        return load_image(Path(path)).sha256
+    except UserError as error:
+        return error
+
+
+def _threads() -> int:
+    return min(16, 2 * (os.cpu_count() or 1))
+
+
+class Scorer:
+    """Scores items with one reward model after the other.
+
+    Args:
+        folder: where the journals are kept.
+        items: what is scored; their order is that of the result.
+        ranks: the processes that share the work.
+        skip_bad: leaves out images that cannot be read.
+
+    Raises:
+        UserError: images cannot be read and are not to be skipped, or none is left.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        items: Sequence[Item],
+        ranks: Ranks | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        self.folder, self.ranks = folder, ranks or Ranks()
+        self.hashes, reasons = read_images(items, self.ranks)
+        source = Source()
+        for item in items:
+            reason = reasons.get(str(item.image))
+            if reason is None:
+                source.items.append(item)
+            else:
+                source.bad.append((item.id, reason))
+        refuse_bad(source, skip_bad)
+        items = self.items = source.items
+        self.findings = Findings(skipped=source.bad)
+        self.keys = {item.id: item_key(self.hashes[str(item.image)], item.prompt) for item in items}
+
+    def score(self, name: str, model: BatchedReward) -> pd.DataFrame:
+        """Scores all items that the journals lack, then gives the rows of all of them.
+
+        Args:
+            name: what the reward is called in the rows; its parts are ``name.part``.
+            model: the reward model.
+
+        Returns:
+            rows with :data:`COLUMNS`, for each column of the model (the score first, then its
+            parts) all items in their order. Only the main process has all rows.
+
+        Raises:
+            UserError: a score is not finite, an image changed meanwhile, or memory is too small.
+            Stopped: a stop was asked for; the scores so far are in the journals.
+        """
+        journal = Journal(self.folder, judge_name(model), self.ranks.rank)
+        self._tell_too_long(name, model)
+        done = journal.valid(self.keys)
+        self.ranks.wait()  # nobody writes before all have read
+        # Images of one prompt together: its text is then encoded once.
+        waiting = sorted(
+            (item for item in self.items if item.id not in done), key=lambda item: item.prompt
+        )
+        mine = waiting[self.ranks.rank :: self.ranks.count]
+        seen = len(self.items[self.ranks.rank :: self.ranks.count])
+        with (
+            ThreadPoolExecutor(_threads()) as readers,
+            ProgressReport(
+                f"score {name}", seen, done=seen - len(mine), enabled=self.ranks.main
+            ) as report,
+        ):
+            prepare = partial(_prepare, model, readers)
+            stop = None
+            for prepared in _prepared_ahead(lambda: model.batch_size, mine, prepare):
+                if (stop := StopRequest.requested()) is not None:
+                    break
+                journal.append(_evaluate(model, prepared, prepare))
+                report.advance(len(prepared.items))
+        self.findings.batch_size[name] = model.batch_size
+        self.ranks.wait()
+        self._stop_together(stop)
+        return self._rows(name, model, journal.valid(self.keys))
+
+    def _stop_together(self, stop: StopReason | None) -> None:
+        """Raises on all ranks where one has stopped before its end; none waits for another."""
+        for found in self.ranks.share(stop):
+            if found is not None:
+                raise Stopped(found.text, found.resume)
+
+    def _tell_too_long(self, name: str, model: BatchedReward) -> None:
+        prompts = {item.prompt_id: item.prompt for item in self.items}
+        cut = model.too_long(list(prompts.values()))
+        self.findings.too_long[name] = [
+            prompt_id for prompt_id, long in zip(prompts, cut, strict=True) if long
+        ]
+
+    def _rows(self, name: str, model: BatchedReward, done: dict[str, Entry]) -> pd.DataFrame:
+        changed = [item for item in self.items if item.id not in done]
+        if changed and self.ranks.main:
+            raise UserError(f"{changed[0].image}: it changed while it was scored; score again")
+        items = [item for item in self.items if item.id in done]
+        frames = []
+        for column in model.columns:
+            frame = pd.DataFrame(
+                {
+                    "id": [item.id for item in items],
+                    "prompt_id": [item.prompt_id for item in items],
+                    "prompt": [item.prompt for item in items],
+                    "style": [item.style for item in items],
+                    "image": [item.name for item in items],
+                    "image_sha256": [self.hashes[str(item.image)] for item in items],
+                    "reward": column.replace(model.name, name, 1),
+                    "version": model.version,
+                    "weights_hash": model.weights_hash,
+                    "template_hash": model.template_hash,
+                    "score": np.array(
+                        [done[item.id].scores[column] for item in items], dtype=np.float32
+                    ),
+                }
+            )
+            frames.append(frame)
+        return pd.concat(frames, ignore_index=True)
+
+
+def _prepared_ahead(
+    size: Callable[[], int], items: Sequence[Item], prepare: Prepare
+) -> Iterator[Prepared]:
+    """Batches of ``size()`` items in order, a few of them prepared ahead in threads."""
+    pending: deque[Future[Prepared]] = deque()
+    start = 0
+    with ThreadPoolExecutor(AHEAD) as pool:
+        try:
+            while start < len(items) or pending:
+                while start < len(items) and len(pending) < AHEAD:
+                    part = items[start : start + size()]
+                    start += len(part)
+                    pending.append(pool.submit(prepare, part))
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _prepare(model: BatchedReward, readers: ThreadPoolExecutor, items: Sequence[Item]) -> Prepared:
+    images = list(readers.map(lambda item: load_image(item.image), items))
+    keys = [item_key(image.sha256, item.prompt) for item, image in zip(items, images, strict=True)]
+    inputs = model.prepare([image.pixels for image in images], [item.prompt for item in items])
+    return Prepared(items, keys, inputs)
+
+
+def _evaluate(model: BatchedReward, prepared: Prepared, prepare: Prepare) -> list[Entry]:
+    """Scores a batch; where memory is too small, its halves, and smaller batches from then on."""
+    size = len(prepared.items)
+    if size <= model.batch_size:
+        scores = _scores(model, prepared)
+        if scores is not None:
+            return [
+                Entry(item.id, key, dict(zip(model.columns, row, strict=True)))
+                for item, key, row in zip(prepared.items, prepared.keys, scores, strict=True)
+            ]
+        if size == 1:
+            raise UserError(
+                f"{model.name}: out of memory with one image at a time; free the device, or use "
+                "a larger one"
+            )
+        model.batch_size = size // 2
+    halves = prepared.items[: size // 2], prepared.items[size // 2 :]
+    return [entry for half in halves for entry in _evaluate(model, prepare(half), prepare)]
+
+
+def _scores(model: BatchedReward, prepared: Prepared) -> list[list[float]] | None:
+    """The batch's scores by item and column, or None where memory is too small."""
+    try:
+        scores: list[list[float]] = model.score_prepared(
+            prepared.inputs, [item.prompt for item in prepared.items]
+        ).tolist()
+        return scores
+    except torch.OutOfMemoryError:
+        pass
+    # Outside of the handler, which would keep the failed call's tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None

@@ -1,0 +1,131 @@
+"""What a scoring comes to: a mean with its interval for each reward, and for each style."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from benchmarks.evaluation.statistics import Interval, checkpoint_intervals, fixed
+from g2rpo.terminal import PlainTable, literal
+from g2rpo.text import csv_text
+
+_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the summary: a reward over all prompts, or over those of one style.
+
+    All statistics are over prompts, each prompt's images averaged first.
+
+    Attributes:
+        reward: the reward.
+        style: of the prompts; None for all of them.
+        images: how many were scored.
+        prompts: how many they are of.
+        mean: over the prompts.
+        std: sample standard deviation over the prompts; None with fewer than two.
+        interval: of the mean (label ``checkpoint``); None with fewer than two prompts.
+    """
+
+    reward: str
+    style: str | None
+    images: int
+    prompts: int
+    mean: float
+    std: float | None
+    interval: Interval | None
+
+
+def summarise(scores: pd.DataFrame) -> list[Line]:
+    """The lines of the rows that a :class:`Scorer` gave, in their order."""
+    lines = []
+    for reward, rows in scores.groupby("reward", sort=False):
+        lines.append(_line(str(reward), None, rows))
+        styles = rows["style"].dropna()
+        if styles.nunique() > 1:
+            lines += [_line(str(reward), str(style), part) for style, part in rows.groupby("style")]
+    return lines
+
+
+def _line(reward: str, style: str | None, rows: pd.DataFrame) -> Line:
+    means = rows.groupby("prompt_id", sort=False)["score"].mean().to_numpy(np.float64)
+    several = len(means) > 1
+    return Line(
+        reward=reward,
+        style=style,
+        images=len(rows),
+        prompts=len(means),
+        mean=float(means.mean()),
+        std=float(means.std(ddof=1)) if several else None,
+        interval=checkpoint_intervals(means[None])[0] if several else None,
+    )
+
+
+def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
+    """The summary as a table of plain columns; over all prompts, ``style`` is empty."""
+    return pd.DataFrame(
+        [
+            {
+                "reward": line.reward,
+                "style": line.style,
+                "images": line.images,
+                "prompts": line.prompts,
+                "mean": line.mean,
+                "std": line.std,
+                "low": None if line.interval is None else line.interval.low,
+                "high": None if line.interval is None else line.interval.high,
+                "interval": None if line.interval is None else line.interval.label,
+            }
+            for line in lines
+        ]
+    )
+
+
+def as_csv(frame: pd.DataFrame) -> str:
+    """A table as CSV whose texts no spreadsheet takes for formulas."""
+    safe = frame.map(lambda value: csv_text(value) if isinstance(value, str) else value)
+    return safe.to_csv(index=False)
+
+
+def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: Console) -> None:
+    """Prints the summary, and how many prompts were cut at a model's context length."""
+    console.print(
+        literal("Means over the prompts, with 95 % intervals (of these images)", "italic")
+    )
+    console.print(_table([line for line in lines if line.style is None]))
+    by_style = [line for line in lines if line.style is not None]
+    if by_style:
+        console.print(literal("By style", "italic"))
+        console.print(_table(by_style))
+    for reward, ids in too_long.items():
+        if ids:
+            shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+            console.print(
+                literal(
+                    f"{reward} reads only the beginning of prompts that are too long for it "
+                    f"({len(ids)}): {shown}"
+                )
+            )
+
+
+def _table(lines: Sequence[Line]) -> PlainTable:
+    styled = lines[0].style is not None
+    names = ("reward", *(("style",) if styled else ()), "images", "prompts")
+    table = PlainTable(*names, box=None, pad_edge=False, header_style="bold")
+    for name in ("mean", "95 % interval", "std over prompts"):
+        table.add_column(name, justify="right")
+    for line in lines:
+        bounds = (line.interval.low, line.interval.high) if line.interval else ()
+        table.add_row(
+            line.reward,
+            *((line.style,) if styled else ()),
+            str(line.images),
+            str(line.prompts),
+            fixed(line.mean, _DIGITS),
+            " to ".join(fixed(bound, _DIGITS) for bound in bounds) or "–",
+            "–" if line.std is None else fixed(line.std, _DIGITS),
+        )
+    return table

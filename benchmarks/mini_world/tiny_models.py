@@ -1,0 +1,102 @@
+"""The smoke profile's assets: every model class at toy size with random weights, made offline.
+
+Default initialisations are too tame to test anything: velocities near 0, images all gray and an
+ImageReward score that is constant. So all weights are drawn anew at a scale that keeps signals
+alive from layer to layer, and velocities and pixels are scaled to a realistic size.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from benchmarks.mini_world import attribute_training, autoencoder, base_policy, world
+from benchmarks.mini_world.judges import MODELS
+from benchmarks.mini_world.small_rewards import liven
+from benchmarks.mini_world.tokenizers import words
+from g2rpo.files import atomic_folder, atomic_write_text
+from g2rpo.progress import without_library_bars
+from g2rpo.rewards.attributes import AttributeReader
+
+PROMPTS = {"train": 16, "validation": 4, "test": 8}
+VERSION = "1"
+"""Changes when the models do, so that an old folder is built again."""
+VELOCITY_STD = 1.0
+PIXEL_STD = 0.6
+
+
+def build_tiny_models(folder: Path, seed: int = 0) -> Path:
+    """Builds ``policy/``, ``rewards/<name>/`` and ``prompts/<split>.txt`` in ``folder``.
+
+    A folder that was built before with this seed is left as it is; one that was left half-built
+    by an interruption never takes its place.
+
+    Returns:
+        ``folder``.
+    """
+    mark = f"tiny models {VERSION}, seed {seed}\n"
+    done = folder / "BUILT"
+    if done.is_file() and done.read_text() == mark:
+        return folder
+    with (
+        without_library_bars(),
+        torch.random.fork_rng(devices=[]),
+        atomic_folder(folder) as temporary,
+    ):
+        torch.manual_seed(seed)
+        _save_policy(temporary / "policy")
+        for name, build in MODELS.items():
+            judge = build(words())
+            liven(judge)
+            judge.eval().save(temporary / "rewards" / name)
+        _save_attribute_reader(temporary / "rewards" / "attributes")
+        for split, number in PROMPTS.items():
+            captions = world.make_captions(seed, split, number)
+            text = "".join(caption + "\n" for caption in captions)
+            atomic_write_text(temporary / "prompts" / f"{split}.txt", text)
+        atomic_write_text(temporary / "BUILT", mark)
+    return folder
+
+
+def _save_policy(folder: Path) -> None:
+    settings = base_policy.PolicySettings(
+        double_blocks=1, single_blocks=1, heads=2, head_width=16, text_width=32
+    )
+    policy = base_policy.build(settings, folder)
+    vae = autoencoder.build(autoencoder.AutoencoderSettings(channels=(8, 16, 16)))
+    for module in (*policy.trained().children(), vae):
+        liven(module)
+        module.eval()
+    _scale_velocity(policy)
+    _scale_pixels(vae)
+    base_policy.save(policy, vae, folder)
+
+
+@torch.no_grad()
+def _scale_velocity(policy: base_policy.Policy) -> None:
+    """Gives velocities a standard deviation of :data:`VELOCITY_STD`."""
+    captions = ["a red circle on black", "two large blue stars on gray"] * 4
+    latents = torch.randn(len(captions), 16, 64)
+    sigma = torch.linspace(0.1, 1.0, len(captions))
+    velocity = policy.velocity(latents, sigma, policy.tokens(captions))
+    output = policy.transformer.proj_out
+    output.weight.mul_(VELOCITY_STD / velocity.std())
+    output.bias.zero_()
+
+
+@torch.no_grad()
+def _scale_pixels(vae: AutoencoderKL) -> None:
+    """Gives decoded images a standard deviation of :data:`PIXEL_STD` around gray."""
+    latents = torch.randn(8, 16, base_policy.LATENT_SIDE, base_policy.LATENT_SIDE)
+    pixels: Tensor = vae.decode(latents).sample
+    vae.decoder.conv_out.weight.mul_(PIXEL_STD / pixels.std())
+    vae.decoder.conv_out.bias.zero_()
+    vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+
+
+def _save_attribute_reader(folder: Path) -> None:
+    settings = attribute_training.AttributeSettings(widths=(8, 16, 16))
+    reader = AttributeReader(attribute_training.reader_config(settings))
+    liven(reader)
+    reader.eval().save(folder)

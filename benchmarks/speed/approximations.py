@@ -1,0 +1,367 @@
+"""``python -m benchmarks.speed.approximations``: what approximate continuations change.
+
+All of it is measured on the mini world's committed models.
+
+Two measurements for each approximation. *Ranking*: the same rollouts (policy, prompts, noise) with
+and without it, and Spearman's correlation of the advantages within each group, for every judge.
+*Curves*: short trainings with and without it on the same seeds, and the validation reward.
+"""
+
+import multiprocessing
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import scipy.stats
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.evaluation.statistics import LEVEL, checkpoint_intervals, method_intervals
+from g2rpo.config import merge
+from g2rpo.data.prompts import Prompt, read_prompts
+from g2rpo.files import atomic_write_text, write_json
+from g2rpo.policy.continuation import ContinuationPolicy
+from g2rpo.policy.fp8 import has_fp8_kernels
+from g2rpo.progress import ProgressReport
+from g2rpo.rewards.registry import load_reward
+from g2rpo.training.advantages import transition_advantages
+from g2rpo.training.config import TrainConfig
+from g2rpo.training.loop import Trainer
+from g2rpo.training.metrics import read_metrics
+from g2rpo.training.rollout import Rollout, RolloutEngine
+
+CELL = ("table1", "hps/g2rpo")
+OUTPUT = Path("results/mini/approximations")
+LORA = {
+    "lora": {"rank": 16, "alpha": 32},
+    "policy": {"dtype": "bfloat16"},
+    "optimization": {"learning_rate": 1.0e-3},
+}
+CHUNK = 8
+"""Prompts that are rolled out at once."""
+NOISE_ITERATION, OTHER_ITERATION = 0, 1
+CHARTED = ("fp8", "first block 0.1", "modulation 0.1", "merged LoRA")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An approximation, and the training configuration that it is measured against."""
+
+    continuations: Mapping[str, Any]
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _cache(kind: str, threshold: float) -> Variant:
+    return Variant({"step_cache": {"kind": kind, "threshold": threshold}})
+
+
+VARIANTS: dict[str, Variant] = {
+    "fp8": Variant({"fp8": True}),
+    **{f"first block {t:g}": _cache("first_block", t) for t in (0.05, 0.1, 0.2, 0.4)},
+    **{f"modulation {t:g}": _cache("modulation", t) for t in (0.05, 0.1, 0.2, 0.4)},
+    "fp8, first block 0.1": Variant(
+        {"fp8": True, "step_cache": {"kind": "first_block", "threshold": 0.1}}
+    ),
+    "merged LoRA": Variant({"merged_lora": True}, LORA),
+    "merged LoRA, fp8": Variant({"merged_lora": True, "fp8": True}, LORA),
+}
+
+
+def train_config(seed: int, iterations: int, changes: Mapping[str, Any]) -> TrainConfig:
+    """The mini world's G2RPO on HPS with ``changes``."""
+    from reproduce.experiment import load_experiment, load_profile, resolve
+
+    experiment, key = CELL
+    own = {
+        "optimization": {"iterations": iterations},
+        "checkpoints": {"every": iterations},
+        "execution": {"tensorboard": False},
+    }
+    cell = resolve(
+        load_experiment(experiment), load_profile("mini"), key, seed, merge(own, changes)
+    )
+    assert cell.train is not None
+    return cell.train
+
+
+# --- ranking -------------------------------------------------------------------------------------
+
+Advantages = dict[str, Tensor]
+"""By judge: the advantage of each sample, [prompts, steps, G]."""
+
+
+def advantages_of(rollout: Rollout, judges: Sequence[str], config: TrainConfig) -> Advantages:
+    """Each judge's advantages, as training on that judge alone would have them."""
+    found = {}
+    steps = [step.step for step in rollout.recorded]
+    for name in judges:
+        grouped = {name: rollout.group_rewards(name)}
+        advantages = transition_advantages(
+            grouped, {name: 1.0}, rollout.forest.groups, steps, config.advantage
+        )
+        found[name] = torch.stack(advantages.by_step, dim=1)
+    return found
+
+
+def roll_out(
+    engine: RolloutEngine, config: TrainConfig, prompts: Sequence[Prompt], iteration: int
+) -> tuple[Advantages, float]:
+    """All prompts' advantages; and the share of the continuations' velocities that was reused."""
+    forest = config.method.forest(config.shape, iteration)
+    parts: list[Advantages] = []
+    reused = 0
+    for first in range(0, len(prompts), CHUNK):
+        rollout = engine.run(forest, prompts[first : first + CHUNK], iteration)
+        parts.append(advantages_of(rollout, list(engine.rewards), config))
+        reused += rollout.reused_evaluations
+    continued = forest.velocity_evaluations - len(forest.exact)
+    joined = {name: torch.cat([part[name] for part in parts]) for name in engine.rewards}
+    return joined, reused / (continued * len(prompts))
+
+
+def correlation(one: Tensor, other: Tensor) -> tuple[dict[str, Any], int]:
+    """Spearman's correlation within groups [P, K, G], averaged: over a prompt's, then prompts.
+
+    Returns:
+        the mean with its bootstrap interval over prompts; and how many groups had no ranking,
+        because all of their advantages are equal on either side.
+    """
+    by_prompt, without = [], 0
+    for groups in zip(one.numpy(), other.numpy(), strict=True):
+        values = []
+        for a, b in zip(*groups, strict=True):
+            if np.ptp(a) == 0 or np.ptp(b) == 0:
+                without += 1
+            else:
+                values.append(float(scipy.stats.spearmanr(a, b).statistic))
+        if values:
+            by_prompt.append(float(np.mean(values)))
+    (interval,) = checkpoint_intervals([by_prompt])
+    ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return ends | {"prompts": len(by_prompt)}, without
+
+
+def rankings(
+    trainer: Trainer, prompts: Sequence[Prompt], variants: Mapping[str, Variant], label: str
+) -> list[dict[str, Any]]:
+    """For each variant and judge, how the advantages' ranking agrees with the exact one's."""
+    config, engine = trainer.config, trainer.engine
+    exact, _ = roll_out(engine, config, prompts, NOISE_ITERATION)
+    small = replace(engine, settings=replace(engine.settings, micro_batch=7))
+    other = {
+        f"{label}: control, other batches": roll_out(small, config, prompts, NOISE_ITERATION),
+        f"{label}: control, other noise": roll_out(engine, config, prompts, OTHER_ITERATION),
+    }
+    for name, variant in variants.items():
+        settings = train_config(1, 1, merge(variant.base, {"continuations": variant.continuations}))
+        assert settings.continuations is not None
+        twin = ContinuationPolicy(engine.policy, settings.continuations)
+        approximate = replace(engine, continuations=twin)
+        other[name] = roll_out(approximate, config, prompts, NOISE_ITERATION)
+        typer.echo(f"ranked: {name}")
+    rows = []
+    for name, (found, reused) in other.items():
+        for judge in exact:
+            spearman, without = correlation(exact[judge], found[judge])
+            rows.append(
+                {
+                    "variant": name, "judge": judge, "spearman": spearman,
+                    "groups_without_ranking": without, "reused_share": reused,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def measure_rankings(prompt_count: int, lora_iterations: int, folder: Path) -> list[dict[str, Any]]:
+    """The rankings of all variants, those of LoRA on adapters that were trained for a while."""
+    from reproduce.experiment import judges, load_profile
+
+    profile = load_profile("mini")
+    prompts = read_prompts(Path(profile.prompts.validation), prompt_count)
+    rows = []
+    for label, base, iterations in (
+        ("float32", {}, 1),
+        ("LoRA in bfloat16", LORA, lora_iterations),
+    ):
+        trainer = Trainer(train_config(1, iterations, base), folder / label)
+        if base:
+            trainer.train()
+        scored = {name: load_reward(reward, "cpu") for name, reward in judges(profile).items()}
+        trainer.engine = replace(trainer.engine, rewards=scored)
+        chosen = {name: v for name, v in VARIANTS.items() if bool(v.base) == bool(base)}
+        rows += rankings(trainer, prompts, chosen, label)
+    return rows
+
+
+# --- learning curves -----------------------------------------------------------------------------
+
+
+def _curve(task: tuple[str, int, int, str]) -> list[tuple[int, float]]:
+    """The validation reward by iteration of one training."""
+    name, seed, iterations, folder = task
+    torch.set_num_threads(1)
+    exact = name.startswith("exact")
+    variant = VARIANTS["merged LoRA" if exact and "LoRA" in name else CHARTED[0] if exact else name]
+    changes = merge({"validation": {"every": 2}}, variant.base)
+    if not exact:
+        changes = merge(changes, {"continuations": variant.continuations})
+    run = Path(folder) / f"{name}-{seed}"
+    run.mkdir(parents=True)
+    Trainer(train_config(seed, iterations, changes), run).train()
+    rows = read_metrics(run / "metrics.jsonl")
+    return [(r["iteration"], r["validation/hps"]) for r in rows if "validation/hps" in r]
+
+
+def measure_curves(
+    seeds: Sequence[int], iterations: int, folder: Path, jobs: int
+) -> list[dict[str, Any]]:
+    """Trainings with and without the charted variants; what each adds to the last validation."""
+    names = ["exact", "exact, LoRA", *CHARTED]
+    tasks = [(name, seed, iterations, str(folder)) for seed in seeds for name in names]
+    found: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in names}
+    with (
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+        ProgressReport("trainings", len(tasks)) as report,
+    ):
+        for (name, *_), curve in zip(tasks, pool.map(_curve, tasks), strict=True):
+            found[name].append(curve)
+            report.advance(note=name)
+    rows = []
+    for name in names:
+        curves = np.array(found[name])  # [seeds, validations, (iteration, reward)]
+        reference = np.array(found["exact, LoRA" if "LoRA" in name else "exact"])
+        row: dict[str, Any] = {
+            "variant": name,
+            "iterations": curves[0, :, 0].astype(int).tolist(),
+            "validation_hps": [[round(v, 6) for v in curve] for curve in curves[:, :, 1].tolist()],
+        }
+        if not name.startswith("exact"):
+            difference = curves[:, -1, 1] - reference[:, -1, 1]
+            (interval,) = method_intervals([difference.tolist()])
+            row["last_difference"] = {
+                "mean": interval.mean, "low": interval.low, "high": interval.high,
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def _ranking_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    lines = [
+        "| continuations | reused | " + " | ".join(judges) + " |",
+        "| --- | --- |" + " --- |" * len(judges),
+    ]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = {row["judge"]: row for row in rows if row["variant"] == name}
+        cells = [
+            "{mean:.3f} ({low:.3f} to {high:.3f})".format(**own[judge]["spearman"])
+            for judge in judges
+        ]
+        reused = f"{100 * own[judges[0]]['reused_share']:.0f} %"
+        lines.append(f"| {name} | {reused} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _curve_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| continuations | first validation | last validation | last, minus exact |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        curves = np.array(row["validation_hps"])
+        difference = row.get("last_difference")
+        text = (
+            "" if difference is None
+            else "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**difference)
+        )  # fmt: skip
+        first, last = curves[:, 0].mean(), curves[:, -1].mean()
+        lines.append(f"| {row['variant']} | {first:.4f} | {last:.4f} | {text} |")
+    return lines
+
+
+EMULATED = (
+    "emulated on the CPU: the same rounding of weights and inputs as the kernel's, but products "
+    "are summed in float32 where the tensor cores' accumulator is narrower, so that the kernel's "
+    "own error comes on top and is not measured here"
+)
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The measurements as a page of Markdown."""
+    settings, provenance = result["settings"], result["provenance"]
+    kernels = "the GPU's own" if settings["fp8_kernels"] else EMULATED
+    hardware, seeds = provenance["hardware"], ", ".join(map(str, settings["seeds"]))
+    measured = (
+        f"Commit {provenance['git_commit']}, {hardware['device']}, torch "
+        f"{provenance['packages']['torch']}. Float8 is {kernels}."
+    )
+    ranking = (
+        f"The same rollouts of {settings['prompts']} validation prompts with and without: "
+        "Spearman's correlation of the advantages within a group (one prompt, one stochastic "
+        f"step), averaged over groups, with its {100 * LEVEL:.0f} % bootstrap interval over "
+        "prompts. "
+        "`reused` is the share of the continuations' velocities that a step cache answered. `other "
+        "batches` is what rounding alone does; `other noise` is unrelated rollouts. The adapters "
+        f"of the LoRA rows were trained for {settings['lora_iterations']} iterations, on a base in "
+        "bfloat16."
+    )
+    curves = (
+        f"{settings['iterations']} iterations of G²RPO on HPS, seeds {seeds}: the mean reward on "
+        "the validation prompts, sampled exactly. The last column is paired by seed, with "
+        "Student's t interval over the seeds."
+    )
+    return "\n".join(
+        [
+            "# Approximate continuations on the mini world",
+            *("", measured, "", "## Ranking", "", ranking, ""),
+            *_ranking_table(result["ranking"]),
+            *("", "## Learning curves", "", curves, ""),
+            *_curve_table(result["curves"]),
+            "",
+        ]
+    )
+
+
+def main(
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts of the rankings.")] = 32,
+    iterations: Annotated[int, typer.Option(min=2, help="Of each training.")] = 10,
+    seeds: Annotated[str, typer.Option(help="Three or more, separated by commas.")] = "201,202,203",
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at once.")] = 2,
+    output: Annotated[Path, typer.Option(help="Where the report goes.")] = OUTPUT,
+) -> None:
+    """Measures every approximation and writes ``approximations.json`` and ``.md``."""
+    from reproduce.experiment.fingerprint import provenance, source_fingerprint
+
+    torch.set_num_threads(1)  # such small models are fastest so
+    lora_iterations = 8
+    policy = train_config(1, 1, {}).policy
+    fingerprint = source_fingerprint(policy.source, policy.revision)
+    result: dict[str, Any] = {
+        "provenance": provenance({"policy": str(fingerprint)}),
+        "settings": {
+            "prompts": prompts, "iterations": iterations, "lora_iterations": lora_iterations,
+            "seeds": [int(seed) for seed in seeds.split(",")],
+            "fp8_kernels": has_fp8_kernels(torch.device("cpu")),
+            "lora": LORA,
+        },
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        result["ranking"] = measure_rankings(prompts, lora_iterations, path)
+        result["curves"] = measure_curves(result["settings"]["seeds"], iterations, path, jobs)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "approximations.json", result)
+    atomic_write_text(output / "approximations.md", report(result))
+    typer.echo(report(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)

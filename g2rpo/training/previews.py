@@ -1,0 +1,83 @@
+"""Images of a few fixed prompts during training, to be looked at: the steps between base and end.
+
+Under the evaluation's own protocol (prompts, noise, grid, resolution, guidance), so that they stand
+in one row with the held-out images of the base and of the trained policy. They change nothing of
+the training, and an image that is there is not sampled again.
+"""
+
+import re
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from g2rpo.data.prompts import Prompt, read_prompts
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path
+from g2rpo.flow.schedule import build_grid
+from g2rpo.sampling import sample_ode
+from g2rpo.training.checkpoint import checkpoints
+from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
+from g2rpo.training.config import PicturesConfig, TrainConfig
+from g2rpo.training.engine import TrainedWeights
+from g2rpo.training.validation import shared_prompts
+
+PIXELS_AT_ONCE = 2**21
+"""Pixels sampled together: two images of 1024x1024, beside the weights and optimiser states."""
+_FOLDER = re.compile(r"iteration-(\d{6})")
+
+
+def pictures_folder(run: Path, iteration: int) -> Path:
+    """Where the images after ``iteration`` iterations are, as ``<prompt id>.png``."""
+    return run / "images" / f"iteration-{iteration:06d}"
+
+
+def pictured_iterations(run: Path) -> list[int]:
+    """The iterations that have images, ascending."""
+    found = (_FOLDER.fullmatch(path.name) for path in (run / "images").glob("iteration-*"))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def save_previews(config: TrainConfig, run: Path, weights: TrainedWeights, done: int) -> None:
+    """Samples and writes the images that are due and not there yet; all ranks call it together.
+
+    Called before the iteration that follows, so that a run that was stopped in between still gets
+    them, from the checkpoint it goes on from.
+
+    Args:
+        config: the run's configuration.
+        run: the run folder.
+        weights: the policy as it is now; the ranks share the prompts.
+        done: iterations done.
+
+    Raises:
+        UserError: on all ranks, where an image cannot be written or the prompts cannot be read.
+    """
+    wanted = config.pictures
+    if wanted is None or done not in wanted.iterations(config.optimization.iterations):
+        return
+    accelerator = weights.accelerator
+    prompts = read_prompts(Path(wanted.file), wanted.limit)
+    mine, counted = shared_prompts(prompts, accelerator.process_index, accelerator.num_processes)
+    paths = [pictures_folder(run, done) / f"{prompt.id}.png" for prompt in mine[:counted]]
+    if not any(of_all_ranks(accelerator, not all(path.exists() for path in paths))):
+        return
+    images = _sampled(wanted, weights, mine)
+    error = None
+    try:
+        with checkpoints.writing(run, f"images of iteration {done}"):
+            for path, pixels in zip(paths, images, strict=False):
+                with atomic_path(path) as temporary:
+                    Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
+    except UserError as found:
+        error = found
+    raise_on_all_ranks(accelerator, error)
+
+
+def _sampled(config: PicturesConfig, weights: TrainedWeights, prompts: list[Prompt]) -> Tensor:
+    """uint8 [P, H, W, 3] on the CPU, by the current weights at the protocol's resolution."""
+    policy = weights.policy.at(config.resolution, config.guidance_scale)
+    grid = build_grid(config.grid, policy.image_tokens)
+    batch = max(1, min(len(prompts), PIXELS_AT_ONCE // config.resolution**2))
+    with weights.rollout():
+        return sample_ode(policy, prompts, grid, config.seed, batch)

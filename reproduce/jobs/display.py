@@ -1,0 +1,220 @@
+"""How plans, running stages and their states are shown: tables and lines, live on a terminal."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.live import Live
+from rich.table import Table
+
+from g2rpo.progress import duration
+from reproduce.commands.console import STYLES, literal, plain_table, state_text, wide_console
+from reproduce.jobs.status import Show, StageStatus
+from reproduce.stages.work import latest_attempt
+from slurm.graph import Stage
+from slurm.submission import Submission
+
+SHOWN = 40
+"""Rows of a status table before the quiet ones are left out."""
+
+
+# States
+
+
+def summary(statuses: Sequence[StageStatus]) -> str:
+    """How many stages are in which state."""
+    counts = Counter(str(status.word) for status in statuses)
+    return ", ".join(f"{counts[word]} {word}" for word in STYLES if counts[word])
+
+
+def status_table(statuses: Sequence[StageStatus], *, everything: bool = False) -> Table:
+    """A row per stage; of a large submission those that are done or wait are only counted."""
+    rows = list(statuses)
+    if not everything and len(rows) > SHOWN:
+        lively = [status for status in rows if status.word not in ("done", "waiting", "cancelled")]
+        rows = lively[:SHOWN]
+    columns = ("stage", "of", "state", "job", "node", "progress", "ETA", "restarts", "")
+    table = plain_table(*columns, right=("progress", "ETA", "restarts"))
+    for status in rows:
+        share, remaining = status.share_done, status.remaining
+        table.add_row(
+            status.stage.kind,
+            status.stage.label,
+            state_text(status.word),
+            status.job,
+            status.node,
+            "" if share is None else f"{share:.0%}",
+            "" if remaining is None else duration(remaining),
+            str(status.restarts or ""),
+            _remark(status),
+        )
+    if len(rows) < len(statuses):
+        table.add_row("…", f"{len(statuses) - len(rows)} more: --all shows them")
+    return table
+
+
+def _remark(status: StageStatus) -> str:
+    """Why it is not done, with its log, or what it says of itself."""
+    if status.word in ("failed", "interrupted"):
+        log = "" if status.log is None else f"; log: {shown_path(status.log)}"
+        return status.reason + log
+    return status.progress.note if status.word == "running" else status.reason
+
+
+def shown_path(path: Path) -> str:
+    """``path`` relative to here where it is below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def print_status(
+    submission: Submission, statuses: Sequence[StageStatus], *, everything: bool = False
+) -> None:
+    """The whole state of a submission on standard output."""
+    console = wide_console()
+    console.print(literal(f"{submission.title}: {submission.name}"))
+    console.print(status_table(statuses, everything=everything))
+    console.print(literal(summary(statuses)))
+
+
+class Follow(Show):
+    """Follows a submission: a live table on a terminal, a line per change in a log."""
+
+    def __init__(self, submission: Submission, *, everything: bool = False) -> None:
+        self.submission, self.everything = submission, everything
+        self.console = wide_console(stderr=True)
+        self._words: dict[str, str] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> "Follow":
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, statuses: list[StageStatus]) -> None:
+        """Shows a new reading."""
+        if self._live is not None:
+            table = status_table(statuses, everything=self.everything)
+            table.caption = literal(summary(statuses))
+            self._live.update(table, refresh=True)
+            return
+        for status in statuses:
+            name = status.stage.name
+            if self._words.get(name) != status.word:
+                self._words[name] = status.word
+                self._line(status)
+
+    def _line(self, status: StageStatus) -> None:
+        stamp = time.strftime("%H:%M:%S")
+        head = f"{stamp} {status.stage.kind} {status.stage.label}: {status.word}"
+        job = f" (job {status.job})" if status.job else ""
+        remark = _remark(status)
+        line = head + job + (f": {remark}" if remark else "")
+        self.console.print(literal(line), soft_wrap=True)
+
+    def trouble(self, message: str) -> None:
+        """Says that the state could not be read."""
+        self.console.print(literal(f"{message}; trying again"))
+
+
+# A run on this machine
+
+
+class LocalDisplay:
+    """Says what a run on this machine does: a line for each stage that ends, live ones below.
+
+    Args:
+        submission: what is run.
+        total: stages that are to run.
+    """
+
+    def __init__(self, submission: Submission, total: int) -> None:
+        self.submission = submission
+        self.total, self.ended_count = total, 0
+        self.console = wide_console(stderr=True)
+        self.started_at = time.monotonic()
+        self._begun: dict[str, float] = {}
+        self._live: Live | None = None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> "LocalDisplay":
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def started(self, stage: Stage) -> None:
+        """A stage begins."""
+        self._begun[stage.name] = time.monotonic()
+
+    def ended(self, stage: Stage, code: int) -> None:
+        """A stage ended."""
+        took = time.monotonic() - self._begun.pop(stage.name)
+        if code == 0:
+            self._say(stage, f"finished in {duration(took)}")
+            return
+        attempt = latest_attempt(Path(stage.lease))
+        record = None if attempt is None else attempt.record
+        reason = record.reason if record is not None and record.reason else f"exit code {code}"
+        log = self.submission.local_log(stage.name)
+        where = f"; log: {shown_path(log)}" if log.exists() else ""
+        self._say(stage, f"FAILED: {reason}{where}")
+
+    def cancelled(self, stage: Stage, because: Stage) -> None:
+        """A stage cannot run."""
+        self._say(stage, f"cancelled: {because.kind} {because.label} failed")
+
+    def waiting(self, running: Sequence[Stage]) -> None:
+        """Stages run: shows how far they are."""
+        if self._live is not None:
+            self._live.update(_running_table(running), refresh=True)
+        elif time.monotonic() - self._last > 60:
+            self._last = time.monotonic()
+            for stage in running:
+                line = _running_line(stage)
+                if line:
+                    self._print(line)
+
+    def _say(self, stage: Stage, what: str) -> None:
+        self.ended_count += 1
+        elapsed = time.monotonic() - self.started_at
+        eta = duration(elapsed / self.ended_count * (self.total - self.ended_count))
+        head = f"[{self.ended_count}/{self.total}] {stage.kind} {stage.label}: {what}"
+        self._last = time.monotonic()
+        self._print(f"{head} ({duration(elapsed)} so far, ETA {eta})")
+
+    def _print(self, line: str) -> None:
+        console = self.console if self._live is None else self._live.console
+        console.print(literal(line), soft_wrap=True)
+
+
+def _running_line(stage: Stage) -> str:
+    attempt = latest_attempt(Path(stage.lease))
+    if attempt is None or attempt.record is None or attempt.record.progress.done is None:
+        return ""
+    progress = attempt.record.progress
+    left = progress.remaining_seconds
+    eta = "" if left is None else f", ETA {duration(left)}"
+    share = f"{progress.done}/{progress.total}"
+    return f"  {stage.kind} {stage.label}: {share}{eta}  {progress.note}".rstrip()
+
+
+def _running_table(running: Iterable[Stage]) -> Table:
+    table = plain_table("")
+    table.show_header = False
+    for stage in running:
+        line = _running_line(stage) or f"  {stage.kind} {stage.label}: starting"
+        table.add_row(line)
+    return table

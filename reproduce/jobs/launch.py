@@ -1,0 +1,208 @@
+"""Starting a plan: on SLURM, on this machine, or in this process."""
+
+import contextlib
+import logging
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from g2rpo.checksums import hashing_up_to
+from g2rpo.config import nearest
+from g2rpo.errors import UserError
+from g2rpo.lease import Lease
+from reproduce.experiment import fingerprint as runs
+from reproduce.jobs.plan import Plan
+from reproduce.jobs.stage_jobs import active_stages, hopeless_stages, submissions_folder
+from reproduce.stages.work import ENTRY, Inputs, run_stage
+from slurm import states, submit
+from slurm.cluster import Cluster
+from slurm.distributed import Ranks
+from slurm.graph import Graph, Stage
+from slurm.local import LocalRun, Observer, Slots, interrupted_by_term
+from slurm.submission import DamagedRecord, Submission, list_submissions, new_folder
+
+logger = logging.getLogger(__name__)
+PREPARE = "reproduce.jobs.launch:prepare_worker"
+LOOKS = 3
+"""How often SLURM is looked at again where a job ends between a look and sbatch."""
+DRIVER = "driver"
+"""The lease of the process that runs a submission on this machine."""
+
+
+def prepare_worker() -> None:
+    """What a worker on this machine does before its first stage."""
+    from g2rpo.progress import ProgressReport
+    from reproduce.commands.quiet import quiet_libraries
+
+    quiet_libraries()
+    ProgressReport.bars = False
+    runs.git_state()  # of the code as it was imported, not as it is when the stage ends
+
+
+def new_submission(plan: Plan, cluster: Cluster, folder: Path) -> Submission:
+    """The submission of ``plan``; it is not saved."""
+    container = cluster.container
+    if container.kind != "none":
+        # Relative paths of experiments and profiles begin here, and tables may go elsewhere.
+        places = (Path.cwd(), plan.layout.tables.absolute())
+        mounts = dict.fromkeys((*container.mounts, *map(str, places)))
+        container = container.model_copy(update={"mounts": tuple(mounts)})
+        cluster = cluster.model_copy(update={"container": container})
+    return Submission(
+        folder=folder.absolute(),
+        title=f"{plan.experiment.name}, profile {plan.profile.name}",
+        entry=ENTRY,
+        directory=Path.cwd(),
+        cluster=cluster,
+        graph=plan.graph,
+        created=time.time(),
+        done=plan.done,
+    )
+
+
+def save_submission(plan: Plan, cluster: Cluster) -> Submission:
+    """Writes a submission of ``plan``, with all that its jobs need to know."""
+    parent = submissions_folder(plan.layout.runs)
+    folder = new_folder(parent, f"{plan.experiment.name}-{plan.profile.name}")
+    submission = new_submission(plan, cluster, folder)
+    Inputs(submission.folder, plan.experiment, plan.profile, plan.layout).save(plan.cells)
+    submission.save()
+    return submission
+
+
+def left_to_submit(plan: Plan, active: Collection[str]) -> list[Stage]:
+    """The stages that are to do and have no job; the table again where any other is."""
+    todo = list(plan.todo.stages.values())
+    idle = [stage for stage in todo if stage.name not in active]
+    if any(stage.kind != "render" for stage in idle):
+        return [stage for stage in todo if stage.name not in active or stage.kind == "render"]
+    return idle
+
+
+def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
+    """Submits what is neither done nor waiting or running already; None where that is nothing.
+
+    Raises:
+        UserError: SLURM does not answer or refuses a job, or another submission is under way.
+    """
+    # Two at once would both submit the same stages.
+    with Lease.acquire(submissions_folder(plan.layout.runs), "lease"), hashing_up_to():
+        for _ in range(LOOKS - 1):
+            with contextlib.suppress(submit.DependencyGone):
+                return _submit_rest(plan, cluster)
+        return _submit_rest(plan, cluster)
+
+
+def _submit_rest(plan: Plan, cluster: Cluster) -> Submission | None:
+    try:
+        active = active_stages(plan.layout.runs)
+    except UserError as error:
+        raise UserError(f"nothing was submitted: {error}; run the same command again") from None
+    # Asked after SLURM: a job that has ended since the plan was made has left its stage done.
+    ended = {n for n in plan.todo.stages if n in plan.works and n not in active}
+    plan = replace(plan, done=plan.done | {n for n in ended if plan.works[n].done()})
+    hopeless = hopeless_stages(plan, active)
+    states.cancel_jobs(active[name].job for name in hopeless)
+    jobs = {name: job.job for name, job in active.items() if name not in hopeless}
+    todo = left_to_submit(plan, jobs)
+    if not todo:
+        return None
+    submission = save_submission(plan, cluster)
+    submit.submit(submission, todo, jobs)
+    return submission
+
+
+def run_on_this_machine(
+    submission: Submission, todo: Graph, slots: Slots, observer: Observer
+) -> None:
+    """Runs stages; one that fails is told to ``observer`` and stops what needs it alone.
+
+    Raises:
+        KeyboardInterrupt: interrupted; the running stages have saved what is done.
+    """
+    with Lease.acquire(submission.folder, DRIVER):
+        LocalRun(submission, todo, slots, observer).run()
+
+
+def run_in_this_process(submission: Submission, todo: Graph, observer: Observer) -> None:
+    """Runs stages one after the other; the first error is raised where it arose.
+
+    Raises:
+        Exception: whatever a stage raises.
+    """
+    with interrupted_by_term(), Lease.acquire(submission.folder, DRIVER):
+        for stage in todo.stages.values():
+            observer.started(stage)
+            run_stage(submission, stage, Ranks())
+            observer.ended(stage, 0)
+
+
+def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
+    """Starts ``g2rpo`` with ``arguments`` in the background, where no closed shell ends it.
+
+    Returns:
+        the file that its output goes to, once its submission is there.
+
+    Raises:
+        UserError: it ended before that.
+    """
+    folder = submissions_folder(runs_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    log = folder / f"background-{stamp}.log"
+    before = set(list_submissions(folder))
+    with log.open("x") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "reproduce.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    while set(list_submissions(folder)) <= before:
+        if process.poll() is not None:
+            told = log.read_text(errors="replace").splitlines()
+            raise UserError(f"it did not start: {told[-1] if told else log}")
+        time.sleep(0.2)
+    return log
+
+
+def submission_folders(runs_folder: Path, name: str | None = None) -> list[Path]:
+    """The folders of all submissions of an experiment, or of that name, or of all; latest last.
+
+    Raises:
+        UserError: there is none.
+    """
+    parent = submissions_folder(runs_folder)
+    folders = list_submissions(parent)
+    wanted = [f for f in folders if name in (None, f.name) or f.name.startswith(f"{name}-")]
+    if wanted:
+        return wanted
+    if not folders:
+        raise UserError(f"{parent}: nothing was submitted; `g2rpo submit` does that")
+    hint = nearest(str(name), (folder.name for folder in folders[-10:]))
+    raise UserError(f"no submission {name!r}; {hint}")
+
+
+def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
+    """The latest submission, of an experiment or of all; or the one of that name.
+
+    One whose record and its copy are damaged is left out with a warning.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = submission_folders(runs_folder, name)
+    for folder in reversed(folders):
+        try:
+            return Submission.load(folder)
+        except DamagedRecord as error:
+            logger.warning("%s; left out", error)
+    raise UserError(
+        f"{folders[-1]}: its record is damaged; the same `g2rpo reproduce` takes over its jobs, "
+        f"`g2rpo cancel {folders[-1].name}` ends them"
+    )

@@ -1,0 +1,212 @@
+"""A comparison of runs as tables for the terminal."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.evaluation.statistics import ALPHA, Comparison, fixed, p_text, signed
+from reproduce.commands.console import literal, plain_table
+from reproduce.runs.comparison import (
+    ABSENT,
+    CurvePoint,
+    Difference,
+    Member,
+    Section,
+    curve_points,
+    provenance_differences,
+    score_sections,
+    setting_differences,
+)
+from reproduce.tables.formats import human
+from reproduce.tables.spec import COST_LABELS, METRIC_LABELS, CostColumn
+
+DIGITS = 4
+COSTS: tuple[CostColumn, ...] = (
+    "iterations",
+    "rollout_evaluations",
+    "training_backwards",
+    "images_scored",
+    "equal_cost_evaluations",
+    "device_seconds",
+)
+LONGEST = 60
+"""Characters of a setting that are shown."""
+
+
+def print_comparison(compared: Sequence[Member], console: Console) -> None:
+    """Everything in which runs differ from the first: scores, curves, cost, settings, origin."""
+    console.print(Text("Runs", "bold"))
+    for member in compared:
+        note = " (reference)" if member is compared[0] else ""
+        console.print(literal(f"  {member.letter}{note}: {member.title}"))
+    sections = score_sections(compared)
+    for section in sections:
+        title = f"Held-out: {section.protocol}, {section.prompts} prompts"
+        _print_table(console, title, _section_table(section))
+        console.print(literal(_meaning(section), "dim"))
+    if not sections:
+        console.print()
+        console.print(
+            literal("No held-out evaluation that the reference shares with another run yet.")
+        )
+    points = curve_points(compared)
+    if points:
+        title = "Validation at the last iteration shared with the reference"
+        _print_table(console, title, _curve_table(points))
+    title = "Cost, mean over seeds; in brackets: times the reference's"
+    _print_table(console, title, _cost_table(compared))
+    _print_differences("Settings that differ", setting_differences(compared), compared, console)
+    unknown = [one.letter for one in compared if one.runs[0].settings is None]
+    if unknown:
+        console.print(
+            literal(
+                f"Settings of {', '.join(unknown)}: none are known (a base, or weights that were "
+                "trained elsewhere or by other settings than the experiment now has).",
+                "dim",
+            )
+        )
+        together = [one.letter for one in compared if one.letter in unknown and len(one.runs) > 1]
+        if together:
+            console.print(
+                literal(
+                    f"The runs of {', '.join(together)} were taken together by their row alone, "
+                    "as cells of one folder and commit: whether they differ in more than their "
+                    "seed is not known.",
+                    "dim",
+                )
+            )
+    _print_differences("Made with", provenance_differences(compared), compared, console)
+
+
+def _section_table(section: Section) -> Table:
+    columns = ("score", "run", "mean", "difference", "95% interval", "p (Holm)", "", "about")
+    table = plain_table(*columns, right=("mean", "difference", "95% interval", "p (Holm)"))
+    last = ""
+    for delta in section.deltas:
+        quantity = METRIC_LABELS.get(delta.quantity, delta.quantity)
+        table.add_row(
+            "" if quantity == last else quantity,
+            delta.member,
+            fixed(delta.value.mean, DIGITS),
+            *_comparison_texts(delta.comparison, delta.adjusted),
+            "" if delta.comparison is None else f"{delta.comparison.label}{_over(delta.seeds)}",
+        )
+        last = quantity
+    return table
+
+
+def _over(seeds: Sequence[int]) -> str:
+    if not seeds:
+        return ""
+    return f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _print_table(console: Console, title: str, table: Table) -> None:
+    # A title of the table's own would be as narrow as the table.
+    console.print()
+    console.print(literal(title, "bold"))
+    console.print(table)
+
+
+def _comparison_texts(
+    comparison: Comparison | None, adjusted: float | None
+) -> tuple[str | Text, ...]:
+    if comparison is None:
+        return ("", "", "", "")
+    p_value = comparison.p_value if adjusted is None else adjusted
+    verdict = Text("not settled")
+    if p_value < ALPHA:
+        verdict = Text("higher", "green") if comparison.difference > 0 else Text("lower", "red")
+    return (
+        signed(comparison.difference, DIGITS),
+        f"{signed(comparison.low, DIGITS)} to {signed(comparison.high, DIGITS)}",
+        p_text(p_value),
+        verdict,
+    )
+
+
+def _meaning(section: Section) -> str:
+    labels = {one.comparison.label for one in section.deltas if one.comparison is not None}
+    sentences = []
+    if "method" in labels:
+        sentences.append("method: paired t over shared seeds, about training again.")
+    if "checkpoint" in labels:
+        sentences.append(
+            "checkpoint: over prompts, about these weights alone, not about another seed."
+        )
+    if any(one.comparison is not None and one.seeds for one in section.deltas):
+        sentences.append("Differences are over the seeds that are named, means over all of a run.")
+    if section.missing:
+        sentences.append(f"Not evaluated so: {', '.join(section.missing)}.")
+    return " ".join(sentences)
+
+
+def _curve_table(points: Sequence[CurvePoint]) -> Table:
+    columns = ("reward", "run", "iteration", "mean", "difference", "95% interval", "p", "", "about")
+    table = plain_table(*columns, right=columns[2:7])
+    for point in points:
+        texts = _comparison_texts(point.comparison, None)
+        if point.comparison is None:
+            texts = (signed(point.difference, DIGITS), "", "", "")
+        table.add_row(
+            point.reward,
+            point.member,
+            str(point.iteration),
+            fixed(point.value, DIGITS),
+            *texts,
+            _over(point.seeds).removeprefix(", ") or "each over its own seeds",
+        )
+    return table
+
+
+def _cost_table(compared: Sequence[Member]) -> Table:
+    columns = ("cost of training", *(member.letter for member in compared))
+    table = plain_table(*columns, right=columns[1:])
+    devices = [sorted(_devices(member)) for member in compared]
+    for column in COSTS:
+        means = [_mean_cost(member, column) for member in compared]
+        texts = []
+        for index, (mean, device) in enumerate(zip(means, devices, strict=True)):
+            text = ABSENT if mean is None else human(mean)
+            # Seconds on another device are no measure.
+            comparable = column != "device_seconds" or device == devices[0]
+            if index and mean is not None and means[0] and comparable:
+                text += f" ({mean / means[0]:.2f}×)"
+            texts.append(text)
+        table.add_row(COST_LABELS[column], *texts)
+    table.add_row("Device", *(", ".join(names) or ABSENT for names in devices))
+    return table
+
+
+def _devices(member: Member) -> set[str]:
+    return {run.cost.device for run in member.runs if run.cost is not None}
+
+
+def _mean_cost(member: Member, column: CostColumn) -> float | None:
+    costs = [run.cost for run in member.runs if run.cost is not None]
+    if len(costs) < len(member.runs):
+        return None
+    return float(np.mean([getattr(cost, column) for cost in costs]))
+
+
+def _print_differences(
+    title: str, differences: Sequence[Difference], compared: Sequence[Member], console: Console
+) -> None:
+    if not differences:
+        console.print()
+        console.print(Text.assemble((title, "bold"), ": none"))
+        return
+    table = plain_table("key", *(member.letter for member in compared))
+    for one in differences:
+        style = "" if one.determining else "dim"
+        note = "" if one.determining else " (not part of the run's name)"
+        values = (_shortened(value) for value in one.values)
+        table.add_row(one.key + note, *values, style=style)
+    _print_table(console, title, table)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

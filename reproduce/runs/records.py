@@ -1,0 +1,291 @@
+"""Runs as they are found: their settings, scores, curves and costs, from run folders or cells.
+
+What was trained here has a folder in ``results/runs``. Of committed results only the cells are
+left; the settings of their runs are then those of the experiment, where they still give that run.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.evaluation.results import Cell, CellInfo, Cost, Protocol, Provenance, load_cell
+from g2rpo.config import content_hash
+from g2rpo.errors import UserError
+from g2rpo.training.metrics import METRICS_FILE, read_metrics
+from reproduce.experiment.fingerprint import train_run_name
+from reproduce.experiment.settings import without_seed
+from reproduce.runs.folders import (
+    EVALUATIONS,
+    MANIFEST,
+    chosen_names,
+    damage_told,
+    is_run,
+    name_of,
+    read_manifest,
+    read_settings,
+    run_folders,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: of its folder.
+        folder: the folder; None where only cells are left of it.
+        cells: its scores, one cell for each evaluation protocol; of the base as well.
+        settings: its training configuration; None for the base, and where it is not known.
+        rows: its metrics, one for each iteration that was logged.
+        cost: what it took so far; None where that is not known.
+        provenance: commit, packages, weights and hardware; None before there is anything.
+        place: the folder of its cells, where only they are left of it.
+    """
+
+    name: str
+    folder: Path | None
+    cells: tuple[Cell, ...]
+    settings: Mapping[str, Any] | None
+    rows: tuple[Mapping[str, Any], ...] = ()
+    cost: Cost | None = None
+    provenance: Provenance | None = None
+    place: Path | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The training seed; None for a model without."""
+        if self.settings is not None:
+            return int(self.settings["seed"])
+        return self.cells[0].info.seed if self.cells else None
+
+    @cached_property
+    def without_seed(self) -> str:
+        """Names what it is but for its seed: runs that share it are one method at several seeds.
+
+        Where no settings are known, those of one row, folder and commit are taken for that.
+        """
+        if self.settings is not None:
+            return content_hash(without_seed(self.settings))
+        if self.cells:
+            info = self.cells[0].info
+            kind = (info.row, info.method, info.train_rewards, info.preset)
+            where = self.folder or self.place
+            return content_hash([*kind, str(where), info.provenance.git_commit])
+        return self.name
+
+
+def cell_files(results: Path) -> dict[str, list[Path]]:
+    """The cells below ``results`` by the name of the run that they are of, cells of one table."""
+    found: dict[str, list[Path]] = {}
+    for pattern in ("*/*/cells/*.json", "runs/*/*/cells/*.json"):
+        for path in sorted(results.glob(pattern)):
+            name = _run_of(path)
+            if name is not None:
+                found.setdefault(name, []).append(path)
+    return found
+
+
+def _run_of(path: Path) -> str | None:
+    try:
+        name = json.loads(path.read_text())["cell"]["runs"]["train"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(name)
+
+
+def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
+    """The runs that are named by their folders, their cells, or beginnings of their names.
+
+    Args:
+        parts: folders of runs, files of cells (``.json``), or beginnings of names in
+            ``results/runs`` or of runs that cells name; one with ``*``, ``?`` or ``[`` stands for
+            all names that match it.
+        results: the folder of results.
+
+    Raises:
+        UserError: one is unknown, fits several runs, cannot be read, or is named twice.
+    """
+    folders = {folder.name: folder for folder in run_folders(results / "runs")}
+    cells: dict[str, list[Path]] | None = None
+    found: dict[str, RunRecord] = {}
+    for part in parts:
+        given = Path(part)
+        if given.is_dir() and is_run(given):
+            records = [read_folder(given.resolve())]
+        elif given.suffix == ".json" and given.is_file():
+            path = given.resolve()
+            records = [read_cells(_run_of(path) or path.stem, [path])]
+        else:
+            cells = cell_files(results) if cells is None else cells
+            names = chosen_names(name_of(given, results), {*folders, *cells})
+            records = [_read(name, folders.get(name), cells.get(name, [])) for name in names]
+        for record in records:
+            if record.name in found:
+                raise UserError(f"the run {record.name} is named twice")
+            found[record.name] = record
+    return list(found.values())
+
+
+def _read(name: str, folder: Path | None, cells: list[Path]) -> RunRecord:
+    if folder is not None:
+        record = read_folder(folder)
+        if record.cells or not cells:
+            return record
+    return read_cells(name, cells)
+
+
+# From a run's folder
+
+
+def read_folder(folder: Path) -> RunRecord:
+    """The run in ``folder``, finished or not.
+
+    Raises:
+        UserError: a file of it is damaged; it is named.
+    """
+    settings = read_settings(folder)
+    manifest = read_manifest(folder) if settings is not None else None
+    rows = tuple(read_metrics(folder / METRICS_FILE))
+    evaluations = sorted((folder / EVALUATIONS).glob(f"*/{MANIFEST}"))
+    scored = [(path.parent, read_manifest(path.parent)) for path in evaluations]
+    provenance = None
+    made_by = next(((at, found) for at, found in [(folder, manifest), *scored] if found), None)
+    if made_by is not None:
+        with damage_told(made_by[0] / MANIFEST):
+            provenance = Provenance.model_validate(made_by[1]["provenance"])
+    cost = _cost(folder, manifest, rows, provenance)
+    cells = tuple(
+        _cell(folder, evaluation, found, settings, cost)
+        for evaluation, found in scored
+        if found is not None
+    )
+    return RunRecord(folder.name, folder, cells, settings, rows, cost, provenance)
+
+
+def _cost(
+    folder: Path,
+    manifest: Mapping[str, Any] | None,
+    rows: tuple[Mapping[str, Any], ...],
+    provenance: Provenance | None,
+) -> Cost | None:
+    names = [name for name in Cost.model_fields if name not in ("iterations", "device")]
+    device = "unknown" if provenance is None else provenance.hardware.get("device", "unknown")
+    with damage_told(folder / (METRICS_FILE if manifest is None else MANIFEST)):
+        counted: Mapping[str, Any] | None = None
+        if manifest is not None:
+            counted = manifest["progress"]
+        elif rows:
+            counted = rows[-1]
+        elif folder.name.startswith("base-"):
+            counted = {"iteration": 0}
+        if counted is None:
+            return None
+        return Cost(
+            iterations=counted["iteration"],
+            device=device,
+            # The row before the first iteration has not all of them.
+            **{name: counted.get(name, 0) for name in names},
+        )
+
+
+def _cell(
+    folder: Path,
+    evaluation: Path,
+    manifest: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
+    cost: Cost | None,
+) -> Cell:
+    """One evaluation of the run as a cell."""
+    with damage_told(evaluation / MANIFEST):
+        inputs = manifest["inputs"]
+        asked = inputs["protocol"]
+        protocol = Protocol(
+            name=f"{asked['split']}, {asked['grid']['steps']} steps",
+            hash=content_hash({key: inputs[key] for key in ("protocol", "prompts")}),
+            diversity=asked.get("diversity"),
+            drift=asked.get("drift"),
+        )
+        method = folder.name.split("-")[0] if settings is None else settings["method"]["name"]
+        info = CellInfo(
+            row=method,
+            method=method,
+            train_rewards=() if settings is None else tuple(settings["rewards"]),
+            seed=None if settings is None else settings["seed"],
+            protocol=protocol,
+            runs={"train": folder.name, "evaluation": evaluation.name},
+            checkpoint_iteration=None if cost is None else cost.iterations,
+            cost=cost,
+            provenance=Provenance.model_validate(manifest["provenance"]),
+        )
+    files = (evaluation / f"{name}.parquet" for name in ("diversity", "drift"))
+    measured = [_frame(path) for path in files if path.exists()]
+    metrics = pd.concat(measured, ignore_index=True) if measured else None
+    path = evaluation / "scores.parquet"
+    scores = _frame(path)
+    with damage_told(path):
+        return Cell(info, scores, None, metrics)
+
+
+def _frame(path: Path) -> pd.DataFrame:
+    with damage_told(path):
+        return pd.read_parquet(path)
+
+
+# From cells
+
+
+def read_cells(name: str, paths: list[Path]) -> RunRecord:
+    """The run of that ``name``, of which the cells at ``paths`` are left.
+
+    Raises:
+        UserError: a cell is damaged.
+    """
+    cells: dict[str, Cell] = {}
+    for path in paths:  # the same cell may stand in several tables
+        cell = load_cell(path)
+        cells.setdefault(cell.info.protocol.hash, cell)
+    first = next(iter(cells.values()))
+    rows = () if first.curve is None else tuple(_plain_rows(first.curve))
+    return RunRecord(
+        name=name,
+        folder=None,
+        cells=tuple(cells.values()),
+        settings=settings_of(first, paths[0]),
+        rows=rows,
+        cost=first.info.cost,
+        provenance=first.info.provenance,
+        place=paths[0].resolve().parent,
+    )
+
+
+def _plain_rows(curve: pd.DataFrame) -> list[dict[str, Any]]:
+    records = curve.to_dict(orient="records")
+    return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in records]
+
+
+def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
+    """The training settings of a committed cell, where its experiment still gives that very run.
+
+    Args:
+        cell: the cell.
+        path: its file, ``<profile>/<experiment>/cells/<name>.json``.
+    """
+    from reproduce.experiment import load_experiment, load_profile, resolve
+
+    if cell.info.seed is None or len(path.parts) < 4:  # copied to where no experiment is told
+        return None
+    profile, experiment = path.parts[-4], path.parts[-3]
+    try:
+        loaded = load_experiment(experiment)
+        resolved = resolve(loaded, load_profile(profile), cell.info.row, cell.info.seed)
+    except UserError:
+        return None
+    train = resolved.train
+    if train is None or train_run_name(train) != cell.info.runs.get("train"):
+        return None
+    return train.model_dump(mode="json")

@@ -1,0 +1,248 @@
+"""The stage that encodes prompts: once for all cells, before anything else is in memory.
+
+T5-XXL alone is 9.5 GB. Its embeddings go to ``<runs>/embeddings/<hash>/``, named by the encoders,
+the length and the dtype; training and sampling read them there.
+"""
+
+import functools
+import gc
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from g2rpo.data.embeddings import (
+    WHOLE,
+    CacheKey,
+    EmbeddingCache,
+    FillSettings,
+    Part,
+    Rows,
+    fill,
+    prompt_key,
+)
+from g2rpo.data.prompts import prompts_of_iteration, read_prompts
+from g2rpo.files import write_json
+from g2rpo.policy import PolicyConfig
+from g2rpo.policy.folder import folder_here, read_json, resolve_source, text_fingerprint
+from g2rpo.training.config import TrainConfig
+from reproduce.experiment import ResolvedCell
+from reproduce.experiment.layout import Layout
+
+if TYPE_CHECKING:
+    from g2rpo.policy import FluxPolicy
+
+FLUX_WIDTHS = {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
+"""What FluxTransformer2DModel takes unless its configuration says otherwise."""
+
+
+@dataclass(frozen=True)
+class PromptUse:
+    """Prompts of a file that a stage will encode.
+
+    Attributes:
+        file: the prompt file.
+        limit: the first so many prompts; None is all.
+        draws: (seed, iterations, prompts per iteration) of the training that draws from them; None
+            is every one.
+    """
+
+    file: Path
+    limit: int | None
+    draws: tuple[int, int, int] | None = None
+
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, each once.
+
+        Raises:
+            UserError: the file cannot be used, or has too few prompts to draw from.
+        """
+        return _texts(self, self._state())
+
+    def keys(self) -> frozenset[str]:
+        """The keys of the prompts, see :meth:`EmbeddingCache.holds`."""
+        return _keys(self, self._state())
+
+    def _state(self) -> tuple[int, int]:
+        """What tells that the file is still the same."""
+        try:
+            status = self.file.stat()
+        except OSError:  # read_prompts says what is wrong
+            return 0, 0
+        return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=256)
+def _texts(use: PromptUse, state: tuple[int, int]) -> tuple[str, ...]:
+    del state  # a changed file is another call
+    prompts = read_prompts(use.file, use.limit)
+    if use.draws is not None:
+        seed, iterations, count = use.draws
+        prompts = [
+            prompt
+            for iteration in range(iterations)
+            for prompt in prompts_of_iteration(prompts, count, seed, iteration)
+        ]
+    return tuple(dict.fromkeys(prompt.text for prompt in prompts))
+
+
+@functools.lru_cache(maxsize=256)
+def _keys(use: PromptUse, state: tuple[int, int]) -> frozenset[str]:
+    return frozenset(map(prompt_key, _texts(use, state)))
+
+
+def _training_uses(train: TrainConfig, *, every_prompt: bool) -> Iterator[PromptUse]:
+    count, iterations = train.rollout.prompts_per_iteration, train.optimization.iterations
+    draws = None if every_prompt else (train.seed, iterations, count)
+    yield PromptUse(Path(train.prompts.file), train.prompts.limit, draws)
+    if train.validation is not None:
+        yield PromptUse(Path(train.validation.file), train.validation.limit)
+    if train.pictures is not None:
+        yield PromptUse(Path(train.pictures.file), train.pictures.limit)
+
+
+def prompt_uses(
+    cell: ResolvedCell, *, every_prompt: bool = False
+) -> list[tuple[PolicyConfig, PromptUse]]:
+    """What a cell encodes, and with which policy's encoders.
+
+    Of the training prompts these are the ones that its iterations draw, which the seed decides;
+    ``every_prompt`` takes the whole file.
+    """
+    uses = [(cell.policy, PromptUse(Path(cell.evaluation_prompts), cell.evaluation.limit))]
+    if cell.train is not None:
+        training = _training_uses(cell.train, every_prompt=every_prompt)
+        uses = [*((cell.train.policy, use) for use in training), *uses]
+    return uses
+
+
+def cache_key(policy: PolicyConfig) -> CacheKey | None:
+    """What names the cache of a policy; None where its encoders are not on this machine yet."""
+    encoders = text_fingerprint(policy.source, policy.revision)
+    if encoders is None:
+        return None
+    return CacheKey(
+        encoders=encoders, max_sequence_length=policy.max_sequence_length, dtype=policy.dtype
+    )
+
+
+@functools.cache
+def _opened(folder: Path) -> EmbeddingCache:
+    return EmbeddingCache(folder)
+
+
+def _cache_folder(key: CacheKey, layout: Layout) -> Path:
+    return layout.runs / "embeddings" / key.name
+
+
+def prompt_bytes(policy: PolicyConfig) -> int:
+    """Bytes of one prompt's embeddings on disk; FLUX's where the policy is not here to be read."""
+    widths = FLUX_WIDTHS
+    folder = folder_here(policy.source, policy.revision)
+    if folder is not None and (folder / "transformer" / "config.json").is_file():
+        config = read_json(folder / "transformer" / "config.json")
+        widths = {name: int(config.get(name, default)) for name, default in widths.items()}
+    numbers = policy.max_sequence_length * widths["joint_attention_dim"]
+    itemsize: int = getattr(torch, policy.dtype).itemsize
+    return (numbers + widths["pooled_projection_dim"]) * itemsize
+
+
+def disk_bytes(cells: Iterable[ResolvedCell], *, every_prompt: bool = False) -> int:
+    """Bytes that the embeddings of all prompts of ``cells`` take, whether they are there or not."""
+    return sum(
+        prompt_bytes(policy) * len(texts)
+        for policy, texts in _by_policy(cells, every_prompt=every_prompt)
+    )
+
+
+def _by_policy(
+    cells: Iterable[ResolvedCell], *, every_prompt: bool
+) -> list[tuple[PolicyConfig, list[str]]]:
+    """The prompts of ``cells``, each once for all policies with the same encoders."""
+    uses: dict[tuple[object, ...], tuple[PolicyConfig, dict[PromptUse, None]]] = {}
+    for cell in cells:
+        for policy, use in prompt_uses(cell, every_prompt=every_prompt):
+            same = (policy.source, policy.revision, policy.max_sequence_length, policy.dtype)
+            uses.setdefault(same, (policy, {}))[1][use] = None
+    return [
+        (policy, list(dict.fromkeys(text for use in found for text in use.texts())))
+        for policy, found in uses.values()
+    ]
+
+
+def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
+    """Whether all prompts that the cell will encode are in the cache.
+
+    Reads indices and prompt files, each once while they do not change; no tensor, no network.
+
+    Raises:
+        UserError: a prompt file cannot be used.
+    """
+    for policy, use in prompt_uses(cell):
+        key = cache_key(policy)
+        if key is None or not _opened(_cache_folder(key, layout)).holds(use.keys()):
+            return False
+    return True
+
+
+def embed(
+    cells: Sequence[ResolvedCell],
+    layout: Layout,
+    part: Part = WHOLE,
+    *,
+    every_prompt: bool = False,
+) -> list[Path]:
+    """Encodes the prompts of ``cells`` that are not in the cache; returns the caches' folders.
+
+    There is one folder unless the cells' policies have different encoders. Only the text encoders
+    are loaded, only where a prompt is missing, and they are dropped at the end. Several processes
+    may each encode a ``part`` at once.
+
+    Raises:
+        UserError: the encoders cannot be loaded, a prompt file cannot be used, or the disk is full.
+    """
+    folders = []
+    for policy, texts in _by_policy(cells, every_prompt=every_prompt):
+        resolve_source(policy.source, policy.revision)
+        key = cache_key(policy)
+        assert key is not None  # the encoders are here now
+        folder = _cache_folder(key, layout)
+        # Told to people beside the folder: everything that ends in .json inside is an index.
+        write_json(folder.with_suffix(".json"), key.model_dump(mode="json"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings = FillSettings(prompt_bytes(policy), part, origin=_origin(device))
+        fill(_opened(folder), texts, functools.partial(_encoder, policy, device), settings)
+        folders.append(folder)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return list(dict.fromkeys(folders))
+
+
+def _origin(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return packages | {"device": name}
+
+
+def _encoder(
+    policy: PolicyConfig, device: torch.device, prompts: Sequence[str]
+) -> Callable[[str], Rows]:
+    from g2rpo.policy.conditioning import TextEncoders, row_of
+
+    folder = resolve_source(policy.source, policy.revision)
+    dtype = getattr(torch, policy.dtype)
+    encoders = TextEncoders(folder, dtype, device, policy.max_sequence_length)
+    encoders.check_fit(folder, read_json(folder / "transformer" / "config.json"))
+    encoders.tell_truncated(prompts)
+    return lambda prompt: row_of(encoders.encode_one(prompt), 0)
+
+
+def attach(policy: "FluxPolicy", layout: Layout) -> None:
+    """Lets ``policy`` read its text embeddings from the cache, where there is one for it."""
+    key = cache_key(policy.config)
+    if key is not None and _cache_folder(key, layout).is_dir():
+        policy.conditioning_source = _opened(_cache_folder(key, layout))

@@ -1,0 +1,230 @@
+"""Scores any folder or manifest of images with chosen reward models: ``g2rpo score``."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import typer
+from pyarrow import parquet
+
+from benchmarks.evaluation.scoring import summary
+from benchmarks.evaluation.scoring.engine import COLUMNS, Ranks, Scorer
+from benchmarks.evaluation.scoring.items import Source, first_of, read_source, refuse_bad
+from g2rpo.checksums import FILES, problems
+from g2rpo.config import content_hash, merge, nearest, validate
+from g2rpo.data.prompts import read_prompt_set
+from g2rpo.data.tables import is_unicode
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path, atomic_write_text, sha256_file
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.registry import load_reward
+from g2rpo.terminal import literal, wide_console
+from g2rpo.text import visible
+from reproduce.experiment import Profile, judges
+from reproduce.experiment import fingerprint as runs
+from reproduce.runs.folders import MANIFEST, listed, write_manifest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked to be scored.
+
+    Attributes:
+        source: folder of images, or manifest.
+        prompts: the prompt set of a folder.
+        output: folder of the results.
+        skip_bad: leaves out what cannot be scored, and lists it.
+    """
+
+    source: Path
+    prompts: Path | None
+    output: Path
+    skip_bad: bool = False
+
+
+def default_output(source: Path) -> Path:
+    """Where the result goes unless told otherwise: beside the source, by its whole name."""
+    whole = source.resolve()
+    return whole.with_name(f"{whole.name}-scores")
+
+
+def chosen_rewards(
+    profile: Profile,
+    names: Sequence[str],
+    overrides: Mapping[str, Any],
+    batch_size: int | None = None,
+) -> dict[str, RewardConfig]:
+    """The rewards called ``names`` of ``profile`` (all where none is named), with ``overrides``.
+
+    ``batch_size`` images are scored at a time; None leaves each reward's own.
+
+    Raises:
+        UserError: the profile has no such reward, or an override does not fit.
+    """
+    known = judges(profile)
+    for name in (*names, *overrides):
+        if name not in known:
+            hint = nearest(name, known)
+            raise UserError(f"profile {profile.name} has no reward {name!r}; {hint}")
+    configs = {name: known[name] for name in names or known}
+    for name, changes in overrides.items():
+        if name not in configs:
+            raise UserError(f"-s {name}: this reward is not scored; add it to --rewards")
+        if not isinstance(changes, Mapping) or "model" in changes:
+            raise UserError(f"-s {name}: change one of its settings, e.g. -s {name}.batch_size=8")
+    size = {} if batch_size is None else {"batch_size": batch_size}
+    return {
+        name: validate(
+            RewardConfig,
+            merge(config.model_dump(mode="json"), size, overrides.get(name, {})),
+            f"reward {name}",
+        )
+        for name, config in configs.items()
+    }
+
+
+def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame:
+    """Scores, writes ``scores.parquet``, ``summary.csv`` and ``manifest.json``, prints a table.
+
+    Started again it goes on where it was. Rewards that were scored there before stay in the
+    result, where it was on the same images and prompts.
+
+    Raises:
+        UserError: something cannot be scored, in one line; what is scored is kept.
+    """
+    ranks = Ranks.launched()
+    source = _read(request, ranks)
+    if ranks.main:
+        _check_writable(request.output)
+    scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = f"cuda:{ranks.local % count}" if count else "cpu"
+    frames = []
+    for name, config in rewards.items():
+        model = load_reward(config, device)
+        frames.append(scorer.score(name, model))
+        del model  # before the next one is loaded
+        if count:
+            torch.cuda.empty_cache()
+    scores = pd.concat(frames, ignore_index=True)
+    if ranks.main:
+        earlier, left_out = _earlier(request.output, scores)
+        scores = pd.concat([*earlier, scores], ignore_index=True)
+        _write(request, rewards, source, scorer, scores)
+        for name in left_out:
+            typer.echo(
+                visible(f"{name}: its earlier scores are of other images or prompts; left out")
+            )
+    return scores
+
+
+def _read(request: Request, ranks: Ranks) -> Source:
+    """What is scored; says which columns were read."""
+    known = None if request.prompts is None else read_prompt_set(request.prompts)
+    source = read_source(request.source, None if known is None else known.prompts)
+    if known is not None and known.note:
+        source.notes.append(known.note)
+    for note in source.notes if ranks.main else ():
+        typer.echo(visible(note))
+    refuse_bad(source, request.skip_bad)
+    return source
+
+
+def _check_writable(output: Path) -> None:
+    """Before anything is loaded: whether the results can be written."""
+    if not is_unicode(str(output.absolute())):  # which Parquet cannot write to
+        raise UserError(f"{output}: its path is not UTF-8; choose another --output")
+    try:
+        (output / "journal").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}); choose another --output"
+        ) from None
+    for name in ("scores.parquet", "summary.csv", "skipped.csv", "manifest.json"):
+        if (output / name).is_dir():
+            raise UserError(f"{output / name}: a folder is in the way; choose another --output")
+    scores = output / "scores.parquet"
+    if scores.is_file() and not set(COLUMNS) <= set(_columns(scores)):
+        raise UserError(f"{scores}: not written by `g2rpo score`; choose another --output")
+
+
+def _columns(scores: Path) -> list[str]:
+    try:
+        return list(parquet.read_schema(scores).names)
+    except (OSError, ValueError):
+        raise UserError(f"{scores}: cannot be read; delete it and score again") from None
+
+
+def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str]]:
+    """Rows of other rewards that an earlier run left, and the rewards whose rows do not fit."""
+    path = output / "scores.parquet"
+    if not path.is_file():
+        return [], []
+    for damaged, problem in problems(output, listed(output / MANIFEST, FILES)):
+        if damaged.name == path.name:
+            raise UserError(f"{damaged} {problem}; delete it and score again")
+    try:
+        old = pd.read_parquet(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path}: cannot be read; delete it and score again") from None
+    old = old[~old["reward"].isin(scores["reward"].unique())]
+    what = ["id", "prompt", "image_sha256"]
+    about = list(COLUMNS[: COLUMNS.index("reward")])  # groups and styles may be others by now
+    now = scores[about].drop_duplicates("id")
+    kept, left_out = [], []
+    for reward, rows in old.groupby("reward", sort=False):
+        found = now.merge(rows[[*what, *COLUMNS[len(about) :]]], on=what)
+        if len(rows) == len(now) == len(found):
+            kept.append(found)
+        else:
+            left_out.append(str(reward))
+    return kept, left_out
+
+
+def _write(
+    request: Request,
+    rewards: Mapping[str, RewardConfig],
+    source: Source,
+    scorer: Scorer,
+    scores: pd.DataFrame,
+) -> None:
+    bad = [*source.bad, *scorer.findings.skipped]
+    scored = len(scorer.items)
+    if scored + len(bad) != source.found:
+        raise RuntimeError(f"{source.found} found, but {scored} scored and {len(bad)} skipped")
+    lines = summary.summarise(scores)
+    with atomic_path(request.output / "scores.parquet") as temporary:
+        scores.to_parquet(temporary, index=False)
+    skipped = pd.DataFrame(bad, columns=["item", "reason"])
+    for name, frame in (("summary.csv", summary.as_frame(lines)), ("skipped.csv", skipped)):
+        atomic_write_text(request.output / name, summary.as_csv(frame))
+    hashes = scores.groupby("reward", sort=False)["weights_hash"].first()
+    weights = {str(reward): str(sha256) for reward, sha256 in hashes.items()}
+    write_manifest(
+        request.output,
+        {
+            "stage": "score",
+            "images": scored,
+            "images_sha256": content_hash(scorer.keys),
+            "prompts_sha256": None if request.prompts is None else sha256_file(request.prompts),
+            "rewards": {name: config.model_dump(mode="json") for name, config in rewards.items()},
+            "skipped": len(bad),
+            "too_long": scorer.findings.too_long,
+            "batch_size": scorer.findings.batch_size,
+            "provenance": runs.provenance(weights),
+        },
+        [request.output / name for name in ("scores.parquet", "summary.csv", "skipped.csv")],
+    )
+    console = wide_console()
+    summary.show(lines, scorer.findings.too_long, console)
+    for name, reason in bad:
+        console.print(literal(f"skipped {name}: {reason}"), soft_wrap=True)
+    console.print(literal(str(request.output / "scores.parquet")), soft_wrap=True)
+    rest = f"; {len(bad)} skipped: {first_of(bad)}" if bad else ""
+    console.print(literal(f"scored {scored} of {source.found}{rest}"), soft_wrap=True)

@@ -1,0 +1,254 @@
+"""Learning curves: rewards and held-out scores against iterations and cost, over seeds."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from benchmarks.evaluation.statistics import MIN_SEEDS, method_intervals
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path
+
+Horizontal = Literal["iteration", "rollout_evaluations", "seconds"]
+
+HORIZONTAL_LABELS: dict[Horizontal, str] = {
+    "iteration": "Iteration",
+    "rollout_evaluations": "Rollout evaluations",
+    "seconds": "Seconds",
+}
+
+# The palette of Okabe and Ito without its yellow and black, told apart under the common kinds of
+# colour blindness; the line styles tell the curves apart without any colour.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+FIGURE_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a label may have dollar signs
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "savefig.facecolor": "white",
+    "pdf.fonttype": 42,  # letters stay text, which journals ask for
+}
+_PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
+"""Left out, so that the same figure is the same file."""
+
+
+def save_figure(figure: Figure, output: Path, dpi: float = 150) -> None:
+    """Writes a figure as the PNG ``output`` and as a PDF beside it."""
+    with atomic_path(output) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+    with atomic_path(output.with_suffix(".pdf")) as temporary:
+        figure.savefig(temporary, format="pdf", dpi=dpi, metadata=_PDF_METADATA)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quantity over training.
+
+    Attributes:
+        key: its key in metrics.jsonl, e.g. ``reward/hps/mean``.
+        label: the panel's title.
+        reference: a horizontal line, e.g. the untrained base's score; None for none.
+        smooth: draw a running mean over an eighth of the run; for what is measured at every
+            iteration on other prompts, where single points say little.
+    """
+
+    key: str
+    label: str
+    reference: float | None = None
+    smooth: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """A curve over seeds; ``low`` and ``high`` are None below three seeds."""
+
+    x: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64] | None
+    high: npt.NDArray[np.float64] | None
+
+
+def seed_band(runs: Sequence[pd.DataFrame], metric: Metric, horizontal: Horizontal) -> Band | None:
+    """Mean over seeds with its 95 % t interval, at the iterations that all seeds have.
+
+    Args:
+        runs: one frame a seed, with ``iteration``, the horizontal column and the metric's key.
+        metric: what is drawn; smoothed seed by seed before the mean where it asks for it.
+        horizontal: the horizontal axis; means over seeds where seeds differ in it.
+
+    Returns:
+        The curve, or None when the runs share no iteration with this metric.
+    """
+    series = []
+    for run in runs:
+        if metric.key not in run or horizontal not in run:
+            return None
+        part = run.set_index("iteration", drop=False)[[horizontal, metric.key]].dropna()
+        if metric.smooth:
+            window = max(1, math.ceil(len(part) / 8))
+            part[metric.key] = (
+                part[metric.key].rolling(window, center=True, min_periods=window // 2 + 1).mean()
+            )
+            part = part.dropna()
+        series.append(part)
+    joined = pd.concat(series, axis=1, join="inner", keys=range(len(series)))
+    if joined.empty:
+        return None
+    x = joined.xs(horizontal, axis=1, level=1).to_numpy(np.float64).mean(axis=1)
+    values = joined.xs(metric.key, axis=1, level=1).to_numpy(np.float64)
+    if len(runs) < MIN_SEEDS:
+        return Band(x, values.mean(axis=1), None, None)
+    intervals = method_intervals(values)
+    low, high = (np.array([getattr(i, end) for i in intervals]) for end in ("low", "high"))
+    return Band(x, values.mean(axis=1), low, high)
+
+
+def learning_curves(
+    curves: Mapping[str, Sequence[pd.DataFrame]],
+    metrics: Sequence[Metric],
+    output: Path,
+    *,
+    horizontals: Sequence[Horizontal] = ("iteration", "rollout_evaluations"),
+    title: str | None = None,
+) -> Path:
+    """Draws learning curves: a row of panels per metric, a column per horizontal axis.
+
+    Args:
+        curves: method label to one frame a seed (:func:`read_metrics`), in the order drawn.
+        metrics: what is drawn.
+        output: the PNG to write; a PDF is written beside it.
+        horizontals: the horizontal axes.
+        title: above the panels.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: there is nothing to draw.
+    """
+    panels = [
+        [
+            {
+                label: band
+                for label, runs in curves.items()
+                if runs and (band := seed_band(runs, metric, horizontal)) is not None
+            }
+            for horizontal in horizontals
+        ]
+        for metric in metrics
+    ]
+    if not any(panel for row in panels for panel in row):
+        raise UserError(f"{output}: no learning curve to draw; the runs have none of the metrics")
+    styles = {label: index for index, label in enumerate(curves)}
+    with matplotlib.rc_context(FIGURE_STYLE):
+        size = (0.6 + 3.9 * len(horizontals), 0.9 + 2.3 * len(metrics))
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(metrics), len(horizontals), squeeze=False, sharey="row")
+        for metric, row, axes_row in zip(metrics, panels, grid, strict=True):
+            for horizontal, panel, axes in zip(horizontals, row, axes_row, strict=True):
+                for label, band in panel.items():
+                    _draw(axes, band, styles[label], label)
+                _scale(axes, horizontal, list(panel.values()))
+                if metric.reference is not None:
+                    axes.axhline(
+                        metric.reference, color="0.35", linestyle=(0, (1, 2)), label="Base"
+                    )
+            note = " (running mean)" if metric.smooth else ""
+            axes_row[0].set_title(metric.label + note, loc="left", fontweight="bold")
+            _limit(axes_row[0], [band for panel in row for band in panel.values()], metric)
+        _legend(figure, grid.ravel(), _caption(curves), title)
+        save_figure(figure, output)
+    return output
+
+
+def _draw(axes: Axes, band: Band, index: int, label: str) -> None:
+    colour = PALETTE[index % len(PALETTE)]
+    few = len(band.x) <= 30
+    axes.plot(
+        band.x,
+        band.mean,
+        color=colour,
+        # One further style for each round through the colours, so that no two curves look alike.
+        linestyle=LINE_STYLES[(index + index // len(PALETTE)) % len(LINE_STYLES)],
+        marker=MARKERS[index % len(MARKERS)] if few else None,
+        markersize=3.5,
+        linewidth=1.5,
+        label=label,
+    )
+    if band.low is not None and band.high is not None:
+        axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.13, linewidth=0)
+
+
+def _scale(axes: Axes, horizontal: Horizontal, bands: Sequence[Band]) -> None:
+    ends = [float(band.x[-1]) for band in bands]
+    starts = [float(band.x[0]) for band in bands]
+    label = HORIZONTAL_LABELS[horizontal]
+    # Curves of very different cost are told apart, and compared at equal cost, on a log scale.
+    if horizontal != "iteration" and bands and max(ends) > 3 * min(ends) and min(starts) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        label += " (log scale)"
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=horizontal == "iteration"))
+        axes.set_xlim(left=0)
+    if horizontal != "iteration":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(label)
+
+
+def _limit(axes: Axes, bands: Sequence[Band], metric: Metric) -> None:
+    """Keeps a wide band at one end (three seeds that disagree) from flattening every curve."""
+    if not bands:
+        return
+    drawn = [band.mean for band in bands]
+    if metric.reference is not None:
+        drawn.append(np.array([metric.reference]))
+    values = np.concatenate(drawn)
+    low, high = float(values.min()), float(values.max())
+    room = 0.6 * ((high - low) or max(abs(high), 1.0) * 0.05)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - room), min(top, high + room))
+
+
+def _caption(curves: Mapping[str, Sequence[pd.DataFrame]]) -> str:
+    counts = sorted({len(runs) for runs in curves.values() if runs})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    if counts == [1]:
+        return "One seed"
+    band = "; bands: 95% t intervals over seeds" if counts[-1] >= MIN_SEEDS else ""
+    return f"Mean over {seeds} seeds{band}"
+
+
+def _legend(figure: Figure, panels: Iterable[Axes], caption: str, title: str | None) -> None:
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=min(len(entries), 6 if figure.get_figwidth() > 7 else 3),
+        title=caption,
+        title_fontsize=8,
+        handlelength=2.8,
+    )
+    if title is not None:
+        figure.suptitle(title, fontsize=11)

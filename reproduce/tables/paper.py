@@ -1,0 +1,90 @@
+"""The paper's figures, typed: results/paper/tables.yaml."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from g2rpo.config import StrictModel, load_yaml, validate
+from g2rpo.errors import UserError
+
+PAPER_TABLES = Path(__file__).resolve().parents[2] / "results" / "paper" / "tables.yaml"
+
+TableName = Literal["table1", "table2", "table3"]
+PaperColumn = Literal["HPS", "CLIP", "PS", "IR", "UR"]
+PAPER_COLUMNS: tuple[PaperColumn, ...] = ("HPS", "CLIP", "PS", "IR", "UR")
+DIGITS = 3
+"""Decimals that the paper prints."""
+
+
+class PaperKey(StrictModel):
+    """Names one row of one of the paper's tables; what is not given is not looked at."""
+
+    train: tuple[PaperColumn, ...] | None = None
+    method: str | None = None
+    granularities: tuple[int, ...] | None = None
+    steps: int | None = None
+
+
+class PaperRow(StrictModel):
+    """One published row: what it was, and its five scores."""
+
+    train: tuple[PaperColumn, ...]
+    method: str
+    granularities: tuple[int, ...] | None = None
+    steps: int | None = None
+    hps: float = pydantic.Field(alias="HPS")
+    clip: float = pydantic.Field(alias="CLIP")
+    pick_score: float = pydantic.Field(alias="PS")
+    image_reward: float = pydantic.Field(alias="IR")
+    unified_reward: float = pydantic.Field(alias="UR")
+
+    @property
+    def scores(self) -> Mapping[PaperColumn, float]:
+        """The scores by the paper's own column names."""
+        return {
+            "HPS": self.hps,
+            "CLIP": self.clip,
+            "PS": self.pick_score,
+            "IR": self.image_reward,
+            "UR": self.unified_reward,
+        }
+
+    def answers(self, key: PaperKey) -> bool:
+        """Whether this is a row that ``key`` describes."""
+        asked = key.model_dump(exclude_none=True)
+        return all(getattr(self, name) == value for name, value in asked.items())
+
+
+class PaperTables(StrictModel):
+    """The three tables, the publication they come from and the model they were measured on."""
+
+    source: str
+    model: str
+    prompts: str
+    table1: tuple[PaperRow, ...]
+    table2: tuple[PaperRow, ...]
+    table3: tuple[PaperRow, ...]
+
+    def row(self, table: TableName, key: PaperKey) -> PaperRow:
+        """The one row of ``table`` that ``key`` describes.
+
+        Raises:
+            UserError: none or several rows answer.
+        """
+        rows: tuple[PaperRow, ...] = getattr(self, table)
+        found = [row for row in rows if row.answers(key)]
+        if len(found) != 1:
+            asked = key.model_dump(exclude_none=True)
+            how_many = "no row" if not found else f"{len(found)} rows"
+            raise UserError(
+                f"the paper's {table} has {how_many} for {asked}; "
+                "see results/paper/tables.yaml and name exactly one"
+            )
+        return found[0]
+
+
+def load_paper_tables(path: Path = PAPER_TABLES) -> PaperTables:
+    """Reads the paper's figures; a missing or malformed file is a :class:`UserError`."""
+    return validate(PaperTables, load_yaml(path), str(path))

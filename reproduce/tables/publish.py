@@ -1,0 +1,119 @@
+"""What an experiment leaves for people: tables, learning curves, pictures, a reading."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import typer
+from PIL import Image
+
+from benchmarks.evaluation.held_out import image_path
+from benchmarks.evaluation.results import Cell
+from g2rpo.files import atomic_write_text
+from g2rpo.text import visible
+from reproduce.experiment import Experiment, Profile, resolve
+from reproduce.experiment.layout import Layout
+from reproduce.stages.cell_stages import held_out_prompts
+from reproduce.tables.figures import Metric, learning_curves
+from reproduce.tables.notes import Gap, full_label
+from reproduce.tables.picture_grid import picture_grid
+from reproduce.tables.render import print_table, render_table
+from reproduce.tables.spec import TableSpec
+from reproduce.tables.summary import write_reading
+
+PICTURED_PROMPTS = 6
+
+
+def publish(
+    experiment: Experiment,
+    profile: Profile,
+    cells: Sequence[Cell],
+    gaps: Sequence[Gap],
+    layout: Layout,
+) -> None:
+    """Writes everything that can be made from ``cells`` and prints the table.
+
+    Args:
+        experiment: the experiment.
+        profile: the profile of the cells.
+        cells: the finished cells.
+        gaps: failed cells; the table shows them as gaps.
+        layout: where runs are and tables go.
+    """
+    output = layout.experiment(profile.name, experiment.name)
+    spec = experiment.table
+    written = list(
+        render_table(spec, cells, profile=profile.name, output=output, gaps=gaps).values()
+    )
+    for group, rows in spec.groups():
+        curves = {
+            row.label: [c.curve for c in cells if c.info.row == row.key and c.curve is not None]
+            for row in rows
+        }
+        figure = _curves(curves, rows[0].train, output, group)
+        if figure is not None:
+            written += [figure, figure.with_suffix(".pdf")]
+    pictures = _pictures(experiment, profile, cells, layout, output)
+    if pictures is not None:
+        written += [pictures, pictures.with_suffix(".pdf")]
+    reading = output / f"{spec.name}_reading.md"
+    atomic_write_text(reading, write_reading(spec, cells, profile=profile.name))
+    written.append(reading)
+    print_table(spec, cells, profile=profile.name, gaps=gaps)
+    for path in written:
+        typer.echo(visible(f"wrote {path}"))
+
+
+def _curves(
+    curves: dict[str, list[pd.DataFrame]], rewards: Sequence[str], output: Path, group: str
+) -> Path | None:
+    """Validation rewards over training for the rows of one group."""
+    known = {label: runs for label, runs in curves.items() if runs}
+    metrics = [
+        Metric(f"validation/{reward}", f"{reward}, validation prompts")
+        for reward in rewards
+        if any(f"validation/{reward}" in run for runs in known.values() for run in runs)
+    ]
+    if not known or not metrics:
+        return None
+    stem = re.sub(r"[^a-z0-9]+", "_", group.lower()).strip("_") or "all"
+    path = output / f"curves_{stem}.png"
+    return learning_curves(known, metrics, path, title=group or None)
+
+
+def _pictured(profile: Profile) -> int:
+    """How many prompts are shown: of those whose images are kept after scoring."""
+    kept = profile.keep_images
+    return PICTURED_PROMPTS if kept is None else min(PICTURED_PROMPTS, kept)
+
+
+def _pictures(
+    experiment: Experiment,
+    profile: Profile,
+    cells: Sequence[Cell],
+    layout: Layout,
+    output: Path,
+) -> Path | None:
+    """The same prompts and noise under the base and the rows of the first trained group."""
+    spec: TableSpec = experiment.table
+    trained_groups = [name for name, rows in spec.groups() if any(row.train for row in rows)]
+    shown = [row for row in spec.rows if not row.train or row.group == trained_groups[0]]
+    columns = {}
+    prompts = None
+    for row in shown:
+        info = next((cell.info for cell in cells if cell.info.row == row.key), None)
+        if info is None:
+            continue
+        resolved = resolve(experiment, profile, row.key, info.seed or 0)
+        if prompts is None:
+            prompts = held_out_prompts(resolved)[: _pictured(profile)]
+        run = layout.runs / info.runs["train"]
+        folder = run / "evaluations" / info.runs["evaluation"] / "images"
+        paths = [image_path(folder, prompt) for prompt in prompts]
+        if all(path.exists() for path in paths):
+            columns[full_label(row)] = [np.array(Image.open(path)) for path in paths]
+    if not prompts or not columns:
+        return None
+    return picture_grid(columns, [prompt.text for prompt in prompts], output / "pictures.png")

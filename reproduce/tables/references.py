@@ -1,0 +1,92 @@
+"""What is cited for what: keys into ``references.bib``, and the part that a table needs."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
+
+BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "g2rpo": ("zhou2026g2rpo",),
+    "dance_grpo": ("xue2025dancegrpo",),
+    "mix_grpo": ("li2025mixgrpo",),
+    "flow_grpo": ("liu2025flowgrpo",),
+    "base": (),
+    "checkpoint": (),
+}
+REWARDS: dict[str, tuple[str, ...]] = {
+    "hps": ("wu2023hpsv2",),
+    "clip": ("radford2021clip", "fang2023dfn"),
+    "pick_score": ("kirstain2023pickapic",),
+    "image_reward": ("xu2023imagereward",),
+    "unified_reward": ("wang2025unifiedreward",),
+    "attributes": (),  # this project's own judge of the mini world
+}
+MEASURES: dict[str, tuple[str, ...]] = {
+    VENDI: ("friedman2022vendi",),
+    DISTANCE: (),  # mean cosine distance
+    DRIFT: (),
+}
+FOUNDATIONS = (
+    "shao2024deepseekmath",
+    "lipman2022flow",
+    "song2020score",
+    "blackforestlabs2024flux",
+    "loshchilov2019adamw",
+)
+"""GRPO, flow matching, its stochastic form, the architecture, the optimizer: behind every row."""
+STATISTICS = (
+    "agarwal2021precipice",
+    "efron1987bootstrap",
+    "holm1979multiple",
+    "phipson2010permutation",
+)
+LIBRARIES = (
+    "ansel2024pytorch",
+    "vonplaten2022diffusers",
+    "wolf2020transformers",
+    "gugger2022accelerate",
+    "ilharco2021openclip",
+    "harris2020numpy",
+    "virtanen2020scipy",
+    "hunter2007matplotlib",
+)
+"""What every number was computed and drawn with."""
+ON_REQUEST = (
+    "hu2021lora",
+    "mangrulkar2022peft",  # the LoRA engine
+    "lu2022dpmsolver",  # the solver of MixGRPO-Flash
+    "wilson1927inference",  # raters' answers
+)
+"""What single options rest on: in the whole bibliography, in no table's."""
+PAPER = "zhou2026g2rpo"
+
+
+def read_bibliography(path: Path = BIBLIOGRAPHY) -> dict[str, str]:
+    """The entries of a BibTeX file by key, in the order of the file."""
+    found = re.finditer(r"^@\w+\{([^,\s]+),.*?^\}", path.read_text(), re.S | re.M)
+    return {entry[1]: entry[0] for entry in found}
+
+
+def cited(methods: Iterable[str], rewards: Iterable[str], measures: Iterable[str]) -> list[str]:
+    """The keys that a table of these rests on, each once.
+
+    What is not known here, such as a method of the user's own, is left out.
+    """
+    keys = [
+        *(key for name in methods for key in METHODS.get(name, ())),
+        *(key for name in rewards for key in REWARDS.get(name, ())),
+        *(key for name in measures for key in MEASURES.get(name, ())),
+        *FOUNDATIONS,
+        *STATISTICS,
+        *LIBRARIES,
+    ]
+    return list(dict.fromkeys(keys))
+
+
+def bibliography(keys: Iterable[str]) -> str:
+    """The entries of ``keys`` as a BibTeX file."""
+    entries = read_bibliography()
+    return "\n\n".join(entries[key] for key in keys) + "\n"
