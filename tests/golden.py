@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from benchmarks.cells import Cell, load_cells
-from reproduce.reading import write_reading
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from benchmarks.evaluation.results import Cell, load_cells
 from reproduce.experiment import ROOT, load_experiment
-from reproduce.tables import print_table, render_table
+from reproduce.tables.render import print_table, render_table
+from reproduce.tables.summary import write_reading
 
 MINI = ROOT / "results" / "mini"
 EXPERIMENTS = sorted(folder.parent.name for folder in MINI.glob("*/cells"))
