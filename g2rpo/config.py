@@ -58,6 +58,14 @@ class StrictModel(pydantic.BaseModel):
         return cls
 
 
+RENAMED_KEYS = {
+    "pictured_every": "preview_every",
+    "pictured_prompts": "preview_prompts",
+    "shortened": "budget_overrides",
+    "tuned_as": "learning_rate_key",
+}
+"""Keys of older files, and what they are called now: named in the error about an unknown key."""
+
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 Location = tuple[int | str, ...]
 
@@ -176,6 +184,9 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         names = _field_names(model, location, data)
+        renamed = RENAMED_KEYS.get(str(location[-1]))
+        if renamed in names:
+            return f"unknown key {key!r}; it is now called {renamed!r}"
         inner = [
             f"{outer}.{key}" for outer in names if key in _field_names(model, (outer, key), data)
         ]

@@ -70,7 +70,7 @@ def _profile(folder: Path, assets: Path) -> Path:
     data["name"] = "made-up"
     data["rewards"] = {name: {"model": name, "source": "x"} for name in REWARDS}
     data["training"]["optimization"]["iterations"] = ITERATIONS
-    data |= {"pictured_prompts": 4, "pictured_every": 2, "keep_images": len(PROMPTS)}
+    data |= {"preview_prompts": 4, "preview_every": 2, "keep_images": len(PROMPTS)}
     data["prompts"]["test"] = str(prompts)
     path = folder / "profile.yaml"
     path.write_text(yaml.safe_dump(data))

@@ -28,6 +28,7 @@ from g2rpo.files import atomic_write_text, write_json
 from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.policy.fp8 import has_fp8_kernels
 from g2rpo.progress import ProgressReport
+from g2rpo.provenance import provenance, source_fingerprint
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.advantages import transition_advantages
 from g2rpo.training.config import TrainConfig
@@ -338,8 +339,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the report goes.")] = OUTPUT,
 ) -> None:
     """Measures every approximation and writes ``approximations.json`` and ``.md``."""
-    from reproduce.experiment.fingerprint import provenance, source_fingerprint
-
     torch.set_num_threads(1)  # such small models are fastest so
     lora_iterations = 8
     policy = train_config(1, 1, {}).policy

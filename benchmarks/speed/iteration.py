@@ -29,6 +29,7 @@ from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text, write_json
 from g2rpo.methods.g2rpo import Config as G2rpo
+from g2rpo.provenance import provenance
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
@@ -265,8 +266,6 @@ def constants(ours: Timing) -> dict[str, float]:
 
 def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """All executions of ``size``, the repeats in turn."""
-    from reproduce.experiment.fingerprint import provenance
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = size.prepare(folder)

@@ -17,6 +17,7 @@ import typer
 
 from benchmarks.speed.sizes import MINI, PROMPT, FluxShape, Models, Size, write_flux
 from g2rpo.files import atomic_write_text, write_json
+from g2rpo.provenance import provenance
 from g2rpo.training.loop import Trainer
 
 OUTPUT = Path("results/numerics")
@@ -60,8 +61,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the report goes.")] = OUTPUT,
 ) -> None:
     """Measures the four deviations and writes ``ratio.json`` and ``ratio.md``."""
-    from reproduce.experiment.fingerprint import provenance
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     double, single = BLOCKS[device]
     shape = FluxShape(double_blocks=double, single_blocks=single)

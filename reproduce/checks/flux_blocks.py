@@ -17,8 +17,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from g2rpo.provenance import REPOSITORY
 from reproduce.checks.finding import Finding
-from reproduce.experiment.fingerprint import REPOSITORY
 
 NAME = "FLUX blocks"
 LIMIT = 300

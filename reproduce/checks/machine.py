@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from g2rpo.provenance import REPOSITORY, git_state
 from reproduce.checks.finding import Finding, Word, gibibytes
-from reproduce.experiment.fingerprint import REPOSITORY, git_state
 
 LOCK = REPOSITORY / "requirements" / "runtime.lock"
 DRIVER = Path("/proc/driver/nvidia/version")

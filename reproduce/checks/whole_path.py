@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.config import load_yaml
+from g2rpo.provenance import REPOSITORY
 from g2rpo.yaml_text import dump_yaml
 from reproduce.checks.finding import Finding
 from reproduce.experiment import HERE
-from reproduce.experiment.fingerprint import REPOSITORY
 
 NAME = "train to table"
 LIMIT = 600

@@ -40,12 +40,12 @@ class CellConfig(StrictModel):
     """The rewards it is trained on, by column name; of a checkpoint, as its authors state them."""
     preset: Literal["released", "matched"] | None = None
     """Overrides the experiment's preset."""
-    tuned_as: str | None = None
+    learning_rate_key: str | None = None
     """Key into the profile's learning rates; null is the method's name."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Changes to the training configuration."""
-    shortened: bool = False
-    """Whether the profile's ``shortened`` is laid over its settings."""
+    budget_overrides: bool = False
+    """Whether the profile's ``budget_overrides`` is laid over its settings."""
     budget: Budget | None = None
     """Ends the training at a cost."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
@@ -54,10 +54,10 @@ class CellConfig(StrictModel):
     @pydantic.model_validator(mode="after")
     def _whole(self) -> "CellConfig":
         if self.checkpoint is not None:
-            if self.method is not None or self.set or self.preset or self.tuned_as:
+            if self.method is not None or self.set or self.preset or self.learning_rate_key:
                 raise ValueError(
                     "a cell is trained (method) or loaded (checkpoint), not both: with a "
-                    "checkpoint leave out method, set, preset and tuned_as"
+                    "checkpoint leave out method, set, preset and learning_rate_key"
                 )
             return self
         if self.method is None and (self.train or self.set or self.budget):

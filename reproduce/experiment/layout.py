@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.evaluation.protocol import CreditConfig
 from benchmarks.evaluation.results import cells_folder
 from g2rpo.config import content_hash
+from g2rpo.provenance import source_fingerprint
 from reproduce.experiment import ResolvedCell
 from reproduce.experiment import fingerprint as runs
 
@@ -37,7 +38,7 @@ class Layout:
         return self.runs / runs.train_run_name(cell.train)
 
     def _base(self, cell: ResolvedCell) -> Path:
-        inputs = runs.source_fingerprint(cell.policy.source, cell.policy.revision)
+        inputs = source_fingerprint(cell.policy.source, cell.policy.revision)
         return self.runs / f"base-{content_hash(inputs)}"
 
     def drift_reference(self, cell: ResolvedCell) -> Path:

@@ -69,16 +69,16 @@ class Profile(StrictModel):
     validation_prompts: int = Field(64, ge=0)
     """Validation prompts scored during training for the learning curves; 0 for none."""
     validation_every: int = Field(10, ge=1)
-    pictured_prompts: int = Field(0, ge=0)
+    preview_prompts: int = Field(0, ge=0)
     """Held-out prompts of which an image is kept now and then during training; 0 for none."""
-    pictured_every: int = Field(50, ge=1)
+    preview_every: int = Field(50, ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
     """Sections of the training configuration that every method shares under ``matched``."""
     method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What a method's own settings are at this scale under ``matched``, by method."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Tuned learning rates under ``matched``, by method or variant."""
-    shortened: dict[str, Any] = Field(default_factory=dict)
+    budget_overrides: dict[str, Any] = Field(default_factory=dict)
     """What this scale cannot afford of a method's own run; laid over cells that ask for it."""
     device_seconds: float | None = Field(None, gt=0)
     """The budget of a study at equal device-seconds, over all of a training's devices."""

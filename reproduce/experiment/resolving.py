@@ -200,10 +200,10 @@ class Resolver:
 
     def _pictures(self, cell: CellConfig, where: str) -> dict[str, Any] | None:
         """The images kept during training: under the protocol that the cell is evaluated with."""
-        if not self.profile.pictured_prompts:
+        if not self.profile.preview_prompts:
             return None
         evaluation, _ = self._evaluated(cell, where)
-        limit, every = self.profile.pictured_prompts, self.profile.pictured_every
+        limit, every = self.profile.preview_prompts, self.profile.preview_every
         return {
             "file": self._prompts[evaluation.split],
             "limit": limit if evaluation.limit is None else min(limit, evaluation.limit),
@@ -221,12 +221,12 @@ class Resolver:
         scaled: dict[str, Any] = {}
         tuned: dict[str, Any] = {}
         rates = profile.learning_rates
-        rate = rates.get(cell.tuned_as or cell.method)
-        if rates and cell.tuned_as is not None and rate is None:
-            hint = nearest(cell.tuned_as, rates)
+        rate = rates.get(cell.learning_rate_key or cell.method)
+        if rates and cell.learning_rate_key is not None and rate is None:
+            hint = nearest(cell.learning_rate_key, rates)
             raise UserError(
-                f"{where}: tuned_as: profile {profile.name} has no learning rate of "
-                f"{cell.tuned_as!r}; {hint}"
+                f"{where}: learning_rate_key: profile {profile.name} has no learning rate of "
+                f"{cell.learning_rate_key!r}; {hint}"
             )
         if preset == "matched":
             scaled = {"method": profile.method_settings.get(cell.method, {})}
@@ -255,7 +255,7 @@ class Resolver:
             self._preset(cell.method, preset),
             scaled,
             tuned,
-            profile.shortened if cell.shortened else {},
+            profile.budget_overrides if cell.budget_overrides else {},
             cell.set,
             self.overrides,
         )

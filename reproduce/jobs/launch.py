@@ -14,7 +14,7 @@ from g2rpo.checksums import hashing_up_to
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.lease import Lease
-from reproduce.experiment import fingerprint as runs
+from g2rpo.provenance import git_state
 from reproduce.jobs.plan import Plan
 from reproduce.jobs.stage_jobs import active_stages, hopeless_stages, submissions_folder
 from reproduce.stages.work import ENTRY, Inputs, run_stage
@@ -40,7 +40,7 @@ def prepare_worker() -> None:
 
     quiet_libraries()
     ProgressReport.bars = False
-    runs.git_state()  # of the code as it was imported, not as it is when the stage ends
+    git_state()  # of the code as it was imported, not as it is when the stage ends
 
 
 def new_submission(plan: Plan, cluster: Cluster, folder: Path) -> Submission:

@@ -202,7 +202,7 @@ def _notes(gallery: Gallery, absent: int) -> list[str]:
         notes.append(f"{absent} finished runs have no images where the report was made.")
     if gallery.tiles and not gallery.between:
         notes.append(
-            "These runs kept no images during training (`pictured_prompts` in the profile), so the "
+            "These runs kept no images during training (`preview_prompts` in the profile), so the "
             "slider shows only the base and the end."
         )
     return notes

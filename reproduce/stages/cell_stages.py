@@ -31,6 +31,7 @@ from g2rpo.files import atomic_path, remove
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.checkpoint import find_checkpoint
 from g2rpo.policy.flux import HybridSampling
+from g2rpo.provenance import provenance, source_fingerprint
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.load_weights import load_trained
@@ -84,7 +85,7 @@ def train(cell: ResolvedCell, layout: Layout) -> Path:
             "inputs": runs.train_inputs(cell.train),
             "seed": cell.train.seed,
             "progress": vars(progress),
-            "provenance": runs.provenance(weights),
+            "provenance": provenance(weights),
         }
         images = [path for path in folder.glob("images/*/*.png") if _keep_image(path)]
         write_manifest(folder, manifest, [folder / SETTINGS, folder / METRICS_FILE], images)
@@ -120,14 +121,14 @@ def measure(cell: ResolvedCell, layout: Layout, config: CreditConfig) -> Path:
             "inputs": runs.train_inputs(cell.train) | {"credit": config.model_dump(mode="json")},
             "seed": cell.train.seed,
             "rollouts": [rollout.document() for rollout in measured],
-            "provenance": runs.provenance(weights),
+            "provenance": provenance(weights),
         }
         write_manifest(folder, manifest, folder.glob("rollout-*.json"))
     return folder
 
 
 def _policy_hash(cell: ResolvedCell) -> str:
-    fingerprint = runs.source_fingerprint(cell.policy.source, cell.policy.revision)
+    fingerprint = source_fingerprint(cell.policy.source, cell.policy.revision)
     return fingerprint if isinstance(fingerprint, str) else content_hash(fingerprint)
 
 
@@ -265,7 +266,7 @@ def score_share(cell: ResolvedCell, layout: Layout, share: Share) -> None:
         stem.with_suffix(".json"),
         {
             "rewards": wanted_rewards(cell),
-            "provenance": runs.provenance(weights) | origin,
+            "provenance": provenance(weights) | origin,
             FILES: checksums_of(files, stem.parent),
         },
     )

@@ -20,12 +20,12 @@ from g2rpo.data.prompts import read_prompt_set
 from g2rpo.data.tables import is_unicode
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, atomic_write_text, sha256_file
+from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.terminal import literal, wide_console
 from g2rpo.text import visible
 from reproduce.experiment import Profile, judges
-from reproduce.experiment import fingerprint as runs
 from reproduce.runs.folders import MANIFEST, listed, write_manifest
 
 
@@ -217,7 +217,7 @@ def _write(
             "skipped": len(bad),
             "too_long": scorer.findings.too_long,
             "batch_size": scorer.findings.batch_size,
-            "provenance": runs.provenance(weights),
+            "provenance": provenance(weights),
         },
         [request.output / name for name in ("scores.parquet", "summary.csv", "skipped.csv")],
     )

@@ -138,7 +138,7 @@ def test_the_seconds_of_the_phases_are_within_the_iteration(pictured: Path) -> N
 
 
 def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:
-    path = write_small_profile(tmp_path / "small.yaml", smoke_assets, pictured_prompts=3)
+    path = write_small_profile(tmp_path / "small.yaml", smoke_assets, preview_prompts=3)
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from g2rpo import provenance
 from reproduce.checks import flux_blocks, folders, machine, whole_path
 from reproduce.checks.finding import Finding, gibibytes, sentence
 from reproduce.checks.machine import Devices
-from reproduce.experiment import fingerprint as runs
 
 H100 = Devices(("H100, 79.2 GiB",) * 8, ((9, 0),) * 8, "580.95.05", True)
 
@@ -202,16 +202,18 @@ def test_without_a_repository_the_image_says_the_commit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
-    monkeypatch.delenv(runs.COMMIT_VARIABLE, raising=False)
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    monkeypatch.delenv(provenance.COMMIT_VARIABLE, raising=False)
     if variable is not None:
-        monkeypatch.setenv(runs.COMMIT_VARIABLE, variable)
-    assert runs.git_state.__wrapped__() == expected
+        monkeypatch.setenv(provenance.COMMIT_VARIABLE, variable)
+    assert provenance.git_state.__wrapped__() == expected
 
 
 def test_a_repository_goes_before_what_the_environment_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(runs.COMMIT_VARIABLE, "0123abc")
-    monkeypatch.setattr(runs, "_git", lambda *arguments: "4567def" if "HEAD" in arguments else "")
-    assert runs.git_state.__wrapped__() == ("4567def", False)
+    monkeypatch.setenv(provenance.COMMIT_VARIABLE, "0123abc")
+    monkeypatch.setattr(
+        provenance, "_git", lambda *arguments: "4567def" if "HEAD" in arguments else ""
+    )
+    assert provenance.git_state.__wrapped__() == ("4567def", False)

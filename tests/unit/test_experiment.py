@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from g2rpo import provenance
 from g2rpo.config import merge
 from g2rpo.errors import UserError
 from g2rpo.training.config import TrainConfig
@@ -254,7 +255,7 @@ def local(smoke_assets: Path, tmp_path: Path) -> Profile:
 
 def name_of(profile: Profile, **changes: Any) -> str:
     cell = resolve(load_experiment("table1"), profile, "hps/g2rpo", 1, merge({}, changes))
-    runs._folder_hash.cache_clear()
+    provenance._folder_hash.cache_clear()
     return runs.train_run_name(trained(cell))
 
 
@@ -292,6 +293,7 @@ def test_the_run_name_does_not_depend_on_where_the_files_lie(
         ({"method": "g2rpo"}, "train is empty"),
         ({"method": "g2rpo", "train": ["hps", "hps"]}, "train names a reward twice"),
         ({"method": "g2rpo", "train": ["hps"], "sett": {}}, "'set'"),
+        ({"method": "g2rpo", "train": ["hps"], "tuned_as": "x"}, "now called 'learning_rate_key'"),
     ],
 )
 def test_a_wrong_cell_is_told_in_one_line(tmp_path: Path, cell: dict[str, Any], told: str) -> None:
@@ -393,6 +395,8 @@ def test_a_variant_without_a_tuned_rate_is_refused_where_others_have_one() -> No
         ("seeds: [-1]", r"seeds\.0"),
         ("seeds: []", "seeds"),
         ("name: ../x", "name"),
+        ("shortened: {}", "unknown key 'shortened'; it is now called 'budget_overrides'"),
+        ("pictured_every: 5", "it is now called 'preview_every'"),
         ("prompts: {test: benchmarks/mini_world/assets/prompts/train.txt}", "the same file as"),
     ],
 )
@@ -472,7 +476,7 @@ def test_a_profile_without_device_seconds_is_told_where_they_are_asked_for() -> 
 
 def test_released_settings_are_shortened_where_the_profile_says_so() -> None:
     experiment = load_experiment("released-vs-matched")
-    whole = load_profile("mini").model_copy(update={"shortened": {}})
+    whole = load_profile("mini").model_copy(update={"budget_overrides": {}})
     for method, iterations, group in (("g2rpo", 301, 12), ("flow_grpo", 300, 24)):
         key = f"released/{method}"
         own = trained(resolve(experiment, whole, key, 1))

@@ -11,6 +11,7 @@ from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file, sha256_tree
 from g2rpo.hub.lock import LOCK_VARIABLE
+from g2rpo.provenance import source_fingerprint
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment import ROOT, Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.experiment import fingerprint as runs
@@ -85,11 +86,11 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 def test_a_pinned_revision_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock = tmp_path / "lock.json"
     monkeypatch.setenv(LOCK_VARIABLE, str(lock))
-    assert runs.source_fingerprint("owner/name", None) == {"id": "owner/name", "revision": None}
+    assert source_fingerprint("owner/name", None) == {"id": "owner/name", "revision": None}
     entry = {"revision": "0" * 40, "files": {}}
     lock.write_text(json.dumps({"version": 1, "repositories": {"owner/name": entry}}))
-    assert runs.source_fingerprint("owner/name", None)["revision"] == "0" * 40  # type: ignore[index]
-    assert runs.source_fingerprint("owner/name", "main")["revision"] == "main"  # type: ignore[index]
+    assert source_fingerprint("owner/name", None)["revision"] == "0" * 40  # type: ignore[index]
+    assert source_fingerprint("owner/name", "main")["revision"] == "main"  # type: ignore[index]
 
 
 def many_cells(count: int) -> Experiment:

@@ -1,0 +1,114 @@
+"""Where a result comes from: commit, packages, hardware, and what names the weights."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from g2rpo.files import FileState, file_state, sha256_file, sha256_tree
+from g2rpo.hub.lock import lock_path, revision_of
+
+PACKAGES = (
+    "g2rpo", "torch", "diffusers", "transformers", "accelerate", "open_clip_torch", "numpy",
+)  # fmt: skip
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMIT_VARIABLE = "G2RPO_GIT_COMMIT"
+"""The commit that a container image was built from; ``-dirty`` after it: not quite that one."""
+
+
+@functools.cache
+def _folder_hash(folder: Path) -> str:
+    return sha256_tree(folder)
+
+
+@functools.cache
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file of weights, read once in a process."""
+    return sha256_file(path)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resolved(source: str, device: int, inode: int) -> Path:
+    # A path leads elsewhere when the folder that it is relative to changes: hence the other two.
+    del device, inode
+    return Path(source).resolve()
+
+
+@functools.lru_cache(maxsize=1024)
+def _pinned(source: str, lock: Path, state: FileState | None) -> str | None:
+    del lock, state  # what is pinned can change with them
+    return revision_of(source)
+
+
+def source_fingerprint(source: str | None, revision: str | None) -> str | dict[str, str | None]:
+    """What names the weights at ``source``: a hash of a local folder or file, else the hub id."""
+    if source is None:
+        return {"id": None, "revision": revision or None}
+    try:
+        found = Path(source).stat()
+    except (OSError, ValueError):
+        found = None
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        return _folder_hash(_resolved(source, found.st_dev, found.st_ino))
+    if found is not None and stat.S_ISREG(found.st_mode):
+        return file_hash(_resolved(source, found.st_dev, found.st_ino))
+    lock = lock_path()
+    pinned = _pinned(source, lock, file_state(lock)) if revision is None else None
+    return {"id": source, "revision": revision or pinned}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(REPOSITORY), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+@functools.cache
+def git_state() -> tuple[str | None, bool | None]:
+    """The commit of this repository and whether its code differs from it; None where unknown.
+
+    Where there is no repository, as in a container image, :data:`COMMIT_VARIABLE` says it.
+    """
+    commit = _git("rev-parse", "HEAD")
+    built_from = os.environ.get(COMMIT_VARIABLE)
+    if commit is None and built_from:
+        return built_from.removesuffix("-dirty"), built_from.endswith("-dirty")
+    # Results are written while cells run; only other changes make a measurement "dirty".
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)docs")
+    return commit, None if changed is None else bool(changed)
+
+
+def provenance(weights: dict[str, str]) -> dict[str, Any]:
+    """Commit, packages, hardware and weights of what this process computes."""
+    import torch  # start-up time: plans name their runs by the hashes of this module
+
+    commit, dirty = git_state()
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "weights": weights,
+        "hardware": {
+            "device": gpu or "cpu",
+            "machine": platform.machine(),
+            "cores": str(os.cpu_count()),
+            "threads": str(torch.get_num_threads()),
+            "memory_gib": str(round(psutil.virtual_memory().total / 2**30)),
+            "python": platform.python_version(),
+        },
+    }
