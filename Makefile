@@ -97,10 +97,11 @@ slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Deb
 slurm-down: ## take that cluster down
 	tests/slurm/cluster/down.sh
 
-lint: $(READY) ## check style, formatting and types
+lint: $(READY) ## check style, formatting, types and which package imports which
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports --no-logo
 	$(RUN)/hadolint docker/Dockerfile
 
 $(DOCS_READY): requirements/docs.lock
@@ -208,6 +209,6 @@ bench-approximations: $(READY) ## what approximate continuations change on the m
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.approximations
 
 clean: ## remove caches and build products; .venv and results/ stay
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . \( -name .venv -o -name .git -o -name results \) -prune -o -name __pycache__ -print0 \
 		| xargs -0 rm -rf
