@@ -59,12 +59,20 @@ html_extra_path = ["extra"]
 REFERENCE = {
     "g2rpo": {"config", "errors", "sampling", "seeds"},
     "data": {"prompts"},
-    "flow": {"forest", "granularity", "schedule", "sweep", "transition"},
+    "flow": {"rollout_tree", "granularity", "schedule", "sweep", "transition"},
     "methods": {"base", "dance_grpo", "flow_grpo", "g2rpo", "mix_grpo"},
     "policy": {"conditioning", "config", "flux"},
     "rewards": {"base", "clip_score", "preprocessing", "registry", "weights"},
     "training": {
-        *("advantages", "config", "fusion", "loop", "metrics", "objective", "rollout"),
+        *(
+            "advantages",
+            "config",
+            "granularity_reduction",
+            "loop",
+            "metrics",
+            "objective",
+            "rollout",
+        ),
         *("transitions", "update"),
     },
 }

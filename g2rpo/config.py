@@ -59,6 +59,9 @@ class StrictModel(pydantic.BaseModel):
 
 
 RENAMED_KEYS = {
+    "continuations": "approximate_rollout",
+    "fusion": "granularity_reduction",
+    "optimizer_step": "update_every",
     "pictured_every": "preview_every",
     "pictured_prompts": "preview_prompts",
     "shortened": "budget_overrides",

@@ -74,10 +74,8 @@ def _walk(
     batch: int | BatchSize,
 ) -> Tensor:
     """Euler steps from ``start`` [P, tokens, channels] along ``grid``, which may be a stretch."""
-    forest = RolloutTree(grid.steps)
-    forest.logged_images.append(
-        forest.follow(forest.initial(sample=0), tuple(range(1, grid.steps)))
-    )
+    tree = RolloutTree(grid.steps)
+    tree.logged_images.append(tree.follow(tree.initial(sample=0), tuple(range(1, grid.steps))))
 
     def velocity(latents: Tensor, times: Tensor, prompt_of: Tensor) -> Tensor:
         return policy.velocity(latents, times, conditioning.select(prompt_of))
@@ -87,7 +85,7 @@ def _walk(
         return start[prompt]
 
     settings = SweepSettings((0.0,) * grid.steps, micro_batch=batch, device=policy.device)
-    swept = sweep(forest, grid, len(start), velocity, first_latents, settings)
+    swept = sweep(tree, grid, len(start), velocity, first_latents, settings)
     return swept.images[:, 0]
 
 

@@ -168,15 +168,15 @@ def explained_shares(
 ) -> dict[int, dict[str, float]]:
     """For each stochastic step and reward: the share of variance that the step's noise explains."""
     method, shape = trainer.config.method, replace(trainer.config.shape, group_size=samples)
-    forest = method.forest(shape, iteration)
+    tree = method.rollout_tree(shape, iteration)
     own = trainer.engine.noise(prompts, iteration)
-    starts = {s.sample for s in forest.states if s.parent is None}
+    starts = {s.sample for s in tree.states if s.parent is None}
     shares: dict[int, dict[str, float]] = {}
     with trainer.weights.rollout():
-        first = trainer.engine.run(forest, prompts, iteration, own)
-        for step in recorded_steps(forest):
+        first = trainer.engine.run(tree, prompts, iteration, own)
+        for step in recorded_steps(tree):
             other = _sharing(own, step, samples, same_start=len(starts) == 1)
-            second = trainer.engine.run(credited_to(forest, step), prompts, iteration, other)
+            second = trainer.engine.run(credited_to(tree, step), prompts, iteration, other)
             shares[step] = {
                 name: _correlation(
                     trainer, _credited(first, name, step), _credited(second, name, step)
@@ -198,7 +198,7 @@ def _sharing(own: Noise, shared: int, samples: int, *, same_start: bool) -> Nois
 
 def _credited(rollout: Rollout, name: str, step: int) -> Tensor:
     """Mean reward over the groups that credit ``step``, [P, samples] float64."""
-    groups = rollout.forest.groups
+    groups = rollout.tree.groups
     places = [place for place, group in enumerate(groups) if group.step in (None, step)]
     return rollout.group_rewards(name)[:, places].double().mean(dim=1)
 
@@ -267,15 +267,15 @@ def _gradients(
     explained: dict[int, dict[str, float]],
     report: ProgressReport,
 ) -> RolloutCredit:
-    forest = trainer.config.method.forest(trainer.config.shape, iteration)
-    steps = recorded_steps(forest)
+    tree = trainer.config.method.rollout_tree(trainer.config.shape, iteration)
+    steps = recorded_steps(tree)
     moments = {step: GradientMoments() for step in steps}
     everything = GradientMoments()
     for repeat in range(repeats):
         # The noise of a repeat is named by an iteration that no rollout above has.
         number = trainer.config.optimization.iterations + repeat
         with trainer.weights.rollout():
-            rollout = trainer.engine.run(forest, prompts, number)
+            rollout = trainer.engine.run(tree, prompts, number)
         parts = step_gradients(trainer, rollout, prompts, number)
         for step, (_, gradient) in parts.items():
             moments[step].add(gradient)
@@ -288,7 +288,7 @@ def _gradients(
         for step in steps
     ]
     return RolloutCredit(
-        iteration, tuple(measured), everything.signal, everything.noise, forest.velocity_evaluations
+        iteration, tuple(measured), everything.signal, everything.noise, tree.velocity_evaluations
     )
 
 

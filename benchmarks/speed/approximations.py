@@ -103,7 +103,7 @@ def advantages_of(rollout: Rollout, judges: Sequence[str], config: TrainConfig) 
     for name in judges:
         grouped = {name: rollout.group_rewards(name)}
         advantages = transition_advantages(
-            grouped, {name: 1.0}, rollout.forest.groups, steps, config.advantage
+            grouped, {name: 1.0}, rollout.tree.groups, steps, config.advantage
         )
         found[name] = torch.stack(advantages.by_step, dim=1)
     return found
@@ -113,14 +113,14 @@ def roll_out(
     engine: RolloutEngine, config: TrainConfig, prompts: Sequence[Prompt], iteration: int
 ) -> tuple[Advantages, float]:
     """All prompts' advantages; and the share of the continuations' velocities that was reused."""
-    forest = config.method.forest(config.shape, iteration)
+    tree = config.method.rollout_tree(config.shape, iteration)
     parts: list[Advantages] = []
     reused = 0
     for first in range(0, len(prompts), CHUNK):
-        rollout = engine.run(forest, prompts[first : first + CHUNK], iteration)
+        rollout = engine.run(tree, prompts[first : first + CHUNK], iteration)
         parts.append(advantages_of(rollout, list(engine.rewards), config))
         reused += rollout.reused_evaluations
-    continued = forest.velocity_evaluations - len(forest.exact)
+    continued = tree.velocity_evaluations - len(tree.policy_states)
     joined = {name: torch.cat([part[name] for part in parts]) for name in engine.rewards}
     return joined, reused / (continued * len(prompts))
 
@@ -159,9 +159,11 @@ def rankings(
         f"{label}: control, other noise": roll_out(engine, config, prompts, OTHER_ITERATION),
     }
     for name, variant in variants.items():
-        settings = train_config(1, 1, merge(variant.base, {"continuations": variant.continuations}))
-        assert settings.continuations is not None
-        twin = ContinuationPolicy(engine.policy, settings.continuations)
+        settings = train_config(
+            1, 1, merge(variant.base, {"approximate_rollout": variant.continuations})
+        )
+        assert settings.approximate_rollout is not None
+        twin = ContinuationPolicy(engine.policy, settings.approximate_rollout)
         approximate = replace(engine, continuations=twin)
         other[name] = roll_out(approximate, config, prompts, NOISE_ITERATION)
         typer.echo(f"ranked: {name}")
@@ -210,7 +212,7 @@ def _curve(task: tuple[str, int, int, str]) -> list[tuple[int, float]]:
     variant = VARIANTS["merged LoRA" if exact and "LoRA" in name else CHARTED[0] if exact else name]
     changes = merge({"validation": {"every": 2}}, variant.base)
     if not exact:
-        changes = merge(changes, {"continuations": variant.continuations})
+        changes = merge(changes, {"approximate_rollout": variant.continuations})
     run = Path(folder) / f"{name}-{seed}"
     run.mkdir(parents=True)
     Trainer(train_config(seed, iterations, changes), run).train()

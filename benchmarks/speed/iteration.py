@@ -28,7 +28,7 @@ from benchmarks.speed.stopwatch import (
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text, write_json
-from g2rpo.methods.g2rpo import Config as G2rpo
+from g2rpo.methods.g2rpo import G2RPO
 from g2rpo.provenance import provenance
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.config import TrainConfig
@@ -139,7 +139,7 @@ class Bench:
             seconds=seconds,
             evaluations=counts["rollout"],
             run_evaluations=counts["rollout"],
-            images=len(rollout.forest.images),
+            images=len(rollout.tree.images),
             training_evaluations=counts["training"],
             rewards=rollout.group_rewards("hps")[0].tolist(),
         ), kept[0]
@@ -150,7 +150,7 @@ class Bench:
         watch = Stopwatch(self.device)
         trainer = self._trainer(config, watch)
         method = config.method
-        assert isinstance(method, G2rpo)
+        assert isinstance(method, G2RPO)
         plan = Plan(
             method.steps_of(config.grid.steps),
             method.granularities,
@@ -235,7 +235,7 @@ def executions(bench: Bench) -> list[Timing]:
     ours, trained = bench.ours("ours")
     found = [ours]
     if bench.device.type == "cuda":
-        found.append(bench.ours("ours, fp8 continuations", continuations={"fp8": True})[0])
+        found.append(bench.ours("ours, fp8 continuations", approximate_rollout={"fp8": True})[0])
     bench.forget_peak()
     batched = bench.original("original, batched", trained, batched=True)
     bench.forget_peak()

@@ -1,6 +1,6 @@
 """The states of one prompt's rollout: which exist, how each is reached, what each is for.
 
-A rollout is a forest of trajectories over one sigma grid. It is described here as data, without
+A rollout is a tree of trajectories over one sigma grid. It is described here as data, without
 tensors, and is the same for every prompt of an iteration; :mod:`g2rpo.flow.sweep` walks it.
 """
 
@@ -99,7 +99,7 @@ class RolloutTree:
         return len({state.parent for state in self.states if state.parent is not None})
 
     @property
-    def exact(self) -> set[int]:
+    def policy_states(self) -> set[int]:
         """States whose velocity decides a recorded transition or a logged image.
 
         They are those that such a state is reached from, back to the initial noise. The others are
@@ -118,27 +118,27 @@ class RolloutTree:
         return len(self.states) - 1
 
 
-def recorded_steps(forest: RolloutTree) -> list[int]:
+def recorded_steps(tree: RolloutTree) -> list[int]:
     """The stochastic steps whose transitions are kept, ascending."""
-    return sorted({forest.states[state].node - 1 for state in forest.recorded})
+    return sorted({tree.states[state].node - 1 for state in tree.recorded})
 
 
-def credited_to(forest: RolloutTree, step: int) -> RolloutTree:
-    """The part of ``forest`` that credits ``step``: its groups, and what their images come from."""
-    groups = [group for group in forest.groups if group.step in (None, step)]
+def credited_to(tree: RolloutTree, step: int) -> RolloutTree:
+    """The part of ``tree`` that credits ``step``: its groups, and what their images come from."""
+    groups = [group for group in tree.groups if group.step in (None, step)]
     kept: set[int] = set()
     for image in {image for group in groups for image in group.images}:
         state: int | None = image
         while state is not None and state not in kept:
             kept.add(state)
-            state = forest.states[state].parent
+            state = tree.states[state].parent
     place = {state: index for index, state in enumerate(sorted(kept))}
-    part = RolloutTree(forest.steps)
+    part = RolloutTree(tree.steps)
     for index in place:
-        state = forest.states[index].parent
+        state = tree.states[index].parent
         parent = None if state is None else place[state]
-        part.states.append(replace(forest.states[index], parent=parent))
-    here = [state for state in forest.recorded if forest.states[state].node - 1 == step]
+        part.states.append(replace(tree.states[index], parent=parent))
+    here = [state for state in tree.recorded if tree.states[state].node - 1 == step]
     part.recorded = [place[state] for state in here if state in place]
     part.groups = [replace(g, images=tuple(place[image] for image in g.images)) for g in groups]
     return part

@@ -27,7 +27,7 @@ Noise = Callable[[int, int, int], torch.Tensor]
 """(prompt index, sample, step) -> standard normal noise [...]; step -1 is the initial noise."""
 
 Key = tuple[int, int]
-"""Names a state of the walk: (prompt index, state of the forest)."""
+"""Names a state of the walk: (prompt index, state of the tree)."""
 
 INITIAL_NOISE = -1
 
@@ -54,7 +54,7 @@ class Velocities:
 
     Attributes:
         exact: the policy's velocity.
-        continuations: in its place for all but ``RolloutTree.exact``; None evaluates all exactly.
+        continuations: in its place for all but ``RolloutTree.policy_states``, where there are any.
         gathered: entered around all evaluations of a node, e.g. to gather sharded weights once.
     """
 
@@ -91,7 +91,7 @@ class Sweep:
     """What a walk over the grid leaves behind.
 
     Attributes:
-        images: latents at sigma = 0 of ``forest.images``, [P, I, ...].
+        images: latents at sigma = 0 of ``tree.images``, [P, I, ...].
         recorded: the recorded stochastic transitions, by ascending step.
         velocity_evaluations: velocity evaluations over all P prompts.
     """
@@ -119,7 +119,7 @@ class SweepSettings:
 
 
 class _Node:
-    """The live states of one grid node: their indices in the forest and their latents."""
+    """The live states of one grid node: their indices in the tree and their latents."""
 
     def __init__(self, states: list[int], latents: torch.Tensor) -> None:
         self.position = {state: place for place, state in enumerate(states)}
@@ -128,17 +128,17 @@ class _Node:
 
 @torch.no_grad()
 def sweep(
-    forest: RolloutTree,
+    tree: RolloutTree,
     grid: SigmaGrid,
     prompts: int,
     velocity: Velocity | Velocities,
     noise: Noise,
     settings: SweepSettings,
 ) -> Sweep:
-    """Walks ``forest`` for ``prompts`` prompts at once.
+    """Walks ``tree`` for ``prompts`` prompts at once.
 
     Args:
-        forest: the states, the same for every prompt.
+        tree: the states, the same for every prompt.
         grid: sigmas and model times.
         prompts: P.
         velocity: the policy's velocity for a batch of states, with what there is beside it.
@@ -149,33 +149,33 @@ def sweep(
         UserError: memory is too small for a single state. Where it is too small for a batch, the
             node's evaluations are done again in smaller ones, and the walk goes on.
     """
-    if forest.steps != grid.steps:
-        raise ValueError(f"the forest has {forest.steps} steps, the grid {grid.steps}")
+    if tree.steps != grid.steps:
+        raise ValueError(f"the tree has {tree.steps} steps, the grid {grid.steps}")
     velocities = velocity if isinstance(velocity, Velocities) else Velocities(velocity)
-    return _Walk(forest, grid, prompts, velocities, noise, settings).run()
+    return _Walk(tree, grid, prompts, velocities, noise, settings).run()
 
 
 class _Walk:
     def __init__(
         self,
-        forest: RolloutTree,
+        tree: RolloutTree,
         grid: SigmaGrid,
         prompts: int,
         velocities: Velocities,
         noise: Noise,
         settings: SweepSettings,
     ) -> None:
-        self.forest, self.grid, self.prompts = forest, grid, prompts
+        self.tree, self.grid, self.prompts = tree, grid, prompts
         self.velocities, self.noise, self.settings = velocities, noise, settings
         self.size = as_batch_size(settings.micro_batch)
-        self.recorded_states = frozenset(forest.recorded)
-        self.exact = forest.exact if velocities.continuations is not None else set()
+        self.recorded_states = frozenset(tree.recorded)
+        self.exact = tree.policy_states if velocities.continuations is not None else set()
         self.at_node: list[list[int]] = [[] for _ in range(grid.steps + 1)]
         self.departures: list[list[int]] = [[] for _ in range(grid.steps + 1)]
-        for index, state in enumerate(forest.states):
+        for index, state in enumerate(tree.states):
             self.at_node[state.node].append(index)
             if state.parent is not None:
-                self.departures[forest.states[state.parent].node].append(index)
+                self.departures[tree.states[state.parent].node].append(index)
         self.nodes: dict[int, _Node] = {}
         self.recorded: list[RecordedStep] = []
         self.evaluations = 0
@@ -186,12 +186,12 @@ class _Walk:
             if node in self.nodes:
                 self._leave(node)
         images = self.nodes[self.grid.steps]
-        places = [images.position[state] for state in self.forest.images]
+        places = [images.position[state] for state in self.tree.images]
         return Sweep(self._select(images.latents, places), tuple(self.recorded), self.evaluations)
 
     def _start(self) -> None:
         live = self.at_node[0]
-        noise = self._draw([self.forest.states[i].sample for i in live], INITIAL_NOISE)
+        noise = self._draw([self.tree.states[i].sample for i in live], INITIAL_NOISE)
         self.nodes[0] = _Node(live, noise)
 
     def _draw(self, samples: Sequence[int | None], step: int) -> torch.Tensor:
@@ -217,7 +217,7 @@ class _Walk:
 
         by_kind: dict[tuple[int, bool], list[int]] = {}
         for state in leaving:
-            target = self.forest.states[state]
+            target = self.tree.states[state]
             by_kind.setdefault((target.node, target.sample is not None), []).append(state)
         for (target_node, stochastic), states in by_kind.items():
             places = [row[self._parent(state)] for state in states]
@@ -228,7 +228,7 @@ class _Walk:
             self._arrive(target_node, states, moved)
 
     def _parent(self, state: int) -> int:
-        parent = self.forest.states[state].parent
+        parent = self.tree.states[state].parent
         assert parent is not None
         return parent
 
@@ -313,7 +313,7 @@ class _Walk:
             [transition] * (latents.shape[0] * latents.shape[1]),
         )
         mean = self._select(flat_mean.view_as(latents), places)
-        samples = [self.forest.states[state].sample for state in states]
+        samples = [self.tree.states[state].sample for state in states]
         moved = mean + transition.std * self._draw(samples, node)
         self._record(node, transition, states, places, (latents, mean, moved))
         return moved
@@ -334,7 +334,7 @@ class _Walk:
         mean, moved = self._select(mean, kept), self._select(moved, kept)
         std = per_state([transition.std] * (mean.shape[0] * mean.shape[1]), mean.flatten(0, 1))
         value = log_prob(moved.flatten(0, 1), mean.flatten(0, 1), std)
-        samples = [self.forest.states[states[i]].sample for i in kept]
+        samples = [self.tree.states[states[i]].sample for i in kept]
         self.recorded.append(
             RecordedStep(
                 step=node,

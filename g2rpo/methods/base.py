@@ -32,8 +32,8 @@ class RolloutShape:
 class Method(StrictModel):
     """The part of a method that is the method itself; its fields are its configuration.
 
-    A method is a file in :mod:`g2rpo.methods` whose class ``Config`` derives from this one. The
-    training loop knows methods through these members alone.
+    A method is a file in :mod:`g2rpo.methods` with a class derived from this one whose ``name`` is
+    that of the file. The training loop knows methods through these members alone.
     """
 
     name: str
@@ -44,8 +44,9 @@ class Method(StrictModel):
         name = data.get("name") if isinstance(data, Mapping) else None
         if cls is not Method or name not in method_names():
             return cls
-        found: type[Self] = importlib.import_module(f"g2rpo.methods.{name}").Config
-        return found
+        members = vars(importlib.import_module(f"g2rpo.methods.{name}")).values()
+        kinds = [m for m in members if isinstance(m, type) and issubclass(m, cls)]
+        return next(kind for kind in kinds if kind.model_fields["name"].default == name)
 
     def check(self, shape: RolloutShape) -> list[str]:
         """Refuses impossible combinations and returns notes that the user should see.
@@ -60,20 +61,20 @@ class Method(StrictModel):
         """The SDE coefficient g at each of the T steps."""
         raise NotImplementedError
 
-    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """The rollout of one prompt in ``iteration`` (counted from 0)."""
         raise NotImplementedError
 
     def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """What :meth:`forest` depends on in ``iteration``: equal keys mean equal forests.
+        """What :meth:`rollout_tree` depends on in ``iteration``: equal keys mean equal trees.
 
-        By default every iteration has a forest of its own. It is for counting beforehand what a
+        By default every iteration has a tree of its own. It is for counting beforehand what a
         run will cost.
         """
         del shape
         return iteration
 
-    def fixed(self, shape: RolloutShape) -> Self:
+    def with_resolved_schedule(self, shape: RolloutShape) -> Self:
         """The same method with what it derives from the planned iterations written out.
 
         A run that may end sooner or later than planned then does the same in each iteration.
@@ -93,12 +94,12 @@ class Method(StrictModel):
 
 
 def rollout_key(method: Method) -> Callable[[RolloutShape, int], Hashable]:
-    """The method's key, unless a derived class has another forest and the key of its base."""
+    """The method's key, unless a derived class has another tree and the key of its base."""
 
     def owner(name: str) -> type:
         return next(kind for kind in type(method).__mro__ if name in vars(kind))
 
-    if issubclass(owner("rollout_key"), owner("forest")):
+    if issubclass(owner("rollout_key"), owner("rollout_tree")):
         return method.rollout_key
     return functools.partial(Method.rollout_key, method)
 

@@ -11,7 +11,7 @@ from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.seeds import permutation
 
 
-class Config(Method):
+class DanceGRPO(Method):
     """G trajectories from shared initial noise, all steps stochastic with constant g = eta.
 
     The reward is that of the x_0 prediction of the last step; the last transition is never trained.
@@ -45,16 +45,16 @@ class Config(Method):
         del shape, iteration
         return None
 
-    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """G stochastic lines; the image is x_0 predicted from the last node's state."""
         del iteration
-        forest = RolloutTree(shape.steps)
-        root = forest.initial(sample=0)
+        tree = RolloutTree(shape.steps)
+        root = tree.initial(sample=0)
         states = [root] * shape.group_size
         for _ in range(shape.steps - 1):
-            states = [forest.sde(state, sample, record=True) for sample, state in enumerate(states)]
-        forest.groups.append(Group(tuple(forest.ode(state, shape.steps) for state in states)))
-        return forest
+            states = [tree.sde(state, sample, record=True) for sample, state in enumerate(states)]
+        tree.groups.append(Group(tuple(tree.ode(state, shape.steps) for state in states)))
+        return tree
 
     def trained_steps(
         self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]

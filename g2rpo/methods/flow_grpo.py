@@ -10,7 +10,7 @@ from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.base import Method, RolloutShape
 
 
-class Config(Method):
+class FlowGRPO(Method):
     """G trajectories, all steps stochastic in the Flow form; the image is the final x itself."""
 
     name: Literal["flow_grpo"] = "flow_grpo"
@@ -28,16 +28,16 @@ class Config(Method):
         del shape, iteration
         return None
 
-    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """G stochastic lines down to the image; the last step's noise is part of the image."""
         del iteration
-        forest = RolloutTree(shape.steps)
+        tree = RolloutTree(shape.steps)
         if self.shared_initial_noise:
-            states = [forest.initial(sample=0)] * shape.group_size
+            states = [tree.initial(sample=0)] * shape.group_size
         else:
-            states = [forest.initial(sample) for sample in range(shape.group_size)]
+            states = [tree.initial(sample) for sample in range(shape.group_size)]
         for step in range(shape.steps):
             record = step < shape.steps - 1
-            states = [forest.sde(s, sample, record=record) for sample, s in enumerate(states)]
-        forest.groups.append(Group(tuple(states)))
-        return forest
+            states = [tree.sde(s, sample, record=record) for sample, s in enumerate(states)]
+        tree.groups.append(Group(tuple(states)))
+        return tree

@@ -29,7 +29,7 @@ def named_steps(name: NamedSteps, steps: int) -> tuple[int, ...]:
     return tuple(chosen[name])
 
 
-class Config(Method):
+class G2RPO(Method):
     """One deterministic anchor per prompt; at each step of M, G branches with noise at that step.
 
     Every branch is finished by ODE at each granularity, and its advantages are summed.
@@ -91,22 +91,22 @@ class Config(Method):
         del shape, iteration
         return None
 
-    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """The anchor, its branches and their continuations."""
         del iteration
-        forest = RolloutTree(shape.steps)
-        anchor = [forest.initial(sample=0)]
+        tree = RolloutTree(shape.steps)
+        anchor = [tree.initial(sample=0)]
         last = shape.steps if self.log_anchor_reward else max(self.steps_of(shape.steps))
         for node in range(1, last + 1):
-            anchor.append(forest.ode(anchor[-1], node))
+            anchor.append(tree.ode(anchor[-1], node))
         if self.log_anchor_reward:
-            forest.logged_images.append(anchor[-1])
+            tree.logged_images.append(anchor[-1])
         for step in sorted(self.steps_of(shape.steps)):
             branches = [
-                forest.sde(anchor[step], sample, record=True) for sample in range(shape.group_size)
+                tree.sde(anchor[step], sample, record=True) for sample in range(shape.group_size)
             ]
             for granularity in self.granularities:
                 nodes = continuation_nodes(step, granularity, shape.steps)[1:]
-                images = tuple(forest.follow(branch, nodes) for branch in branches)
-                forest.groups.append(Group(images, step, granularity))
-        return forest
+                images = tuple(tree.follow(branch, nodes) for branch in branches)
+                tree.groups.append(Group(images, step, granularity))
+        return tree

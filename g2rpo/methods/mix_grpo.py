@@ -10,7 +10,7 @@ from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.base import Method, RolloutShape
 
 
-class Config(Method):
+class MixGRPO(Method):
     """G trajectories from shared initial noise, stochastic and trained inside the window only.
 
     The window is [c, min(c + size, T - 2)); c starts at 0, moves by ``stride`` every ``interval``
@@ -31,8 +31,8 @@ class Config(Method):
         """Iterations between two moves of the window."""
         return max(1, round(shape.iterations / 12)) if self.interval is None else self.interval
 
-    def fixed(self, shape: RolloutShape) -> Self:
-        """See :meth:`Method.fixed`: the interval."""
+    def with_resolved_schedule(self, shape: RolloutShape) -> Self:
+        """See :meth:`Method.with_resolved_schedule`: the interval."""
         return self.model_copy(update={"interval": self.moves_every(shape)})
 
     def window(self, shape: RolloutShape, iteration: int) -> tuple[int, ...]:
@@ -59,15 +59,15 @@ class Config(Method):
         """See :meth:`Method.rollout_key`: where the window is."""
         return self.window(shape, iteration)
 
-    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
         """ODE shared by the group up to the window, SDE inside it, ODE after it."""
-        forest = RolloutTree(shape.steps)
+        tree = RolloutTree(shape.steps)
         window = set(self.window(shape, iteration))
-        states = [forest.initial(sample=0)] * shape.group_size
+        states = [tree.initial(sample=0)] * shape.group_size
         for step in range(shape.steps):
             if step in window:
-                states = [forest.sde(s, sample, record=True) for sample, s in enumerate(states)]
+                states = [tree.sde(s, sample, record=True) for sample, s in enumerate(states)]
             else:
-                states = [forest.ode(state, step + 1) for state in states]
-        forest.groups.append(Group(tuple(states)))
-        return forest
+                states = [tree.ode(state, step + 1) for state in states]
+        tree.groups.append(Group(tuple(states)))
+        return tree

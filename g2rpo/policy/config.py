@@ -120,7 +120,7 @@ class ContinuationConfig(StrictModel):
     def _something(self) -> Self:
         if not (self.merged_lora or self.fp8 or self.step_cache):
             raise ValueError(
-                "continuations names no approximation; leave it out, or set merged_lora, fp8 or "
-                "step_cache"
+                "approximate_rollout names no approximation; leave it out, or set merged_lora, fp8 "
+                "or step_cache"
             )
         return self

@@ -38,13 +38,13 @@ class ContinuationPolicy:
         """
         if any(_is_sharded(p) for p in policy.transformer.parameters()):
             raise UserError(
-                "continuations: not with sharded weights; use execution.sharding: replicated"
+                "approximate_rollout: not with sharded weights; use execution.sharding: replicated"
             )
         self.config = config
         self._refreshes: list[Callable[[], None]] = []
         transformer = self._approximated(policy.transformer)
         if config.merged_lora and not self._refreshes:
-            raise UserError("continuations.merged_lora: there are no adapters; it needs lora")
+            raise UserError("approximate_rollout.merged_lora: there are no adapters; it needs lora")
         self._blocks: CachedBlocks | None = None
         if config.step_cache is not None:
             transformer, self._blocks = _with_cached_blocks(transformer, config.step_cache.kind)
@@ -95,16 +95,16 @@ class ContinuationPolicy:
 
     @contextlib.contextmanager
     def rollout(
-        self, forest: RolloutTree, conditioning: Conditioning
+        self, tree: RolloutTree, conditioning: Conditioning
     ) -> Iterator["RolloutContinuations"]:
-        """The velocities of one walk over ``forest``, on the policy's current weights."""
+        """The velocities of one walk over ``tree``, on the policy's current weights."""
         with torch.no_grad():
             for refresh in self._refreshes:
                 refresh()
         cache = None
         if self._blocks is not None:
             assert self.config.step_cache is not None
-            cache = self._blocks.cache = StepCache(self.config.step_cache, forest)
+            cache = self._blocks.cache = StepCache(self.config.step_cache, tree)
         try:
             yield RolloutContinuations(self.policy, conditioning, cache)
         finally:

@@ -32,19 +32,19 @@ class _Entry:
 
 
 class StepCache:
-    """The memory of one walk over a forest.
+    """The memory of one walk over a tree.
 
     Attributes:
         keys: the states of the batch that is evaluated next.
         reused: how many states were answered from memory.
     """
 
-    def __init__(self, config: StepCacheConfig, forest: RolloutTree) -> None:
-        self.config, self.forest = config, forest
+    def __init__(self, config: StepCacheConfig, tree: RolloutTree) -> None:
+        self.config, self.tree = config, tree
         self.keys: Sequence[Key] = ()
         self._answered: set[Key] = set()
         self._entries: dict[Key, _Entry] = {}
-        self._last_use = _last_uses(forest)
+        self._last_use = _last_uses(tree)
 
     @property
     def reused(self) -> int:
@@ -55,7 +55,7 @@ class StepCache:
         """For each state of the batch, what is remembered of the one it was reached from."""
         found = []
         for prompt, state in self.keys:
-            parent = self.forest.states[state].parent
+            parent = self.tree.states[state].parent
             found.append(None if parent is None else self._entries.get((prompt, parent)))
         return found
 
@@ -72,11 +72,11 @@ class StepCache:
             del self._entries[key]
 
 
-def _last_uses(forest: RolloutTree) -> dict[int, int]:
+def _last_uses(tree: RolloutTree) -> dict[int, int]:
     """The last node at which a state that was reached from each state is itself evaluated."""
     last: dict[int, int] = {}
-    for state in forest.states:
-        if state.parent is not None and state.node < forest.steps:
+    for state in tree.states:
+        if state.parent is not None and state.node < tree.steps:
             last[state.parent] = max(last.get(state.parent, 0), state.node)
     return last
 

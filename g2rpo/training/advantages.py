@@ -9,7 +9,11 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from g2rpo.config import StrictModel
 from g2rpo.flow.rollout_tree import Group
-from g2rpo.training.fusion import Fusion, fused_rewards, granularity_weights
+from g2rpo.training.granularity_reduction import (
+    GranularityReduction,
+    granularity_weights,
+    reduced_rewards,
+)
 
 # Rewards are float32: a spread of a few of its rounding errors is no difference between images.
 EQUAL_REWARDS_TOLERANCE = 8 * torch.finfo(torch.float32).eps
@@ -31,15 +35,17 @@ class AdvantageConfig(StrictModel):
     """``sum``: weighted sum of each reward's advantages (G2RPO, DanceGRPO). ``normalized_weights``:
     the same with weights that sum to 1 (MixGRPO). ``sum_of_rewards``: rewards are summed before
     they are normalised (Flow-GRPO)."""
-    fusion: Fusion = "sum"
+    granularity_reduction: GranularityReduction = "sum"
     """How the granularities of a step become one advantage; ``sum`` is the paper's."""
 
     @model_serializer(mode="wrap")
-    def _without_the_usual_fusion(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_the_usual_reduction(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
         # Runs are named by a hash of this: those before there was a choice keep their names.
         fields: dict[str, Any] = handler(self)
-        if self.fusion == "sum":
-            fields.pop("fusion", None)
+        if self.granularity_reduction == "sum":
+            fields.pop("granularity_reduction", None)
         return fields
 
 
@@ -56,7 +62,7 @@ class Normalized:
     equal: torch.Tensor
 
     @property
-    def equal_groups(self) -> int:
+    def zero_std_groups(self) -> int:
         """How many groups have equal rewards."""
         return int(self.equal.sum())
 
@@ -95,11 +101,11 @@ class GroupAdvantages:
 
     Attributes:
         values: [P, number of groups, G] float64.
-        equal_groups: for each reward, how many groups had equal rewards.
+        zero_std_groups: for each reward, how many groups had equal rewards.
     """
 
     values: torch.Tensor
-    equal_groups: dict[str, int]
+    zero_std_groups: dict[str, int]
 
 
 def group_advantages(
@@ -114,21 +120,21 @@ def group_advantages(
         rewards: for each reward model, [P, number of groups, G].
         weights: for each reward model, its weight.
         config: normalisation and combination.
-        groups: which step each group credits, for a fusion that weights the groups of a step.
+        groups: which step each group credits, for a reduction that weights the groups of a step.
     """
-    equal_groups = {}
+    zero_std_groups = {}
     values = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float64)
     for name, reward, weight, magnitude in _terms(rewards, weights, config):
         normalized = normalize(reward, config, magnitude)
-        equal_groups[name] = normalized.equal_groups
+        zero_std_groups[name] = normalized.zero_std_groups
         part = weight * normalized.values
-        if config.fusion in ("mean", "inverse_variance"):
+        if config.granularity_reduction in ("mean", "inverse_variance"):
             steps = [group.step for group in groups]
             part = part * granularity_weights(
-                reward, steps, config.fusion, config.ddof, normalized.equal
+                reward, steps, config.granularity_reduction, config.ddof, normalized.equal
             )
         values = values + part
-    return GroupAdvantages(values, equal_groups)
+    return GroupAdvantages(values, zero_std_groups)
 
 
 def _terms(
@@ -160,11 +166,11 @@ class TransitionAdvantages:
 
     Attributes:
         by_step: for each recorded step, [P, G] float64.
-        equal_groups: for each reward, how many groups had equal rewards.
+        zero_std_groups: for each reward, how many groups had equal rewards.
     """
 
     by_step: tuple[torch.Tensor, ...]
-    equal_groups: dict[str, int]
+    zero_std_groups: dict[str, int]
 
 
 def transition_advantages(
@@ -181,12 +187,15 @@ def transition_advantages(
         weights: for each reward model, its weight.
         groups: the groups, in the order of ``rewards``.
         steps: the recorded steps.
-        config: normalisation, combination and fusion.
+        config: normalisation, combination and reduction.
     """
-    if config.fusion in ("best_of", "reward_mean"):
+    if config.granularity_reduction in ("best_of", "reward_mean"):
         credited = [group.step for group in groups]
-        rewards = {n: fused_rewards(r, credited, config.fusion) for n, r in rewards.items()}
+        rewards = {
+            n: reduced_rewards(r, credited, config.granularity_reduction)
+            for n, r in rewards.items()
+        }
         groups = [Group((), step) for step in dict.fromkeys(credited)]
     found = group_advantages(rewards, weights, config, groups)
     by_step = [step_advantages(found.values, groups, step, config.clip) for step in steps]
-    return TransitionAdvantages(tuple(by_step), found.equal_groups)
+    return TransitionAdvantages(tuple(by_step), found.zero_std_groups)

@@ -55,7 +55,7 @@ def raise_on_all_ranks(accelerator: Accelerator, error: UserError | str | None) 
 
 
 @dataclass(frozen=True)
-class Turn:
+class RankStatus:
     """What one rank, or all of them, say between two iterations.
 
     Attributes:
@@ -71,7 +71,7 @@ class Turn:
     written: bool = True
 
 
-def decide(accelerator: Accelerator, turn: Turn) -> Turn:
+def sync_ranks(accelerator: Accelerator, turn: RankStatus) -> RankStatus:
     """What holds for all ranks: a stop or a checkpoint that any of them wants.
 
     Raises:
@@ -84,7 +84,7 @@ def decide(accelerator: Accelerator, turn: Turn) -> Turn:
     stops = [one.stop for one in turns if one.stop is not None]
     # Where one of them wants to be resumed, the run is.
     stop = max(stops, key=lambda reason: reason.resume, default=None)
-    return Turn(
+    return RankStatus(
         stop=stop,
         due=any(one.due for one in turns),
         written=all(one.written for one in turns),

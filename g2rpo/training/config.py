@@ -87,11 +87,11 @@ class OptimizationConfig(StrictModel):
     """The ratio is clipped to 1 +- this (released flag ``--clip_range 1e-4``)."""
     kl_coefficient: float = Field(0.0, ge=0)
     """Weight of the KL to the frozen base, per trained step; 0 leaves the base out of memory."""
-    optimizer_step: Literal["per_iteration", "per_step"] = "per_iteration"
-    """``per_iteration``: losses of all trained steps are averaged, then one update.
-    ``per_step``: one update for each trained step, its loss undivided (released HPS script)."""
+    update_every: Literal["iteration", "timestep"] = "iteration"
+    """``iteration``: losses of all trained steps are averaged, then one update.
+    ``timestep``: one update for each trained step, its loss undivided (released HPS script)."""
     updates_per_iteration: int = Field(1, ge=1)
-    """With ``per_iteration``: the samples of each group are split into so many updates in turn."""
+    """With ``iteration``: the samples of each group are split into so many updates in turn."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
     """Exponential moving average of the weights, used for evaluation; null keeps none."""
     ratio_tolerance: float = Field(2e-5, gt=0)
@@ -199,7 +199,7 @@ class TrainConfig(StrictModel):
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
     lora: LoraConfig | None = None
     """Trains adapters; null trains the transformer's own weights."""
-    continuations: ContinuationConfig | None = None
+    approximate_rollout: ContinuationConfig | None = None
     """Approximations of what no log-probability depends on; null computes everything exactly."""
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
@@ -214,7 +214,7 @@ class TrainConfig(StrictModel):
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Runs are named by a hash of this: those without adapters and approximations keep theirs.
         fields: dict[str, Any] = handler(self)
-        for name in ("lora", "continuations", "pictures"):
+        for name in ("lora", "approximate_rollout", "pictures"):
             if getattr(self, name) is None:
                 fields.pop(name, None)
         return fields
@@ -227,24 +227,30 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.method.check(self.shape)
-        if self.continuations is not None and self.continuations.merged_lora and self.lora is None:
-            raise ValueError("continuations.merged_lora needs lora: there is nothing to merge")
+        if (
+            self.approximate_rollout is not None
+            and self.approximate_rollout.merged_lora
+            and self.lora is None
+        ):
+            raise ValueError(
+                "approximate_rollout.merged_lora needs lora: there is nothing to merge"
+            )
         updates = self.optimization.updates_per_iteration
         if self.rollout.group_size % updates:
             raise ValueError(
                 f"optimization.updates_per_iteration {updates} does not divide "
                 f"rollout.group_size {self.rollout.group_size}"
             )
-        if updates > 1 and self.optimization.optimizer_step == "per_step":
+        if updates > 1 and self.optimization.update_every == "timestep":
             raise ValueError(
                 "optimization.updates_per_iteration splits samples only with "
-                "optimization.optimizer_step: per_iteration"
+                "optimization.update_every: iteration"
             )
         random_subset = type(self.method).trained_steps is not Method.trained_steps
-        if random_subset and self.optimization.optimizer_step == "per_step":
+        if random_subset and self.optimization.update_every == "timestep":
             raise ValueError(
-                f"optimization.optimizer_step: per_step does not go with {self.method.name}, "
-                "which trains other steps for each sample; use per_iteration"
+                f"optimization.update_every: timestep does not go with {self.method.name}, "
+                "which trains other steps for each sample; use iteration"
             )
         return self
 

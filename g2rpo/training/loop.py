@@ -26,12 +26,12 @@ from g2rpo.training.checkpoint import checkpoints
 from g2rpo.training.checkpoint.checkpoints import Progress
 from g2rpo.training.checkpoint.state import TrainingState
 from g2rpo.training.collective import (
-    Turn,
-    decide,
+    RankStatus,
     make_accelerator,
     of_all_ranks,
     raise_on_all_ranks,
     sum_over_ranks,
+    sync_ranks,
 )
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
@@ -113,8 +113,8 @@ class Trainer:
             config.execution.rollout_micro_batch, self.policy, run, lambda: self.weights.waits
         )
         continuations = None
-        if config.continuations is not None:
-            continuations = ContinuationPolicy(self.policy, config.continuations)
+        if config.approximate_rollout is not None:
+            continuations = ContinuationPolicy(self.policy, config.approximate_rollout)
         self.engine = RolloutEngine(
             policy=self.policy,
             rewards=rewards,
@@ -252,8 +252,8 @@ class Trainer:
         minutes = config.every_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         due = due and self.accelerator.is_main_process  # the ranks' clocks differ
-        own = Turn(error, StopRequest.requested(), due, self.state.written)
-        turn = decide(self.accelerator, own)
+        own = RankStatus(error, StopRequest.requested(), due, self.state.written)
+        turn = sync_ranks(self.accelerator, own)
         wanted = turn.due or turn.stop is not None or done % config.every == 0 or last
         if wanted and done > self._saved:
             self.save()
@@ -291,19 +291,19 @@ class Trainer:
         rollout = self._rollout(prompts, iteration)
         clock.end("sampling", rollout.sampling_seconds)
         clock.end("scoring")
-        batch, equal_groups = self.training_batch(rollout, prompts, iteration)
+        batch, zero_std_groups = self.training_batch(rollout, prompts, iteration)
         statistics = self.updater.run(batch, rollout.conditioning, prompts, iteration)
         if self.ema is not None:
             self.ema.step(self.weights.parameters)
         clock.end("training")
-        return self._metrics(rollout, batch, statistics, equal_groups, clock)
+        return self._metrics(rollout, batch, statistics, zero_std_groups, clock)
 
     def _rollout(self, prompts: list[Prompt], iteration: int) -> Rollout:
-        forest = self.config.method.forest(self.config.shape, iteration)
+        tree = self.config.method.rollout_tree(self.config.shape, iteration)
         rollout, message = None, None
         try:
             with self.weights.rollout():
-                rollout = self.engine.run(forest, prompts, iteration)
+                rollout = self.engine.run(tree, prompts, iteration)
         except UserError as error:
             message = str(error)
         raise_on_all_ranks(self.accelerator, message)
@@ -330,7 +330,7 @@ class Trainer:
         weights = {name: reward.weight for name, reward in config.rewards.items()}
         recorded_steps = [step.step for step in rollout.recorded]
         advantages = transition_advantages(
-            grouped, weights, rollout.forest.groups, recorded_steps, config.advantage
+            grouped, weights, rollout.tree.groups, recorded_steps, config.advantage
         )
         trained = [
             [
@@ -342,19 +342,19 @@ class Trainer:
             for prompt in prompts
         ]
         by_step = [values[local] for values in advantages.by_step]
-        return collect_transitions(rollout.recorded, by_step, trained), advantages.equal_groups
+        return collect_transitions(rollout.recorded, by_step, trained), advantages.zero_std_groups
 
     def _metrics(
         self,
         rollout: Rollout,
         batch: TrainingBatch,
         statistics: UpdateStatistics,
-        equal_groups: dict[str, int],
+        zero_std_groups: dict[str, int],
         clock: PhaseClock,
     ) -> dict[str, Any]:
         """Sums over ranks, advances the counters and describes the iteration."""
         ranks = self.accelerator.num_processes
-        images = len(rollout.forest.images) * len(rollout.conditioning)
+        images = len(rollout.tree.images) * len(rollout.conditioning)
         sums = {
             "rollout_evaluations": rollout.velocity_evaluations,
             "reused_evaluations": rollout.reused_evaluations,
@@ -379,7 +379,7 @@ class Trainer:
         progress.training_backwards += round(sums["training_backwards"])
         progress.images_scored += round(sums["images_scored"])
         progress.device_seconds += sums["device_seconds"]
-        approximations = self.config.continuations
+        approximations = self.config.approximate_rollout
         if approximations is not None and approximations.step_cache is not None:
             reused = round(sums["reused_evaluations"])
             progress.reused_evaluations = (progress.reused_evaluations or 0) + reused
@@ -402,8 +402,8 @@ class Trainer:
             "advantage/absolute_mean": sums["advantage"] / ranks,
             **{f"seconds/{phase}": sums[f"seconds/{phase}"] / ranks for phase in clock.phases},
         }
-        for name, count in equal_groups.items():
-            row[f"advantage/{name}/equal_groups"] = count
+        for name, count in zero_std_groups.items():
+            row[f"advantage/{name}/zero_std_groups"] = count
         for name in self.config.rewards:
             row |= reward_row(sums, name)
         return row

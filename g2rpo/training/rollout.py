@@ -33,7 +33,7 @@ class Rollout:
     """What one rollout of P prompts left behind.
 
     Attributes:
-        forest: the states of each prompt.
+        tree: the states of each prompt.
         conditioning: of the P prompts.
         recorded: the stochastic transitions.
         rewards: for each reward, the score of every distinct image, [P, I] float32.
@@ -42,7 +42,7 @@ class Rollout:
         sampling_seconds: wall time until the last latent was there, before decoding and scoring.
     """
 
-    forest: RolloutTree
+    tree: RolloutTree
     conditioning: Conditioning
     recorded: tuple[RecordedStep, ...]
     rewards: Mapping[str, Tensor]
@@ -52,14 +52,14 @@ class Rollout:
 
     def group_rewards(self, name: str) -> Tensor:
         """The rewards of every group, [P, groups, G]."""
-        place = {state: index for index, state in enumerate(self.forest.images)}
-        rows = [[place[image] for image in group.images] for group in self.forest.groups]
+        place = {state: index for index, state in enumerate(self.tree.images)}
+        rows = [[place[image] for image in group.images] for group in self.tree.groups]
         return self.rewards[name][:, torch.tensor(rows)]
 
     def logged_rewards(self, name: str) -> Tensor:
         """The rewards of the images that are scored for the log alone, [P, images]."""
-        place = {state: index for index, state in enumerate(self.forest.images)}
-        return self.rewards[name][:, [place[image] for image in self.forest.logged_images]]
+        place = {state: index for index, state in enumerate(self.tree.images)}
+        return self.rewards[name][:, [place[image] for image in self.tree.logged_images]]
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ class RolloutEngine:
 
     def run(
         self,
-        forest: RolloutTree,
+        tree: RolloutTree,
         prompts: Sequence[Prompt],
         iteration: int,
         noise: Noise | None = None,
     ) -> Rollout:
-        """Rolls out ``forest`` for ``prompts`` and scores every distinct image.
+        """Rolls out ``tree`` for ``prompts`` and scores every distinct image.
 
         Args:
-            forest: the states of each prompt.
+            tree: the states of each prompt.
             prompts: P prompts.
             iteration: names the noise, and is told in errors.
             noise: takes the place of :meth:`noise`.
@@ -124,18 +124,18 @@ class RolloutEngine:
             return self.policy.velocity(latents, times, conditioning.select(prompt_of))
 
         drawn = self.noise(prompts, iteration) if noise is None else noise
-        with self._continuations(forest, conditioning) as continuations:
+        with self._continuations(tree, conditioning) as continuations:
             velocities = Velocities(velocity, continuations, self.gathered)
-            swept = sweep(forest, self.grid, len(prompts), velocities, drawn, self.settings)
+            swept = sweep(tree, self.grid, len(prompts), velocities, drawn, self.settings)
         if self.policy.device.type == "cuda":  # the walk has only queued its last evaluations
             torch.cuda.synchronize(self.policy.device)
         sampled = time.perf_counter() - started
         slices = self.policy.decode_slices(swept.images.flatten(0, 1), self.decode)
         return Rollout(
-            forest=forest,
+            tree=tree,
             conditioning=conditioning,
             recorded=swept.recorded,
-            rewards=self._score(slices, len(forest.images), prompts, iteration),
+            rewards=self._score(slices, len(tree.images), prompts, iteration),
             velocity_evaluations=swept.velocity_evaluations,
             reused_evaluations=0 if continuations is None else continuations.reused,
             sampling_seconds=sampled,
@@ -143,12 +143,12 @@ class RolloutEngine:
 
     @contextmanager
     def _continuations(
-        self, forest: RolloutTree, conditioning: Conditioning
+        self, tree: RolloutTree, conditioning: Conditioning
     ) -> Iterator[RolloutContinuations | None]:
         if self.continuations is None:
             yield None
             return
-        with self.continuations.rollout(forest, conditioning) as continuations:
+        with self.continuations.rollout(tree, conditioning) as continuations:
             yield continuations
 
     def _score(

@@ -124,11 +124,11 @@ def collect_transitions(
 def split_updates(batch: TrainingBatch, config: OptimizationConfig) -> list[Update]:
     """The optimiser steps of one iteration, in order.
 
-    ``per_iteration`` averages over samples, prompts and trained steps; ``per_step`` makes one
+    ``iteration`` averages over samples, prompts and trained steps; ``timestep`` makes one
     update per trained step and averages over samples and prompts alone.
     """
     everything = torch.arange(len(batch))
-    if config.optimizer_step == "per_step":
+    if config.update_every == "timestep":
         step_of = torch.tensor(batch.steps)[batch.state_of]
         parts = [everything[step_of == step] for step in sorted(set(batch.steps))]
     else:

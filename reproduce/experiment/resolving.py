@@ -164,7 +164,7 @@ class Resolver:
                 "max_device_seconds": seconds,
                 "iterations": LENGTHENED * own.optimization.iterations,
             }
-            method = own.method.fixed(own.shape).model_dump(mode="json")
+            method = own.method.with_resolved_schedule(own.shape).model_dump(mode="json")
             return {"optimization": limits, "method": method}
         assert cell.budget.evaluations_of is not None
         reference = self.resolve(cell.budget.evaluations_of, data["seed"]).train

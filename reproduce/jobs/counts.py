@@ -1,7 +1,7 @@
 """What a training run will compute, counted beforehand: the counters of its progress at the end.
 
 The counts follow :mod:`g2rpo.training.transitions` and :mod:`g2rpo.training.update`. No model is
-loaded; a run's forests are built as often as they differ.
+loaded; a run's trees are built as often as they differ.
 """
 
 import bisect
@@ -68,7 +68,7 @@ class _Question:
         return cls(
             (type(config.method), config.method.model_dump_json()),
             config.shape,
-            optimization.optimizer_step == "per_step",
+            optimization.update_every == "timestep",
             optimization.updates_per_iteration,
         )
 
@@ -92,14 +92,14 @@ class _Group:
     transitions: tuple[tuple[int, int, int], ...]
 
     @classmethod
-    def of(cls, forest: RolloutTree) -> "_Group":
+    def of(cls, tree: RolloutTree) -> "_Group":
         transitions = []
-        for index in forest.recorded:
-            state = forest.states[index]
+        for index in tree.recorded:
+            state = tree.states[index]
             assert state.parent is not None
             assert state.sample is not None
-            transitions.append((forest.states[state.parent].node, state.parent, state.sample))
-        return cls(forest.velocity_evaluations, len(forest.images), tuple(transitions))
+            transitions.append((tree.states[state.parent].node, state.parent, state.sample))
+        return cls(tree.velocity_evaluations, len(tree.images), tuple(transitions))
 
     @property
     def steps(self) -> list[int]:
@@ -131,7 +131,7 @@ def _groups(method: tuple[type[Method], str], shape: RolloutShape) -> Mapping[_G
     built = method[0].model_validate_json(method[1])
     found: Counter[_Group] = Counter()
     for iteration, count in iterations_by_rollout(built, shape).items():
-        found[_Group.of(built.forest(shape, iteration))] += count
+        found[_Group.of(built.rollout_tree(shape, iteration))] += count
     return found
 
 
@@ -213,7 +213,7 @@ def _drawn_states(config: TrainConfig, question: _Question) -> int:
     total = 0
     for iteration in range(shape.iterations):
         place = key(shape, iteration)
-        group = known.get(place) or _Group.of(method.forest(shape, iteration))
+        group = known.get(place) or _Group.of(method.rollout_tree(shape, iteration))
         known[place] = group
         for prompt in prompts_of_iteration(prompts, count, seed, iteration):
             trained = {

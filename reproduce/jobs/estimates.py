@@ -184,8 +184,8 @@ def credit_estimate(
     counts, total = training_counts(config), config.optimization.iterations
     method, prompts = config.method, config.rollout.prompts_per_iteration
     rollouts = min(credit.rollouts, len(iterations_by_rollout(method, config.shape)))
-    forest = method.forest(replace(config.shape, group_size=credit.samples), 0)
-    pairs = [forest, *(credited_to(forest, step) for step in recorded_steps(forest))]
+    tree = method.rollout_tree(replace(config.shape, group_size=credit.samples), 0)
+    pairs = [tree, *(credited_to(tree, step) for step in recorded_steps(tree))]
     repeats = credit.repeats / total
     evaluations = round(
         rollouts * prompts * sum(part.velocity_evaluations for part in pairs)

@@ -16,13 +16,13 @@ WINDOW = {"name": "mix_grpo", "window_size": 2, "interval": 1}
 RUNS: dict[str, dict[str, Any]] = {
     "g2rpo": {
         "method": {"name": "g2rpo", "granularities": [1, 2], "stochastic_steps": [0, 2]},
-        "optimization": {"optimizer_step": "per_step"},
+        "optimization": {"update_every": "timestep"},
     },
     "g2rpo, two updates": {
         "method": {"name": "g2rpo", "granularities": [1], "log_anchor_reward": False},
         "optimization": {"updates_per_iteration": 2},
     },
-    "mix_grpo": {"method": WINDOW, "optimization": {"optimizer_step": "per_step"}},
+    "mix_grpo": {"method": WINDOW, "optimization": {"update_every": "timestep"}},
     "mix_grpo, two updates": {"method": WINDOW, "optimization": {"updates_per_iteration": 2}},
     "dance_grpo": {"method": {"name": "dance_grpo"}, "optimization": {"updates_per_iteration": 2}},
     "flow_grpo, KL": {

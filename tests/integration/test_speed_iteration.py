@@ -28,7 +28,7 @@ def test_the_original_takes_as_many_evaluations_as_are_published() -> None:
         plan = Plan(tuple(range(8)), granularities, 12, sigmas, 0, 0)
         assert plan.evaluations(16) == original
         method = iteration.G2rpo(granularities=granularities)
-        assert method.forest(RolloutShape(16, 12, 300), 0).velocity_evaluations == shared
+        assert method.rollout_tree(RolloutShape(16, 12, 300), 0).velocity_evaluations == shared
     assert Plan(tuple(range(8)), (1, 2, 3), 12, sigmas, 0, 0).images == 289
 
 
@@ -41,11 +41,11 @@ def test_all_executions_give_the_same_rewards(tmp_path: Path) -> None:
     original, batched, ours = result["executions"]
     assert done.output.splitlines()[-1] == f"ratio: {original['whole'] / ours['whole']:.2f}"
     size = SIZES["tiny"]
-    forest = iteration.G2rpo(granularities=size.granularities).forest(
+    tree = iteration.G2rpo(granularities=size.granularities).rollout_tree(
         RolloutShape(size.steps, size.group_size, 1), 0
     )
     assert original["evaluations"] == original["run_evaluations"] == batched["run_evaluations"]
-    assert ours["evaluations"] == forest.velocity_evaluations < original["evaluations"]
+    assert ours["evaluations"] == tree.velocity_evaluations < original["evaluations"]
     for execution in (original, batched):
         assert execution["reward_difference"] < 1e-4
         assert torch.tensor(execution["rewards"]).isfinite().all()
@@ -54,7 +54,7 @@ def test_all_executions_give_the_same_rewards(tmp_path: Path) -> None:
     assert torch.tensor(ours["rewards"]).std() > 1e-3
     constants = result["constants"]
     assert constants["evaluation"] == ours["seconds"]["rollout"] / ours["evaluations"]
-    assert ours["images"] == len(forest.images)
+    assert ours["images"] == len(tree.images)
     assert constants["hps"] == ours["seconds"]["reward"] / ours["images"]
     page = (tmp_path / "iteration-tiny.md").read_text()
     assert "goal at least 4×" in page and "commit" in page

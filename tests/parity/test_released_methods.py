@@ -88,7 +88,7 @@ CASES = {
         "released/g2rpo",
         sizes(6, 4) | {
             "method": {"stochastic_steps": [0, 3]},
-            "optimization": {"optimizer_step": "per_iteration"},
+            "optimization": {"update_every": "iteration"},
             "advantage": {"clip": 2.0},
         },
         rewards={"hps": 1.0, "clip": 1.0},
@@ -127,14 +127,14 @@ class Recorder(Trainer):
     def training_batch(
         self, rollout: Rollout, prompts: list[Prompt], iteration: int
     ) -> tuple[TrainingBatch, dict[str, int]]:
-        batch, equal_groups = super().training_batch(rollout, prompts, iteration)
-        found, forest = Found(), rollout.forest
+        batch, zero_std_groups = super().training_batch(rollout, prompts, iteration)
+        found, tree = Found(), rollout.tree
         pixels = torch.cat(self._decoded).unflatten(0, (len(prompts), -1))
         self._decoded.clear()
         for row, prompt in enumerate(prompts):
-            for place, group in enumerate(forest.groups):
+            for place, group in enumerate(tree.groups):
                 key = (prompt.id, group.step, group.granularity)
-                images = [forest.images.index(image) for image in group.images]
+                images = [tree.images.index(image) for image in group.images]
                 found.pixels[key] = list(pixels[row, images])
                 for name in rollout.rewards:
                     scores = rollout.group_rewards(name)[row, place]
@@ -146,7 +146,7 @@ class Recorder(Trainer):
             found.advantages[transition] = float(batch.advantage[index])
         self.found.append(found)
         self.texts.append({prompt.id: prompt.text for prompt in prompts})
-        return batch, equal_groups
+        return batch, zero_std_groups
 
 
 def config_of(case: Case) -> TrainConfig:

@@ -40,7 +40,7 @@ def test_group_normaliser_equals_the_loop(ddof: int, epsilon: float) -> None:
     rewards = random_rewards(3, 4, 12)
     found = normalize(rewards, AdvantageConfig(ddof=ddof, epsilon=epsilon))
     assert found.values.dtype == torch.float64
-    assert found.equal_groups == 0
+    assert found.zero_std_groups == 0
     for prompt in range(3):
         for group in range(4):
             expected = loop_group(rewards[prompt, group].tolist(), ddof, epsilon)
@@ -93,7 +93,7 @@ def test_a_few_units_in_the_last_place_are_equal(level: float, normalizer: str) 
     if level == 0.0:
         rewards[0] = 0.0
     found = normalize(rewards, AdvantageConfig(normalizer=normalizer))
-    assert found.equal_groups == 2
+    assert found.zero_std_groups == 2
     assert found.values[0].eq(0).all()
     assert found.values[2].eq(0).all()
     assert found.values[1].abs().max() > 0.1
@@ -102,7 +102,7 @@ def test_a_few_units_in_the_last_place_are_equal(level: float, normalizer: str) 
 def test_a_small_but_real_difference_is_kept() -> None:
     rewards = torch.tensor([0.25, 0.25, 0.25001, 0.25])
     found = normalize(rewards, AdvantageConfig())
-    assert found.equal_groups == 0
+    assert found.zero_std_groups == 0
     assert float(found.values[2]) == pytest.approx(1.5, rel=1e-2)
 
 
@@ -111,7 +111,7 @@ def test_equal_rewards_without_epsilon_are_not_a_division_by_zero() -> None:
         config = AdvantageConfig(normalizer=normalizer, epsilon=0.0)
         found = normalize(torch.full((2, 3, 4), 0.7), config)
         assert found.values.eq(0).all()
-        assert found.equal_groups == 6
+        assert found.zero_std_groups == 6
 
 
 def test_a_sum_of_cancelling_rewards_is_judged_at_the_size_of_its_terms() -> None:
@@ -125,7 +125,7 @@ def test_a_sum_of_cancelling_rewards_is_judged_at_the_size_of_its_terms() -> Non
         rewards, {"a": 1.0, "b": 1.0}, AdvantageConfig(combination="sum_of_rewards")
     )
     assert found.values.eq(0).all()
-    assert found.equal_groups == {"sum": 1}
+    assert found.zero_std_groups == {"sum": 1}
 
 
 # --- combinations --------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def test_equal_groups_are_counted_per_reward() -> None:
     rewards["hps"][0, 1] = 0.3
     rewards["hps"][1, 2] = 0.3
     found = group_advantages(rewards, WEIGHTS, AdvantageConfig())
-    assert found.equal_groups == {"hps": 2, "clip": 0}
+    assert found.zero_std_groups == {"hps": 2, "clip": 0}
     clip_alone = loop_group(rewards["clip"][0, 1].tolist(), 1, 1e-8)
     assert found.values[0, 1].tolist() == pytest.approx([0.5 * a for a in clip_alone], rel=1e-10)
 

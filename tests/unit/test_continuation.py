@@ -54,11 +54,11 @@ def noise_for(policy: FluxPolicy, prompt: int, sample: int, step: int) -> Tensor
 
 
 def walk(
-    policy: FluxPolicy, forest: RolloutTree, grid: SigmaGrid, config: ContinuationConfig | None
+    policy: FluxPolicy, tree: RolloutTree, grid: SigmaGrid, config: ContinuationConfig | None
 ) -> tuple[Sweep, int]:
     """A walk for two prompts; and how many velocities were reused."""
     conditioning = policy.encode(["a red circle", "two blue squares above a green one"])
-    method = g2rpo.Config()
+    method = g2rpo.G2RPO()
     settings = SweepSettings(method.diffusion(grid.sigmas), 5)
 
     def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
@@ -68,9 +68,9 @@ def walk(
         return noise_for(policy, prompt, sample, step)
 
     if config is None:
-        return sweep(forest, grid, 2, exact, noise, settings), 0
-    with ContinuationPolicy(policy, config).rollout(forest, conditioning) as continuations:
-        swept = sweep(forest, grid, 2, Velocities(exact, continuations), noise, settings)
+        return sweep(tree, grid, 2, exact, noise, settings), 0
+    with ContinuationPolicy(policy, config).rollout(tree, conditioning) as continuations:
+        swept = sweep(tree, grid, 2, Velocities(exact, continuations), noise, settings)
         return swept, continuations.reused
 
 
@@ -86,34 +86,34 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def test_the_anchor_is_exact_and_what_follows_a_branch_is_not() -> None:
-    forest = g2rpo.Config(stochastic_steps=(1, 2), granularities=(1, 2)).forest(SHAPE, 0)
-    exact = {state for state in range(len(forest.states)) if state in forest.exact}
-    (anchor,) = forest.logged_images
+    tree = g2rpo.G2RPO(stochastic_steps=(1, 2), granularities=(1, 2)).rollout_tree(SHAPE, 0)
+    exact = {state for state in range(len(tree.states)) if state in tree.policy_states}
+    (anchor,) = tree.logged_images
     on_anchor = set()
-    place = forest.states[anchor].parent
+    place = tree.states[anchor].parent
     while place is not None:
         on_anchor.add(place)
-        place = forest.states[place].parent
+        place = tree.states[place].parent
     assert exact == on_anchor
 
 
 def test_without_a_logged_image_the_anchor_is_exact_as_far_as_it_is_recorded() -> None:
-    method = g2rpo.Config(stochastic_steps=(0, 2), log_anchor_reward=False)
-    forest = method.forest(SHAPE, 0)
-    nodes = sorted(forest.states[state].node for state in forest.exact)
+    method = g2rpo.G2RPO(stochastic_steps=(0, 2), log_anchor_reward=False)
+    tree = method.rollout_tree(SHAPE, 0)
+    nodes = sorted(tree.states[state].node for state in tree.policy_states)
     assert nodes == [0, 1, 2]
 
 
 def test_of_mix_grpo_only_what_follows_the_window_is_a_continuation() -> None:
     shape = RolloutShape(8, 3, 100)
-    forest = mix_grpo.Config().forest(shape, 0)
-    last = max(forest.states[state].node for state in forest.recorded)
-    for index, state in enumerate(forest.states):
-        assert (index in forest.exact) == (state.node < last)
+    tree = mix_grpo.MixGRPO().rollout_tree(shape, 0)
+    last = max(tree.states[state].node for state in tree.recorded)
+    for index, state in enumerate(tree.states):
+        assert (index in tree.policy_states) == (state.node < last)
 
 
 def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
-    forest = g2rpo.Config(stochastic_steps=(1, 3), granularities=(1, 2)).forest(SHAPE, 0)
+    tree = g2rpo.G2RPO(stochastic_steps=(1, 3), granularities=(1, 2)).rollout_tree(SHAPE, 0)
     evaluated: dict[str, list[Key]] = {"exact": [], "continued": []}
     gathered: list[str] = []
     inside: list[int] = []
@@ -147,17 +147,19 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
         return gaussian((4, 6), 1, "test", prompt, sample, step)
 
     grid = grid_of()
-    settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), 4)
-    swept = sweep(forest, grid, 2, Velocities(exact, Continued(), Gathered), noise, settings)
-    left = {state.parent for state in forest.states if state.parent is not None}
-    continued = sorted((prompt, state) for prompt in range(2) for state in left - forest.exact)
+    settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 4)
+    swept = sweep(tree, grid, 2, Velocities(exact, Continued(), Gathered), noise, settings)
+    left = {state.parent for state in tree.states if state.parent is not None}
+    continued = sorted(
+        (prompt, state) for prompt in range(2) for state in left - tree.policy_states
+    )
     assert sorted(evaluated["continued"]) == continued
-    assert len(evaluated["exact"]) == 2 * len(left & forest.exact)
+    assert len(evaluated["exact"]) == 2 * len(left & tree.policy_states)
     assert swept.velocity_evaluations == 2 * len(left)
     assert gathered == [word for node in range(6) for word in ("gather", f"passed {node}")]
 
     # The same function for both: the same as without a distinction, but for the batches.
-    plain = sweep(forest, grid, 2, lambda x, t, p: torch.tanh(x), noise, settings)
+    plain = sweep(tree, grid, 2, lambda x, t, p: torch.tanh(x), noise, settings)
     assert torch.equal(plain.images, swept.images)
 
 
@@ -179,16 +181,16 @@ def test_an_approximation_changes_images_a_little_and_no_log_probability(
     policy: FluxPolicy, fields: dict[str, object]
 ) -> None:
     with_lora(policy)
-    forest, grid = g2rpo.Config(granularities=(1, 2)).forest(SHAPE, 0), grid_of()
-    plain, _ = walk(policy, forest, grid, None)
-    swept, reused = walk(policy, forest, grid, config_of(**fields))
+    tree, grid = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0), grid_of()
+    plain, _ = walk(policy, tree, grid, None)
+    swept, reused = walk(policy, tree, grid, config_of(**fields))
     for one, two in zip(plain.recorded, swept.recorded, strict=True):
         # Exact states are batched apart from the others: the last bits of sums may differ.
         torch.testing.assert_close(two.log_prob, one.log_prob, rtol=0, atol=2e-6)
         torch.testing.assert_close(two.next_latents, one.next_latents, rtol=0, atol=2e-5)
-    (anchor,) = (forest.images.index(image) for image in forest.logged_images)
+    (anchor,) = (tree.images.index(image) for image in tree.logged_images)
     torch.testing.assert_close(swept.images[:, anchor], plain.images[:, anchor], atol=2e-5, rtol=0)
-    others = [place for place in range(len(forest.images)) if place != anchor]
+    others = [place for place in range(len(tree.images)) if place != anchor]
     change = relative(swept.images[:, others], plain.images[:, others])
     assert change < 0.5
     if set(fields) == {"merged_lora"}:
@@ -201,7 +203,7 @@ def test_an_approximation_changes_images_a_little_and_no_log_probability(
 
 @pytest.mark.parametrize("kind", ["first_block", "modulation"])
 def test_a_cache_that_never_reuses_is_exact(policy: FluxPolicy, kind: str) -> None:
-    forest, grid = g2rpo.Config(granularities=(1, 3)).forest(SHAPE, 0), grid_of()
+    tree, grid = g2rpo.G2RPO(granularities=(1, 3)).rollout_tree(SHAPE, 0), grid_of()
 
     class Exactly:
         """The policy's own velocity for the continuations, in the same batches."""
@@ -226,30 +228,28 @@ def test_a_cache_that_never_reuses_is_exact(policy: FluxPolicy, kind: str) -> No
     def noise(prompt: int, sample: int, step: int) -> Tensor:
         return noise_for(policy, prompt, sample, step)
 
-    settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), 5)
-    expected = sweep(forest, grid, 2, Velocities(exact, exactly), noise, settings)
+    settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 5)
+    expected = sweep(tree, grid, 2, Velocities(exact, exactly), noise, settings)
     config = config_of(step_cache={"kind": kind, "threshold": 1e-9})
-    swept, reused = walk(policy, forest, grid, config)
+    swept, reused = walk(policy, tree, grid, config)
     assert reused == 0
     assert torch.equal(swept.images, expected.images)
 
 
 @pytest.mark.parametrize("kind", ["first_block", "modulation"])
 def test_what_is_reused_does_not_depend_on_the_batch(policy: FluxPolicy, kind: str) -> None:
-    forest, grid = g2rpo.Config(granularities=(1, 2)).forest(SHAPE, 0), grid_of()
+    tree, grid = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0), grid_of()
     conditioning = policy.encode(["a red circle", "two blue squares"])
     config = config_of(step_cache={"kind": kind, "threshold": 0.5})
     found = []
     for size in (1, 4, 64):
         twin = ContinuationPolicy(policy, config)
-        with twin.rollout(forest, conditioning) as continuations:
+        with twin.rollout(tree, conditioning) as continuations:
             velocities = Velocities(
                 lambda x, t, p: policy.velocity(x, t, conditioning.select(p)), continuations
             )
-            settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), size)
-            swept = sweep(
-                forest, grid, 2, velocities, lambda *key: noise_for(policy, *key), settings
-            )
+            settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), size)
+            swept = sweep(tree, grid, 2, velocities, lambda *key: noise_for(policy, *key), settings)
             found.append((continuations.reused, swept.images))
     assert found[0][0] > 0
     for reused, images in found[1:]:
@@ -258,15 +258,15 @@ def test_what_is_reused_does_not_depend_on_the_batch(policy: FluxPolicy, kind: s
 
 
 def test_a_cache_forgets_what_is_no_longer_needed(policy: FluxPolicy) -> None:
-    forest, grid = g2rpo.Config(granularities=(1, 2)).forest(SHAPE, 0), grid_of()
+    tree, grid = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0), grid_of()
     conditioning = policy.encode(["a red circle"])
     twin = ContinuationPolicy(policy, config_of(step_cache={"threshold": 0.3}))
-    with twin.rollout(forest, conditioning) as continuations:
+    with twin.rollout(tree, conditioning) as continuations:
         velocities = Velocities(
             lambda x, t, p: policy.velocity(x, t, conditioning.select(p)), continuations
         )
-        settings = SweepSettings(g2rpo.Config().diffusion(grid.sigmas), 8)
-        sweep(forest, grid, 1, velocities, lambda *key: noise_for(policy, *key), settings)
+        settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 8)
+        sweep(tree, grid, 1, velocities, lambda *key: noise_for(policy, *key), settings)
         assert continuations._cache is not None
         assert not continuations._cache._entries
 

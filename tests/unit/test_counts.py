@@ -8,7 +8,7 @@ import pytest
 
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
-from g2rpo.methods.mix_grpo import Config as MixGRPO
+from g2rpo.methods.mix_grpo import MixGRPO
 from g2rpo.training.config import TrainConfig, ValidationConfig
 from reproduce.experiment import ROOT, ResolvedCell, expand, load_experiment, load_profile
 from reproduce.jobs.counts import TrainingCounts, _groups, training_counts, validations
@@ -52,30 +52,30 @@ SHAPE = RolloutShape(steps=9, group_size=3, iterations=24)
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_equal_keys_mean_equal_forests(name: str) -> None:
+def test_equal_keys_mean_equal_trees(name: str) -> None:
     method = parse_method({"name": name, **({"interval": 5} if name == "mix_grpo" else {})})
-    forests: dict[Hashable, RolloutTree] = {}
+    trees: dict[Hashable, RolloutTree] = {}
     for iteration in range(SHAPE.iterations):
-        forest = method.forest(SHAPE, iteration)
-        assert forests.setdefault(method.rollout_key(SHAPE, iteration), forest) == forest
-    assert (len(forests) > 1) == (name == "mix_grpo")
+        tree = method.rollout_tree(SHAPE, iteration)
+        assert trees.setdefault(method.rollout_key(SHAPE, iteration), tree) == tree
+    assert (len(trees) > 1) == (name == "mix_grpo")
     counted = _groups((type(method), method.model_dump_json()), SHAPE)
     assert sum(counted.values()) == SHAPE.iterations
-    plain = [method.forest(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
+    plain = [method.rollout_tree(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
     assert sum(g.evaluations * times for g, times in counted.items()) == sum(plain)
 
 
 class Hurried(MixGRPO):
     """A window that moves every iteration, with the key of one that does not."""
 
-    def forest(self, shape: RolloutShape, iteration: int) -> RolloutTree:
-        return super().forest(shape, iteration * (self.interval or 1))
+    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+        return super().rollout_tree(shape, iteration * (self.interval or 1))
 
 
-def test_a_derived_method_with_another_forest_is_counted_by_its_own() -> None:
+def test_a_derived_method_with_another_tree_is_counted_by_its_own() -> None:
     method: Method = Hurried(interval=24)
     counted = _groups((Hurried, method.model_dump_json()), SHAPE)
-    plain = [method.forest(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
+    plain = [method.rollout_tree(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
     assert len(set(plain)) > 3
     assert sum(g.evaluations * times for g, times in counted.items()) == sum(plain)
 

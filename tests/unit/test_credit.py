@@ -52,22 +52,22 @@ class Linear:
 
         return draw
 
-    def run(self, forest: RolloutTree, prompts: Sequence[Prompt], _: int, noise: Noise) -> Any:
+    def run(self, tree: RolloutTree, prompts: Sequence[Prompt], _: int, noise: Noise) -> Any:
         def reward(prompt: int, image: int) -> float:
-            total, at = 0.0, forest.states[image]
+            total, at = 0.0, tree.states[image]
             while at.parent is not None:
                 if at.sample is not None:
                     total += WEIGHTS[at.node - 1] * float(noise(prompt, at.sample, at.node - 1))
-                at = forest.states[at.parent]
+                at = tree.states[at.parent]
             return total + WEIGHTS[INITIAL_NOISE] * float(
                 noise(prompt, at.sample or 0, INITIAL_NOISE)
             )
 
         rows = [
-            [[reward(p, image) for image in group.images] for group in forest.groups]
+            [[reward(p, image) for image in group.images] for group in tree.groups]
             for p in range(len(prompts))
         ]
-        return SimpleNamespace(forest=forest, group_rewards=lambda _: torch.tensor(rows))
+        return SimpleNamespace(tree=tree, group_rewards=lambda _: torch.tensor(rows))
 
 
 def shares(method: Method, samples: int = 96) -> Mapping[int, float]:
@@ -85,14 +85,14 @@ def shares(method: Method, samples: int = 96) -> Mapping[int, float]:
 @pytest.mark.parametrize(
     ("method", "noisy", "recorded"),
     [
-        (dance_grpo.Config(), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
-        (flow_grpo.Config(), [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4]),
+        (dance_grpo.DanceGRPO(), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
+        (flow_grpo.FlowGRPO(), [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4]),
         (
-            flow_grpo.Config(shared_initial_noise=False),
+            flow_grpo.FlowGRPO(shared_initial_noise=False),
             [INITIAL_NOISE, 0, 1, 2, 3, 4, 5],
             [0, 1, 2, 3, 4],
         ),
-        (mix_grpo.Config(window_size=3), [0, 1, 2], [0, 1, 2]),
+        (mix_grpo.MixGRPO(window_size=3), [0, 1, 2], [0, 1, 2]),
     ],
 )
 def test_the_share_is_that_of_a_reward_which_is_linear_in_the_noise(
@@ -106,19 +106,19 @@ def test_the_share_is_that_of_a_reward_which_is_linear_in_the_noise(
 
 
 def test_noise_at_one_step_alone_explains_everything_whatever_the_granularity() -> None:
-    found = shares(g2rpo.Config(stochastic_steps=(0, 1, 4), granularities=(1, 2)), samples=8)
+    found = shares(g2rpo.G2RPO(stochastic_steps=(0, 1, 4), granularities=(1, 2)), samples=8)
     assert found == pytest.approx({0: 1.0, 1: 1.0, 4: 1.0})
 
 
 @pytest.mark.parametrize(
     "method",
     [
-        g2rpo.Config(stochastic_steps=(0, 1, 4), granularities=(1, 2)),
-        mix_grpo.Config(window_size=3),
+        g2rpo.G2RPO(stochastic_steps=(0, 1, 4), granularities=(1, 2)),
+        mix_grpo.MixGRPO(window_size=3),
     ],
 )
 def test_the_part_of_a_rollout_that_credits_a_step_has_the_same_images(method: Method) -> None:
-    forest = method.forest(RolloutShape(steps=STEPS, group_size=3, iterations=12), 0)
+    tree = method.rollout_tree(RolloutShape(steps=STEPS, group_size=3, iterations=12), 0)
 
     def way(of: RolloutTree, state: int | None) -> list[tuple[int, int | None]]:
         if state is None:
@@ -126,16 +126,16 @@ def test_the_part_of_a_rollout_that_credits_a_step_has_the_same_images(method: M
         at = of.states[state]
         return [*way(of, at.parent), (at.node, at.sample)]
 
-    for step in recorded_steps(forest):
-        part = credited_to(forest, step)
-        groups = [group for group in forest.groups if group.step in (None, step)]
+    for step in recorded_steps(tree):
+        part = credited_to(tree, step)
+        groups = [group for group in tree.groups if group.step in (None, step)]
         assert recorded_steps(part) == [step]
         assert [g.granularity for g in part.groups] == [g.granularity for g in groups]
         for whole, own in zip(groups, part.groups, strict=True):
-            ways = [way(forest, image) for image in whole.images]
+            ways = [way(tree, image) for image in whole.images]
             assert [way(part, image) for image in own.images] == ways
-        if len(groups) < len(forest.groups):
-            assert part.velocity_evaluations < forest.velocity_evaluations
+        if len(groups) < len(tree.groups):
+            assert part.velocity_evaluations < tree.velocity_evaluations
 
 
 # --- the gradient --------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_a_ratio_of_nothing_to_nothing_is_nothing() -> None:
 
 @pytest.mark.parametrize(("most", "expected"), [(10, [0, 2, 4, 6]), (3, [0, 4, 6]), (1, [0])])
 def test_rollouts_of_a_moving_window_are_chosen_evenly(most: int, expected: list[int]) -> None:
-    method = mix_grpo.Config(window_size=2, interval=2)
+    method = mix_grpo.MixGRPO(window_size=2, interval=2)
     shape = RolloutShape(steps=6, group_size=4, iterations=8)
     config = SimpleNamespace(method=method, shape=shape, optimization=SimpleNamespace(iterations=8))
     trainer: Any = SimpleNamespace(config=config)
@@ -188,8 +188,8 @@ def test_the_gradient_of_all_steps_is_that_of_one_backward(
     trainer = trainer_for(config, tmp_path)
     before = [parameter.detach().clone() for parameter in trainer.weights.parameters]
     prompts = trainer.local_prompts()
-    forest = config.method.forest(config.shape, 0)
-    rollout = trainer.engine.run(forest, prompts, 0)
+    tree = config.method.rollout_tree(config.shape, 0)
+    rollout = trainer.engine.run(tree, prompts, 0)
     joined = joined_gradient(step_gradients(trainer, rollout, prompts, 0))
     batch, _ = trainer.training_batch(rollout, prompts, 0)
     everything = Update(torch.arange(len(batch)), 1.0 / len(batch))

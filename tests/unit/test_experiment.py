@@ -72,7 +72,7 @@ def test_in_domain_columns_come_from_the_cells() -> None:
 RELEASED: dict[str, dict[str, Any]] = {
     "g2rpo": {
         "grid.steps": 16, "rollout.group_size": 12, "optimization.learning_rate": 2e-6,
-        "optimization.iterations": 301, "optimization.optimizer_step": "per_step",
+        "optimization.iterations": 301, "optimization.update_every": "timestep",
         "method.granularities": (1, 2), "method.eta": 0.7,
         "method.stochastic_steps": tuple(range(8)), "rollout.prompts_per_iteration": 16,
     },
@@ -192,7 +192,7 @@ def test_flux_tiny_takes_the_path_of_flux_on_the_cpu() -> None:
 def test_what_a_run_has_not_leaves_its_name(local: Profile) -> None:
     plain = name_of(local)
     for setting in (
-        {"lora": None}, {"continuations": None}, {"optimization": {"optimizer": "adamw"}},
+        {"lora": None}, {"approximate_rollout": None}, {"optimization": {"optimizer": "adamw"}},
     ):  # fmt: skip
         assert name_of(local, **setting) == plain
     engine = {
@@ -204,8 +204,9 @@ def test_what_a_run_has_not_leaves_its_name(local: Profile) -> None:
         name_of(local, **setting)
         for setting in (
             {"lora": {}}, {"lora": {"rank": 4}}, {"optimization": {"optimizer": "adamw_8bit"}},
-            {"continuations": {"fp8": True}}, {"continuations": {"step_cache": {"threshold": 0.1}}},
-            {"lora": {}, "continuations": {"merged_lora": True}},
+            {"approximate_rollout": {"fp8": True}},
+            {"approximate_rollout": {"step_cache": {"threshold": 0.1}}},
+            {"lora": {}, "approximate_rollout": {"merged_lora": True}},
         )
     }  # fmt: skip
     assert len(names | {plain}) == 7
@@ -357,7 +358,7 @@ def test_a_budget_of_seconds_is_not_ended_by_iterations_and_changes_none_of_them
     whole = trained(resolve(load_experiment("table1"), profile, f"hps/{key}", 1))
     assert timed.optimization.iterations == 2 * whole.optimization.iterations
     for iteration in range(whole.optimization.iterations):
-        one, other = (c.method.forest(c.shape, iteration) for c in (timed, whole))
+        one, other = (c.method.rollout_tree(c.shape, iteration) for c in (timed, whole))
         assert (one.states, one.groups) == (other.states, other.groups)
     for name in ("grid", "rollout", "advantage", "rewards"):
         assert getattr(timed, name) == getattr(whole, name)

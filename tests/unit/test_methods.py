@@ -19,47 +19,47 @@ PAPER = RolloutShape(steps=16, group_size=12, iterations=300)
 RELEASED_MIX = RolloutShape(steps=25, group_size=12, iterations=300)
 
 
-def path(forest: RolloutTree, state: int) -> list[tuple[int, int | None]]:
+def path(tree: RolloutTree, state: int) -> list[tuple[int, int | None]]:
     """(node, whose noise) from the initial noise to ``state``."""
     found = []
     at: int | None = state
     while at is not None:
-        found.append((forest.states[at].node, forest.states[at].sample))
-        at = forest.states[at].parent
+        found.append((tree.states[at].node, tree.states[at].sample))
+        at = tree.states[at].parent
     return found[::-1]
 
 
-def recorded_steps(forest: RolloutTree) -> Counter[int]:
-    return Counter(forest.states[state].node - 1 for state in forest.recorded)
+def recorded_steps(tree: RolloutTree) -> Counter[int]:
+    return Counter(tree.states[state].node - 1 for state in tree.recorded)
 
 
 # --- G2RPO ---------------------------------------------------------------------------------------
 
 
 def test_g2rpo_defaults_are_the_paper_settings() -> None:
-    method = granular.Config()
+    method = granular.G2RPO()
     assert method.steps_of(16) == (0, 1, 2, 3, 4, 5, 6, 7)
     assert method.granularities == (1, 2, 3)
     assert method.eta == 0.7
     assert method.check(PAPER) == []
 
 
-def test_g2rpo_forest_has_one_group_per_step_and_granularity() -> None:
-    forest = granular.Config().forest(PAPER, iteration=3)
-    assert [(g.step, g.granularity) for g in forest.groups] == [
+def test_g2rpo_tree_has_one_group_per_step_and_granularity() -> None:
+    tree = granular.G2RPO().rollout_tree(PAPER, iteration=3)
+    assert [(g.step, g.granularity) for g in tree.groups] == [
         (k, granularity) for k in range(8) for granularity in (1, 2, 3)
     ]
-    assert recorded_steps(forest) == Counter(dict.fromkeys(range(8), 12))
-    assert len(forest.logged_images) == 1
-    assert path(forest, forest.logged_images[0]) == [(0, 0), *((n, None) for n in range(1, 17))]
+    assert recorded_steps(tree) == Counter(dict.fromkeys(range(8), 12))
+    assert len(tree.logged_images) == 1
+    assert path(tree, tree.logged_images[0]) == [(0, 0), *((n, None) for n in range(1, 17))]
 
 
 def test_g2rpo_paths_have_noise_at_one_step_alone() -> None:
-    forest = granular.Config().forest(PAPER, iteration=0)
+    tree = granular.G2RPO().rollout_tree(PAPER, iteration=0)
     expected_tail = {(1, 2): [3, 5, 7, 9, 11, 13, 16], (0, 3): [2, 5, 8, 11, 16]}
-    for group in forest.groups:
+    for group in tree.groups:
         for sample, image in enumerate(group.images):
-            nodes = path(forest, image)
+            nodes = path(tree, image)
             assert nodes[0] == (0, 0)
             assert [node for node in nodes[1:] if node[1] is not None] == [(group.step + 1, sample)]
             assert [n for n, _ in nodes[: group.step + 2]] == list(range(group.step + 2))
@@ -69,18 +69,18 @@ def test_g2rpo_paths_have_noise_at_one_step_alone() -> None:
 
 
 def test_g2rpo_branches_of_a_step_share_the_anchor_state() -> None:
-    forest = granular.Config(stochastic_steps=(5, 2)).forest(PAPER, iteration=0)
+    tree = granular.G2RPO(stochastic_steps=(5, 2)).rollout_tree(PAPER, iteration=0)
     parents = {k: set() for k in (2, 5)}
-    for state in forest.recorded:
-        parents[forest.states[state].node - 1].add(forest.states[state].parent)
+    for state in tree.recorded:
+        parents[tree.states[state].node - 1].add(tree.states[state].parent)
     assert all(len(shared) == 1 for shared in parents.values())
-    assert [g.step for g in forest.groups] == [2, 2, 2, 5, 5, 5]
+    assert [g.step for g in tree.groups] == [2, 2, 2, 5, 5, 5]
 
 
 def test_g2rpo_without_the_anchor_reward_scores_groups_alone() -> None:
-    forest = granular.Config(log_anchor_reward=False, granularities=(1,)).forest(PAPER, 0)
-    assert forest.logged_images == []
-    assert len(forest.images) == 8 * 12
+    tree = granular.G2RPO(log_anchor_reward=False, granularities=(1,)).rollout_tree(PAPER, 0)
+    assert tree.logged_images == []
+    assert len(tree.images) == 8 * 12
 
 
 @pytest.mark.parametrize(
@@ -99,26 +99,26 @@ def test_g2rpo_steps_by_name(
     name: granular.NamedSteps, of_eight: tuple[int, ...], of_five: tuple[int, ...]
 ) -> None:
     for steps, expected in ((8, of_eight), (5, of_five)):
-        method = granular.Config(stochastic_steps=name, granularities=(1,))
+        method = granular.G2RPO(stochastic_steps=name, granularities=(1,))
         assert method.steps_of(steps) == expected
         method.check(RolloutShape(steps, 4, 10))
-        forest = method.forest(RolloutShape(steps, 4, 10), iteration=0)
-        assert recorded_steps(forest) == Counter(dict.fromkeys(expected, 4))
+        tree = method.rollout_tree(RolloutShape(steps, 4, 10), iteration=0)
+        assert recorded_steps(tree) == Counter(dict.fromkeys(expected, 4))
 
 
 def test_g2rpo_default_is_the_first_half_and_a_wrong_name_is_told() -> None:
-    assert granular.Config().steps_of(9) == granular.named_steps("first_half", 9)
+    assert granular.G2RPO().steps_of(9) == granular.named_steps("first_half", 9)
     with pytest.raises(UserError, match="did you mean 'first_half'") as caught:
-        validate(granular.Config, {"stochastic_steps": "first_haf"}, "here")
+        validate(granular.G2RPO, {"stochastic_steps": "first_haf"}, "here")
     assert "\n" not in str(caught.value)
 
 
 def test_g2rpo_tells_coinciding_granularities() -> None:
-    notes = granular.Config().check(RolloutShape(8, 12, 300))
+    notes = granular.G2RPO().check(RolloutShape(8, 12, 300))
     assert len(notes) == 1
     assert "step 3" in notes[0]
     assert "2 and 3" in notes[0]
-    assert len(granular.Config(granularities=(1, 1)).check(PAPER)) == 8
+    assert len(granular.G2RPO(granularities=(1, 1)).check(PAPER)) == 8
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_g2rpo_tells_coinciding_granularities() -> None:
 )
 def test_g2rpo_refuses_impossible_settings(settings: dict[str, tuple[int, ...]], key: str) -> None:
     with pytest.raises(ValueError, match=key) as caught:
-        granular.Config(**settings).check(PAPER)
+        granular.G2RPO(**settings).check(PAPER)
     assert "\n" not in str(caught.value)
 
 
@@ -144,8 +144,8 @@ def test_g2rpo_refuses_impossible_settings(settings: dict[str, tuple[int, ...]],
 
 
 def test_dance_grpo_trains_nine_of_the_first_fifteen_afresh_per_sample() -> None:
-    method = dance_grpo.Config()
-    recorded = sorted(recorded_steps(method.forest(PAPER, 0)))
+    method = dance_grpo.DanceGRPO()
+    recorded = sorted(recorded_steps(method.rollout_tree(PAPER, 0)))
     assert recorded == list(range(15))  # the last transition is not even recorded
     chosen = {
         (iteration, prompt, sample): tuple(
@@ -166,7 +166,7 @@ def test_dance_grpo_trains_nine_of_the_first_fifteen_afresh_per_sample() -> None
 
 
 def test_dance_grpo_trains_every_step_equally_often() -> None:
-    method, counts = dance_grpo.Config(), Counter[int]()
+    method, counts = dance_grpo.DanceGRPO(), Counter[int]()
     for sample in range(2000):
         counts.update(method.trained_steps(range(15), 0, 0, ("p", sample)))
     # 2000 draws at 0.6: standard deviation 22.
@@ -175,29 +175,29 @@ def test_dance_grpo_trains_every_step_equally_often() -> None:
 
 
 def test_dance_grpo_image_is_the_prediction_without_the_last_noise() -> None:
-    forest = dance_grpo.Config().forest(PAPER, 0)
-    (group,) = forest.groups
+    tree = dance_grpo.DanceGRPO().rollout_tree(PAPER, 0)
+    (group,) = tree.groups
     assert group.step is None
     for sample, image in enumerate(group.images):
         noises = [(0, 0), *((node, sample) for node in range(1, 16)), (16, None)]
-        assert path(forest, image) == noises
+        assert path(tree, image) == noises
 
 
 def test_dance_grpo_diffusion_is_constant() -> None:
-    assert dance_grpo.Config().diffusion(shifted_sigmas(16, 3.0)) == (0.3,) * 16
+    assert dance_grpo.DanceGRPO().diffusion(shifted_sigmas(16, 3.0)) == (0.3,) * 16
 
 
 @pytest.mark.parametrize(("steps", "fraction"), [(2, 0.6), (16, 0.05)])
 def test_dance_grpo_refuses_to_train_nothing(steps: int, fraction: float) -> None:
     with pytest.raises(ValueError, match=r"^method.trained_fraction [^\n]*$"):
-        dance_grpo.Config(trained_fraction=fraction).check(RolloutShape(steps, 12, 300))
+        dance_grpo.DanceGRPO(trained_fraction=fraction).check(RolloutShape(steps, 12, 300))
 
 
 # --- MixGRPO -------------------------------------------------------------------------------------
 
 
 def test_mix_grpo_released_windows() -> None:
-    method = mix_grpo.Config()
+    method = mix_grpo.MixGRPO()
     windows = [method.window(RELEASED_MIX, iteration) for iteration in range(300)]
     assert windows[0] == windows[24] == (0, 1, 2, 3)
     assert windows[25] == (1, 2, 3, 4)
@@ -212,7 +212,7 @@ def test_mix_grpo_released_windows() -> None:
 def test_mix_grpo_window_slides_and_rolls_back(
     steps: int, size: int, stride: int, interval: int
 ) -> None:
-    method = mix_grpo.Config(window_size=size, stride=stride, interval=interval)
+    method = mix_grpo.MixGRPO(window_size=size, stride=stride, interval=interval)
     start = 0
     for iteration in range(20 * interval * steps // max(stride, 1)):
         if iteration and iteration % interval == 0:
@@ -229,18 +229,18 @@ def test_mix_grpo_window_slides_and_rolls_back(
     ("iterations", "interval"), [(300, 25), (60, 5), (36, 3), (24, 2), (12, 1), (3, 1)]
 )
 def test_mix_grpo_matched_interval_is_a_twelfth(iterations: int, interval: int) -> None:
-    method, shape = mix_grpo.Config(interval=None), RolloutShape(25, 12, iterations)
+    method, shape = mix_grpo.MixGRPO(interval=None), RolloutShape(25, 12, iterations)
     starts = [method.window(shape, iteration)[0] for iteration in range(iterations)]
     assert starts == [iteration // interval for iteration in range(iterations)]
     assert max(starts) == (11 if iterations >= 12 else iterations - 1)
 
 
 def test_mix_grpo_is_stochastic_in_the_window_alone() -> None:
-    method = mix_grpo.Config()
-    forest = method.forest(RELEASED_MIX, 130)
-    assert recorded_steps(forest) == Counter(dict.fromkeys((5, 6, 7, 8), 12))
-    for sample, image in enumerate(forest.groups[0].images):
-        nodes = path(forest, image)
+    method = mix_grpo.MixGRPO()
+    tree = method.rollout_tree(RELEASED_MIX, 130)
+    assert recorded_steps(tree) == Counter(dict.fromkeys((5, 6, 7, 8), 12))
+    for sample, image in enumerate(tree.groups[0].images):
+        nodes = path(tree, image)
         assert [n for n, _ in nodes] == list(range(26))
         assert nodes[0] == (0, 0)
         assert [n for n, noise in nodes[1:] if noise == sample] == [6, 7, 8, 9]
@@ -248,9 +248,9 @@ def test_mix_grpo_is_stochastic_in_the_window_alone() -> None:
 
 
 def test_mix_grpo_refuses_a_grid_without_trainable_steps() -> None:
-    assert mix_grpo.Config().check(RolloutShape(3, 12, 300)) == []
+    assert mix_grpo.MixGRPO().check(RolloutShape(3, 12, 300)) == []
     with pytest.raises(ValueError, match=r"^grid.steps 2 [^\n]*$"):
-        mix_grpo.Config().check(RolloutShape(2, 12, 300))
+        mix_grpo.MixGRPO().check(RolloutShape(2, 12, 300))
 
 
 # --- Flow-GRPO -----------------------------------------------------------------------------------
@@ -258,20 +258,20 @@ def test_mix_grpo_refuses_a_grid_without_trainable_steps() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_flow_grpo_trains_all_but_the_last_step_whose_noise_is_in_the_image(shared: bool) -> None:
-    forest = flow_grpo.Config(shared_initial_noise=shared).forest(PAPER, 0)
-    assert recorded_steps(forest) == Counter(dict.fromkeys(range(15), 12))
-    for sample, image in enumerate(forest.groups[0].images):
+    tree = flow_grpo.FlowGRPO(shared_initial_noise=shared).rollout_tree(PAPER, 0)
+    assert recorded_steps(tree) == Counter(dict.fromkeys(range(15), 12))
+    for sample, image in enumerate(tree.groups[0].images):
         start = 0 if shared else sample
-        assert path(forest, image) == [(0, start), *((node, sample) for node in range(1, 17))]
+        assert path(tree, image) == [(0, start), *((node, sample) for node in range(1, 17))]
 
 
-@pytest.mark.parametrize("config", [granular.Config, mix_grpo.Config, flow_grpo.Config])
+@pytest.mark.parametrize("config", [granular.G2RPO, mix_grpo.MixGRPO, flow_grpo.FlowGRPO])
 def test_flow_form_of_the_diffusion(config: type[Method]) -> None:
     found = config().diffusion((1.0, 0.8, 0.5, 0.0))  # type: ignore[call-arg]
     assert found == pytest.approx((0.7 * 5**0.5, 1.4, 0.7))
 
 
-@pytest.mark.parametrize("config", [granular.Config, mix_grpo.Config, flow_grpo.Config])
+@pytest.mark.parametrize("config", [granular.G2RPO, mix_grpo.MixGRPO, flow_grpo.FlowGRPO])
 def test_by_default_everything_recorded_is_trained(config: type[Method]) -> None:
     assert list(config().trained_steps([0, 2, 5], 1, 2, ("p", 3))) == [0, 2, 5]  # type: ignore[call-arg]
 
@@ -291,8 +291,8 @@ def test_methods_are_the_files_of_the_package() -> None:
 def test_a_new_file_is_a_new_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "my_method.py").write_text(
         "from typing import Literal\n"
-        "from g2rpo.methods.g2rpo import Config as Base\n"
-        "class Config(Base):\n"
+        "from g2rpo.methods.g2rpo import G2RPO\n"
+        "class MyMethod(G2RPO):\n"
         "    name: Literal['my_method'] = 'my_method'\n"
         "    bias: float = 0.0\n"
     )

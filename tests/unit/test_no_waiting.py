@@ -84,8 +84,8 @@ class ListsAsIndices(TorchFunctionMode):
 
 
 METHODS: dict[str, Callable[[], Method]] = {
-    "g2rpo": lambda: g2rpo.Config(granularities=(1, 2)),
-    "dance_grpo": dance_grpo.Config,
+    "g2rpo": lambda: g2rpo.G2RPO(granularities=(1, 2)),
+    "dance_grpo": dance_grpo.DanceGRPO,
 }
 
 
@@ -107,7 +107,7 @@ def noise_for(policy: FluxPolicy) -> Callable[[int, int, int], Tensor]:
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_read_back_within_the_walk(policy: FluxPolicy, name: str) -> None:
     method, grid = METHODS[name](), build_grid(GridConfig(steps=4), policy.image_tokens)
-    forest = method.forest(RolloutShape(4, 3, 10), 0)
+    tree = method.rollout_tree(RolloutShape(4, 3, 10), 0)
     conditioning = policy.encode(["a red circle", "a blue square"])
     settings = SweepSettings(method.diffusion(grid.sigmas), 4)
 
@@ -115,7 +115,7 @@ def test_nothing_is_read_back_within_the_walk(policy: FluxPolicy, name: str) -> 
         return policy.velocity(latents, times, conditioning.select(prompts))
 
     with Awaited() as awaited:
-        sweep(forest, grid, 2, velocity, noise_for(policy), settings)
+        sweep(tree, grid, 2, velocity, noise_for(policy), settings)
     assert awaited.operations > 1000
     assert awaited.reads == []
 
@@ -124,7 +124,7 @@ def test_nothing_is_read_back_within_the_walk(policy: FluxPolicy, name: str) -> 
 def test_the_walk_needs_no_value_of_any_latent(name: str) -> None:
     """On the meta device tensors have no values: whatever reads one fails there."""
     method, grid = METHODS[name](), build_grid(GridConfig(steps=6), 4)
-    forest = method.forest(RolloutShape(6, 3, 10), 0)
+    tree = method.rollout_tree(RolloutShape(6, 3, 10), 0)
     device = torch.device("meta")
     settings = SweepSettings(method.diffusion(grid.sigmas), 4, device=device)
     batches: list[int] = []
@@ -138,12 +138,12 @@ def test_the_walk_needs_no_value_of_any_latent(name: str) -> None:
         return torch.zeros(4, 8)
 
     with Awaited() as awaited, ListsAsIndices() as lists:
-        swept = sweep(forest, grid, 2, velocity, noise, settings)
+        swept = sweep(tree, grid, 2, velocity, noise, settings)
     assert awaited.reads == []
     assert lists.found == 0
-    assert swept.images.shape == (2, len(forest.images), 4, 8)
+    assert swept.images.shape == (2, len(tree.images), 4, 8)
     assert swept.images.device == device
-    assert sum(batches) == swept.velocity_evaluations == 2 * forest.velocity_evaluations
+    assert sum(batches) == swept.velocity_evaluations == 2 * tree.velocity_evaluations
 
 
 def test_the_counter_counts() -> None:
@@ -171,8 +171,8 @@ def test_a_gpu_is_never_awaited_within_the_walk(policy: FluxPolicy, approximate:
     from g2rpo.policy.config import ContinuationConfig
 
     cuda = FluxPolicy.load(policy.config.model_copy(update={"dtype": "bfloat16"}), "cuda")
-    method, grid = g2rpo.Config(granularities=(1, 2)), build_grid(GridConfig(steps=4), 4)
-    forest = method.forest(RolloutShape(4, 3, 10), 0)
+    method, grid = g2rpo.G2RPO(granularities=(1, 2)), build_grid(GridConfig(steps=4), 4)
+    tree = method.rollout_tree(RolloutShape(4, 3, 10), 0)
     conditioning = cuda.encode(["a red circle", "a blue square"])
     settings = SweepSettings(method.diffusion(grid.sigmas), 4, device=torch.device("cuda"))
 
@@ -180,11 +180,11 @@ def test_a_gpu_is_never_awaited_within_the_walk(policy: FluxPolicy, approximate:
         return cuda.velocity(latents, times, conditioning.select(prompts))
 
     twin = ContinuationPolicy(cuda, ContinuationConfig(fp8=True))
-    with twin.rollout(forest, conditioning) as continuations:
+    with twin.rollout(tree, conditioning) as continuations:
         velocities = Velocities(velocity, continuations if approximate else None)
-        sweep(forest, grid, 2, velocities, noise_for(cuda), settings)  # allocates what is cached
+        sweep(tree, grid, 2, velocities, noise_for(cuda), settings)  # allocates what is cached
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sweep(forest, grid, 2, velocities, noise_for(cuda), settings)
+            sweep(tree, grid, 2, velocities, noise_for(cuda), settings)
         finally:
             torch.cuda.set_sync_debug_mode("default")

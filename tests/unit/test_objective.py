@@ -206,7 +206,7 @@ def test_per_iteration_averages_everything_in_one_update() -> None:
 
 def test_per_step_makes_one_undivided_update_for_each_step() -> None:
     batch = collect(ALL)
-    updates = split_updates(batch, OptimizationConfig(optimizer_step="per_step"))
+    updates = split_updates(batch, OptimizationConfig(update_every="timestep"))
     assert len(updates) == 3
     for step, update in enumerate(updates):
         assert {key[0] for key in keys(batch, update)} == {step}
@@ -300,7 +300,7 @@ def loop_update(members: set[tuple[int, int, int]]) -> tuple[float, Tensor]:
     "config",
     [
         OptimizationConfig(),
-        OptimizationConfig(optimizer_step="per_step"),
+        OptimizationConfig(update_every="timestep"),
         OptimizationConfig(updates_per_iteration=3),
     ],
 )

@@ -187,9 +187,9 @@ def run(
     prompts: int = PROMPTS,
 ) -> tuple[RolloutTree, Sweep, ToyTransformer]:
     grid, model = grid_of(shape.steps), ToyTransformer(dtype)
-    forest = method.forest(shape, iteration)
+    tree = method.rollout_tree(shape, iteration)
     settings = SweepSettings(method.diffusion(grid.sigmas), micro_batch, dtype)
-    return forest, sweep(forest, grid, prompts, model, noise, settings), model
+    return tree, sweep(tree, grid, prompts, model, noise, settings), model
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -198,15 +198,15 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def group_images(forest: RolloutTree, swept: Sweep, group: Group) -> Tensor:
-    place = {state: index for index, state in enumerate(forest.images)}
+def group_images(tree: RolloutTree, swept: Sweep, group: Group) -> Tensor:
+    place = {state: index for index, state in enumerate(tree.images)}
     return swept.images[:, [place[state] for state in group.images]]
 
 
-def compare(forest: RolloutTree, swept: Sweep, naive: Naive) -> None:
+def compare(tree: RolloutTree, swept: Sweep, naive: Naive) -> None:
     seen: dict[int | None, int] = defaultdict(int)
-    for group in forest.groups:
-        images = group_images(forest, swept, group)
+    for group in tree.groups:
+        images = group_images(tree, swept, group)
         for prompt in range(PROMPTS):
             expected = naive.images.pop((prompt, group.step, seen[group.step]))
             close(images[prompt], torch.stack(expected))
@@ -243,22 +243,22 @@ def test_g2rpo_equals_the_naive_loop(
     granularities: tuple[int, ...],
     dtype: torch.dtype,
 ) -> None:
-    method = g2rpo.Config(eta=0.7, stochastic_steps=chosen, granularities=granularities)
+    method = g2rpo.G2RPO(eta=0.7, stochastic_steps=chosen, granularities=granularities)
     shape = RolloutShape(steps, 3, 10)
-    forest, swept, _ = run(method, shape, dtype)
+    tree, swept, _ = run(method, shape, dtype)
     naive = Naive(ToyTransformer(dtype), grid_of(steps).timesteps, 3, dtype)
     naive.g2rpo(0.7, tuple(range(steps // 2)) if chosen is None else chosen, granularities)
-    compare(forest, swept, naive)
-    anchor = swept.images[:, forest.images.index(forest.logged_images[0])]
+    compare(tree, swept, naive)
+    anchor = swept.images[:, tree.images.index(tree.logged_images[0])]
     close(anchor, torch.stack(naive.anchors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_dance_grpo_equals_the_naive_loop(dtype: torch.dtype) -> None:
-    forest, swept, _ = run(dance_grpo.Config(eta=0.3), RolloutShape(16, 4, 10), dtype)
+    tree, swept, _ = run(dance_grpo.DanceGRPO(eta=0.3), RolloutShape(16, 4, 10), dtype)
     naive = Naive(ToyTransformer(dtype), grid_of(16).timesteps, 4, dtype)
     naive.dance_grpo(0.3)
-    compare(forest, swept, naive)
+    compare(tree, swept, naive)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -270,20 +270,20 @@ def test_mix_grpo_equals_the_naive_loop(
     iteration: int, window: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     shape = RolloutShape(16, 3, 400)
-    forest, swept, _ = run(mix_grpo.Config(), shape, dtype, iteration=iteration)
+    tree, swept, _ = run(mix_grpo.MixGRPO(), shape, dtype, iteration=iteration)
     naive = Naive(ToyTransformer(dtype), grid_of(16).timesteps, 3, dtype)
     naive.mix_grpo(0.7, window)
-    compare(forest, swept, naive)
+    compare(tree, swept, naive)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_flow_grpo_equals_the_naive_loop(shared: bool, dtype: torch.dtype) -> None:
-    method = flow_grpo.Config(shared_initial_noise=shared)
-    forest, swept, _ = run(method, RolloutShape(10, 4, 10), dtype)
+    method = flow_grpo.FlowGRPO(shared_initial_noise=shared)
+    tree, swept, _ = run(method, RolloutShape(10, 4, 10), dtype)
     naive = Naive(ToyTransformer(dtype), grid_of(10).timesteps, 4, dtype)
     naive.flow_grpo(0.7, shared=shared)
-    compare(forest, swept, naive)
+    compare(tree, swept, naive)
 
 
 def test_the_toy_velocity_is_of_realistic_size_and_listens_to_everything() -> None:
@@ -301,10 +301,10 @@ def test_the_toy_velocity_is_of_realistic_size_and_listens_to_everything() -> No
 # --- batching ------------------------------------------------------------------------------------
 
 METHODS: dict[str, Callable[[], Method]] = {
-    "g2rpo": lambda: g2rpo.Config(granularities=(1, 2, 3)),
-    "dance_grpo": dance_grpo.Config,
-    "mix_grpo": mix_grpo.Config,
-    "flow_grpo": lambda: flow_grpo.Config(shared_initial_noise=False),
+    "g2rpo": lambda: g2rpo.G2RPO(granularities=(1, 2, 3)),
+    "dance_grpo": dance_grpo.DanceGRPO,
+    "mix_grpo": mix_grpo.MixGRPO,
+    "flow_grpo": lambda: flow_grpo.FlowGRPO(shared_initial_noise=False),
 }
 
 
@@ -333,10 +333,10 @@ def test_micro_batches_are_of_the_chosen_size() -> None:
         sizes.append(len(x))
         return torch.tanh(x)
 
-    method, grid = dance_grpo.Config(), grid_of(4)
-    forest = method.forest(RolloutShape(4, 5, 1), 0)
+    method, grid = dance_grpo.DanceGRPO(), grid_of(4)
+    tree = method.rollout_tree(RolloutShape(4, 5, 1), 0)
     settings = SweepSettings(method.diffusion(grid.sigmas), 4)
-    swept = sweep(forest, grid, 2, velocity, noise, settings)
+    swept = sweep(tree, grid, 2, velocity, noise, settings)
     # Node 0 has one shared state per prompt; the others have five.
     assert sizes == [2, 4, 4, 2, 4, 4, 2, 4, 4, 2]
     assert sum(sizes) == swept.velocity_evaluations == 32
@@ -352,13 +352,13 @@ def test_micro_batches_are_of_the_chosen_size() -> None:
 def test_evaluations_of_the_paper_setting(
     granularities: tuple[int, ...], sweep_count: int, naive_count: int
 ) -> None:
-    method, shape = g2rpo.Config(granularities=granularities), RolloutShape(16, 12, 300)
-    forest, swept, model = run(method, shape, torch.float32, prompts=1)
-    assert forest.velocity_evaluations == sweep_count
+    method, shape = g2rpo.G2RPO(granularities=granularities), RolloutShape(16, 12, 300)
+    tree, swept, model = run(method, shape, torch.float32, prompts=1)
+    assert tree.velocity_evaluations == sweep_count
     assert swept.velocity_evaluations == model.rows == sweep_count
-    assert len(forest.images) == 8 * 12 * len(granularities) + 1  # and the anchor's, for the log
+    assert len(tree.images) == 8 * 12 * len(granularities) + 1  # and the anchor's, for the log
 
-    forest, swept, model = run(method, shape, torch.float32, prompts=2)
+    tree, swept, model = run(method, shape, torch.float32, prompts=2)
     assert swept.velocity_evaluations == model.rows == 2 * sweep_count
 
     naive = Naive(ToyTransformer(torch.float32), grid_of(16).timesteps, 12, torch.float32)
@@ -369,24 +369,24 @@ def test_evaluations_of_the_paper_setting(
 @pytest.mark.parametrize(
     ("method", "iteration", "expected"),
     [
-        (dance_grpo.Config(), 0, 1 + 15 * 12),
-        (flow_grpo.Config(), 0, 1 + 15 * 12),
-        (flow_grpo.Config(shared_initial_noise=False), 0, 16 * 12),
-        (mix_grpo.Config(), 0, 1 + 15 * 12),
-        (mix_grpo.Config(), 125, 6 + 10 * 12),
+        (dance_grpo.DanceGRPO(), 0, 1 + 15 * 12),
+        (flow_grpo.FlowGRPO(), 0, 1 + 15 * 12),
+        (flow_grpo.FlowGRPO(shared_initial_noise=False), 0, 16 * 12),
+        (mix_grpo.MixGRPO(), 0, 1 + 15 * 12),
+        (mix_grpo.MixGRPO(), 125, 6 + 10 * 12),
     ],
 )
 def test_evaluations_of_the_baselines(method: Method, iteration: int, expected: int) -> None:
     shape = RolloutShape(16, 12, 300)
-    forest, swept, model = run(method, shape, torch.float32, iteration=iteration, prompts=1)
-    assert forest.velocity_evaluations == swept.velocity_evaluations == model.rows == expected
-    assert len(forest.images) == 12
+    tree, swept, model = run(method, shape, torch.float32, iteration=iteration, prompts=1)
+    assert tree.velocity_evaluations == swept.velocity_evaluations == model.rows == expected
+    assert len(tree.images) == 12
 
 
 def test_a_granularity_named_twice_is_evaluated_once_and_counted_twice() -> None:
     shape = RolloutShape(8, 3, 10)
-    once, swept_once, _ = run(g2rpo.Config(granularities=(1, 2)), shape, torch.float64)
-    twice, swept_twice, _ = run(g2rpo.Config(granularities=(1, 2, 2)), shape, torch.float64)
+    once, swept_once, _ = run(g2rpo.G2RPO(granularities=(1, 2)), shape, torch.float64)
+    twice, swept_twice, _ = run(g2rpo.G2RPO(granularities=(1, 2, 2)), shape, torch.float64)
     assert swept_twice.velocity_evaluations == swept_once.velocity_evaluations
     assert torch.equal(swept_twice.images, swept_once.images)
     assert [g.granularity for g in once.groups] == [1, 2] * 4
@@ -397,11 +397,11 @@ def test_a_granularity_named_twice_is_evaluated_once_and_counted_twice() -> None
 
 def test_coinciding_granularities_are_one_trajectory_but_two_groups() -> None:
     shape = RolloutShape(8, 3, 10)
-    forest, _, _ = run(g2rpo.Config(granularities=(2, 3)), shape, torch.float64)
-    at_three = [group.images for group in forest.groups if group.step == 3]
+    tree, _, _ = run(g2rpo.G2RPO(granularities=(2, 3)), shape, torch.float64)
+    at_three = [group.images for group in tree.groups if group.step == 3]
     assert len(at_three) == 2
     assert at_three[0] == at_three[1]
-    at_two = [group.images for group in forest.groups if group.step == 2]
+    at_two = [group.images for group in tree.groups if group.step == 2]
     assert not set(at_two[0]) & set(at_two[1])
 
 
@@ -435,7 +435,7 @@ def test_the_ratio_is_exactly_one_when_the_forward_is_repeated(name: str) -> Non
 
 def test_a_perturbed_anchor_changes_the_ratio() -> None:
     grid = grid_of(8)
-    _, swept, model = run(g2rpo.Config(), RolloutShape(8, 5, 50), torch.float32)
+    _, swept, model = run(g2rpo.G2RPO(), RolloutShape(8, 5, 50), torch.float32)
     step = swept.recorded[1]
     step.sources.add_(1e-3 * noise(0, 0, 60).float())
     again = repeated_log_prob(step, model, grid.timesteps[step.step])
@@ -444,12 +444,12 @@ def test_a_perturbed_anchor_changes_the_ratio() -> None:
 
 def test_the_log_prob_is_that_of_the_stored_latents() -> None:
     """In a coarse storage dtype, the density is that of the rounded x', not of what was rounded."""
-    _, swept, _ = run(dance_grpo.Config(), RolloutShape(6, 4, 10), torch.bfloat16)
+    _, swept, _ = run(dance_grpo.DanceGRPO(), RolloutShape(6, 4, 10), torch.bfloat16)
     for step in swept.recorded:
         assert step.next_latents.dtype == step.sources.dtype == torch.bfloat16
-    model, method, grid = ToyTransformer(torch.bfloat16), dance_grpo.Config(), grid_of(6)
+    model, method, grid = ToyTransformer(torch.bfloat16), dance_grpo.DanceGRPO(), grid_of(6)
     settings = SweepSettings(method.diffusion(grid.sigmas), 64, torch.bfloat16)
-    again = sweep(method.forest(RolloutShape(6, 4, 10), 0), grid, 2, model, noise, settings)
+    again = sweep(method.rollout_tree(RolloutShape(6, 4, 10), 0), grid, 2, model, noise, settings)
     for a, b in zip(swept.recorded, again.recorded, strict=True):
         repeated = repeated_log_prob(a, model, grid.timesteps[a.step])
         assert torch.equal(a.next_latents, b.next_latents)
@@ -466,10 +466,10 @@ def test_noise_is_asked_for_by_prompt_sample_and_step() -> None:
         asked.append((prompt, sample, step))
         return noise(prompt, sample, step)
 
-    grid, method = grid_of(6), g2rpo.Config(stochastic_steps=(1, 3), granularities=(1, 2))
-    forest = method.forest(RolloutShape(6, 3, 10), 0)
+    grid, method = grid_of(6), g2rpo.G2RPO(stochastic_steps=(1, 3), granularities=(1, 2))
+    tree = method.rollout_tree(RolloutShape(6, 3, 10), 0)
     settings = SweepSettings(method.diffusion(grid.sigmas), 8, torch.float64)
-    sweep(forest, grid, 2, ToyTransformer(torch.float64), recording, settings)
+    sweep(tree, grid, 2, ToyTransformer(torch.float64), recording, settings)
     expected = {(p, 0, -1) for p in range(2)}
     expected |= {(p, s, k) for p in range(2) for s in range(3) for k in (1, 3)}
     assert len(asked) == len(expected)
@@ -477,15 +477,15 @@ def test_noise_is_asked_for_by_prompt_sample_and_step() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    forest = RolloutTree(4)
-    root = forest.initial(0)
+    tree = RolloutTree(4)
+    root = tree.initial(0)
     with pytest.raises(ValueError, match="no step"):
-        forest.ode(root, 0)
+        tree.ode(root, 0)
     with pytest.raises(ValueError, match="no step"):
-        forest.ode(root, 5)
-    image = forest.ode(root, 4)
-    assert forest.ode(root, 4) == image
-    forest.groups.append(Group((image,)))
+        tree.ode(root, 5)
+    image = tree.ode(root, 4)
+    assert tree.ode(root, 4) == image
+    tree.groups.append(Group((image,)))
     settings = SweepSettings((0.0,) * 5, 8)
     with pytest.raises(ValueError, match="4 steps, the grid 5"):
-        sweep(forest, grid_of(5), 1, ToyTransformer(torch.float32), noise, settings)
+        sweep(tree, grid_of(5), 1, ToyTransformer(torch.float32), noise, settings)

@@ -252,11 +252,11 @@ def test_from_pure_noise_the_moments_follow_the_exact_recursion() -> None:
     diffusion = [eta * math.sqrt(s / (1 - (sigmas[1] if s == 1.0 else s))) for s in sigmas[:steps]]
     mean, variance = chain_moments(sigmas, diffusion, drift_and_score_mean)
 
-    forest = RolloutTree(steps)
-    states = [forest.initial(sample) for sample in range(lines)]
+    tree = RolloutTree(steps)
+    states = [tree.initial(sample) for sample in range(lines)]
     for _ in range(steps):
-        states = [forest.sde(state, sample, record=False) for sample, state in enumerate(states)]
-    forest.groups.append(Group(tuple(states)))
+        states = [tree.sde(state, sample, record=False) for sample, state in enumerate(states)]
+    tree.groups.append(Group(tuple(states)))
     sigma_at = dict(zip(range(steps), sigmas, strict=False))
     grid = SigmaGrid(sigmas, tuple(i / 1000 for i in range(steps + 1)))
 
@@ -267,7 +267,7 @@ def test_from_pure_noise_the_moments_follow_the_exact_recursion() -> None:
         return random(width, seed=1000 + 100 * sample + step)
 
     settings = SweepSettings(flow_diffusion(eta, sigmas), micro_batch=4, dtype=torch.float64)
-    samples = sweep(forest, grid, 1, velocity, noise, settings).images.flatten()
+    samples = sweep(tree, grid, 1, velocity, noise, settings).images.flatten()
 
     count = lines * width
     assert len(samples) == count

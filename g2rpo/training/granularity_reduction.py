@@ -2,7 +2,7 @@
 
 The paper sums the normalised advantages (arXiv 2510.01982, multi-granularity advantage
 integration). The other rules are alternatives to compare it with: two weight the granularities'
-advantages, two fuse the rewards before they are normalised, once.
+advantages, two reduce the rewards before they are normalised, once.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-Fusion = Literal["sum", "mean", "inverse_variance", "best_of", "reward_mean"]
+GranularityReduction = Literal["sum", "mean", "inverse_variance", "best_of", "reward_mean"]
 """``sum``: of the granularities' advantages (the paper). ``mean``: their mean, the sum without its
 larger scale. ``inverse_variance``: their sum, each weighted by the inverse variance of its rewards
 in the group; the weights of a step sum to the number of its granularities, so that equal variances
@@ -18,33 +18,33 @@ are ``sum``. ``best_of``: each sample's best reward over the granularities, then
 ``reward_mean``: each sample's mean reward over them, then normalised."""
 
 
-def fused_rewards(
+def reduced_rewards(
     rewards: torch.Tensor,
     steps: Sequence[int | None],
-    fusion: Literal["best_of", "reward_mean"],
+    reduction: Literal["best_of", "reward_mean"],
 ) -> torch.Tensor:
     """One group for each step, in float64.
 
     Args:
         rewards: [P, number of groups, G].
         steps: the step that each group credits.
-        fusion: the rule.
+        reduction: the rule.
 
     Returns:
         [P, number of different steps, G], in the order in which the steps come first.
     """
     values = rewards.to(torch.float64)
-    fused = []
+    reduced = []
     for step in dict.fromkeys(steps):
         part = values[:, _places(steps, step)]
-        fused.append(part.amax(dim=1) if fusion == "best_of" else part.mean(dim=1))
-    return torch.stack(fused, dim=1)
+        reduced.append(part.amax(dim=1) if reduction == "best_of" else part.mean(dim=1))
+    return torch.stack(reduced, dim=1)
 
 
 def granularity_weights(
     rewards: torch.Tensor,
     steps: Sequence[int | None],
-    fusion: Literal["mean", "inverse_variance"],
+    reduction: Literal["mean", "inverse_variance"],
     ddof: int,
     equal: torch.Tensor,
 ) -> torch.Tensor:
@@ -53,7 +53,7 @@ def granularity_weights(
     Args:
         rewards: [P, number of groups, G].
         steps: the step that each group credits.
-        fusion: the rule.
+        reduction: the rule.
         ddof: delta degrees of freedom of the variance.
         equal: [P, number of groups], groups whose rewards are equal: they tell nothing and get
             no weight.
@@ -67,7 +67,7 @@ def granularity_weights(
     weights = torch.ones_like(variance)
     for step in dict.fromkeys(steps):
         places = _places(steps, step)
-        if fusion == "mean":
+        if reduction == "mean":
             weights[:, places] = 1.0 / len(places)
             continue
         part = precision[:, places]
