@@ -75,8 +75,8 @@ class Protocol(StrictModel):
 class Provenance(StrictModel):
     """Where the numbers come from."""
 
-    git_commit: str | None
-    git_dirty: bool | None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
     packages: dict[str, str]
     """Package name to version."""
     weights: dict[str, str]
@@ -329,6 +329,11 @@ class RowScores:
     def seeds(self) -> tuple[int, ...]:
         """The training seeds; empty for a base that has none."""
         return tuple(cell.info.seed for cell in self.cells if cell.info.seed is not None)
+
+    @property
+    def protocol(self) -> Protocol:
+        """The evaluation of all its cells."""
+        return self.cells[0].info.protocol
 
     @property
     def rewards(self) -> tuple[str, ...]:

@@ -3,8 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
 from benchmarks.evaluation.results import Cell, RowScores
-from reproduce.tables.spec import ColumnSpec, RowSpec, TableSpec
+from reproduce.tables.model import Column, Row
+from reproduce.tables.spec import HACKING_LABEL, RowSpec, TableSpec
+
+IN_DOMAIN = "†"
+NOTHING = "–"
 
 NOT_RUN = "not run"
 
@@ -39,7 +44,7 @@ def full_label(row: RowSpec) -> str:
 
 def table_notes(
     spec: TableSpec,
-    columns: Sequence[ColumnSpec],
+    columns: Mapping[str, str],
     results: Mapping[str, RowScores],
     gaps: Sequence[Gap],
 ) -> tuple[str, ...]:
@@ -116,7 +121,7 @@ def _cost_notes(spec: TableSpec, cells: Sequence[Cell]) -> list[str]:
 
 def _gap_notes(
     spec: TableSpec,
-    columns: Sequence[ColumnSpec],
+    columns: Mapping[str, str],
     results: Mapping[str, RowScores],
     gaps: Sequence[Gap],
 ) -> list[str]:
@@ -125,7 +130,7 @@ def _gap_notes(
         result = results.get(row.key)
         if result is None:
             continue
-        unscored = [c.label for c in columns if c.reward not in result.rewards]
+        unscored = [label for name, label in columns.items() if name not in result.rewards]
         if unscored:
             notes.append(f"{full_label(row)}: not scored by {', '.join(unscored)}.")
         notes.extend(
@@ -134,3 +139,57 @@ def _gap_notes(
             if gap.row == row.key and gap.seed is not None and gap.seed not in result.seeds
         )
     return notes
+
+
+def legend(
+    rows: Sequence[Row], published: Sequence[Row], columns: Sequence[Column]
+) -> tuple[str, ...]:
+    """What the marks and intervals of a table mean; only those that occur."""
+    scores = [score for row in (*rows, *published) for score in row.scores.values()]
+    names = {column.name for column in columns}
+    labels = {row.about for row in rows}
+    sentences = []
+    if any(names & set(row.trained_on) for row in rows) or any(s.in_domain for s in scores):
+        sentences.append(f"{IN_DOMAIN} in-domain: the row was trained on this reward.")
+    if any(score.best for score in scores):
+        sentences.append("Bold: the best of its group, as printed.")
+    if "method" in labels:
+        sentences.append(
+            "Method intervals: 95% t intervals over the means of the training seeds; "
+            "they are about training the method again."
+        )
+    if "checkpoint" in labels:
+        sentences.append(
+            "Checkpoint intervals: 95% bootstrap intervals over prompts; they are about these "
+            "trained weights alone and say nothing of another seed."
+        )
+    return tuple(sentences)
+
+
+_METRIC_SENTENCES = {
+    DISTANCE: (
+        "Image distance: mean of 1 - cosine over the pairs of a prompt's images in the features "
+        "of an image tower; 0 where they are all alike."
+    ),
+    VENDI: (
+        "Vendi score (Friedman and Dieng, 2022): the effective number of different images among "
+        "those of a prompt; 1 where they are all alike."
+    ),
+    DRIFT: (
+        "Drift: mean squared difference of velocity from the base on the base's own noised "
+        "samples; 0 for the base, and neither good nor bad in itself."
+    ),
+}
+_HACKING_SENTENCE = (
+    f"{HACKING_LABEL}: yes where a reward that the row trains on is above the baseline with "
+    "significance while another reward or the diversity is below it (those named); p < 0.05 after "
+    "Holm's correction over the row's comparisons, about what its intervals are about; "
+    f"{NOTHING} where it cannot be judged."
+)
+
+
+def metric_legend(metrics: Sequence[Column]) -> tuple[str, ...]:
+    """One sentence for each measure that the table shows, and one on reward hacking."""
+    if not metrics:
+        return ()
+    return (*(_METRIC_SENTENCES[metric.name] for metric in metrics), _HACKING_SENTENCE)

@@ -13,7 +13,7 @@ PAPER_TABLES = Path(__file__).resolve().parents[2] / "results" / "paper" / "tabl
 
 TableName = Literal["table1", "table2", "table3"]
 PaperColumn = Literal["HPS", "CLIP", "PS", "IR", "UR"]
-PAPER_COLUMNS: tuple[PaperColumn, ...] = ("HPS", "CLIP", "PS", "IR", "UR")
+PAPER_NAMES: tuple[PaperColumn, ...] = ("HPS", "CLIP", "PS", "IR", "UR")
 DIGITS = 3
 """Decimals that the paper prints."""
 
@@ -66,6 +66,19 @@ class PaperTables(StrictModel):
     table1: tuple[PaperRow, ...]
     table2: tuple[PaperRow, ...]
     table3: tuple[PaperRow, ...]
+
+    @property
+    def caption(self) -> str:
+        """Of the figures in a block of their own."""
+        return (
+            f"The paper's figures, for {self.model}: another model, not comparable "
+            f"({self.source}, {self.prompts})"
+        )
+
+    @property
+    def note(self) -> str:
+        """Below a table in which the figures stand next to ours."""
+        return f"Paper: the figures of {self.source} ({self.model}, {self.prompts})."
 
     def row(self, table: TableName, key: PaperKey) -> PaperRow:
         """The one row of ``table`` that ``key`` describes.

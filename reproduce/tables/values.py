@@ -12,7 +12,7 @@ from benchmarks.evaluation.statistics import Interval, Label, fixed, row_interva
 from g2rpo.errors import UserError
 from reproduce.tables.comparisons import Hacking, judge_hacking
 from reproduce.tables.notes import Gap, missing_reason, table_notes
-from reproduce.tables.paper import DIGITS, PAPER_COLUMNS, PaperRow, PaperTables
+from reproduce.tables.paper import DIGITS, PAPER_NAMES, PaperRow, PaperTables
 from reproduce.tables.spec import METRIC_LABELS, ColumnSpec, CostColumn, RowSpec, TableSpec
 
 METRIC_DIGITS = 3
@@ -216,7 +216,7 @@ def _paper_block(spec: TableSpec, paper: PaperTables) -> PaperBlock | None:
     groups = []
     for label, rows in spec.groups():
         found = [
-            _paper_row(paper.row(spec.paper_table, row.paper), PAPER_COLUMNS, row.label)
+            _paper_row(paper.row(spec.paper_table, row.paper), PAPER_NAMES, row.label)
             for row in rows
             if row.paper is not None
         ]
@@ -226,7 +226,7 @@ def _paper_block(spec: TableSpec, paper: PaperTables) -> PaperBlock | None:
         f"The paper's figures, for {paper.model}: another model, not comparable "
         f"({paper.source}, {paper.prompts})"
     )
-    return PaperBlock(caption, tuple(PAPER_COLUMNS), tuple(groups))
+    return PaperBlock(caption, tuple(PAPER_NAMES), tuple(groups))
 
 
 def select_rows(spec: TableSpec, cells: Sequence[Cell]) -> dict[str, RowScores]:
@@ -297,7 +297,7 @@ def build_table(
             lines = _interleave(spec, rows, lines, paper, columns)
         groups.append(Group(label, tuple(lines)))
     block = None if beside else _paper_block(spec, paper)
-    notes = table_notes(spec, columns, results, gaps)
+    notes = table_notes(spec, {c.reward: c.label for c in columns}, results, gaps)
     if beside:
         notes = (*notes, f"Paper: the figures of {paper.source} ({paper.model}, {paper.prompts}).")
     metrics = shown_metrics(results)
