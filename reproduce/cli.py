@@ -222,7 +222,7 @@ def main() -> None:
     So is a file that cannot be read or written; other errors are bugs and keep their traceback.
     """
     from reproduce.commands import locales
-    from reproduce.commands.quiet import quiet_libraries
+    from g2rpo.quiet import quiet_libraries
 
     locales.escape_output()
     try:

@@ -21,14 +21,15 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.evaluation.statistics import LEVEL, checkpoint_intervals, method_intervals
-from g2rpo.config import merge
+from benchmarks.evaluation.statistics import LEVEL, Interval, checkpoint_intervals, method_intervals
+from benchmarks.speed.report import markdown_table, write_report
+from g2rpo.config import merge, validate
 from g2rpo.data.prompts import Prompt, read_prompts
-from g2rpo.files import atomic_write_text, write_json
 from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.policy.fp8 import has_fp8_kernels
 from g2rpo.progress import ProgressReport
 from g2rpo.provenance import provenance, source_fingerprint
+from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.advantages import transition_advantages
 from g2rpo.training.config import TrainConfig
@@ -36,7 +37,8 @@ from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.rollout import Rollout, RolloutEngine
 
-CELL = ("table1", "hps/g2rpo")
+MINI = "benchmarks/mini_world/assets"
+JUDGES = ("hps", "clip", "pick_score", "image_reward", "attributes")
 OUTPUT = Path("results/mini/approximations")
 LORA = {
     "lora": {"rank": 16, "alpha": 32},
@@ -73,21 +75,29 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def train_config(seed: int, iterations: int, changes: Mapping[str, Any]) -> TrainConfig:
-    """The mini world's G2RPO on HPS with ``changes``."""
-    from reproduce.experiment import load_experiment, load_profile, resolve
+def reward_config(name: str) -> RewardConfig:
+    """A judge of the mini world."""
+    return RewardConfig(model=name, source=f"{MINI}/rewards/{name}", batch_size=128)
 
-    experiment, key = CELL
-    own = {
-        "optimization": {"iterations": iterations},
+
+def train_config(seed: int, iterations: int, changes: Mapping[str, Any]) -> TrainConfig:
+    """The mini world's G2RPO on HPS (the first row of its Table 1) with ``changes``."""
+    own: dict[str, Any] = {
+        "seed": seed,
+        "policy": {"source": f"{MINI}/policy", "resolution": 32, "max_sequence_length": 20},
+        "prompts": {"file": f"{MINI}/prompts/train.txt"},
+        "validation": {"file": f"{MINI}/prompts/validation.txt", "every": 5},
+        "rewards": {"hps": {"reward": reward_config("hps").model_dump()}},
+        "grid": {"steps": 8},
+        "method": {"name": "g2rpo", "stochastic_steps": [0, 1, 2]},
+        "rollout": {"group_size": 8, "prompts_per_iteration": 8},
+        "optimization": {"iterations": iterations, "learning_rate": 5.0e-5},
         "checkpoints": {"every": iterations},
-        "execution": {"tensorboard": False},
-    }
-    cell = resolve(
-        load_experiment(experiment), load_profile("mini"), key, seed, merge(own, changes)
-    )
-    assert cell.train is not None
-    return cell.train
+        "execution": {
+            "rollout_micro_batch": 64, "training_micro_batch": 64, "tensorboard": False,
+        },
+    }  # fmt: skip
+    return validate(TrainConfig, merge(own, changes), "approximations")
 
 
 # --- ranking -------------------------------------------------------------------------------------
@@ -143,8 +153,11 @@ def correlation(one: Tensor, other: Tensor) -> tuple[dict[str, Any], int]:
         if values:
             by_prompt.append(float(np.mean(values)))
     (interval,) = checkpoint_intervals([by_prompt])
-    ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-    return ends | {"prompts": len(by_prompt)}, without
+    return _ends(interval) | {"prompts": len(by_prompt)}, without
+
+
+def _ends(interval: Interval) -> dict[str, Any]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
 
 
 def rankings(
@@ -182,10 +195,7 @@ def rankings(
 
 def measure_rankings(prompt_count: int, lora_iterations: int, folder: Path) -> list[dict[str, Any]]:
     """The rankings of all variants, those of LoRA on adapters that were trained for a while."""
-    from reproduce.experiment import judges, load_profile
-
-    profile = load_profile("mini")
-    prompts = read_prompts(Path(profile.prompts.validation), prompt_count)
+    prompts = read_prompts(Path(f"{MINI}/prompts/validation.txt"), prompt_count)
     rows = []
     for label, base, iterations in (
         ("float32", {}, 1),
@@ -194,7 +204,7 @@ def measure_rankings(prompt_count: int, lora_iterations: int, folder: Path) -> l
         trainer = Trainer(train_config(1, iterations, base), folder / label)
         if base:
             trainer.train()
-        scored = {name: load_reward(reward, "cpu") for name, reward in judges(profile).items()}
+        scored = {name: load_reward(reward_config(name), "cpu") for name in JUDGES}
         trainer.engine = replace(trainer.engine, rewards=scored)
         chosen = {name: v for name, v in VARIANTS.items() if bool(v.base) == bool(base)}
         rows += rankings(trainer, prompts, chosen, label)
@@ -246,9 +256,7 @@ def measure_curves(
         if not name.startswith("exact"):
             difference = curves[:, -1, 1] - reference[:, -1, 1]
             (interval,) = method_intervals([difference.tolist()])
-            row["last_difference"] = {
-                "mean": interval.mean, "low": interval.low, "high": interval.high,
-            }  # fmt: skip
+            row["last_difference"] = _ends(interval)
         rows.append(row)
     return rows
 
@@ -256,38 +264,26 @@ def measure_curves(
 # --- the report ----------------------------------------------------------------------------------
 
 
-def _ranking_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _ranking_table(rows: Sequence[Mapping[str, Any]]) -> str:
     judges = list(dict.fromkeys(row["judge"] for row in rows))
-    lines = [
-        "| continuations | reused | " + " | ".join(judges) + " |",
-        "| --- | --- |" + " --- |" * len(judges),
-    ]
+    lines = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = {row["judge"]: row for row in rows if row["variant"] == name}
-        cells = [
-            "{mean:.3f} ({low:.3f} to {high:.3f})".format(**own[judge]["spearman"])
-            for judge in judges
-        ]
-        reused = f"{100 * own[judges[0]]['reused_share']:.0f} %"
-        lines.append(f"| {name} | {reused} | " + " | ".join(cells) + " |")
-    return lines
+        shown = "{mean:.3f} ({low:.3f} to {high:.3f})"
+        cells = [shown.format(**own[judge]["spearman"]) for judge in judges]
+        lines.append([name, f"{100 * own[judges[0]]['reused_share']:.0f} %", *cells])
+    return markdown_table(["continuations", "reused", *judges], lines)
 
 
-def _curve_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        "| continuations | first validation | last validation | last, minus exact |",
-        "| --- | --- | --- | --- |",
-    ]
+def _curve_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ["continuations", "first validation", "last validation", "last, minus exact"]
+    lines = []
     for row in rows:
-        curves = np.array(row["validation_hps"])
-        difference = row.get("last_difference")
-        text = (
-            "" if difference is None
-            else "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**difference)
-        )  # fmt: skip
-        first, last = curves[:, 0].mean(), curves[:, -1].mean()
-        lines.append(f"| {row['variant']} | {first:.4f} | {last:.4f} | {text} |")
-    return lines
+        first, *_, last = np.array(row["validation_hps"]).mean(0)
+        end = row.get("last_difference")
+        text = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**end) if end else ""
+        lines.append([row["variant"], f"{first:.4f}", f"{last:.4f}", text])
+    return markdown_table(head, lines)
 
 
 EMULATED = (
@@ -325,9 +321,9 @@ def report(result: Mapping[str, Any]) -> str:
         [
             "# Approximate continuations on the mini world",
             *("", measured, "", "## Ranking", "", ranking, ""),
-            *_ranking_table(result["ranking"]),
+            _ranking_table(result["ranking"]),
             *("", "## Learning curves", "", curves, ""),
-            *_curve_table(result["curves"]),
+            _curve_table(result["curves"]),
             "",
         ]
     )
@@ -358,10 +354,7 @@ def main(
         path = Path(folder)
         result["ranking"] = measure_rankings(prompts, lora_iterations, path)
         result["curves"] = measure_curves(result["settings"]["seeds"], iterations, path, jobs)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "approximations.json", result)
-    atomic_write_text(output / "approximations.md", report(result))
-    typer.echo(report(result))
+    write_report(output, "approximations", result, report(result))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 
-from benchmarks.speed.iteration_report import report, show
+from benchmarks.speed.iteration_report import report
 from benchmarks.speed.original import Original, Plan
+from benchmarks.speed.report import write_report
 from benchmarks.speed.sizes import SIZES, UNTOUCHED, Models, Size
 from benchmarks.speed.stopwatch import (
     Stopwatch,
@@ -27,9 +28,9 @@ from benchmarks.speed.stopwatch import (
 )
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_text, write_json
 from g2rpo.methods.g2rpo import G2RPO
 from g2rpo.provenance import provenance
+from g2rpo.quiet import quiet_libraries
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
@@ -316,16 +317,11 @@ def main(
     if device.type == "cpu":
         torch.set_num_threads(1)  # such small models are fastest so, either way
     result = measure(chosen, device, repeats or chosen.repeats)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / f"iteration-{name}.json", result)
-    atomic_write_text(output / f"iteration-{name}.md", report(result))
-    show(result)
+    write_report(output, f"iteration-{name}", result, report(result))
     typer.echo(f"ratio: {result['ratio']:.2f}")
 
 
 if __name__ == "__main__":
-    from reproduce.commands.quiet import quiet_libraries
-
     quiet_libraries()
     try:
         typer.run(main)

@@ -1,10 +1,9 @@
-"""The timing of an iteration as a table on the terminal and a page of Markdown."""
+"""The timing of an iteration as a page of Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.speed.report import markdown_table
 
 PHASES = {
     "rollout": "rollouts", "decode": "decoding", "reward": "scoring", "training": "training step",
@@ -23,50 +22,37 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
     def about(each: Mapping[str, Any]) -> str:
         return "~" if each["run_evaluations"] < each["evaluations"] else ""
 
-    lines = [
-        [f"{text}, s", *(f"{about(e)}{e['seconds'][phase]:.3g}" for e in found)]
-        for phase, text in PHASES.items()
-    ]
-    return [
-        *lines,
-        ["whole iteration, s", *(f"{about(e)}{e['whole']:.3g}" for e in found)],
-        ["velocity evaluations", *(f"{e['evaluations']:,}" for e in found)],
-        ["of them run", *(f"{e['run_evaluations']:,}" for e in found)],
-        ["ms an evaluation", *(f"{_milliseconds(e):.3g}" for e in found)],
-        ["TFLOP/s in rollouts", *(f"{e['rollout_tflops']:.3g}" for e in found)],
-        ["of the ceiling", *(f"{_share(e, result):.1%}" for e in found)],
-        ["training forwards", *(f"{e['training_evaluations']}" for e in found)],
-        ["peak memory, GB", *(_peak(e) for e in found)],
-        ["largest difference of a reward", *(f"{e['reward_difference']:.1e}" for e in found)],
-        ["faster by", *(f"{original / e['whole']:.2f}×" for e in found)],
-    ]  # fmt: skip
+    def seconds(phase: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda e: f"{about(e)}{e['seconds'][phase]:.3g}"
 
-
-def _peak(execution: Mapping[str, Any]) -> str:
-    return "–" if execution["peak_gb"] is None else f"{execution['peak_gb']:.1f}"
-
-
-def _milliseconds(execution: Mapping[str, Any]) -> float:
-    return 1000 * float(execution["seconds"]["rollout"]) / int(execution["evaluations"])
-
-
-def _share(execution: Mapping[str, Any], result: Mapping[str, Any]) -> float:
-    return float(execution["rollout_tflops"]) / float(result["ceiling_tflops"])
+    quantities: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        **{f"{text}, s": seconds(phase) for phase, text in PHASES.items()},
+        "whole iteration, s": lambda e: f"{about(e)}{e['whole']:.3g}",
+        "velocity evaluations": lambda e: f"{e['evaluations']:,}",
+        "of them run": lambda e: f"{e['run_evaluations']:,}",
+        "ms an evaluation": lambda e: f"{1000 * e['seconds']['rollout'] / e['evaluations']:.3g}",
+        "TFLOP/s in rollouts": lambda e: f"{e['rollout_tflops']:.3g}",
+        "of the ceiling": lambda e: f"{e['rollout_tflops'] / result['ceiling_tflops']:.1%}",
+        "training forwards": lambda e: f"{e['training_evaluations']}",
+        "peak memory, GB": lambda e: "–" if e["peak_gb"] is None else f"{e['peak_gb']:.1f}",
+        "largest difference of a reward": lambda e: f"{e['reward_difference']:.1e}",
+        "faster by": lambda e: f"{original / e['whole']:.2f}×",
+    }
+    return [[text, *map(quantity, found)] for text, quantity in quantities.items()]
 
 
 def goals(result: Mapping[str, Any]) -> list[str]:
     """Each goal of the engine, and whether this run met it."""
     device = result["settings"]["device"]
-    ours = result["executions"][2]
+    original, _, ours, *variants = result["executions"]
     found = [_goal("whole iteration, exact", result["ratio"], GOALS[device], "×")]
     if device == "cuda":
+        share = ours["rollout_tflops"] / result["ceiling_tflops"]
+        found.append(_goal("rollouts, of the ceiling", share, CEILING_GOAL, ""))
         rest = 1 - ours["seconds"]["rollout"] / ours["whole"]
-        found.append(_goal("rollouts, of the ceiling", _share(ours, result), CEILING_GOAL, ""))
         met = "met" if rest <= REST_GOAL else "NOT MET"
         found.append(f"all but rollouts: {rest:.0%} of the iteration, goal at most 15 %: {met}")
-        for each in result["executions"][3:]:
-            ratio = result["executions"][0]["whole"] / each["whole"]
-            found.append(_goal(each["name"], ratio, FP8_GOAL, "×"))
+        found += [_goal(e["name"], original["whole"] / e["whole"], FP8_GOAL, "×") for e in variants]
     return found
 
 
@@ -106,32 +92,13 @@ def conditions(result: Mapping[str, Any]) -> str:
 def report(result: Mapping[str, Any]) -> str:
     """The page."""
     names = [each["name"] for each in result["executions"]]
-    table = [
-        "| | " + " | ".join(names) + " |",
-        "| --- |" + " ---: |" * len(names),
-        *("| " + " | ".join(row) + " |" for row in rows(result)),
-    ]
     return "\n".join(
         [
             f"# One iteration of G²RPO, size {result['settings']['size']}",
             *("", conditions(result), ""),
-            *table,
+            markdown_table(["", *names], rows(result), "---:"),
             "",
             *(f"- {goal}" for goal in goals(result)),
             "",
         ]
     )
-
-
-def show(result: Mapping[str, Any]) -> None:
-    """The table and its conditions on the terminal."""
-    console = Console()
-    table = Table(title=f"One iteration of G2RPO, size {result['settings']['size']}")
-    table.add_column("")
-    for each in result["executions"]:
-        table.add_column(each["name"], justify="right")
-    for row in rows(result):
-        table.add_row(*row)
-    console.print(table)
-    for line in (conditions(result), *goals(result)):
-        console.print(line, highlight=False)

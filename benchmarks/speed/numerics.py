@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.speed.report import markdown_table, write_report
 from benchmarks.speed.sizes import MINI, PROMPT, FluxShape, Models, Size, write_flux
-from g2rpo.files import atomic_write_text, write_json
 from g2rpo.provenance import provenance
+from g2rpo.quiet import quiet_libraries
 from g2rpo.training.loop import Trainer
 
 OUTPUT = Path("results/numerics")
@@ -86,9 +87,7 @@ def main(
         "ratio_deviation": found,
         "tolerance": TOLERANCE,
     }  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "ratio.json", result)
-    atomic_write_text(output / "ratio.md", report(result))
+    write_report(output, "ratio", result, report(result))
     worst = max(found.values())
     typer.echo(f"largest: {worst:.2e}, tolerance {TOLERANCE:g}")
     if not worst <= TOLERANCE:
@@ -99,9 +98,8 @@ def report(result: dict[str, Any]) -> str:
     """The measurement as a page of Markdown."""
     settings, provenance = result["settings"], result["provenance"]
     double, single = settings["blocks"]
-    lines = "\n".join(
-        f"| {name} | {value:.1e} |" for name, value in result["ratio_deviation"].items()
-    )
+    rows = [[name, f"{value:.1e}"] for name, value in result["ratio_deviation"].items()]
+    table = markdown_table(["training, blocks", "largest deviation"], rows, "---:")
     return (
         "# The ratio before an update at FLUX's shape\n\n"
         f"{double} double and {single} single blocks of {settings['heads']} heads of width "
@@ -110,12 +108,10 @@ def report(result: dict[str, Any]) -> str:
         f"{settings['text_tokens']} text tokens. Device: {provenance['hardware']['device']}, torch "
         f"{provenance['packages']['torch']}, commit {provenance['git_commit']}. Largest deviation "
         f"of the ratio from 1; more than {result['tolerance']:g} would stop a run.\n\n"
-        f"| training, blocks | largest deviation |\n| --- | ---: |\n{lines}\n"
+        f"{table}\n"
     )
 
 
 if __name__ == "__main__":
-    from reproduce.commands.quiet import quiet_libraries
-
     quiet_libraries()
     typer.run(main)

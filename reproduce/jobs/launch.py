@@ -36,7 +36,7 @@ DRIVER = "driver"
 def prepare_worker() -> None:
     """What a worker on this machine does before its first stage."""
     from g2rpo.progress import ProgressReport
-    from reproduce.commands.quiet import quiet_libraries
+    from g2rpo.quiet import quiet_libraries
 
     quiet_libraries()
     ProgressReport.bars = False

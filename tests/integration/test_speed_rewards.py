@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed import rewards as speed
-from benchmarks.speed.reward_rivals import Rival, Work
+from benchmarks.speed.rewards import Rival, Work
 from g2rpo.errors import UserError
 
 NAMES = {
@@ -16,31 +16,27 @@ NAMES = {
 }
 
 
-def work(sample: int | None = None) -> Work:
-    return speed.make_work("small", 6, 2, torch.device("cpu"), sample)
+def work() -> Work:
+    return speed.make_work("small", 6, 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("reward", list(NAMES))
-def test_each_package_gives_our_scores(reward: str) -> None:
-    lines = speed.run(reward, work())
+def test_each_package_gives_our_scores(
+    reward: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[speed.Line] = []
+    show = speed.show
+    monkeypatch.setattr(
+        speed, "show", lambda found, *rest: (lines.extend(found), show(found, *rest))
+    )
+    speed.main(size="small", images=6, prompts=2, rewards=reward, device="cpu")
+    told = capsys.readouterr().out
     assert [line.name for line in lines] == NAMES[reward]
-    assert all(line.seconds > 0 and line.timed == line.calls for line in lines)
-    assert lines[0].difference is None
+    assert all(name in told for name in NAMES[reward])
+    assert "cpu, 1 threads, float32" in told and "DIFFERS" not in told
+    assert all(line.seconds > 0 for line in lines) and lines[0].difference is None
     for line in lines[1:]:
         assert line.difference is not None and line.difference < 1e-5
-
-
-def test_the_table_has_every_row_and_says_what_is_extrapolated(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    speed.main(size="small", images=6, prompts=2, rewards="hps,clip", device="cpu", sample=1)
-    told = capsys.readouterr().out
-    for name in (*NAMES["hps"], *NAMES["clip"]):
-        assert name in told
-    assert "hps, hpsv2.score: 1 of 2 calls timed, the rest extrapolated" in told
-    assert "clip, open_clip, by image: 1 of 6 calls timed" in told
-    assert "cpu, 1 threads, float32" in told
-    assert "DIFFERS" not in told
 
 
 def test_another_score_is_not_compared_in_time(
@@ -53,7 +49,7 @@ def test_another_score_is_not_compared_in_time(
     timed = speed._time_rival
     monkeypatch.setattr(speed, "_time_rival", off)
     with pytest.raises(SystemExit) as stopped:
-        speed.main(size="small", images=4, prompts=2, rewards="clip", device="cpu", sample=None)
+        speed.main(size="small", images=4, prompts=2, rewards="clip", device="cpu")
     assert stopped.value.code == 2
     told = capsys.readouterr()
     assert "DIFFERS" in told.out
@@ -82,10 +78,7 @@ def test_constant_scores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mistake_is_told_in_one_line(
     arguments: dict[str, object], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    defaults = {
-        "size": "small", "images": 4, "prompts": 2, "rewards": "clip", "device": "cpu",
-        "sample": None,
-    }  # fmt: skip
+    defaults = {"size": "small", "images": 4, "prompts": 2, "rewards": "clip", "device": "cpu"}
     with pytest.raises(SystemExit) as stopped:
         speed.main(**(defaults | arguments))  # type: ignore[arg-type]
     assert stopped.value.code == 2

@@ -23,7 +23,7 @@ CONTENT = random.Random(1).randbytes(6_000_000)
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     use_empty_caches(monkeypatch, tmp_path)
-    monkeypatch.setattr("reproduce.commands.quiet.quiet_libraries", lambda: None)
+    monkeypatch.setattr("g2rpo.quiet.quiet_libraries", lambda: None)
     with serve() as running:
         running.add("xswu/HPSv2", HPS, CONTENT)
         yield running

@@ -93,7 +93,7 @@ def doctor(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Doctor:
-    monkeypatch.setattr("reproduce.commands.quiet.quiet_libraries", lambda: None)
+    monkeypatch.setattr("g2rpo.quiet.quiet_libraries", lambda: None)
     return Doctor(tmp_path, monkeypatch, capsys)
 
 
