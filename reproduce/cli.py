@@ -221,8 +221,8 @@ def main() -> None:
 
     So is a file that cannot be read or written; other errors are bugs and keep their traceback.
     """
-    from reproduce.commands import locales
     from g2rpo.quiet import quiet_libraries
+    from reproduce.commands import locales
 
     locales.escape_output()
     try:
