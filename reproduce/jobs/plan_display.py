@@ -6,6 +6,7 @@ from pathlib import Path
 from g2rpo.errors import UserError
 from reproduce.commands.console import literal, plain_table, wide_console
 from reproduce.experiment import absolute
+from reproduce.experiment.weights import missing_weights
 from reproduce.jobs.estimates import (
     Estimate,
     credit_estimate,
@@ -216,8 +217,6 @@ def _wall(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> st
 
 def missing_inputs(plan: Plan) -> list[str]:
     """What has to be fetched before this can run, with the command."""
-    from reproduce.commands.weights import unfetched
-
     prompts = plan.profile.prompts
     absent = [
         path
@@ -227,7 +226,8 @@ def missing_inputs(plan: Plan) -> list[str]:
     lines = []
     if absent:
         lines.append(f"not there yet: {', '.join(absent)}: `g2rpo prompts fetch` (docs/weights.md)")
-    names = unfetched(plan.profile)
+    states = missing_weights(plan.profile)
+    names = [state.artifact.name for state in states if state.word != "altered"]
     if names:
         lines.append(
             f"not fetched yet: {', '.join(names)}: `g2rpo weights fetch {' '.join(names)}`"
