@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.training.checkpoint.checkpoints import latest_checkpoint
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer, load_train_config
@@ -59,3 +60,34 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     squares = [((a[name].double() - b[name].double()) ** 2).sum() for name in a]
     return float(torch.stack(squares).sum().sqrt())
+
+
+def drawn_states(config: TrainConfig) -> int:
+    """States that a run of ``config`` trains, with the steps that it will draw for each sample."""
+    optimization, size, total = config.optimization, config.rollout.group_size, 0
+    prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
+    for iteration in range(optimization.iterations):
+        tree = config.method.rollout_tree(config.shape, iteration)
+        states = [tree.states[index] for index in tree.recorded]
+        steps = sorted({state.node - 1 for state in states})
+        for prompt in prompts_of_iteration(
+            prompts, config.rollout.prompts_per_iteration, config.seed, iteration
+        ):
+            trained = [
+                config.method.trained_steps(steps, config.seed, iteration, (prompt.id, sample))
+                for sample in range(size)
+            ]
+            update = [
+                0
+                if optimization.update_every == "timestep"
+                else sample * optimization.updates_per_iteration // size
+                for sample in range(size)
+            ]
+            total += len(
+                {
+                    (update[state.sample or 0], state.parent)
+                    for state in states
+                    if state.node - 1 in trained[state.sample or 0]
+                }
+            )
+    return total

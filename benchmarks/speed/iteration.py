@@ -29,6 +29,7 @@ from benchmarks.speed.stopwatch import (
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.methods.g2rpo import G2RPO
+from g2rpo.policy.size import model_size
 from g2rpo.provenance import provenance
 from g2rpo.quiet import quiet_libraries
 from g2rpo.rewards.registry import load_reward
@@ -85,13 +86,9 @@ class Bench:
     """The executions of one size."""
 
     def __init__(self, size: Size, models: Models, device: torch.device, folder: Path) -> None:
-        from reproduce.jobs.flux_size import flux_size
-
         self.size, self.models, self.device, self.folder = size, models, device, folder
         policy = size.config(models).policy
-        self.operations = flux_size(policy).operations(
-            policy.resolution, policy.max_sequence_length
-        )
+        self.operations = model_size(policy).operations(policy)
         self.runs = 0
 
     def _trainer(self, config: TrainConfig, watch: Stopwatch) -> Trainer:

@@ -17,6 +17,8 @@ from g2rpo.flow.schedule import build_grid
 from g2rpo.flow.sweep import SweepSettings
 from g2rpo.offload import OffloadedReward
 from g2rpo.policy.continuation import ContinuationPolicy
+from g2rpo.policy.folder import resolve_source
+from g2rpo.policy.size import read_size
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.registry import load_reward
@@ -36,7 +38,7 @@ from g2rpo.training.collective import (
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.engine.optimizer import build_optimizer
-from g2rpo.training.memory import check_fits, reward_bytes
+from g2rpo.training.memory import check_fits
 from g2rpo.training.metrics import METRICS_FILE, MetricsLog, PhaseClock, reward_row, reward_sums
 from g2rpo.training.previews import save_previews
 from g2rpo.training.rollout import Rollout, RolloutEngine
@@ -52,7 +54,8 @@ def _check_memory(config: TrainConfig, accelerator: Accelerator) -> None:
     """Refuses, before anything is loaded, what cannot fit into this rank's GPU."""
     if accelerator.device.type == "cuda":
         _, total = torch.cuda.mem_get_info(accelerator.device)
-        check_fits(config, accelerator.num_processes, total, reward_bytes(config))
+        size = read_size(resolve_source(config.policy.source, config.policy.revision))
+        check_fits(config, size, accelerator.num_processes, total)
 
 
 def _load_reward(reward: RewardConfig, config: TrainConfig, device: torch.device) -> RewardModel:

@@ -79,3 +79,19 @@ def check_cache(folder: Path, wanted: Iterable[tuple[str, int | None]]) -> Findi
             "set HF_HOME to a larger disk before fetching them",
         )  # fmt: skip
     return Finding("weights", "note", text, "`g2rpo weights fetch --profile flux` fetches them")
+
+
+def missing_weights(profile: str = "flux") -> list[tuple[str, int | None]]:
+    """Name and bytes of a profile's published weights that are not whole in the cache."""
+    from g2rpo.hub.catalogue import catalogue
+    from g2rpo.hub.lock import read_lock
+    from g2rpo.hub.status import artifact_state
+    from reproduce.commands.weights import WEIGHTS, needed_by_profile
+
+    lock = read_lock()
+    needed = needed_by_profile(profile, catalogue().select([], WEIGHTS))
+    return [
+        (artifact.name, artifact.size()[0])
+        for artifact in needed
+        if artifact_state(artifact, lock).word not in ("locked", "cached")
+    ]

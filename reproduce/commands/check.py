@@ -45,10 +45,7 @@ def _look(results: Path, *, require_gpu: bool) -> "list[Finding]":
     from huggingface_hub import constants
 
     from reproduce.checks import folders, machine
-    from reproduce.experiment import load_profile
-    from reproduce.experiment.weights import missing_weights
 
-    missing = [state.artifact for state in missing_weights(load_profile("flux"))]
     devices = machine.find_devices()
     return [
         machine.check_machine(),
@@ -57,9 +54,7 @@ def _look(results: Path, *, require_gpu: bool) -> "list[Finding]":
         machine.check_code(),
         machine.check_shared_memory(len(devices.names)),
         folders.check_results(results),
-        folders.check_cache(
-            Path(constants.HF_HUB_CACHE), [(one.name, one.size()[0]) for one in missing]
-        ),
+        folders.check_cache(Path(constants.HF_HUB_CACHE), folders.missing_weights()),
     ]
 
 

@@ -104,19 +104,24 @@ def needed_files(profile: "Profile") -> tuple[Path, ...]:
 
 def examine_weights(profile: str) -> tuple[list["Finding"], list[str]]:
     """Whether the published weights of a profile are cached here, and those that are by name."""
-    from reproduce.experiment import load_profile
-    from reproduce.experiment.weights import fetch_advice, weights_states
+    from g2rpo.hub.catalogue import catalogue
+    from g2rpo.hub.lock import read_lock
+    from g2rpo.hub.status import artifact_state
+    from reproduce.commands.weights import WEIGHTS, needed_by_profile
     from slurm.doctor.finding import Finding, listed
 
-    states = weights_states(load_profile(profile))
-    if not states:
+    needed = needed_by_profile(profile, catalogue().select([], WEIGHTS))
+    if not needed:
         return [Finding("ok", "weights", "no published ones are needed")], []
-    cached = [state.artifact.name for state in states if state.is_whole]
-    absent = [f"{state.artifact.name} ({state.word})" for state in states if not state.is_whole]
+    lock = read_lock()
+    words = {artifact.name: artifact_state(artifact, lock).word for artifact in needed}
+    cached = [name for name, word in words.items() if word in ("cached", "locked")]
+    absent = [f"{name} ({word})" for name, word in words.items() if name not in cached]
     if not absent:
-        return [Finding("ok", "weights", f"all {len(states)} cached here")], cached
-    found = f"{len(cached)} of {len(states)} cached here; not {listed(absent)}"
-    return [Finding("failed", "weights", found, fetch_advice(profile))], cached
+        return [Finding("ok", "weights", f"all {len(words)} cached here")], cached
+    found = f"{len(cached)} of {len(words)} cached here; not {listed(absent)}"
+    mend = f"`g2rpo weights fetch --profile {profile}` where there is a network"
+    return [Finding("failed", "weights", found, mend)], cached
 
 
 def print_findings(findings: Sequence["Finding"]) -> None:

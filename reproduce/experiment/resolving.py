@@ -12,10 +12,10 @@ from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import REWARDS
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.experiment.bundled import absolute
 from reproduce.experiment.cells import CellConfig, Experiment, load_preset
 from reproduce.experiment.profile import Profile, PromptSplits
-from reproduce.jobs.counts import iterations_within, training_counts
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What each stage of a cell will take: evaluations, seconds and disk, without loading a model.
 
-Counts follow from the configuration (:mod:`reproduce.jobs.counts`), seconds from the speeds of the
+Counts follow from the configuration (:mod:`g2rpo.training.counts`), seconds from the speeds of the
 profile's machine (``speeds.yaml``), and bytes from the size of the transformer.
 """
 
@@ -16,10 +16,10 @@ from g2rpo.flow.rollout_tree import credited_to, recorded_steps
 from g2rpo.hub.prompt_sets import VALIDATION_PROMPTS, artifact_named
 from g2rpo.methods.base import iterations_by_rollout
 from g2rpo.policy import PolicyConfig
+from g2rpo.policy.size import DTYPE_BYTES, model_size
 from g2rpo.training.config import CheckpointConfig, TrainConfig
+from g2rpo.training.counts import training_counts, validations
 from reproduce.experiment import Hardware, ResolvedCell
-from reproduce.jobs.counts import training_counts, validations
-from reproduce.jobs.flux_size import BYTES, flux_size
 from reproduce.jobs.speeds import Seconds, Speeds, speeds_of
 from reproduce.stages.shares import WHOLE, Share
 
@@ -29,8 +29,6 @@ SCORE_BYTES = 40
 """Of one score in Parquet with its journal, assumed."""
 LOG_BYTES = 4096
 """Of one iteration's metrics, in JSON and for TensorBoard, assumed."""
-EMBEDDING_BYTES = 2
-"""Of one number of a stored text embedding: bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class _Clock:
     def __init__(self, speeds: Speeds, policy: PolicyConfig) -> None:
         self.speeds, self.seconds = speeds, 0.0
         self.measured = not speeds.stands_in
-        operations = flux_size(policy).operations(policy.resolution, policy.max_sequence_length)
+        operations = model_size(policy).operations(policy)
         self._size = operations / speeds.operations
         self._pixels = (policy.resolution / speeds.resolution) ** 2
 
@@ -131,15 +129,13 @@ def _pictures(config: TrainConfig, clock: _Clock) -> int:
     return images * pictures.grid.steps
 
 
-def training_estimate(
-    config: TrainConfig, hardware: Hardware, speeds: Speeds, *, draw: bool = False
-) -> Estimate:
-    """A whole training run; ``draw`` as for :func:`reproduce.jobs.counts.training_counts`.
+def training_estimate(config: TrainConfig, hardware: Hardware, speeds: Speeds) -> Estimate:
+    """A whole training run.
 
     Raises:
-        UserError: the validation prompts (or, with ``draw``, the training prompts) are not there.
+        UserError: the validation prompts are not there.
     """
-    counts, total = training_counts(config, draw=draw), config.optimization.iterations
+    counts, total = training_counts(config), config.optimization.iterations
     ranks = hardware.training_ranks
     rewards = [term.reward.model for term in config.rewards.values()]
     shared, alone = _Clock(speeds, config.policy), _Clock(speeds, config.policy)
@@ -162,7 +158,7 @@ def training_estimate(
         alone.scored(images, rewards)
         evaluations += images * config.grid.steps
     evaluations += _pictures(config, alone)
-    one, kept, written = checkpoint_disk(config, hardware)
+    one, kept, written = checkpoint_disk(config)
     alone.written(written * one)
     wall = alone.seconds + shared.seconds / ranks
     if config.optimization.max_device_seconds is not None:
@@ -277,7 +273,7 @@ def embedding_estimate(
     clock = _Clock(speeds, policy)
     clock.started("embed")
     clock.add(prompts, speeds.text)
-    return _on_one_device(hardware, clock, 0, prompts * embedding_bytes(policy))
+    return _on_one_device(hardware, clock, 0, prompts * model_size(policy).embedding_bytes(policy))
 
 
 def rendering_estimate(speeds: Speeds) -> Estimate:
@@ -353,32 +349,25 @@ def png_bytes(cell: ResolvedCell) -> float:
     return PNG_BYTES_PER_PIXEL * cell.evaluation.resolution**2
 
 
-def embedding_bytes(policy: PolicyConfig) -> int:
-    """Of one prompt's stored text embeddings: the sequence and the pooled vector."""
-    size = flux_size(policy)
-    return EMBEDDING_BYTES * (policy.max_sequence_length * size.joint_width + size.pooled_width)
-
-
 # Checkpoints
 
 
-def checkpoint_bytes(config: TrainConfig, hardware: Hardware) -> int:
+def checkpoint_bytes(config: TrainConfig) -> int:
     """Of one checkpoint: weights, AdamW's two moments, and twice the weights where EMA is kept.
 
     What is trained is kept in float32 at least; under LoRA it is the adapters alone.
     """
-    size = flux_size(config.policy)
-    lora = hardware.engine == "lora"
-    parameters = size.lora_parameters if lora else size.parameters
+    size = model_size(config.policy)
+    parameters = size.parameters if config.lora is None else size.lora_parameters(config.lora)
     copies = 3 if config.optimization.ema_decay is None else 5
-    return copies * parameters * (4 if lora else max(4, BYTES[config.policy.dtype]))
+    return copies * parameters * max(4, DTYPE_BYTES[config.policy.dtype])
 
 
-def checkpoint_disk(config: TrainConfig, hardware: Hardware) -> tuple[int, int, int]:
+def checkpoint_disk(config: TrainConfig) -> tuple[int, int, int]:
     """Bytes of one checkpoint, how many there are at most at a time, how many are written."""
     settings = config.checkpoints
     most, written = _checkpoints(settings, config.optimization.iterations)
-    return checkpoint_bytes(config, hardware), most, written
+    return checkpoint_bytes(config), most, written
 
 
 @functools.lru_cache(maxsize=1024)

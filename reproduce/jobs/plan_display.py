@@ -6,7 +6,6 @@ from pathlib import Path
 from g2rpo.errors import UserError
 from reproduce.commands.console import literal, plain_table, wide_console
 from reproduce.experiment import absolute
-from reproduce.experiment.weights import missing_weights
 from reproduce.jobs.estimates import (
     Estimate,
     credit_estimate,
@@ -217,6 +216,8 @@ def _wall(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> st
 
 def missing_inputs(plan: Plan) -> list[str]:
     """What has to be fetched before this can run, with the command."""
+    from reproduce.commands.weights import unfetched
+
     prompts = plan.profile.prompts
     absent = [
         path
@@ -226,8 +227,7 @@ def missing_inputs(plan: Plan) -> list[str]:
     lines = []
     if absent:
         lines.append(f"not there yet: {', '.join(absent)}: `g2rpo prompts fetch` (docs/weights.md)")
-    states = missing_weights(plan.profile)
-    names = [state.artifact.name for state in states if state.word != "altered"]
+    names = unfetched(plan.profile)
     if names:
         lines.append(
             f"not fetched yet: {', '.join(names)}: `g2rpo weights fetch {' '.join(names)}`"

@@ -7,7 +7,9 @@ import torch
 
 from g2rpo.errors import UserError
 from g2rpo.policy import PolicyConfig
-from g2rpo.training.config import TrainConfig
+from g2rpo.policy.folder import folder_here
+from g2rpo.policy.size import ModelSize, read_size
+from g2rpo.training.memory import GIB, check_fits
 from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
 from slurm.cluster import Cluster, has_slurm
 
@@ -60,37 +62,23 @@ def check_memory(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
     needs = profile.hardware
     if not needs.gpus or not needs.gpu_memory_gb:
         return
-    from g2rpo.training.memory import GIB, check_fits, reward_bytes
-
     available = float(needs.gpu_memory_gb * GIB)
-    seen: set[str] = set()
     for cell in cells:
         config = cell.train
-        if config is None or not _is_here(config.policy) or _alike(config) in seen:
+        size = None if config is None else _size_here(config.policy)
+        if config is None or size is None:
             continue
-        seen.add(_alike(config))
         try:
-            check_fits(config, needs.training_ranks, available, reward_bytes(config))
+            check_fits(config, size, needs.training_ranks, available)
         except UserError as error:
             raise UserError(f"{cell.key}, profile {profile.name}: {error}") from None
 
 
-def _alike(config: TrainConfig) -> str:
-    """Equal for trainings that need the same memory."""
-    what = ("policy", "rewards", "lora", "execution")
-    settings = config.optimization
-    moments = (settings.optimizer, settings.ema_decay, settings.kl_coefficient > 0)
-    return repr([*(getattr(config, name) for name in what), moments])
-
-
-def _is_here(policy: PolicyConfig) -> bool:
-    from g2rpo.policy.folder import resolve_source
-
-    try:
-        resolve_source(policy.source, policy.revision)
-    except UserError:
-        return False
-    return True
+def _size_here(policy: PolicyConfig) -> ModelSize | None:
+    folder = folder_here(policy.source, policy.revision)
+    if folder is None or not (folder / "transformer" / "config.json").exists():
+        return None
+    return read_size(folder)
 
 
 def build_assets(profile: Profile) -> None:

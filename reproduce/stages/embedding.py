@@ -27,16 +27,14 @@ from g2rpo.data.embeddings import (
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.files import write_json
 from g2rpo.policy import PolicyConfig
-from g2rpo.policy.folder import folder_here, read_json, resolve_source, text_fingerprint
+from g2rpo.policy.folder import read_json, resolve_source, text_fingerprint
+from g2rpo.policy.size import model_size, read_size
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment import ResolvedCell
 from reproduce.experiment.layout import Layout
 
 if TYPE_CHECKING:
     from g2rpo.policy import FluxPolicy
-
-FLUX_WIDTHS = {"joint_attention_dim": 4096, "pooled_projection_dim": 768}
-"""What FluxTransformer2DModel takes unless its configuration says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -138,22 +136,10 @@ def _cache_folder(key: CacheKey, layout: Layout) -> Path:
     return layout.runs / "embeddings" / key.name
 
 
-def prompt_bytes(policy: PolicyConfig) -> int:
-    """Bytes of one prompt's embeddings on disk; FLUX's where the policy is not here to be read."""
-    widths = FLUX_WIDTHS
-    folder = folder_here(policy.source, policy.revision)
-    if folder is not None and (folder / "transformer" / "config.json").is_file():
-        config = read_json(folder / "transformer" / "config.json")
-        widths = {name: int(config.get(name, default)) for name, default in widths.items()}
-    numbers = policy.max_sequence_length * widths["joint_attention_dim"]
-    itemsize: int = getattr(torch, policy.dtype).itemsize
-    return (numbers + widths["pooled_projection_dim"]) * itemsize
-
-
 def disk_bytes(cells: Iterable[ResolvedCell], *, every_prompt: bool = False) -> int:
     """Bytes that the embeddings of all prompts of ``cells`` take, whether they are there or not."""
     return sum(
-        prompt_bytes(policy) * len(texts)
+        model_size(policy).embedding_bytes(policy) * len(texts)
         for policy, texts in _by_policy(cells, every_prompt=every_prompt)
     )
 
@@ -206,14 +192,14 @@ def embed(
     """
     folders = []
     for policy, texts in _by_policy(cells, every_prompt=every_prompt):
-        resolve_source(policy.source, policy.revision)
+        size = read_size(resolve_source(policy.source, policy.revision))
         key = cache_key(policy)
         assert key is not None  # the encoders are here now
         folder = _cache_folder(key, layout)
         # Told to people beside the folder: everything that ends in .json inside is an index.
         write_json(folder.with_suffix(".json"), key.model_dump(mode="json"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        settings = FillSettings(prompt_bytes(policy), part, origin=_origin(device))
+        settings = FillSettings(size.embedding_bytes(policy), part, origin=_origin(device))
         fill(_opened(folder), texts, functools.partial(_encoder, policy, device), settings)
         folders.append(folder)
         gc.collect()

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from training_runs import drawn_states
 
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.counts import training_counts, validations
 from g2rpo.training.loop import Trainer, load_train_config
-from reproduce.experiment import Hardware
-from reproduce.jobs.counts import training_counts, validations
 from reproduce.jobs.estimates import checkpoint_bytes, checkpoint_disk, prompt_count
 
 WINDOW = {"name": "mix_grpo", "window_size": 2, "interval": 1}
@@ -69,12 +69,13 @@ def test_a_run_counts_what_was_told(name: str, smoke_assets: Path, tmp_path: Pat
     config = config_for(smoke_assets, RUNS[name])
     reward = Redness()
     progress = Trainer(config, tmp_path, rewards={"hps": reward}).train()
-    counts = training_counts(config, draw=True)
-    assert counts.exact
+    counts = training_counts(config)
     assert counts.rollout_evaluations == progress.rollout_evaluations
-    assert counts.training_forwards == progress.training_forwards
-    assert counts.training_backwards == progress.training_backwards
     assert counts.images_scored == progress.images_scored
+    assert drawn_states(config) == progress.training_backwards
+    shared = 12 if name == "dance_grpo" else 0  # states that any of several samples may train
+    assert abs(counts.training_backwards - progress.training_backwards) <= shared
+    assert abs(counts.training_forwards - progress.training_forwards) <= shared
     validation = config.validation
     assert validation is not None
     held_out = prompt_count(Path(validation.file))
@@ -82,9 +83,9 @@ def test_a_run_counts_what_was_told(name: str, smoke_assets: Path, tmp_path: Pat
     seen = min(validation.limit, held_out) * validations(validation, progress.iteration)
     assert reward.scored == progress.images_scored + seen
 
-    size, most, written = checkpoint_disk(config, Hardware())
+    size, most, written = checkpoint_disk(config)
     assert (most, written) == (3, 3)  # two that are kept and the one being written
     files = [p for p in (tmp_path / "checkpoints" / "iteration-000003").rglob("*") if p.is_file()]
     # Beside the tensors there are their names.
-    assert size == checkpoint_bytes(config, Hardware())
+    assert size == checkpoint_bytes(config)
     assert size <= sum(path.stat().st_size for path in files) < 1.1 * size

@@ -2,67 +2,63 @@
 
 import json
 from collections.abc import Hashable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
+from training_runs import drawn_states
 
 from g2rpo.flow.rollout_tree import RolloutTree
-from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
+from g2rpo.methods.base import (
+    Method,
+    RolloutShape,
+    iterations_by_rollout,
+    method_names,
+    parse_method,
+)
 from g2rpo.methods.mix_grpo import MixGRPO
 from g2rpo.training.config import TrainConfig, ValidationConfig
+from g2rpo.training.counts import training_counts, validations
 from reproduce.experiment import ROOT, ResolvedCell, expand, load_experiment, load_profile
-from reproduce.jobs.counts import TrainingCounts, _groups, training_counts, validations
-
-COUNTERS = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
 
 
-def counted(counts: TrainingCounts) -> dict[str, int]:
-    return {name: getattr(counts, name) for name in COUNTERS}
-
-
-def trained_cells(experiment: str, seeds: list[int]) -> Iterator[tuple[ResolvedCell, TrainConfig]]:
-    for cell in expand(load_experiment(experiment), load_profile("mini"), seeds):
+def trained_cells(experiment: str, seed: int) -> Iterator[tuple[ResolvedCell, TrainConfig]]:
+    for cell in expand(load_experiment(experiment), load_profile("mini"), [seed]):
         if cell.train is not None:
             yield cell, cell.train
 
 
 @pytest.mark.parametrize(("experiment", "seed"), [("table1", 1), ("table1", 2), ("tuning", 101)])
 def test_counts_are_those_of_committed_runs(experiment: str, seed: int) -> None:
-    for cell, config in trained_cells(experiment, [seed]):
+    for cell, config in trained_cells(experiment, seed):
         name = f"{cell.key.replace('/', '--')}__seed{seed}.json"
         path = ROOT / "results" / "mini" / experiment / "cells" / name
         cost = json.loads(path.read_text())["cell"]["cost"]
-        counts = training_counts(config, draw=True)
-        assert counts.exact
-        assert counted(counts) == {counter: cost[counter] for counter in COUNTERS}, cell.key
-
-
-def test_a_random_choice_of_steps_is_averaged_unless_it_is_drawn() -> None:
-    for cell, config in trained_cells("table1", [1]):
-        drawn, averaged = training_counts(config, draw=True), training_counts(config)
-        assert averaged.exact == (cell.method != "dance_grpo")
-        if averaged.exact:
-            assert averaged == drawn
-        else:
-            assert averaged.rollout_evaluations == drawn.rollout_evaluations
-            assert averaged.training_forwards == pytest.approx(drawn.training_forwards, rel=0.01)
+        counts = asdict(training_counts(config))
+        states = counts.pop("training_backwards")
+        if cell.method == "dance_grpo":  # steps drawn at random, which are averaged beforehand
+            assert states == counts.pop("training_forwards")
+            assert states == pytest.approx(cost["training_backwards"], rel=0.01)
+            states = drawn_states(config)
+        assert states == cost["training_backwards"], cell.key
+        assert counts == {counter: cost[counter] for counter in counts}, cell.key
 
 
 SHAPE = RolloutShape(steps=9, group_size=3, iterations=24)
 
 
 @pytest.mark.parametrize("name", method_names())
-def test_equal_keys_mean_equal_trees(name: str) -> None:
+def test_equal_keys_mean_equal_forests(name: str) -> None:
     method = parse_method({"name": name, **({"interval": 5} if name == "mix_grpo" else {})})
     trees: dict[Hashable, RolloutTree] = {}
     for iteration in range(SHAPE.iterations):
         tree = method.rollout_tree(SHAPE, iteration)
         assert trees.setdefault(method.rollout_key(SHAPE, iteration), tree) == tree
     assert (len(trees) > 1) == (name == "mix_grpo")
-    counted = _groups((type(method), method.model_dump_json()), SHAPE)
+    counted = iterations_by_rollout(method, SHAPE)
     assert sum(counted.values()) == SHAPE.iterations
     plain = [method.rollout_tree(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
-    assert sum(g.evaluations * times for g, times in counted.items()) == sum(plain)
+    assert sum(plain[i] * times for i, times in counted.items()) == sum(plain)
 
 
 class Hurried(MixGRPO):
@@ -72,12 +68,12 @@ class Hurried(MixGRPO):
         return super().rollout_tree(shape, iteration * (self.interval or 1))
 
 
-def test_a_derived_method_with_another_tree_is_counted_by_its_own() -> None:
+def test_a_derived_method_with_another_forest_is_counted_by_its_own() -> None:
     method: Method = Hurried(interval=24)
-    counted = _groups((Hurried, method.model_dump_json()), SHAPE)
     plain = [method.rollout_tree(SHAPE, i).velocity_evaluations for i in range(SHAPE.iterations)]
     assert len(set(plain)) > 3
-    assert sum(g.evaluations * times for g, times in counted.items()) == sum(plain)
+    counted = iterations_by_rollout(method, SHAPE)
+    assert sum(plain[i] * times for i, times in counted.items()) == sum(plain)
 
 
 def test_published_iterations_of_g2rpo() -> None:

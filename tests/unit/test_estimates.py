@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from diffusers import FluxTransformer2DModel
 
 from g2rpo.errors import UserError
+from g2rpo.policy import LoraConfig
+from g2rpo.policy.size import FLUX_DEV, model_size
 from g2rpo.training.config import CheckpointConfig
+from g2rpo.training.counts import training_counts
 from reproduce.experiment import (
     ROOT,
     Experiment,
@@ -21,12 +23,10 @@ from reproduce.experiment import (
     load_profile,
     resolve,
 )
-from reproduce.jobs.counts import training_counts
 from reproduce.jobs.estimates import (
     Estimate,
     _checkpoints,
     checkpoint_bytes,
-    embedding_bytes,
     embedding_estimate,
     held_out_count,
     prompt_count,
@@ -35,7 +35,6 @@ from reproduce.jobs.estimates import (
     scoring_estimate,
     training_estimate,
 )
-from reproduce.jobs.flux_size import FLUX_DEV, FluxSize, flux_size
 from reproduce.jobs.schedule import Task, schedule_wall
 from reproduce.jobs.speeds import KINDS, all_speeds, speeds_of
 from reproduce.stages.shares import Share
@@ -43,31 +42,6 @@ from reproduce.stages.shares import Share
 
 def cell_of(profile: Profile, key: str = "hps/g2rpo") -> ResolvedCell:
     return resolve(load_experiment("table1"), profile, key, 1)
-
-
-# Sizes
-
-
-@pytest.mark.parametrize("guidance", [True, False])
-def test_parameters_are_those_of_a_real_model(guidance: bool) -> None:
-    model = FluxTransformer2DModel(
-        num_layers=2, num_single_layers=3, attention_head_dim=8, num_attention_heads=3,
-        in_channels=64, joint_attention_dim=40, pooled_projection_dim=20, guidance_embeds=guidance,
-        axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    size = FluxSize(2, 3, 3, 8, 64, 40, 20, guidance)
-    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_flux_dev_has_its_published_size() -> None:
-    assert FLUX_DEV.parameters == pytest.approx(11.9e9, rel=1e-3)
-    assert FLUX_DEV.image_tokens(720) == 2025
-    assert FLUX_DEV.operations(720, 512) == pytest.approx(37.3e12, rel=2e-3)
-    assert flux_size(load_profile("flux").policy) == FLUX_DEV
-    weights = ROOT / "benchmarks/mini_world/assets/policy/transformer"
-    size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
-    mini = flux_size(load_profile("mini").policy).parameters
-    assert min(abs(size - 4 * mini) / (4 * mini), abs(size - 2 * mini) / (2 * mini)) < 0.02
 
 
 def test_the_mini_world_s_speeds_are_those_of_the_committed_report() -> None:
@@ -84,8 +58,7 @@ def test_speeds_were_measured_at_the_sizes_that_they_state() -> None:
     assert [set(speeds.start) <= set(KINDS) for speeds in all_speeds()] == [True] * 4
     for name in ("mini", "flux", "flux-lora"):
         profile = load_profile(name)
-        size, policy = flux_size(profile.policy), profile.policy
-        operations = size.operations(policy.resolution, policy.max_sequence_length)
+        operations = model_size(profile.policy).operations(profile.policy)
         assert speeds_of(profile).operations == pytest.approx(operations, rel=1e-9)
     other = load_profile("flux").model_copy(update={"name": "mine"})
     assert speeds_of(other).name == "h100-full"
@@ -123,8 +96,8 @@ def test_another_resolution_is_scaled_and_told_as_not_measured() -> None:
     )
     scaled = training_estimate(larger, profile.hardware, speeds)
     assert not scaled.measured
-    size = flux_size(config.policy)
-    ratio = size.operations(64, 20) / size.operations(32, 20)
+    size = model_size(config.policy)
+    ratio = size.operations(larger.policy) / size.operations(config.policy)
     before = training_estimate(config, profile.hardware, speeds).wall_seconds
     assert 1.5 * before < scaled.wall_seconds < max(4, ratio) * before
 
@@ -147,10 +120,9 @@ def test_a_checkpoint_of_flux_is_weights_and_two_moments() -> None:
     profile = load_profile("flux")
     config = cell_of(profile).train
     assert config is not None
-    assert checkpoint_bytes(config, profile.hardware) == 12 * FLUX_DEV.parameters
-    lora = Hardware(gpus=1, engine="lora")
-    assert checkpoint_bytes(config, lora) == 12 * FLUX_DEV.lora_parameters
-    assert FLUX_DEV.lora_parameters < 0.05 * FLUX_DEV.parameters
+    assert checkpoint_bytes(config) == 12 * FLUX_DEV.parameters
+    adapters = config.model_copy(update={"lora": LoraConfig()})
+    assert checkpoint_bytes(adapters) == 12 * 358_612_992
 
 
 # Evaluation
@@ -207,9 +179,8 @@ def test_a_reward_that_nobody_timed_is_not_measured() -> None:
 
 def test_embeddings() -> None:
     profile = load_profile("flux")
-    assert embedding_bytes(profile.policy) == 2 * (512 * 4096 + 768)
     estimate = embedding_estimate(1000, profile.policy, profile.hardware, speeds_of(profile))
-    assert estimate.disk_bytes == 1000 * embedding_bytes(profile.policy)
+    assert estimate.disk_bytes == 1000 * 2 * (512 * 4096 + 768)
     assert (estimate.gpus, estimate.measured) == (1, False)
 
 

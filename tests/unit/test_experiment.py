@@ -13,6 +13,7 @@ from g2rpo import provenance
 from g2rpo.config import merge
 from g2rpo.errors import UserError
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.experiment import (
     HERE,
     Profile,
@@ -24,7 +25,6 @@ from reproduce.experiment import (
     resolve,
 )
 from reproduce.experiment import fingerprint as runs
-from reproduce.jobs.counts import iterations_within, training_counts
 
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
 PROFILES = sorted(path.stem for path in (HERE / "profiles").glob("*.yaml"))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from benchmarks.evaluation.statistics import ALPHA, Comparison, fixed, p_text, signed
 from reproduce.commands.console import literal, plain_table
-from reproduce.report.comparison import (
+from reproduce.runs.comparison import (
     ABSENT,
     CurvePoint,
     Difference,
