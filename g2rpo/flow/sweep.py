@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from g2rpo.flow.batching import BatchSize, as_batch_size
+from g2rpo.batching import BatchSize, as_batch_size
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean

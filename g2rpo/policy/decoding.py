@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from g2rpo.flow.batching import BatchSize
+from g2rpo.batching import BatchSize
 
 DECODE_PIXELS = 2**21
 """Pixels decoded at once: four images of 720x720. The decoder's memory grows with it."""

@@ -18,9 +18,9 @@ from accelerate.utils import extract_model_from_parallel
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
+from g2rpo.batching import BatchSize
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
-from g2rpo.flow.batching import BatchSize
 from g2rpo.offload import OffloadConfig, on_device
 from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into

@@ -15,12 +15,12 @@ from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import build_grid
 from g2rpo.flow.sweep import SweepSettings
-from g2rpo.offload import OffloadedReward
 from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.policy.folder import resolve_source
 from g2rpo.policy.size import read_size
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardConfig, RewardModel
+from g2rpo.rewards.offload import OffloadedReward
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training.advantages import transition_advantages

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from g2rpo.batching import BatchSize
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
-from g2rpo.flow.batching import BatchSize
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import (

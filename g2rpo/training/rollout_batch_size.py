@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
+from g2rpo.batching import BatchSize
 from g2rpo.files import write_json
-from g2rpo.flow.batching import BatchSize
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.decoding import decode_size
 from g2rpo.stop import Stopped

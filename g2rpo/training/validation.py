@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from g2rpo.batching import BatchSize
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
-from g2rpo.flow.batching import BatchSize
 from g2rpo.sampling import sample_ode
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import ValidationConfig
