@@ -8,7 +8,8 @@ import torch
 from engine_runs import config_for, run_to, trained_weights
 from torch import Tensor, nn
 
-from g2rpo.rewards.offload import OffloadedReward, on_device
+from g2rpo.offload import on_device
+from g2rpo.rewards.offload import OffloadedReward
 from g2rpo.training.loop import Trainer
 
 
