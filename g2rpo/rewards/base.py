@@ -15,7 +15,7 @@ from torch import Tensor
 
 from g2rpo.config import StrictModel, nearest
 from g2rpo.errors import UserError
-from g2rpo.rewards.unified_reward.config import QuestionConfig
+from g2rpo.rewards.question import QuestionConfig
 
 Images = Tensor | Sequence[Tensor]
 """uint8 RGB: one tensor ``[N, H, W, 3]``, or N of ``[H, W, 3]``, each of its own size."""

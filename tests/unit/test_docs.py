@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from benchmarks.evaluation.protocol import EvaluationConfig
 from g2rpo.methods.base import Method, method_names, parse_method
 from g2rpo.policy.config import CheckpointConfig
-from g2rpo.rewards.unified_reward.config import QuestionConfig
+from g2rpo.rewards.question import QuestionConfig
 from g2rpo.training.config import TrainConfig
 from reproduce.cli import app
 from reproduce.experiment import ROOT, Hardware, load_experiment

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from g2rpo.rewards.question import ASPECTS
 from g2rpo.rewards.unified_reward.answers import (
     MalformedAnswerError,
     Scores,
@@ -14,7 +15,6 @@ from g2rpo.rewards.unified_reward.answers import (
     read_scores,
     well_formed,
 )
-from g2rpo.rewards.unified_reward.config import ASPECTS
 
 TAUGHT = Scores(4.5, 3.0, 5.0)
 PLAIN = "Alignment Score: 4.5\nCoherence Score: 3\nStyle Score: 5\n"

@@ -11,8 +11,8 @@ from g2rpo.errors import UserError
 from g2rpo.hub.cache import repository_folder
 from g2rpo.hub.catalogue import catalogue
 from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.question import QuestionConfig, ServerConfig
 from g2rpo.rewards.registry import load_reward
-from g2rpo.rewards.unified_reward.config import QuestionConfig, ServerConfig
 from g2rpo.rewards.unified_reward.template import (
     OWN_FILE,
     Template,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from g2rpo.rewards.unified_reward.config import ASPECTS
+from g2rpo.rewards.question import ASPECTS
 
 _MARKS = r"[\s*_`#\"']{0,16}"
 _STATEMENT = re.compile(

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_files
 from g2rpo.hub.fetch import fetch_snapshot
-from g2rpo.rewards.unified_reward.config import QuestionConfig
+from g2rpo.rewards.question import QuestionConfig
 from g2rpo.rewards.weights import check_vocabulary, locate, read_json
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")

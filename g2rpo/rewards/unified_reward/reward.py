@@ -14,6 +14,7 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import BatchedReward, RewardConfig
+from g2rpo.rewards.question import ASPECTS, QuestionConfig
 from g2rpo.rewards.unified_reward.answers import (
     MalformedAnswerError,
     Scores,
@@ -23,7 +24,6 @@ from g2rpo.rewards.unified_reward.answers import (
 )
 from g2rpo.rewards.unified_reward.backend import Backend
 from g2rpo.rewards.unified_reward.cache import AnswerCache, answer_key, default_folder
-from g2rpo.rewards.unified_reward.config import ASPECTS, QuestionConfig
 from g2rpo.rewards.unified_reward.template import Template, choose_template
 
 PUBLISHED = "CodeGoat24/UnifiedReward-qwen-7b"

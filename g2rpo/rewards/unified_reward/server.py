@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from g2rpo.errors import UserError
+from g2rpo.rewards.question import ServerConfig
 from g2rpo.rewards.unified_reward.answers import excerpt
-from g2rpo.rewards.unified_reward.config import ServerConfig
 
 _TRIED_AGAIN = {408, 409, 429}
 """Statuses below 500 after which the client tries again."""

@@ -20,7 +20,7 @@ from g2rpo.hub import cache
 from g2rpo.hub.catalogue import catalogue
 from g2rpo.hub.fetch import difference
 from g2rpo.hub.lock import expected, read_lock
-from g2rpo.rewards.unified_reward.config import QuestionConfig
+from g2rpo.rewards.question import QuestionConfig
 
 OWN, PUBLISHED = "own", "published"
 QUESTION_ARTIFACT = "unified-reward-question"
