@@ -33,7 +33,7 @@ export IMAGE
 
 .PHONY: help setup mini smoke test lint docs mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
-	plan submit status doctor check report test-browser \
+	plan submit status check report test-browser \
 	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-slurm-facts test-latex
@@ -187,11 +187,8 @@ report: $(READY) ## one HTML page of all that is finished (PROFILE=mini unless g
 	$(OFFLINE) $(RUN)/g2rpo report $(TABLE) --profile $(or $(PROFILE),mini) \
 		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PUBLISH),--publish)
 
-check: $(READY) ## can this machine run the suite, and what to mend where it cannot
-	$(RUN)/g2rpo check
-
-doctor: $(READY) ## does the cluster fit, with a tiny job (CLUSTER=auto, PROFILE=mini unless given)
-	$(RUN)/g2rpo doctor --cluster $(or $(CLUSTER),auto) --profile $(or $(PROFILE),mini)
+check: $(READY) ## can this machine run the suite; with CLUSTER=, does the cluster fit (PROFILE=mini unless given)
+	$(RUN)/g2rpo check $(if $(CLUSTER),cluster --cluster $(CLUSTER) --profile $(or $(PROFILE),mini),machine)
 
 bench-rewards: $(READY) ## images a second of the reward models against their packages (ViT-H size, minutes)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.rewards

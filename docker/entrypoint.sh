@@ -36,7 +36,7 @@ run_target() {
 }
 
 usage() {
-    echo "usage: docker run [OPTIONS] IMAGE [WORD ...]      without a word: check"
+    echo "usage: docker run [OPTIONS] IMAGE [WORD ...]      without a word: check image"
     echo "  a verb of g2rpo:    $(tr '\n' ' ' < "$VERBS")"
     echo "  a target of make, with PROFILE=... and SEEDS=...:"
     sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)$/\1|\2/p' "$CODE/Makefile" \

@@ -42,7 +42,7 @@ contents_sections = {
     "Use": ["get_started", "experiments", "scoring", "mini_world", "faq"],
     "What is computed": ["mathematics", "credit", "fidelity", "rewards", "unified_reward"],
     "Runs and reports": ["comparing", "report", "papers", "statistics", "beyond_reward"],
-    "At size": ["cluster", "doctor", "containers", "training_at_size", "weights"],
+    "At size": ["cluster", "check", "containers", "training_at_size", "weights"],
     "Inside": ["extending", "policy", "rollout", "speed", "API reference <reference/g2rpo/index>"],
     "The project": ["README </README>", "/results/mini/README", "/CONTRIBUTING", "/CHANGELOG"],
 }

@@ -10,9 +10,18 @@ import typer
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
 from g2rpo.text import visible
-from reproduce.commands import compare, embed, export, jobs, prompts, raters, report, run, weights
-from reproduce.commands.check import check
-from reproduce.commands.doctor import doctor
+from reproduce.commands import (
+    check,
+    compare,
+    embed,
+    export,
+    jobs,
+    prompts,
+    raters,
+    report,
+    run,
+    weights,
+)
 from reproduce.commands.options import (
     ExperimentName,
     Overrides,
@@ -31,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, sample, score and compare RL fine-tuning of flow-matching image models.",
 )
+app.add_typer(check.app, name="check")
 app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(raters.app, name="raters")
@@ -207,8 +217,6 @@ for verb in (
     jobs.retry,
     compare.runs,
     compare.compare,
-    doctor,
-    check,
     embed.embed,
     export.export,
     report.report,

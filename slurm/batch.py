@@ -60,7 +60,7 @@ def parameters(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> dic
         "nodes": cluster.nodes(needs),
         "ntasks_per_node": tasks,
         "cpus_per_task": cluster.cpus_per_task,
-        "partition": cluster.partition if needs.gpus else _cpu_partition(cluster),
+        "partition": cluster.partition_of(needs),
         "account": cluster.account,
         "qos": cluster.qos,
         "constraint": cluster.constraint if needs.gpus else None,
@@ -81,8 +81,8 @@ def parameters(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> dic
             **cluster.extra,
         },
     }
-    memory = needs.memory_gb or (cluster.memory_gb_per_task or 0) * tasks
-    if memory:
+    memory = cluster.memory_gb(needs)
+    if memory is not None:
         settings["mem"] = f"{memory}GB"
     if needs.gpus:
         settings |= _gpus(cluster, tasks)
@@ -91,10 +91,6 @@ def parameters(cluster: Cluster, batch: Batch, jobs: Path, results: Path) -> dic
         settings["mail_type"] = ",".join(cluster.mail.events)
     given = {name: value for name, value in settings.items() if value is not None}
     return given | {"wckey": None}  # submitit's own default is a key that sites may refuse
-
-
-def _cpu_partition(cluster: Cluster) -> str | None:
-    return cluster.cpu_partition or cluster.partition
 
 
 def _gpus(cluster: Cluster, per_node: int) -> dict[str, Any]:

@@ -199,6 +199,14 @@ class Cluster(StrictModel):
     def _per_node(self, needs: Needs) -> int:
         return self.gpus_per_node if needs.gpus else self.tasks_per_node
 
+    def partition_of(self, needs: Needs) -> str | None:
+        """The partition of a stage; None is the site's default."""
+        return self.partition if needs.gpus else self.cpu_partition or self.partition
+
+    def memory_gb(self, needs: Needs) -> int | None:
+        """Main memory on each of a stage's nodes; None where the site's default applies."""
+        return needs.memory_gb or (self.memory_gb_per_task or 0) * self.tasks(needs) or None
+
     def time_limit(self, kind: str) -> int:
         """The time limit of a kind of stage in minutes."""
         found: int = getattr(self.minutes, kind)

@@ -93,12 +93,14 @@ class JobState:
         return ENDED.get(self.state, self.state.lower())
 
 
-def ask(*command: str, seconds: float | None = None) -> str:
+def ask(*command: str, text: str = "", seconds: float | None = None, both: bool = False) -> str:
     """What a command of SLURM prints.
 
     Args:
         command: the command.
+        text: its standard input.
         seconds: how long it may take; :data:`TIMEOUT` by default.
+        both: whether standard error counts too: ``sbatch --test-only`` answers there.
 
     Raises:
         UserError: it is missing, fails, or does not answer in time.
@@ -107,7 +109,7 @@ def ask(*command: str, seconds: float | None = None) -> str:
     try:
         done = subprocess.run(
             command,
-            stdin=subprocess.DEVNULL,
+            input=text,
             capture_output=True,
             text=True,
             errors="replace",
@@ -127,7 +129,7 @@ def ask(*command: str, seconds: float | None = None) -> str:
     if done.returncode:
         told = error_of(done.stderr) or f"exit code {done.returncode}"
         raise UserError(f"{command[0]} failed: {told}")
-    return done.stdout
+    return done.stdout + done.stderr if both else done.stdout
 
 
 def error_of(text: str) -> str:

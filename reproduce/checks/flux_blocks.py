@@ -18,7 +18,7 @@ from diffusers import FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from g2rpo.provenance import REPOSITORY
-from reproduce.checks.finding import Finding
+from slurm.checks.finding import Finding
 
 NAME = "FLUX blocks"
 LIMIT = 300
@@ -135,13 +135,13 @@ def judge(measured: list[dict[str, Any]], problem: str, seconds: float) -> Findi
     memory = max((line["memory"] for line in measured if "memory" in line), default=None)
     if problems or not measured:
         return Finding(
-            NAME, "failed", "; ".join(problems) or "nothing was measured",
+            "failed", NAME, "; ".join(problems) or "nothing was measured",
             "try a newer driver; check with nvidia-smi that nobody else uses the GPU",
             seconds, memory,
         )  # fmt: skip
     slowest = max(line["seconds"] for line in measured)
     text = f"bfloat16 forward and backward of one double and one single block: {slowest:.2f} s"
-    return Finding(NAME, "ok", text, "", seconds, memory)
+    return Finding("ok", NAME, text, "", seconds, memory)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Devices, driver, versions and memory of this machine, or of this container."""
+"""``g2rpo check machine``: devices, driver, versions and memory of this machine or container."""
 
 import importlib.metadata
 import os
@@ -9,9 +9,14 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import constants
 
 from g2rpo.provenance import REPOSITORY, git_state
-from reproduce.checks.finding import Finding, Word, gibibytes
+from reproduce.checks.flux_blocks import check_blocks
+from reproduce.checks.folders import check_cache, check_results, gibibytes
+from reproduce.checks.scale import weights_by_state
+from reproduce.checks.whole_path import check_whole_path
+from slurm.checks.finding import Finding, Word
 
 LOCK = REPOSITORY / "requirements" / "runtime.lock"
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -21,6 +26,27 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHOWN = ("torch", "diffusers", "transformers", "accelerate")
 BFLOAT16 = (8, 0)
 """Compute capability from which on the tensor cores multiply bfloat16."""
+
+
+def check_machine(results: Path, *, require_gpu: bool, quick: bool) -> list[Finding]:
+    """Looks at everything, and unless ``quick`` runs everything once on tiny models."""
+    devices = find_devices()
+    _, absent = weights_by_state("flux")
+    size = sum(bytes_ for _, bytes_ in absent.values())
+    findings = [
+        check_memory(len(os.sched_getaffinity(0)), _memory()),
+        check_devices(devices, required=require_gpu),
+        check_packages(locked_versions(LOCK), _installed_versions()),
+        _check_code(),
+        check_shared_memory(_size(SHARED_MEMORY), len(devices.names)),
+        check_results(results),
+        check_cache(Path(constants.HF_HUB_CACHE), len(absent), size),
+    ]
+    if not quick:
+        findings.append(check_whole_path())
+        if devices.names:
+            findings.append(check_blocks())
+    return findings
 
 
 @dataclass(frozen=True)
@@ -44,7 +70,7 @@ class Devices:
 
 def find_devices() -> Devices:
     """Asks the driver and torch; never raises."""
-    names, capabilities, error = [], [], ""
+    names, capabilities, error, driver = [], [], "", None
     try:
         for index in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(index)
@@ -55,69 +81,55 @@ def find_devices() -> Devices:
     except (RuntimeError, AssertionError) as problem:
         names, capabilities = [], []
         error = str(problem).strip().split("\n")[0]
-    return Devices(tuple(names), tuple(capabilities), _driver(), DEVICE.exists(), error)
+    if DRIVER.exists():
+        version = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER.read_text())
+        driver = version.group() if version else "of unknown version"
+    return Devices(tuple(names), tuple(capabilities), driver, DEVICE.exists(), error)
 
 
-def _driver() -> str | None:
-    try:
-        text = DRIVER.read_text()
-    except OSError:
-        return None
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
-    return found.group() if found else "of unknown version"
-
-
-def judge_devices(devices: Devices, *, required: bool) -> Finding:
+def check_devices(devices: Devices, *, required: bool) -> Finding:
     """Whether the GPUs can be used; without one it is a note unless one is ``required``."""
-    cuda = torch.version.cuda
+    driver = devices.driver or "of unknown version"
     if devices.names:
         counts = {name: devices.names.count(name) for name in devices.names}
         text = "; ".join(f"{count} x {name}" for name, count in counts.items())
-        text += f"; driver {devices.driver or 'of unknown version'}"
+        text += f"; driver {driver}"
         if min(devices.capabilities) < BFLOAT16:
-            return Finding(
-                "GPU", "warning", text,
-                "too old for fast bfloat16; the profile flux needs compute capability 8.0 or newer",
-            )  # fmt: skip
-        return Finding("GPU", "ok", text)
+            fix = "too old for fast bfloat16; the profile flux needs capability 8.0 or newer"
+            return Finding("warning", "GPU", text, fix)
+        return Finding("ok", "GPU", text)
     if devices.visible:
-        return Finding(
-            "GPU", "failed",
-            f"driver {devices.driver or 'of unknown version'} is here and torch cannot use it "
-            f"({devices.error or 'it shows no device'})",
-            f"install a driver for CUDA {cuda} or newer, and check CUDA_VISIBLE_DEVICES",
-        )  # fmt: skip
+        text = f"driver {driver} is here and torch cannot use it "
+        text += f"({devices.error or 'it shows no device'})"
+        fix = f"install a driver for CUDA {torch.version.cuda} or newer; check CUDA_VISIBLE_DEVICES"
+        return Finding("failed", "GPU", text, fix)
     word: Word = "failed" if required else "note"
     if devices.driver is not None:
-        return Finding(
-            "GPU", word, f"driver {devices.driver} is loaded, but no device is passed on to here",
-            "docker: --gpus all; podman: --device nvidia.com/gpu=all; Apptainer: --nv",
-        )  # fmt: skip
-    return Finding(
-        "GPU", word, "none",
-        "run it where there is one" if required
-        else "the profiles smoke and mini need none, flux and flux-lora do",
-    )  # fmt: skip
+        text = f"driver {driver} is loaded, but no device is passed on to here"
+        fix = "docker: --gpus all; podman: --device nvidia.com/gpu=all; Apptainer: --nv"
+        return Finding(word, "GPU", text, fix)
+    fix = "the profiles smoke and mini need none, flux and flux-lora do"
+    return Finding(word, "GPU", "none", "run it where there is one" if required else fix)
 
 
-def check_machine() -> Finding:
-    """Cores and memory that this process may use, a container's limit counted in."""
-    cores = len(os.sched_getaffinity(0))
-    memory = psutil.virtual_memory().total
+def _memory() -> int:
+    """Bytes that this process may use, a container's limit counted in."""
+    memory = int(psutil.virtual_memory().total)
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             memory = min(memory, int(Path(limit).read_text()))
         except (OSError, ValueError):  # no limit, or none that is written there
             continue
-    return judge_machine(cores, memory)
+    return memory
 
 
-def judge_machine(cores: int, memory: int) -> Finding:
+def check_memory(cores: int, memory: int) -> Finding:
     """The mini profile's workers take about a gibibyte each."""
     text = f"{cores} cores, {gibibytes(memory)} of memory"
     if memory < 4 * 2**30:
-        return Finding("machine", "warning", text, "give it 4 GiB or more, or run with `--jobs 1`")
-    return Finding("machine", "ok", text)
+        fix = "give it 4 GiB or more, or run with `--jobs 1`"
+        return Finding("warning", "machine", text, fix)
+    return Finding("ok", "machine", text)
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
@@ -130,15 +142,14 @@ def locked_versions(lock: Path) -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in found}
 
 
-def installed_versions() -> dict[str, str]:
-    """Names, lower case with ``-``, and versions of what this Python can import."""
+def _installed_versions() -> dict[str, str]:
     return {
         re.sub(r"[-_.]+", "-", distribution.name).lower(): distribution.version
         for distribution in importlib.metadata.distributions()
     }
 
 
-def judge_packages(locked: Mapping[str, str], installed: Mapping[str, str]) -> Finding:
+def check_packages(locked: Mapping[str, str], installed: Mapping[str, str]) -> Finding:
     """Whether the installed packages are the locked ones, from which the results were measured."""
     text = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}"
     if torch.cuda.is_available():
@@ -146,7 +157,7 @@ def judge_packages(locked: Mapping[str, str], installed: Mapping[str, str]) -> F
         text += ", NCCL " + ".".join(map(str, torch.cuda.nccl.version()))
     text += "), " + ", ".join(f"{name} {installed.get(name, 'missing')}" for name in SHOWN[1:])
     if not locked:
-        return Finding("packages", "note", f"{text}; no lock file to compare with")
+        return Finding("note", "packages", f"{text}; no lock file to compare with")
     other = [
         f"{name} {installed[name]} (locked: {version})"
         for name, version in locked.items()
@@ -154,47 +165,31 @@ def judge_packages(locked: Mapping[str, str], installed: Mapping[str, str]) -> F
     ]
     if other:
         listed = ", ".join(other[:5]) + (", …" if len(other) > 5 else "")
-        return Finding(
-            "packages", "warning", f"{text}; {len(other)} differ from the lock: {listed}",
-            "`make setup` installs the locked versions",
-        )  # fmt: skip
-    return Finding("packages", "ok", f"{text}; all as locked")
+        text += f"; {len(other)} differ from the lock: {listed}"
+        return Finding("warning", "packages", text, "`make setup` installs the locked versions")
+    return Finding("ok", "packages", f"{text}; all as locked")
 
 
-def check_packages() -> Finding:
-    """:func:`judge_packages` of what is here."""
-    return judge_packages(locked_versions(LOCK), installed_versions())
-
-
-def check_code() -> Finding:
+def _check_code() -> Finding:
     """Whether results made here can name the commit that made them."""
     commit, changed = git_state()
     if commit is None:
-        return Finding(
-            "code", "warning", "commit unknown, so that results cannot name it",
-            "run from a git checkout, or from an image that `make image` built",
-        )  # fmt: skip
-    state = {None: "", True: ", with changes that are not committed", False: ""}[changed]
-    return Finding("code", "ok" if not changed else "note", f"commit {commit[:12]}{state}")
+        fix = "run from a git checkout, or from an image that `make image` built"
+        return Finding("warning", "code", "commit unknown, so that results cannot name it", fix)
+    state = ", with changes that are not committed" if changed else ""
+    return Finding("note" if changed else "ok", "code", f"commit {commit[:12]}{state}")
 
 
-def check_shared_memory(gpus: int) -> Finding:
-    """:func:`judge_shared_memory` of ``/dev/shm``."""
-    try:
-        size = psutil.disk_usage(str(SHARED_MEMORY)).total
-    except OSError:
-        size = 0
-    return judge_shared_memory(size, gpus)
+def _size(folder: Path) -> int:
+    return int(psutil.disk_usage(str(folder)).total) if folder.is_dir() else 0
 
 
-def judge_shared_memory(size: int, gpus: int) -> Finding:
+def check_shared_memory(size: int, gpus: int) -> Finding:
     """Docker gives a container 64 MiB, too little for NCCL between several GPUs."""
     text = f"{gibibytes(size)} in {SHARED_MEMORY}"
     if size >= 2**30:
-        return Finding("shared memory", "ok", text)
+        return Finding("ok", "shared memory", text)
     if gpus < 2:
-        return Finding("shared memory", "note", f"{text}; enough for one process")
-    return Finding(
-        "shared memory", "warning", text,
-        "give the container 1 GiB or more (--shm-size 8g, or --ipc host)",
-    )  # fmt: skip
+        return Finding("note", "shared memory", f"{text}; enough for one process")
+    fix = "give the container 1 GiB or more (--shm-size 8g, or --ipc host)"
+    return Finding("warning", "shared memory", text, fix)

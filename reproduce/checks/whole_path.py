@@ -15,8 +15,8 @@ from typing import Any
 from g2rpo.config import load_yaml
 from g2rpo.provenance import REPOSITORY
 from g2rpo.yaml_text import dump_yaml
-from reproduce.checks.finding import Finding
 from reproduce.experiment import HERE
+from slurm.checks.finding import Finding
 
 NAME = "train to table"
 LIMIT = 600
@@ -48,11 +48,11 @@ def check_whole_path() -> Finding:
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     if problem:
         return Finding(
-            NAME, "failed", problem,
+            "failed", NAME, problem,
             "`g2rpo reproduce table1 --profile smoke` shows all that it says", seconds, memory,
         )  # fmt: skip
     text = "the smoke profile trains, samples, scores and prints a table"
-    return Finding(NAME, "ok", text, "", seconds, memory)
+    return Finding("ok", NAME, text, "", seconds, memory)
 
 
 def _write_inputs(folder: Path) -> None:

@@ -110,8 +110,8 @@ class Request:
         from reproduce import experiment as experiments
         from reproduce.jobs import runner
         from reproduce.jobs.plan import make_plan
+        from slurm.checks.limits import refuse_impossible
         from slurm.cluster import load_cluster
-        from slurm.doctor.beforehand import refuse_impossible
 
         profile = experiments.load_profile(self.profile)
         loaded = experiments.load_experiment(self.experiment)

@@ -23,8 +23,9 @@ def lines_of(text: str) -> dict[str, str]:
     names = ("machine", "GPU", "packages", "code", "shared memory", "results", "weights")
     found = {}
     for line in text.splitlines():
+        _, _, rest = line.partition(" ")
         for name in (*names, "train to table", "FLUX blocks"):
-            if line.startswith(name):
+            if rest.strip().startswith(name):
                 found[name] = line
     return found
 
@@ -35,18 +36,18 @@ def test_everything_is_looked_at_and_run_once(tmp_path: Path) -> None:
     lines = lines_of(done.stdout)
     assert "FLUX blocks" not in lines
     assert len(lines) == 8
-    assert " ok " in lines["train to table"] and "GiB" in lines["train to table"]
+    assert lines["train to table"].startswith("ok ") and "GiB" in lines["train to table"]
     assert done.stdout.splitlines()[-1].startswith("verdict: ready")
     # Nothing is left behind.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_must_be_mended_is_named_last_with_exit_code_2(tmp_path: Path) -> None:
+def test_what_must_be_fixed_is_named_last_with_exit_code_2(tmp_path: Path) -> None:
     done = check(tmp_path, "--quick", "--require-gpu", "--results", "/proc/results")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     lines = lines_of(done.stdout)
-    assert " failed " in lines["results"] and "cannot be written" in lines["results"]
+    assert lines["results"].startswith("failed ") and "cannot be written" in lines["results"]
     assert "train to table" not in lines
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("verdict: failed, to be mended: GPU, results")
+    assert last.startswith("verdict: failed, to fix: GPU, results")

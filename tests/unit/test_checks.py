@@ -1,40 +1,43 @@
-"""What `g2rpo check` says of machines that this one is not."""
+"""What `g2rpo check machine` says of machines that this one is not."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from g2rpo import provenance
 from reproduce.checks import flux_blocks, folders, machine, whole_path
-from reproduce.checks.finding import Finding, gibibytes, sentence
+from reproduce.checks.folders import gibibytes
 from reproduce.checks.machine import Devices
+from reproduce.commands.check import conclude
+from slurm.checks.finding import Finding
 
 H100 = Devices(("H100, 79.2 GiB",) * 8, ((9, 0),) * 8, "580.95.05", True)
 
 
 def test_usable_gpus_are_counted_by_model() -> None:
-    found = machine.judge_devices(H100, required=True)
+    found = machine.check_devices(H100, required=True)
     assert found.word == "ok"
     assert found.found == "8 x H100, 79.2 GiB; driver 580.95.05"
     old = Devices(("T4, 15.0 GiB",), ((7, 5),), "580.95.05", True)
-    assert machine.judge_devices(old, required=True).word == "warning"
+    assert machine.check_devices(old, required=True).word == "warning"
 
 
 @pytest.mark.parametrize("required", [False, True])
 def test_a_missing_gpu_is_a_note_unless_it_is_required(required: bool) -> None:
-    found = machine.judge_devices(Devices(), required=required)
+    found = machine.check_devices(Devices(), required=required)
     assert found.word == ("failed" if required else "note")
     not_passed_on = Devices(driver="580.95.05")
-    found = machine.judge_devices(not_passed_on, required=required)
+    found = machine.check_devices(not_passed_on, required=required)
     assert found.word == ("failed" if required else "note")
-    assert "--gpus all" in found.mend and "580.95.05" in found.found
+    assert "--gpus all" in found.fix and "580.95.05" in found.found
 
 
 def test_a_driver_that_torch_cannot_use_is_a_failure_with_its_reason() -> None:
     broken = Devices(driver="470.57.02", visible=True, error="The NVIDIA driver is too old")
-    found = machine.judge_devices(broken, required=False)
+    found = machine.check_devices(broken, required=False)
     assert found.word == "failed"
     assert "470.57.02" in found.found and "too old" in found.found
 
@@ -48,11 +51,11 @@ def test_packages_are_compared_with_the_lock(tmp_path: Path) -> None:
     )
     locked = machine.locked_versions(lock)
     assert locked == {"torch": "2.14.1", "jinja2": "3.1.6", "open-clip-torch": "2.32.0"}
-    assert machine.judge_packages(locked, locked).word == "ok"
-    found = machine.judge_packages(locked, locked | {"jinja2": "3.0"})
+    assert machine.check_packages(locked, locked).word == "ok"
+    found = machine.check_packages(locked, locked | {"jinja2": "3.0"})
     assert found.word == "warning"
     assert "jinja2 3.0 (locked: 3.1.6)" in found.found
-    assert machine.judge_packages({}, locked).word == "note"
+    assert machine.check_packages({}, locked).word == "note"
     assert machine.locked_versions(tmp_path / "absent") == {}
 
 
@@ -64,15 +67,15 @@ def test_the_lock_of_the_repository_is_read_whole() -> None:
 
 def test_little_shared_memory_matters_with_several_gpus() -> None:
     docker = 64 * 2**20
-    assert machine.judge_shared_memory(docker, 0).word == "note"
-    found = machine.judge_shared_memory(docker, 8)
-    assert found.word == "warning" and "--shm-size" in found.mend
-    assert machine.judge_shared_memory(2**33, 8).word == "ok"
+    assert machine.check_shared_memory(docker, 0).word == "note"
+    found = machine.check_shared_memory(docker, 8)
+    assert found.word == "warning" and "--shm-size" in found.fix
+    assert machine.check_shared_memory(2**33, 8).word == "ok"
 
 
 def test_little_memory_is_a_warning() -> None:
-    assert machine.judge_machine(2, 2 * 2**30).word == "warning"
-    assert machine.judge_machine(2, 24 * 2**30).word == "ok"
+    assert machine.check_memory(2, 2 * 2**30).word == "warning"
+    assert machine.check_memory(2, 24 * 2**30).word == "ok"
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     # Even root cannot make files in /proc.
     found = folders.check_results(Path("/proc/results"))
     assert found.word == "failed"
-    assert f"uid {os.getuid()}" in found.found and "--user" in found.mend
+    assert f"uid {os.getuid()}" in found.found and "--user" in found.fix
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
@@ -97,27 +100,28 @@ def test_folders_of_jobs_that_others_can_write_to_are_a_warning(
     assert "others" not in folders.check_results(tmp_path).found
     (tmp_path / open_to_others).chmod(0o775)
     found = folders.check_results(tmp_path)
-    assert found.word == "warning" and found.mend == f"chmod go-w {tmp_path / open_to_others}"
+    assert found.word == "warning" and found.fix == f"chmod go-w {tmp_path / open_to_others}"
 
 
 def test_missing_weights_are_a_note_and_a_cache_of_others_a_warning(tmp_path: Path) -> None:
-    assert folders.check_cache(tmp_path, []).word == "ok"
-    some = [("hps", 4_000_000), ("flux", None)]
-    assert folders.check_cache(tmp_path, some).word == "note"
-    assert "HF_HOME" in folders.check_cache(tmp_path, [("flux", 10**18)]).mend
-    assert folders.check_cache(Path("/proc/cache"), some).word == "warning"
+    assert folders.check_cache(tmp_path, 0, 0).word == "ok"
+    assert folders.check_cache(tmp_path, 2, 4_000_000).word == "note"
+    assert "HF_HOME" in folders.check_cache(tmp_path, 1, 10**18).fix
+    assert folders.check_cache(Path("/proc/cache"), 2, 4_000_000).word == "warning"
 
 
-def test_the_last_line_is_the_verdict() -> None:
-    fine, odd = Finding("a", "ok", "x"), Finding("b", "warning", "y", "z")
-    assert sentence([fine, Finding("n", "note", "x")]) == ("verdict: ready", True)
-    assert sentence([fine, odd]) == ("verdict: ready; 1 to look at: b", True)
-    text, ready = sentence([odd, Finding("c", "failed", "w", "mend it")])
-    assert not ready
-    assert text == "verdict: failed, to be mended: c; 1 to look at: b"
-    assert Finding("c", "failed", "w", "mend it", 1.25, 2**31).row() == (
-        "c", "failed", "w: mend it", "1.2", "2.0 GiB",
-    )  # fmt: skip
+def test_the_last_line_is_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 300
+    findings = [Finding("ok", "a", "b"), Finding("warning", "[c]", long, "fix it", 1.25, 2**31)]
+    conclude(findings)
+    out = capsys.readouterr().out
+    assert long in out and "1.2" in out and "2.0 GiB" in out
+    assert out.endswith("verdict: ready; 1 to look at: [c]\n")
+    with pytest.raises(typer.Exit) as caught:
+        conclude([*findings, Finding("failed", "d", "e", "f")], "cluster here: ")
+    assert caught.value.exit_code == 2
+    verdict = "verdict: cluster here: failed, to fix: d; 1 to look at: [c]\n"
+    assert capsys.readouterr().out.endswith(verdict)
     assert gibibytes(64 * 2**20) == "64 MiB"
 
 

@@ -127,7 +127,7 @@ def test_the_image_builds_without_what_buildah_does_not_know() -> None:
     assert "<<" not in text and "--mount" not in text
     assert re.search(r"^ARG BASE_IMAGE=nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04$", text, re.M)
     assert re.search(r"^USER (?!0|root)", text, re.M)
-    for word in ("HEALTHCHECK", 'ENTRYPOINT ["g2rpo-entrypoint"]', 'CMD ["check"]'):
+    for word in ("HEALTHCHECK", 'ENTRYPOINT ["g2rpo-entrypoint"]', 'CMD ["check", "image"]'):
         assert word in text
 
 

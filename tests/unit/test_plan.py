@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from g2rpo.config import validate
-from reproduce.commands.doctor import wanted_by
+from reproduce.checks.scale import needs_by_kind
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.experiment.fingerprint import absent_prompts_named
 from reproduce.experiment.layout import Layout
@@ -186,7 +186,7 @@ def test_the_paper_s_scale_is_planned_before_anything_is_fetched(
 
 
 def test_every_kind_of_stage_has_a_time_limit_and_devices() -> None:
-    cluster, wanted = load_cluster("h100-apptainer"), wanted_by(load_profile("flux"))
+    cluster, wanted = load_cluster("h100-apptainer"), needs_by_kind(load_profile("flux"))
     assert set(wanted) == set(KINDS)
     assert all(cluster.time_limit(kind) >= 1 for kind in KINDS)
 

@@ -1,42 +1,49 @@
-"""What an examination says, and what it is asked."""
+"""What a check says, and what a check of a cluster is given."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from slurm.cluster import Cluster
 from slurm.graph import Needs
 
-Word = Literal["ok", "warning", "failed"]
+Word = Literal["ok", "note", "warning", "failed"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of an examination.
+    """One line of a report.
 
     Attributes:
-        word: ``failed`` keeps jobs from running, ``warning`` costs time or work.
+        word: ``note`` is how things are, ``warning`` costs time or work, ``failed`` must be fixed.
         what: what was looked at.
-        found: what was found.
-        mend: how to mend it; empty where there is nothing to mend.
+        found: what is there, or what is wrong.
+        fix: how to fix it; empty where nothing has to be.
+        seconds: how long the check took, where that says something.
+        memory: the most memory that it took, in bytes.
     """
 
     word: Word
     what: str
     found: str
-    mend: str = ""
+    fix: str = ""
+    seconds: float | None = None
+    memory: int | None = None
 
 
 def _silent(_line: str) -> None:
-    """Tells nobody."""
+    """Shows nothing."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What else an examination looks for.
+class Case:
+    """What is checked.
 
     Attributes:
+        cluster: the cluster profile.
+        wanted: the devices of each kind of stage.
+        results: the folder that jobs write to; absolute.
         shares: jobs of the largest array.
         gpu_memory_gb: memory that each GPU must have.
         disk_gb: free space below which the results folder is too small.
@@ -47,6 +54,9 @@ class Options:
         tell: called with a line before something that takes a while.
     """
 
+    cluster: Cluster
+    wanted: Mapping[str, Needs]
+    results: Path
     shares: int = 1
     gpu_memory_gb: int = 0
     disk_gb: float = 1.0
@@ -56,23 +66,6 @@ class Options:
     quick: bool = False
     tell: Callable[[str], None] = _silent
 
-
-@dataclass(frozen=True)
-class Case:
-    """What is examined.
-
-    Attributes:
-        cluster: the cluster profile.
-        wanted: the devices of each kind of stage.
-        results: the folder that jobs write to; absolute.
-        options: what else is looked for.
-    """
-
-    cluster: Cluster
-    wanted: Mapping[str, Needs]
-    results: Path
-    options: Options = field(default_factory=Options)
-
     @property
     def groups(self) -> dict[Needs, tuple[str, ...]]:
         """The kinds of stages that take the same devices."""
@@ -81,18 +74,12 @@ class Case:
             found[needs] = (*found.get(needs, ()), kind)
         return found
 
-    def partition(self, needs: Needs) -> str | None:
-        """The partition of a stage as the profile names it; None is the site's default."""
-        if needs.gpus:
-            return self.cluster.partition
-        return self.cluster.cpu_partition or self.cluster.partition
-
     @property
     def partitions(self) -> dict[str | None, tuple[str, ...]]:
-        """The kinds of stages of each partition."""
+        """The kinds of stages of each partition; None is the site's default."""
         found: dict[str | None, tuple[str, ...]] = {}
         for kind, needs in self.wanted.items():
-            name = self.partition(needs)
+            name = self.cluster.partition_of(needs)
             found[name] = (*found.get(name, ()), kind)
         return found
 

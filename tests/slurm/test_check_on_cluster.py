@@ -212,9 +212,10 @@ def test_jobs_whose_python_does_not_start(doctor: Doctor) -> None:
 def test_a_trial_that_does_not_start_is_a_warning(
     doctor: Doctor, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slurm.cluster import Cluster as ClusterProfile
     from slurm.doctor import trial
     from slurm.doctor.examine import examine
+
+    from slurm.cluster import Cluster as ClusterProfile
     from slurm.graph import Needs
 
     monkeypatch.setattr(trial, "START_SECONDS", 3)

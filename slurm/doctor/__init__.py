@@ -1,1 +1,0 @@
-"""Checks a cluster profile against the cluster that it describes."""
