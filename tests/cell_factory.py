@@ -1,5 +1,9 @@
 """Made-up cells and tables for tests of what is computed from them."""
 
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,7 +11,10 @@ import pandas as pd
 
 from benchmarks.evaluation.metrics import metric_frame
 from benchmarks.evaluation.results import Cell, CellInfo, Cost, Protocol, Provenance
+from reproduce.tables.formats import write_formats
+from reproduce.tables.notes import Gap
 from reproduce.tables.spec import TableSpec
+from reproduce.tables.table import compute_table
 
 REWARDS = ("hps", "clip", "attributes")
 
@@ -182,3 +189,20 @@ def make_table_cells(
             scores = make_scores(means, seed=1000 * place + (seed or 0))
             cells.append(make_cell(row.key, seed=seed, scores=scores, train=row.train, **changes))
     return cells
+
+
+def render(
+    spec: TableSpec,
+    cells: Sequence[Cell],
+    folder: Path,
+    profile: str = "mini",
+    gaps: Sequence[Gap] = (),
+) -> dict[str, str]:
+    """The table's text in every format."""
+    written = write_formats(compute_table(spec, cells, profile, gaps), folder)
+    return {kind: path.read_text() for kind, path in written.items()}
+
+
+def csv_rows(text: str) -> list[dict[str, str]]:
+    """The rows of a CSV text."""
+    return list(csv.DictReader(io.StringIO(text)))

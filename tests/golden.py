@@ -25,8 +25,10 @@ from safetensors.numpy import load_file
 
 from benchmarks.evaluation.results import Cell, load_cells
 from reproduce.experiment import ROOT, load_experiment
-from reproduce.tables.render import print_table, render_table
-from reproduce.tables.summary import write_reading
+from reproduce.tables.formats import write_formats
+from reproduce.tables.model import Table
+from reproduce.tables.table import compute_table
+from reproduce.tables.terminal import print_table
 
 MINI = ROOT / "results" / "mini"
 EXPERIMENTS = sorted(folder.parent.name for folder in MINI.glob("*/cells"))
@@ -36,20 +38,20 @@ def cells_of(experiment: str) -> list[Cell]:
     return load_cells(MINI / experiment / "cells")
 
 
+def table_of(experiment: str) -> Table:
+    return compute_table(load_experiment(experiment).table, cells_of(experiment), "mini")
+
+
 def rendered(experiment: str, output: Path) -> dict[str, str]:
     """Every text that is rendered from the committed cells of an experiment, by file name."""
-    spec, cells = load_experiment(experiment).table, cells_of(experiment)
-    written = render_table(spec, cells, profile="mini", output=output)
-    texts = {path.name: path.read_text() for path in written.values()}
-    texts[f"{spec.name}_reading.md"] = write_reading(spec, cells, profile="mini")
-    return texts
+    written = write_formats(table_of(experiment), output)
+    return {path.name: path.read_text() for path in written.values()}
 
 
-def printed(experiment: str) -> str:
-    """What the terminal shows of an experiment."""
-    spec, cells = load_experiment(experiment).table, cells_of(experiment)
+def printed(table: Table) -> str:
+    """What the terminal shows of a table."""
     console = Console(file=io.StringIO(), width=200, color_system="truecolor", force_terminal=True)
-    print_table(spec, cells, profile="mini", console=console)
+    print_table(table, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -59,7 +61,7 @@ def table_hashes() -> Iterator[tuple[str, str]]:
         with tempfile.TemporaryDirectory() as folder:
             for name, text in rendered(experiment, Path(folder)).items():
                 yield f"{experiment}/{name}", digest(text.encode())
-        yield f"{experiment}, terminal", digest(printed(experiment).encode())
+        yield f"{experiment}, terminal", digest(printed(table_of(experiment)).encode())
 
 
 def smoke_hashes(results: Path) -> Iterator[tuple[str, list[str]]]:

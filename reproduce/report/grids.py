@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.evaluation.results import Cell
-from benchmarks.evaluation.statistics import p_text, signed
+from benchmarks.evaluation.statistics import NOTHING, human, p_text, signed
 from reproduce.report.marks import Mark
 from reproduce.tables.findings import Finding
-from reproduce.tables.formats import (
+from reproduce.tables.old_formats import (
     IN_DOMAIN,
-    NOTHING,
     hacking_text,
-    human,
     interval_text,
     metric_labels,
     metric_values,

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.evaluation.statistics import NOTHING, human
 from reproduce.report.chapter import Chapter
 from reproduce.report.grids import Box, Grid, Heading, anchor, number, text_box
 from reproduce.report.marks import Mark
-from reproduce.tables.formats import NOTHING, human
 from reproduce.tables.values import Table
 
 _HEADS = (

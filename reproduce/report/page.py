@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from benchmarks.evaluation.statistics import human
 from g2rpo.errors import UserError
 from g2rpo.text import plain_value, visible
 from reproduce.experiment import Profile
@@ -25,11 +26,11 @@ from reproduce.report.overview import overview_grid
 from reproduce.report.pictures import Gallery, gather_pictures, picture_data
 from reproduce.report.provenance import provenance_grid
 from reproduce.tables.findings import findings
-from reproduce.tables.formats import human, legend
 from reproduce.tables.notes import full_label
+from reproduce.tables.old_formats import legend
+from reproduce.tables.old_summary import pair_sentence
 from reproduce.tables.paper import load_paper_tables
 from reproduce.tables.styles import style_table
-from reproduce.tables.summary import pair_sentence
 from reproduce.tables.values import Table, build_table
 
 TEMPLATES = Path(__file__).parent / "templates"

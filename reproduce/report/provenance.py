@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from benchmarks.evaluation.results import Cell, Provenance
+from benchmarks.evaluation.statistics import NOTHING, human
 from reproduce.report.chapter import Chapter, without_root
 from reproduce.report.grids import Box, Grid, Heading, anchor, number, text_box
-from reproduce.tables.formats import NOTHING, human
 from reproduce.tables.notes import full_label
 
 SHORT = 12

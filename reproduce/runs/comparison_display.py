@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.evaluation.statistics import ALPHA, Comparison, fixed, p_text, signed
+from benchmarks.evaluation.statistics import ALPHA, Comparison, fixed, human, p_text, signed
 from reproduce.commands.console import literal, plain_table
 from reproduce.runs.comparison import (
     ABSENT,
@@ -20,7 +20,6 @@ from reproduce.runs.comparison import (
     score_sections,
     setting_differences,
 )
-from reproduce.tables.formats import human
 from reproduce.tables.spec import COST_LABELS, METRIC_LABELS, CostColumn
 
 DIGITS = 4

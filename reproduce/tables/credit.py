@@ -24,7 +24,7 @@ from reproduce.runs.folders import read_manifest, sound
 from reproduce.stages.rendering import reason_of
 from reproduce.stages.work import Measurement
 from reproduce.tables.figures import FIGURE_STYLE, LINE_STYLES, MARKERS, PALETTE
-from reproduce.tables.formats import markdown_escape
+from reproduce.tables.markdown import markdown_escape
 from reproduce.tables.notes import Gap
 
 EXPLAINED = "Share of the reward's variance that the step's noise explains"

@@ -11,10 +11,13 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer
 
 from benchmarks.evaluation.results import Cost, Protocol, Provenance
-from benchmarks.evaluation.statistics import ALPHA, Interval, Label, fixed
+from benchmarks.evaluation.statistics import ALPHA, NOTHING, Interval, Label, fixed
 from g2rpo.config import StrictModel
 from reproduce.tables.paper import PaperColumn
+from reproduce.tables.spec import CostColumn
 
+IN_DOMAIN = "†"
+HACKING_LABEL = "Reward hacking"
 UNCLEAR = "not settled"
 VERDICTS = (
     "above",
@@ -149,7 +152,7 @@ class Row(StrictModel):
     sources: tuple[Source, ...] = ()
     full_label: str = hidden("")
     """The label with the group, as the row is named outside the table."""
-    every_cost: dict[str, float] = hidden({})
+    every_cost: dict[CostColumn, float] = hidden({})
     """All measures of cost, those that the table does not show as well."""
     published: "Row | None" = hidden(None)
     """The paper's figures, where they stand below the row."""
@@ -189,7 +192,7 @@ class RowComparison(StrictModel):
     """One of :data:`VERDICTS`."""
     published_difference: float | None = None
     """The paper's, as far as its printed decimals tell."""
-    cost_ratios: dict[str, float] = hidden({})
+    cost_ratios: dict[CostColumn, float] = hidden({})
     """What training the first cost in units of the second, by measure."""
 
     @property
@@ -295,6 +298,14 @@ class Table(StrictModel):
             (name, [line for row in rows for line in (row, row.published) if line is not None])
             for name, rows in grouped(self.rows)
         ]
+
+    def hacking_text(self, row: Row) -> str:
+        """``no``, ``yes`` with what fell, or a dash where it cannot be told."""
+        if row.reward_hacking is None:
+            return NOTHING
+        if not row.reward_hacking.flagged:
+            return "no"
+        return f"yes ({', '.join(self.column(name).label for name in row.reward_hacking.fell)})"
 
     def row(self, key: str) -> Row:
         """The row of that key."""

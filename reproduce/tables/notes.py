@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
 from benchmarks.evaluation.results import Cell, RowScores
-from reproduce.tables.model import Column, Row
-from reproduce.tables.spec import HACKING_LABEL, RowSpec, TableSpec
-
-IN_DOMAIN = "†"
-NOTHING = "–"
+from benchmarks.evaluation.statistics import NOTHING
+from reproduce.tables.model import HACKING_LABEL, IN_DOMAIN, Column, Row
+from reproduce.tables.spec import RowSpec, TableSpec
 
 NOT_RUN = "not run"
 

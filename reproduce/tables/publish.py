@@ -1,4 +1,4 @@
-"""What an experiment leaves for people: tables, learning curves, pictures, a reading."""
+"""What an experiment leaves for people: tables, learning curves, pictures, a summary."""
 
 import re
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from PIL import Image
 
 from benchmarks.evaluation.held_out import image_path
 from benchmarks.evaluation.results import Cell
-from g2rpo.files import atomic_write_text
 from g2rpo.text import visible
 from reproduce.experiment import Experiment, Profile, resolve
 from reproduce.experiment.layout import Layout
 from reproduce.stages.cell_stages import held_out_prompts
 from reproduce.tables.figures import Metric, learning_curves
+from reproduce.tables.formats import write_formats
 from reproduce.tables.notes import Gap, full_label
 from reproduce.tables.picture_grid import picture_grid
-from reproduce.tables.render import print_table, render_table
 from reproduce.tables.spec import TableSpec
-from reproduce.tables.summary import write_reading
+from reproduce.tables.table import compute_table
+from reproduce.tables.terminal import print_table
 
 PICTURED_PROMPTS = 6
 
@@ -44,9 +44,8 @@ def publish(
     """
     output = layout.experiment(profile.name, experiment.name)
     spec = experiment.table
-    written = list(
-        render_table(spec, cells, profile=profile.name, output=output, gaps=gaps).values()
-    )
+    table = compute_table(spec, cells, profile.name, gaps)
+    written = list(write_formats(table, output).values())
     for group, rows in spec.groups():
         curves = {
             row.label: [c.curve for c in cells if c.info.row == row.key and c.curve is not None]
@@ -58,10 +57,7 @@ def publish(
     pictures = _pictures(experiment, profile, cells, layout, output)
     if pictures is not None:
         written += [pictures, pictures.with_suffix(".pdf")]
-    reading = output / f"{spec.name}_reading.md"
-    atomic_write_text(reading, write_reading(spec, cells, profile=profile.name))
-    written.append(reading)
-    print_table(spec, cells, profile=profile.name, gaps=gaps)
+    print_table(table)
     for path in written:
         typer.echo(visible(f"wrote {path}"))
 

@@ -14,11 +14,16 @@ from reproduce.tables.model import Column, Number, Row, Score, Source, grouped, 
 from reproduce.tables.notes import full_label
 from reproduce.tables.paper import DIGITS, PAPER_NAMES, PaperRow, PaperTables
 from reproduce.tables.references import MEASURES, REWARDS
-from reproduce.tables.spec import COST_LABELS, METRIC_LABELS, RowSpec, TableSpec
+from reproduce.tables.spec import COST_LABELS, METRIC_LABELS, CostColumn, RowSpec, TableSpec
 
 PAPER_COLUMNS = tuple(Column(name=name, label=name, paper=name) for name in PAPER_NAMES)
 """The paper's own columns, for figures that may not stand in ours."""
-COMPARED_COSTS = ("rollout_evaluations", "training_backwards", "images_scored", "device_seconds")
+COMPARED_COSTS: tuple[CostColumn, ...] = (
+    "rollout_evaluations",
+    "training_backwards",
+    "images_scored",
+    "device_seconds",
+)
 METRIC_DIGITS = 3
 """Decimals of the measures of diversity, and figures of the largest drift of a table."""
 
@@ -103,7 +108,7 @@ def mark_best(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def row_costs(row: RowScores) -> dict[str, float]:
+def row_costs(row: RowScores) -> dict[CostColumn, float]:
     """Mean over the row's cells of every measure of cost; none where one is not known."""
     costs = [cell.info.cost for cell in row.cells if cell.info.cost is not None]
     if len(costs) < len(row.cells):
@@ -111,7 +116,7 @@ def row_costs(row: RowScores) -> dict[str, float]:
     return {name: float(np.mean([getattr(cost, name) for cost in costs])) for name in COST_LABELS}
 
 
-def cost_ratios(first: Row, second: Row) -> dict[str, float]:
+def cost_ratios(first: Row, second: Row) -> dict[CostColumn, float]:
     """What training the first cost in units of the second, by measure."""
     costs = [source.cost for row in (first, second) for source in row.sources]
     devices = {cost.device for cost in costs if cost is not None}

@@ -40,8 +40,6 @@ METRIC_LABELS: dict[str, str] = {
 }
 """The columns beside the rewards, in order; a table has those that its cells were measured in."""
 
-HACKING_LABEL = "Reward hacking"
-
 DEFAULT_COSTS: tuple[CostColumn, ...] = (
     "rollout_evaluations",
     "training_forwards",

@@ -1,64 +1,78 @@
-"""A plain reading of a table: which differences hold, which do not, and at what cost."""
+"""A plain summary of a table: which differences hold, which do not, and at what cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
-from benchmarks.evaluation.results import Cell, RowScores
-from benchmarks.evaluation.statistics import ALPHA, MIN_SEEDS, p_equation, p_text, signed
-from reproduce.tables.findings import UNCLEAR, VERDICTS, Finding, findings
-from reproduce.tables.formats import IN_DOMAIN, NOTHING, markdown_escape
+from benchmarks.evaluation.statistics import (
+    ALPHA,
+    MIN_SEEDS,
+    NOTHING,
+    Label,
+    nonzero,
+    p_equation,
+    p_text,
+    signed,
+)
+from reproduce.tables.markdown import markdown_escape, markdown_table
+from reproduce.tables.model import IN_DOMAIN, UNCLEAR, VERDICTS, PaperVerdict, RowComparison, Table
 from reproduce.tables.paper import DIGITS
-from reproduce.tables.spec import COST_LABELS, CostColumn, TableSpec
-from reproduce.tables.values import row_costs, select_rows
+from reproduce.tables.spec import COST_LABELS
 
 
-def write_reading(
-    spec: TableSpec, cells: Sequence[Cell], *, profile: str, heading: str | None = None
-) -> str:
-    """The reading of a table as Markdown.
+def summary_markdown(table: Table) -> str:
+    """One section a group with a table of differences and a sentence for each pair.
 
-    Args:
-        spec: the table, with ``focus`` rows.
-        cells: its finished cells.
-        profile: the profile the cells were measured under.
-        heading: replaces the table's title, e.g. to tell equal iterations from equal cost.
-
-    Returns:
-        One section a group with a table of differences and a sentence for each pair, then how the
-        directions relate to the paper's.
+    After them, how the directions relate to the paper's, and every comparison in words.
     """
-    found = findings(spec, cells, profile=profile)
-    results = select_rows(spec, cells)
-    parts = [f"### {markdown_escape(heading or spec.title)}: what holds (profile `{profile}`)"]
+    found = table.comparisons
+    title = f"### {markdown_escape(table.title)}: what holds (profile `{table.profile}`)"
     if not found:
-        return parts[0] + "\n\nNothing to compare yet: no pair of rows has results.\n"
-    parts.append(_method_sentences(found))
-    for group in dict.fromkeys(finding.group for finding in found):
-        members = [finding for finding in found if finding.group == group]
-        title = f"{spec.group_label}: {group}" if group else spec.row_label
-        parts.append(f"**{markdown_escape(title)}**")
-        parts.append(_difference_table(members))
-        pairs = dict.fromkeys((finding.focus.key, finding.other.key) for finding in members)
-        sentences = []
-        for focus, other in pairs:
-            pair = [f for f in members if (f.focus.key, f.other.key) == (focus, other)]
-            costs = _cost_sentence(results[focus], results[other])
-            sentences.append(f"- {markdown_escape(pair_sentence(pair) + costs)}")
-        parts.append("\n".join(sentences))
-    parts.append(_paper_sentences(spec, found, profile))
-    parts.append(_in_words(found))
+        return f"{title}\n\nNothing to compare yet: no pair of rows has results.\n"
+    parts = [title, _method_sentences(found)]
+    for group in dict.fromkeys(table.row(one.first).group for one in found):
+        members = [one for one in found if table.row(one.first).group == group]
+        heading = f"{table.group_label}: {group}" if group else table.row_label
+        parts += [f"**{markdown_escape(heading)}**", _difference_table(table, members)]
+        sentences = [
+            markdown_escape(pair_sentence(table, pair) + _cost_sentence(pair[0]))
+            for pair in pairs(members)
+        ]
+        parts.append("\n".join(f"- {sentence}" for sentence in sentences))
+    parts += [_paper_sentences(table), _in_words(table)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _in_words(found: Sequence[Finding]) -> str:
-    """Every comparison in plain sentences, folded away."""
-    lines = "\n".join(
-        f"- {markdown_escape((f'{f.group}: ' if f.group else '') + f.sentences)}" for f in found
-    )
-    return f"<details><summary>Every comparison in words</summary>\n\n{lines}\n\n</details>"
+def pairs(found: Iterable[RowComparison]) -> list[list[RowComparison]]:
+    """The comparisons of each pair of rows."""
+    return [list(members) for _, members in groupby(found, lambda one: (one.first, one.second))]
 
 
-def _method_sentences(found: Sequence[Finding]) -> str:
-    counts = sorted({f.comparison.count for f in found if f.comparison.label == "method"})
+def pair_sentence(table: Table, pair: Sequence[RowComparison]) -> str:
+    """One sentence on a pair of rows over all score columns."""
+    parts = []
+    for verdict in VERDICTS:
+        names = [table.column(one.reward).label for one in pair if one.verdict == verdict]
+        if verdict == UNCLEAR and len(names) == len(pair) > 1:
+            parts.append(f"{UNCLEAR} on any score")
+        elif names:
+            parts.append(f"{verdict} on {_listed(names)}")
+    first, second = (table.row(key).label for key in (pair[0].first, pair[0].second))
+    return f"{first} against {second} ({pair[0].about}): {'; '.join(parts)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _cost_sentence(one: RowComparison) -> str:
+    ratios = [
+        f"{COST_LABELS[name].lower()} {ratio:.2f}×" for name, ratio in one.cost_ratios.items()
+    ]
+    return f" Cost against it: {', '.join(ratios)}." if ratios else ""
+
+
+def _method_sentences(found: Sequence[RowComparison]) -> str:
+    counts = sorted({one.count for one in found if one.about == "method"})
     sentences = []
     if counts:
         seeds = " or ".join(str(count) for count in counts)
@@ -68,7 +82,7 @@ def _method_sentences(found: Sequence[Finding]) -> str:
             "freedom: what it does not find may still be there. They are about these held-out "
             "prompts."
         )
-    if any(f.comparison.label == "checkpoint" for f in found):
+    if any(one.about == "checkpoint" for one in found):
         sentences.append(
             "Differences labelled checkpoint: these trained weights on the same prompts, paired "
             f"bootstrap and sign-flip test; fewer than {MIN_SEEDS} seeds are shared, so they say "
@@ -82,102 +96,129 @@ def _method_sentences(found: Sequence[Finding]) -> str:
     return " ".join(sentences)
 
 
-def _difference_table(members: Sequence[Finding]) -> str:
-    head = ("Row", "Against", "Score", "Difference", "95% interval", "p", "p (Holm)")
-    with_paper = any(f.published is not None for f in members)
-    last = ("Label", "Verdict", *(("Paper's difference",) if with_paper else ()))
-    lines = [f"| {' | '.join((*head, *last))} |", "|" + "---|" * (len(head) + len(last))]
-    for f in members:
-        digits, c = f.column.digits, f.comparison
+def _difference_table(table: Table, members: Sequence[RowComparison]) -> str:
+    heads = ["Row", "Against", "Score", "Difference", "95% interval", "p", "p (Holm)", "Label"]
+    heads.append("Verdict")
+    with_paper = any(one.published_difference is not None for one in members)
+    heads += ["Paper's difference"] if with_paper else []
+    lines = []
+    for one in members:
+        first, column = table.row(one.first), table.column(one.reward)
+        low, high = signed(one.low, column.digits), signed(one.high, column.digits)
         texts = [
-            f.focus.label,
-            f.other.label,
-            f.column.label + (IN_DOMAIN if f.column.reward in f.focus.train else ""),
-            signed(c.difference, digits),
-            f"{signed(c.low, digits)} to {signed(c.high, digits)}",
-            p_text(c.p_value),
-            p_text(f.adjusted),
-            c.label,
-            f.verdict,
+            first.label,
+            table.row(one.second).label,
+            column.label + (IN_DOMAIN if column.name in first.trained_on else ""),
+            signed(one.difference, column.digits),
+            f"{low} to {high}",
+            p_text(one.p_value),
+            p_text(one.p_holm),
+            one.about,
+            one.verdict,
+            *([_paper_difference(table, one)] if with_paper else []),
         ]
-        if with_paper:
-            texts.append(_paper_difference(f))
-        lines.append(f"| {' | '.join(markdown_escape(text) for text in texts)} |")
-    return "\n".join(lines)
+        lines.append([markdown_escape(text) for text in texts])
+    return markdown_table([(head, "---") for head in heads], lines)
 
 
-def _paper_difference(finding: Finding) -> str:
+def _paper_difference(table: Table, one: RowComparison) -> str:
     """The paper's difference with the name of its column, or a dash."""
-    if finding.published is None:
+    if one.published_difference is None:
         return NOTHING
-    return f"{signed(finding.published, DIGITS)} ({finding.column.paper})"
+    return f"{signed(one.published_difference, DIGITS)} ({table.column(one.reward).paper})"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def pair_sentence(pair: Sequence[Finding]) -> str:
-    """One sentence on a pair of rows over all score columns."""
-    parts = []
-    for verdict in VERDICTS:
-        names = [f.column.label for f in pair if f.verdict == verdict]
-        if verdict == UNCLEAR and len(names) == len(pair) > 1:
-            parts.append(f"{UNCLEAR} on any score")
-        elif names:
-            parts.append(f"{verdict} on {_listed(names)}")
-    label = pair[0].comparison.label
-    return f"{pair[0].focus.label} against {pair[0].other.label} ({label}): {'; '.join(parts)}."
-
-
-def _cost_sentence(focus: RowScores, other: RowScores) -> str:
-    measures: tuple[CostColumn, ...] = (
-        "rollout_evaluations",
-        "training_backwards",
-        "images_scored",
-        "device_seconds",
-    )
-    costs = [cell.info.cost for row in (focus, other) for cell in row.cells]
-    devices = {cost.device for cost in costs if cost is not None}
-    pairs = zip(row_costs(focus, measures), row_costs(other, measures), strict=True)
-    ratios = [
-        f"{COST_LABELS[measure].lower()} {ours / theirs:.2f}×"
-        for measure, (ours, theirs) in zip(measures, pairs, strict=True)
-        # Seconds on another device are no measure.
-        if ours is not None and theirs and (measure != "device_seconds" or len(devices) == 1)
-    ]
-    return f" Cost against it: {', '.join(ratios)}." if ratios else ""
-
-
-def _paper_sentences(spec: TableSpec, found: Sequence[Finding], profile: str) -> str:
-    known = [f for f in found if f.paper_verdict is not None]
-    if not known:
-        return ""
-    counts = {
-        verdict: [f for f in known if f.paper_verdict == verdict]
-        for verdict in ("confirmed", "same direction", "opposite direction", "contradicted")
+def _paper_sentences(table: Table) -> str:
+    known: dict[PaperVerdict, list[RowComparison]] = {
+        "confirmed": [],
+        "same direction": [],
+        "opposite direction": [],
+        "contradicted": [],
     }
-    other_model = "" if profile in spec.paper_profiles else " (of another model: directions only)"
+    for one in table.comparisons:
+        if one.paper_verdict is not None:
+            known[one.paper_verdict].append(one)
+    counts = {verdict: len(members) for verdict, members in known.items()}
+    if not any(counts.values()):
+        return ""
+    other_model = "" if table.same_model else " (of another model: directions only)"
     summary = (
-        f"Of the {len(known)} differences whose direction the paper reports{other_model}, "
-        f"{len(counts['confirmed'])} are confirmed with significance, "
-        f"{len(counts['same direction'])} point the same way without it, "
-        f"{len(counts['opposite direction'])} point the other way without it and "
-        f"{len(counts['contradicted'])} are contradicted with significance."
+        f"Of the {sum(counts.values())} differences whose direction the paper reports"
+        f"{other_model}, {counts['confirmed']} are confirmed with significance, "
+        f"{counts['same direction']} point the same way without it, "
+        f"{counts['opposite direction']} point the other way without it and "
+        f"{counts['contradicted']} are contradicted with significance."
     )
     lines = [summary]
     for verdict in ("contradicted", "opposite direction"):
-        if counts[verdict]:
+        if known[verdict]:
             lines.append(f"\n{verdict.capitalize()}:\n")
-            lines.extend(f"- {markdown_escape(_contrast(f))}" for f in counts[verdict])
+            lines += [f"- {markdown_escape(_contrast(table, one))}" for one in known[verdict]]
     return "\n".join(lines)
 
 
-def _contrast(finding: Finding) -> str:
-    where = f" ({finding.group})" if finding.group else ""
-    ours = signed(finding.comparison.difference, finding.column.digits)
+def _contrast(table: Table, one: RowComparison) -> str:
+    first, column = table.row(one.first), table.column(one.reward)
+    where = f" ({first.group})" if first.group else ""
     return (
-        f"{finding.focus.label} against {finding.other.label}{where}, {finding.column.label}: "
-        f"here {ours} ({p_equation(finding.adjusted)} after Holm), "
-        f"paper {_paper_difference(finding)}."
+        f"{first.label} against {table.row(one.second).label}{where}, {column.label}: "
+        f"here {signed(one.difference, column.digits)} ({p_equation(one.p_holm)} after Holm), "
+        f"paper {_paper_difference(table, one)}."
     )
+
+
+def _in_words(table: Table) -> str:
+    """Every comparison in plain sentences, folded away."""
+    lines = []
+    for one in table.comparisons:
+        group = table.row(one.first).group
+        words = f"{_difference_sentence(table, one)} {_improvement_sentence(table, one)}"
+        lines.append(f"- {markdown_escape((f'{group}: ' if group else '') + words)}")
+    inner = "\n".join(lines)
+    return f"<details><summary>Every comparison in words</summary>\n\n{inner}\n\n</details>"
+
+
+def _difference_sentence(table: Table, one: RowComparison) -> str:
+    """Says which of the two scores higher, or that this is not settled.
+
+    A difference that is not significant is never called none: that cannot be shown by a test of
+    differences. Only the corrected p-value decides.
+    """
+    first, second, column = table.row(one.first), table.row(one.second), table.column(one.reward)
+    size = nonzero(abs(one.difference) if one.significant else one.difference, column.digits)
+    ends = one.low, one.high
+    if one.significant and one.difference < 0:
+        ends = -one.high, -one.low
+    p_value = p_equation(one.p_holm)
+    if one.family > 1:
+        p_value += f" after Holm's correction over {one.family} comparisons"
+        if one.p_value < ALPHA <= one.p_holm:
+            p_value += f", {p_equation(one.p_value)} before it"
+    low, high = (nonzero(end, column.digits) for end in ends)
+    evidence = f"{_over(one.level, low, high, one.about, one.count)}; {p_value}"
+    if not one.significant:
+        return (
+            f"Whether {first.label} scores higher or lower than {second.label} on {column.label} "
+            f"is not settled: the difference measured is {size} ({evidence})."
+        )
+    direction = "higher" if one.difference > 0 else "lower"
+    return (
+        f"{first.label} scores {size} {direction} than {second.label} on {column.label} "
+        f"({evidence})."
+    )
+
+
+def _improvement_sentence(table: Table, one: RowComparison) -> str:
+    """Says how often the first scores higher, with the interval and what it is over."""
+    first, second, column = table.row(one.first), table.row(one.second), table.column(one.reward)
+    i = one.improvement
+    over = _over(one.level, f"{i.low:.3f}", f"{i.high:.3f}", one.about, one.count)
+    return (
+        f"On a prompt, {first.label} scores higher than {second.label} on {column.label} with "
+        f"probability {i.mean:.3f} ({over}; ties count half)."
+    )
+
+
+def _over(level: float, low: str, high: str, about: Label, count: int) -> str:
+    units = "training seeds" if about == "method" else "prompts of these checkpoints"
+    return f"{100 * level:.6g} % interval {low} to {high} over {count} {units}"

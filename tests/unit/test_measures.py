@@ -1,6 +1,5 @@
 """Metrics beside the scores: in the cell's files, in every form of a table, and as a verdict."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -8,11 +7,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import cell_factory
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from cell_factory import TABLE1, make_cell, make_metrics, make_scores, make_table_cells
+from cell_factory import (
+    TABLE1,
+    csv_rows,
+    make_cell,
+    make_metrics,
+    make_scores,
+    make_table_cells,
+)
 from rich.console import Console
 
 from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
@@ -25,10 +32,14 @@ from benchmarks.evaluation.results import (
     load_cell,
     save_cell,
 )
+from benchmarks.evaluation.statistics import Label
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from reproduce.tables.comparisons import Hacking, compare_metric, judge_hacking
-from reproduce.tables.render import TableSpec, print_table, render_table
+from reproduce.tables.model import RewardHacking
+from reproduce.tables.paired import ComparedRows, compare_metric
+from reproduce.tables.spec import TableSpec
+from reproduce.tables.table import compute_table
+from reproduce.tables.terminal import print_table
 
 SPEC = validate(TableSpec, TABLE1, "table1")
 METRICS = {DISTANCE: 0.4, VENDI: 2.5, DRIFT: 0.01234}
@@ -121,12 +132,7 @@ class TestCells:
 
 
 def render(cells: Sequence[Cell], folder: Path, profile: str = "mini") -> dict[str, str]:
-    paths = render_table(SPEC, cells, profile=profile, output=folder)
-    return {kind: path.read_text() for kind, path in paths.items()}
-
-
-def csv_rows(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(text)))
+    return cell_factory.render(SPEC, cells, folder, profile)
 
 
 class TestTables:
@@ -185,7 +191,7 @@ class TestTables:
         assert {len(row.split("&")) for row in rows if "HPS" not in row} == {5}
         assert latex.isascii()
         console = Console(record=True, width=160, file=io.StringIO())
-        print_table(SPEC, measured_cells(), profile="mini", console=console)
+        print_table(compute_table(SPEC, measured_cells(), "mini"), console)
         text = console.export_text()
         assert text.index("Beside the rewards") < text.index("Cost of training")
         assert "Reward hacking: yes where" in text
@@ -228,10 +234,18 @@ def rows_of(
     return gather_rows(cells)
 
 
-def verdict(rows: dict[str, RowScores], rewards: Sequence[str] = ("hps", "clip")) -> Hacking | None:
-    row = rows["hps/g2rpo"]
-    label = "method" if len(row.cells) >= 3 else "checkpoint"
-    return judge_hacking(row, rows["base"], rewards, label)
+def verdict(
+    rows: dict[str, RowScores],
+    rewards: Sequence[str] = ("hps", "clip"),
+    baseline: str | None = "base",
+    about: Label | None = None,
+) -> RewardHacking | None:
+    label: Label = "method" if len(rows["hps/g2rpo"].cells) >= 3 else "checkpoint"
+    return ComparedRows(rows, rewards).hacking("hps/g2rpo", baseline, about or label)
+
+
+def hacking(rose: tuple[str, ...], fell: tuple[str, ...]) -> RewardHacking:
+    return RewardHacking(flagged=bool(rose and fell), rose=rose, fell=fell)
 
 
 UP, DOWN, SAME = (0.1, 0.101, 0.102), (-0.1, -0.101, -0.102), (0.0, 0.05, -0.05)
@@ -241,16 +255,16 @@ class TestRewardHacking:
     @pytest.mark.parametrize("seeds", [1, 2, 3])
     def test_another_reward_falls(self, seeds: int) -> None:
         found = verdict(rows_of(UP[:seeds], DOWN[:seeds]))
-        assert found == Hacking(("hps",), ("clip",))
+        assert found == hacking(("hps",), ("clip",))
         assert found.flagged
 
     def test_diversity_falls(self) -> None:
         found = verdict(rows_of(UP, SAME, vendi=1.5))
-        assert found == Hacking(("hps",), (VENDI,))
+        assert found == hacking(("hps",), (VENDI,))
 
     def test_honest_improvement(self) -> None:
         found = verdict(rows_of(UP, UP, vendi=3.5))
-        assert found == Hacking(("hps",), ())
+        assert found == hacking(("hps",), ())
         assert not found.flagged
 
     def test_nothing_gained(self) -> None:
@@ -259,15 +273,15 @@ class TestRewardHacking:
         assert not found.flagged
 
     def test_no_significance(self) -> None:
-        assert verdict(rows_of(UP, (-0.3, 0.1, 0.05))) == Hacking(("hps",), ())
-        assert verdict(rows_of((0.3, -0.1, 0.0), DOWN)) == Hacking((), ("clip",))
+        assert verdict(rows_of(UP, (-0.3, 0.1, 0.05))) == hacking(("hps",), ())
+        assert verdict(rows_of((0.3, -0.1, 0.0), DOWN)) == hacking((), ("clip",))
 
     def test_what_only_the_single_comparison_finds_does_not_count(self) -> None:
         # t = 5.6 with two degrees of freedom: p = 0.03 alone.
         deviation = 0.1 * np.sqrt(3) / 5.6
         falls = tuple(-0.1 + step * deviation for step in (-1, 0, 1))
         assert 0.01 < scipy.stats.ttest_1samp(falls, 0).pvalue < 0.05
-        assert verdict(rows_of(UP, falls)) == Hacking(("hps",), ())
+        assert verdict(rows_of(UP, falls)) == hacking(("hps",), ())
 
     def test_in_domain_rewards_may_fall(self) -> None:
         rows = rows_of(UP, DOWN)
@@ -276,26 +290,25 @@ class TestRewardHacking:
             dataclasses.replace(cell, info=cell.info.model_copy(update=info))
             for cell in rows["hps/g2rpo"].cells
         ]
-        assert verdict(rows | gather_rows(cells)) == Hacking(("hps",), ())
+        assert verdict(rows | gather_rows(cells)) == hacking(("hps",), ())
 
     def test_where_it_cannot_be_judged(self) -> None:
         rows = rows_of(UP, DOWN)
-        row, base = rows["hps/g2rpo"], rows["base"]
-        assert judge_hacking(row, None, ["hps", "clip"], "method") is None
-        assert judge_hacking(base, base, ["hps", "clip"], "checkpoint") is None
-        assert judge_hacking(row, base, ["clip"], "method") is None
+        assert verdict(rows, baseline=None) is None
+        assert ComparedRows(rows, ["hps"]).hacking("base", "base", "checkpoint") is None
+        assert verdict(rows, ["clip"]) is None
         # What the table's interval is about is not what could be compared.
-        assert judge_hacking(row, base, ["hps", "clip"], "checkpoint") is None
-        moved = base.cells[0].info.model_copy(update={"protocol": Protocol(name="o", hash="o")})
-        other = gather_rows([dataclasses.replace(base.cells[0], info=moved)])["base"]
-        assert judge_hacking(row, other, ["hps", "clip"], "method") is None
+        assert verdict(rows, about="checkpoint") is None
+        base = rows["base"].cells[0]
+        moved = base.info.model_copy(update={"protocol": Protocol(name="o", hash="o")})
+        assert verdict(rows | gather_rows([dataclasses.replace(base, info=moved)])) is None
 
     def test_metrics_of_other_prompts_are_not_compared(self) -> None:
         rows = rows_of(UP, SAME, vendi=1.5)
         fewer = measured(rows["base"].cells[0], make_metrics(METRICS, prompts=5))
         other = gather_rows([fewer])["base"]
-        assert compare_metric(rows["hps/g2rpo"], other, VENDI, "method") is None
-        found = compare_metric(rows["hps/g2rpo"], rows["base"], VENDI, "method")
+        assert compare_metric(rows["hps/g2rpo"], other, VENDI) is None
+        found = compare_metric(rows["hps/g2rpo"], rows["base"], VENDI)
         assert found is not None
         assert found.difference == pytest.approx(-1, abs=0.05)
 

@@ -1,6 +1,5 @@
 """Text of users and printed numbers: what a table, page or terminal makes of them."""
 
-import csv
 import io
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 import pytest
-from cell_factory import TABLE1, make_table_cells
+from cell_factory import TABLE1, csv_rows, make_table_cells, render
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -20,8 +19,8 @@ from benchmarks.evaluation.statistics import ALPHA, p_text, signed
 from g2rpo.config import validate
 from g2rpo.terminal import PlainTable
 from g2rpo.text import csv_text, plain_value, visible
-from reproduce.tables.formats import markdown_escape
-from reproduce.tables.render import TableSpec, render_table
+from reproduce.tables.markdown import markdown_escape
+from reproduce.tables.spec import TableSpec
 
 HOSTILE = (
     "[photo]",
@@ -113,7 +112,7 @@ def test_every_number_of_the_summary_is_over_prompts() -> None:
 
 def test_the_summary_as_csv_has_no_formula_and_a_total_of_its_own() -> None:
     text = summary.as_csv(summary.as_frame(summary.summarise(scores(["=1+1", "all"]))))
-    rows = list(csv.DictReader(io.StringIO(text)))
+    rows = csv_rows(text)
     assert [row["style"] for row in rows] == ["", "'=1+1", "all"]
     assert float(rows[0]["mean"]) == pytest.approx(0.4561728)
 
@@ -163,12 +162,12 @@ def test_labels_stay_in_their_cells_in_every_format(label: str, tmp_path: Path) 
         {**TABLE1, "rows": rows, "title": label, "focus": [], "baseline": None},
         "made up",
     )
-    files = render_table(spec, make_table_cells(spec), profile="mini", output=tmp_path)
+    texts = render(spec, make_table_cells(spec), tmp_path)
     for kind in ("markdown", "csv", "latex"):
-        text = files[kind].read_text()
+        text = texts[kind]
         assert not re.search(r"[\x00-\x09\x0b-\x1f\u202a-\u202e\u2066-\u2069]", text)
         if kind == "csv":
-            assert {row["label"] for row in csv.DictReader(text.splitlines())} == {csv_text(label)}
+            assert {row["label"] for row in csv_rows(text)} == {csv_text(label)}
 
 
 @pytest.mark.parametrize("width", [16, 20, 40, 60, 100, 1000])

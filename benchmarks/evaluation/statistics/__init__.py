@@ -38,7 +38,15 @@ from benchmarks.evaluation.statistics.intervals import (
     row_intervals,
     seed_spreads,
 )
-from benchmarks.evaluation.statistics.numbers import fixed, p_equation, p_text, signed
+from benchmarks.evaluation.statistics.numbers import (
+    NOTHING,
+    fixed,
+    human,
+    nonzero,
+    p_equation,
+    p_text,
+    signed,
+)
 from benchmarks.evaluation.statistics.records import (
     ALPHA,
     DEFAULT_RESAMPLING,
@@ -59,6 +67,7 @@ __all__ = [
     "DEFAULT_RESAMPLING",
     "LEVEL",
     "MIN_SEEDS",
+    "NOTHING",
     "RESAMPLES",
     "Comparison",
     "CorrectedComparison",
@@ -78,10 +87,12 @@ __all__ = [
     "comparison_sentence",
     "fixed",
     "holm",
+    "human",
     "improvement_sentence",
     "method_comparisons",
     "method_improvements",
     "method_intervals",
+    "nonzero",
     "p_equation",
     "p_text",
     "row_intervals",

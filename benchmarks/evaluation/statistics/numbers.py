@@ -4,6 +4,24 @@ import math
 
 from benchmarks.evaluation.statistics.records import ALPHA
 
+NOTHING = "–"
+"""In the place of a number that there is not."""
+_UNITS = ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"))
+
+
+def human(number: float | None) -> str:
+    """A count or a number of seconds in a few characters: 9,876; 17.1k; 1.71M."""
+    if number is None:
+        return NOTHING
+    if 0 < number < 0.01:
+        return "<0.01"
+    if number < 10_000:
+        return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
+    scaled = [(float(f"{number / unit:.3g}"), suffix) for unit, suffix in _UNITS]
+    # What rounds up to 1000 of a unit is shown in the next one.
+    figure, suffix = next((pair for pair in scaled if pair[0] < 1000), scaled[-1])
+    return f"{figure:g}{suffix}"
+
 
 def fixed(number: float, digits: int) -> str:
     """A number with ``digits`` decimals, and no minus sign before a zero."""
@@ -29,7 +47,7 @@ def p_text(p_value: float) -> str:
     What is below :data:`ALPHA` but would round up to it is ``< 0.05``: 0.050 is not significant.
     """
     if math.isnan(p_value):
-        return "–"
+        return NOTHING
     if p_value < 0.001:
         return "< 0.001"
     text = f"{p_value:.3f}"
