@@ -34,7 +34,7 @@ export IMAGE
 .PHONY: help setup mini smoke test lint docs mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
-	lock audit image sif check-image bench-speed bench-numerics bench-rewards bench-statistics bench-approximations \
+	lock audit image sif check-image bench-speed bench-numerics bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-slurm-facts test-latex
 
@@ -189,9 +189,6 @@ report: $(READY) ## one HTML page of all that is finished (PROFILE=mini unless g
 
 check: $(READY) ## can this machine run the suite; with CLUSTER=, does the cluster fit (PROFILE=mini unless given)
 	$(RUN)/g2rpo check $(if $(CLUSTER),cluster --cluster $(CLUSTER) --profile $(or $(PROFILE),mini),machine)
-
-bench-rewards: $(READY) ## images a second of the reward models against their packages (ViT-H size, minutes)
-	$(OFFLINE) $(RUN)/python -m benchmarks.speed.rewards
 
 bench-statistics: $(READY) ## seconds that the statistics of a whole table take
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.statistics

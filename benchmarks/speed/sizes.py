@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -15,11 +16,13 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
-from benchmarks.speed.reward_files import write_hps
 from g2rpo.config import validate
 from g2rpo.progress import without_library_bars
+from g2rpo.rewards.hps import CHECKPOINTS
+from g2rpo.rewards.open_clip_reward import build_clip
 from g2rpo.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +173,13 @@ def write_flux(folder: Path, shape: FluxShape, device: torch.device) -> None:
     )  # fmt: skip
     with without_library_bars():
         pipeline.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+
+
+def write_hps(folder: Path) -> None:
+    """HPS's checkpoint as it is published, a ``state_dict`` in float16, with random weights."""
+    clip = build_clip(open_clip.get_model_config("ViT-H-14"))
+    liven(clip)
+    torch.save({"state_dict": clip.half().state_dict()}, folder / CHECKPOINTS["v2.1"])
 
 
 def _random_flux(folder: Path, shape: FluxShape) -> Models:

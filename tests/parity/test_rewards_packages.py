@@ -10,19 +10,35 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from reward_packages import hpsv2_open_clip, image_reward_package
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from benchmarks.mini_world.small_rewards import SmallImageReward, SmallPickScore, liven
+from benchmarks.mini_world.small_rewards import (
+    SmallImageReward,
+    SmallPickScore,
+    liven,
+    save_open_clip,
+)
 from benchmarks.mini_world.tokenizers import words
-from benchmarks.speed.packages import hpsv2_open_clip, image_reward_package
 from g2rpo.rewards import image_reward
 from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.clip_score import CLIPScore
 from g2rpo.rewards.hps import CHECKPOINTS, HPS
+from g2rpo.rewards.open_clip_reward import WEIGHTS_FILES, build_clip
 from g2rpo.rewards.pick_score import PickScore
 from g2rpo.rewards.preprocessing import Preprocessing
 
 PROMPTS = ["a large red circle on black", "two blue stars above a green ring on gray"] * 2
+TOY_CLIP: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 224, "patch_size": 56, "width": 32, "layers": 2, "head_width": 8,
+    },
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2,
+    },
+}  # fmt: skip
 SHAPES = [(224, 224), (300, 100), (100, 300), (7, 9), (512, 640), (1600, 2200)]
 
 
@@ -59,23 +75,11 @@ def test_hps_equals_the_package(
     hpsv2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published file's path: its key names, its tokenizer, its transform; a toy tower."""
-    config = {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 224, "patch_size": 56, "width": 32, "layers": 2},
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 32,
-            "heads": 4,
-            "layers": 2,
-        },
-    }
-    config["vision_cfg"]["head_width"] = 8  # type: ignore[index]
     torch.manual_seed(0)
-    package = hpsv2.CLIP(**config).eval()
+    package = hpsv2.CLIP(**TOY_CLIP).eval()
     liven(package)
     torch.save({"state_dict": package.state_dict()}, tmp_path / CHECKPOINTS["v2.1"])
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: TOY_CLIP)
     ours = HPS.load(RewardConfig(model="hps", source=str(tmp_path)), "cpu")
     transform = hpsv2.image_transform(224, is_train=False, resize_longest_max=True)
     tokenize = open_clip.SimpleTokenizer(context_length=77)
@@ -89,6 +93,28 @@ def test_hps_equals_the_package(
         scores = ours.score(images, PROMPTS)
         assert scores.std() > 1e-3
         torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_clip_score_equals_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    clip = build_clip(TOY_CLIP)
+    liven(clip)
+    save_open_clip(clip, TOY_CLIP, "squash", tmp_path)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "toy", TOY_CLIP)
+    model, preprocess = open_clip.create_model_from_pretrained(
+        "toy", pretrained=str(tmp_path / WEIGHTS_FILES[0]), image_resize_mode="squash"
+    )
+    tokenize = open_clip.get_tokenizer("toy")
+    ours = CLIPScore.load(RewardConfig(model="clip", source=str(tmp_path)), "cpu")
+    for height, width in SHAPES:
+        images = pictures(height, width)
+        with torch.no_grad():
+            pixels = torch.stack([preprocess(image) for image in as_pil(images)])
+            found = model.eval().encode_image(pixels, normalize=True)
+            expected = found * model.encode_text(tokenize(PROMPTS), normalize=True)
+        scores = ours.score(images, PROMPTS)
+        assert scores.std() > 1e-3
+        torch.testing.assert_close(scores, expected.sum(-1), atol=1e-5, rtol=0)
 
 
 def test_pick_score_equals_plain_transformers(tmp_path: Path) -> None:

@@ -1,15 +1,14 @@
 """The reward models' own packages, made to run beside today's libraries without a network.
 
 hpsv2 1.2.0 lacks a file of its tokenizer and imports tkinter's turtle; image-reward 1.5 imports and
-calls what transformers 5 dropped. Each context manager mends that for as long as it is open, and no
-weights are fetched. They are what this project's reward models are compared with.
+calls what transformers 5 dropped. Each context manager repairs that while it is open, and no
+weights are fetched.
 """
 
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -46,43 +45,6 @@ def hpsv2_open_clip() -> Iterator[Any]:
         import hpsv2.src.open_clip as vendored
 
         yield vendored
-
-
-@contextmanager
-def hpsv2_package(
-    checkpoint: Path, device: torch.device, architecture: Mapping[str, Any] | None = None
-) -> Iterator[Any]:
-    """The package ``hpsv2``, whose documented ``score`` reads ``checkpoint`` at every call.
-
-    Args:
-        checkpoint: in place of the published file.
-        device: where it computes.
-        architecture: open_clip configuration in place of ViT-H-14's.
-    """
-    with hpsv2_open_clip(), ExitStack() as stack:
-        import hpsv2
-        from hpsv2 import img_score
-        from hpsv2.src.open_clip import factory
-
-        create = factory.create_model_and_transforms
-
-        def without_laion(name: str, pretrained: str, **options: Any) -> Any:
-            # The laion2B weights that it asks for are overwritten by the checkpoint's.
-            del pretrained
-            return create(name, None, **options)
-
-        changes: list[tuple[Any, str, Any]] = [
-            (img_score, "create_model_and_transforms", without_laion),
-            (img_score, "device", str(device)),
-            (img_score, "model_dict", {}),
-            (img_score, "root_path", str(checkpoint.parent)),
-            (img_score.huggingface_hub, "hf_hub_download", lambda *_, **__: str(checkpoint)),
-        ]
-        if architecture is not None:
-            changes.append((factory, "get_model_config", lambda _: dict(architecture)))
-        for owner, name, value in changes:
-            stack.enter_context(patch.object(owner, name, value))
-        yield hpsv2
 
 
 def _inverted_mask(self: Any, mask: Tensor) -> Tensor:
