@@ -99,7 +99,7 @@ def plan(
         if dry_run:
             _print_scripts(made, place)
             return
-        from reproduce.jobs.plan_display import print_plan
+        from reproduce.commands.plan_display import print_plan
 
         print_plan(made, place, everything=everything)
 

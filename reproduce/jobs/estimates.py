@@ -1,11 +1,12 @@
-"""What each stage of a cell will take: evaluations, seconds and disk, without loading a model.
+"""What each stage of a plan will take, without loading a model.
 
-Counts follow from the configuration (:mod:`g2rpo.training.counts`), seconds from the speeds of the
-profile's machine (``speeds.yaml``), and bytes from the size of the transformer.
+A stage is a table of parts: how many velocity evaluations, images and so on (from the
+configuration), times the seconds that each takes on the profile's machine (``speeds.yaml``).
 """
 
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from g2rpo.hub.prompt_sets import VALIDATION_PROMPTS, artifact_named
 from g2rpo.methods.base import iterations_by_rollout
 from g2rpo.policy import PolicyConfig
 from g2rpo.policy.size import DTYPE_BYTES, model_size
-from g2rpo.training.config import CheckpointConfig, TrainConfig
+from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import training_counts, validations
-from reproduce.experiment import Hardware, ResolvedCell
-from reproduce.jobs.speeds import Seconds, Speeds, speeds_of
+from reproduce.experiment import Profile, ResolvedCell
+from reproduce.jobs.speeds import Seconds, Speeds
 from reproduce.stages.shares import WHOLE, Share
 
 PNG_BYTES_PER_PIXEL = 1.9
@@ -32,301 +33,240 @@ LOG_BYTES = 4096
 
 
 @dataclass(frozen=True)
+class Part:
+    """So many of one thing, one after the other, and the seconds of each."""
+
+    what: str
+    count: float
+    seconds: float
+    measured: bool
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """What a stage, or several one after the other, will take.
+    """What a stage will take.
 
     Attributes:
-        device_seconds: seconds that devices (GPUs, or cores where there are none) are held.
-        wall_seconds: from its start to its end, without waiting for the devices.
-        gpus: at once.
-        evaluations: velocity evaluations, and states of training forwards.
+        parts: what it does.
+        devices: GPUs, or cores where there are none, that it holds.
         disk_bytes: at most at a time.
-        measured: whether all of the seconds come from measured speeds.
+        limit: seconds after which it ends anyway.
     """
 
-    device_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    gpus: int = 0
-    evaluations: int = 0
-    disk_bytes: int = 0
-    measured: bool = True
+    parts: tuple[Part, ...]
+    devices: int = 1
+    disk_bytes: float = 0.0
+    limit: float = math.inf
 
-    def __add__(self, other: "Estimate") -> "Estimate":
-        """Both, one after the other."""
+    @property
+    def seconds(self) -> float:
+        """From its start to its end, without waiting for devices."""
+        return min(self.limit, sum(part.count * part.seconds for part in self.parts))
+
+    @property
+    def measured(self) -> bool:
+        """Whether all of the seconds come from measured speeds."""
+        return all(part.measured for part in self.parts if part.count)
+
+    def count(self, what: str) -> float:
+        """How many of one thing, in all parts."""
+        return sum(part.count for part in self.parts if part.what == what)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """The estimates of the stages of one profile.
+
+    Those that need a prompt file raise :class:`UserError` where it is not here and not known.
+    """
+
+    profile: Profile
+    speeds: Speeds
+
+    def train(self, config: TrainConfig) -> Estimate:
+        """A whole training run: what its ranks share, and what is done while the others wait."""
+        counts, total = training_counts(config), config.optimization.iterations
+        speeds, ranks, policy = self.speeds, self.profile.hardware.training_ranks, config.policy
+        of_base = counts.training_forwards - counts.training_backwards
+        texts = total * config.rollout.prompts_per_iteration if speeds.text_in_training else 0
+        shared = [
+            *self._sampled(policy, counts.rollout_evaluations + of_base, counts.images_scored),
+            self._trained(policy, counts.training_backwards),
+            *self._scored(counts.images_scored, _rewards(config)),
+            self._part("text", texts, speeds.text),
+        ]
+        checkpoint, kept, written = checkpoint_disk(config)
+        alone = [
+            *self._started("train"),
+            self._part("iteration", total, speeds.iteration),
+            *self._validated(config),
+            *self._previews(config),
+            self._part("gigabyte", checkpoint * written / 1e9, speeds.gigabyte),
+        ]
+        limit = config.optimization.max_device_seconds
         return Estimate(
-            self.device_seconds + other.device_seconds,
-            self.wall_seconds + other.wall_seconds,
-            max(self.gpus, other.gpus),
-            self.evaluations + other.evaluations,
-            self.disk_bytes + other.disk_bytes,
-            self.measured and other.measured,
+            (*(replace(part, count=part.count / ranks) for part in shared), *alone),
+            self.profile.hardware.gpus or ranks,
+            kept * checkpoint + LOG_BYTES * total,
+            math.inf if limit is None else limit / ranks,
         )
 
-    @classmethod
-    def total(cls, estimates: Iterable["Estimate"]) -> "Estimate":
-        """All, one after the other."""
-        return sum(estimates, cls())
+    def _validated(self, config: TrainConfig) -> list[Part]:
+        validation = config.validation
+        if validation is None:
+            return []
+        images = min(validation.limit, prompt_count(Path(validation.file)))
+        images *= validations(validation, config.optimization.iterations)
+        sampled = self._sampled(config.policy, images * config.grid.steps, images)
+        return [*sampled, *self._scored(images, _rewards(config))]
 
+    def _previews(self, config: TrainConfig) -> list[Part]:
+        pictures = config.pictures
+        if pictures is None or not pictures.iterations(config.optimization.iterations):
+            return []
+        images = min(pictures.limit, prompt_count(Path(pictures.file)))
+        images *= len(pictures.iterations(config.optimization.iterations))
+        policy = config.policy.model_copy(update={"resolution": pictures.resolution})
+        return self._sampled(policy, images * pictures.grid.steps, images)
 
-class _Clock:
-    """Adds up seconds of one device and notices what was not measured."""
+    def credit(self, config: TrainConfig, credit: CreditConfig) -> Estimate:
+        """The measurement of a method's credit: groups for each step's share, and gradients."""
+        counts, hardware = training_counts(config), self.profile.hardware
+        tree = config.method.rollout_tree(replace(config.shape, group_size=credit.samples), 0)
+        pairs = [tree, *(credited_to(tree, step) for step in recorded_steps(tree))]
+        rollouts = min(credit.rollouts, len(iterations_by_rollout(config.method, config.shape)))
+        prompts = rollouts * config.rollout.prompts_per_iteration
+        repeats = rollouts * credit.repeats / config.optimization.iterations
+        evaluations = prompts * sum(part.velocity_evaluations for part in pairs)
+        images = prompts * sum(len(part.images) for part in pairs) + repeats * counts.images_scored
+        parts = [
+            *self._sampled(
+                config.policy, evaluations + repeats * counts.rollout_evaluations, images
+            ),
+            self._trained(config.policy, repeats * counts.training_backwards),
+            *self._scored(images, _rewards(config)),
+        ]
+        ranks = hardware.training_ranks
+        # Not measured: the first iteration's rollout stands for those of all.
+        shared = (replace(part, count=part.count / ranks, measured=False) for part in parts)
+        return Estimate(tuple(shared), hardware.gpus or ranks, LOG_BYTES)
 
-    def __init__(self, speeds: Speeds, policy: PolicyConfig) -> None:
-        self.speeds, self.seconds = speeds, 0.0
-        self.measured = not speeds.stands_in
-        operations = model_size(policy).operations(policy)
-        self._size = operations / speeds.operations
-        self._pixels = (policy.resolution / speeds.resolution) ** 2
+    def sample(self, cell: ResolvedCell, share: Share = WHOLE) -> Estimate:
+        """The sampling of one share of a cell's held-out prompts."""
+        config, total = cell.evaluation, held_out_count(cell)
+        prompts = images = len(share.of(range(total)))
+        if config.diversity is not None:
+            compared = share.of(range(min(config.diversity.prompts, total)))
+            images += len(compared) * (config.diversity.images - 1)
+        evaluations = images * config.grid.steps
+        if config.drift is not None and not cell.is_base and share.first:
+            evaluations += min(config.drift.prompts, total) * len(config.drift.sigmas)
+        parts = [
+            *self._started("sample"),
+            *self._sampled(cell.policy, evaluations, images),
+            self._part("image file", images, self.speeds.image_file),
+            self._part("text", prompts, self.speeds.text),
+        ]
+        return self._evaluation(parts, images * PNG_BYTES_PER_PIXEL * config.resolution**2)
 
-    def add(self, count: float, each: Seconds, scale: float = 1.0) -> None:
-        if not count:
-            return
-        self.seconds += count * each.seconds * scale
-        self.measured &= not each.estimated and abs(scale - 1.0) < 1e-3
+    def score(self, cell: ResolvedCell, share: Share = WHOLE) -> Estimate:
+        """The scoring of one share of a cell's images by every reward model of the profile."""
+        total, rewards = held_out_count(cell), self.profile.rewards
+        images = len(share.of(range(total)))
+        models = [config.model for config in rewards.values()]
+        parts = [*self._started("score"), *self._scored(images, models)]
+        diversity = cell.evaluation.diversity
+        if diversity is not None and share.first:
+            compared = min(diversity.prompts, total) * diversity.images
+            parts += self._scored(compared, [rewards[diversity.features].model])
+        return self._evaluation(parts, images * len(models) * SCORE_BYTES)
 
-    def evaluations(self, count: int) -> None:
-        self.add(count, self.speeds.evaluation, self._size)
+    def embed(self, cells: Iterable[ResolvedCell]) -> Estimate:
+        """The text embeddings of all that is sampled: drawn in training, validation, held out."""
+        files: set[str] = set()
+        drawn: dict[tuple[str, int], int] = {}
+        for cell in cells:
+            files.add(cell.evaluation_prompts)
+            if (train := cell.train) is None:
+                continue
+            key = (train.prompts.file, train.seed)
+            draws = train.optimization.iterations * train.rollout.prompts_per_iteration
+            drawn[key] = max(drawn.get(key, 0), draws)
+            if train.validation is not None:
+                files.add(train.validation.file)
+        prompts = sum(prompt_count(Path(file)) for file in files)
+        for file in {file for file, _ in drawn}:
+            draws = sum(count for (source, _), count in drawn.items() if source == file)
+            prompts += min(draws, prompt_count(Path(file)))
+        policy = self.profile.policy
+        parts = [*self._started("embed"), self._part("text", prompts, self.speeds.text)]
+        return self._evaluation(parts, prompts * model_size(policy).embedding_bytes(policy))
 
-    def training(self, count: int) -> None:
-        self.add(count, self.speeds.training_state, self._size)
+    def render(self) -> Estimate:
+        """Tables, statistics and figures of one experiment, on the CPU."""
+        return Estimate(tuple(self._started("render")))
 
-    def decoded(self, images: int) -> None:
-        self.add(images, self.speeds.decode, self._pixels)
+    def _evaluation(self, parts: Iterable[Part], disk_bytes: float) -> Estimate:
+        devices = max(1, self.profile.hardware.evaluation_devices)
+        return Estimate(tuple(parts), devices, disk_bytes)
 
-    def scored(self, images: int, models: Iterable[str]) -> None:
-        known = self.speeds.score
-        for model in models:
-            each = known.get(model)
-            if each is None:  # nobody timed it: as slow as the slowest, and not measured
-                self.measured = False
-                each = max(known.values(), key=lambda one: one.seconds)
-            self.add(images, each)
+    def _part(self, what: str, count: float, each: Seconds, scale: float = 1.0) -> Part:
+        as_measured = not (each.estimated or self.speeds.stands_in) and abs(scale - 1.0) < 1e-3
+        return Part(what, count, each.seconds * scale, as_measured)
 
-    def started(self, kind: str) -> None:
+    def _started(self, kind: str) -> list[Part]:
         each = self.speeds.start.get(kind)
-        if each is not None:
-            self.add(1, each)
+        return [] if each is None else [self._part("start", 1, each)]
 
-    def written(self, size: float) -> None:
-        rate = self.speeds.bytes_per_second
-        self.seconds += size / rate.value
-        self.measured &= not rate.estimated
+    def _size(self, policy: PolicyConfig) -> float:
+        return model_size(policy).operations(policy) / self.speeds.operations
 
+    def _sampled(self, policy: PolicyConfig, evaluations: float, images: float) -> list[Part]:
+        pixels = (policy.resolution / self.speeds.resolution) ** 2
+        return [
+            self._part("evaluation", evaluations, self.speeds.evaluation, self._size(policy)),
+            self._part("decode", images, self.speeds.decode, pixels),
+        ]
 
-def _pictures(config: TrainConfig, clock: _Clock) -> int:
-    """Adds the images that a run keeps to look at; gives their velocity evaluations."""
-    pictures = config.pictures
-    moments = 0 if pictures is None else len(pictures.iterations(config.optimization.iterations))
-    if pictures is None or not moments:
-        return 0
-    images = moments * min(pictures.limit, known_prompts(Path(pictures.file)))
-    policy = config.policy.model_copy(update={"resolution": pictures.resolution})
-    own = _Clock(clock.speeds, policy)
-    own.evaluations(images * pictures.grid.steps)
-    own.decoded(images)
-    clock.seconds += own.seconds
-    clock.measured &= own.measured
-    return images * pictures.grid.steps
+    def _trained(self, policy: PolicyConfig, states: float) -> Part:
+        return self._part("state", states, self.speeds.training_state, self._size(policy))
+
+    def _scored(self, images: float, models: Iterable[str]) -> list[Part]:
+        return [self._part(f"score {m}", images, self.speeds.score_of(m)) for m in models]
 
 
-def training_estimate(config: TrainConfig, hardware: Hardware, speeds: Speeds) -> Estimate:
-    """A whole training run.
-
-    Raises:
-        UserError: the validation prompts are not there.
-    """
-    counts, total = training_counts(config), config.optimization.iterations
-    ranks = hardware.training_ranks
-    rewards = [term.reward.model for term in config.rewards.values()]
-    shared, alone = _Clock(speeds, config.policy), _Clock(speeds, config.policy)
-    shared.evaluations(counts.rollout_evaluations)
-    shared.training(counts.training_backwards)
-    shared.evaluations(counts.training_forwards - counts.training_backwards)
-    shared.decoded(counts.images_scored)
-    shared.scored(counts.images_scored, rewards)
-    if speeds.text_in_training:
-        shared.add(total * config.rollout.prompts_per_iteration, speeds.text)
-    alone.started("train")
-    alone.add(total, speeds.iteration)
-    evaluations = counts.rollout_evaluations + counts.training_forwards
-    validation = config.validation
-    if validation is not None:  # one rank validates, the others wait
-        prompts = min(validation.limit, known_prompts(Path(validation.file)))
-        images = prompts * validations(validation, total)
-        alone.evaluations(images * config.grid.steps)
-        alone.decoded(images)
-        alone.scored(images, rewards)
-        evaluations += images * config.grid.steps
-    evaluations += _pictures(config, alone)
-    one, kept, written = checkpoint_disk(config)
-    alone.written(written * one)
-    wall = alone.seconds + shared.seconds / ranks
-    if config.optimization.max_device_seconds is not None:
-        wall = min(wall, config.optimization.max_device_seconds / ranks)
-    return Estimate(
-        device_seconds=wall * (hardware.gpus or ranks),
-        wall_seconds=wall,
-        gpus=hardware.gpus,
-        evaluations=evaluations,
-        disk_bytes=kept * one + LOG_BYTES * total,
-        measured=shared.measured and alone.measured,
-    )
-
-
-def credit_estimate(
-    config: TrainConfig, credit: CreditConfig, hardware: Hardware, speeds: Speeds
-) -> Estimate:
-    """The measurement of a method's credit: groups for each step's share, and for the gradients."""
-    counts, total = training_counts(config), config.optimization.iterations
-    method, prompts = config.method, config.rollout.prompts_per_iteration
-    rollouts = min(credit.rollouts, len(iterations_by_rollout(method, config.shape)))
-    tree = method.rollout_tree(replace(config.shape, group_size=credit.samples), 0)
-    pairs = [tree, *(credited_to(tree, step) for step in recorded_steps(tree))]
-    repeats = credit.repeats / total
-    evaluations = round(
-        rollouts * prompts * sum(part.velocity_evaluations for part in pairs)
-        + rollouts * repeats * counts.rollout_evaluations
-    )
-    images = round(
-        rollouts * prompts * sum(len(part.images) for part in pairs)
-        + rollouts * repeats * counts.images_scored
-    )
-    clock = _Clock(speeds, config.policy)
-    clock.evaluations(evaluations)
-    clock.training(round(rollouts * repeats * counts.training_backwards))
-    clock.decoded(images)
-    clock.scored(images, [term.reward.model for term in config.rewards.values()])
-    wall = clock.seconds / hardware.training_ranks
-    return Estimate(
-        device_seconds=wall * (hardware.gpus or hardware.training_ranks),
-        wall_seconds=wall,
-        gpus=hardware.gpus,
-        evaluations=evaluations,
-        disk_bytes=LOG_BYTES,
-        measured=False,
-    )
-
-
-def sampling_estimate(
-    cell: ResolvedCell,
-    share: Share = WHOLE,
-    speeds: Speeds | None = None,
-    *,
-    reference: bool = False,
-) -> Estimate:
-    """The sampling of one share of a cell's held-out prompts.
-
-    Args:
-        cell: the cell.
-        share: which part.
-        speeds: by default those of the cell's profile.
-        reference: whether it also makes the base's velocities for the drift, as the first share
-            of the first trained cell of a protocol does.
-
-    Raises:
-        UserError: the prompts are not there and how many there are is not known.
-    """
-    clock = _Clock(speeds or speeds_of(cell.profile), cell.policy)
-    config, total = cell.evaluation, held_out_count(cell)
-    prompts = len(share.of(range(total)))
-    images = prompts + _further_images(cell, total, share)
-    evaluations = images * config.grid.steps
-    if config.drift is not None and not cell.is_base and share.first:
-        compared = min(config.drift.prompts, total)
-        velocities = compared * len(config.drift.sigmas)
-        evaluations += velocities
-        if reference:
-            clock.started("sample")
-            evaluations += velocities + compared * config.grid.steps
-    clock.started("sample")
-    clock.evaluations(evaluations)
-    clock.decoded(images)
-    clock.add(images, clock.speeds.image_file)
-    clock.add(prompts, clock.speeds.text)
-    return _on_one_device(cell.profile.hardware, clock, evaluations, images * png_bytes(cell))
-
-
-def scoring_estimate(
-    cell: ResolvedCell, share: Share = WHOLE, speeds: Speeds | None = None
-) -> Estimate:
-    """The scoring of one share of a cell's images by every judge of the profile.
-
-    Raises:
-        UserError: as :func:`sampling_estimate`.
-    """
-    clock = _Clock(speeds or speeds_of(cell.profile), cell.policy)
-    total, rewards = held_out_count(cell), cell.profile.rewards
-    prompts = len(share.of(range(total)))
-    clock.started("score")
-    clock.scored(prompts, [config.model for config in rewards.values()])
-    section = cell.evaluation.diversity
-    if section is not None and share.first:
-        compared = min(section.prompts, total) * section.images
-        clock.scored(compared, [rewards[section.features].model])
-    return _on_one_device(cell.profile.hardware, clock, 0, prompts * len(rewards) * SCORE_BYTES)
-
-
-def embedding_estimate(
-    prompts: int, policy: PolicyConfig, hardware: Hardware, speeds: Speeds
-) -> Estimate:
-    """The text embeddings of ``prompts`` prompts, computed and kept in bfloat16."""
-    clock = _Clock(speeds, policy)
-    clock.started("embed")
-    clock.add(prompts, speeds.text)
-    return _on_one_device(hardware, clock, 0, prompts * model_size(policy).embedding_bytes(policy))
-
-
-def rendering_estimate(speeds: Speeds) -> Estimate:
-    """Tables, statistics and figures of one experiment, on the CPU."""
-    each = speeds.start["render"]
-    return Estimate(each.seconds, each.seconds, measured=not each.estimated)
-
-
-def _on_one_device(hardware: Hardware, clock: _Clock, evaluations: int, disk: float) -> Estimate:
-    gpus = hardware.evaluation_devices
-    seconds = clock.seconds
-    held = seconds * max(1, gpus)
-    return Estimate(held, seconds, gpus, evaluations, round(disk), clock.measured)
-
-
-# Prompts and images
+def _rewards(config: TrainConfig) -> list[str]:
+    return [term.reward.model for term in config.rewards.values()]
 
 
 def held_out_count(cell: ResolvedCell) -> int:
-    """How many prompts a cell is judged on.
-
-    Raises:
-        UserError: as :func:`known_prompts`.
-    """
-    found, limit = known_prompts(Path(cell.evaluation_prompts)), cell.evaluation.limit
+    """How many prompts a cell is evaluated on."""
+    found, limit = prompt_count(Path(cell.evaluation_prompts)), cell.evaluation.limit
     return found if limit is None else min(limit, found)
 
 
-def known_prompts(path: Path) -> int:
-    """:func:`prompt_count`, or a :class:`UserError` where that is not known."""
-    found = prompt_count(path)
-    if found is None:
+def prompt_count(path: Path) -> int:
+    """Prompts in a file; of a published list that is not here yet, as the catalogue has it.
+
+    Raises:
+        UserError: the file is not here and is no published list.
+    """
+    if path.exists():
+        return _count(path, path.stat().st_mtime_ns)
+    published = _published_counts().get("/".join(path.parts[-2:]))
+    if published is None:
         raise UserError(f"{path}: no such prompt file, so what it will take cannot be told")
-    return found
-
-
-def prompt_count(path: Path) -> int | None:
-    """Prompts in a file; of a published list that is not here yet, as the catalogue has it."""
-    try:
-        found = path.stat()
-    except OSError:
-        return _published_counts().get("/".join(path.parts[-2:]))
-    return _count(path, found.st_ino, found.st_mtime_ns, found.st_size)
+    return published
 
 
 @functools.lru_cache(maxsize=256)
-def _count(path: Path, *state: int) -> int:
-    del state
+def _count(path: Path, changed: int) -> int:
+    del changed  # a changed file is another call
     return len(read_prompts(path))
 
 
 @functools.cache
-def _published_counts() -> dict[str, int]:
+def _published_counts() -> Mapping[str, int]:
     """By the last folder and name that ``g2rpo prompts`` writes a list to."""
     sizes = {name: artifact_named(name).prompts or 0 for name in ("hpdv2-train", "hpdv2-test")}
     return {
@@ -336,50 +276,19 @@ def _published_counts() -> dict[str, int]:
     }
 
 
-def _further_images(cell: ResolvedCell, total: int, share: Share) -> int:
-    section = cell.evaluation.diversity
-    if section is None:
-        return 0
-    compared = range(min(section.prompts, total))
-    return len(share.of(compared)) * (section.images - 1)
+def checkpoint_disk(config: TrainConfig) -> tuple[int, int, int]:
+    """Bytes of one checkpoint, how many there are at most at a time, how many are written.
 
-
-def png_bytes(cell: ResolvedCell) -> float:
-    """Of one held-out image."""
-    return PNG_BYTES_PER_PIXEL * cell.evaluation.resolution**2
-
-
-# Checkpoints
-
-
-def checkpoint_bytes(config: TrainConfig) -> int:
-    """Of one checkpoint: weights, AdamW's two moments, and twice the weights where EMA is kept.
-
-    What is trained is kept in float32 at least; under LoRA it is the adapters alone.
+    A checkpoint has what is trained, AdamW's two moments, and twice the weights where EMA is kept,
+    all in float32 at least.
     """
     size = model_size(config.policy)
-    parameters = size.parameters if config.lora is None else size.lora_parameters(config.lora)
+    trained = size.parameters if config.lora is None else size.lora_parameters(config.lora)
     copies = 3 if config.optimization.ema_decay is None else 5
-    return copies * parameters * max(4, DTYPE_BYTES[config.policy.dtype])
-
-
-def checkpoint_disk(config: TrainConfig) -> tuple[int, int, int]:
-    """Bytes of one checkpoint, how many there are at most at a time, how many are written."""
-    settings = config.checkpoints
-    most, written = _checkpoints(settings, config.optimization.iterations)
-    return checkpoint_bytes(config), most, written
-
-
-@functools.lru_cache(maxsize=1024)
-def _checkpoints(settings: CheckpointConfig, iterations: int) -> tuple[int, int]:
-    """The most at a time, the one being written with them, and how many are written."""
-    kept: list[int] = []
-    most = written = 0
-    for iteration in range(1, iterations + 1):
-        if iteration % settings.every and iteration != iterations:
-            continue
-        kept.append(iteration)
-        written += 1
-        most = max(most, len(kept))
-        kept = sorted(settings.kept(kept))
-    return most, written
+    settings, total = config.checkpoints, config.optimization.iterations
+    before_last = range(settings.every, total, settings.every)
+    return (
+        copies * trained * max(4, DTYPE_BYTES[config.policy.dtype]),
+        len(settings.kept(before_last)) + 1,
+        len(before_last) + 1,
+    )

@@ -9,7 +9,6 @@ from g2rpo.config import StrictModel, load_yaml, validate
 from reproduce.experiment import Profile
 
 SPEEDS = Path(__file__).with_name("speeds.yaml")
-KINDS = ("embed", "train", "sample", "score", "render")
 
 
 class Seconds(StrictModel):
@@ -20,14 +19,6 @@ class Seconds(StrictModel):
     """Where it was measured, or how it was derived."""
     estimated: bool = False
     """Whether it was derived or assumed, not measured."""
-
-
-class Rate(StrictModel):
-    """How much goes through in a second."""
-
-    value: float = Field(gt=0)
-    source: str
-    estimated: bool = False
 
 
 class Speeds(StrictModel):
@@ -54,7 +45,7 @@ class Speeds(StrictModel):
     """One prompt encoded."""
     text_in_training: bool
     """Whether an iteration encodes its prompts; else they were encoded before."""
-    score: dict[str, Seconds]
+    score: dict[str, Seconds] = Field(min_length=1)
     """One image, by reward model."""
     iteration: Seconds
     """What else an iteration takes, however many devices share it."""
@@ -62,10 +53,17 @@ class Speeds(StrictModel):
     """Of a stage, by kind."""
     process: Seconds
     """Of a new process, where ``start`` does not have it."""
-    bytes_per_second: Rate
-    """Checkpoints."""
+    gigabyte: Seconds
+    """Of checkpoints written."""
     stands_in: bool = False
     """Whether it is used for a profile that it was not measured for."""
+
+    def score_of(self, model: str) -> Seconds:
+        """Of one image by ``model``; of the slowest where nobody timed it."""
+        if model in self.score:
+            return self.score[model]
+        slowest = max(self.score.values(), key=lambda each: each.seconds)
+        return slowest.model_copy(update={"estimated": True})
 
 
 class _SpeedsFile(StrictModel):
@@ -80,11 +78,9 @@ def all_speeds() -> tuple[Speeds, ...]:
 
 def speeds_of(profile: Profile) -> Speeds:
     """The speeds of a profile; of the nearest machine where it has none of its own."""
-    for speeds in all_speeds():
-        if profile.name in speeds.profiles:
-            return speeds
-    name = "mini"
-    if profile.hardware.gpus:
-        name = "flux-lora" if profile.hardware.engine == "lora" else "flux"
-    nearest = next(speeds for speeds in all_speeds() if name in speeds.profiles)
+    by_profile = {name: speeds for speeds in all_speeds() for name in speeds.profiles}
+    if profile.name in by_profile:
+        return by_profile[profile.name]
+    flux = "flux" if profile.training.get("lora") is None else "flux-lora"
+    nearest = by_profile[flux if profile.hardware.gpus else "mini"]
     return nearest.model_copy(update={"stands_in": True})

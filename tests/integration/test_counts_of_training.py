@@ -10,7 +10,7 @@ from training_runs import drawn_states
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import training_counts, validations
 from g2rpo.training.loop import Trainer, load_train_config
-from reproduce.jobs.estimates import checkpoint_bytes, checkpoint_disk, prompt_count
+from reproduce.jobs.estimates import checkpoint_disk, prompt_count
 
 WINDOW = {"name": "mix_grpo", "window_size": 2, "interval": 1}
 RUNS: dict[str, dict[str, Any]] = {
@@ -79,7 +79,6 @@ def test_a_run_counts_what_was_told(name: str, smoke_assets: Path, tmp_path: Pat
     validation = config.validation
     assert validation is not None
     held_out = prompt_count(Path(validation.file))
-    assert held_out is not None
     seen = min(validation.limit, held_out) * validations(validation, progress.iteration)
     assert reward.scored == progress.images_scored + seen
 
@@ -87,5 +86,4 @@ def test_a_run_counts_what_was_told(name: str, smoke_assets: Path, tmp_path: Pat
     assert (most, written) == (3, 3)  # two that are kept and the one being written
     files = [p for p in (tmp_path / "checkpoints" / "iteration-000003").rglob("*") if p.is_file()]
     # Beside the tensors there are their names.
-    assert size == checkpoint_bytes(config)
     assert size <= sum(path.stat().st_size for path in files) < 1.1 * size

@@ -31,8 +31,8 @@ from g2rpo.seeds import gaussian
 from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.transitions import Update
 from g2rpo.training.update import UpdateStatistics
-from reproduce.experiment import Hardware, load_profile
-from reproduce.jobs.estimates import credit_estimate
+from reproduce.experiment import load_profile
+from reproduce.jobs.estimates import Estimator
 from reproduce.jobs.speeds import speeds_of
 
 WEIGHTS = {INITIAL_NOISE: 5.0, 0: 1.0, 1: 2.0, 2: 0.5, 3: 0.0, 4: 1.5, 5: 1.0}
@@ -269,8 +269,9 @@ def test_the_plan_counts_what_is_evaluated(
     trainer.engine = Counting(trainer.engine)
     settings = CreditConfig(samples=4, repeats=3, rollouts=2)
     measure_credit(trainer, settings, tmp_path)
-    planned = credit_estimate(config, settings, Hardware(), speeds_of(load_profile("smoke")))
+    smoke = load_profile("smoke")
+    planned = Estimator(smoke, speeds_of(smoke)).credit(config, settings).count("evaluation")
     # The windows at the end of the grid are smaller; a plan takes the first and the mean of all.
-    assert planned.evaluations == pytest.approx(trainer.engine.evaluations, rel=0.15)
+    assert planned == pytest.approx(trainer.engine.evaluations, rel=0.15)
     if method["name"] == "g2rpo":
-        assert planned.evaluations == trainer.engine.evaluations
+        assert planned == trainer.engine.evaluations
