@@ -71,8 +71,8 @@ def compare(
     run folder is left, are found by the names of their runs.
     """
     from reproduce.commands.console import wide_console
-    from reproduce.runs.comparison import members
-    from reproduce.runs.comparison_display import print_comparison
-    from reproduce.runs.records import find_runs
+    from reproduce.report.comparison import members
+    from reproduce.report.comparison_tables import print_comparison
+    from reproduce.runs.finished import find_runs
 
     print_comparison(members(find_runs(names, results)), wide_console())

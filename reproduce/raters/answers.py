@@ -1,13 +1,13 @@
 """Raters' answers, and what they say: how often the first model's picture was preferred."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import pandas as pd
 import scipy.stats
 
 from benchmarks.evaluation.statistics import (
@@ -19,24 +19,22 @@ from benchmarks.evaluation.statistics import (
 )
 from benchmarks.evaluation.statistics.improvement import share_intervals
 from g2rpo.config import nearest
-from g2rpo.data.tables import SUFFIXES, Row, read_table
+from g2rpo.data.tables import Row, read_table
 from g2rpo.errors import UserError
 from reproduce.raters.key import COLUMNS, Choice, SheetKey
 
 Answers = dict[str, Choice]
 """One rater's answers by pair; pairs without an answer are left out."""
-
 OUTCOMES = {"first": 1.0, "tie": 0.5, "second": 0.0}
+_OTHER = {"first": "second", "second": "first"}
 
 
 def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
     """All answers by rater.
 
     Args:
-        paths: files with the columns ``sheet, rater, pair, answer``, separated by a comma,
-            semicolon or tab; several raters may share one, and the file's name stands for a rater
-            that is left empty. Names that differ only in case or spaces are of one rater, called
-            as it is spelt first.
+        paths: CSV files with the columns ``sheet, rater, pair, answer``; several raters may share
+            one, and the file's name stands for a rater that is left empty.
         key: the key of the sheet.
 
     Raises:
@@ -45,16 +43,14 @@ def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
     """
     found: dict[str, Answers] = {}
     where: dict[tuple[str, str], str] = {}
-    spelt: dict[str, str] = {}
     for path in paths:
         for row in _rows(path):
             place = f"{path}, {row.place}"
-            given, pair, answer = _checked(row.values, key, place, path.stem)
-            rater = spelt.setdefault(" ".join(given.casefold().split()), given)
-            if (rater, pair) in where:
-                first = where[rater, pair]
+            rater, pair, answer = _checked(row.values, key, place)
+            rater = rater or path.stem
+            first = where.setdefault((rater, pair), place)
+            if first != place:
                 raise UserError(f"{place}: {rater} answers pair {pair} again, first in {first}")
-            where[rater, pair] = place
             answers = found.setdefault(rater, {})
             if answer is not None:
                 answers[pair] = answer
@@ -67,22 +63,21 @@ def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
 
 
 def _rows(path: Path) -> list[Row]:
-    if path.suffix.lower() in SUFFIXES[2:]:
-        raise UserError(f"{path}: raters' answers are a .csv or .tsv file")
+    if path.suffix.lower() != ".csv":
+        raise UserError(f"{path}: raters' answers are a .csv file")
     table = read_table(path, COLUMNS)
     for name in COLUMNS:
         table.column([name])
     return [row for row in table.rows if not row.is_blank]
 
 
-def _checked(
-    row: Mapping[str, str], key: SheetKey, place: str, file: str
-) -> tuple[str, str, Choice | None]:
+def _checked(row: Mapping[str, str], key: SheetKey, place: str) -> tuple[str, str, Choice | None]:
+    """Rater, pair and answer of a row."""
     sheet, rater, pair, answer = (row[name].strip() for name in COLUMNS)
     if sheet != key.sheet:
         raise UserError(f"{place}: an answer to the sheet {sheet!r}, the key is of {key.sheet!r}")
     known = [one.pair for one in key.pairs]
-    # A spreadsheet takes the zeros away.
+    # The blank answers.csv is filled in with a spreadsheet, which takes leading zeros away.
     pair = pair.zfill(len(known[0])) if pair.isdigit() else pair
     if pair not in known:
         raise UserError(f"{place}: no pair {pair!r} in this sheet ({known[0]} to {known[-1]})")
@@ -90,7 +85,7 @@ def _checked(
     chosen = next((choice for choice in choices if choice == answer.lower()), None)
     if answer and chosen is None:
         raise UserError(f"{place}: no answer {answer!r}; {nearest(answer.lower(), choices)}")
-    return rater or file, pair, chosen
+    return rater, pair, chosen
 
 
 @dataclass(frozen=True)
@@ -151,66 +146,56 @@ def judge(key: SheetKey, answers: Mapping[str, Answers]) -> Verdict:
     Raises:
         UserError: fewer than two pairs were answered.
     """
-    left = {pair.pair: pair.left for pair in key.pairs}
-    won = {
-        rater: {pair: _winner(choice, left[pair]) for pair, choice in given.items()}
-        for rater, given in answers.items()
+    winners = {
+        pair.pair: {"tie": "tie", "left": pair.left, "right": _OTHER[pair.left]}
+        for pair in key.pairs
     }
-    shares = _shares(won.values())
+    given = pd.DataFrame(
+        [
+            (rater, pair, choice, winners[pair][choice])
+            for rater, choices in answers.items()
+            for pair, choice in choices.items()
+        ],
+        columns=["rater", "pair", "choice", "winner"],
+    )
+    given["share"] = given["winner"].map(OUTCOMES)
+    shares = given.groupby("pair")["share"].mean().to_numpy()
     if len(shares) < 2:
         raise UserError("an interval needs answers to two pairs at least")
     (win_rate,) = share_intervals(shares[None])
     (p_value,) = sign_flip_p_values(shares[None] - 0.5, tolerance=1e-12)
-    counts = Counter(winner for given in won.values() for winner in given.values())
-    sides = Counter(choice for given in answers.values() for choice in given.values())
-    asked = len(answers) * len(key.pairs)
+    by_rater = given.groupby("rater", sort=False)
     return Verdict(
         first=key.first,
         second=key.second,
-        outcomes={name: counts[name] for name in OUTCOMES},
+        outcomes={name: int((given["winner"] == name).sum()) for name in OUTCOMES},
         win_rate=win_rate,
         p_value=float(p_value),
-        over_raters=_over_raters(list(won.values())),
-        raters={rater: _decided(given.values()) for rater, given in won.items()},
-        decided=wilson(counts["first"], counts["first"] + counts["second"]),
-        left=wilson(sides["left"], sides["left"] + sides["right"]),
-        agreement=_agreement(list(won.values())),
-        missing=asked - sum(len(given) for given in answers.values()),
+        over_raters=_over_raters(by_rater["share"].mean().to_list()),
+        raters={str(rater): _rate(own["winner"], "first") for rater, own in by_rater},
+        decided=_rate(given["winner"], "first"),
+        left=_rate(given["choice"], "left"),
+        agreement=_agreement(answers),
+        missing=len(answers) * len(key.pairs) - len(given),
     )
 
 
-def _winner(choice: Choice, left: str) -> str:
-    if choice == "tie":
-        return "tie"
-    return left if choice == "left" else ("second" if left == "first" else "first")
+def _rate(values: "pd.Series[str]", wanted: str) -> Rate:
+    """How often ``wanted`` is among the values that are no tie."""
+    return wilson(int((values == wanted).sum()), int((values != "tie").sum()))
 
 
-def _shares(won: Iterable[Mapping[str, str]]) -> np.ndarray:
-    """The first's mean outcome of every pair that was answered: [pairs], float64."""
-    by_pair: dict[str, list[float]] = {}
-    for given in won:
-        for pair, winner in given.items():
-            by_pair.setdefault(pair, []).append(OUTCOMES[winner])
-    return np.array([np.mean(by_pair[pair]) for pair in sorted(by_pair)])
-
-
-def _decided(winners: Iterable[str]) -> Rate:
-    counts = Counter(winners)
-    return wilson(counts["first"], counts["first"] + counts["second"])
-
-
-def _over_raters(won: Sequence[Mapping[str, str]]) -> Interval | None:
-    if len(won) < MIN_SEEDS:
+def _over_raters(rates: list[float]) -> Interval | None:
+    if len(rates) < MIN_SEEDS:
         return None
-    rates = [np.mean([OUTCOMES[winner] for winner in given.values()]) for given in won]
     (found,) = method_intervals([rates])
     return Interval(found.mean, max(0.0, found.low), min(1.0, found.high), "method", found.count)
 
 
-def _agreement(won: Sequence[Mapping[str, str]]) -> float | None:
+def _agreement(answers: Mapping[str, Answers]) -> float | None:
     same = [
         one[pair] == two[pair]
-        for one, two in combinations(won, 2)
+        for one, two in combinations(answers.values(), 2)
         for pair in one.keys() & two.keys()
     ]
     return float(np.mean(same)) if same else None

@@ -27,14 +27,14 @@ from benchmarks.evaluation.statistics import holm
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment import ROOT
-from reproduce.runs.comparison import (
+from reproduce.report.comparison import (
     curve_points,
     members,
     provenance_differences,
     score_sections,
     setting_differences,
 )
-from reproduce.runs.records import chosen_names, find_runs, settings_of
+from reproduce.runs.finished import chosen_names, find_runs, settings_of
 
 NAMES = ("g2rpo-hps-seed1-aa", "g2rpo-hps-seed2-bb", "mix_grpo-hps-seed1-cc", "base-dd")
 MIX: dict[str, Any] = {"method": {"name": "mix_grpo", "window_size": 4}}
@@ -297,7 +297,7 @@ def test_committed_results_are_compared_by_the_names_of_their_runs(tmp_path: Pat
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini" / "table1").symlink_to(ROOT / "results" / "mini" / "table1")
     records = find_runs(["mix_grpo-hps-seed[123]-*", "g2rpo-hps-seed1-*"], tmp_path)
-    assert all(record.folder is None and record.settings is not None for record in records)
+    assert all(record.settings is not None for record in records)
     compared = members(records)
     assert compared[0].seeds == (1, 2, 3)
     assert {section.prompts for section in score_sections(compared)} == {400}

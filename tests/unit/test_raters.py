@@ -341,7 +341,7 @@ def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_answers([results / "absent.csv"], key)
     (results / "a.json").write_text("[]")
-    with pytest.raises(UserError, match=r"answers are a \.csv or \.tsv file"):
+    with pytest.raises(UserError, match=r"answers are a \.csv file"):
         read_answers([results / "a.json"], key)
     with pytest.raises(UserError, match="no such key"):
         read_key(results / "absent.json")
@@ -352,37 +352,15 @@ def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:
         read_key(results / "other.json")
 
 
-@pytest.mark.parametrize(
-    ("name", "mark", "encoding"),
-    [("a.csv", ",", "utf-8"), ("a.csv", ";", "utf-8"), ("a.csv", "\t", "utf-16"),
-     ("a.tsv", "\t", "utf-8"), ("a.txt", "\t", "utf-16")],
-)  # fmt: skip
-def test_what_a_spreadsheet_saves_is_read(
-    results: Path, name: str, mark: str, encoding: str
-) -> None:
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_answers_that_were_filled_in_with_a_spreadsheet_are_read(results: Path, mark: str) -> None:
     _, key = sheet(results)
-    rows = [["\ufeffSheet", "Rater", "Pair", "Answer"]]
+    rows = [["\ufeffsheet", "rater", "pair", "answer"]]
     rows += [[key.sheet, "Ann B", str(int(pair.pair)), "Left"] for pair in key.pairs]
-    rows += [[""] * 4, [" "] * 4, [""] * 6, [""] * 2]
-    path = results / name
-    text = "\r\n".join(mark.join(row) for row in rows)
-    path.write_text(text.lstrip("\ufeff") if encoding == "utf-16" else text, encoding=encoding)
+    path = results / "a.csv"
+    path.write_text("\r\n".join(mark.join(row) for row in rows))
     (answers,) = read_answers([path], key).values()
     assert set(answers.values()) == {"left"} and len(answers) == PROMPTS
-
-
-def test_one_rater_may_be_spelt_in_several_ways(results: Path) -> None:
-    _, key = sheet(results)
-    names = ("Ann  Lee", "ann lee", " ANN Lee ", "Bob")
-    pairs = [pair.pair for pair in key.pairs]
-    lines = [f"{key.sheet},{name},{pair},left" for name, pair in zip(names, pairs, strict=False)]
-    path = results / "a.csv"
-    path.write_text("\n".join([",".join(COLUMNS), *lines]))
-    found = read_answers([path], key)
-    assert {rater: len(answers) for rater, answers in found.items()} == {"Ann  Lee": 3, "Bob": 1}
-    path.write_text("\n".join([",".join(COLUMNS), *lines, f"{key.sheet},ann lee,001,right"]))
-    with pytest.raises(UserError, match="line 6: Ann  Lee answers pair 001 again"):
-        read_answers([path], key)
 
 
 def test_the_commands_make_and_read(results: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from benchmarks.evaluation.statistics import ALPHA, Comparison, fixed, human, p_text, signed
 from reproduce.commands.console import literal, plain_table
-from reproduce.runs.comparison import (
+from reproduce.report.comparison import (
     ABSENT,
     CurvePoint,
     Difference,

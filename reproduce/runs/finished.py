@@ -1,12 +1,12 @@
-"""Runs as they are found: their settings, scores, curves and costs, from run folders or cells.
+"""Runs as they are read: settings, scores, learning curve, cost and provenance.
 
-What was trained here has a folder in ``results/runs``. Of committed results only the cells are
-left; the settings of their runs are then those of the experiment, where they still give that run.
+A run that was trained here has a folder in ``results/runs``. Of committed results only the cells
+are left; the settings of their runs are those of the experiment, where it still gives that run.
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from benchmarks.evaluation.results import Cell, CellInfo, Cost, Protocol, Proven
 from g2rpo.config import content_hash
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
+from reproduce.experiment import load_experiment, load_profile, resolve
 from reproduce.experiment.fingerprint import train_run_name
 from reproduce.experiment.settings import without_seed
 from reproduce.runs.folders import (
@@ -33,28 +34,28 @@ from reproduce.runs.folders import (
 
 
 @dataclass(frozen=True, eq=False)
-class RunRecord:
+class Run:
     """One run.
 
     Attributes:
         name: of its folder.
-        folder: the folder; None where only cells are left of it.
+        place: its folder, or the folder of its cells where only they are left.
         cells: its scores, one cell for each evaluation protocol; of the base as well.
         settings: its training configuration; None for the base, and where it is not known.
         rows: its metrics, one for each iteration that was logged.
         cost: what it took so far; None where that is not known.
         provenance: commit, packages, weights and hardware; None before there is anything.
-        place: the folder of its cells, where only they are left of it.
+        finished: whether nothing is left to train.
     """
 
     name: str
-    folder: Path | None
+    place: Path
     cells: tuple[Cell, ...]
     settings: Mapping[str, Any] | None
     rows: tuple[Mapping[str, Any], ...] = ()
     cost: Cost | None = None
     provenance: Provenance | None = None
-    place: Path | None = None
+    finished: bool = True
 
     @property
     def seed(self) -> int | None:
@@ -74,8 +75,7 @@ class RunRecord:
         if self.cells:
             info = self.cells[0].info
             kind = (info.row, info.method, info.train_rewards, info.preset)
-            where = self.folder or self.place
-            return content_hash([*kind, str(where), info.provenance.git_commit])
+            return content_hash([*kind, str(self.place), info.provenance.git_commit])
         return self.name
 
 
@@ -98,7 +98,7 @@ def _run_of(path: Path) -> str | None:
     return str(name)
 
 
-def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
+def find_runs(parts: Iterable[str], results: Path) -> list[Run]:
     """The runs that are named by their folders, their cells, or beginnings of their names.
 
     Args:
@@ -112,38 +112,42 @@ def find_runs(parts: Iterable[str], results: Path) -> list[RunRecord]:
     """
     folders = {folder.name: folder for folder in run_folders(results / "runs")}
     cells: dict[str, list[Path]] | None = None
-    found: dict[str, RunRecord] = {}
+    found: dict[str, Run] = {}
     for part in parts:
         given = Path(part)
         if given.is_dir() and is_run(given):
-            records = [read_folder(given.resolve())]
+            runs = [read_run(given.resolve())]
         elif given.suffix == ".json" and given.is_file():
             path = given.resolve()
-            records = [read_cells(_run_of(path) or path.stem, [path])]
+            runs = [read_cells(_run_of(path) or path.stem, [path])]
         else:
             cells = cell_files(results) if cells is None else cells
             names = chosen_names(name_of(given, results), {*folders, *cells})
-            records = [_read(name, folders.get(name), cells.get(name, [])) for name in names]
-        for record in records:
-            if record.name in found:
-                raise UserError(f"the run {record.name} is named twice")
-            found[record.name] = record
+            runs = [_read(name, folders.get(name), cells.get(name, [])) for name in names]
+        for run in runs:
+            if run.name in found:
+                raise UserError(f"the run {run.name} is named twice")
+            found[run.name] = run
     return list(found.values())
 
 
-def _read(name: str, folder: Path | None, cells: list[Path]) -> RunRecord:
+def _read(name: str, folder: Path | None, cells: list[Path]) -> Run:
     if folder is not None:
-        record = read_folder(folder)
-        if record.cells or not cells:
-            return record
+        run = read_run(folder)
+        if run.cells or not cells:
+            return run
     return read_cells(name, cells)
 
 
 # From a run's folder
 
 
-def read_folder(folder: Path) -> RunRecord:
+def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     """The run in ``folder``, finished or not.
+
+    Args:
+        folder: the run's folder.
+        evaluation: the one evaluation that is read; None reads all that are scored.
 
     Raises:
         UserError: a file of it is damaged; it is named.
@@ -151,20 +155,27 @@ def read_folder(folder: Path) -> RunRecord:
     settings = read_settings(folder)
     manifest = read_manifest(folder) if settings is not None else None
     rows = tuple(read_metrics(folder / METRICS_FILE))
-    evaluations = sorted((folder / EVALUATIONS).glob(f"*/{MANIFEST}"))
-    scored = [(path.parent, read_manifest(path.parent)) for path in evaluations]
-    provenance = None
-    made_by = next(((at, found) for at, found in [(folder, manifest), *scored] if found), None)
-    if made_by is not None:
-        with damage_told(made_by[0] / MANIFEST):
-            provenance = Provenance.model_validate(made_by[1]["provenance"])
-    cost = _cost(folder, manifest, rows, provenance)
-    cells = tuple(
-        _cell(folder, evaluation, found, settings, cost)
-        for evaluation, found in scored
-        if found is not None
+    places = [evaluation] if evaluation is not None else sorted((folder / EVALUATIONS).glob("*"))
+    scored = {place: found for place in places if (found := read_manifest(place)) is not None}
+    made = {folder: manifest} if manifest is not None else scored
+    provenance = next((_provenance(place, found) for place, found in made.items()), None)
+    run = Run(
+        name=folder.name,
+        place=folder,
+        cells=(),
+        settings=settings,
+        rows=rows,
+        cost=_cost(folder, manifest, rows, provenance),
+        provenance=provenance,
+        finished=settings is None or manifest is not None,
     )
-    return RunRecord(folder.name, folder, cells, settings, rows, cost, provenance)
+    cells = tuple(_cell(run, place, found) for place, found in scored.items())
+    return replace(run, cells=cells)
+
+
+def _provenance(place: Path, manifest: Mapping[str, Any]) -> Provenance:
+    with damage_told(place / MANIFEST):
+        return Provenance.model_validate(manifest["provenance"])
 
 
 def _cost(
@@ -173,65 +184,63 @@ def _cost(
     rows: tuple[Mapping[str, Any], ...],
     provenance: Provenance | None,
 ) -> Cost | None:
+    """What training took so far: all zero for the base, unknown for weights trained elsewhere."""
     names = [name for name in Cost.model_fields if name not in ("iterations", "device")]
     device = "unknown" if provenance is None else provenance.hardware.get("device", "unknown")
     with damage_told(folder / (METRICS_FILE if manifest is None else MANIFEST)):
-        counted: Mapping[str, Any] | None = None
+        counted: Mapping[str, Any] | None = rows[-1] if rows else None
         if manifest is not None:
             counted = manifest["progress"]
-        elif rows:
-            counted = rows[-1]
         elif folder.name.startswith("base-"):
             counted = {"iteration": 0}
         if counted is None:
             return None
-        return Cost(
-            iterations=counted["iteration"],
-            device=device,
-            # The row before the first iteration has not all of them.
-            **{name: counted.get(name, 0) for name in names},
-        )
+        iterations = counted["iteration"]
+        # The row before the first iteration has not all of them.
+        costs = {name: counted.get(name, 0) for name in names}
+        return Cost(iterations=iterations, device=device, **costs)
 
 
-def _cell(
-    folder: Path,
-    evaluation: Path,
-    manifest: Mapping[str, Any],
-    settings: Mapping[str, Any] | None,
-    cost: Cost | None,
-) -> Cell:
-    """One evaluation of the run as a cell."""
+def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
+    """One evaluation of a run as a cell; its row is called as its method is."""
+    settings, scored = run.settings, _provenance(evaluation, manifest)
+    made = run.provenance or scored
     with damage_told(evaluation / MANIFEST):
         inputs = manifest["inputs"]
         asked = inputs["protocol"]
-        protocol = Protocol(
-            name=f"{asked['split']}, {asked['grid']['steps']} steps",
-            hash=content_hash({key: inputs[key] for key in ("protocol", "prompts")}),
-            diversity=asked.get("diversity"),
-            drift=asked.get("drift"),
-        )
-        method = folder.name.split("-")[0] if settings is None else settings["method"]["name"]
+        method = run.name.split("-")[0] if settings is None else settings["method"]["name"]
         info = CellInfo(
             row=method,
             method=method,
             train_rewards=() if settings is None else tuple(settings["rewards"]),
             seed=None if settings is None else settings["seed"],
-            protocol=protocol,
-            runs={"train": folder.name, "evaluation": evaluation.name},
-            checkpoint_iteration=None if cost is None else cost.iterations,
-            cost=cost,
-            provenance=Provenance.model_validate(manifest["provenance"]),
+            protocol=Protocol(
+                name=f"{asked['split']}, {asked['grid']['steps']} steps",
+                hash=content_hash({key: inputs[key] for key in ("protocol", "prompts")}),
+                diversity=asked.get("diversity"),
+                drift=asked.get("drift"),
+            ),
+            runs={"train": run.name, "evaluation": evaluation.name},
+            checkpoint_iteration=None if run.cost is None else run.cost.iterations,
+            cost=run.cost,
+            provenance=made.model_copy(update={"weights": made.weights | scored.weights}),
         )
     files = (evaluation / f"{name}.parquet" for name in ("diversity", "drift"))
-    measured = [_frame(path) for path in files if path.exists()]
+    measured = [read_frame(path) for path in files if path.exists()]
     metrics = pd.concat(measured, ignore_index=True) if measured else None
     path = evaluation / "scores.parquet"
-    scores = _frame(path)
+    scores = read_frame(path)
+    curve = None if settings is None else pd.DataFrame(run.rows)
     with damage_told(path):
-        return Cell(info, scores, None, metrics)
+        return Cell(info, scores, curve, metrics)
 
 
-def _frame(path: Path) -> pd.DataFrame:
+def read_frame(path: Path) -> pd.DataFrame:
+    """A Parquet file of a run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     with damage_told(path):
         return pd.read_parquet(path)
 
@@ -239,7 +248,7 @@ def _frame(path: Path) -> pd.DataFrame:
 # From cells
 
 
-def read_cells(name: str, paths: list[Path]) -> RunRecord:
+def read_cells(name: str, paths: list[Path]) -> Run:
     """The run of that ``name``, of which the cells at ``paths`` are left.
 
     Raises:
@@ -251,15 +260,14 @@ def read_cells(name: str, paths: list[Path]) -> RunRecord:
         cells.setdefault(cell.info.protocol.hash, cell)
     first = next(iter(cells.values()))
     rows = () if first.curve is None else tuple(_plain_rows(first.curve))
-    return RunRecord(
+    return Run(
         name=name,
-        folder=None,
+        place=paths[0].resolve().parent,
         cells=tuple(cells.values()),
         settings=settings_of(first, paths[0]),
         rows=rows,
         cost=first.info.cost,
         provenance=first.info.provenance,
-        place=paths[0].resolve().parent,
     )
 
 
@@ -275,8 +283,6 @@ def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
         cell: the cell.
         path: its file, ``<profile>/<experiment>/cells/<name>.json``.
     """
-    from reproduce.experiment import load_experiment, load_profile, resolve
-
     if cell.info.seed is None or len(path.parts) < 4:  # copied to where no experiment is told
         return None
     profile, experiment = path.parts[-4], path.parts[-3]

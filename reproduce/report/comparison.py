@@ -21,7 +21,7 @@ from benchmarks.evaluation.statistics import (
 )
 from g2rpo.errors import UserError
 from reproduce.experiment.settings import NOT_DETERMINING, flat
-from reproduce.runs.records import RunRecord
+from reproduce.runs.finished import Run
 from reproduce.tables.comparisons import compare_metric, compare_rows, strongest_label
 
 ABSENT = "–"
@@ -37,7 +37,7 @@ class Member:
     """
 
     letter: str
-    runs: tuple[RunRecord, ...]
+    runs: tuple[Run, ...]
 
     @property
     def title(self) -> str:
@@ -50,13 +50,13 @@ class Member:
         return tuple(run.seed for run in self.runs if run.seed is not None)
 
 
-def members(records: Sequence[RunRecord]) -> list[Member]:
+def members(records: Sequence[Run]) -> list[Member]:
     """The runs put together by all but their seed, in the order in which they were named.
 
     Raises:
         UserError: two runs have the same settings and seed, or there is nothing to compare.
     """
-    grouped: dict[str, list[RunRecord]] = {}
+    grouped: dict[str, list[Run]] = {}
     for record in records:
         grouped.setdefault(record.without_seed, []).append(record)
     if len(grouped) < 2:
