@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from benchmarks.evaluation.results import Cell, cells_folder, load_cells
@@ -17,7 +18,9 @@ from reproduce.experiment import (
 )
 from reproduce.experiment.layout import Layout
 from reproduce.stages.rendering import why_not
-from reproduce.tables.notes import Gap
+from reproduce.tables.model import Table
+from reproduce.tables.notes import Gap, full_label
+from reproduce.tables.table import compute_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,22 @@ class Chapter:
     def name(self) -> str:
         """The experiment's name."""
         return self.experiment.name
+
+    @cached_property
+    def table(self) -> Table:
+        """The experiment's table, computed once.
+
+        Raises:
+            UserError: the cells do not fit the table or each other.
+        """
+        return compute_table(self.experiment.table, self.cells, self.profile.name, self.gaps)
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """By key of a cell how its row is named outside the table; the key where it has none."""
+        keys = {cell.info.row: cell.info.row for cell in self.cells}
+        rows = {row.key: full_label(row) for row in self.experiment.table.rows}
+        return keys | {gap.row: gap.row for gap in self.gaps} | rows
 
     @property
     def seeds(self) -> tuple[int, ...]:

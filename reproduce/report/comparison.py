@@ -1,4 +1,4 @@
-"""Runs against a reference run: differences of scores, of settings, and of cost.
+"""Runs against a reference run: differences of scores, of learning curves, and of settings.
 
 Runs that differ in nothing but their seed are taken together, so that a comparison is about the
 methods where three seeds are shared, and about the trained weights at hand elsewhere.
@@ -11,38 +11,19 @@ from string import ascii_uppercase
 import numpy as np
 
 from benchmarks.evaluation.results import Cell, Protocol, RowScores, gather_rows
-from benchmarks.evaluation.statistics import (
-    MIN_SEEDS,
-    Comparison,
-    Interval,
-    holm,
-    method_comparisons,
-    row_intervals,
-)
+from benchmarks.evaluation.statistics import MIN_SEEDS, NOTHING, Comparison, method_comparisons
 from g2rpo.errors import UserError
 from reproduce.experiment.settings import NOT_DETERMINING, flat
 from reproduce.runs.finished import Run
-from reproduce.tables.comparisons import compare_metric, compare_rows, strongest_label
-
-ABSENT = "–"
+from reproduce.tables.paired import compare_metric, compare_rows, corrected
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Runs that are one method at one or several seeds.
-
-    Attributes:
-        letter: what tables call it.
-        runs: by seed.
-    """
+    """Runs that are one method at one or several seeds, under the letter that tables call it."""
 
     letter: str
     runs: tuple[Run, ...]
-
-    @property
-    def title(self) -> str:
-        """The names of its runs."""
-        return ", ".join(run.name for run in self.runs)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -50,31 +31,27 @@ class Member:
         return tuple(run.seed for run in self.runs if run.seed is not None)
 
 
-def members(records: Sequence[Run]) -> list[Member]:
+def members(runs: Sequence[Run]) -> list[Member]:
     """The runs put together by all but their seed, in the order in which they were named.
 
     Raises:
         UserError: two runs have the same settings and seed, or there is nothing to compare.
     """
     grouped: dict[str, list[Run]] = {}
-    for record in records:
-        grouped.setdefault(record.without_seed, []).append(record)
+    for run in runs:
+        grouped.setdefault(run.without_seed, []).append(run)
     if len(grouped) < 2:
         raise UserError("compare takes runs that differ in more than their seed; name another one")
     if len(grouped) > len(ascii_uppercase):
         raise UserError(f"compare takes {len(ascii_uppercase)} methods at most")
     found = []
-    for letter, runs in zip(ascii_uppercase, grouped.values(), strict=False):
-        ordered = sorted(runs, key=lambda run: run.seed or 0)
-        seeds = [run.seed for run in ordered]
-        if len(set(seeds)) < len(seeds):
+    for letter, alike in zip(ascii_uppercase, grouped.values(), strict=False):
+        ordered = sorted(alike, key=lambda run: run.seed or 0)
+        if len({run.seed for run in ordered}) < len(ordered):
             names = ", ".join(run.name for run in ordered)
             raise UserError(f"two runs have the same settings and seed: {names}; name one of them")
         found.append(Member(letter, tuple(ordered)))
     return found
-
-
-# Scores
 
 
 @dataclass(frozen=True)
@@ -84,19 +61,26 @@ class Delta:
     Attributes:
         member: the member's letter.
         quantity: the reward or metric.
-        value: mean and interval of the member itself.
-        comparison: member minus reference; None for the reference and where it cannot be had.
-        adjusted: the p-value after Holm's correction over the section's comparisons.
+        value: the member's mean.
+        difference: member minus reference; None for the reference and where it cannot be had.
+        comparison: the difference with its interval, where that can be had.
+        adjusted: the p-value, after Holm's correction over a section's comparisons.
         seeds: over which the two were compared; empty where they share none, and each is then
             taken over its own.
+        iteration: of a learning curve; None for held-out scores.
     """
 
     member: str
     quantity: str
-    value: Interval
+    value: float
+    difference: float | None = None
     comparison: Comparison | None = None
     adjusted: float | None = None
     seeds: tuple[int, ...] = ()
+    iteration: int | None = None
+
+
+# Scores
 
 
 @dataclass(frozen=True)
@@ -125,68 +109,57 @@ def score_sections(compared: Sequence[Member]) -> list[Section]:
     Raises:
         UserError: scores under one protocol are of different prompts.
     """
+    cells = [(one.letter, cell) for one in compared for run in one.runs for cell in run.cells]
+    protocols: dict[str, str] = {}
+    for _, cell in cells:
+        protocols.setdefault(cell.info.protocol.hash, cell.info.protocol.name)
     sections = []
-    for digest, name in _protocols(compared).items():
-        rows = _rows(compared, digest)
-        reference = compared[0].letter
-        if reference in rows and len(rows) > 1:
+    for digest, name in protocols.items():
+        rows = _rows(cells, digest)
+        base = rows.get(compared[0].letter)
+        if base is not None and len(rows) > 1:
             missing = tuple(one.letter for one in compared if one.letter not in rows)
-            deltas = _deltas(rows, reference)
-            sections.append(Section(name, len(rows[reference].prompt_ids), deltas, missing))
+            count, deltas = len(base.prompt_ids), _deltas(rows, base)
+            sections.append(Section(f"{name} ({digest})", count, deltas, missing))
     return sections
 
 
-def _protocols(compared: Sequence[Member]) -> dict[str, str]:
-    """Hash to name of all protocols, in the order in which they are met."""
-    cells = [cell for member in compared for run in member.runs for cell in run.cells]
-    found: dict[str, str] = {}
-    for protocol in (cell.info.protocol for cell in cells):
-        found.setdefault(protocol.hash, f"{protocol.name} ({protocol.hash})")
+def _rows(cells: Sequence[tuple[str, Cell]], digest: str) -> dict[str, RowScores]:
+    """The scores of each member under one protocol, by letter."""
+    # A run folder does not know the names that tables give.
+    same = {"protocol": Protocol(name="", hash=digest), "train_rewards": (), "preset": None}
+    found = gather_rows(
+        replace(cell, info=cell.info.model_copy(update={"row": letter, **same}))
+        for letter, cell in cells
+        if cell.info.protocol.hash == digest
+    )
+    if len({row.prompt_ids for row in found.values()}) > 1:
+        raise UserError(f"protocol {digest}: the runs were scored on different prompts")
     return found
 
 
-def _rows(compared: Sequence[Member], digest: str) -> dict[str, RowScores]:
-    """The scores of each member under one protocol, by letter."""
-    cells = [
-        _named(cell, member.letter.lower())
-        for member in compared
-        for run in member.runs
-        for cell in run.cells
-        if cell.info.protocol.hash == digest
-    ]
-    rows = {row.upper(): found for row, found in gather_rows(cells).items()}
-    prompts = {found.prompt_ids for found in rows.values()}
-    if len(prompts) > 1:
-        raise UserError(f"protocol {digest}: the runs were scored on different prompts")
-    return rows
-
-
-def _named(cell: Cell, row: str) -> Cell:
-    """The cell as one of ``row``; a run folder does not know the names that tables give."""
-    protocol = Protocol(name="", hash=cell.info.protocol.hash)
-    changes = {"row": row, "protocol": protocol, "train_rewards": (), "preset": None}
-    return replace(cell, info=cell.info.model_copy(update=changes))
-
-
-def _deltas(rows: Mapping[str, RowScores], reference: str) -> tuple[Delta, ...]:
-    base = rows[reference]
+def _deltas(rows: Mapping[str, RowScores], base: RowScores) -> tuple[Delta, ...]:
     found: dict[tuple[str, str], Delta] = {}
     for letter, row in rows.items():
-        for name in (*row.rewards, *row.metrics):
-            scores = row.scores([name]) if name in row.rewards else row.metric(name)[0]
-            found[name, letter] = Delta(letter, name, row_intervals(scores)[0])
-        if letter == reference:
-            continue
+        compared = {} if row is base else _compared(row, base)
         seeds = _compared_seeds(row, base)
-        for name, comparison in _compared(row, base).items():
-            delta = replace(found[name, letter], comparison=comparison, seeds=seeds)
+        for name in (*row.rewards, *row.metrics):
+            values = row.scores([name]) if name in row.rewards else row.metric(name)[0]
+            delta, one = Delta(letter, name, float(values.mean())), compared.get(name)
+            if one is not None:
+                delta = replace(delta, difference=one.difference, comparison=one, seeds=seeds)
             found[name, letter] = delta
     tested = {key: one.comparison for key, one in found.items() if one.comparison is not None}
-    adjusted = holm([comparison.p_value for comparison in tested.values()])
-    for key, p_value in zip(tested, adjusted, strict=True):
-        found[key] = replace(found[key], adjusted=float(p_value))
+    for key, p_value in corrected(tested).items():
+        found[key] = replace(found[key], adjusted=p_value)
     order = list(dict.fromkeys(name for name, _ in found))
     return tuple(sorted(found.values(), key=lambda one: (order.index(one.quantity), one.member)))
+
+
+def _compared(row: RowScores, base: RowScores) -> dict[str, Comparison]:
+    found = compare_rows(row, base, row.rewards)
+    metrics = {name: compare_metric(row, base, name) for name in row.metrics}
+    return found | {name: one for name, one in metrics.items() if one is not None}
 
 
 def _compared_seeds(row: RowScores, base: RowScores) -> tuple[int, ...]:
@@ -196,83 +169,54 @@ def _compared_seeds(row: RowScores, base: RowScores) -> tuple[int, ...]:
     return tuple(sorted({*row.seeds} & {*base.seeds}))
 
 
-def _compared(row: RowScores, base: RowScores) -> dict[str, Comparison]:
-    label = strongest_label(row, base)
-    shared = [name for name in row.rewards if name in base.rewards]
-    found = dict(zip(shared, compare_rows(row, base, shared, label), strict=True))
-    for metric in row.metrics:
-        comparison = compare_metric(row, base, metric, label)
-        if comparison is not None:
-            found[metric] = comparison
-    return found
-
-
 # Learning curves
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """A validation reward of a member at an iteration that the reference has as well.
-
-    Attributes:
-        member: the member's letter.
-        reward: the reward.
-        iteration: the last one that both have.
-        value: mean over the member's seeds.
-        difference: of the means over the shared seeds, or over each one's own where there are none.
-        comparison: over shared seeds, where there are three.
-        seeds: the shared ones.
-    """
-
-    member: str
-    reward: str
-    iteration: int
-    value: float
-    difference: float
-    comparison: Comparison | None
-    seeds: tuple[int, ...]
-
-
-def curve_points(compared: Sequence[Member]) -> list[CurvePoint]:
+def curve_deltas(compared: Sequence[Member]) -> list[Delta]:
     """Validation rewards at the last iteration that each member shares with the reference.
 
     Runs that are not finished have them too. Nothing where a run shares none.
     """
     reference = compared[0]
-    return [point for member in compared[1:] for point in _points(member, reference)]
+    return [delta for member in compared[1:] for delta in _curve_deltas(member, reference)]
 
 
-def _points(member: Member, reference: Member) -> Iterator[CurvePoint]:
+def _curve_deltas(member: Member, reference: Member) -> Iterator[Delta]:
     ours, theirs = _validations(member), _validations(reference)
     for reward in [name for name in ours if name in theirs]:
-        shared = set.intersection(*(set(c) for c in (*ours[reward], *theirs[reward])))
+        curves = (*ours[reward].values(), *theirs[reward].values())
+        shared = set.intersection(*(set(curve) for curve in curves))
         if not shared:
             continue
         last = max(shared)
-        one, two = ([curve[last] for curve in runs[reward]] for runs in (ours, theirs))
-        value, seeds = float(np.mean(one)), sorted(set(member.seeds) & set(reference.seeds))
-        if seeds:
-            one, two = (
-                [dict(zip(side.seeds, values, strict=True))[seed] for seed in seeds]
-                for side, values in ((member, one), (reference, two))
-            )
+        one, two = (
+            {name: curve[last] for name, curve in runs[reward].items()} for runs in (ours, theirs)
+        )
+        seeds = tuple(sorted(set(member.seeds) & set(reference.seeds)))
+        ends = [[side[seed] for seed in seeds or side] for side in (one, two)]
         comparison = None
         if len(seeds) >= MIN_SEEDS:
-            comparison = method_comparisons([one], [two])[0]
-        difference = float(np.mean(one) - np.mean(two))
-        yield CurvePoint(member.letter, reward, last, value, difference, comparison, tuple(seeds))
+            comparison = method_comparisons([ends[0]], [ends[1]])[0]
+        yield Delta(
+            member=member.letter,
+            quantity=reward,
+            value=float(np.mean(list(one.values()))),
+            difference=float(np.mean(ends[0]) - np.mean(ends[1])),
+            comparison=comparison,
+            seeds=seeds,
+            iteration=last,
+        )
 
 
-def _validations(member: Member) -> dict[str, list[dict[int, float]]]:
-    """For each reward that all runs were validated on, a curve a run: iteration to mean."""
-    curves: dict[str, list[dict[int, float]]] = {}
+def _validations(member: Member) -> dict[str, dict[int | None, dict[int, float]]]:
+    """For each reward that all runs were validated on, the curve of each seed."""
+    curves: dict[str, dict[int | None, dict[int, float]]] = {}
     for run in member.runs:
-        for key in dict.fromkeys(key for row in run.rows for key in row):
-            if key.startswith("validation/"):
-                rows = [row for row in run.rows if key in row]
-                curve = {int(row["iteration"]): float(row[key]) for row in rows}
-                curves.setdefault(key.removeprefix("validation/"), []).append(curve)
-    return {name: found for name, found in curves.items() if len(found) == len(member.runs)}
+        for row in run.rows:
+            for key in (key for key in row if key.startswith("validation/")):
+                seeds = curves.setdefault(key.removeprefix("validation/"), {})
+                seeds.setdefault(run.seed, {})[int(row["iteration"])] = float(row[key])
+    return {name: seeds for name, seeds in curves.items() if len(seeds) == len(member.runs)}
 
 
 # Settings and provenance
@@ -304,14 +248,12 @@ def setting_differences(compared: Sequence[Member]) -> list[Difference]:
 
 def provenance_differences(compared: Sequence[Member]) -> list[Difference]:
     """In which code, packages, weights and hardware members were made, where these differ."""
-    origins = []
-    for member in compared:
-        found = []
-        for run in member.runs:
-            fields = {} if run.provenance is None else run.provenance.model_dump(mode="json")
-            found.append(flat(fields))
-        origins.append(found)
-    return _differences(origins)
+    return _differences(
+        [
+            [flat(run.provenance.model_dump(mode="json") if run.provenance else {}) for run in runs]
+            for runs in (member.runs for member in compared)
+        ]
+    )
 
 
 def _differences(compared: Sequence[Sequence[Mapping[str, str]]]) -> list[Difference]:
@@ -319,7 +261,7 @@ def _differences(compared: Sequence[Sequence[Mapping[str, str]]]) -> list[Differ
     found = []
     for key in keys:
         values = tuple(
-            ", ".join(dict.fromkeys(run.get(key, ABSENT) for run in member)) for member in compared
+            ", ".join(dict.fromkeys(run.get(key, NOTHING) for run in member)) for member in compared
         )
         known = {value for value, member in zip(values, compared, strict=True) if any(member)}
         if len(known) > 1:

@@ -7,15 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.evaluation.statistics import ALPHA, Comparison, fixed, human, p_text, signed
+from benchmarks.evaluation.statistics import ALPHA, NOTHING, fixed, human, p_text, signed
 from reproduce.commands.console import literal, plain_table
 from reproduce.report.comparison import (
-    ABSENT,
-    CurvePoint,
+    Delta,
     Difference,
     Member,
     Section,
-    curve_points,
+    curve_deltas,
     provenance_differences,
     score_sections,
     setting_differences,
@@ -40,7 +39,8 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
     console.print(Text("Runs", "bold"))
     for member in compared:
         note = " (reference)" if member is compared[0] else ""
-        console.print(literal(f"  {member.letter}{note}: {member.title}"))
+        names = ", ".join(run.name for run in member.runs)
+        console.print(literal(f"  {member.letter}{note}: {names}"))
     sections = score_sections(compared)
     for section in sections:
         title = f"Held-out: {section.protocol}, {section.prompts} prompts"
@@ -51,56 +51,16 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
         console.print(
             literal("No held-out evaluation that the reference shares with another run yet.")
         )
-    points = curve_points(compared)
+    points = curve_deltas(compared)
     if points:
         title = "Validation at the last iteration shared with the reference"
         _print_table(console, title, _curve_table(points))
     title = "Cost, mean over seeds; in brackets: times the reference's"
     _print_table(console, title, _cost_table(compared))
     _print_differences("Settings that differ", setting_differences(compared), compared, console)
-    unknown = [one.letter for one in compared if one.runs[0].settings is None]
-    if unknown:
-        console.print(
-            literal(
-                f"Settings of {', '.join(unknown)}: none are known (a base, or weights that were "
-                "trained elsewhere or by other settings than the experiment now has).",
-                "dim",
-            )
-        )
-        together = [one.letter for one in compared if one.letter in unknown and len(one.runs) > 1]
-        if together:
-            console.print(
-                literal(
-                    f"The runs of {', '.join(together)} were taken together by their row alone, "
-                    "as cells of one folder and commit: whether they differ in more than their "
-                    "seed is not known.",
-                    "dim",
-                )
-            )
+    for sentence in _unknown_settings(compared):
+        console.print(literal(sentence, "dim"))
     _print_differences("Made with", provenance_differences(compared), compared, console)
-
-
-def _section_table(section: Section) -> Table:
-    columns = ("score", "run", "mean", "difference", "95% interval", "p (Holm)", "", "about")
-    table = plain_table(*columns, right=("mean", "difference", "95% interval", "p (Holm)"))
-    last = ""
-    for delta in section.deltas:
-        quantity = METRIC_LABELS.get(delta.quantity, delta.quantity)
-        table.add_row(
-            "" if quantity == last else quantity,
-            delta.member,
-            fixed(delta.value.mean, DIGITS),
-            *_comparison_texts(delta.comparison, delta.adjusted),
-            "" if delta.comparison is None else f"{delta.comparison.label}{_over(delta.seeds)}",
-        )
-        last = quantity
-    return table
-
-
-def _over(seeds: Sequence[int]) -> str:
-    if not seeds:
-        return ""
-    return f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _print_table(console: Console, title: str, table: Table) -> None:
@@ -110,12 +70,47 @@ def _print_table(console: Console, title: str, table: Table) -> None:
     console.print(table)
 
 
-def _comparison_texts(
-    comparison: Comparison | None, adjusted: float | None
-) -> tuple[str | Text, ...]:
-    if comparison is None:
-        return ("", "", "", "")
-    p_value = comparison.p_value if adjusted is None else adjusted
+def _section_table(section: Section) -> Table:
+    columns = ("score", "run", "mean", "difference", "95% interval", "p (Holm)", "", "about")
+    table = plain_table(*columns, right=columns[2:6])
+    last = ""
+    for delta in section.deltas:
+        quantity = METRIC_LABELS.get(delta.quantity, delta.quantity)
+        table.add_row(
+            "" if quantity == last else quantity,
+            delta.member,
+            fixed(delta.value, DIGITS),
+            *_difference_texts(delta),
+            ", ".join(filter(None, (delta.comparison.label, _seeds(delta))))
+            if delta.comparison
+            else "",
+        )
+        last = quantity
+    return table
+
+
+def _curve_table(points: Sequence[Delta]) -> Table:
+    columns = ("reward", "run", "iteration", "mean", "difference", "95% interval", "p", "", "about")
+    table = plain_table(*columns, right=columns[2:7])
+    for point in points:
+        table.add_row(
+            point.quantity,
+            point.member,
+            str(point.iteration),
+            fixed(point.value, DIGITS),
+            *_difference_texts(point),
+            _seeds(point) or "each over its own seeds",
+        )
+    return table
+
+
+def _difference_texts(delta: Delta) -> tuple[str | Text, ...]:
+    """Difference, interval, p-value and what they say."""
+    comparison = delta.comparison
+    if delta.difference is None or comparison is None:
+        shown = "" if delta.difference is None else signed(delta.difference, DIGITS)
+        return (shown, "", "", "")
+    p_value = comparison.p_value if delta.adjusted is None else delta.adjusted
     verdict = Text("not settled")
     if p_value < ALPHA:
         verdict = Text("higher", "green") if comparison.difference > 0 else Text("lower", "red")
@@ -127,6 +122,12 @@ def _comparison_texts(
     )
 
 
+def _seeds(delta: Delta) -> str:
+    if not delta.seeds:
+        return ""
+    return f"seed{'s' if len(delta.seeds) > 1 else ''} {', '.join(map(str, delta.seeds))}"
+
+
 def _meaning(section: Section) -> str:
     labels = {one.comparison.label for one in section.deltas if one.comparison is not None}
     sentences = []
@@ -136,59 +137,52 @@ def _meaning(section: Section) -> str:
         sentences.append(
             "checkpoint: over prompts, about these weights alone, not about another seed."
         )
-    if any(one.comparison is not None and one.seeds for one in section.deltas):
+    if any(one.seeds for one in section.deltas):
         sentences.append("Differences are over the seeds that are named, means over all of a run.")
     if section.missing:
         sentences.append(f"Not evaluated so: {', '.join(section.missing)}.")
     return " ".join(sentences)
 
 
-def _curve_table(points: Sequence[CurvePoint]) -> Table:
-    columns = ("reward", "run", "iteration", "mean", "difference", "95% interval", "p", "", "about")
-    table = plain_table(*columns, right=columns[2:7])
-    for point in points:
-        texts = _comparison_texts(point.comparison, None)
-        if point.comparison is None:
-            texts = (signed(point.difference, DIGITS), "", "", "")
-        table.add_row(
-            point.reward,
-            point.member,
-            str(point.iteration),
-            fixed(point.value, DIGITS),
-            *texts,
-            _over(point.seeds).removeprefix(", ") or "each over its own seeds",
-        )
-    return table
-
-
 def _cost_table(compared: Sequence[Member]) -> Table:
     columns = ("cost of training", *(member.letter for member in compared))
     table = plain_table(*columns, right=columns[1:])
-    devices = [sorted(_devices(member)) for member in compared]
+    costs = [[run.cost for run in member.runs] for member in compared]
+    devices = [sorted({cost.device for cost in found if cost is not None}) for found in costs]
     for column in COSTS:
-        means = [_mean_cost(member, column) for member in compared]
+        means = [
+            None if None in found else float(np.mean([getattr(cost, column) for cost in found]))
+            for found in costs
+        ]
         texts = []
         for index, (mean, device) in enumerate(zip(means, devices, strict=True)):
-            text = ABSENT if mean is None else human(mean)
+            text = human(mean)
             # Seconds on another device are no measure.
             comparable = column != "device_seconds" or device == devices[0]
             if index and mean is not None and means[0] and comparable:
                 text += f" ({mean / means[0]:.2f}×)"
             texts.append(text)
         table.add_row(COST_LABELS[column], *texts)
-    table.add_row("Device", *(", ".join(names) or ABSENT for names in devices))
+    table.add_row("Device", *(", ".join(names) or NOTHING for names in devices))
     return table
 
 
-def _devices(member: Member) -> set[str]:
-    return {run.cost.device for run in member.runs if run.cost is not None}
-
-
-def _mean_cost(member: Member, column: CostColumn) -> float | None:
-    costs = [run.cost for run in member.runs if run.cost is not None]
-    if len(costs) < len(member.runs):
-        return None
-    return float(np.mean([getattr(cost, column) for cost in costs]))
+def _unknown_settings(compared: Sequence[Member]) -> list[str]:
+    unknown = [one for one in compared if one.runs[0].settings is None]
+    sentences = []
+    if unknown:
+        letters = ", ".join(one.letter for one in unknown)
+        sentences.append(
+            f"Settings of {letters}: none are known (a base, or weights that were trained "
+            "elsewhere or by other settings than the experiment now has)."
+        )
+    together = [one.letter for one in unknown if len(one.runs) > 1]
+    if together:
+        sentences.append(
+            f"The runs of {', '.join(together)} were taken together by their row alone, as cells "
+            "of one folder and commit: whether they differ in more than their seed is not known."
+        )
+    return sentences
 
 
 def _print_differences(
@@ -202,8 +196,7 @@ def _print_differences(
     for one in differences:
         style = "" if one.determining else "dim"
         note = "" if one.determining else " (not part of the run's name)"
-        values = (_shortened(value) for value in one.values)
-        table.add_row(one.key + note, *values, style=style)
+        table.add_row(one.key + note, *map(_shortened, one.values), style=style)
     _print_table(console, title, table)
 
 

@@ -9,12 +9,10 @@ from reproduce.experiment import ResolvedCell
 from reproduce.experiment.settings import flat
 from reproduce.report.chapter import Chapter, without_root
 from reproduce.runs.folders import SETTINGS, read_document
-from reproduce.tables.notes import full_label
 
 
 def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
     """Name, configuration and, where it is not sure to be the run's own, a note, of each cell."""
-    rows = {row.key: full_label(row) for row in chapter.experiment.table.rows}
     found = []
     for cell in chapter.cells:
         info = cell.info
@@ -22,7 +20,7 @@ def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
         values, note = _configuration(chapter, cell)
         found.append(
             {
-                "label": f"{rows.get(info.row, info.row)}{seed}",
+                "label": f"{chapter.labels[info.row]}{seed}",
                 "chapter": chapter.name,
                 "note": note,
                 "values": values,

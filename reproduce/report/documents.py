@@ -10,9 +10,9 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 from benchmarks.evaluation.results import Provenance
-from reproduce.report.grids import Box, Grid, Heading
+from reproduce.report.grids import Box, Column, Grid, Heading, make_grid, number, text_box
+from reproduce.report.overview import origin_columns
 from reproduce.report.pictures import SHEET_BYTES
-from reproduce.report.provenance import origin_boxes, origin_details
 
 READING = "README.md"
 """The words about all tables of a profile."""
@@ -80,17 +80,12 @@ def _origins(path: Path) -> Grid | None:
         found = [(c["row"], c["seed"], Provenance.model_validate(c["provenance"])) for c in cells]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    lines = tuple(
-        (
-            Box(row, row.lower(), kind="label"),
-            Box(str(seed), seed, kind="number"),
-            *origin_boxes(origin, origin_details(origin)),
-        )
-        for row, seed, origin in found
-    )
-    labels = ("Row", "Seed", "Commit", "Hardware", "Weights and packages")
-    heads = tuple(Heading(label, numeric=label == "Seed") for label in labels)
-    return Grid("Where these numbers come from", heads, lines) if lines else None
+    columns: list[Column[tuple[str, int, Provenance]]] = [
+        Column("Row", lambda cell: text_box(cell[0], "label")),
+        Column("Seed", lambda cell: number(cell[1], str(cell[1])), numeric=True),
+        *origin_columns(lambda cell: cell[2]),
+    ]
+    return make_grid("Where these numbers come from", columns, found) if found else None
 
 
 def _without_title(tokens: Sequence[Token], name: str) -> tuple[str, list[Token]]:

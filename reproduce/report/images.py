@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -36,29 +36,69 @@ _SAMPLE = 6
 _TOO_MANY = 1.6
 
 
-@dataclass
-class Encoder:
-    """Image files as data URIs of one largest size; what looks the same is there once.
+@dataclass(frozen=True)
+class Fitted:
+    """What fits.
 
     Attributes:
-        side: the longest side, pixels; None leaves them as they are.
-        uris: the data URI of each image, by its name on the page.
-        names: the name of each file's image.
+        galleries: the part of each that is shown.
+        names: the name on the page of each file's image; what looks the same has one name.
+        uris: the data URI of each image, by its name.
+        notes: what was left out for the size, if anything.
     """
 
-    side: int | None
-    uris: dict[str, str] = field(default_factory=dict)
-    names: dict[Path, str] = field(default_factory=dict)
+    galleries: tuple[Gallery, ...]
+    names: dict[Path, str]
+    uris: dict[str, str]
+    notes: tuple[str, ...]
 
-    def add(self, path: Path) -> None:
-        """Encodes a file that was not."""
-        if path in self.names:
-            return
-        data = _webp(path, self.side)
-        name = hashlib.sha256(data).hexdigest()[:16]
-        self.names[path] = name
-        if name not in self.uris:
-            self.uris[name] = "data:image/webp;base64," + base64.b64encode(data).decode()
+
+class Fitter:
+    """Finds the most of some galleries that fits; a file is encoded once for each size."""
+
+    def __init__(self, galleries: Sequence[Gallery]) -> None:
+        self.galleries = galleries
+        self._whole = _files(galleries)
+        self._known: dict[tuple[Path, int | None], tuple[str, str]] = {}
+
+    def __call__(self, room: int) -> Fitted:
+        """The most whose images take at most ``room`` characters."""
+        for step, amount in enumerate(LADDER):
+            parts = tuple(reduced(gallery, amount) for gallery in self.galleries)
+            files = _files(parts)
+            if self._fits(files, amount.side, room):
+                found = {path: self._encoded(path, amount.side) for path in files}
+                names = {path: name for path, (name, _) in found.items()}
+                notes = (_note(self._whole, files, amount),) if step else ()
+                return Fitted(parts, names, dict(found.values()), notes)
+        none = tuple(replace(gallery, prompts=(), shots=()) for gallery in self.galleries)
+        note = f"None of {len(self._whole)} images is shown: the page has no room for them."
+        return Fitted(none, {}, {}, (note,))
+
+    def _fits(self, files: Sequence[Path], side: int | None, room: int) -> bool:
+        # Encoding hundreds of large images only to find that they are far too many takes minutes.
+        sample = files[:: max(1, len(files) // _SAMPLE)]
+        guess = sum(self._size(path, side) for path in sample) / max(1, len(sample)) * len(files)
+        if guess > _TOO_MANY * room:
+            return False
+        return sum(self._size(path, side) for path in files) <= room
+
+    def _size(self, path: Path, side: int | None) -> int:
+        """Characters that an image takes on the page, with its name and the quotes around both."""
+        name, uri = self._encoded(path, side)
+        return len(uri) + len(name) + 6
+
+    def _encoded(self, path: Path, side: int | None) -> tuple[str, str]:
+        """The name and the data URI of a file that is ``side`` pixels at most."""
+        if (path, side) not in self._known:
+            data = _webp(path, side)
+            uri = "data:image/webp;base64," + base64.b64encode(data).decode()
+            self._known[path, side] = hashlib.sha256(data).hexdigest()[:16], uri
+        return self._known[path, side]
+
+
+def _files(galleries: Iterable[Gallery]) -> list[Path]:
+    return list(dict.fromkeys(shot.path for gallery in galleries for shot in gallery.shots))
 
 
 def _webp(path: Path, side: int | None) -> bytes:
@@ -73,74 +113,6 @@ def _webp(path: Path, side: int | None) -> bytes:
     else:
         image.save(buffer, format="WEBP", quality=_QUALITY)
     return buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What fits.
-
-    Attributes:
-        galleries: the part of each that is shown.
-        encoder: its images.
-        notes: what was left out for the size, if anything.
-    """
-
-    galleries: tuple[Gallery, ...]
-    encoder: Encoder
-    notes: tuple[str, ...]
-
-
-def fit(galleries: Sequence[Gallery], room: int) -> Fitted:
-    """The most of the galleries whose images take at most ``room`` characters."""
-    whole = _unique(galleries)
-    encoders: dict[int | None, Encoder] = {}
-    for step, amount in enumerate(LADDER):
-        parts = tuple(reduced(gallery, amount) for gallery in galleries)
-        encoder = encoders.setdefault(amount.side, Encoder(amount.side))
-        paths = _unique(parts)
-        if _fits(paths, encoder, room):
-            notes = (_note(whole, paths, amount),) if step else ()
-            return Fitted(parts, _only(encoder, paths), notes)
-    none = tuple(Gallery((), (), gallery.notes) for gallery in galleries)
-    note = f"None of {len(whole)} images is shown: the page has no room for them."
-    return Fitted(none, Encoder(None), (note,) if whole else ())
-
-
-def _unique(galleries: Iterable[Gallery]) -> list[Path]:
-    found = (
-        path
-        for gallery in galleries
-        for tile in gallery.tiles
-        for frame in tile.frames
-        for path in frame.images.values()
-    )
-    return list(dict.fromkeys(found))
-
-
-def _fits(paths: Sequence[Path], encoder: Encoder, room: int) -> bool:
-    # Encoding hundreds of large images only to find that they are far too many takes minutes.
-    sample = paths[:: max(1, len(paths) // _SAMPLE)]
-    guess = sum(_size(encoder, path) for path in sample) / max(1, len(sample)) * len(paths)
-    if guess > _TOO_MANY * room:
-        return False
-    total = 0
-    for path in paths:
-        total += _size(encoder, path)
-        if total > room:
-            return False
-    return True
-
-
-def _size(encoder: Encoder, path: Path) -> int:
-    """Characters that an image takes on the page, with its name and the quotes around both."""
-    encoder.add(path)
-    name = encoder.names[path]
-    return len(encoder.uris[name]) + len(name) + 6
-
-
-def _only(encoder: Encoder, paths: Sequence[Path]) -> Encoder:
-    names = {path: encoder.names[path] for path in paths}
-    return Encoder(encoder.side, {name: encoder.uris[name] for name in names.values()}, names)
 
 
 def _note(whole: Sequence[Path], shown: Sequence[Path], amount: Amount) -> str:

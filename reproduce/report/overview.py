@@ -1,52 +1,145 @@
-"""The first table of the report: every experiment in one line, with the way to its part."""
+"""The tables over all experiments: each in one line, and where every number comes from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from benchmarks.evaluation.statistics import NOTHING, human
-from reproduce.report.chapter import Chapter
-from reproduce.report.grids import Box, Grid, Heading, anchor, number, text_box
-from reproduce.report.marks import Mark
-from reproduce.tables.values import Table
+from benchmarks.evaluation.results import Cell, Provenance
+from benchmarks.evaluation.statistics import NOTHING
+from reproduce.report.chapter import Chapter, without_root
+from reproduce.report.grids import Box, Column, Grid, Item, anchor, make_grid, number, text_box
+from reproduce.tables.model import Mark
 
-_HEADS = (
-    "Experiment", "What it shows", "Finished", "Seeds", "▲ above", "▼ below", "Hacking",
-    "Device-seconds",
-)  # fmt: skip
-Marks = Mapping[tuple[str, str], Mark]
-"""By row key and reward."""
-_NUMERIC = {"Finished", "Seeds", "▲ above", "▼ below", "Hacking", "Device-seconds"}
+SHORT = 12
+"""Characters of a hash that are shown; the whole is folded away."""
+Details = tuple[tuple[str, str], ...]
+"""Names and values that are folded away."""
 
 
-def overview_grid(
-    chapters: Sequence[Chapter], tables: Sequence[Table], marks: Sequence[Marks]
-) -> Grid:
+def overview_grid(chapters: Sequence[Chapter]) -> Grid:
     """One line for each chapter: how far it is, and what stands out."""
-    several = zip(chapters, tables, marks, strict=True)
-    lines = tuple(_line(chapter, table, found) for chapter, table, found in several)
+    columns: list[Column[Chapter]] = [
+        Column("Experiment", _name_box),
+        Column("What it shows", lambda chapter: text_box(chapter.table.title)),
+        Column("Finished", _finished_box, numeric=True),
+        Column("Seeds", _seeds_box, numeric=True),
+        Column("▲ above", lambda chapter: number(_settled(chapter, 1)), numeric=True),
+        Column("▼ below", lambda chapter: number(_settled(chapter, -1)), numeric=True),
+        Column("Hacking", _hacking_box, numeric=True),
+        Column("Device-seconds", lambda chapter: number(_seconds(chapter)), numeric=True),
+    ]
     note = (
         "▲, ▼: scores above and below their reference after Holm's correction, as marked in the "
         "experiment's table. Hacking: rows that are flagged for it. Device-seconds: all training "
         "behind the experiment; runs that several share count in each."
     )
-    heads = tuple(Heading(label, numeric=label in _NUMERIC) for label in _HEADS)
-    return Grid("All experiments", heads, lines, notes=(note,))
+    return make_grid("All experiments", columns, chapters, [note])
 
 
-def _line(chapter: Chapter, table: Table, marks: Marks) -> tuple[Box, ...]:
-    title, name = chapter.experiment.table.title, chapter.name
-    total = len(chapter.cells) + len(chapter.gaps)
-    settled = [mark.comparison.difference > 0 for mark in marks.values() if mark.significant]
-    flags = [row.hacking for group in table.groups for row in group.rows if row.hacking is not None]
-    flagged = sum(one.flagged for one in flags)
-    costs = [cell.info.cost.device_seconds for cell in chapter.cells if cell.info.cost is not None]
-    kind = "number warning" if flagged else "number"
-    return (
-        Box(name, name, kind="label", link=anchor("chapter", name)),
-        text_box(title),
-        number(len(chapter.cells) / max(1, total), f"{len(chapter.cells)} of {total}"),
-        number(len(chapter.seeds), human(len(chapter.seeds)) if chapter.seeds else NOTHING),
-        number(sum(settled), human(sum(settled))),
-        number(len(settled) - sum(settled), human(len(settled) - sum(settled))),
-        Box(human(flagged) if flags else NOTHING, flagged if flags else None, kind=kind),
-        number(sum(costs), human(sum(costs))),
+def _name_box(chapter: Chapter) -> Box:
+    return replace(text_box(chapter.name, "label"), link=anchor("chapter", chapter.name))
+
+
+def _finished_box(chapter: Chapter) -> Box:
+    done = len(chapter.cells)
+    total = done + len(chapter.gaps)
+    return number(done / max(1, total), f"{done} of {total}")
+
+
+def _seeds_box(chapter: Chapter) -> Box:
+    count = len(chapter.seeds)
+    return number(count, None if count else NOTHING)
+
+
+def _marks(chapter: Chapter) -> list[Mark]:
+    scores = (score for row in chapter.table.rows for score in row.scores.values())
+    return [score.mark for score in scores if score.mark is not None]
+
+
+def _settled(chapter: Chapter, sign: int) -> int:
+    return sum(mark.significant and mark.difference * sign > 0 for mark in _marks(chapter))
+
+
+def _hacking_box(chapter: Chapter) -> Box:
+    found = [r.reward_hacking for r in chapter.table.rows if r.reward_hacking is not None]
+    flagged = sum(one.flagged for one in found)
+    box = number(flagged) if found else number(None)
+    return replace(box, kind="number warning" if flagged else "number")
+
+
+def _seconds(chapter: Chapter) -> float:
+    costs = (cell.info.cost for cell in chapter.cells)
+    return sum(cost.device_seconds for cost in costs if cost is not None)
+
+
+# Provenance
+
+
+def provenance_grid(chapters: Sequence[Chapter]) -> Grid:
+    """One line for each cell of each chapter."""
+    lines = [(chapter, cell) for chapter in chapters for cell in chapter.cells]
+    columns: list[Column[tuple[Chapter, Cell]]] = [
+        Column("Row", lambda line: text_box(line[0].labels[line[1].info.row], "label")),
+        Column("Experiment", lambda line: text_box(line[0].name)),
+        Column("Seed", lambda line: _seed_box(line[1].info.seed), numeric=True),
+        Column("Training run", lambda line: text_box(line[1].info.runs.get("train"), "code")),
+        *origin_columns(lambda line: line[1].info.provenance, lambda line: _protocol(line[1])),
+        Column("Evaluation", lambda line: text_box(line[1].info.runs.get("evaluation"), "code")),
+        Column("Iterations", lambda line: number(line[1].info.checkpoint_iteration), numeric=True),
+        Column("Scores", lambda line: number(len(line[1].scores)), numeric=True),
+    ]
+    note = (
+        "A run's name ends in a hash of its configuration and inputs; the same name is the same "
+        "run. Scores counts prompts times judges. Hashes are SHA-256."
     )
+    grid = make_grid("Where every number comes from", columns, lines, [note])
+    return replace(grid, anchors=tuple(_anchors(lines)))
+
+
+def _anchors(lines: Sequence[tuple[Chapter, Cell]]) -> Iterator[str]:
+    seen: set[str] = set()
+    for chapter, cell in lines:
+        name = anchor("run", chapter.name, cell.info.row)
+        # The table's rows lead to the first cell of theirs.
+        yield f"{name}--seed-{cell.info.seed}" if name in seen else name
+        seen.add(name)
+
+
+def _seed_box(seed: int | None) -> Box:
+    return number(seed, NOTHING if seed is None else str(seed))
+
+
+def _protocol(cell: Cell) -> Details:
+    protocol = cell.info.protocol
+    return (("protocol", f"{protocol.name} {protocol.hash}"),)
+
+
+def origin_columns(
+    origin: Callable[[Item], Provenance], more: Callable[[Item], Details] = lambda _: ()
+) -> list[Column[Item]]:
+    """Commit, hardware, weights and packages of what was computed, and ``more`` details."""
+    return [
+        Column("Commit", lambda item: _commit_box(origin(item))),
+        Column("Hardware", lambda item: _hardware_box(origin(item).hardware)),
+        Column("Weights and packages", lambda item: _details_box(origin(item), more(item))),
+    ]
+
+
+def _commit_box(origin: Provenance) -> Box:
+    commit = (origin.git_commit or "unknown")[:SHORT]
+    clean = {True: " with uncommitted changes", False: "", None: " (state unknown)"}
+    return Box(commit + clean[origin.git_dirty], commit, kind="code")
+
+
+def _hardware_box(hardware: Mapping[str, str]) -> Box:
+    device, cores = hardware.get("device", "unknown"), hardware.get("cores")
+    shown = device if cores is None or device != "cpu" else f"cpu, {cores} cores"
+    return replace(text_box(shown), details=tuple(hardware.items()))
+
+
+def _details_box(origin: Provenance, more: Details) -> Box:
+    """Hashes of the weights, the whole commit, and packages, folded away."""
+    weights = [(f"weights of {name}", digest) for name, digest in origin.weights.items()]
+    source = [] if origin.checkpoint is None else [("from", without_root(origin.checkpoint))]
+    commit = [] if origin.git_commit is None else [("commit", origin.git_commit)]
+    details = (*weights, *source, *commit, *origin.packages.items(), *more)
+    return Box("", len(origin.weights), details=details)

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from benchmarks.evaluation.statistics import human
 from g2rpo.errors import UserError
 from g2rpo.text import plain_value, visible
 from reproduce.experiment import Profile
-from reproduce.report import grids
 from reproduce.report.chapter import Chapter
 from reproduce.report.configurations import configuration_data
-from reproduce.report.curves import curve_data
 from reproduce.report.documents import Document
-from reproduce.report.images import Fitted, fit
-from reproduce.report.marks import Mark, reference_of, table_marks
-from reproduce.report.overview import overview_grid
-from reproduce.report.pictures import Gallery, gather_pictures, picture_data
-from reproduce.report.provenance import provenance_grid
-from reproduce.tables.findings import findings
-from reproduce.tables.notes import full_label
-from reproduce.tables.old_formats import legend
-from reproduce.tables.old_summary import pair_sentence
-from reproduce.tables.paper import load_paper_tables
-from reproduce.tables.styles import style_table
-from reproduce.tables.values import Table, build_table
+from reproduce.report.grids import anchor
+from reproduce.report.images import Fitted, Fitter
+from reproduce.report.overview import overview_grid, provenance_grid
+from reproduce.report.pictures import gather_pictures, picture_data
+from reproduce.report.table_grids import COST_PARTS
+from reproduce.report.view import View, view_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 LIMIT = 15_000_000
@@ -57,109 +48,6 @@ class Page:
 
     html: str
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class View:
-    """What the template shows of a chapter; its grids and sentences."""
-
-    chapter: Chapter
-    table: Table
-    marks: dict[tuple[str, str], Mark]
-    facts: tuple[tuple[str, str], ...]
-    missing: tuple[str, ...]
-    sentences: tuple[str, ...]
-    scores: grids.Grid
-    beside: grids.Grid | None
-    comparisons: grids.Grid | None
-    paper: grids.Grid | None
-    styles: grids.Grid | None
-    cost: grids.Grid
-    phases: grids.Grid | None
-
-
-def view_of(chapter: Chapter) -> View:
-    """Computes everything of a chapter that is a table or a sentence.
-
-    Raises:
-        UserError: the cells do not fit the table or each other.
-    """
-    spec, profile, cells = chapter.experiment.table, chapter.profile.name, chapter.cells
-    table = build_table(spec, cells, profile=profile, paper=load_paper_tables(), gaps=chapter.gaps)
-    marks = table_marks(spec, cells, profile=profile)
-    found = findings(spec, cells, profile=profile)
-    pairs = dict.fromkeys((f.group, f.focus.key, f.other.key) for f in found)
-    sentences = [
-        (f"{group}: " if group else "")
-        + pair_sentence([f for f in found if (f.group, f.focus.key, f.other.key) == pair])
-        for pair in pairs
-        for group in pair[:1]
-    ]
-    styles = style_table(spec, cells, profile=profile)
-    beside_notes = [note for note in legend(table) if _is_beside(note)]
-    notes = [note for note in legend(table) if not _is_beside(note)]
-    return View(
-        chapter=chapter,
-        table=table,
-        marks=marks,
-        facts=_facts(chapter),
-        missing=_missing(chapter),
-        sentences=tuple(sentences),
-        scores=grids.score_grid(
-            chapter.name,
-            table,
-            marks,
-            (*notes, *_mark_notes(chapter), *table.notes),
-        ),
-        beside=grids.beside_grid(chapter.name, table, beside_notes),
-        comparisons=grids.finding_grid(spec, found),
-        paper=grids.paper_grid(table),
-        styles=None if styles is None else grids.score_grid(chapter.name, styles, {}, styles.notes),
-        cost=grids.cost_grid(chapter.name, table, cells),
-        phases=grids.phase_grid(chapter.name, table, cells),
-    )
-
-
-def _is_beside(note: str) -> bool:
-    return note.startswith(("Image distance", "Vendi score", "Drift", "Reward hacking"))
-
-
-def _mark_notes(chapter: Chapter) -> list[str]:
-    spec = chapter.experiment.table
-    references = {
-        full_label(found) for row in spec.rows if (found := reference_of(spec, row)) is not None
-    }
-    if not references:
-        return []
-    note = (
-        f"▲ ▼: above or below {' or '.join(sorted(references))} with p < 0.05 after Holm's "
-        "correction over the row's scores; △ ▽: before the correction only. They are about what "
-        "the row's intervals are about."
-    )
-    return [note]
-
-
-def _facts(chapter: Chapter) -> tuple[tuple[str, str], ...]:
-    cells = chapter.cells
-    protocols = sorted({cell.info.protocol.name for cell in cells})
-    prompts = sorted({len(cell.scores["prompt_id"].unique()) for cell in cells})
-    total = len(cells) + len(chapter.gaps)
-    seeds = ", ".join(map(str, chapter.seeds)) or "none"
-    return (
-        ("Finished", f"{len(cells)} of {total} runs"),
-        ("Training seeds", seeds),
-        ("Held-out prompts", " or ".join(map(human, prompts)) or "none"),
-        ("Protocol", ", ".join(protocols) or "none"),
-    )
-
-
-def _missing(chapter: Chapter) -> tuple[str, ...]:
-    rows = {row.key: full_label(row) for row in chapter.experiment.table.rows}
-    return tuple(
-        f"{rows.get(gap.row, gap.row)}{'' if gap.seed is None else f', seed {gap.seed}'}: "
-        f"{gap.reason}"
-        for gap in chapter.gaps
-    )
 
 
 def script_json(value: Any) -> Markup:
@@ -195,61 +83,55 @@ def _environment() -> jinja2.Environment:
     )
 
 
-class _Draft:
-    """A page whose images can be changed while its size is found."""
+def _rendered(
+    profile: Profile, views: Sequence[View], documents: Sequence[Document]
+) -> Callable[[Fitted], str]:
+    """Renders the page with any part of the images, while its size is found."""
+    chapters = [view.chapter for view in views]
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    script = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    configurations = [one for chapter in chapters for one in configuration_data(chapter)]
+    template = _environment().get_template("page.html.j2")
+    always = {
+        "profile": profile,
+        "views": views,
+        "figures": [_png_uri(document.figure) for document in documents],
+        "overview": overview_grid(chapters),
+        "documents": documents,
+        "cost_parts": COST_PARTS,
+        "provenance": provenance_grid(chapters),
+        # Our own files, hashed so that the page runs no other script and no other style.
+        "style": Markup(style),  # noqa: S704
+        "script": Markup(script),  # noqa: S704
+        "style_digest": _digest(style),
+        "script_digest": _digest(script),
+        "anchor": anchor,
+    }
 
-    def __init__(
-        self, profile: Profile, chapters: Sequence[Chapter], documents: Sequence[Document]
-    ) -> None:
-        self.profile, self.chapters, self.documents = profile, chapters, documents
-        self.views = [view_of(chapter) for chapter in chapters]
-        self.curves = [curve_data(chapter) for chapter in chapters]
-        self.configurations = [one for chapter in chapters for one in configuration_data(chapter)]
-        self.provenance = provenance_grid(chapters)
-        tables, marks = [v.table for v in self.views], [v.marks for v in self.views]
-        self.overview = overview_grid(chapters, tables, marks)
-
-    def render(self, galleries: Sequence[Gallery], fitted: Fitted) -> str:
-        names, uris = fitted.encoder.names, fitted.encoder.uris
+    def render(fitted: Fitted) -> str:
+        galleries = fitted.galleries
         pictures = [
-            picture_data(chapter, gallery, names)
-            for chapter, gallery in zip(self.chapters, fitted.galleries, strict=True)
+            picture_data(view.chapter, gallery, fitted.names)
+            for view, gallery in zip(views, galleries, strict=True)
         ]
-        style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-        script = "\n".join((TEMPLATES / n).read_text(encoding="utf-8") for n in SCRIPTS)
         data = {
             "chapters": {
-                c.name: {"curves": curves, "pictures": shown}
-                for c, curves, shown in zip(self.chapters, self.curves, pictures, strict=True)
+                view.chapter.name: {"curves": view.curves, "pictures": shown}
+                for view, shown in zip(views, pictures, strict=True)
             },
-            "configurations": self.configurations,
+            "configurations": configurations,
         }
-        return (
-            _environment()
-            .get_template("page.html.j2")
-            .render(
-                profile=self.profile,
-                views=self.views,
-                curves=self.curves,
-                pictures=pictures,
-                galleries=galleries,
-                sheets=[_png_uri(gallery.sheet) for gallery in galleries],
-                figures=[_png_uri(document.figure) for document in self.documents],
-                overview=self.overview,
-                documents=self.documents,
-                cost_parts=grids.COST_PARTS,
-                picture_notes=fitted.notes,
-                provenance=self.provenance,
-                data=script_json(_visible(data)),
-                images=script_json(uris),
-                # Our own files, hashed so that the page runs no other script and no other style.
-                style=Markup(style),  # noqa: S704
-                script=Markup(script),  # noqa: S704
-                style_digest=_digest(style),
-                script_digest=_digest(script),
-                anchor=grids.anchor,
-            )
+        return template.render(
+            always,
+            pictures=pictures,
+            galleries=galleries,
+            sheets=[_png_uri(gallery.sheet) for gallery in galleries],
+            picture_notes=fitted.notes,
+            data=script_json(_visible(data)),
+            images=script_json(fitted.uris),
         )
+
+    return render
 
 
 def _png_uri(path: Path | None) -> str | None:
@@ -278,9 +160,9 @@ def make_page(
     """
     if not any(chapter.cells for chapter in chapters):
         raise UserError("no finished cells to report")
-    draft = _Draft(profile, chapters, documents)
-    galleries = [gather_pictures(chapter) for chapter in chapters]
-    empty = draft.render(galleries, fit(galleries, 0))
+    render = _rendered(profile, [view_of(chapter) for chapter in chapters], documents)
+    fit = Fitter([gather_pictures(chapter) for chapter in chapters])
+    empty = render(fit(0))
     # What names images and scores grows with them.
     taken = len(empty.encode())
     if taken > limit:
@@ -290,10 +172,10 @@ def make_page(
         )
     room = limit - taken
     for _ in range(4):
-        fitted = fit(galleries, room)
-        html = draft.render(galleries, fitted)
+        fitted = fit(room)
+        html = render(fitted)
         excess = len(html.encode()) - limit
         if excess <= 0:
             return Page(html, fitted.notes)
         room -= excess + room // 20
-    return Page(empty, fit(galleries, 0).notes)
+    return Page(empty, fit(0).notes)

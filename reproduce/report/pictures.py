@@ -5,7 +5,7 @@ For each trained run the base's image stands before the first iteration, those t
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import ResolvedCell
 from reproduce.experiment.layout import Layout
 from reproduce.report.chapter import Chapter
-from reproduce.runs.folders import IMAGES, MANIFEST, damage_told, listed, read_scored
+from reproduce.runs.finished import read_frame
+from reproduce.runs.folders import IMAGES, MANIFEST, listed, read_scored
 from reproduce.stages.cell_stages import held_out_prompts, picture_scores
 from reproduce.tables.spec import RowSpec
 
@@ -35,147 +36,120 @@ Scores = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Frame:
-    """A policy's images at one moment of its training.
-
-    Attributes:
-        iteration: iterations done; 0 for the base, None where it is not known.
-        images: the file of each prompt that has one, by prompt id.
-        scores: of those images, as far as they were scored.
-    """
-
-    iteration: int | None
-    images: dict[str, Path]
-    scores: Scores
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One column of the grid: a row of the table at one seed.
+class Shot:
+    """One image: of a row of the table at one seed, at one moment of its training.
 
     Attributes:
         row: the row.
         seed: the training seed; None where nothing was trained here.
+        at: iterations done; 0 for the base, None where it is not known.
         end: the iterations of the whole training; None where nothing was trained here.
-        frames: from the base to the end, as far as there are any.
+        prompt: what it was made for.
+        path: its file.
+        scores: of it, by reward, as far as it was scored.
     """
 
     row: RowSpec
     seed: int | None
+    at: int | None
     end: int | None
-    frames: tuple[Frame, ...]
+    prompt: Prompt
+    path: Path
+    scores: Mapping[str, float]
+
+    @property
+    def between(self) -> bool:
+        """Whether it was made during the training."""
+        return self.end is not None and self.at not in (None, 0, self.end)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The images of a chapter, before it is decided how many fit.
+    """The images of a chapter, or the part of them that the page has room for.
 
     Attributes:
         prompts: those that have an image, in order.
-        tiles: rows in order, then seeds.
+        shots: rows in order, then seeds, then moments.
         notes: what there is not, and why.
         there: how many prompts had an image before any were left out.
         sheet: one picture with all of it, kept with the tables; only where there is no other.
     """
 
     prompts: tuple[Prompt, ...]
-    tiles: tuple[Tile, ...]
+    shots: tuple[Shot, ...]
     notes: tuple[str, ...]
     there: int = 0
     sheet: Path | None = None
 
     @property
-    def seeds(self) -> tuple[int, ...]:
+    def seeds(self) -> list[int]:
         """The training seeds that have images."""
-        return tuple(sorted({tile.seed for tile in self.tiles if tile.seed is not None}))
+        return sorted({shot.seed for shot in self.shots if shot.seed is not None})
 
     @property
-    def between(self) -> tuple[int, ...]:
+    def between(self) -> list[int]:
         """The iterations that any run has images of, without the ends."""
-        found = {
-            frame.iteration
-            for tile in self.tiles
-            for frame in tile.frames
-            if frame.iteration is not None and tile.end is not None
-            if 0 < frame.iteration < tile.end
-        }
-        return tuple(sorted(found))
+        return sorted({shot.at or 0 for shot in self.shots if shot.between})
 
 
 def gather_pictures(chapter: Chapter) -> Gallery:
     """Finds the images of a chapter's finished cells; what is not here is told in its notes."""
-    rows = {row.key: row for row in chapter.experiment.table.rows}
-    tiles: list[Tile] = []
-    absent = 0
+    shots: list[Shot] = []
     prompts: dict[str, Prompt] = {}
-    for key, row in rows.items():
-        for cell in (cell for cell in chapter.cells if cell.info.row == key):
+    absent = 0
+    for row in chapter.experiment.table.rows:
+        for cell in (cell for cell in chapter.cells if cell.info.row == row.key):
+            found: list[Shot] = []
             try:
                 resolved = chapter.resolved(cell)
-                frames, known = _frames(chapter.layout, cell, resolved)
+                if resolved is not None:
+                    known = held_out_prompts(resolved)
+                    found = _shots(chapter.layout, row, cell, resolved, known)
+                    prompts |= {prompt.id: prompt for prompt in known}
             except UserError as error:
                 logger.warning("%s", error)
-                frames, known = (), []
-            prompts |= {p.id: p for p in known}
-            tile = Tile(row, cell.info.seed, _end(cell), frames)
-            if frames:
-                tiles.append(tile)
-            else:
-                absent += 1
-    shown = {prompt for tile in tiles for frame in tile.frames for prompt in frame.images}
+            shots += found
+            absent += not found
+    shown = {shot.prompt.id for shot in shots}
     ordered = tuple(prompt for name, prompt in prompts.items() if name in shown)
-    gallery = Gallery(ordered, tuple(tiles), (), len(ordered))
-    if not tiles:
-        gallery = replace(gallery, sheet=_sheet(chapter))
+    gallery = Gallery(ordered, tuple(shots), (), len(ordered), None if shots else _sheet(chapter))
     return replace(gallery, notes=tuple(_notes(gallery, absent)))
 
 
 def _sheet(chapter: Chapter) -> Path | None:
-    folder = chapter.layout.experiment(chapter.profile.name, chapter.name)
-    path = folder / SHEET
+    path = chapter.layout.experiment(chapter.profile.name, chapter.name) / SHEET
     return path if path.is_file() and path.stat().st_size <= SHEET_BYTES else None
 
 
-def _end(cell: Cell) -> int | None:
-    return None if cell.info.seed is None else cell.info.checkpoint_iteration
-
-
-def _frames(
-    layout: Layout, cell: Cell, resolved: ResolvedCell | None
-) -> tuple[tuple[Frame, ...], list[Prompt]]:
-    if resolved is None:
-        return (), []
+def _shots(
+    layout: Layout, row: RowSpec, cell: Cell, resolved: ResolvedCell, prompts: Sequence[Prompt]
+) -> list[Shot]:
+    """The images of a cell: of the base, those that training kept, and the held-out ones."""
     run = layout.runs / cell.info.runs.get("train", "")
     evaluation = run / "evaluations" / cell.info.runs.get("evaluation", "")
-    prompts = held_out_prompts(resolved)
     read_scored(evaluation)
-    frames = [_frame(_end(cell), evaluation / "images", prompts, _scores(cell.scores))]
+    end = None if cell.info.seed is None else cell.info.checkpoint_iteration
+    moments = [(end, evaluation / "images", _scores(cell.scores))]
     if resolved.train is not None:
-        damaged = dict(problems(run, listed(run / MANIFEST, IMAGES)))
-        for iteration in pictured_iterations(run):
-            scores = picture_scores(evaluation, iteration)
-            frame = _frame(iteration, pictures_folder(run, iteration), prompts, _read(scores))
-            sound = {p: path for p, path in frame.images.items() if path not in damaged}
-            frames.append(replace(frame, images=sound))
         base = replace(resolved, train=None, seed=None, preset=None, method="base", key="base")
         before = layout.evaluation(base)
         read_scored(before)
-        known = _read(before / "scores.parquet")
-        frames.append(_frame(0, before / "images", prompts, known))
-    found = [frame for frame in frames if frame.images]
-    found.sort(key=lambda frame: frame.iteration or 0)
-    return tuple(found), prompts
+        moments.append((0, before / "images", _read_scores(before / "scores.parquet")))
+        for iteration in pictured_iterations(run):
+            scores = _read_scores(picture_scores(evaluation, iteration))
+            moments.append((iteration, pictures_folder(run, iteration), scores))
+    moments.sort(key=lambda moment: moment[0] or 0)
+    damaged = dict(problems(run, listed(run / MANIFEST, IMAGES)))
+    return [
+        Shot(row, cell.info.seed, at, end, prompt, path, scores.get(prompt.id, {}))
+        for at, folder, scores in moments
+        for prompt in prompts
+        if (path := image_path(folder, prompt)).is_file() and path not in damaged
+    ]
 
 
-def _frame(iteration: int | None, folder: Path, prompts: Sequence[Prompt], scores: Scores) -> Frame:
-    paths = {prompt.id: image_path(folder, prompt) for prompt in prompts}
-    images = {name: path for name, path in paths.items() if path.is_file()}
-    return Frame(iteration, images, {name: scores[name] for name in images if name in scores})
-
-
-def _read(path: Path) -> Scores:
-    with damage_told(path):
-        return _scores(pd.read_parquet(path)) if path.exists() else {}
+def _read_scores(path: Path) -> Scores:
+    return _scores(read_frame(path)) if path.exists() else {}
 
 
 def _scores(frame: pd.DataFrame) -> Scores:
@@ -193,14 +167,14 @@ def _notes(gallery: Gallery, absent: int) -> list[str]:
             "Run folders with the held-out images are not where the report was made: this is the "
             "picture that was kept with the tables, so there is no filter and no slider."
         )
-    elif not gallery.tiles:
+    elif not gallery.shots:
         notes.append(
             "There is no image to show: run folders with the held-out images are not where the "
             "report was made."
         )
     elif absent:
         notes.append(f"{absent} finished runs have no images where the report was made.")
-    if gallery.tiles and not gallery.between:
+    if gallery.shots and not gallery.between:
         notes.append(
             "These runs kept no images during training (`preview_prompts` in the profile), so the "
             "slider shows only the base and the end."
@@ -228,28 +202,16 @@ class Amount:
 def reduced(gallery: Gallery, amount: Amount) -> Gallery:
     """The part of a gallery that ``amount`` allows."""
     prompts = gallery.prompts[: amount.prompts]
-    seeds = gallery.seeds if amount.seeds is None else gallery.seeds[: amount.seeds]
-    moments = set(_spread(gallery.between, amount.between))
     names = {prompt.id for prompt in prompts}
-    tiles = []
-    for tile in gallery.tiles:
-        if tile.seed is not None and tile.seed not in seeds:
-            continue
-        kept = [f for f in tile.frames if _is_end(tile, f) or f.iteration in moments]
-        frames = tuple(
-            Frame(
-                frame.iteration,
-                {name: path for name, path in frame.images.items() if name in names},
-                {name: found for name, found in frame.scores.items() if name in names},
-            )
-            for frame in kept
-        )
-        tiles.append(replace(tile, frames=frames))
-    return replace(gallery, prompts=prompts, tiles=tuple(tiles))
-
-
-def _is_end(tile: Tile, frame: Frame) -> bool:
-    return tile.end is None or frame.iteration in (None, 0, tile.end)
+    seeds = {None, *gallery.seeds[: amount.seeds]}
+    moments = _spread(gallery.between, amount.between)
+    shots = tuple(
+        shot
+        for shot in gallery.shots
+        if shot.prompt.id in names and shot.seed in seeds
+        if not shot.between or shot.at in moments
+    )
+    return replace(gallery, prompts=prompts, shots=shots)
 
 
 def _spread(moments: Sequence[int], count: int | None) -> list[int]:
@@ -260,41 +222,52 @@ def _spread(moments: Sequence[int], count: int | None) -> list[int]:
 
 
 def picture_data(
-    chapter: Chapter, gallery: Gallery, names: dict[Path, str]
+    chapter: Chapter, gallery: Gallery, names: Mapping[Path, str]
 ) -> dict[str, Any] | None:
     """A gallery as JSON, with ``names`` of the images that the page holds; None without any."""
-    if not gallery.tiles or not gallery.prompts:
+    if not gallery.shots:
         return None
-    columns = chapter.experiment.table.columns_for(chapter.profile.name)
-    ends = {tile.end for tile in gallery.tiles if tile.end is not None}
+    ends = [shot.end for shot in gallery.shots if shot.end is not None]
+    tiles: dict[tuple[str, int | None], list[Shot]] = {}
+    for shot in gallery.shots:
+        tiles.setdefault((shot.row.key, shot.seed), []).append(shot)
     return {
         "prompts": [{"id": prompt.id, "text": prompt.text} for prompt in gallery.prompts],
         "there": gallery.there,
         # A run that ended sooner shows its end from there on.
         "positions": sorted({0, *gallery.between, *([max(ends)] if ends else [])}),
-        "seeds": list(gallery.seeds),
-        "group_label": chapter.experiment.table.group_label,
-        "rewards": [{"key": c.reward, "label": c.label, "digits": c.digits} for c in columns],
-        "tiles": [_tile_data(tile, names) for tile in gallery.tiles],
+        "seeds": gallery.seeds,
+        "group_label": chapter.table.group_label,
+        "rewards": [
+            {"key": column.name, "label": column.label, "digits": column.digits}
+            for column in chapter.table.columns
+        ],
+        "tiles": [_tile_data(shots, names) for shots in tiles.values()],
     }
 
 
-def _tile_data(tile: Tile, names: dict[Path, str]) -> dict[str, Any]:
+def _tile_data(shots: Sequence[Shot], names: Mapping[Path, str]) -> dict[str, Any]:
+    """A row at one seed, with a frame for each moment."""
+    first = shots[0]
+    frames: dict[int | None, list[Shot]] = {}
+    for shot in shots:
+        frames.setdefault(shot.at, []).append(shot)
     return {
-        "label": tile.row.label,
-        "group": tile.row.group,
-        "seed": tile.seed,
-        "trained": list(tile.row.train),
-        "end": tile.end,
+        "label": first.row.label,
+        "group": first.row.group,
+        "seed": first.seed,
+        "trained": list(first.row.train),
+        "end": first.end,
         "frames": [
             {
-                "at": frame.iteration,
-                "images": {prompt: names[path] for prompt, path in frame.images.items()},
+                "at": at,
+                "images": {shot.prompt.id: names[shot.path] for shot in frame},
                 "scores": {
-                    prompt: {reward: round(score, 5) for reward, score in scores.items()}
-                    for prompt, scores in frame.scores.items()
+                    shot.prompt.id: {name: round(score, 5) for name, score in shot.scores.items()}
+                    for shot in frame
+                    if shot.scores
                 },
             }
-            for frame in tile.frames
+            for at, frame in frames.items()
         ],
     }

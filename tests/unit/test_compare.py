@@ -28,7 +28,7 @@ from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment import ROOT
 from reproduce.report.comparison import (
-    curve_points,
+    curve_deltas,
     members,
     provenance_differences,
     score_sections,
@@ -110,7 +110,7 @@ def test_three_shared_seeds_are_compared_as_methods(results: Path) -> None:
         got = [comparison.difference, comparison.low, comparison.high]
         wanted = [np.mean(ours) - np.mean(theirs), interval.low, interval.high]
         assert got == pytest.approx(wanted, abs=1e-7)
-        assert found[reward, "B"].value.mean == pytest.approx(np.mean(ours))
+        assert found[reward, "B"].value == pytest.approx(np.mean(ours))
         assert found[reward, "A"].comparison is None
     tested = [delta for delta in section.deltas if delta.comparison is not None]
     adjusted = holm([delta.comparison.p_value for delta in tested if delta.comparison])
@@ -137,7 +137,7 @@ def test_what_is_compared_is_of_the_shared_seeds_alone(results: Path) -> None:
     ours, theirs = (prompt_means({"hps": mean, "clip": 0.5}, 2)["hps"] for mean in (0.72, 0.70))
     assert delta.comparison.difference == pytest.approx(np.mean(ours - theirs), abs=1e-6)
     assert delta.seeds == (2,)
-    (point,) = curve_points(compared)
+    (point,) = curve_deltas(compared)
     assert (point.seeds, point.difference) == ((2,), pytest.approx(0.0))
 
 
@@ -170,10 +170,10 @@ def test_unfinished_runs_are_compared_by_their_curves(results: Path) -> None:
     write_run(results / "runs", "short-1", iterations=2, finished=False, **MIX)
     compared = members(find_runs(["g2rpo-hps-seed2", "short"], results))
     assert score_sections(compared) == []
-    (point,) = curve_points(compared)
-    assert (point.member, point.reward, point.iteration) == ("B", "hps", 2)
+    (point,) = curve_deltas(compared)
+    assert (point.member, point.quantity, point.iteration) == ("B", "hps", 2)
     assert point.difference == pytest.approx(-0.001) and point.comparison is None
-    (methods,) = curve_points(members(find_runs(["g2rpo-*", "mix*"], results)))
+    (methods,) = curve_deltas(members(find_runs(["g2rpo-*", "mix*"], results)))
     assert methods.iteration == 4 and methods.comparison is not None
 
 

@@ -27,15 +27,15 @@ from reproduce.report.chapter import Chapter, load_chapter
 from reproduce.report.configurations import configuration_data
 from reproduce.report.curves import AXES, curve_data
 from reproduce.report.documents import find_documents
-from reproduce.report.grids import Grid, phase_seconds
-from reproduce.report.images import LADDER, fit
-from reproduce.report.marks import reference_of, table_marks
-from reproduce.report.overview import overview_grid
-from reproduce.report.page import make_page, script_json, view_of
-from reproduce.report.pictures import Amount, Gallery, gather_pictures, picture_data, reduced
-from reproduce.report.provenance import provenance_grid
+from reproduce.report.grids import Grid
+from reproduce.report.images import LADDER, Fitter
+from reproduce.report.overview import overview_grid, provenance_grid
+from reproduce.report.page import make_page, script_json
+from reproduce.report.pictures import Amount, gather_pictures, picture_data, reduced
+from reproduce.report.table_grids import phase_seconds
+from reproduce.report.view import view_of
 from reproduce.tables.figures import Metric, seed_band
-from reproduce.tables.findings import findings
+from reproduce.tables.table import compute_table
 
 
 @pytest.fixture(scope="module")
@@ -129,34 +129,36 @@ def test_what_is_missing_is_shown_with_its_reason(chapter: Chapter, html: str) -
     assert f"{HOSTILE_LABEL} (HPS): seed 3 is missing (train has not run)." in text
 
 
-def test_marks_of_the_focus_row_are_those_of_the_reading(chapter: Chapter) -> None:
-    spec = chapter.experiment.table
-    marks = table_marks(spec, chapter.cells, profile="made-up")
-    found = [f for f in findings(spec, chapter.cells, profile="made-up") if f.other.key == "base"]
+def signs(grid: Grid) -> list[list[tuple[str, str]]]:
+    """The signs of each row, without those of rewards that it was trained on."""
+    return [[note for box in row for note in box.notes if note[0] != "†"] for row in grid.rows]
+
+
+def test_marks_of_the_focus_row_are_those_of_the_comparisons(chapter: Chapter) -> None:
+    table = chapter.table
+    found = [one for one in table.comparisons if one.second == "base"]
     assert len(found) == 3
-    for f in found:
-        mark = marks[f.focus.key, f.column.reward]
-        assert mark.adjusted == pytest.approx(f.adjusted, rel=1e-12)
-        assert mark.comparison == f.comparison
-        assert mark.significant == f.significant
-    assert marks["hps/g2rpo", "hps"].symbol == "▲"
-    assert (
-        "+0.029 against Base, 95% interval +0.023 to +0.035 (method)"
-        in marks["hps/g2rpo", "hps"].sentence
-    )
-    assert not any(key == "base" for key, _ in marks)
+    for one in found:
+        mark = table.row(one.first).scores[one.reward].mark
+        assert mark is not None
+        assert mark.p_holm == pytest.approx(one.p_holm, rel=1e-12)
+        assert (mark.difference, mark.low, mark.high) == (one.difference, one.low, one.high)
+        assert mark.significant == one.significant
+    base, *_, focus = signs(view_of(chapter).scores)
+    assert base == []
+    sign, sentence = focus[0]
+    assert sign == "▲"
+    assert "+0.029 against Base, 95% interval +0.023 to +0.035 (method)" in sentence
 
 
 def test_without_a_baseline_rows_are_held_against_the_focus(chapter: Chapter) -> None:
     spec = chapter.experiment.table.model_copy(update={"baseline": None})
-    rows = {row.key: row for row in spec.rows}
-    dance = reference_of(spec, rows["hps/dance_grpo"])
+    table = compute_table(spec, chapter.cells, "made-up")
+    dance = table.row("hps/dance_grpo").scores["hps"].mark
     assert dance is not None
-    assert dance.key == "hps/g2rpo"
-    assert reference_of(spec, rows["hps/g2rpo"]) is None
-    assert reference_of(spec, rows["base"]) is None
-    marks = table_marks(spec, chapter.cells, profile="made-up")
-    assert marks["hps/dance_grpo", "hps"].symbol == "▼"
+    assert (dance.reference, dance.significant, dance.difference < 0) == ("G²RPO (HPS)", True, True)
+    alone = (table.row(key).scores["hps"] for key in ("base", "hps/g2rpo"))
+    assert all(score.mark is None for score in alone)
 
 
 def test_curves_are_means_and_bands_over_seeds(chapter: Chapter) -> None:
@@ -202,7 +204,7 @@ def pixels(uri: str) -> np.ndarray:
 
 def test_images_are_the_files_pixels_from_base_to_end(chapter: Chapter, html: str) -> None:
     gallery = gather_pictures(chapter)
-    assert gallery.between == (2, 4)
+    assert gallery.between == [2, 4]
     data = embedded(html)["chapters"]["made-up"]["pictures"]
     images = json.loads(Parsed(html).scripts[1])
     assert data["positions"] == [0, 2, 4, ITERATIONS]
@@ -213,11 +215,13 @@ def test_images_are_the_files_pixels_from_base_to_end(chapter: Chapter, html: st
     assert [frame["at"] for frame in tile["frames"]] == [0, 2, 4, ITERATIONS]
     # Before the first iteration a row is its base, which is kept once for all rows and seeds.
     assert tile["frames"][0]["images"] == base["frames"][0]["images"]
-    files = next(t for t in gallery.tiles if t.row.label == "G²RPO" and t.seed == 2)
-    for shown, frame in zip(tile["frames"], files.frames, strict=True):
-        theirs = np.array(Image.open(frame.images[first]))
+    files = {s.at: s for s in gallery.shots
+             if (s.row.label, s.seed, s.prompt.id) == ("G²RPO", 2, first)}  # fmt: skip
+    for shown in tile["frames"]:
+        shot = files[shown["at"]]
+        theirs = np.array(Image.open(shot.path))
         assert (pixels(images[shown["images"][first]]) == theirs).all()
-        assert shown["scores"][first]["hps"] == pytest.approx(frame.scores[first]["hps"], abs=1e-5)
+        assert shown["scores"][first]["hps"] == pytest.approx(shot.scores["hps"], abs=1e-5)
     assert len(tile["frames"][1]["images"]) == 4
     assert len(set(images.values())) == len(images) == 6 + 8 * 6 + 8 * 2 * 4
 
@@ -226,32 +230,27 @@ def test_a_gallery_is_reduced_evenly_and_keeps_its_ends(chapter: Chapter) -> Non
     gallery = gather_pictures(chapter)
     part = reduced(gallery, Amount(None, 2, seeds=1, between=1))
     assert [prompt.id for prompt in part.prompts] == [p.id for p in gallery.prompts[:2]]
-    assert part.seeds == (1,)
-    trained = [tile for tile in part.tiles if tile.seed is not None]
-    assert {tuple(f.iteration for f in tile.frames) for tile in trained} == {(0, 2, ITERATIONS)}
-    assert all(len(frame.images) <= 2 for tile in part.tiles for frame in tile.frames)
+    assert part.seeds == [1]
+    assert {shot.at for shot in part.shots if shot.seed is not None} == {0, 2, ITERATIONS}
+    assert {shot.prompt.id for shot in part.shots} == {p.id for p in gallery.prompts[:2]}
     ends = reduced(gallery, Amount(None, 2, between=0))
-    assert ends.between == ()
-    assert ends.seeds == (1, 2, 3)
+    assert ends.between == []
+    assert ends.seeds == [1, 2, 3]
 
 
 def test_runs_of_different_lengths_share_the_moments_that_were_kept(chapter: Chapter) -> None:
     gallery = gather_pictures(chapter)
-    tiles = [
-        replace(tile, end=5, frames=(*tile.frames[:-1], replace(tile.frames[-1], iteration=5)))
-        if tile.row.label == "DanceGRPO"
-        else tile
-        for tile in gallery.tiles
+    shots = [
+        replace(shot, end=5, at=5 if shot.at == ITERATIONS else shot.at)
+        if shot.row.label == "DanceGRPO"
+        else shot
+        for shot in gallery.shots
     ]
-    shorter = replace(gallery, tiles=tuple(tiles))
-    data = picture_data(chapter, shorter, dict.fromkeys(_paths(shorter), "x"))
+    shorter = replace(gallery, shots=tuple(shots))
+    data = picture_data(chapter, shorter, {shot.path: "x" for shot in shots})
     assert data is not None
     assert data["positions"] == [0, 2, 4, ITERATIONS]
     assert {tile["end"] for tile in data["tiles"]} == {None, 5, ITERATIONS}
-
-
-def _paths(gallery: Gallery) -> list[Path]:
-    return [p for t in gallery.tiles for frame in t.frames for p in frame.images.values()]
 
 
 def test_what_does_not_fit_is_left_out_and_told(results: Results, chapter: Chapter) -> None:
@@ -259,7 +258,7 @@ def test_what_does_not_fit_is_left_out_and_told(results: Results, chapter: Chapt
     assert whole.notes == ()
     bare = len(make_page(results.loaded, [chapter], 10**9).html.encode())
     gallery = gather_pictures(chapter)
-    used = sum(len(uri) for uri in fit([gallery], 10**9).encoder.uris.values())
+    used = sum(len(uri) for uri in Fitter([gallery])(10**9).uris.values())
     limit = bare - used // 2
     page = make_page(results.loaded, [chapter], limit)
     assert len(page.html.encode()) <= limit
@@ -276,22 +275,20 @@ def test_large_images_are_made_smaller_only_where_they_must(
     tmp_path: Path, chapter: Chapter
 ) -> None:
     gallery = gather_pictures(chapter)
-    paths = {p for tile in gallery.tiles for frame in tile.frames for p in frame.images.values()}
+    paths = {shot.path for shot in gallery.shots}
     draws = np.random.default_rng(0)
     originals = {path: path.read_bytes() for path in paths}
     try:
         for path in paths:
             noise = draws.integers(0, 255, (60, 60, 3), dtype=np.uint8)
             Image.fromarray(noise).resize((300, 300)).save(path)
-        roomy, tight = fit([gallery], 10**9), fit([gallery], 150_000)
-        assert {pixels(uri).shape for uri in roomy.encoder.uris.values()} == {(300, 300, 3)}
+        fit = Fitter([gallery])
+        roomy, tight = fit(10**9), fit(150_000)
+        assert {pixels(uri).shape for uri in roomy.uris.values()} == {(300, 300, 3)}
         assert roomy.notes == ()
-        assert tight.encoder.side is not None
-        assert {max(pixels(uri).shape) for uri in tight.encoder.uris.values()} == {
-            tight.encoder.side
-        }
-        assert sum(map(len, tight.encoder.uris.values())) <= 150_000
-        assert f"at most {tight.encoder.side} pixels a side" in tight.notes[0]
+        (side,) = {max(pixels(uri).shape) for uri in tight.uris.values()}
+        assert f"at most {side} pixels a side" in tight.notes[0]
+        assert sum(map(len, tight.uris.values())) <= 150_000
     finally:
         for path, data in originals.items():
             path.write_bytes(data)
@@ -429,20 +426,13 @@ def test_words_beside_the_tables_are_shown_and_their_tables_sorted(
 
 
 def test_the_overview_counts_what_the_tables_mark(chapter: Chapter) -> None:
-    view = view_of(chapter)
-    (line,) = overview_grid([chapter], [view.table], [view.marks]).rows
-    figures = dict(zip(("finished", "seeds", "above", "below"), line[2:6], strict=True))
-    assert figures["finished"].text == f"{len(chapter.cells)} of {len(chapter.cells) + 4}"
-    assert figures["seeds"].text == "3"
-    marked = [
-        sign
-        for row in view.scores.rows
-        for box in row
-        for sign, _ in box.notes
-        if sign in ("▲", "▼")
-    ]
-    assert figures["above"].sort == marked.count("▲") > 0
-    assert figures["below"].sort == marked.count("▼")
+    (line,) = overview_grid([chapter]).rows
+    finished, seeds, above, below = line[2:6]
+    assert finished.text == f"{len(chapter.cells)} of {len(chapter.cells) + 4}"
+    assert seeds.text == "3"
+    marked = [sign for row in signs(view_of(chapter).scores) for sign, _ in row]
+    assert above.sort == marked.count("▲") > 0
+    assert below.sort == marked.count("▼")
     assert line[0].link == "chapter-made-up"
 
 
@@ -458,7 +448,7 @@ def test_the_bar_of_costs_adds_up_to_the_measure_of_equal_cost(chapter: Chapter)
 def test_without_run_folders_the_kept_picture_is_shown(tmp_path: Path) -> None:
     chapter = load_chapter("table2", load_profile("mini"), Layout(tmp_path, ROOT / "results"))
     gallery = gather_pictures(chapter)
-    assert gallery.tiles == ()
+    assert gallery.shots == ()
     assert gallery.sheet is not None
     page = Parsed(make_page(chapter.profile, [chapter]).html)
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
@@ -510,5 +500,5 @@ def test_the_committed_results_have_no_gap() -> None:
     assert chapter.gaps == ()
     assert chapter.seeds == (1, 2, 3)
     gallery = gather_pictures(chapter)
-    assert gallery.tiles == ()
+    assert gallery.shots == ()
     assert "the picture that was kept with the tables" in gallery.notes[0]

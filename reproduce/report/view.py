@@ -1,0 +1,104 @@
+"""What the page shows of one experiment: its facts, sentences, grids and curves."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.evaluation.statistics import human
+from reproduce.report.chapter import Chapter
+from reproduce.report.curves import curve_data
+from reproduce.report.grids import Grid
+from reproduce.report.table_grids import (
+    beside_grid,
+    comparison_grid,
+    cost_grid,
+    paper_grid,
+    phase_grid,
+    score_grid,
+)
+from reproduce.tables.model import Table
+from reproduce.tables.summary import pair_sentence, pairs
+
+
+@dataclass(frozen=True)
+class View:
+    """A chapter as the template shows it; a grid is None where there is nothing to show."""
+
+    chapter: Chapter
+    facts: tuple[tuple[str, str], ...]
+    missing: tuple[str, ...]
+    sentences: tuple[str, ...]
+    scores: Grid
+    beside: Grid | None
+    comparisons: Grid | None
+    paper: Grid | None
+    styles: Grid | None
+    cost: Grid
+    phases: Grid | None
+    curves: dict[str, Any] | None
+
+
+def view_of(chapter: Chapter) -> View:
+    """Everything of a chapter but its images.
+
+    Raises:
+        UserError: the cells do not fit the table or each other.
+    """
+    name, table = chapter.name, chapter.table
+    notes = (*table.legend, *_mark_notes(table), *table.notes)
+    styles = table.styles
+    return View(
+        chapter=chapter,
+        facts=_facts(chapter),
+        missing=_missing(chapter),
+        sentences=_sentences(table),
+        scores=score_grid(name, table, notes),
+        beside=beside_grid(name, table),
+        comparisons=comparison_grid(table),
+        paper=paper_grid(table),
+        styles=None if styles is None else score_grid(name, styles, styles.notes),
+        cost=cost_grid(name, table),
+        phases=phase_grid(name, table, chapter.cells),
+        curves=curve_data(chapter),
+    )
+
+
+def _sentences(table: Table) -> tuple[str, ...]:
+    """A sentence for each pair of rows that is compared."""
+    found = []
+    for pair in pairs(table.comparisons):
+        group = table.row(pair[0].first).group
+        found.append((f"{group}: " if group else "") + pair_sentence(table, pair))
+    return tuple(found)
+
+
+def _mark_notes(table: Table) -> list[str]:
+    marks = [score.mark for row in table.rows for score in row.scores.values()]
+    references = {mark.reference for mark in marks if mark is not None}
+    if not references:
+        return []
+    note = (
+        f"▲ ▼: above or below {' or '.join(sorted(references))} with p < 0.05 after Holm's "
+        "correction over the row's scores; △ ▽: before the correction only. They are about what "
+        "the row's intervals are about."
+    )
+    return [note]
+
+
+def _facts(chapter: Chapter) -> tuple[tuple[str, str], ...]:
+    cells = chapter.cells
+    protocols = sorted({cell.info.protocol.name for cell in cells})
+    prompts = sorted({cell.scores["prompt_id"].nunique() for cell in cells})
+    seeds = ", ".join(map(str, chapter.seeds)) or "none"
+    return (
+        ("Finished", f"{len(cells)} of {len(cells) + len(chapter.gaps)} runs"),
+        ("Training seeds", seeds),
+        ("Held-out prompts", " or ".join(map(human, prompts)) or "none"),
+        ("Protocol", ", ".join(protocols) or "none"),
+    )
+
+
+def _missing(chapter: Chapter) -> tuple[str, ...]:
+    return tuple(
+        f"{chapter.labels[gap.row]}{'' if gap.seed is None else f', seed {gap.seed}'}: {gap.reason}"
+        for gap in chapter.gaps
+    )
