@@ -1,4 +1,4 @@
-"""`g2rpo doctor` on a real cluster: what is right, and what is wrong, each with its line."""
+"""`g2rpo check cluster` on a real cluster: what is right, and what is wrong, each with its line."""
 
 import shutil
 import subprocess
@@ -12,6 +12,11 @@ import yaml
 from harness import Cluster
 
 from reproduce import cli
+from slurm.checks import trial
+from slurm.checks.cluster import check_cluster
+from slurm.checks.finding import Case
+from slurm.cluster import Cluster as ClusterProfile
+from slurm.graph import Needs
 
 pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +35,7 @@ class Examination:
 
     code: int
     lines: list[tuple[str, str]]
-    error: str
+    verdict: str
 
     def line(self, what: str) -> tuple[str, str]:
         """The word and the whole text of the one line that begins so."""
@@ -42,7 +47,7 @@ class Examination:
         return {word for word, _ in self.lines}
 
 
-class Doctor:
+class Check:
     """Runs the command; in this process, since importing everything takes seconds."""
 
     def __init__(
@@ -59,7 +64,7 @@ class Doctor:
         profile = self.folder / "here.yaml"
         profile.write_text(yaml.safe_dump(GOOD | changes))
         where = ("--cluster", str(profile), "--results", str(self.results))
-        return ["doctor", *where, *arguments]
+        return ["check", "cluster", *where, *arguments]
 
     def __call__(self, *arguments: str, **changes: Any) -> Examination:
         self.monkeypatch.setattr(sys, "argv", ["g2rpo", *self.command(*arguments, **changes)])
@@ -83,60 +88,59 @@ def examination(code: int, out: str, error: str) -> Examination:
     rows = (row.partition(" ") for row in out.splitlines())
     lines = [(word, text.strip()) for word, _, text in rows if word in ("ok", "warning", "failed")]
     assert lines, error
-    return Examination(code, lines, (error.strip().splitlines() or [""])[-1])
+    return Examination(code, lines, out.strip().splitlines()[-1])
 
 
 @pytest.fixture
-def doctor(
+def check(
     cluster: Cluster,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Doctor:
+) -> Check:
     monkeypatch.setattr("g2rpo.quiet.quiet_libraries", lambda: None)
-    return Doctor(tmp_path, monkeypatch, capsys)
+    return Check(tmp_path, monkeypatch, capsys)
 
 
-def test_a_profile_that_fits_is_all_ok(doctor: Doctor, cluster: Cluster) -> None:
-    done = doctor(cpu_partition="high", account="root", qos="normal")
+def test_a_profile_that_fits_is_all_ok(check: Check, cluster: Cluster) -> None:
+    done = check(cpu_partition="high", account="root", qos="normal")
     assert (done.code, done.words()) == (0, {"ok"}), done
-    assert "seen here" in done.line(f"the folder {doctor.results}")[1]
+    assert "seen here" in done.line(f"the folder {check.results}")[1]
     assert "imports g2rpo.training.loop" in done.line("Python on node")[1]
     assert "resolves" in done.line("names on node")[1]
     # Nothing is left: no job, no folder.
     assert cluster.run("squeue", "--noheader") == ""
-    assert not doctor.results.exists()
+    assert not check.results.exists()
 
 
-def test_two_nodes_with_gpus_that_torch_does_not_see(doctor: Doctor) -> None:
+def test_two_nodes_with_gpus_that_torch_does_not_see(check: Check) -> None:
     # The cluster hands out GPUs that are none, and that is what is found on both nodes.
-    done = doctor("--profile", doctor.profile(gpus=4))
+    done = check("--profile", check.profile(gpus=4))
     assert done.code == 2
     failed = [text.split("  ")[0] for word, text in done.lines if word == "failed"]
     assert sorted(failed) == ["GPUs on node1", "GPUs on node2"]
-    assert "2 nodes with 2 GPUs" in done.line("devices of train")[1]
-    assert done.error.startswith("error: cluster here, profile scale: 2 of ")
+    assert done.verdict.startswith("verdict: cluster here, profile scale: failed, to fix: GPUs")
 
 
-def test_what_slurm_would_refuse(doctor: Doctor) -> None:
-    scale = doctor.profile(gpus=16)
-    done = doctor("--quick", "--profile", scale, partition="mian")
+def test_what_slurm_would_refuse(check: Check) -> None:
+    scale = check.profile(gpus=16)
+    done = check("--quick", "--profile", scale, partition="mian")
     assert done.code == 2
-    assert "did you mean 'main'?" in done.line("partition mian")[1]
-    done = doctor("--quick", "--profile", scale, gpus_per_node=8)
+    assert "did you mean 'main'?" in done.line("sbatch takes train")[1]
+    done = check("--quick", "--profile", scale, gpus_per_node=8)
     assert done.code == 2
-    assert "set gpus_per_node: 2 or less" in done.line("devices of train")[1]
     word, text = done.line("sbatch takes train")
+    assert "2 nodes with gpu:2, 4 CPUs, 8 GB: set gpus_per_node" in text
     assert word == "failed" and "Requested node configuration is not available" in text
-    done = doctor("--quick", "--profile", scale)
-    assert "2 such nodes in all" in done.line("devices of train")[1]
+    done = check("--quick", "--profile", scale)
+    assert "--nodes=8" in done.line("sbatch takes train")[1]
     assert done.line("sbatch takes embed, sample, score")[0] == "ok"
 
 
-def test_a_time_limit_above_the_partition_s(doctor: Doctor, cluster: Cluster) -> None:
+def test_a_time_limit_above_the_partition_s(check: Check, cluster: Cluster) -> None:
     cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=60")
     try:
-        done = doctor("--quick")
+        done = check("--quick")
     finally:
         cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
     assert done.code == 2
@@ -146,42 +150,42 @@ def test_a_time_limit_above_the_partition_s(doctor: Doctor, cluster: Cluster) ->
     assert "set minutes: {embed: 60, train: 60, sample: 60, score: 60, credit: 60}" in text
 
 
-def test_preemption_without_time_to_save_is_a_warning(doctor: Doctor) -> None:
-    done = doctor("--quick", signal_lead_seconds=120)
+def test_preemption_without_time_to_save_is_a_warning(check: Check) -> None:
+    done = check("--quick", signal_lead_seconds=120)
     assert (done.code, done.words()) == (0, {"ok", "warning"})
     assert "10 s (GraceTime)" in done.line("preemption in main")[1]
 
 
-def test_nodes_that_are_drained(doctor: Doctor, cluster: Cluster) -> None:
-    scale = doctor.profile(gpus=4)
+def test_nodes_that_are_drained(check: Check, cluster: Cluster) -> None:
+    scale = check.profile(gpus=4)
     cluster.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=fan is broken")
-    done = doctor("--quick", "--profile", scale)
+    done = check("--quick", "--profile", scale)
     assert done.code == 2
     assert done.line("nodes of main")[0] == "warning"
-    assert "node2 (idle+drain: fan is broken)" in done.line("nodes of main")[1]
-    assert "1 of 2 such are usable now" in done.line("devices of train")[1]
+    assert "node2 (drained: fan is broken)" in done.line("nodes of main")[1]
+    assert "usable are 1 node with" in done.line("sbatch takes train")[1]
     cluster.run("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=power")
-    done = doctor()
+    done = check()
     assert done.code == 2
     word, text = done.line("nodes of main")
-    assert word == "failed" and "node1 (idle+drain: power)" in text
+    assert word == "failed" and "node1 (drained: power)" in text
     assert "not submitted" in done.line("trial job in main")[1]
 
 
-def test_a_results_folder_that_cannot_be_written_here(doctor: Doctor) -> None:
-    doctor.results = doctor.folder / "here.yaml" / "results"
-    done = doctor()
+def test_a_results_folder_that_cannot_be_written_here(check: Check) -> None:
+    check.results = check.folder / "here.yaml" / "results"
+    done = check()
     assert done.code == 2
-    word, text = done.line(f"the folder {doctor.results}")
+    word, text = done.line(f"the folder {check.results}")
     assert word == "failed" and "Not a directory" in text
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed")
-def test_a_results_folder_that_nodes_do_not_share(doctor: Doctor) -> None:
+def test_a_results_folder_that_nodes_do_not_share(check: Check) -> None:
     # A disk that this command alone sees, mounted over the place that nodes know.
-    doctor.results.mkdir()
-    mounted = f'mount -t tmpfs none {doctor.results} && exec "$@"'
-    command = [sys.executable, "-m", "reproduce.cli", *doctor.command()]
+    check.results.mkdir()
+    mounted = f'mount -t tmpfs none {check.results} && exec "$@"'
+    command = [sys.executable, "-m", "reproduce.cli", *check.command()]
     ran = subprocess.run(
         ["unshare", "--mount", "sh", "-c", mounted, "sh", *command],
         cwd=REPOSITORY,
@@ -192,36 +196,30 @@ def test_a_results_folder_that_nodes_do_not_share(doctor: Doctor) -> None:
     )
     done = examination(ran.returncode, ran.stdout, ran.stderr)
     assert done.code == 2
-    word, text = done.line(f"the folder {doctor.results}")
+    word, text = done.line(f"the folder {check.results}")
     assert word == "failed" and "cannot be written to on node" in text
-    assert "a file system that all nodes share" in done.error
+    assert "a file system that all nodes share" in text
 
 
-def test_jobs_whose_python_does_not_start(doctor: Doctor) -> None:
-    done = doctor(environment={"PYTHONHOME": "/nowhere"})
+def test_jobs_whose_python_does_not_start(check: Check) -> None:
+    done = check(environment={"PYTHONHOME": "/nowhere"})
     assert done.code == 2
     word, text = done.line("Python in a job")
     assert word == "failed" and "No module named 'encodings'" in text
     # On nodes without podman the shell does not find it; this machine may have it.
     absent = ["command() { false; }"]
-    done = doctor(container={"kind": "podman", "image": "no-such-image"}, setup=absent)
-    assert "podman was not found on node" in done.line("container")[1]
+    done = check(container={"kind": "podman", "image": "no-such-image"}, setup=absent)
+    assert "podman was not found" in done.line("Python in a job")[1]
     assert done.code == 2
 
 
 def test_a_trial_that_does_not_start_is_a_warning(
-    doctor: Doctor, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    check: Check, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slurm.doctor import trial
-    from slurm.doctor.examine import examine
-
-    from slurm.cluster import Cluster as ClusterProfile
-    from slurm.graph import Needs
-
     monkeypatch.setattr(trial, "START_SECONDS", 3)
     blocking = cluster.submit("sleep 300", "--nodes=2", "--exclusive")
     cluster.wait_running(blocking)
-    found = examine(ClusterProfile(**GOOD), {"train": Needs()}, doctor.results)
+    found = check_cluster(Case(ClusterProfile(**GOOD), {"train": Needs()}, check.results))
     told = [each for each in found if each.what == "trial job in main"]
     assert [each.word for each in told] == ["warning"]
     assert "did not start within 3 s: waiting for free devices" in told[0].found
