@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -63,22 +62,22 @@ class LeaseSettings(StrictModel):
 
 
 class WorkProgress(StrictModel):
-    """How far the work is, as :class:`g2rpo.progress.ProgressReport` counts it, and free text."""
+    """How far the work is, as :class:`g2rpo.progress.ProgressReport` counts it, as it is shown."""
 
     description: str = ""
     done: int | None = None
     total: int | None = None
     note: str = ""
     text: str = ""
+    """Only in records of earlier versions."""
     elapsed_seconds: float | None = None
     remaining_seconds: float | None = None
 
     def __str__(self) -> str:
         count = "" if self.done is None else f"{self.done}/{self.total}"
-        parts = [" ".join(part for part in (self.description, count) if part), self.text]
-        if self.remaining_seconds is not None:
-            parts.append(f"ETA {duration(self.remaining_seconds)}")
-        return ", ".join(part for part in parts if part)
+        shown = " ".join(part for part in (self.description, count) if part)
+        left = self.remaining_seconds
+        return shown if left is None else f"{shown}, ETA {duration(left)}"
 
 
 class Record(StrictModel):
@@ -159,17 +158,13 @@ def newest_number(directory: Path) -> int:
     Raises:
         OSError: the folder cannot be listed.
     """
-    number = max(_numbers(directory), default=0)
+    paths = patiently(lambda: list(directory.iterdir()))
+    found = (_NAME.fullmatch(path.name) for path in paths)
+    number = max((int(match.group(1)) for match in found if match), default=0)
     # A listing may lack a name that is being renamed over; asking for the name itself does not.
     while patiently(attempt_path(directory, number + 1).exists):
         number += 1
     return number
-
-
-def _numbers(directory: Path) -> list[int]:
-    paths = patiently(lambda: list(directory.iterdir()))
-    found = (_NAME.fullmatch(path.name) for path in paths)
-    return sorted(int(match.group(1)) for match in found if match)
 
 
 def file_server_time(directory: Path) -> float:
@@ -248,26 +243,21 @@ def read_attempt(directory: Path, number: int, now: float) -> Attempt | None:
     return Attempt(number, path, record, max(0.0, now - status.st_mtime), written)
 
 
-def _now(directory: Path) -> float:
-    try:
-        return file_server_time(directory)
-    except OSError:  # a reader who may not write there
-        return datetime.now(UTC).timestamp()
-
-
-def read_attempts(folder: Path, name: str) -> list[Attempt]:
-    """All attempts at ``name``, the owner's last; none where nobody has begun.
+def read_attempts(folder: Path, name: str, first: int = 1) -> list[Attempt]:
+    """The attempts at ``name`` from number ``first`` on, the owner's last.
 
     Raises:
         OSError: the folder cannot be read.
     """
     directory = folder / name
-    try:
-        numbers = _numbers(directory)
-    except FileNotFoundError:
+    if not directory.exists():
         return []
-    now = _now(directory)
-    found = (read_attempt(directory, number, now) for number in numbers)
+    newest = newest_number(directory)
+    try:
+        now = file_server_time(directory)
+    except OSError:  # a reader who may not write there
+        now = time.time()
+    found = (read_attempt(directory, number, now) for number in range(first, newest + 1))
     return [attempt for attempt in found if attempt is not None]
 
 
@@ -278,10 +268,8 @@ def latest(folder: Path, name: str) -> Attempt | None:
         OSError: the folder cannot be read.
     """
     directory = folder / name
-    try:
-        return read_attempt(directory, newest_number(directory), _now(directory))
-    except FileNotFoundError:
-        return None
+    found = read_attempts(folder, name, newest_number(directory)) if directory.exists() else []
+    return found[-1] if found else None
 
 
 def is_alive(attempt: Attempt, settings: LeaseSettings | None = None) -> bool:

@@ -7,6 +7,11 @@ off from the file server, finds the higher number before it publishes anything, 
 
 A process can be held up between that look and the rename right after it; creation and rename alone
 cannot close this gap of microseconds. The files are whole even then.
+
+Why not filelock's ``SoftFileLease``: it has no fencing token. An owner that was stopped, then
+superseded, went on for two heartbeats before it was told; here it publishes nothing. It also waits
+the whole ``lease_duration`` for an owner that died yesterday on another machine and for a SLURM
+job's own earlier start, and the record that ``status`` reads would still be ours.
 """
 
 import contextlib
@@ -15,8 +20,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,15 +29,13 @@ from g2rpo.attempts import (
     LeaseSettings,
     Record,
     State,
+    WorkProgress,
     attempt_path,
     create_file,
     file_server_time,
-    is_alive,
-    latest,
     newest_number,
     one_line,
     read_attempt,
-    read_attempts,
     replace_file,
 )
 from g2rpo.errors import UserError
@@ -42,8 +43,6 @@ from g2rpo.files import publication_guard
 from g2rpo.owner import Owner
 from g2rpo.progress import ProgressReport, ProgressSnapshot, duration
 from g2rpo.stop import Stopped, StopRequest
-
-__all__ = ["Lease", "LeaseLost", "LeaseSettings", "is_alive", "latest", "read_attempts"]
 
 logger = logging.getLogger(__name__)
 TELL_SECONDS = 60.0
@@ -56,26 +55,19 @@ class LeaseLost(UserError):  # noqa: N818 - it is what has happened
     """Somebody else does the work now; this process may not publish anything of it."""
 
 
-def _utc() -> float:
-    return datetime.now(UTC).timestamp()
-
-
 class _Wait:
     """One process's waiting for the owner: how long, and what it saw of the owner meanwhile."""
 
-    def __init__(self, settings: LeaseSettings, say: Callable[[str], None]) -> None:
-        self.settings, self.say = settings, say
+    def __init__(self, work: Path, settings: LeaseSettings) -> None:
+        self.work, self.settings = work, settings
         self.started = self._seen_at = time.monotonic()
         self._told_at = float("-inf")
         self._seen: tuple[int, int, bytes] | None = None
 
-    def look(self, owner: Attempt) -> None:
-        """Notes whether the owner's file has changed since the last look."""
-        if owner.written != self._seen:
-            self._seen, self._seen_at = owner.written, time.monotonic()
-
     def reason_to_succeed(self, owner: Attempt) -> str | None:
         """Why the work may be taken over, or None while the owner has to be waited for."""
+        if owner.written != self._seen:
+            self._seen, self._seen_at = owner.written, time.monotonic()
         record = owner.record
         if record is not None:
             if record.state != "running":
@@ -95,7 +87,7 @@ class _Wait:
             return f"no heartbeat for {duration(silent)}"
         return None
 
-    def pause(self, owner: Attempt, work: Path) -> None:
+    def pause(self, owner: Attempt) -> None:
         """Waits a little, and says so now and then.
 
         Raises:
@@ -106,27 +98,22 @@ class _Wait:
         now = time.monotonic()
         waited = now - self.started
         left = self.settings.wait_seconds - waited
+        record = owner.record
+        progress = "" if record is None else str(record.progress)
+        shown = one_line(
+            f"{self.work} is being worked on by {owner}{f': {progress}' if progress else ''}, "
+            f"last heartbeat {duration(owner.age)} ago"
+        )
         if left <= 0:
+            end = "its process" if record is None else record.owner.how_to_end
             raise UserError(
-                f"{_described(owner, work)}; waited for {duration(waited)}: let it finish, or end "
-                f"it ({_how_to_end(owner)}), and run the same command again"
+                f"{shown}; waited for {duration(waited)}: let it finish, or end it ({end}), and "
+                "run the same command again"
             )
         if now - self._told_at >= TELL_SECONDS:
             self._told_at = now
-            self.say(f"{_described(owner, work)}; waiting for it, {duration(left)} at most")
+            logger.info("%s; waiting for it, %s at most", shown, duration(left))
         time.sleep(min(POLL_SECONDS, self.settings.heartbeat_seconds, left))
-
-
-def _described(owner: Attempt, work: Path) -> str:
-    """The owner, how far it is, and when it was last heard of."""
-    progress = "" if owner.record is None else str(owner.record.progress)
-    shown = f": {progress}" if progress else ""
-    heard = f"last heartbeat {duration(owner.age)} ago"
-    return one_line(f"{work} is being worked on by {owner}{shown}, {heard}")
-
-
-def _how_to_end(owner: Attempt) -> str:
-    return "its process" if owner.record is None else owner.record.owner.how_to_end
 
 
 class Lease:
@@ -140,35 +127,25 @@ class Lease:
     Attributes:
         directory: the folder of the attempts.
         number: this attempt's.
-        previous: the attempt before, as it was when this one took over; None for the first.
     """
 
-    def __init__(
-        self, directory: Path, record: Record, settings: LeaseSettings, previous: Attempt | None
-    ) -> None:
+    def __init__(self, directory: Path, record: Record, settings: LeaseSettings) -> None:
         """Of an attempt whose file has just been created; use :meth:`acquire`."""
-        self.directory, self.number, self.previous = directory, record.attempt, previous
+        self.directory, self.number = directory, record.attempt
         self._path = attempt_path(directory, record.attempt)
         self._settings, self._record = settings, record
         self._progress = record.progress
-        self._progress_lock, self._file_lock = threading.Lock(), threading.Lock()
+        self._file_lock = threading.Lock()
         self._lost: str | None = None
         self._released = threading.Event()
         self._warned = False
         self._context = contextlib.ExitStack()
-        self._thread = threading.Thread(
-            target=self._beat_until_released, name=f"lease of {directory.name}", daemon=True
-        )
-        self._thread.start()
+        beat = self._beat_until_released
+        threading.Thread(target=beat, name=f"lease of {directory.name}", daemon=True).start()
 
     @classmethod
     def acquire(
-        cls,
-        folder: Path,
-        name: str,
-        settings: LeaseSettings | None = None,
-        on_wait: Callable[[str], None] = logger.info,
-        log: Path | None = None,
+        cls, folder: Path, name: str, settings: LeaseSettings | None = None, log: Path | None = None
     ) -> "Lease":
         """Takes the lease; waits while its owner is alive.
 
@@ -178,7 +155,6 @@ class Lease:
             folder: on a file system that all who do the work share.
             name: of the work: a folder inside of ``folder``, made if it is not there.
             settings: how long to wait and for whom; the environment goes before them.
-            on_wait: is told in one line whom this waits for, at once and then every minute.
             log: where this process's output goes, for those who look at the attempt.
 
         Raises:
@@ -188,65 +164,37 @@ class Lease:
         """
         settings = (settings or LeaseSettings()).resolved()
         work = folder / name
-        wait = _Wait(settings, on_wait)
+        wait = _Wait(work, settings)
         try:
             work.mkdir(parents=True, exist_ok=True)
             while True:
                 number = newest_number(work)
                 owner = read_attempt(work, number, file_server_time(work)) if number else None
-                reason = ""
-                if owner is not None:
-                    wait.look(owner)
-                    found = wait.reason_to_succeed(owner)
-                    if found is None:
-                        wait.pause(owner, work)
-                        continue
-                    reason = found
+                reason = "" if owner is None else wait.reason_to_succeed(owner)
+                if owner is not None and reason is None:
+                    wait.pause(owner)
+                    continue
                 record = _first_record(number + 1, log)
                 if create_file(attempt_path(work, number + 1), _encoded(record)):
                     if owner is not None:
-                        _tell_succession(work, owner, reason)
-                    return cls(work, record, settings, owner)
+                        _tell_succession(work, owner, reason or "")
+                    return cls(work, record, settings)
         except OSError as error:
             raise UserError(
                 f"{work}: cannot be used to keep others from the same work "
                 f"({error.strerror or error}); see that it can be written"
             ) from None
 
-    # What the owner says
-
-    def progress(
-        self,
-        description: str | None = None,
-        done: int | None = None,
-        total: int | None = None,
-        note: str | None = None,
-        text: str | None = None,
-    ) -> None:
-        """Says how far the work is; what is left out stays. The next heartbeat takes it along."""
-        given = {
-            "description": description, "done": done, "total": total, "note": note, "text": text,
-        }  # fmt: skip
-        self._set_progress({key: value for key, value in given.items() if value is not None})
-
     def follow(self, snapshot: ProgressSnapshot) -> None:
-        """Takes over the numbers of a progress report."""
-        self._set_progress(
-            {
-                "description": snapshot.description,
-                "done": snapshot.done,
-                "total": snapshot.total,
-                "note": snapshot.note,
-                "elapsed_seconds": snapshot.elapsed,
-                "remaining_seconds": snapshot.remaining,
-            }
+        """Takes over the numbers of a progress report; the next heartbeat writes them."""
+        self._progress = WorkProgress(
+            description=snapshot.description,
+            done=snapshot.done,
+            total=snapshot.total,
+            note=snapshot.note,
+            elapsed_seconds=snapshot.elapsed,
+            remaining_seconds=snapshot.remaining,
         )
-
-    def _set_progress(self, changes: dict[str, Any]) -> None:
-        with self._progress_lock:
-            self._progress = self._progress.model_copy(update=changes)
-
-    # Heartbeats
 
     def _beat_until_released(self) -> None:
         while not self._released.wait(self._settings.heartbeat_seconds):
@@ -270,9 +218,8 @@ class Lease:
                 logger.warning("%s: no heartbeat (%s); trying again", self._path, error)
 
     def _refreshed(self, **changes: Any) -> Record:
-        with self._progress_lock:
-            progress = self._progress
-        return self._record.model_copy(update={"progress": progress, "updated": _utc()} | changes)
+        changes = {"progress": self._progress, "updated": time.time()} | changes
+        return self._record.model_copy(update=changes)
 
     def _is_mine(self) -> bool:
         """Whether the file is this attempt's: somebody may have deleted the folder and begun anew.
@@ -303,7 +250,11 @@ class Lease:
             try:
                 newest = newest_number(self.directory)
                 if newest > self.number:
-                    self._lost = self._lost_to(read_attempt(self.directory, newest, 0.0), newest)
+                    successor = read_attempt(self.directory, newest, 0.0)
+                    self._lost = (
+                        f"{self.directory}: {successor or f'attempt {newest}'} has taken over from "
+                        f"attempt {self.number}, this process; it writes nothing more"
+                    )
                 elif newest < self.number:
                     self._lost = self._deleted
             except OSError as error:
@@ -314,14 +265,6 @@ class Lease:
                 ) from None
         if self._lost is not None:
             raise LeaseLost(self._lost)
-
-    def _lost_to(self, successor: Attempt | None, number: int) -> str:
-        return (
-            f"{self.directory}: {successor or f'attempt {number}'} has taken over from attempt "
-            f"{self.number}, this process; it writes nothing more"
-        )
-
-    # The end
 
     def release(self, state: State, reason: str = "") -> None:
         """Ends the attempt as ``state``. Never raises: what cannot be written is warned of."""
@@ -369,15 +312,14 @@ def _outcome(error: BaseException | None) -> tuple[State, str]:
         return "stopped", one_line(error.reason)
     if isinstance(error, KeyboardInterrupt):
         return "stopped", "interrupted from the keyboard"
-    name = type(error).__name__
-    text = one_line(str(error))
+    name, text = type(error).__name__, one_line(str(error))
     if isinstance(error, UserError):
         return "failed", text
     return "failed", f"{name}: {text}" if text else name
 
 
 def _first_record(number: int, log: Path | None) -> Record:
-    now = _utc()
+    now = time.time()
     return Record(
         attempt=number,
         owner=Owner.this_process(),

@@ -1,6 +1,5 @@
 """Which process something belongs to, and whether that process is still there."""
 
-import contextlib
 import os
 import socket
 from pathlib import Path
@@ -46,8 +45,11 @@ def _pid_namespace() -> str | None:
         return None
 
 
-def _slurm_job() -> str | None:
-    """The job's id; of a job array ``<array's id>_<index>``, as SLURM's own tools write it."""
+def slurm_job_id() -> str | None:
+    """The id of the SLURM job that this process is part of, None outside of one.
+
+    Of a job array ``<array's id>_<index>``, as SLURM's own tools write it.
+    """
     array, index = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID") or None
 
@@ -71,9 +73,7 @@ class Owner(StrictModel):
     @classmethod
     def this_process(cls) -> Self:
         """The process that asks."""
-        restarts = 0
-        with contextlib.suppress(ValueError):
-            restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "")
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -81,16 +81,15 @@ class Owner(StrictModel):
             boot=_boot(),
             pid_namespace=_pid_namespace(),
             slurm_cluster=os.environ.get("SLURM_CLUSTER_NAME") or None,
-            slurm_job=_slurm_job(),
-            slurm_restarts=restarts,
+            slurm_job=slurm_job_id(),
+            slurm_restarts=int(restarts) if restarts.isdecimal() else 0,
         )
 
     def is_gone(self) -> bool:
         """Whether the process has certainly ended; false for one that cannot be seen from here."""
-        here = Owner.this_process()
-        for name in ("host", "boot", "pid_namespace"):
-            if getattr(self, name) != getattr(here, name):
-                return False
+        here = (socket.gethostname(), _boot(), _pid_namespace())
+        if (self.host, self.boot, self.pid_namespace) != here:
+            return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:

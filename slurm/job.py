@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.errors import UserError
+from g2rpo.owner import slurm_job_id
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.text import visible
 from slurm.distributed import Ranks, join
@@ -83,14 +84,6 @@ def import_function(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found
-
-
-def slurm_job_id() -> str | None:
-    """The id of the SLURM job that this process is part of, with its array index."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    if array:
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID")
 
 
 def requeue_marker(jobs: Path, job: str) -> Path:

@@ -143,7 +143,7 @@ def _cancel_jobs(name: str, results: Path) -> None:
 
 
 def _stop_driver(submission: "Submission") -> None:
-    from g2rpo.lease import is_alive
+    from g2rpo.attempts import is_alive
     from reproduce.jobs.launch import DRIVER
     from reproduce.stages.work import latest_attempt
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from g2rpo.attempts import Attempt, Record, WorkProgress
+from g2rpo.attempts import Attempt, Record, WorkProgress, is_alive
 from g2rpo.checksums import hashing_up_to
 from g2rpo.errors import UserError
-from g2rpo.lease import is_alive
 from reproduce.commands.console import Word
 from reproduce.jobs.launch import DRIVER
 from reproduce.jobs.plan import not_needed

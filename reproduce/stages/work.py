@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation.protocol import CreditConfig, EvaluationConfig
-from g2rpo.attempts import Attempt
+from g2rpo.attempts import Attempt, latest
 from g2rpo.checksums import FILES, parse_document, write_document
 from g2rpo.config import StrictModel, content_hash, validate
 from g2rpo.errors import UserError
 from g2rpo.files import writable_by_others
-from g2rpo.lease import Lease, latest
+from g2rpo.lease import Lease
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment import Experiment, Profile, ResolvedCell

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from training_runs import Brightness, config_for
 
-from g2rpo.attempts import LeaseSettings, attempt_path
+from g2rpo.attempts import LeaseSettings, attempt_path, latest
 from g2rpo.errors import UserError
-from g2rpo.lease import Lease, LeaseLost, latest
+from g2rpo.lease import Lease, LeaseLost
 from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.checkpoint.checkpoints import latest_checkpoint, saved_iterations
 from g2rpo.training.config import TrainConfig

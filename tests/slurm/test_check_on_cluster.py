@@ -106,7 +106,7 @@ def test_a_profile_that_fits_is_all_ok(check: Check, cluster: Cluster) -> None:
     done = check(cpu_partition="high", account="root", qos="normal")
     assert (done.code, done.words()) == (0, {"ok"}), done
     assert "seen here" in done.line(f"the folder {check.results}")[1]
-    assert "imports g2rpo.training.loop" in done.line("Python on node")[1]
+    assert "g2rpo.training.loop" in done.line("Python on node")[1]
     assert "resolves" in done.line("names on node")[1]
     # Nothing is left: no job, no folder.
     assert cluster.run("squeue", "--noheader") == ""

@@ -11,6 +11,7 @@ import pytest
 from stage_functions import ENTRY, saved_submission, told
 
 from g2rpo.errors import UserError
+from g2rpo.owner import slurm_job_id
 from slurm import distributed, job
 from slurm.cluster import Cluster
 from slurm.distributed import check_meeting_point, join
@@ -231,9 +232,9 @@ def test_the_meeting_point_is_the_profile_s_or_the_first_node(
 
 
 def test_the_id_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert job.slurm_job_id() is None
+    assert slurm_job_id() is None
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert job.slurm_job_id() == "18"
+    assert slurm_job_id() == "18"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert job.slurm_job_id() == "17_3"
+    assert slurm_job_id() == "17_3"

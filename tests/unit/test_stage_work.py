@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from run_folders import write_checkpoint
 
+from g2rpo.attempts import read_attempts
 from g2rpo.errors import UserError
-from g2rpo.lease import Lease, read_attempts
+from g2rpo.lease import Lease
 from g2rpo.stop import Stopped
 from reproduce.experiment import HERE, Profile, ResolvedCell, expand, load_experiment, load_profile
 from reproduce.experiment.fingerprint import absent_prompts_named
