@@ -1,4 +1,4 @@
-"""How many states go through a model at once: fewer, where memory turns out to be too small."""
+"""How many inputs go through a model at once: half as many where memory turns out too small."""
 
 import gc
 import logging
@@ -17,21 +17,15 @@ Result = TypeVar("Result")
 class BatchSize:
     """A batch size that is halved when memory runs out.
 
-    What is computed does not depend on it but for the rounding of floating-point sums.
+    Results do not depend on it, except for the rounding of floating-point sums.
 
     Attributes:
-        states: how many go through at once.
-        reduced: whether memory has run out, so that it is not what it began with.
+        states: how many go through at once, at least 1.
+        reduced: whether it is smaller than it was at first.
     """
 
     def __init__(self, states: int, what: str = "rollout", hint: str = "") -> None:
-        """Begins with ``states``.
-
-        Args:
-            states: at least 1.
-            what: whose size it is, for messages.
-            hint: what to do where a single state does not fit.
-        """
+        """Starts with ``states``; ``what`` names it in messages, ``hint`` helps where 1 fails."""
         self.states, self.what, self.hint = states, what, hint
         self.reduced = False
 
@@ -47,10 +41,10 @@ class BatchSize:
             except torch.OutOfMemoryError:
                 pass
             # Outside of the handler, which would keep the failed call's tensors alive.
-            self.exhausted()
+            self.halve()
 
-    def exhausted(self) -> None:
-        """Halves the size after memory has run out, and says so.
+    def halve(self, *, warn: bool = True) -> None:
+        """Halves the size after memory has run out, and says so in a warning.
 
         Raises:
             UserError: it is 1 already.
@@ -62,18 +56,12 @@ class BatchSize:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         smaller = self.states // 2
-        logger.warning(
-            "out of memory: %s goes on with %d states at a time, not %d",
-            self.what, smaller, self.states,
-        )  # fmt: skip
+        if warn:
+            text = "out of memory: %s continues with %d states at a time, not %d"
+            logger.warning(text, self.what, smaller, self.states)
         self.lower(smaller)
 
-    def lower(self, states: int) -> None:
-        """Takes a smaller size over, e.g. another rank's; a larger one changes nothing."""
-        if states < self.states:
+    def lower(self, states: int | None) -> None:
+        """Takes over a smaller size, e.g. another rank's; None or a larger one changes nothing."""
+        if states is not None and states < self.states:
             self.states, self.reduced = states, True
-
-
-def as_batch_size(size: "int | BatchSize") -> BatchSize:
-    """``size`` itself, or a new one that begins with that many states."""
-    return size if isinstance(size, BatchSize) else BatchSize(size)

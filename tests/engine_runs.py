@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from g2rpo.config import merge
 from g2rpo.data.prompts import Prompt
-from g2rpo.policy import Conditioning, FluxPolicy
+from g2rpo.policy import FluxPolicy
 from g2rpo.stop import Stopped
+from g2rpo.training.batch import TrainingBatch, training_batch
 from g2rpo.training.collective import sum_over_ranks
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
 from g2rpo.training.loop import Trainer, load_train_config
-from g2rpo.training.transitions import TrainingBatch
 
 
 class Brightness:
@@ -66,7 +66,7 @@ def run_to(trainer: Trainer, iteration: int) -> None:
     while trainer.progress.iteration < iteration:
         trainer.iterate()
     trainer.save()
-    trainer.state.finish()
+    trainer.checkpoints.finish()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -154,15 +154,14 @@ def off_policy(assets: Path, **changes: Any) -> TrainConfig:
     return config_for(assets, optimization=optimization, policy=policy, **changes)
 
 
-Work = tuple[TrainingBatch, Conditioning, list[Prompt]]
+Work = tuple[TrainingBatch, list[Prompt]]
 
 
 def rolled_out(trainer: Trainer) -> Work:
     """What a trainer's first iteration would learn from."""
     prompts = trainer.local_prompts()
-    rollout = trainer._rollout(prompts, 0)
-    batch, _ = trainer.training_batch(rollout, prompts, 0)
-    return batch, rollout.conditioning, prompts
+    rollout = trainer.rollout(prompts)
+    return training_batch(rollout, prompts, trainer.config), prompts
 
 
 def gradient_of(trainer: Trainer, work: Work, path: Path) -> dict[str, float]:
@@ -176,11 +175,11 @@ def gradient_of(trainer: Trainer, work: Work, path: Path) -> dict[str, float]:
 
     trainer.weights.clip_gradients = keep  # type: ignore[method-assign]
     with rounded_times(trainer.policy):
-        statistics = trainer.updater.run(*work, 0)
-    losses = sum_over_ranks(trainer.accelerator, {"loss": statistics.losses[0]})
+        (update,) = trainer.updater.run(*work, 0)
+    losses = sum_over_ranks(trainer.accelerator, {"loss": update.loss})
     if trainer.accelerator.is_main_process:
         torch.save(held, path)
-    return {"loss": losses["loss"], "norm": statistics.gradient_norms[0]}
+    return {"loss": losses["loss"], "norm": update.gradient_norm}
 
 
 def lifecycle(assets: Path, folder: Path) -> dict[str, Any]:

@@ -54,13 +54,13 @@ def replicated(assets: Path, folder: Path, second: bool) -> dict[str, Any]:
     with rollouts_of(trainer.policy, 3) as asked:
         rows.append(trainer.iterate())
     trainer.save()
-    trainer.state.finish()
+    trainer.checkpoints.finish()
     resumed = trainer_for(config, folder / "short")
     plain = trainer_for(config, folder / "enough")
     expected = [plain.iterate() for _ in range(3)]
     return {
         "rows": rows, "expected": expected, "largest": max(asked),
-        "resumed_with": resumed.sizes.velocity.states,
+        "resumed_with": resumed.sizes.rollout.states,
     }  # fmt: skip
 
 

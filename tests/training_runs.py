@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
-from g2rpo.training.checkpoint.checkpoints import latest_checkpoint
+from g2rpo.training.checkpoint.folder import latest_checkpoint
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer, load_train_config
 

@@ -35,11 +35,10 @@ from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.methods.base import iterations_by_rollout
 from g2rpo.progress import ProgressReport
 from g2rpo.stop import StopRequest
+from g2rpo.training.batch import training_batch
 from g2rpo.training.collective import sum_over_ranks
 from g2rpo.training.loop import Trainer
 from g2rpo.training.rollout import Rollout
-from g2rpo.training.transitions import Update
-from g2rpo.training.update import UpdateStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +275,7 @@ def _gradients(
         number = trainer.config.optimization.iterations + repeat
         with trainer.weights.rollout():
             rollout = trainer.engine.run(tree, prompts, number)
-        parts = step_gradients(trainer, rollout, prompts, number)
+        parts = step_gradients(trainer, rollout, prompts)
         for step, (_, gradient) in parts.items():
             moments[step].add(gradient)
         everything.add(joined_gradient(parts))
@@ -293,16 +292,15 @@ def _gradients(
 
 
 def step_gradients(
-    trainer: Trainer, rollout: Rollout, prompts: list[Prompt], iteration: int
+    trainer: Trainer, rollout: Rollout, prompts: list[Prompt]
 ) -> dict[int, tuple[int, list[Tensor]]]:
     """For each step: trained transitions, and the gradient of their mean loss."""
-    batch, _ = trainer.training_batch(rollout, prompts, iteration)
+    batch = training_batch(rollout, prompts, trainer.config, trainer.advantages(rollout))
     step_of = torch.tensor(batch.steps)[batch.state_of]
     found = {}
     for step in sorted(set(batch.steps)):
         members = torch.nonzero(step_of == step).flatten()
-        update = Update(members, 1.0 / len(members))
-        trainer.updater.backward(batch, update, rollout.conditioning, UpdateStatistics())
+        trainer.updater.backward(batch.update(members))
         gradient = [
             torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for p in trainer.weights.parameters

@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -33,10 +33,10 @@ from g2rpo.policy.size import model_size
 from g2rpo.provenance import provenance
 from g2rpo.quiet import quiet_libraries
 from g2rpo.rewards.registry import load_reward
+from g2rpo.training.batch import TrainingBatch
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
 from g2rpo.training.rollout import Rollout
-from g2rpo.training.transitions import TrainingBatch
 
 OUTPUT = Path("results/speed")
 
@@ -78,7 +78,6 @@ class Trained:
     """What a training step is given: the transitions of our rollout, for all executions."""
 
     batch: TrainingBatch
-    conditioning: Any
     prompts: Any
 
 
@@ -109,10 +108,10 @@ class Bench:
             with watch.phase("decode"):
                 return decode(*given, **options)
 
-        def timed_update(batch: Any, conditioning: Any, prompts: Any, iteration: int) -> Any:
-            kept.append(Trained(batch, conditioning, prompts))
+        def timed_update(batch: Any, prompts: Any, iteration: int) -> Any:
+            kept.append(Trained(batch, prompts))
             with watch.phase("training"):
-                return update(batch, conditioning, prompts, iteration)
+                return update(batch, prompts, iteration)
 
         trainer.policy.vae.decode = timed_decode
         trainer.updater.run = timed_update  # type: ignore[method-assign]
@@ -168,7 +167,8 @@ class Bench:
             assert every > 1 or executed.evaluations == plan.evaluations(config.grid.steps)
             with watch.phase("training"), original.precision():
                 conditioning = trainer.policy.encode([prompt.text])
-                trainer.updater.run(trained.batch, conditioning, trained.prompts, plan.iteration)
+                batch = replace(trained.batch, conditioning=conditioning)
+                trainer.updater.run(batch, trained.prompts, plan.iteration)
         whole = plan.evaluations(config.grid.steps)
         images = plan.images / executed.images
         seconds = {

@@ -8,13 +8,12 @@ what is sent there (noise, indices) goes through page-locked memory.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from g2rpo.batching import BatchSize, as_batch_size
+from g2rpo.batching import BatchSize
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
@@ -55,12 +54,10 @@ class Velocities:
     Attributes:
         exact: the policy's velocity.
         continuations: in its place for all but ``RolloutTree.policy_states``, where there are any.
-        gathered: entered around all evaluations of a node, e.g. to gather sharded weights once.
     """
 
     exact: Velocity
     continuations: Continuations | None = None
-    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ class RecordedStep:
 
     Attributes:
         step: k, from sigma_k to sigma_{k+1}.
+        time: what the model is given as sigma_k.
         transition: its law.
         sources: the S distinct states x_k left, [P, S, ...].
         source_of: for each of the N transitions, which source it leaves, [N] int64.
@@ -78,6 +76,7 @@ class RecordedStep:
     """
 
     step: int
+    time: float
     transition: Transition
     sources: torch.Tensor
     source_of: torch.Tensor
@@ -94,11 +93,13 @@ class Sweep:
         images: latents at sigma = 0 of ``tree.images``, [P, I, ...].
         recorded: the recorded stochastic transitions, by ascending step.
         velocity_evaluations: velocity evaluations over all P prompts.
+        states: the latents of every state of the tree, [P, states, ...], where they were kept.
     """
 
     images: torch.Tensor
     recorded: tuple[RecordedStep, ...]
     velocity_evaluations: int
+    states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ class SweepSettings:
         micro_batch: states per velocity evaluation batch; halved where memory runs out.
         dtype: storage dtype of latents; x' is rounded to it before its log-prob is taken.
         device: where the latents live.
+        keep_states: returns all states; otherwise a node's latents go when the walk has left it.
     """
 
     diffusion: tuple[float, ...]
     micro_batch: int | BatchSize
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    keep_states: bool = False
 
 
 class _Node:
@@ -167,7 +170,8 @@ class _Walk:
     ) -> None:
         self.tree, self.grid, self.prompts = tree, grid, prompts
         self.velocities, self.noise, self.settings = velocities, noise, settings
-        self.size = as_batch_size(settings.micro_batch)
+        size = settings.micro_batch
+        self.size = size if isinstance(size, BatchSize) else BatchSize(size)
         self.recorded_states = frozenset(tree.recorded)
         self.exact = tree.policy_states if velocities.continuations is not None else set()
         self.at_node: list[list[int]] = [[] for _ in range(grid.steps + 1)]
@@ -181,18 +185,31 @@ class _Walk:
         self.evaluations = 0
 
     def run(self) -> Sweep:
-        self._start()
-        for node in range(self.grid.steps):
-            if node in self.nodes:
-                self._leave(node)
-        images = self.nodes[self.grid.steps]
-        places = [images.position[state] for state in self.tree.images]
-        return Sweep(self._select(images.latents, places), tuple(self.recorded), self.evaluations)
-
-    def _start(self) -> None:
         live = self.at_node[0]
         noise = self._draw([self.tree.states[i].sample for i in live], INITIAL_NOISE)
         self.nodes[0] = _Node(live, noise)
+        # Steps lead to later nodes only, so in this order all states of a node are there before
+        # any of them is left. Each is evaluated once, however many leave it (G branches leave one
+        # anchor state), and those of all prompts and granularities share their batches.
+        for node in range(self.grid.steps):
+            if node in self.nodes:
+                self._leave(node)
+                if not self.settings.keep_states:
+                    del self.nodes[node]
+        images = self._latents(self.tree.images)
+        states = range(len(self.tree.states)) if self.settings.keep_states else None
+        return Sweep(
+            images,
+            tuple(self.recorded),
+            self.evaluations,
+            None if states is None else self._latents(states),
+        )
+
+    def _latents(self, states: Sequence[int]) -> torch.Tensor:
+        """The latents of ``states``, [P, len(states), ...]."""
+        nodes = [self.nodes[self.tree.states[state].node] for state in states]
+        rows = [n.latents[:, n.position[s]] for n, s in zip(nodes, states, strict=True)]
+        return torch.stack(rows, dim=1)
 
     def _draw(self, samples: Sequence[int | None], step: int) -> torch.Tensor:
         """Noise [P, len(samples), ...]; a sample named twice is drawn once."""
@@ -208,7 +225,7 @@ class _Walk:
 
     def _leave(self, node: int) -> None:
         """Evaluates the states of ``node`` that are left and takes all their departures."""
-        here = self.nodes.pop(node)
+        here = self.nodes[node]
         leaving = self.departures[node]
         sources = list(dict.fromkeys(self._parent(state) for state in leaving))
         latents = self._select(here.latents, [here.position[source] for source in sources])
@@ -236,18 +253,17 @@ class _Walk:
         """Velocities of ``latents`` [P, S, ...], the states ``sources`` of every prompt."""
         self.evaluations += latents.shape[0] * latents.shape[1]
         continuations = self.velocities.continuations
-        with self.velocities.gathered():
-            if continuations is None:
-                return self._in_batches(self._exactly, latents, node, sources)
-            velocities = torch.empty_like(latents)
-            exact = [place for place, state in enumerate(sources) if state in self.exact]
-            others = [place for place, state in enumerate(sources) if state not in self.exact]
-            for places, evaluate in ((exact, self._exactly), (others, continuations)):
-                if places:
-                    part = self._select(latents, places)
-                    chosen = [sources[place] for place in places]
-                    found = self._in_batches(evaluate, part, node, chosen)
-                    velocities.index_copy_(1, indices(places, latents.device), found)
+        if continuations is None:
+            return self._in_batches(self._exactly, latents, node, sources)
+        velocities = torch.empty_like(latents)
+        exact = [place for place, state in enumerate(sources) if state in self.exact]
+        others = [place for place, state in enumerate(sources) if state not in self.exact]
+        for places, evaluate in ((exact, self._exactly), (others, continuations)):
+            if places:
+                part = self._select(latents, places)
+                chosen = [sources[place] for place in places]
+                found = self._in_batches(evaluate, part, node, chosen)
+                velocities.index_copy_(1, indices(places, latents.device), found)
         continuations.passed(node)
         return velocities
 
@@ -338,6 +354,7 @@ class _Walk:
         self.recorded.append(
             RecordedStep(
                 step=node,
+                time=self.grid.timesteps[node],
                 transition=transition,
                 sources=self._select(latents, used),
                 source_of=torch.tensor([used.index(places[i]) for i in kept]),

@@ -1,6 +1,7 @@
 """The ranks of a training, and the decisions that they take together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -43,15 +44,23 @@ def of_all_ranks(accelerator: Accelerator, value: Value) -> list[Value]:
     return values
 
 
-def raise_on_all_ranks(accelerator: Accelerator, error: UserError | str | None) -> None:
-    """Raises on every rank if any rank has an ``error``, so that none waits for another.
+@contextmanager
+def raise_on_all_ranks(accelerator: Accelerator) -> Iterator[None]:
+    """A :class:`UserError` inside of the block on any rank is raised on every rank after it.
+
+    All ranks enter the block together, so that none waits for one that has failed.
 
     Raises:
-        UserError: the first rank's error or message.
+        UserError: the first rank's error.
     """
-    for found in of_all_ranks(accelerator, error):
-        if found is not None:
-            raise found if isinstance(found, UserError) else UserError(found)
+    error = None
+    try:
+        yield
+    except UserError as found:
+        error = found
+    for found_by_rank in of_all_ranks(accelerator, error):
+        if found_by_rank is not None:
+            raise found_by_rank
 
 
 @dataclass(frozen=True)
@@ -59,35 +68,26 @@ class RankStatus:
     """What one rank, or all of them, say between two iterations.
 
     Attributes:
-        error: what is wrong.
         stop: why the training is to stop.
         due: whether it is time for a checkpoint.
-        written: whether what was to be written in the background is.
+        written: whether everything that is written in the background is.
     """
 
-    error: UserError | None = None
     stop: StopReason | None = None
     due: bool = False
     written: bool = True
 
 
-def sync_ranks(accelerator: Accelerator, turn: RankStatus) -> RankStatus:
-    """What holds for all ranks: a stop or a checkpoint that any of them wants.
-
-    Raises:
-        UserError: the first rank's error, on every rank.
-    """
-    turns = of_all_ranks(accelerator, turn)
-    for one in turns:
-        if one.error is not None:
-            raise one.error
-    stops = [one.stop for one in turns if one.stop is not None]
+def sync_ranks(accelerator: Accelerator, status: RankStatus) -> RankStatus:
+    """The status of all ranks: a stop or a checkpoint that any of them wants."""
+    found = of_all_ranks(accelerator, status)
+    stops = [one.stop for one in found if one.stop is not None]
     # Where one of them wants to be resumed, the run is.
     stop = max(stops, key=lambda reason: reason.resume, default=None)
     return RankStatus(
         stop=stop,
-        due=any(one.due for one in turns),
-        written=all(one.written for one in turns),
+        due=any(one.due for one in found),
+        written=all(one.written for one in found),
     )
 
 

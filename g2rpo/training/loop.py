@@ -1,8 +1,8 @@
-"""The training loop: rollouts, advantages, updates, metrics and checkpoints."""
+"""The training loop: rollout, advantages, update, progress, metrics; and checkpoints."""
 
-import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.policy.folder import resolve_source
 from g2rpo.policy.size import read_size
 from g2rpo.progress import ProgressReport
-from g2rpo.rewards.base import RewardConfig, RewardModel
+from g2rpo.rewards.base import RewardModel
 from g2rpo.rewards.offload import OffloadedReward
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
-from g2rpo.training.advantages import transition_advantages
-from g2rpo.training.checkpoint import checkpoints
-from g2rpo.training.checkpoint.checkpoints import Progress
+from g2rpo.training.advantages import TransitionAdvantages
+from g2rpo.training.batch import TrainingBatch, rollout_advantages, training_batch
+from g2rpo.training.batch_sizes import BatchSizes
+from g2rpo.training.checkpoint.folder import Progress, writing
+from g2rpo.training.checkpoint.load import resume
+from g2rpo.training.checkpoint.save import CheckpointWriter
 from g2rpo.training.checkpoint.state import TrainingState
 from g2rpo.training.collective import (
     RankStatus,
@@ -36,31 +39,19 @@ from g2rpo.training.collective import (
     sync_ranks,
 )
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.engine import build_weights
-from g2rpo.training.engine.optimizer import build_optimizer
+from g2rpo.training.engine import build_optimizer, build_weights
 from g2rpo.training.memory import check_fits
-from g2rpo.training.metrics import METRICS_FILE, MetricsLog, PhaseClock, reward_row, reward_sums
+from g2rpo.training.metrics import (
+    METRICS_FILE,
+    MetricsLog,
+    PhaseClock,
+    iteration_row,
+    iteration_sums,
+)
 from g2rpo.training.previews import save_previews
 from g2rpo.training.rollout import Rollout, RolloutEngine
-from g2rpo.training.rollout_batch_size import RolloutSizes
-from g2rpo.training.transitions import TrainingBatch, collect_transitions
 from g2rpo.training.update import Updater, UpdateStatistics
 from g2rpo.training.validation import is_due, validation_rewards
-
-logger = logging.getLogger(__name__)
-
-
-def _check_memory(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Refuses, before anything is loaded, what cannot fit into this rank's GPU."""
-    if accelerator.device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(accelerator.device)
-        size = read_size(resolve_source(config.policy.source, config.policy.revision))
-        check_fits(config, size, accelerator.num_processes, total)
-
-
-def _load_reward(reward: RewardConfig, config: TrainConfig, device: torch.device) -> RewardModel:
-    model = load_reward(reward, device)
-    return OffloadedReward(model, device) if config.execution.offload.rewards else model
 
 
 class Trainer:
@@ -93,63 +84,72 @@ class Trainer:
         """
         self.config, self.run = config, run
         self.accelerator = accelerator or make_accelerator(config, run)
-        ranks = self.accelerator.num_processes
-        if len(set(of_all_ranks(self.accelerator, str(run.resolve())))) > 1:
+        self._check()
+        self.prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
+        self.weights = build_weights(config, self.accelerator)
+        self.policy = self.weights.policy
+        self.grid = build_grid(config.grid, self.policy.image_tokens)
+        self.sizes = BatchSizes(config.execution, self.policy, run, lambda: self.weights.waits)
+        self.engine = self._engine(self._load_rewards() if rewards is None else rewards)
+        optimizer = build_optimizer(config.optimization, self.weights.parameters)
+        decay = config.optimization.ema_decay
+        self.ema = None if decay is None else EMAModel(self.weights.parameters, decay=decay)
+        state = TrainingState(config, run, self.weights, optimizer, self.ema)
+        self.optimizer, self.checkpoints = optimizer, CheckpointWriter(state)
+        # Before a checkpoint is read: the base of the KL is the policy that was not trained yet.
+        self.updater = Updater(config, self.weights, optimizer, self.sizes.training)
+        background = self.checkpoints.background
+        self.progress = resume(state, None if background is None else background.group)
+        self.sizes.rollout.lower(self.progress.rollout_micro_batch)
+        self.sizes.decode.lower(self.progress.decode_images)
+        self.sizes.training.lower(self.progress.training_micro_batch)
+        self._saved, self._saved_at = self.progress.iteration, time.monotonic()
+
+    def _check(self) -> None:
+        """Refuses what cannot be trained here, before anything is loaded."""
+        config, ranks = self.config, self.accelerator.num_processes
+        if len(set(of_all_ranks(self.accelerator, str(self.run.resolve())))) > 1:
             raise UserError(
-                f"{run}: the ranks have different run folders, so their inputs differ; let them "
-                "see the same files, and start again once those are all there"
+                f"{self.run}: the ranks have different run folders, so their inputs differ; let "
+                "them see the same files, and start again once those are all there"
             )
         if config.rollout.prompts_per_iteration % ranks:
             raise UserError(
                 f"rollout.prompts_per_iteration {config.rollout.prompts_per_iteration} cannot be "
                 f"shared by {ranks} ranks: use a multiple of {ranks}"
             )
-        self.prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
-        _check_memory(config, self.accelerator)
-        self.weights = build_weights(config, self.accelerator)
-        self.policy = self.weights.policy
-        self.grid = build_grid(config.grid, self.policy.image_tokens)
-        if rewards is None:
-            device = self.accelerator.device
-            rewards = {n: _load_reward(r.reward, config, device) for n, r in config.rewards.items()}
-        self.sizes = RolloutSizes(
-            config.execution.rollout_micro_batch, self.policy, run, lambda: self.weights.waits
-        )
-        continuations = None
-        if config.approximate_rollout is not None:
-            continuations = ContinuationPolicy(self.policy, config.approximate_rollout)
-        self.engine = RolloutEngine(
+        if self.accelerator.device.type == "cuda":
+            _, total = torch.cuda.mem_get_info(self.accelerator.device)
+            size = read_size(resolve_source(config.policy.source, config.policy.revision))
+            check_fits(config, size, ranks, total)
+
+    def _load_rewards(self) -> dict[str, RewardModel]:
+        device = self.accelerator.device
+        models: dict[str, RewardModel] = {}
+        for name, term in self.config.rewards.items():
+            model = load_reward(term.reward, device)
+            offload = self.config.execution.offload.rewards
+            models[name] = OffloadedReward(model, device) if offload else model
+        return models
+
+    def _engine(self, rewards: dict[str, RewardModel]) -> RolloutEngine:
+        config, approximations = self.config, self.config.approximate_rollout
+        twin = None if approximations is None else ContinuationPolicy(self.policy, approximations)
+        return RolloutEngine(
             policy=self.policy,
             rewards=rewards,
             grid=self.grid,
             settings=SweepSettings(
                 diffusion=config.method.diffusion(self.grid.sigmas),
-                micro_batch=self.sizes.velocity,
+                micro_batch=self.sizes.rollout,
                 dtype=torch.float64 if config.policy.dtype == "float64" else torch.float32,
                 device=self.accelerator.device,
             ),
             seed=config.seed,
-            continuations=continuations,
+            continuations=twin,
             decode=self.sizes.decode,
             overlap=config.execution.overlap_rewards,
         )
-        self._prepare()
-        self._saved, self._saved_at = self.progress.iteration, time.monotonic()
-
-    def _prepare(self) -> None:
-        """Optimiser, average and reference; then whatever a checkpoint restores."""
-        self.optimizer = build_optimizer(self.config.optimization, self.weights.parameters)
-        self.state = TrainingState(self.config, self.run, self.weights, self.optimizer)
-        self.updater = Updater(self.config, self.run, self.weights, self.optimizer, self.grid)
-        self.updater.keep_reference()
-        self.progress = self.state.resume()
-        self.updater.size.restore(self.progress.training_micro_batch)
-        self.sizes.restore(self.progress.rollout_micro_batch, self.progress.decode_images)
-
-    @property
-    def ema(self) -> EMAModel | None:
-        """The running average of the weights, where one is kept."""
-        return self.state.ema
 
     @property
     def finished(self) -> bool:
@@ -171,8 +171,8 @@ class Trainer:
         return max(progress.iteration, min(settings.iterations, within))
 
     def save(self) -> None:
-        """Writes a checkpoint of the current state (:meth:`TrainingState.save`)."""
-        self.state.save(self.progress)
+        """Writes a checkpoint of the current state (:meth:`CheckpointWriter.save`)."""
+        self.checkpoints.save(self.progress)
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
 
     def train(self) -> Progress:
@@ -185,85 +185,79 @@ class Trainer:
                 checkpoint of those that are done has been written.
             StoppedAlone: memory ran out on this rank, which the others wait for.
         """
-        main = self.accelerator.is_main_process
         self._saved_at = time.monotonic()
         log = self._open_log()
         if self.config.execution.tensorboard:
             purge = {"tensorboard": {"purge_step": self.progress.iteration + 1}}
             self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
-        name = f"train {self.config.method.name}"
         try:
-            total, done = self.expected_iterations, self.progress.iteration
-            with ProgressReport(name, total, done=done, enabled=main) as report:
-                self._between_iterations()
-                while not self.finished:
-                    save_previews(self.config, self.run, self.weights, self.progress.iteration)
-                    row = self.iterate() | self.validate()
-                    error = self._record(log, row)
-                    report.expect(self.expected_iterations)
-                    shown = next(iter(self.config.rewards))
-                    report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
-                    self._between_iterations(error)
+            self._iterations(log)
         except StoppedAlone:
             raise
         except Stopped:
             self.accelerator.end_training()
             raise
         except UserError:
-            self.state.finish()  # what was begun before is sound
+            self.checkpoints.finish()  # what was begun before is sound
             raise
         self.accelerator.end_training()
         return self.progress
 
+    def _iterations(self, log: MetricsLog | None) -> None:
+        name, shown = f"train {self.config.method.name}", next(iter(self.config.rewards))
+        main, done = self.accelerator.is_main_process, self.progress.iteration
+        with ProgressReport(name, self.expected_iterations, done=done, enabled=main) as report:
+            self._between_iterations()
+            while not self.finished:
+                save_previews(self.config, self.run, self.weights, self.progress.iteration)
+                row = self.iterate() | self.validate()
+                self._record(log, row)
+                report.expect(self.expected_iterations)
+                report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
+                self._between_iterations()
+
     def _open_log(self) -> MetricsLog | None:
         """The first rank's metrics, with a validation before the first iteration."""
-        log, error = None, None
-        if self.accelerator.is_main_process:
-            try:
-                with checkpoints.writing(self.run, METRICS_FILE):
-                    log = MetricsLog(self.run / METRICS_FILE, self.progress.iteration)
-            except UserError as found:
-                error = found
-        raise_on_all_ranks(self.accelerator, error)
+        log = None
+        with raise_on_all_ranks(self.accelerator), writing(self.run, METRICS_FILE):
+            if self.accelerator.is_main_process:
+                log = MetricsLog(self.run / METRICS_FILE, self.progress.iteration)
         begins = any(of_all_ranks(self.accelerator, log is not None and log.empty))
-        if begins and (first := self.validate()) and log is not None:
-            try:
-                with checkpoints.writing(self.run, METRICS_FILE):
-                    log.append({"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0} | first)
-            except UserError as found:
-                error = found
-        raise_on_all_ranks(self.accelerator, error)
+        first = self.validate() if begins else {}
+        with raise_on_all_ranks(self.accelerator), writing(self.run, METRICS_FILE):
+            if first and log is not None:
+                log.append({"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0} | first)
         return log
 
-    def _record(self, log: MetricsLog | None, row: dict[str, Any]) -> UserError | None:
-        """Writes the row; gives what went wrong, which all ranks are to be told."""
-        if log is None:
-            return None
-        try:
-            with checkpoints.writing(self.run, METRICS_FILE):
+    def _record(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
+        """Writes the row of an iteration on the first rank."""
+        with raise_on_all_ranks(self.accelerator), writing(self.run, METRICS_FILE):
+            if log is not None:
                 log.append(row)
                 values = {k: v for k, v in row.items() if k != "iteration"}
                 self.accelerator.log(values, step=row["iteration"])
-        except UserError as error:
-            return error
-        return None
 
-    def _between_iterations(self, error: UserError | None = None) -> None:
-        """All ranks together raise an error, write a checkpoint that is due, or stop."""
+    def _between_iterations(self) -> None:
+        """All ranks together write a checkpoint that is due, or stop.
+
+        Near a time limit SLURM signals the ranks at slightly different moments. Each only notes the
+        request (:mod:`g2rpo.stop`); here, between two iterations, all of them agree to save and
+        stop, and ``Stopped.resume`` has the batch script requeue the job.
+        """
         config, done = self.config.checkpoints, self.progress.iteration
         last = self.finished
         minutes = config.every_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         due = due and self.accelerator.is_main_process  # the ranks' clocks differ
-        own = RankStatus(error, StopRequest.requested(), due, self.state.written)
-        turn = sync_ranks(self.accelerator, own)
-        wanted = turn.due or turn.stop is not None or done % config.every == 0 or last
+        own = RankStatus(StopRequest.requested(), due, self.checkpoints.written)
+        status = sync_ranks(self.accelerator, own)
+        wanted = status.due or status.stop is not None or done % config.every == 0 or last
         if wanted and done > self._saved:
             self.save()
-        if turn.written or turn.stop is not None or last:
-            self.state.finish()
-        if turn.stop is not None and not last:
-            raise Stopped(turn.stop.text, turn.stop.resume)
+        if status.written or status.stop is not None or last:
+            self.checkpoints.finish()
+        if status.stop is not None and not last:
+            raise Stopped(status.stop.text, status.stop.resume)
 
     def validate(self) -> dict[str, float]:
         """Mean in-domain rewards on the validation prompts, where they are due now.
@@ -274,7 +268,7 @@ class Trainer:
         done = self.progress.iteration
         if config is None or not is_due(config, done, last=self.finished):
             return {}
-        return validation_rewards(config, self.engine, self.weights, self.sizes.velocity)
+        return validation_rewards(config, self.engine, self.weights, self.sizes.rollout)
 
     def local_prompts(self) -> list[Prompt]:
         """This rank's prompts of the coming iteration."""
@@ -288,128 +282,82 @@ class Trainer:
 
     def iterate(self) -> dict[str, Any]:
         """Runs one iteration and returns its metrics."""
-        clock = PhaseClock()
-        iteration = self.progress.iteration
-        prompts = self.local_prompts()
-        rollout = self._rollout(prompts, iteration)
+        clock, prompts, iteration = PhaseClock(), self.local_prompts(), self.progress.iteration
+        rollout = self.rollout(prompts)
         clock.end("sampling", rollout.sampling_seconds)
         clock.end("scoring")
-        batch, zero_std_groups = self.training_batch(rollout, prompts, iteration)
-        statistics = self.updater.run(batch, rollout.conditioning, prompts, iteration)
+        advantages = self.advantages(rollout)
+        batch = training_batch(rollout, prompts, self.config, advantages)
+        updates = self.updater.run(batch, prompts, iteration)
         if self.ema is not None:
             self.ema.step(self.weights.parameters)
         clock.end("training")
-        return self._metrics(rollout, batch, statistics, zero_std_groups, clock)
+        sums = self._count(rollout, batch, updates, clock)
+        return self._metrics(sums, updates, advantages)
 
-    def _rollout(self, prompts: list[Prompt], iteration: int) -> Rollout:
+    def rollout(self, prompts: list[Prompt]) -> Rollout:
+        """Draws and scores this rank's samples of the coming iteration."""
+        iteration = self.progress.iteration
         tree = self.config.method.rollout_tree(self.config.shape, iteration)
-        rollout, message = None, None
-        try:
-            with self.weights.rollout():
-                rollout = self.engine.run(tree, prompts, iteration)
-        except UserError as error:
-            message = str(error)
-        raise_on_all_ranks(self.accelerator, message)
+        with raise_on_all_ranks(self.accelerator), self.weights.rollout():
+            rollout = self.engine.run(tree, prompts, iteration)
         self.sizes.share(self.accelerator)
-        assert rollout is not None
         return rollout
 
-    def training_batch(
-        self, rollout: Rollout, prompts: list[Prompt], iteration: int
-    ) -> tuple[TrainingBatch, dict[str, int]]:
-        """The trained transitions of a rollout with their advantages, and groups without any."""
-        config = self.config
-        grouped = {name: rollout.group_rewards(name) for name in config.rewards}
-        local = slice(0, len(prompts))
-        if config.advantage.normalizer == "global_std" and self.accelerator.num_processes > 1:
-            # Only this normaliser looks beyond a group: it needs the rewards of all ranks.
-            device = self.accelerator.device
-            grouped = {
-                name: self.accelerator.gather(values.to(device)).cpu()
-                for name, values in grouped.items()
-            }
-            first = self.accelerator.process_index * len(prompts)
-            local = slice(first, first + len(prompts))
-        weights = {name: reward.weight for name, reward in config.rewards.items()}
-        recorded_steps = [step.step for step in rollout.recorded]
-        advantages = transition_advantages(
-            grouped, weights, rollout.tree.groups, recorded_steps, config.advantage
-        )
-        trained = [
-            [
-                config.method.trained_steps(
-                    recorded_steps, config.seed, iteration, (prompt.id, sample)
-                )
-                for sample in range(config.rollout.group_size)
-            ]
-            for prompt in prompts
-        ]
-        by_step = [values[local] for values in advantages.by_step]
-        return collect_transitions(rollout.recorded, by_step, trained), advantages.zero_std_groups
+    def advantages(self, rollout: Rollout) -> TransitionAdvantages:
+        """The advantages of this rank's transitions."""
+        accelerator, config = self.accelerator, self.config
+        if config.advantage.normalizer != "global_std" or accelerator.num_processes == 1:
+            return rollout_advantages(rollout, config)
+        # Only this normaliser looks beyond a group: it needs the rewards of all ranks.
+        own = {name: rollout.group_rewards(name) for name in config.rewards}
+        device = accelerator.device
+        every = {name: accelerator.gather(value.to(device)).cpu() for name, value in own.items()}
+        found = rollout_advantages(rollout, config, every)
+        count = len(rollout.conditioning)
+        local = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
+        return replace(found, by_step=tuple(values[local] for values in found.by_step))
 
-    def _metrics(
+    def _count(
         self,
         rollout: Rollout,
         batch: TrainingBatch,
-        statistics: UpdateStatistics,
-        zero_std_groups: dict[str, int],
+        updates: list[UpdateStatistics],
         clock: PhaseClock,
-    ) -> dict[str, Any]:
-        """Sums over ranks, advances the counters and describes the iteration."""
-        ranks = self.accelerator.num_processes
-        images = len(rollout.tree.images) * len(rollout.conditioning)
-        sums = {
-            "rollout_evaluations": rollout.velocity_evaluations,
-            "reused_evaluations": rollout.reused_evaluations,
-            "training_forwards": statistics.forwards,
-            "training_backwards": statistics.backwards,
-            "images_scored": images,
-            "device_seconds": clock.total,
-            "clipped": statistics.clipped,
-            "transitions": statistics.transitions,
-            "kl": statistics.kl,
-            "loss": sum(statistics.losses) / len(statistics.losses),
-            "advantage": float(batch.advantage.abs().mean()),
-            **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
-        }
-        for name in self.config.rewards:
-            sums |= reward_sums(rollout, name)
-        sums = sum_over_ranks(self.accelerator, sums)
-        progress = self.progress
-        progress.iteration += 1
-        progress.rollout_evaluations += round(sums["rollout_evaluations"])
-        progress.training_forwards += round(sums["training_forwards"])
-        progress.training_backwards += round(sums["training_backwards"])
-        progress.images_scored += round(sums["images_scored"])
-        progress.device_seconds += sums["device_seconds"]
+    ) -> dict[str, float]:
+        """Advances the counters by an iteration; returns the sums over all ranks."""
+        own = iteration_sums(rollout, batch, updates) | {"device_seconds": clock.total}
+        own |= {f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()}
+        sums = sum_over_ranks(self.accelerator, own)
         approximations = self.config.approximate_rollout
-        if approximations is not None and approximations.step_cache is not None:
-            reused = round(sums["reused_evaluations"])
-            progress.reused_evaluations = (progress.reused_evaluations or 0) + reused
-        if self.updater.size.reduced:
-            progress.training_micro_batch = self.updater.size.states
-        if self.sizes.velocity.reduced:
-            progress.rollout_micro_batch = self.sizes.velocity.states
+        cached = approximations is not None and approximations.step_cache is not None
+        self.progress.advance(sums, step_cache=cached)
+        if self.sizes.training.reduced:
+            self.progress.training_micro_batch = self.sizes.training.states
+        if self.sizes.rollout.reduced:
+            self.progress.rollout_micro_batch = self.sizes.rollout.states
         if self.sizes.decode.reduced:
-            progress.decode_images = self.sizes.decode.states
-        row: dict[str, Any] = {
-            **{name: value for name, value in vars(progress).items() if value is not None},
-            "rollout_micro_batch": self.sizes.velocity.states,
-            "seconds": progress.device_seconds / ranks,
+            self.progress.decode_images = self.sizes.decode.states
+        return sums
+
+    def _metrics(
+        self,
+        sums: dict[str, float],
+        updates: list[UpdateStatistics],
+        advantages: TransitionAdvantages,
+    ) -> dict[str, Any]:
+        ranks = self.accelerator.num_processes
+        groups = advantages.zero_std_groups
+        return {
+            **{name: value for name, value in vars(self.progress).items() if value is not None},
+            "rollout_micro_batch": self.sizes.rollout.states,
+            "seconds": self.progress.device_seconds / ranks,
             "learning_rate": self.config.optimization.learning_rate,
-            "loss": sums["loss"] / ranks,
-            "gradient_norm": statistics.gradient_norms[-1],
-            "ratio_deviation": statistics.ratio_deviation,
-            "clipped_fraction": sums["clipped"] / sums["transitions"],
-            "kl": sums["kl"] / sums["transitions"],
-            "advantage/absolute_mean": sums["advantage"] / ranks,
-            **{f"seconds/{phase}": sums[f"seconds/{phase}"] / ranks for phase in clock.phases},
+            "gradient_norm": updates[-1].gradient_norm,
+            "ratio_deviation": updates[0].ratio_deviation,
+            **iteration_row(sums, ranks, self.config.rewards),
+            **{f"advantage/{name}/zero_std_groups": count for name, count in groups.items()},
         }
-        for name, count in zero_std_groups.items():
-            row[f"advantage/{name}/zero_std_groups"] = count
-        for name in self.config.rewards:
-            row |= reward_row(sums, name)
-        return row
 
 
 def load_train_config(data: Any, where: str) -> TrainConfig:

@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_bytes, atomic_write_text, check_publication, remove
 
 if TYPE_CHECKING:  # states are read on login nodes, without the model libraries
+    from g2rpo.training.batch import TrainingBatch
     from g2rpo.training.rollout import Rollout
+    from g2rpo.training.update import UpdateStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -139,32 +141,62 @@ class PhaseClock:
         return time.perf_counter() - self._started
 
 
-def reward_sums(rollout: "Rollout", name: str) -> dict[str, float]:
-    """What one rank's rewards of this name contribute to :func:`reward_row`."""
-    values = rollout.group_rewards(name).double()
-    logged = rollout.logged_rewards(name).double()
-    return {
-        f"{name}/sum": float(values.sum()),
-        f"{name}/count": values.numel(),
-        f"{name}/group_std": float(values.std(dim=-1).sum()),
-        f"{name}/groups": values.numel() // values.shape[-1],
-        f"{name}/logged_sum": float(logged.sum()),
-        f"{name}/logged_count": logged.numel(),
+def iteration_sums(
+    rollout: "Rollout", batch: "TrainingBatch", updates: Sequence["UpdateStatistics"]
+) -> dict[str, float]:
+    """What one rank contributes to the costs and the row of an iteration; summed over ranks."""
+    sums = {
+        "rollout_evaluations": rollout.velocity_evaluations,
+        "reused_evaluations": rollout.reused_evaluations,
+        "images_scored": len(rollout.tree.images) * len(rollout.conditioning),
+        "training_forwards": sum(update.forwards for update in updates),
+        "training_backwards": sum(update.backwards for update in updates),
+        "clipped": sum(update.clipped for update in updates),
+        "transitions": sum(update.transitions for update in updates),
+        "kl": sum(update.kl for update in updates),
+        "loss": sum(update.loss for update in updates) / len(updates),
+        "advantage": float(batch.advantage.abs().mean()),
     }
+    for name in rollout.rewards:
+        values = rollout.group_rewards(name).double()
+        logged = rollout.logged_rewards(name).double()
+        sums |= {
+            f"{name}/sum": float(values.sum()),
+            f"{name}/count": values.numel(),
+            f"{name}/group_std": float(values.std(dim=-1).sum()),
+            f"{name}/groups": values.numel() // values.shape[-1],
+            f"{name}/logged_sum": float(logged.sum()),
+            f"{name}/logged_count": logged.numel(),
+        }
+    return sums
 
 
-def reward_row(sums: Mapping[str, float], name: str) -> dict[str, float]:
-    """Means of a reward from the sums over all ranks.
+def iteration_row(
+    sums: Mapping[str, float], ranks: int, rewards: Iterable[str]
+) -> dict[str, float]:
+    """Means over ranks, transitions and groups from the sums over all ranks.
 
     Raises:
-        UserError: a mean is not finite.
+        UserError: the mean of a reward is not finite.
     """
     row = {
-        f"reward/{name}/mean": sums[f"{name}/sum"] / sums[f"{name}/count"],
-        f"reward/{name}/group_std": sums[f"{name}/group_std"] / sums[f"{name}/groups"],
+        "loss": sums["loss"] / ranks,
+        "clipped_fraction": sums["clipped"] / sums["transitions"],
+        "kl": sums["kl"] / sums["transitions"],
+        "advantage/absolute_mean": sums["advantage"] / ranks,
+        **{k: seconds / ranks for k, seconds in sums.items() if k.startswith("seconds/")},
     }
-    if sums[f"{name}/logged_count"]:
-        row[f"reward/{name}/anchor"] = sums[f"{name}/logged_sum"] / sums[f"{name}/logged_count"]
-    if not all(math.isfinite(value) for value in row.values()):
-        raise UserError(f"reward {name} has values too large to average: check that reward model")
+    for name in rewards:
+        means = {
+            f"reward/{name}/mean": sums[f"{name}/sum"] / sums[f"{name}/count"],
+            f"reward/{name}/group_std": sums[f"{name}/group_std"] / sums[f"{name}/groups"],
+        }
+        if sums[f"{name}/logged_count"]:
+            anchor = sums[f"{name}/logged_sum"] / sums[f"{name}/logged_count"]
+            means[f"reward/{name}/anchor"] = anchor
+        if not all(math.isfinite(value) for value in means.values()):
+            raise UserError(
+                f"reward {name} has values too large to average: check that reward model"
+            )
+        row |= means
     return row

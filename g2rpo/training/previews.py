@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from g2rpo.data.prompts import Prompt, read_prompts
-from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
 from g2rpo.flow.schedule import build_grid
 from g2rpo.sampling import sample_ode
-from g2rpo.training.checkpoint import checkpoints
+from g2rpo.training.checkpoint.folder import writing
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import PicturesConfig, TrainConfig
 from g2rpo.training.engine import TrainedWeights
@@ -63,15 +62,10 @@ def save_previews(config: TrainConfig, run: Path, weights: TrainedWeights, done:
     if not any(of_all_ranks(accelerator, not all(path.exists() for path in paths))):
         return
     images = _sampled(wanted, weights, mine)
-    error = None
-    try:
-        with checkpoints.writing(run, f"images of iteration {done}"):
-            for path, pixels in zip(paths, images, strict=False):
-                with atomic_path(path) as temporary:
-                    Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
-    except UserError as found:
-        error = found
-    raise_on_all_ranks(accelerator, error)
+    with raise_on_all_ranks(accelerator), writing(run, f"images of iteration {done}"):
+        for path, pixels in zip(paths, images, strict=False):
+            with atomic_path(path) as temporary:
+                Image.fromarray(pixels.numpy()).save(temporary, format="PNG")
 
 
 def _sampled(config: PicturesConfig, weights: TrainedWeights, prompts: list[Prompt]) -> Tensor:

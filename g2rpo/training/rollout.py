@@ -1,8 +1,8 @@
 """One iteration's rollout: prompts in; scored images and stochastic transitions out."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from g2rpo.flow.sweep import (
     sweep,
 )
 from g2rpo.policy import Conditioning, FluxPolicy
-from g2rpo.policy.continuation import ContinuationPolicy, RolloutContinuations
+from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.rewards.base import RewardModel
 from g2rpo.seeds import gaussian
 from g2rpo.training.scoring import Scorer
@@ -33,6 +33,7 @@ class Rollout:
     """What one rollout of P prompts left behind.
 
     Attributes:
+        iteration: which it is, counted from 0.
         tree: the states of each prompt.
         conditioning: of the P prompts.
         recorded: the stochastic transitions.
@@ -40,8 +41,10 @@ class Rollout:
         velocity_evaluations: how many it took, over the P prompts.
         reused_evaluations: how many of them a step cache answered, without most of the blocks.
         sampling_seconds: wall time until the last latent was there, before decoding and scoring.
+        states: the latents of every state of ``tree``, [P, states, ...], where they are kept.
     """
 
+    iteration: int
     tree: RolloutTree
     conditioning: Conditioning
     recorded: tuple[RecordedStep, ...]
@@ -49,6 +52,7 @@ class Rollout:
     velocity_evaluations: int
     reused_evaluations: int = 0
     sampling_seconds: float = 0.0
+    states: Tensor | None = None
 
     def group_rewards(self, name: str) -> Tensor:
         """The rewards of every group, [P, groups, G]."""
@@ -75,7 +79,6 @@ class RolloutEngine:
         continuations: the policy's approximate twin, where there is one.
         decode: images decoded at once; None is a number of pixels.
         overlap: scores images while the next ones are decoded, on a GPU.
-        gathered: entered around the evaluations of each node, for weights that are sharded.
     """
 
     policy: FluxPolicy
@@ -86,7 +89,6 @@ class RolloutEngine:
     continuations: ContinuationPolicy | None = None
     decode: BatchSize | None = None
     overlap: bool = False
-    gathered: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def noise(self, prompts: Sequence[Prompt], iteration: int) -> Noise:
         """The noise of an iteration's rollout: each draw is named, whichever others are drawn."""
@@ -124,14 +126,16 @@ class RolloutEngine:
             return self.policy.velocity(latents, times, conditioning.select(prompt_of))
 
         drawn = self.noise(prompts, iteration) if noise is None else noise
-        with self._continuations(tree, conditioning) as continuations:
-            velocities = Velocities(velocity, continuations, self.gathered)
+        twin = self.continuations
+        with nullcontext() if twin is None else twin.rollout(tree, conditioning) as continuations:
+            velocities = Velocities(velocity, continuations)
             swept = sweep(tree, self.grid, len(prompts), velocities, drawn, self.settings)
         if self.policy.device.type == "cuda":  # the walk has only queued its last evaluations
             torch.cuda.synchronize(self.policy.device)
         sampled = time.perf_counter() - started
         slices = self.policy.decode_slices(swept.images.flatten(0, 1), self.decode)
         return Rollout(
+            iteration=iteration,
             tree=tree,
             conditioning=conditioning,
             recorded=swept.recorded,
@@ -139,17 +143,8 @@ class RolloutEngine:
             velocity_evaluations=swept.velocity_evaluations,
             reused_evaluations=0 if continuations is None else continuations.reused,
             sampling_seconds=sampled,
+            states=swept.states,
         )
-
-    @contextmanager
-    def _continuations(
-        self, tree: RolloutTree, conditioning: Conditioning
-    ) -> Iterator[RolloutContinuations | None]:
-        if self.continuations is None:
-            yield None
-            return
-        with self.continuations.rollout(tree, conditioning) as continuations:
-            yield continuations
 
     def _score(
         self, slices: Iterable[Tensor], per_prompt: int, prompts: Sequence[Prompt], iteration: int

@@ -7,7 +7,6 @@ from accelerate import Accelerator
 
 from g2rpo.batching import BatchSize
 from g2rpo.data.prompts import Prompt, read_prompts
-from g2rpo.errors import UserError
 from g2rpo.sampling import sample_ode
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import ValidationConfig
@@ -42,23 +41,17 @@ def validation_rewards(
         images = sample_ode(engine.policy, mine, engine.grid, config.seed, micro_batch)
     texts = [prompt.text for prompt in mine[:counted]]
     scores: dict[str, list[float]] = {name: [] for name in engine.rewards}
-    error = None
-    try:
+    with raise_on_all_ranks(accelerator):
         if counted:
             for name, model in engine.rewards.items():
                 scores[name] = model.score(images[:counted], texts).double().tolist()
-    except UserError as found:
-        error = found
-    raise_on_all_ranks(accelerator, error)
-    return _means(of_all_ranks(accelerator, scores))
-
-
-def _means(of_ranks: list[dict[str, list[float]]]) -> dict[str, float]:
-    means = {}
-    for name in of_ranks[0]:
-        values = [value for scores in of_ranks for value in scores[name]]
-        means[f"validation/{name}"] = float(torch.tensor(values, dtype=torch.float64).mean())
-    return means
+    every = of_all_ranks(accelerator, scores)
+    return {
+        f"validation/{name}": float(
+            torch.tensor([v for own in every for v in own[name]], dtype=torch.float64).mean()
+        )
+        for name in scores
+    }
 
 
 def is_due(config: ValidationConfig | None, done: int, *, last: bool) -> bool:

@@ -13,7 +13,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder that is not there yet.")],
 ) -> None:
     """Write a run's weights as a FluxPipeline folder, or as a LoRA file that FluxPipeline loads."""
-    from g2rpo.training.load_weights import export_trained
+    from g2rpo.training.checkpoint.load import export_trained
 
     if output.exists():
         raise UserError(f"{output}: is there already; export to another folder")

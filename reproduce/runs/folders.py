@@ -14,7 +14,7 @@ from typing import Any
 
 from g2rpo.checksums import FILES, checksums_of, parse_document, problems, write_document
 from g2rpo.errors import UserError
-from g2rpo.training.checkpoint.checkpoints import CHECKPOINTS, checkpoint_folder, problem
+from g2rpo.training.checkpoint.folder import CHECKPOINTS, checkpoint_folder, problem
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from g2rpo.policy.flux import HybridSampling
 from g2rpo.provenance import provenance, source_fingerprint
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.registry import load_reward
-from g2rpo.training.load_weights import load_trained
+from g2rpo.training.checkpoint.load import load_trained
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import METRICS_FILE
 from g2rpo.training.previews import pictured_iterations, pictures_folder

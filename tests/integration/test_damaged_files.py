@@ -25,14 +25,14 @@ from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.folder import resolve_source
-from g2rpo.training.checkpoint.checkpoints import (
+from g2rpo.training.checkpoint.folder import (
     checkpoint_folder,
     latest_checkpoint,
     prune,
     saved_iterations,
 )
+from g2rpo.training.checkpoint.load import export_trained, load_trained
 from g2rpo.training.config import CheckpointConfig
-from g2rpo.training.load_weights import export_trained, load_trained
 from reproduce.cli import app
 from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
 from reproduce.experiment.layout import Layout

@@ -30,13 +30,13 @@ from engine_runs import (
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from g2rpo.policy import FluxPolicy
-from g2rpo.training.checkpoint.checkpoints import (
+from g2rpo.training.checkpoint.folder import (
     checkpoint_folder,
     latest_checkpoint,
     saved_iterations,
 )
+from g2rpo.training.checkpoint.load import export_trained, load_trained
 from g2rpo.training.engine import build_weights
-from g2rpo.training.load_weights import export_trained, load_trained
 
 LORA = {"rank": 4, "alpha": 8}
 
@@ -238,7 +238,7 @@ def test_a_checkpoint_holds_what_was_when_it_was_begun(smoke_assets: Path, tmp_p
     assert latest_checkpoint(tmp_path) is None  # not before it is whole
     for parameter in trainer.weights.parameters:
         parameter.data.add_(1.0)
-    trainer.state.finish()
+    trainer.checkpoints.finish()
     resumed = trainer_for(trainer.config, tmp_path)
     assert resumed.progress.iteration == 1
     after = trained_weights(resumed)
@@ -259,7 +259,7 @@ def test_a_half_written_sharded_checkpoint_is_never_read(
     part.write_bytes(part.read_bytes()[:-100])
     assert trainer_for(config, tmp_path).progress.iteration == 1
     assert not list((tmp_path / "checkpoints").glob(".*"))
-    trainer.state._writer._pending.future.exception()  # type: ignore[union-attr]
+    trainer.checkpoints.background._pending.future.exception()  # type: ignore[union-attr]
 
 
 def test_a_run_can_change_between_whole_and_sharded_checkpoints(

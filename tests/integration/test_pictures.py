@@ -16,7 +16,7 @@ from benchmarks.evaluation.held_out import EvaluationConfig, image_path, sample_
 from g2rpo.data.prompts import read_prompts
 from g2rpo.policy import FluxPolicy
 from g2rpo.stop import Stopped, StopRequest
-from g2rpo.training.checkpoint.checkpoints import checkpoint_folder
+from g2rpo.training.checkpoint.folder import checkpoint_folder
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.previews import pictured_iterations, pictures_folder, save_previews

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.policy.decoding import decode_size
-from g2rpo.training.rollout_batch_size import LARGEST, RolloutSizes, fitting_states, state_bytes
+from g2rpo.training.batch_sizes import LARGEST, RolloutBatchSize, fitting_states, state_bytes
 
 
 def on_two_ranks(name: str, assets: Path, folder: Path) -> int:
@@ -74,10 +74,10 @@ def test_a_short_rollout_says_so_once_and_has_the_same_noise(
         trainer = trainer_for(config, tmp_path / name)
         prompts = trainer.local_prompts()
         with caplog.at_level(logging.WARNING), rollouts_of(trainer.policy, limit):
-            rolled[name] = trainer._rollout(prompts, 0)
-            rolled[name] = trainer._rollout(prompts, 0)
+            rolled[name] = trainer.rollout(prompts)
+            rolled[name] = trainer.rollout(prompts)
     told = [record.message for record in caplog.records if "out of memory" in record.message]
-    assert told == ["out of memory: the rollout goes on with 4 states at a time, not 8"]
+    assert told == ["out of memory: the rollout continues with 4 states at a time, not 8"]
     assert rolled["short"].velocity_evaluations == rolled["enough"].velocity_evaluations
     for one, two in zip(rolled["enough"].recorded, rolled["short"].recorded, strict=True):
         # The noise is (x' - mean) / std: the same but for the rounding of the mean.
@@ -129,15 +129,13 @@ def test_decoding_halves_its_slices_as_well(smoke_assets: Path, tmp_path: Path) 
 def test_auto_takes_what_fits(smoke_assets: Path, tmp_path: Path) -> None:
     trainer = trainer_for(config_for(smoke_assets), tmp_path)
     assert trainer.config.execution.rollout_micro_batch == "auto"
-    assert trainer.sizes.velocity.states == LARGEST  # the CPU's memory is not asked
+    assert trainer.sizes.rollout.states == LARGEST  # the CPU's memory is not asked
     one = state_bytes(trainer.policy)
     assert fitting_states(trainer.policy, 0) == 1
     assert fitting_states(trainer.policy, 13 * one) == 10
     assert fitting_states(trainer.policy, 10_000 * one) == LARGEST
-    sizes = RolloutSizes(4, trainer.policy, tmp_path)
-    sizes.restore(None, None)
-    assert not sizes.velocity.reduced
-    sizes.restore(8, None)
-    assert sizes.velocity.states == 4
-    sizes.restore(2, 1)
-    assert (sizes.velocity.states, sizes.decode.states) == (2, 1)
+    size = RolloutBatchSize(4, tmp_path)
+    for states, reduced in ((None, False), (8, False), (3, True)):
+        size.lower(states)
+        assert size.reduced == reduced
+    assert size.states == 3

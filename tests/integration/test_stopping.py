@@ -17,7 +17,7 @@ from g2rpo.attempts import LeaseSettings, attempt_path, latest
 from g2rpo.errors import UserError
 from g2rpo.lease import Lease, LeaseLost
 from g2rpo.stop import Stopped, StopRequest
-from g2rpo.training.checkpoint.checkpoints import latest_checkpoint, saved_iterations
+from g2rpo.training.checkpoint.folder import latest_checkpoint, saved_iterations
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics

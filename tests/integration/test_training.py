@@ -18,7 +18,7 @@ from training_runs import Brightness, config_for, distance, trainer_for, weights
 
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
-from g2rpo.training.checkpoint.checkpoints import (
+from g2rpo.training.checkpoint.folder import (
     checkpoint_folder,
     latest_checkpoint,
     saved_iterations,

@@ -15,13 +15,13 @@ from released_methods import G2RPO, DanceGRPO, Found, Method, MixGRPO, Models
 from torch import Tensor
 from training_runs import weights
 
-from g2rpo.data.prompts import Prompt
 from g2rpo.rewards.registry import load_reward
+from g2rpo.training.advantages import TransitionAdvantages
+from g2rpo.training.batch import training_batch
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.rollout import Rollout
-from g2rpo.training.transitions import TrainingBatch
 from reproduce.experiment import judges, load_experiment, load_profile, resolve
 
 SEED, CLIP_RANGE = 5, 1e-4
@@ -124,10 +124,9 @@ class Recorder(Trainer):
         gradients = [p.grad.flatten() for p in self.weights.parameters if p.grad is not None]
         self.found[-1].gradients.append(torch.cat(gradients))
 
-    def training_batch(
-        self, rollout: Rollout, prompts: list[Prompt], iteration: int
-    ) -> tuple[TrainingBatch, dict[str, int]]:
-        batch, zero_std_groups = super().training_batch(rollout, prompts, iteration)
+    def advantages(self, rollout: Rollout) -> TransitionAdvantages:
+        advantages, prompts = super().advantages(rollout), self.local_prompts()
+        batch = training_batch(rollout, prompts, self.config, advantages)
         found, tree = Found(), rollout.tree
         pixels = torch.cat(self._decoded).unflatten(0, (len(prompts), -1))
         self._decoded.clear()
@@ -146,7 +145,7 @@ class Recorder(Trainer):
             found.advantages[transition] = float(batch.advantage[index])
         self.found.append(found)
         self.texts.append({prompt.id: prompt.text for prompt in prompts})
-        return batch, zero_std_groups
+        return advantages
 
 
 def config_of(case: Case) -> TrainConfig:

@@ -115,31 +115,20 @@ def test_of_mix_grpo_only_what_follows_the_window_is_a_continuation() -> None:
 def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
     tree = g2rpo.G2RPO(stochastic_steps=(1, 3), granularities=(1, 2)).rollout_tree(SHAPE, 0)
     evaluated: dict[str, list[Key]] = {"exact": [], "continued": []}
-    gathered: list[str] = []
-    inside: list[int] = []
+    passed: list[int] = []
 
     class Continued:
         def __call__(
             self, latents: Tensor, times: Tensor, prompts: Tensor, keys: Sequence[Key]
         ) -> Tensor:
-            assert inside
             assert prompts.tolist() == [prompt for prompt, _ in keys]
             evaluated["continued"] += keys
             return torch.tanh(latents)
 
         def passed(self, node: int) -> None:
-            gathered.append(f"passed {node}")
-
-    class Gathered:
-        def __enter__(self) -> None:
-            inside.append(1)
-            gathered.append("gather")
-
-        def __exit__(self, *error: object) -> None:
-            inside.pop()
+            passed.append(node)
 
     def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
-        assert inside
         evaluated["exact"] += [(int(prompt), -1) for prompt in prompts]
         return torch.tanh(latents)
 
@@ -148,7 +137,7 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
 
     grid = grid_of()
     settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 4)
-    swept = sweep(tree, grid, 2, Velocities(exact, Continued(), Gathered), noise, settings)
+    swept = sweep(tree, grid, 2, Velocities(exact, Continued()), noise, settings)
     left = {state.parent for state in tree.states if state.parent is not None}
     continued = sorted(
         (prompt, state) for prompt in range(2) for state in left - tree.policy_states
@@ -156,7 +145,7 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
     assert sorted(evaluated["continued"]) == continued
     assert len(evaluated["exact"]) == 2 * len(left & tree.policy_states)
     assert swept.velocity_evaluations == 2 * len(left)
-    assert gathered == [word for node in range(6) for word in ("gather", f"passed {node}")]
+    assert passed == list(range(6))
 
     # The same function for both: the same as without a distinction, but for the batches.
     plain = sweep(tree, grid, 2, lambda x, t, p: torch.tanh(x), noise, settings)

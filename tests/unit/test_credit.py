@@ -29,8 +29,7 @@ from g2rpo.methods import dance_grpo, flow_grpo, g2rpo, mix_grpo
 from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.seeds import gaussian
 from g2rpo.stop import Stopped, StopRequest
-from g2rpo.training.transitions import Update
-from g2rpo.training.update import UpdateStatistics
+from g2rpo.training.batch import training_batch
 from reproduce.experiment import load_profile
 from reproduce.jobs.estimates import Estimator
 from reproduce.jobs.speeds import speeds_of
@@ -190,10 +189,9 @@ def test_the_gradient_of_all_steps_is_that_of_one_backward(
     prompts = trainer.local_prompts()
     tree = config.method.rollout_tree(config.shape, 0)
     rollout = trainer.engine.run(tree, prompts, 0)
-    joined = joined_gradient(step_gradients(trainer, rollout, prompts, 0))
-    batch, _ = trainer.training_batch(rollout, prompts, 0)
-    everything = Update(torch.arange(len(batch)), 1.0 / len(batch))
-    trainer.updater.backward(batch, everything, rollout.conditioning, UpdateStatistics())
+    joined = joined_gradient(step_gradients(trainer, rollout, prompts))
+    batch = training_batch(rollout, prompts, trainer.config)
+    trainer.updater.backward(batch)
     largest = max(
         float(p.grad.abs().max()) for p in trainer.weights.parameters if p.grad is not None
     )

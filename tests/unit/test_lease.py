@@ -35,7 +35,7 @@ from g2rpo.files import atomic_folder, atomic_path, atomic_write_text, sha256_tr
 from g2rpo.lease import Lease, LeaseLost
 from g2rpo.progress import ProgressReport
 from g2rpo.stop import Stopped, StopRequest
-from g2rpo.training.checkpoint import checkpoints
+from g2rpo.training.checkpoint import folder as checkpoints
 from g2rpo.training.config import CheckpointConfig
 from g2rpo.training.metrics import MetricsLog
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,15 +10,10 @@ from torch import Tensor
 
 from g2rpo.flow.sweep import RecordedStep
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
-from g2rpo.training.config import OptimizationConfig
+from g2rpo.training.batch import TrainingBatch, collect_transitions, split_updates
+from g2rpo.training.config import OptimizationConfig, TrainConfig
 from g2rpo.training.objective import clipped_objective, transition_kl
-from g2rpo.training.transitions import (
-    TrainingBatch,
-    Update,
-    collect_transitions,
-    micro_batches,
-    split_updates,
-)
+from g2rpo.training.update import loss
 
 CLIP = 1e-4
 
@@ -129,7 +125,8 @@ def record(step: int, sources: int, seed: int, samples: Sequence[int]) -> Record
     after = states[:, source_of] + law.std * random(PROMPTS, GROUP, *DIM, seed=seed + 1)
     old = torch.stack([log_prob_of(states[p, source_of], after[p], law) for p in range(PROMPTS)])
     shift = 1e-4 * random(PROMPTS, GROUP, seed=seed + 2)
-    return RecordedStep(step, law, states, source_of, tuple(samples), after, (old + shift).detach())
+    old = (old + shift).detach()
+    return RecordedStep(step, 0.5, law, states, source_of, tuple(samples), after, old)
 
 
 WEIGHTS = random(3, 3, seed=90).requires_grad_()
@@ -155,8 +152,23 @@ SUBSETS = [
 ]
 
 
+class Everything:
+    """A conditioning on nothing."""
+
+    def select(self, prompts: Tensor) -> None:
+        assert prompts.max() < PROMPTS
+
+
+class Toy:
+    """A policy whose velocity is that of ``log_prob_of``."""
+
+    def velocity(self, states: Tensor, times: Tensor, conditioning: None) -> Tensor:
+        assert times.tolist() == [0.5] * len(states)
+        return torch.tanh(states @ WEIGHTS)
+
+
 def collect(trained: Sequence[Sequence[Sequence[int]]]) -> TrainingBatch:
-    return collect_transitions(RECORDED, BY_STEP, trained)
+    return collect_transitions(RECORDED, BY_STEP, trained, cast(Any, Everything()))
 
 
 @pytest.mark.parametrize(("trained", "states", "count"), [(ALL, 26, 36), (SUBSETS, 21, 24)])
@@ -188,29 +200,28 @@ def test_collected_transitions_are_the_trained_ones(
     assert not wanted
 
 
-def keys(batch: TrainingBatch, update: Update) -> set[tuple[int, int, int]]:
-    found = set()
-    for i in update.members.tolist():
-        state = int(batch.state_of[i])
-        found.add((batch.steps[state], int(batch.prompts[state]), int(batch.samples[i])))
-    assert len(found) == len(update.members)
+def keys(batch: TrainingBatch) -> set[tuple[int, int, int]]:
+    found = {
+        (batch.steps[state], int(batch.prompts[state]), int(sample))
+        for state, sample in zip(batch.state_of.tolist(), batch.samples, strict=True)
+    }
+    assert len(found) == len(batch)
     return found
 
 
-def test_per_iteration_averages_everything_in_one_update() -> None:
+def test_an_iteration_averages_everything_in_one_update() -> None:
     batch = collect(ALL)
     (update,) = split_updates(batch, OptimizationConfig())
-    assert len(keys(batch, update)) == 36
+    assert len(keys(update)) == 36
     assert update.weight == pytest.approx(1 / 36)
 
 
-def test_per_step_makes_one_undivided_update_for_each_step() -> None:
-    batch = collect(ALL)
-    updates = split_updates(batch, OptimizationConfig(update_every="timestep"))
+def test_a_timestep_makes_one_undivided_update() -> None:
+    updates = split_updates(collect(ALL), OptimizationConfig(update_every="timestep"))
     assert len(updates) == 3
     for step, update in enumerate(updates):
-        assert {key[0] for key in keys(batch, update)} == {step}
-        assert len(update.members) == 12
+        assert {key[0] for key in keys(update)} == {step}
+        assert len(update) == 12
         assert update.weight == pytest.approx(1 / 12)
 
 
@@ -224,48 +235,38 @@ def test_updates_split_the_samples(
     assert len(found) == updates
     seen: set[tuple[int, int, int]] = set()
     for index, update in enumerate(found):
-        members = keys(batch, update)
         size = GROUP // updates
-        assert {sample for _, _, sample in members} == set(range(index * size, (index + 1) * size))
-        assert update.weight * len(update.members) == pytest.approx(1)
-        assert not seen & members
-        seen |= members
+        assert {sample for _, _, sample in keys(update)} == set(
+            range(index * size, (index + 1) * size)
+        )
+        assert update.weight * len(update) == pytest.approx(1)
+        assert not seen & keys(update)
+        seen |= keys(update)
     assert len(seen) == len(batch)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
 def test_micro_batches_cover_an_update_once(size: int) -> None:
-    batch = collect(SUBSETS)
-    for update in split_updates(batch, OptimizationConfig(updates_per_iteration=2)):
-        parts = list(micro_batches(batch, update, size))
-        members = torch.cat([part.members for part in parts])
-        states = torch.cat([part.states for part in parts])
-        assert sorted(members.tolist()) == sorted(update.members.tolist())
+    for update in split_updates(collect(SUBSETS), OptimizationConfig(updates_per_iteration=2)):
+        parts = list(update.split(size))
+        members = [key for part in parts for key in keys(part)]
+        assert len(members) == len(update)
+        assert set(members) == keys(update)
         # Each state goes through one forward, whatever the number of its transitions.
-        assert len(states) == len(set(states.tolist()))
+        assert sum(len(part.states) for part in parts) == len(update.states)
         assert all(0 < len(part.states) <= size for part in parts)
-        for part in parts:
-            assert torch.equal(part.states[part.state_of], batch.state_of[part.members])
+        assert {part.weight for part in parts} == {update.weight}
 
 
-def batched_update(batch: TrainingBatch, update: Update, size: int) -> tuple[float, Tensor]:
+def batched_update(update: TrainingBatch, size: int) -> tuple[float, Tensor]:
     """Loss and gradient of one update, one forward per micro-batch."""
     total = 0.0
     gradient = torch.zeros_like(WEIGHTS)
-    for part in micro_batches(batch, update, size):
-        states = batch.states[part.states]
-        laws = [batch.transitions[i] for i in part.states.tolist()]
-        mean = transition_mean(states, torch.tanh(states @ WEIGHTS), laws)[part.state_of]
-        std = per_state([law.std for law in laws], states)[part.state_of]
-        terms = clipped_objective(
-            log_prob(batch.next_latents[part.members], mean, std),
-            batch.log_prob[part.members],
-            batch.advantage[part.members],
-            CLIP,
-        )
-        loss = terms.loss.sum() * update.weight
-        gradient += torch.autograd.grad(loss, WEIGHTS)[0]
-        total += float(loss.detach())
+    config = TrainConfig.model_construct(optimization=OptimizationConfig(clip_range=CLIP))
+    for part in update.split(size):
+        found = loss(cast(Any, Toy()), part, config)
+        gradient += torch.autograd.grad(found.loss, WEIGHTS)[0]
+        total += float(found.loss.detach())
     return total, gradient
 
 
@@ -309,11 +310,11 @@ def test_loss_and_gradient_equal_the_loop_at_every_micro_batch_size(
 ) -> None:
     batch = collect(trained)
     for update in split_updates(batch, config):
-        loss, gradient = loop_update(keys(batch, update))
+        expected, gradient = loop_update(keys(update))
         assert gradient.abs().max() > 1e-3
         for size in (1, 2, 5, 100):
-            found_loss, found_gradient = batched_update(batch, update, size)
-            assert found_loss == pytest.approx(loss, rel=1e-10, abs=1e-12)
+            found_loss, found_gradient = batched_update(update, size)
+            assert found_loss == pytest.approx(expected, rel=1e-10, abs=1e-12)
             torch.testing.assert_close(found_gradient, gradient, rtol=1e-10, atol=1e-12)
 
 

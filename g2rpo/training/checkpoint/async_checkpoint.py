@@ -1,8 +1,8 @@
 """Checkpoints of sharded weights, written by all ranks in the background.
 
 ``torch.distributed.checkpoint`` copies the tensors to the CPU's memory and writes them while the
-training goes on. What is written counts once it is whole: only then does it get its state file, the
-last of its files, and its name.
+training continues. A checkpoint counts once it is complete: only then does it get its state file,
+the last of its files, and its name.
 """
 
 import shutil
@@ -16,14 +16,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from g2rpo.checksums import checksums_of
-from g2rpo.errors import UserError
 from g2rpo.files import check_publication, publish_folder
-from g2rpo.training.checkpoint import checkpoints
-from g2rpo.training.checkpoint.checkpoints import Progress
+from g2rpo.training.checkpoint.folder import (
+    Progress,
+    checkpoint_folder,
+    prune,
+    write_state,
+    writing,
+)
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import CheckpointConfig
 from g2rpo.training.metrics import keep_metrics
@@ -33,34 +36,8 @@ SHARDS = "shards"
 """The folder of a checkpoint that holds every rank's part."""
 
 
-def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
-    """Fills ``tensors`` from a checkpoint, whatever number of ranks wrote it.
-
-    Args:
-        folder: the checkpoint. Its metadata is a pickle: compare it with its checksums first
-            (:func:`g2rpo.training.checkpoint.checkpoints.problem`).
-        tensors: by name; sharded ones get this rank's part. What else is there is left.
-        group: the process group of all ranks; None reads in this process alone.
-
-    Raises:
-        UserError: the checkpoint is damaged, or lacks one of them.
-    """
-    try:
-        load_distributed(
-            dict(tensors),
-            checkpoint_id=folder / SHARDS,
-            process_group=group,
-            no_dist=group is None,
-        )
-    except (CheckpointException, RuntimeError, ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"{folder}: cannot be read ({_reason(error)}); delete this checkpoint to use the one "
-            "before"
-        ) from None
-
-
-def _reason(error: BaseException) -> str:
-    """The first rank's error, where ``error`` is of several."""
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in one line; the first rank's error, where ``error`` is of several."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300]
@@ -97,19 +74,14 @@ class BackgroundWriter:
             UserError: on all ranks, where a checkpoint cannot be written.
         """
         self.finish()
-        folder = checkpoints.checkpoint_folder(self.run, progress.iteration)
+        folder = checkpoint_folder(self.run, progress.iteration)
         temporary = folder.parent / f".{folder.name}.{SHARDS}.tmp"
-        error = None
-        if self.accelerator.is_main_process:
-            try:
-                with checkpoints.writing(self.run, f"checkpoint {folder.name}"):
-                    check_publication()
-                    shutil.rmtree(temporary, ignore_errors=True)
-                    (temporary / SHARDS).mkdir(parents=True)
-                    keep_metrics(self.run, temporary)
-            except UserError as found:
-                error = found
-        raise_on_all_ranks(self.accelerator, error)
+        with raise_on_all_ranks(self.accelerator), writing(self.run, f"checkpoint {folder.name}"):
+            if self.accelerator.is_main_process:
+                check_publication()
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / SHARDS).mkdir(parents=True)
+                keep_metrics(self.run, temporary)
         future = async_save(
             dict(tensors),
             checkpoint_id=temporary / SHARDS,
@@ -140,24 +112,16 @@ class BackgroundWriter:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        folder = checkpoints.checkpoint_folder(self.run, pending.progress.iteration)
-        error, measured = None, {}
-        try:
-            with checkpoints.writing(self.run, f"checkpoint {folder.name}"):
-                try:
-                    measured = pending.future.result()
-                except (CheckpointException, RuntimeError) as failed:
-                    raise OSError(_reason(failed)) from failed
-        except UserError as found:
-            error = found
-        raise_on_all_ranks(self.accelerator, error)
-        files = {k: v for part in of_all_ranks(self.accelerator, measured) for k, v in part.items()}
-        if self.accelerator.is_main_process:
+        folder = checkpoint_folder(self.run, pending.progress.iteration)
+        what, measured = f"checkpoint {folder.name}", {}
+        with raise_on_all_ranks(self.accelerator), writing(self.run, what):
             try:
-                with checkpoints.writing(self.run, f"checkpoint {folder.name}"):
-                    checkpoints.write_state(pending.temporary, pending.progress, files)
-                    publish_folder(pending.temporary, folder)
-                    checkpoints.prune(self.run, self.config, pending.progress.iteration)
-            except UserError as found:
-                error = found
-        raise_on_all_ranks(self.accelerator, error)
+                measured = pending.future.result()
+            except (CheckpointException, RuntimeError) as failed:
+                raise OSError(reason_of(failed)) from failed
+        files = {k: v for part in of_all_ranks(self.accelerator, measured) for k, v in part.items()}
+        with raise_on_all_ranks(self.accelerator), writing(self.run, what):
+            if self.accelerator.is_main_process:
+                write_state(pending.temporary, pending.progress, files)
+                publish_folder(pending.temporary, folder)
+                prune(self.run, self.config, pending.progress.iteration)

@@ -1,12 +1,15 @@
-"""Loads the policy and holds its weights as a configuration wants it."""
+"""Loads the policy, holds its weights as a configuration wants them, and makes the optimiser."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from g2rpo.errors import UserError
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.kernels import compile_blocks, resolve_attention, set_attention
-from g2rpo.training.config import TrainConfig
+from g2rpo.training.config import OptimizationConfig, TrainConfig
 from g2rpo.training.engine.sharded import ShardedWeights
 from g2rpo.training.engine.weights import MasterWeights, TrainedWeights
 
@@ -53,3 +56,30 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
     chosen = resolve_attention(config.execution.attention, accelerator.device, dtype)
     set_attention(policy.transformer, chosen)
     return weights
+
+
+def build_optimizer(
+    settings: OptimizationConfig, parameters: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """AdamW with whole or 8-bit states.
+
+    Raises:
+        UserError: 8-bit states are asked for and torchao is not installed.
+    """
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if settings.optimizer == "adamw_8bit":
+        try:
+            from torchao.optim import AdamW8bit  # optional, and slow to import
+        except ImportError:
+            raise UserError(
+                "optimization.optimizer: adamw_8bit needs torchao, which is not installed: "
+                "`pip install torchao`, or use adamw"
+            ) from None
+        kind = AdamW8bit
+    return kind(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, with checksums; the newest undamaged one is resumed from.
+"""The folders of checkpoints: complete or absent, with checksums; runs resume from the newest.
 
 Nothing here imports a model library: runs are listed on login nodes.
 """
@@ -32,6 +32,8 @@ CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints."""
 STATE = "state.json"
 """The file that completes a checkpoint."""
+COUNTED = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
+"""The whole-number costs of :class:`Progress`."""
 
 
 @dataclass
@@ -63,6 +65,17 @@ class Progress:
     rollout_micro_batch: int | None = None
     decode_images: int | None = None
     reused_evaluations: int | None = None
+
+    def advance(self, sums: Mapping[str, float], *, step_cache: bool) -> None:
+        """Counts one more iteration, whose cost over all ranks ``sums`` holds by field."""
+        self.iteration += 1
+        for name in COUNTED:
+            setattr(self, name, getattr(self, name) + round(sums[name]))
+        self.device_seconds += sums["device_seconds"]
+        if step_cache:
+            self.reused_evaluations = (self.reused_evaluations or 0) + round(
+                sums["reused_evaluations"]
+            )
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
@@ -176,11 +189,7 @@ def _delete(folder: Path) -> None:
 
 @contextmanager
 def writing(run: Path, what: str) -> Iterator[None]:
-    """Around a write into the run folder: a full disk, and the like, is told in one line.
-
-    Args:
-        run: the run folder.
-        what: is written, for the message.
+    """Around a write of ``what`` into the run folder: an error of the disk becomes one line.
 
     Raises:
         UserError: it could not be written; the checkpoints before it are as they were.
@@ -190,12 +199,12 @@ def writing(run: Path, what: str) -> Iterator[None]:
     except (OSError, safetensors.SafetensorError) as error:
         text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         full = any(word in str(error) for word in FULL_DISK)
-        mend = "free space there (or raise the quota)" if full else "mend that"
+        fix = "free space there (or raise the quota)" if full else "fix that"
         saved = saved_iterations(run)
-        rest = "there is no checkpoint yet, so training begins anew"
+        rest = "there is no checkpoint yet, so training starts over"
         if saved:
-            rest = f"{checkpoint_folder(run, saved[-1]).name} is intact, and training goes on there"
+            rest = f"{checkpoint_folder(run, saved[-1]).name} is intact, and training resumes there"
         raise UserError(
-            f"{run}: {what} cannot be written ({text}); {mend} and run the same command again: "
+            f"{run}: {what} cannot be written ({text}); {fix} and run the same command again: "
             f"{rest}"
         ) from error

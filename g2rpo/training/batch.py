@@ -1,0 +1,188 @@
+"""What a rollout teaches: its stochastic transitions with their advantages, as training data."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from g2rpo.data.prompts import Prompt
+from g2rpo.flow.sweep import RecordedStep
+from g2rpo.flow.transition import Transition
+from g2rpo.policy import Conditioning
+from g2rpo.training.advantages import TransitionAdvantages, transition_advantages
+from g2rpo.training.config import OptimizationConfig, TrainConfig
+from g2rpo.training.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """N trained transitions that leave U distinct states.
+
+    Samples that share a state (all of a G2RPO group share x_k) share its training forward.
+
+    Attributes:
+        conditioning: of the P prompts.
+        states: the states x_k, [U, ...].
+        times: the model's time at each state, [U].
+        prompts: prompt index of each state, [U] int64.
+        steps: grid step of each state, length U.
+        transitions: the law of each state's transition, length U.
+        state_of: which state each transition leaves, [N] int64.
+        samples: sample index of each transition, [N] int64.
+        next_latents: x_{k+1}, [N, ...].
+        log_prob: under the rollout policy, as stored at the rollout, [N].
+        advantage: [N] float64.
+        weight: of each transition in the loss of its update, whose transitions' mean it is.
+    """
+
+    conditioning: Conditioning
+    states: Tensor
+    times: Tensor
+    prompts: Tensor
+    steps: tuple[int, ...]
+    transitions: tuple[Transition, ...]
+    state_of: Tensor
+    samples: Tensor
+    next_latents: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    weight: float
+
+    def __len__(self) -> int:
+        return len(self.state_of)
+
+    def update(self, members: Tensor) -> "TrainingBatch":
+        """The update that takes the mean over the transitions ``members`` alone."""
+        part = self._part(torch.unique(self.state_of[members]), members)
+        return replace(part, weight=1.0 / len(members))
+
+    def split(self, size: int) -> Iterator["TrainingBatch"]:
+        """Micro-batches of at most ``size`` states, with all the transitions that leave them."""
+        for states in torch.split(torch.arange(len(self.states)), size):
+            yield self._part(states, torch.nonzero(torch.isin(self.state_of, states)).flatten())
+
+    def _part(self, states: Tensor, members: Tensor) -> "TrainingBatch":
+        kept = states.tolist()
+        return replace(
+            self,
+            states=self.states[states],
+            times=self.times[states],
+            prompts=self.prompts[states],
+            steps=tuple(self.steps[i] for i in kept),
+            transitions=tuple(self.transitions[i] for i in kept),
+            state_of=torch.searchsorted(states, self.state_of[members]),
+            samples=self.samples[members],
+            next_latents=self.next_latents[members],
+            log_prob=self.log_prob[members],
+            advantage=self.advantage[members],
+        )
+
+
+def rollout_advantages(
+    rollout: Rollout, config: TrainConfig, rewards: Mapping[str, Tensor] | None = None
+) -> TransitionAdvantages:
+    """The advantages of a rollout's transitions.
+
+    Args:
+        rollout: says which step each group credits.
+        config: weights of the rewards, normalisation and combination.
+        rewards: [P, groups, G] by name; the rollout's own by default.
+    """
+    if rewards is None:
+        rewards = {name: rollout.group_rewards(name) for name in config.rewards}
+    weights = {name: reward.weight for name, reward in config.rewards.items()}
+    steps = [step.step for step in rollout.recorded]
+    return transition_advantages(rewards, weights, rollout.tree.groups, steps, config.advantage)
+
+
+def training_batch(
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    config: TrainConfig,
+    advantages: TransitionAdvantages | None = None,
+) -> TrainingBatch:
+    """The transitions of a rollout that are trained, with their advantages.
+
+    Args:
+        rollout: of ``prompts``.
+        prompts: P prompts.
+        config: the method chooses the trained steps; rewards and advantages are combined by it.
+        advantages: by step, [P, G]; :func:`rollout_advantages` by default.
+    """
+    if advantages is None:
+        advantages = rollout_advantages(rollout, config)
+    recorded = [step.step for step in rollout.recorded]
+    trained = [
+        [
+            config.method.trained_steps(recorded, config.seed, rollout.iteration, (prompt.id, g))
+            for g in range(config.rollout.group_size)
+        ]
+        for prompt in prompts
+    ]
+    return collect_transitions(rollout.recorded, advantages.by_step, trained, rollout.conditioning)
+
+
+def collect_transitions(
+    recorded: Sequence[RecordedStep],
+    advantages: Sequence[Tensor],
+    trained: Sequence[Sequence[Sequence[int]]],
+    conditioning: Conditioning,
+) -> TrainingBatch:
+    """Flattens the recorded steps, keeping the transitions that are trained.
+
+    Args:
+        recorded: the rollout's stochastic steps, with P prompts and N transitions each.
+        advantages: for each recorded step, [P, G].
+        trained: for each prompt and sample, the steps that are trained.
+        conditioning: of the P prompts.
+    """
+    # One entry for each (step, prompt) with a trained transition.
+    found: list[tuple[RecordedStep, int, list[int], list[int], Tensor]] = []
+    for step, advantage in zip(recorded, advantages, strict=True):
+        for prompt in range(len(step.sources)):
+            kept = [n for n, g in enumerate(step.samples) if step.step in trained[prompt][g]]
+            if kept:
+                used = sorted({int(step.source_of[n]) for n in kept})
+                found.append((step, prompt, kept, used, advantage))
+    state_of: list[int] = []
+    states = 0
+    for step, _, kept, used, _ in found:
+        state_of += [states + used.index(int(step.source_of[n])) for n in kept]
+        states += len(used)
+    like = recorded[0].sources
+    return TrainingBatch(
+        conditioning=conditioning,
+        states=torch.cat([step.sources[p, used] for step, p, _, used, _ in found]),
+        times=like.new_tensor(
+            [step.time for step, _, _, used, _ in found for _ in used],
+            dtype=torch.promote_types(like.dtype, torch.float32),
+        ),
+        prompts=torch.tensor([p for _, p, _, used, _ in found for _ in used]),
+        steps=tuple(step.step for step, _, _, used, _ in found for _ in used),
+        transitions=tuple(step.transition for step, _, _, used, _ in found for _ in used),
+        state_of=torch.tensor(state_of),
+        samples=torch.tensor([step.samples[n] for step, _, kept, _, _ in found for n in kept]),
+        next_latents=torch.cat([step.next_latents[p, kept] for step, p, kept, _, _ in found]),
+        log_prob=torch.cat([step.log_prob[p, kept] for step, p, kept, _, _ in found]),
+        advantage=torch.cat(
+            [value[p, [step.samples[n] for n in kept]] for step, p, kept, _, value in found]
+        ),
+        weight=1.0 / len(state_of),
+    )
+
+
+def split_updates(batch: TrainingBatch, config: OptimizationConfig) -> list[TrainingBatch]:
+    """The optimiser steps of one iteration, in order.
+
+    With ``update_every: iteration`` a loss averages over samples, prompts and trained steps; with
+    ``timestep`` there is one update per trained step, which averages over samples and prompts.
+    """
+    if config.update_every == "timestep":
+        step_of = torch.tensor(batch.steps)[batch.state_of]
+        parts = [step_of == step for step in sorted(set(batch.steps))]
+    else:
+        group_size = int(batch.samples.max()) + 1
+        chunk = batch.samples // (group_size // config.updates_per_iteration)
+        parts = [chunk == index for index in range(config.updates_per_iteration)]
+    return [batch] if len(parts) == 1 else [batch.update(torch.nonzero(p).flatten()) for p in parts]

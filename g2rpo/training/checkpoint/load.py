@@ -1,0 +1,197 @@
+"""Reads checkpoints: to resume a training, to sample from what it trained, to export that.
+
+Complete and sharded checkpoints are read alike, whichever the run writes now, at any number of
+ranks.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+from g2rpo.checksums import parse_document
+from g2rpo.config import validate
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_folder
+from g2rpo.policy import FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy.checkpoint import copy_whole
+from g2rpo.policy.export import write_checksums
+from g2rpo.training.checkpoint.async_checkpoint import SHARDS, reason_of
+from g2rpo.training.checkpoint.folder import (
+    Progress,
+    checkpoint_folder,
+    latest_checkpoint,
+    problem,
+    read_progress,
+    remove_unfinished,
+    saved_iterations,
+    writing,
+)
+from g2rpo.training.checkpoint.state import TrainingState
+from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
+from g2rpo.training.metrics import METRICS_FILE, restore_metrics
+
+logger = logging.getLogger(__name__)
+
+
+def resume(state: TrainingState, group: Any = None) -> Progress:
+    """Restores the newest undamaged checkpoint, if there is one, with its metrics.
+
+    Args:
+        state: what is restored.
+        group: the process group that reads sharded weights; None reads in each process alone.
+
+    Returns:
+        How far the run is.
+
+    Raises:
+        UserError: a checkpoint cannot be read, or is of other weights than are trained now.
+    """
+    ranks = state.accelerator
+
+    def shared_problem(folder: Path) -> str | None:
+        own = problem(folder, slice(ranks.process_index, None, ranks.num_processes))
+        return next((one for one in of_all_ranks(ranks, own) if one is not None), None)
+
+    folder = latest_checkpoint(state.run, shared_problem)
+    with raise_on_all_ranks(ranks), writing(state.run, METRICS_FILE):
+        if ranks.is_main_process:
+            remove_unfinished(state.run)
+            restore_metrics(state.run, folder)
+    if folder is None:
+        return Progress()
+    if (folder / SHARDS).is_dir():
+        state.fill_optimizer(None)
+        tensors = state.tensors()
+        _read_shards(folder, tensors, group)
+        state.repack_optimizer(tensors)
+        average_steps = tensors.get("ema.optimization_step")
+    else:
+        average_steps = _read_whole(state, folder)
+    if state.ema is not None and average_steps is not None:
+        state.ema.optimization_step = int(average_steps)
+    state.weights.updated()
+    progress = read_progress(folder)
+    logger.info("resuming after iteration %d", progress.iteration)
+    return progress
+
+
+def _read_whole(state: TrainingState, folder: Path) -> Tensor | None:
+    """Reads a complete checkpoint; how many steps its average has, where there is one."""
+    with state.weights.exact():
+        if state.config.lora is None:
+            state.weights.policy.load_transformer(folder / "transformer")
+        else:
+            state.weights.policy.load_lora(folder / "lora")
+    state.fill_optimizer(_load_tensors(folder / "optimizer.safetensors"))
+    if state.ema is None:
+        return None
+    tensors = _load_tensors(folder / "ema.safetensors")
+    for name, average in state.averages.items():
+        copy_whole(average, tensors[name])
+    return tensors["optimization_step"]
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; delete this checkpoint to use the one before") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete this checkpoint to use the one before"
+        ) from None
+
+
+def _read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
+    """Fills ``tensors`` from a sharded checkpoint, whatever number of ranks wrote it.
+
+    Its metadata is a pickle, so it has been compared with its checksums before (:func:`problem`).
+    Sharded tensors get this rank's part; what else the checkpoint holds is left out.
+    """
+    try:
+        load_distributed(
+            dict(tensors),
+            checkpoint_id=folder / SHARDS,
+            process_group=group,
+            no_dist=group is None,
+        )
+    except (CheckpointException, RuntimeError, ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"{folder}: cannot be read ({reason_of(error)}); delete this checkpoint to use the one "
+            "before"
+        ) from None
+
+
+def load_trained(policy: FluxPolicy, run: Path) -> Path:
+    """Lays what ``run`` has trained over ``policy``, which is of its base: the average, where kept.
+
+    Args:
+        policy: without adapters; of a run with adapters it gets them.
+        run: a run folder, of complete, sharded or LoRA checkpoints.
+
+    Returns:
+        The checkpoint that was read: the newest.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another base.
+    """
+    iterations = saved_iterations(run)
+    if not iterations:
+        raise UserError(f"{run}: no checkpoint; train this cell first")
+    checkpoint = checkpoint_folder(run, iterations[-1])
+    found = problem(checkpoint)
+    if found is not None:  # the one before it would be of another policy than the run's
+        raise UserError(f"{checkpoint}: {found}; train this cell again, which repairs it")
+    if (checkpoint / SHARDS).is_dir():
+        saved = FileSystemReader(checkpoint / SHARDS).read_metadata().state_dict_metadata
+        kind = "ema" if "ema.optimization_step" in saved else "weights"
+        parameters = policy.transformer.named_parameters()
+        _read_shards(checkpoint, {f"{kind}.{name}": p.detach() for name, p in parameters})
+        return checkpoint
+    for name, load in (("transformer", policy.load_transformer), ("lora", policy.load_lora)):
+        for folder in (checkpoint / f"ema_{name}", checkpoint / name):
+            if folder.is_dir():
+                load(folder)
+                return checkpoint
+    raise UserError(f"{checkpoint}: holds no weights; delete this checkpoint")
+
+
+def export_trained(run: Path, output: Path) -> str:
+    """Writes what ``run`` has trained as diffusers has it, in the policy's dtype.
+
+    Full fine-tuning gives a FluxPipeline folder, adapters a LoRA file that
+    ``FluxPipeline.load_lora_weights`` loads over the base.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: ``run`` is no run folder or has no checkpoint, or ``output`` holds its base.
+    """
+    path = run / "config.json"
+    try:
+        settings = parse_document(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); is it a run folder?") from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); train this cell again") from None
+    # The base alone: the other settings of an older version's run may have other names.
+    policy = FluxPolicy.load(validate(PolicyConfig, settings.get("policy"), str(path)), "cpu")
+    checkpoint = load_trained(policy, run)
+    if policy.has_lora:
+        lora = "ema_lora" if (checkpoint / "ema_lora").is_dir() else "lora"
+        with atomic_folder(output) as temporary:
+            shutil.copytree(checkpoint / lora, temporary, dirs_exist_ok=True)
+            write_checksums(temporary)
+        return f"LoRA file of {checkpoint.name}"
+    export_pipeline(policy, output)
+    return f"FluxPipeline folder of {checkpoint.name}"
