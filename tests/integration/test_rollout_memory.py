@@ -53,7 +53,7 @@ def test_a_sharded_rank_that_runs_out_ends_the_run_to_be_resumed(
     assert json.loads((tmp_path / "stopped.json").read_text()) == {"resume": True}
     config = config_for(smoke_assets, execution={"rollout_micro_batch": 8})
     resumed = trainer_for(config, tmp_path / "sharded")
-    assert resumed.sizes.velocity.states == 4
+    assert resumed.sizes.rollout.states == 4
 
 
 def test_sharded_blocks_can_be_compiled(smoke_assets: Path, tmp_path: Path) -> None:
