@@ -1,5 +1,6 @@
 """From the rewards of a group's images to the advantages of its stochastic transitions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,7 +69,10 @@ class Normalized:
 
 
 def normalize(
-    rewards: torch.Tensor, config: AdvantageConfig, magnitude: torch.Tensor | None = None
+    rewards: torch.Tensor,
+    config: AdvantageConfig,
+    magnitude: torch.Tensor | None = None,
+    present: torch.Tensor | None = None,
 ) -> Normalized:
     """(r - mean) / (std + epsilon) over the last dimension, in float64.
 
@@ -77,20 +81,31 @@ def normalize(
         config: normaliser, ddof and epsilon.
         magnitude: [..., G], the size at which the rewards were rounded; theirs by default, more
             where they are sums whose terms may cancel.
+        present: [..., G] bool, for groups of unequal size: which rewards count. The others may
+            hold anything and get advantage 0, as does a group of one.
 
     A group whose rewards are equal up to float32 rounding gets advantage 0: computed naively,
     rounding noise divided by epsilon would give advantages in the hundreds.
     """
     values = rewards.to(torch.float64)
-    mean = values.mean(dim=-1, keepdim=True)
-    if config.normalizer == "group":
+    if present is None:
+        low = high = batch = values
+        mean = values.mean(dim=-1, keepdim=True)
         std = values.std(dim=-1, keepdim=True, correction=config.ddof)
     else:
-        std = values.std(correction=config.ddof).expand_as(mean)
-    spread = values.amax(dim=-1, keepdim=True) - values.amin(dim=-1, keepdim=True)
+        low, high = values.where(present, math.inf), values.where(present, -math.inf)
+        batch, values = values[present], values.where(present, 0.0)
+        count = present.sum(dim=-1, keepdim=True)
+        mean = values.sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        squares = (values - mean).where(present, 0.0).square().sum(dim=-1, keepdim=True)
+        std = (squares / (count - config.ddof).clamp(min=1)).sqrt()
+    if config.normalizer == "global_std":
+        std = batch.std(correction=config.ddof).expand_as(mean)
+    spread = high.amax(dim=-1, keepdim=True) - low.amin(dim=-1, keepdim=True)
     size = (values if magnitude is None else magnitude).abs().amax(dim=-1, keepdim=True)
     equal = spread <= EQUAL_REWARDS_TOLERANCE * size
-    centered = torch.where(equal, torch.zeros_like(values), values - mean)
+    none = equal if present is None else equal | ~present
+    centered = torch.where(none, torch.zeros_like(values), values - mean)
     scale = torch.where(equal & (std + config.epsilon == 0), torch.ones_like(std), std)
     return Normalized(centered / (scale + config.epsilon), equal.squeeze(-1))
 
