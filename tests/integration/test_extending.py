@@ -7,8 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from g2rpo.training.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
@@ -43,7 +47,7 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(page: str, tmp_path: Path
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
     shutil.copytree(ROOT / "results" / "paper", tmp_path / "results" / "paper")
     files = FILE.findall(page)
-    assert len(files) == 7
+    assert len(files) == 8
     for name, text in files:
         assert not (tmp_path / name).exists()
         (tmp_path / name).write_text(text)
@@ -54,7 +58,7 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(page: str, tmp_path: Path
     assert source.count(opening) == 1
     registry.write_text(source.replace(opening, opening + line))
 
-    table, policy, training = COMMAND.findall(page)
+    table, policy, training, _ = COMMAND.findall(page)
     assert "First step only" in follow(*table, tmp_path)
     written = tmp_path / "results" / "runs" / "my-profile" / "my_table" / "my_table.md"
     assert "Colourfulness" in written.read_text()
@@ -65,3 +69,27 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(page: str, tmp_path: Path
     follow(*training, tmp_path)
     (new,) = set(runs.glob("first_step-*")) - before
     assert json.loads((new / "config.json").read_text())["policy"]["source"] == "my-policy"
+
+
+def test_an_iteration_by_hand_is_the_trainers(
+    page: str, smoke_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "runs" / "assets").mkdir(parents=True)
+    (tmp_path / "results" / "runs" / "assets" / "smoke").symlink_to(smoke_assets)
+    code = dict(FILE.findall(page))["by_hand.py"]
+    found: dict[str, Any] = {}
+    exec(compile(code, "by_hand.py", "exec"), found)
+    assert float((found["found"].ratio - 1).abs().max()) == 0
+    rollout = found["rollout"]
+    states = rollout.states.shape[:2]
+    assert states == (len(found["prompts"]), len(rollout.tree.states))
+    for step in rollout.recorded:  # what was recorded is among the states that were kept
+        kept = [i for i in rollout.tree.recorded if rollout.tree.states[i].node == step.step + 1]
+        assert torch.equal(rollout.states[:, kept], step.next_latents)
+
+    trainer = Trainer(found["config"], tmp_path / "run")
+    trainer.iterate()
+    expected = trainer.policy.transformer.state_dict()
+    for name, value in found["policy"].transformer.state_dict().items():
+        assert torch.equal(value, expected[name])
