@@ -60,7 +60,7 @@ REFERENCE = {
     "g2rpo": {"config", "errors", "sampling", "seeds"},
     "data": {"prompts"},
     "flow": {"rollout_tree", "granularity", "schedule", "sweep", "transition"},
-    "methods": {"base", "dance_grpo", "flow_grpo", "g2rpo", "mix_grpo"},
+    "methods": {"base", "dance_grpo", "flow_grpo", "g2rpo", "mix_grpo", "presets"},
     "policy": {"conditioning", "config", "flux"},
     "rewards": {"base", "clip_score", "preprocessing", "registry", "weights"},
     "training": {

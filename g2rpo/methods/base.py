@@ -125,7 +125,9 @@ def method_names() -> list[str]:
 @functools.cache
 def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
     modules = pkgutil.iter_modules(folders)
-    return tuple(sorted(module.name for module in modules if module.name != "base"))
+    return tuple(
+        sorted(module.name for module in modules if module.name not in ("base", "presets"))
+    )
 
 
 def parse_method(value: Any) -> Method:

@@ -6,7 +6,6 @@ from reproduce.experiment.cells import (
     CellConfig,
     Experiment,
     load_experiment,
-    load_preset,
 )
 from reproduce.experiment.profile import Hardware, Profile, PromptSplits, load_profile
 from reproduce.experiment.resolving import ResolvedCell, Resolver, expand, judges, resolve
@@ -26,7 +25,6 @@ __all__ = [
     "expand",
     "judges",
     "load_experiment",
-    "load_preset",
     "load_profile",
     "resolve",
 ]

@@ -8,7 +8,6 @@ from pydantic import Field
 from benchmarks.evaluation.protocol import CreditConfig
 from benchmarks.evaluation.results import Key
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
-from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig
 from reproduce.experiment.bundled import FolderName, named_file
 from reproduce.tables.spec import TableSpec
@@ -134,12 +133,3 @@ def load_experiment(name: str) -> Experiment:
             if isinstance(cell, dict) and "train" in cell:
                 row.setdefault("train", cell["train"])
     return validate(Experiment, data, f"experiment {name}")
-
-
-def load_preset(method: str, preset: str) -> dict[str, Any]:
-    """The section of ``reproduce/methods/<method>.yaml`` for ``preset``."""
-    data = load_yaml(named_file("methods", method, "method preset"))
-    if preset not in data:
-        raise UserError(f"reproduce/methods/{method}.yaml has no section {preset!r}")
-    section: dict[str, Any] = data[preset]
-    return section

@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 from benchmarks.evaluation.protocol import EvaluationConfig
 from g2rpo.config import StrictModel, merge, nearest, validate
 from g2rpo.errors import UserError
+from g2rpo.methods.presets import load_preset
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import REWARDS
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.experiment.bundled import absolute
-from reproduce.experiment.cells import CellConfig, Experiment, load_preset
+from reproduce.experiment.cells import CellConfig, Experiment
 from reproduce.experiment.profile import Profile, PromptSplits
 
 

@@ -80,7 +80,7 @@ def test_an_iteration_by_hand_is_the_trainers(
     code = dict(FILE.findall(page))["by_hand.py"]
     found: dict[str, Any] = {}
     exec(compile(code, "by_hand.py", "exec"), found)
-    assert float((found["found"].ratio - 1).abs().max()) == 0
+    assert float((found["found"].ratio - 1).abs().max()) < 2e-5
     rollout = found["rollout"]
     states = rollout.states.shape[:2]
     assert states == (len(found["prompts"]), len(rollout.tree.states))

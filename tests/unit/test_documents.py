@@ -76,7 +76,7 @@ def test_published_figures_are_marked_as_such(mini: dict[str, Any], tmp_path: Pa
 
 
 def test_methods_rewards_and_measures_have_references() -> None:
-    methods = {path.stem for path in (ROOT / "reproduce" / "methods").glob("*.yaml")}
+    methods = {path.stem for path in (ROOT / "g2rpo" / "methods").glob("*.yaml")}
     known = set(references.read_bibliography())
     for names, cited in (
         (methods | {"base", "checkpoint"}, references.METHODS),

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from g2rpo import provenance
 from g2rpo.config import merge
 from g2rpo.errors import UserError
+from g2rpo.methods.base import method_names
+from g2rpo.methods.presets import load_preset
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.experiment import (
@@ -20,7 +22,6 @@ from reproduce.experiment import (
     ResolvedCell,
     expand,
     load_experiment,
-    load_preset,
     load_profile,
     resolve,
 )
@@ -28,7 +29,7 @@ from reproduce.experiment import fingerprint as runs
 
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
 PROFILES = sorted(path.stem for path in (HERE / "profiles").glob("*.yaml"))
-METHODS = sorted(path.stem for path in (HERE / "methods").glob("*.yaml"))
+METHODS = method_names()
 
 
 def trained(cell: ResolvedCell) -> TrainConfig:
