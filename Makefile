@@ -178,7 +178,7 @@ plan: $(READY) ## what a table takes before it is run (TABLE=table1, PROFILE=flu
 	$(RUN)/g2rpo plan $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES)
 
 submit: $(READY) ## submit a table and return (TABLE=, PROFILE=, CLUSTER= as for plan)
-	$(RUN)/g2rpo submit $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES)
+	$(RUN)/g2rpo reproduce $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES) --detach
 
 status: $(READY) ## where the stages of the latest submission stand
 	$(RUN)/g2rpo status

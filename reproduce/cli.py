@@ -33,6 +33,7 @@ from reproduce.commands.options import (
 if TYPE_CHECKING:
     from reproduce.experiment import ResolvedCell
     from reproduce.experiment.layout import Layout
+    from reproduce.stages.base import Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,17 +65,13 @@ def _cell(
     return experiments.resolve(loaded, chosen, key, seed, settings)
 
 
-def _perform(kind: str, cell: "ResolvedCell", results: Path) -> "Layout":
-    """Does one stage of a cell under its lease, on the ranks that were launched."""
-    from reproduce.stages.work import Work, finish, perform
+def _perform(stage: "Stage") -> None:
+    """Does one stage under its lease, on the ranks that were launched."""
+    from reproduce.stages.base import perform
     from slurm.distributed import join
 
-    layout = layout_of(results)
     with join(int(os.environ.get("WORLD_SIZE", "1"))) as ranks:
-        perform(Work(kind, cell, layout), ranks)
-    if kind == "score":
-        finish(cell, layout, 1)
-    return layout
+        perform(stage, ranks)
 
 
 @app.command()
@@ -87,8 +84,12 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one cell, or go on with it. Start it with `accelerate launch` for several ranks."""
+    from reproduce.stages.training import Train
+
     resolved = _cell(experiment, cell, profile, seed, overrides)
-    typer.echo(_perform("train", resolved, results).training(resolved))
+    stage = Train(layout_of(results), resolved)
+    _perform(stage)
+    typer.echo(stage.folder)
 
 
 @app.command()
@@ -101,8 +102,12 @@ def sample(
     overrides: Overrides = None,
 ) -> None:
     """Sample the held-out images of one trained cell."""
+    from reproduce.stages.evaluation import Sample
+
     resolved = _cell(experiment, cell, profile, seed, overrides)
-    typer.echo(_perform("sample", resolved, results).evaluation(resolved) / "images")
+    stage = Sample(layout_of(results), resolved)
+    _perform(stage)
+    typer.echo(stage.images)
 
 
 @app.command()
@@ -156,10 +161,7 @@ def score(
         ):
             if given is not None:
                 raise UserError(f"{name} is for a folder or manifest, not for an experiment's cell")
-        resolved = _cell(source, cell, profile or "mini", seed, overrides)
-        _perform("sample", resolved, results)
-        layout = _perform("score", resolved, results)
-        typer.echo(layout.evaluation(resolved) / "scores.parquet")
+        _score_cell(_cell(source, cell, profile or "mini", seed, overrides), layout_of(results))
         return
     from reproduce import experiment as experiments
     from reproduce.jobs.runner import build_assets
@@ -176,6 +178,16 @@ def score(
     path = Path(source)
     request = judging.Request(path, prompts, output or judging.default_output(path), skip_bad)
     judging.judge(request, configs)
+
+
+def _score_cell(cell: "ResolvedCell", layout: "Layout") -> None:
+    from reproduce.stages.evaluation import Sample, Score
+
+    _perform(Sample(layout, cell))
+    stage = Score(layout, cell)
+    _perform(stage)
+    stage.finish()  # where it was killed after the last share was scored
+    typer.echo(stage.folder / "scores.parquet")
 
 
 @app.command()
@@ -210,7 +222,6 @@ def render(
 for verb in (
     run.reproduce,
     run.plan,
-    run.submit,
     jobs.status,
     jobs.logs,
     jobs.cancel,

@@ -40,7 +40,7 @@ SiteName = Annotated[OneLine, AfterValidator(_one_name)]
 Text = Annotated[OneLine, AfterValidator(_not_blank)]
 TimeLimit = Annotated[int, BeforeValidator(minutes_of), Field(ge=1, le=365 * 24 * 60)]
 """Whole minutes, or a time as sbatch has it."""
-BUILT_IN = ("auto", "slurm", "local", "debug")
+BUILT_IN = ("auto", "slurm", "local")
 
 
 class Mail(StrictModel):
@@ -91,9 +91,8 @@ class Cluster(StrictModel):
     """One place to run."""
 
     name: str = "slurm"
-    kind: Literal["slurm", "local", "debug"] = "slurm"
-    """``local``: this machine, as many stages at once as it has devices. ``debug``: this process,
-    one stage after the other, errors with their traceback."""
+    kind: Literal["slurm", "local"] = "slurm"
+    """``local``: this machine, as many stages at once as it has devices."""
     partition: SiteName | None = None
     cpu_partition: SiteName | None = None
     """For stages without a GPU; null is the same."""
@@ -222,9 +221,9 @@ def load_cluster(name: str, *, gpus: int = 0) -> Cluster:
     """The cluster that ``name`` stands for.
 
     Args:
-        name: ``slurm``, ``local``, ``debug``, a bundled profile or a YAML file; ``auto`` is the
-            file in ``G2RPO_CLUSTER`` where that is set, else SLURM where it is found and the work
-            needs GPUs, else this machine.
+        name: ``slurm``, ``local``, a bundled profile or a YAML file; ``auto`` is the file in
+            ``G2RPO_CLUSTER`` where that is set, else SLURM where it is found and the work needs
+            GPUs, else this machine.
         gpus: how many GPUs the work needs.
 
     Raises:

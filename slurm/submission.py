@@ -24,7 +24,7 @@ from g2rpo.files import atomic_write_bytes, guarded_folder, write_json
 from slurm.cluster import Cluster
 from slurm.graph import Graph, Stage
 
-FORMAT = 1
+FORMAT = 2
 RECORD, COPY, JOBS = "submission.json", "submission-copy.json", "jobs.jsonl"
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,10 @@ class Submission:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if isinstance(data, dict) and data.get("format", FORMAT) != FORMAT:
-            raise OtherVersion(f"{path}: written by another version of g2rpo")
+            raise OtherVersion(
+                f"{path}: written by another version of g2rpo; the same `g2rpo reproduce` submits "
+                "again what is left"
+            )
         try:
             record = validate(_Record, data, str(path))
             graph = Graph(record.stages)

@@ -19,7 +19,7 @@ from g2rpo.training.previews import pictures_folder
 from reproduce.experiment import Profile, load_experiment, load_profile, resolve
 from reproduce.experiment.layout import Layout, protocol_hash
 from reproduce.report.chapter import Chapter, load_chapter
-from reproduce.stages.cell_stages import held_out_prompts, picture_scores
+from reproduce.stages.evaluation_files import preview_scores
 
 SEEDS = (1, 2, 3)
 ITERATIONS = 6
@@ -135,7 +135,7 @@ def _save(results: Results, key: str, seed: int | None, number: int) -> None:
     experiment, profile = load_experiment(str(results.experiment)), results.loaded
     resolved = resolve(experiment, profile, key, seed or 0)
     run, evaluation = (results.layout.training(resolved), results.layout.evaluation(resolved))
-    prompts = held_out_prompts(resolved)
+    prompts = resolved.held_out_prompts()
     ids = [prompt.id for prompt in prompts]
     gain = ROWS.get(key, 0.0)
     provenance = Provenance(
@@ -169,7 +169,7 @@ def _save(results: Results, key: str, seed: int | None, number: int) -> None:
         for index, prompt in enumerate(kept):
             _paint(image_path(pictures_folder(run, iteration), prompt), number, iteration, index)
         part = cell.scores[cell.scores["prompt_id"].isin([prompt.id for prompt in kept])]
-        part.to_parquet(_made(picture_scores(evaluation, iteration)), index=False)
+        part.to_parquet(_made(preview_scores(evaluation, iteration)), index=False)
 
 
 def _made(path: Path) -> Path:

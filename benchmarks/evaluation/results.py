@@ -86,6 +86,12 @@ class Provenance(StrictModel):
     """Where weights that were trained elsewhere came from: a path, or a hub id with its commit."""
 
 
+def cell_name(row: str, seed: int | None) -> str:
+    """The name of a cell in files: unique, since keys hold neither ``--`` nor ``__``."""
+    plain = row.replace("/", "--")
+    return plain if seed is None else f"{plain}__seed{seed}"
+
+
 class CellInfo(StrictModel):
     """Everything about a cell except its scores.
 
@@ -115,9 +121,8 @@ class CellInfo(StrictModel):
 
     @property
     def name(self) -> str:
-        """The file name of this cell: unique, since keys hold neither ``--`` nor ``__``."""
-        plain = self.row.replace("/", "--")
-        return plain if self.seed is None else f"{plain}__seed{self.seed}"
+        """Its name in files."""
+        return cell_name(self.row, self.seed)
 
 
 class _CellFile(StrictModel):

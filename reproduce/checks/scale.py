@@ -9,6 +9,7 @@ from g2rpo.hub.lock import read_lock
 from g2rpo.hub.status import artifact_state
 from reproduce.commands.weights import WEIGHTS, needed_by_profile
 from reproduce.experiment import ROOT
+from reproduce.stages.run import CLASSES
 from slurm.checks.finding import Case, Finding, listed
 from slurm.cluster import Cluster
 from slurm.graph import Needs
@@ -37,7 +38,7 @@ def case_of(profile: "Profile", cluster: Cluster, results: Path, cached: Sequenc
         shares=profile.hardware.evaluation_shares,
         gpu_memory_gb=profile.hardware.gpu_memory_gb,
         disk_gb=DISK_GB[profile.hardware.engine],
-        modules=("reproduce.stages.cell_stages", "g2rpo.training.loop"),
+        modules=("reproduce.stages.scoring", "g2rpo.training.loop"),
         files=_needed_files(profile),
         artifacts=tuple(cached),
     )
@@ -45,17 +46,7 @@ def case_of(profile: "Profile", cluster: Cluster, results: Path, cached: Sequenc
 
 def needs_by_kind(profile: "Profile") -> dict[str, Needs]:
     """The devices of each kind of stage of a profile."""
-    hardware = profile.hardware
-    evaluation = Needs(1, hardware.evaluation_devices)
-    training = Needs(hardware.training_ranks, hardware.gpus)
-    return {
-        "embed": evaluation,
-        "train": training,
-        "sample": evaluation,
-        "score": evaluation,
-        "credit": training,
-        "render": Needs(),
-    }
+    return {kind: stage.devices(profile.hardware) for kind, stage in CLASSES.items()}
 
 
 def _needed_files(profile: "Profile") -> tuple[Path, ...]:

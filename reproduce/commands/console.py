@@ -4,17 +4,14 @@ Nothing here imports a model library: states are asked for on login nodes.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from rich.text import Text
 
 from g2rpo.terminal import PlainTable, literal, wide_console
+from reproduce.runs.state import Word
 
-__all__ = ["STYLES", "Word", "literal", "plain_table", "state_text", "wide_console"]
+__all__ = ["STYLES", "literal", "plain_table", "state_text", "wide_console"]
 
-Word = Literal[
-    "done", "running", "starting", "waiting", "failed", "cancelled", "interrupted", "unknown"
-]
 STYLES: dict[Word, str] = {
     "done": "green", "running": "cyan", "starting": "cyan", "waiting": "dim",
     "failed": "bold red", "cancelled": "red", "interrupted": "yellow",

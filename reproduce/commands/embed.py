@@ -1,14 +1,9 @@
 """``g2rpo embed``: encode the prompts of an experiment, before it is run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-from g2rpo.errors import UserError
-
-if TYPE_CHECKING:
-    from g2rpo.data.embeddings import Part
 
 
 def embed(
@@ -20,16 +15,9 @@ def embed(
         list[int] | None,
         typer.Option("--seed", help="Training seed; repeatable; default: the profile's."),
     ] = None,
-    shard: Annotated[
-        str, typer.Option("--shard", help="I/N encodes one of N disjoint parts, counted from 1.")
-    ] = "1/1",
     results: Annotated[
         Path, typer.Option("--results", help="The embeddings go to runs/embeddings in it.")
     ] = Path("results"),
-    every_prompt: Annotated[
-        bool,
-        typer.Option("--every-prompt", help="Also training prompts that no iteration will draw."),
-    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", help="Training setting, as for `g2rpo train`."),
@@ -45,7 +33,6 @@ def embed(
     from reproduce.jobs.runner import build_assets
     from reproduce.stages import embedding
 
-    part = parse_part(shard)
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
     build_assets(chosen)
@@ -53,16 +40,5 @@ def embed(
         loaded, chosen, seed or chosen.seeds, parse_overrides(overrides or [])
     )
     layout = layout_of(results)
-    for folder in embedding.embed(cells, layout, part, every_prompt=every_prompt):
+    for folder in embedding.embed(cells, layout):
         typer.echo(folder)
-
-
-def parse_part(text: str) -> "Part":
-    """The part that ``I/N`` means, I counted from 1."""
-    from g2rpo.data.embeddings import Part
-
-    index, _, count = text.partition("/")
-    try:
-        return Part(int(index) - 1, int(count))
-    except ValueError:
-        raise UserError(f"--shard {text!r}: expected I/N with I from 1 to N, e.g. 1/4") from None

@@ -143,12 +143,12 @@ def _cancel_jobs(name: str, results: Path) -> None:
 
 
 def _stop_driver(submission: "Submission") -> None:
-    from g2rpo.attempts import is_alive
     from reproduce.jobs.launch import DRIVER
-    from reproduce.stages.work import latest_attempt
+    from reproduce.jobs.status import driver_lives
+    from reproduce.runs.state import latest_attempt
 
     attempt = latest_attempt(submission.folder / DRIVER)
-    if attempt is None or attempt.record is None or not is_alive(attempt):
+    if attempt is None or attempt.record is None or not driver_lives(submission):
         typer.echo(f"{submission.name}: nothing of it runs")
         return
     owner = attempt.record.owner

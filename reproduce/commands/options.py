@@ -42,7 +42,7 @@ ClusterName = Annotated[
     str,
     typer.Option(
         "--cluster",
-        help="auto, slurm, local, debug, a bundled cluster profile, or a YAML file.",
+        help="auto, slurm, local, a bundled cluster profile, or a YAML file.",
     ),
 ]
 

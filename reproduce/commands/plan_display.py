@@ -2,20 +2,26 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.errors import UserError
+from g2rpo.training.config import TrainConfig
 from reproduce.commands.console import literal, plain_table, wide_console
 from reproduce.commands.weights import unfetched
-from reproduce.experiment import absolute
+from reproduce.experiment import ResolvedCell, absolute
 from reproduce.jobs.estimates import Estimate, Estimator
 from reproduce.jobs.plan import Plan
 from reproduce.jobs.speeds import speeds_of
+from reproduce.stages.base import Stage
+from reproduce.stages.embedding import Embed
+from reproduce.stages.evaluation import Sample, Score
+from reproduce.stages.run import CLASSES
+from reproduce.stages.training import Credit, Train
+from slurm import graph
 from slurm.cluster import Cluster
-from slurm.graph import Stage
 from slurm.local import Slots
 
-KINDS = ("embed", "train", "sample", "score", "credit", "render")
+KINDS = tuple(CLASSES)
 
 
 def stage_estimates(plan: Plan) -> dict[str, Estimate]:
@@ -27,23 +33,24 @@ def stage_estimates(plan: Plan) -> dict[str, Estimate]:
     estimator = Estimator(plan.profile, speeds_of(plan.profile))
 
     def estimate(stage: Stage) -> Estimate:
-        work: Any = plan.works.get(stage.name)
-        if stage.kind == "embed":
-            return estimator.embed(plan.cells)
-        if stage.kind == "train":
-            return estimator.train(work.cell.train)
-        if stage.kind == "sample":
-            return estimator.sample(work.cell, work.share)
-        if stage.kind == "score":
-            return estimator.score(work.cell, work.share)
-        if stage.kind == "credit" and plan.experiment.credit is not None:
-            return estimator.credit(work.cell.train, plan.experiment.credit)
-        return estimator.render()
+        match stage:
+            case Embed():
+                return estimator.embed(plan.cells)
+            case Train(cell=ResolvedCell(train=TrainConfig() as train)):
+                return estimator.train(train)
+            case Sample():
+                return estimator.sample(stage.cell, stage.share)
+            case Score():
+                return estimator.score(stage.cell, stage.share)
+            case Credit(cell=ResolvedCell(train=TrainConfig() as train, credit=CreditConfig() as c)):
+                return estimator.credit(train, c)
+            case _:
+                return estimator.render()
 
-    return {stage.name: estimate(stage) for stage in plan.graph.stages.values()}
+    return {name: estimate(stage) for name, stage in plan.stages.items()}
 
 
-def wall_seconds(stages: Iterable[Stage], seconds: Mapping[str, float], slots: int | None) -> float:
+def wall_seconds(stages: Iterable[graph.Stage], seconds: Mapping[str, float], slots: int | None) -> float:
     """Seconds until the last of ``stages`` ends, each given after those that it depends on.
 
     The longest chain of dependent stages, or the work of all on ``slots`` workers where that is
@@ -88,7 +95,7 @@ def _readable_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _needs(stages: Iterable[Stage], estimates: Mapping[str, Estimate]) -> tuple[str, str]:
+def _needs(stages: Iterable[graph.Stage], estimates: Mapping[str, Estimate]) -> tuple[str, str]:
     """Hours of devices and disk of ``stages``."""
     if not estimates:
         return "?", "?"

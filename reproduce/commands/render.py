@@ -24,23 +24,19 @@ def render_credit(experiment: Experiment, profile: Profile, layout: Layout, comm
         UserError: nothing has; in one line, with where its published document is.
     """
     from reproduce.jobs.runner import build_assets
-    from reproduce.stages.work import Measurement
+    from reproduce.stages.training import Credit
     from reproduce.tables.credit import publish_credit  # draws: seconds
 
-    assert experiment.credit is not None
     names = (_MEASUREMENT.fullmatch(folder.name) for folder in layout.runs.glob("credit-*"))
     seeds = sorted({int(name[1]) for name in names if name is not None})
     cells = []
     if seeds:
         build_assets(profile)
-        cells = [
-            cell
-            for cell in expand(experiment, profile, seeds)
-            if Measurement(cell, layout, experiment.credit).done()
-        ]
+        expanded = expand(experiment, profile, seeds)
+        cells = [cell for cell in expanded if Credit(layout, cell).is_done()]
     if not cells:
         raise UserError(_nothing_measured(experiment, profile, layout, command))
-    publish_credit(experiment, profile, cells, layout)
+    publish_credit(experiment, profile, cells, (), layout)
 
 
 def credit_document(experiment: Experiment, profile: Profile, layout: Layout) -> Path | None:

@@ -1,4 +1,4 @@
-"""``g2rpo reproduce``, ``plan`` and ``submit``: a whole experiment, wherever it runs."""
+"""``g2rpo reproduce`` and ``plan``: a whole experiment, wherever it runs."""
 
 import gc
 import os
@@ -23,7 +23,6 @@ from reproduce.commands.options import (
 
 if TYPE_CHECKING:
     from reproduce.jobs.plan import Plan
-    from reproduce.tables.notes import Gap
     from slurm.cluster import Cluster
     from slurm.submission import Submission
 
@@ -59,20 +58,6 @@ def reproduce(
     if plan.todo:
         _run(plan, place, jobs)
     _report(plan)
-
-
-def submit(
-    experiment: ExperimentName,
-    profile: ProfileName = "mini",
-    seeds: Seeds = None,
-    cluster: ClusterName = "auto",
-    jobs: Jobs = None,
-    results: Results = Path("results"),
-    publish: Publish = False,
-    overrides: Overrides = None,
-) -> None:
-    """Submit what is not done of an experiment, and return: `reproduce --detach`."""
-    reproduce(experiment, profile, seeds, cluster, jobs, True, results, publish, overrides)
 
 
 def plan(
@@ -131,21 +116,15 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
 def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
     from reproduce.jobs import launch
     from reproduce.jobs.display import LocalDisplay
-    from slurm.local import Slots
 
     if cluster.kind == "slurm":
-        submission = _submit(plan, cluster)
-        follow_submission(submission)
+        follow_submission(_submit(plan, cluster))
         return
     submission = launch.save_submission(plan, cluster)
     # The table is written by this process, which prints it.
-    todo = plan.todo.without(s.name for s in plan.graph.stages.values() if s.kind == "render")
+    todo = plan.todo.without([plan.render.name])
     with LocalDisplay(submission, len(todo)) as display:
-        if cluster.kind == "debug":
-            launch.run_in_this_process(submission, todo, display)
-        else:
-            slots = Slots.found(jobs, launch.PREPARE)
-            launch.run_on_this_machine(submission, todo, slots, display)
+        launch.run_on_this_machine(submission, todo, jobs, display)
 
 
 def _submit(plan: "Plan", cluster: "Cluster") -> "Submission":
@@ -162,12 +141,11 @@ def _submit(plan: "Plan", cluster: "Cluster") -> "Submission":
 
 def follow_submission(submission: "Submission") -> None:
     """Shows a submission's state until nothing will happen any more."""
-    from reproduce.jobs.display import Follow
-    from reproduce.jobs.status import follow
+    from reproduce.jobs.display import StatusDisplay
 
     try:
-        with Follow(submission) as show:
-            follow(submission, show)
+        with StatusDisplay() as display:
+            display.follow(submission)
     except KeyboardInterrupt:
         typer.echo(
             "the jobs go on without this shell; `g2rpo status` shows them, `g2rpo cancel` ends "
@@ -183,8 +161,6 @@ def _detach(request: Request, plan: "Plan", cluster: "Cluster", jobs: int | None
     if cluster.kind == "slurm":
         _submit(plan, cluster)
         return
-    if cluster.kind == "debug":
-        raise UserError("cluster debug runs in this process: leave out --detach")
     arguments = _arguments(request, jobs)
     log = launch.start_driver(plan.layout.runs, arguments)
     typer.echo(f"runs in the background: `g2rpo status` shows it; its output: {log}", err=True)
@@ -199,7 +175,7 @@ def run_again(submission: "Submission", *, only_failed: bool) -> None:
     from reproduce.jobs import runner
     from reproduce.jobs.plan import make_plan
     from reproduce.jobs.status import read_status
-    from reproduce.stages.work import Inputs
+    from reproduce.stages.inputs import Inputs
 
     os.chdir(submission.directory)
     inputs = Inputs.load(submission.folder)
@@ -232,26 +208,15 @@ def _arguments(request: Request, jobs: int | None) -> Sequence[str]:
 
 def _report(plan: "Plan") -> None:
     """Writes and prints the table; cells that failed are an error."""
-    from g2rpo.lease import Lease
-    from reproduce.stages.rendering import render
+    from reproduce.stages.base import perform
+    from slurm.distributed import Ranks
 
-    work = (plan.experiment, plan.profile, plan.cells, plan.layout)
-    if not plan.todo:
-        _refuse_gaps(render(*work), len(plan.cells))
-        return
-    (stage,) = (stage for stage in plan.graph.stages.values() if stage.kind == "render")
-    place = Path(stage.lease)
-    with Lease.acquire(place.parent, place.name):
-        gaps = render(*work)
-    _refuse_gaps(gaps, len(plan.cells))
-
-
-def _refuse_gaps(gaps: "Sequence[Gap]", cells: int) -> None:
-    if not gaps:
-        return
-    first = gaps[0]
-    where = first.row if first.seed is None else f"{first.row}, seed {first.seed}"
-    raise UserError(
-        f"{len(gaps)} of {cells} cells failed; the first: {where}: {first.reason}; run the same "
-        "command to try them again"
-    )
+    perform(plan.render, Ranks())
+    gaps = plan.render.gaps
+    if gaps:
+        first = gaps[0]
+        where = first.row if first.seed is None else f"{first.row}, seed {first.seed}"
+        raise UserError(
+            f"{len(gaps)} of {len(plan.cells)} cells failed; the first: {where}: {first.reason}; "
+            "run the same command to try them again"
+        )

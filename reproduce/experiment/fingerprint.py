@@ -29,6 +29,12 @@ ALGORITHM_VERSION = 1
 """Raised when the same configuration would give other weights or images than before."""
 
 
+def weights_name(config: PolicyConfig) -> str:
+    """A hash that names the policy's weights."""
+    found = source_fingerprint(config.source, config.revision)
+    return found if isinstance(found, str) else content_hash(found)
+
+
 def policy_inputs(config: PolicyConfig) -> dict[str, Any]:
     """The policy's configuration with its weights in place of their path."""
     settings = config.model_dump(mode="json", exclude={"source", "revision"})

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluation.protocol import CreditConfig
 from benchmarks.evaluation.results import cells_folder
 from g2rpo.config import content_hash
 from g2rpo.provenance import source_fingerprint
@@ -51,10 +50,11 @@ class Layout:
         digest = content_hash(evaluation_inputs(cell))
         return self.training(cell) / "evaluations" / f"{cell.evaluation.split}-{digest}"
 
-    def credit(self, cell: ResolvedCell, config: CreditConfig) -> Path:
+    def credit(self, cell: ResolvedCell) -> Path:
         """The folder of what is measured of a cell's credit."""
-        assert cell.train is not None
-        inputs = {"train": runs.train_inputs(cell.train), "credit": config.model_dump(mode="json")}
+        assert cell.train is not None and cell.credit is not None
+        credit = cell.credit.model_dump(mode="json")
+        inputs = {"train": runs.train_inputs(cell.train), "credit": credit}
         train = cell.train
         name = f"credit-{train.method.name}-{'-'.join(train.rewards)}-seed{train.seed}"
         return self.runs / f"{name}-{content_hash(inputs)}"

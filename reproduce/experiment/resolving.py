@@ -1,12 +1,15 @@
 """From a cell, a profile and a seed to all that a run is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.evaluation.protocol import EvaluationConfig
+from pydantic import Field
+
+from benchmarks.evaluation.protocol import CreditConfig, EvaluationConfig
+from benchmarks.evaluation.results import cell_name
 from g2rpo.config import StrictModel, merge, nearest, validate
+from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.methods.presets import load_preset
 from g2rpo.policy import CheckpointConfig, PolicyConfig
@@ -19,9 +22,10 @@ from reproduce.experiment.cells import CellConfig, Experiment
 from reproduce.experiment.profile import Profile, PromptSplits
 
 
-@dataclass(frozen=True)
-class ResolvedCell:
+class ResolvedCell(StrictModel):
     """One cell at one seed, ready to run.
+
+    As JSON it is without its profile, which all cells of a submission share.
 
     Attributes:
         key: its row.
@@ -35,6 +39,7 @@ class ResolvedCell:
         profile: the profile.
         train_rewards: the rewards behind the weights, by column name, as far as they are known.
         checkpoint: weights trained elsewhere, for a cell that loads them.
+        credit: how the credit of its rollouts is measured, where that is what is asked.
     """
 
     key: str
@@ -45,14 +50,29 @@ class ResolvedCell:
     policy: PolicyConfig
     evaluation: EvaluationConfig
     evaluation_prompts: str
-    profile: Profile
+    profile: Profile = Field(exclude=True, repr=False)
     train_rewards: tuple[str, ...] = ()
     checkpoint: CheckpointConfig | None = None
+    credit: CreditConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in files."""
+        return cell_name(self.key, self.seed)
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return self.key if self.seed is None else f"{self.key}, seed {self.seed}"
 
     @property
     def is_base(self) -> bool:
         """Whether its weights are the base's own."""
         return self.train is None and self.checkpoint is None
+
+    def held_out_prompts(self) -> list[Prompt]:
+        """The prompts that it is judged on."""
+        return read_prompts(Path(self.evaluation_prompts), self.evaluation.limit)
 
 
 LENGTHENED = 2
@@ -112,7 +132,8 @@ class Resolver:
             return self._resolve(key, seed)
         if known.train is None:
             return known
-        return replace(known, seed=seed, train=known.train.model_copy(update={"seed": seed}))
+        train = known.train.model_copy(update={"seed": seed})
+        return known.model_copy(update={"seed": seed, "train": train})
 
     def _resolve(self, key: str, seed: int) -> ResolvedCell:
         experiment, profile = self.experiment, self.profile
@@ -142,6 +163,7 @@ class Resolver:
             profile=profile,
             train_rewards=cell.train,
             checkpoint=_located(cell.checkpoint),
+            credit=experiment.credit,
         )
         self._first[key] = resolved
         return resolved

@@ -4,14 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 from rich.live import Live
 from rich.table import Table
 
 from g2rpo.progress import duration
 from reproduce.commands.console import STYLES, literal, plain_table, state_text, wide_console
-from reproduce.jobs.status import Show, StageStatus
-from reproduce.stages.work import latest_attempt
+from reproduce.jobs.status import StageStatus, readings
+from reproduce.runs.state import latest_attempt
 from slurm.graph import Stage
 from slurm.submission import Submission
 
@@ -80,16 +81,14 @@ def print_status(
     console.print(literal(summary(statuses)))
 
 
-class Follow(Show):
-    """Follows a submission: a live table on a terminal, a line per change in a log."""
+class _LiveDisplay:
+    """Something live on a terminal, lines elsewhere."""
 
-    def __init__(self, submission: Submission, *, everything: bool = False) -> None:
-        self.submission, self.everything = submission, everything
+    def __init__(self) -> None:
         self.console = wide_console(stderr=True)
-        self._words: dict[str, str] = {}
         self._live: Live | None = None
 
-    def __enter__(self) -> "Follow":
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
@@ -99,36 +98,42 @@ class Follow(Show):
         if self._live is not None:
             self._live.stop()
 
-    def update(self, statuses: list[StageStatus]) -> None:
-        """Shows a new reading."""
-        if self._live is not None:
-            table = status_table(statuses, everything=self.everything)
-            table.caption = literal(summary(statuses))
-            self._live.update(table, refresh=True)
-            return
-        for status in statuses:
-            name = status.stage.name
-            if self._words.get(name) != status.word:
-                self._words[name] = status.word
-                self._line(status)
+    def _print(self, line: str) -> None:
+        console = self.console if self._live is None else self._live.console
+        console.print(literal(line), soft_wrap=True)
 
-    def _line(self, status: StageStatus) -> None:
-        stamp = time.strftime("%H:%M:%S")
-        head = f"{stamp} {status.stage.kind} {status.stage.label}: {status.word}"
+
+class StatusDisplay(_LiveDisplay):
+    """Follows a submission: a live table on a terminal, a line per change in a log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._words: dict[str, str] = {}
+
+    def follow(self, submission: Submission) -> None:
+        """Shows the state of a submission until nothing will happen any more."""
+        for statuses in readings(submission, lambda line: self._print(f"{line}; trying again")):
+            if self._live is not None:
+                table = status_table(statuses)
+                table.caption = literal(summary(statuses))
+                self._live.update(table, refresh=True)
+                continue
+            for status in statuses:
+                if self._words.get(status.stage.name) != status.word:
+                    self._words[status.stage.name] = status.word
+                    self._tell(status)
+
+    def _tell(self, status: StageStatus) -> None:
+        head = f"{time.strftime('%H:%M:%S')} {status.stage.kind} {status.stage.label}"
         job = f" (job {status.job})" if status.job else ""
         remark = _remark(status)
-        line = head + job + (f": {remark}" if remark else "")
-        self.console.print(literal(line), soft_wrap=True)
-
-    def trouble(self, message: str) -> None:
-        """Says that the state could not be read."""
-        self.console.print(literal(f"{message}; trying again"))
+        self._print(f"{head}: {status.word}{job}" + (f": {remark}" if remark else ""))
 
 
 # A run on this machine
 
 
-class LocalDisplay:
+class LocalDisplay(_LiveDisplay):
     """Says what a run on this machine does: a line for each stage that ends, live ones below.
 
     Args:
@@ -137,23 +142,11 @@ class LocalDisplay:
     """
 
     def __init__(self, submission: Submission, total: int) -> None:
+        super().__init__()
         self.submission = submission
         self.total, self.ended_count = total, 0
-        self.console = wide_console(stderr=True)
-        self.started_at = time.monotonic()
+        self.started_at = self._last = time.monotonic()
         self._begun: dict[str, float] = {}
-        self._live: Live | None = None
-        self._last = time.monotonic()
-
-    def __enter__(self) -> "LocalDisplay":
-        if self.console.is_terminal:
-            self._live = Live(console=self.console, auto_refresh=False, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def started(self, stage: Stage) -> None:
         """A stage begins."""
@@ -166,8 +159,8 @@ class LocalDisplay:
             self._say(stage, f"finished in {duration(took)}")
             return
         attempt = latest_attempt(Path(stage.lease))
-        record = None if attempt is None else attempt.record
-        reason = record.reason if record is not None and record.reason else f"exit code {code}"
+        told = "" if attempt is None or attempt.record is None else attempt.record.reason
+        reason = told or f"exit code {code}"
         log = self.submission.local_log(stage.name)
         where = f"; log: {shown_path(log)}" if log.exists() else ""
         self._say(stage, f"FAILED: {reason}{where}")
@@ -194,10 +187,6 @@ class LocalDisplay:
         head = f"[{self.ended_count}/{self.total}] {stage.kind} {stage.label}: {what}"
         self._last = time.monotonic()
         self._print(f"{head} ({duration(elapsed)} so far, ETA {eta})")
-
-    def _print(self, line: str) -> None:
-        console = self.console if self._live is None else self._live.console
-        console.print(literal(line), soft_wrap=True)
 
 
 def _running_line(stage: Stage) -> str:

@@ -15,14 +15,16 @@ from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.lease import Lease
 from g2rpo.provenance import git_state
+from g2rpo.stop import Stopped, StopRequest
 from reproduce.jobs.plan import Plan
 from reproduce.jobs.stage_jobs import active_stages, hopeless_stages, submissions_folder
-from reproduce.stages.work import ENTRY, Inputs, run_stage
+from reproduce.stages.inputs import Inputs
+from reproduce.stages.run import ENTRY, run_stage
 from slurm import states, submit
 from slurm.cluster import Cluster
 from slurm.distributed import Ranks
 from slurm.graph import Graph, Stage
-from slurm.local import LocalRun, Observer, Slots, interrupted_by_term
+from slurm.local import LocalRun, Observer, Slots
 from slurm.submission import DamagedRecord, Submission, list_submissions, new_folder
 
 logger = logging.getLogger(__name__)
@@ -69,18 +71,24 @@ def save_submission(plan: Plan, cluster: Cluster) -> Submission:
     parent = submissions_folder(plan.layout.runs)
     folder = new_folder(parent, f"{plan.experiment.name}-{plan.profile.name}")
     submission = new_submission(plan, cluster, folder)
-    Inputs(submission.folder, plan.experiment, plan.profile, plan.layout).save(plan.cells)
+    inputs = Inputs(
+        folder=submission.folder,
+        experiment=plan.experiment,
+        profile=plan.profile,
+        runs=plan.layout.runs.absolute(),
+        tables=plan.layout.tables.absolute(),
+    )
+    inputs.save(plan.cells)
     submission.save()
     return submission
 
 
 def left_to_submit(plan: Plan, active: Collection[str]) -> list[Stage]:
     """The stages that are to do and have no job; the table again where any other is."""
-    todo = list(plan.todo.stages.values())
-    idle = [stage for stage in todo if stage.name not in active]
-    if any(stage.kind != "render" for stage in idle):
-        return [stage for stage in todo if stage.name not in active or stage.kind == "render"]
-    return idle
+    left = set(plan.todo.stages) - set(active)
+    if left - {plan.render.name}:
+        left.add(plan.render.name)
+    return [stage for stage in plan.todo.stages.values() if stage.name in left]
 
 
 def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
@@ -103,8 +111,8 @@ def _submit_rest(plan: Plan, cluster: Cluster) -> Submission | None:
     except UserError as error:
         raise UserError(f"nothing was submitted: {error}; run the same command again") from None
     # Asked after SLURM: a job that has ended since the plan was made has left its stage done.
-    ended = {n for n in plan.todo.stages if n in plan.works and n not in active}
-    plan = replace(plan, done=plan.done | {n for n in ended if plan.works[n].done()})
+    ended = {name for name in plan.todo.stages if name not in active}
+    plan = replace(plan, done=plan.done | {n for n in ended if plan.stages[n].is_done()})
     hopeless = hopeless_stages(plan, active)
     states.cancel_jobs(active[name].job for name in hopeless)
     jobs = {name: job.job for name, job in active.items() if name not in hopeless}
@@ -117,28 +125,35 @@ def _submit_rest(plan: Plan, cluster: Cluster) -> Submission | None:
 
 
 def run_on_this_machine(
-    submission: Submission, todo: Graph, slots: Slots, observer: Observer
+    submission: Submission, todo: Graph, jobs: int | None, observer: Observer
 ) -> None:
-    """Runs stages; one that fails is told to ``observer`` and stops what needs it alone.
+    """Runs stages; one that fails stops what needs it and nothing else.
+
+    With ``jobs`` of 1, and unless one has several ranks, they run in this process, one after the
+    other, so that a debugger works; the first error ends it.
 
     Raises:
         KeyboardInterrupt: interrupted; the running stages have saved what is done.
+        Exception: whatever a stage raises in this process.
     """
+    alone = jobs == 1 and all(stage.resources.ranks == 1 for stage in todo.stages.values())
     with Lease.acquire(submission.folder, DRIVER):
-        LocalRun(submission, todo, slots, observer).run()
+        if alone:
+            _run_in_this_process(submission, todo, observer)
+        else:
+            LocalRun(submission, todo, Slots.found(jobs, PREPARE), observer).run()
 
 
-def run_in_this_process(submission: Submission, todo: Graph, observer: Observer) -> None:
-    """Runs stages one after the other; the first error is raised where it arose.
-
-    Raises:
-        Exception: whatever a stage raises.
-    """
-    with interrupted_by_term(), Lease.acquire(submission.folder, DRIVER):
-        for stage in todo.stages.values():
-            observer.started(stage)
-            run_stage(submission, stage, Ranks())
-            observer.ended(stage, 0)
+def _run_in_this_process(submission: Submission, todo: Graph, observer: Observer) -> None:
+    try:
+        with StopRequest.handle_signals():
+            for stage in todo.stages.values():
+                observer.started(stage)
+                run_stage(submission, stage, Ranks())
+                observer.ended(stage, 0)
+    except Stopped:
+        StopRequest.clear()
+        raise KeyboardInterrupt from None
 
 
 def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
@@ -183,7 +198,7 @@ def submission_folders(runs_folder: Path, name: str | None = None) -> list[Path]
     if wanted:
         return wanted
     if not folders:
-        raise UserError(f"{parent}: nothing was submitted; `g2rpo submit` does that")
+        raise UserError(f"{parent}: nothing was submitted; `g2rpo reproduce --detach` does that")
     hint = nearest(str(name), (folder.name for folder in folders[-10:]))
     raise UserError(f"no submission {name!r}; {hint}")
 

@@ -1,17 +1,16 @@
-"""An experiment as a graph of stages: embed, then train, sample, score (or credit), and render."""
+"""An experiment as a graph of stages: embed, then those of every cell, then the table."""
 
-import functools
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
 
-from benchmarks.evaluation.protocol import CreditConfig
-from reproduce.experiment import Experiment, Hardware, Profile, ResolvedCell
+from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.experiment.layout import Layout, RememberedLayout
-from reproduce.stages.shares import Share
-from reproduce.stages.work import AnyWork, Embedding, Measurement, Work, cell_file
-from slurm.graph import Graph, Needs, Stage
+from reproduce.stages.base import Stage
+from reproduce.stages.cells import cell_stages
+from reproduce.stages.embedding import Embed
+from reproduce.stages.render import Render
+from slurm.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,9 @@ class Plan:
         profile: the profile.
         cells: its cells at all seeds.
         layout: where things are.
-        graph: the stages.
-        works: what each stage but the rendering does.
+        graph: the stages as they are submitted.
+        stages: what each of them does, by its name.
+        render: the last stage, which writes the table.
         done: the stages whose outputs are complete.
     """
 
@@ -33,20 +33,19 @@ class Plan:
     cells: tuple[ResolvedCell, ...]
     layout: Layout
     graph: Graph
-    works: Mapping[str, AnyWork]
+    stages: Mapping[str, Stage]
+    render: Render
     done: frozenset[str]
 
-    @functools.cached_property
+    @cached_property
     def todo(self) -> Graph:
         """The stages that are left; empty where only the table would be rendered again."""
         todo = self.graph.without(self.done)
-        if all(stage.kind == "render" for stage in todo.stages.values()):
-            return Graph(())
-        return todo
+        return Graph(()) if set(todo.stages) <= {self.render.name} else todo
 
     def only(self, names: Collection[str]) -> "Plan":
         """The same plan with nothing to do but the stages ``names`` and the rendering."""
-        left = {s.name for s in self.graph.stages.values() if s.kind != "render"} - set(names)
+        left = self.graph.stages.keys() - set(names) - {self.render.name}
         return replace(self, done=self.done | left)
 
 
@@ -55,90 +54,36 @@ def make_plan(
 ) -> Plan:
     """The plan of ``cells``: stages that several cells share are there once."""
     remembered = RememberedLayout(layout.runs, layout.tables)
-    prompts = Embedding(tuple(cells), remembered)
-    resources = Needs(1, profile.hardware.evaluation_devices)
-    stages = {prompts.name: _stage(prompts, (), resources)}
-    works: dict[str, AnyWork] = {prompts.name: prompts}
-    done: set[str] = set()
-    judged: list[str] = []
+    embed = Embed(remembered, tuple(cells))
+    render = Render(layout, experiment, profile, tuple(cells))
+    stages: dict[str, Stage] = {embed.name: embed}
+    nodes = [embed.node(profile.hardware)]
+    last: dict[str, None] = {}
     for cell in cells:
-        for work, stage in _cell_stages(cell, remembered, experiment.credit, (prompts.name,)):
-            if stage.name not in stages:
-                stages[stage.name], works[stage.name] = stage, work
-                if work.done():
-                    done.add(stage.name)
-            if stage.kind in ("score", "credit"):
-                judged.append(stage.name)
-    render = Stage(
-        name=f"render/{profile.name}/{experiment.name}",
-        kind="render",
-        label=experiment.table.title,
-        after=tuple(dict.fromkeys(judged)),
-        lease=str(layout.experiment(profile.name, experiment.name).resolve() / "leases" / "render"),
-    )
-    graph = Graph([*stages.values(), render])
-    done |= not_needed(graph, done)
-    if prompts.name not in done and prompts.done():
-        done.add(prompts.name)
-    return Plan(experiment, profile, tuple(cells), layout, graph, works, frozenset(done))
+        before: tuple[str, ...] = (embed.name,)
+        for together in cell_stages(cell, remembered):
+            for stage in together:
+                if stage.name not in stages:
+                    stages[stage.name] = stage
+                    nodes.append(stage.node(profile.hardware, before))
+            before = tuple(stage.name for stage in together)
+        last |= dict.fromkeys(before)
+    stages[render.name] = render
+    made = Graph([*nodes, render.node(profile.hardware, after=tuple(last))])
+    # Whether all prompts are encoded takes longest to find out, and is asked only if it matters.
+    done = {name for name, stage in stages.items() if stage is not embed and stage.is_done()}
+    done |= not_needed(made, done)
+    if embed.name not in done and embed.is_done():
+        done.add(embed.name)
+    return Plan(experiment, profile, tuple(cells), layout, made, stages, render, frozenset(done))
 
 
-def not_needed(graph: Graph, done: set[str]) -> set[str]:
+def not_needed(stages: Graph, done: Collection[str]) -> set[str]:
     """Stages that are not done but made only for stages that are."""
-    wanted: set[str] = set()
-    for stage in reversed(graph.stages.values()):
-        if stage.kind == "render" or (stage.name in wanted and stage.name not in done):
+    *_, last = stages.stages  # the rendering, for which all others are made
+    wanted = {last}
+    for stage in reversed(stages.stages.values()):
+        if stage.name == last or (stage.name in wanted and stage.name not in done):
             wanted.update(stage.needs)
             wanted.update(name for name in stage.after if name not in done)
-    return {s.name for s in graph.stages.values() if s.kind != "render" and s.name not in wanted}
-
-
-def shares_of(hardware: Hardware) -> list[Share]:
-    """The shares in which a cell's prompts are sampled and scored."""
-    return [Share(index, hardware.evaluation_shares) for index in range(hardware.evaluation_shares)]
-
-
-def _cell_stages(
-    cell: ResolvedCell, layout: Layout, credit: CreditConfig | None, embedded: tuple[str, ...]
-) -> Iterator[tuple[AnyWork, Stage]]:
-    """The stages of one cell, each after those it needs."""
-    before, hardware = embedded, cell.profile.hardware
-    whole = Needs(hardware.training_ranks, hardware.gpus)
-    if credit is not None:
-        measurement = Measurement(cell, layout, credit)
-        yield measurement, _stage(measurement, before, whole)
-        return
-    if cell.train is not None:
-        training = Work("train", cell, layout)
-        yield training, _stage(training, before, whole)
-        before = (training.name,)
-    resources = Needs(1, hardware.evaluation_devices)
-    for kind in ("sample", "score"):
-        works = [Work(kind, cell, layout, share) for share in shares_of(hardware)]
-        names = tuple(work.name for work in works)
-        array = names[0].rpartition("/")[0] if len(works) > 1 else None
-        for work in works:
-            yield work, _stage(work, before, resources, array)
-        before = names
-
-
-def _stage(
-    work: AnyWork, needs: tuple[str, ...], resources: Needs, array: str | None = None
-) -> Stage:
-    payload: dict[str, Any] = {}
-    if isinstance(work, Work):
-        share = work.share
-        payload = {"cell": cell_file(work.cell), "share": [share.index, share.count]}
-    elif isinstance(work, Measurement):
-        payload = {"cell": cell_file(work.cell)}
-    return Stage(
-        name=work.name,
-        kind=work.kind,
-        label=work.label,
-        payload=payload,
-        needs=needs,
-        resources=resources,
-        array=array,
-        # Joined as text: thousands of paths take a second.
-        lease=os.path.join(os.getcwd(), work.lease),  # noqa: PTH109, PTH118
-    )
+    return stages.stages.keys() - wanted

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from g2rpo.errors import UserError
 from reproduce.jobs.plan import Plan
-from reproduce.stages.work import Inputs
+from reproduce.stages.inputs import Inputs
+from reproduce.stages.run import load_stage
 from slurm import states
 from slurm.states import JobState, array_of
 from slurm.submission import (
@@ -160,7 +161,7 @@ def hopeless_stages(plan: Plan, active: Mapping[str, StageJob]) -> set[str]:
         lost = {
             name
             for name, stage in left.stages.items()
-            if name not in active and stage.kind != "render" and not inputs.work(stage).done()
+            if name not in active and not load_stage(inputs, stage).is_done()
         }
         hopeless |= left.downstream(lost) & mine
     return plan.graph.downstream(hopeless) & waiting.keys()

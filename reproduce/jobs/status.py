@@ -3,21 +3,21 @@
 Nothing is asked of the process that submitted it, so this works when that is gone.
 """
 
-import functools
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from g2rpo.attempts import Attempt, Record, WorkProgress, is_alive
+from g2rpo.attempts import is_alive
 from g2rpo.checksums import hashing_up_to
 from g2rpo.errors import UserError
-from reproduce.commands.console import Word
 from reproduce.jobs.launch import DRIVER
 from reproduce.jobs.plan import not_needed
 from reproduce.jobs.stage_jobs import StageJob, stage_jobs, with_ends
-from reproduce.stages.work import Inputs, latest_attempt
+from reproduce.runs.state import State, Word, latest_attempt
+from reproduce.stages.inputs import Inputs
+from reproduce.stages.run import load_stage
 from slurm import states
 from slurm.graph import Stage
 from slurm.job import REQUEUE
@@ -27,26 +27,20 @@ from slurm.submission import Submission
 OVER: tuple[Word, ...] = ("done", "failed", "cancelled", "interrupted")
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    """One stage.
+@dataclass(frozen=True, kw_only=True)
+class StageStatus(State):
+    """One stage of a submission.
 
     Attributes:
         stage: the stage.
-        word: its state.
-        reason: why it waits or failed, in plain words; may be empty.
         job: its SLURM job, or empty.
         node: where it runs or ran.
-        attempt: its latest start, or None.
         log: the file that its output goes to, where there is one.
     """
 
     stage: Stage
-    word: Word
-    reason: str = ""
     job: str = ""
     node: str = ""
-    attempt: Attempt | None = None
     log: Path | None = None
 
     @property
@@ -57,14 +51,7 @@ class StageStatus:
     @property
     def started(self) -> float:
         """When its latest start was, in seconds since the epoch; 0 where it has not started."""
-        record = None if self.attempt is None else self.attempt.record
-        return 0.0 if record is None else record.started
-
-    @property
-    def progress(self) -> WorkProgress:
-        """What it says of itself; empty before it started."""
-        record = None if self.attempt is None else self.attempt.record
-        return WorkProgress() if record is None else record.progress
+        return 0.0 if self.record is None else self.record.started
 
     @property
     def share_done(self) -> float | None:
@@ -96,19 +83,30 @@ def read_status(
         UserError: the submission cannot be read, or SLURM does not answer.
     """
     jobs, reached = _jobs(submission, trouble)
+    inputs, stages = Inputs.load(submission.folder), submission.graph.stages
     with hashing_up_to():
-        done = _done_stages(submission, Inputs.load(submission.folder))
-    reader = _Reader(submission, done, jobs, reached)
-    for stage in submission.graph.stages.values():
-        reader.found[stage.name] = reader.read(stage)
-    return list(reader.found.values())
+        found = {
+            name: load_stage(inputs, stage).state(submission.created)
+            for name, stage in stages.items()
+        }
+    done = {name for name, state in found.items() if state.word == "done"}
+    for name in not_needed(submission.graph, done):
+        found[name] = replace(found[name], word="done", reason="")
+    driven = submission.cluster.kind != "slurm" and driver_lives(submission)
+    read: dict[str, StageStatus] = {}
+    for name, stage in stages.items():
+        job = jobs.get(name)
+        state = found[name]
+        if state.word not in ("done", "running"):
+            state = _unfinished(state, job, [read[other] for other in stage.needs], reached, driven)
+        read[name] = _status(submission, stage, state, job)
+    return list(read.values())
 
 
-def _done_stages(submission: Submission, inputs: Inputs) -> set[str]:
-    """The stages whose outputs are there, or are not needed any more; without the rendering."""
-    stages = submission.graph.stages.values()
-    done = {s.name for s in stages if s.kind != "render" and inputs.work(s).done()}
-    return done | not_needed(submission.graph, done)
+def driver_lives(submission: Submission) -> bool:
+    """Whether a process on this machine runs the submission."""
+    attempt = latest_attempt(submission.folder / DRIVER)
+    return attempt is not None and attempt.record is not None and is_alive(attempt)
 
 
 def _jobs(
@@ -131,97 +129,69 @@ def _jobs(
     return with_ends(mine, known) if reached else mine, reached
 
 
-def _lives(attempt: Attempt) -> bool:
-    record = attempt.record
-    return record is not None and is_alive(attempt)
+def _unfinished(
+    state: State, job: StageJob | None, needs: Iterable[StageStatus], reached: bool, driven: bool
+) -> State:
+    """The state of a stage that is neither done nor running, with what SLURM says of its job.
+
+    Args:
+        state: what its folder says.
+        job: its job.
+        needs: the stages that it needs.
+        reached: whether SLURM, where it is needed, has answered.
+        driven: whether a process on this machine runs the stages one by one.
+    """
+    said = None if job is None else job.state
+    lost = next((other for other in needs if other.word in ("failed", "cancelled")), None)
+    word, reason = state.word, state.reason
+    if said is not None and said.active:
+        word, reason = ("waiting" if said.state == "PENDING" else "starting"), said.words
+    elif word == "failed":
+        pass
+    elif not reached:
+        word, reason = "unknown", "SLURM not reachable"
+    elif lost is not None:
+        word, reason = "cancelled", f"{lost.stage.kind} {lost.stage.label} {lost.word}"
+    elif said is not None:
+        word, reason = _job_end(said)
+    elif driven:
+        word, reason = "waiting", "waiting for the stages that it needs or a free device"
+    else:
+        word = "interrupted"
+        reason = "SLURM does not know its job any more" if job else reason or "it was stopped"
+    return replace(state, word=word, reason=reason)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    submission: Submission
-    done: Collection[str]
-    jobs: Mapping[str, StageJob]
-    reached: bool
-    found: dict[str, StageStatus] = field(default_factory=dict)
-
-    @functools.cached_property
-    def driver_lives(self) -> bool:
-        """Whether a process on this machine runs the submission."""
-        attempt = latest_attempt(self.submission.folder / DRIVER)
-        return attempt is not None and _lives(attempt)
-
-    def read(self, stage: Stage) -> StageStatus:
-        """The state of ``stage``; those of the stages that it needs have been read."""
-        attempt = latest_attempt(Path(stage.lease))
-        job = self.jobs.get(stage.name)
-        word, reason = self._judge(stage, attempt, job)
-        node = "" if job is None or job.state is None else job.state.node
-        if not node and attempt is not None:
-            node = "" if attempt.record is None else attempt.record.node
-        log = self._log(stage, job)
-        if word == "failed" and not self._told_end(attempt) and log is not None:
-            reason = _last_error(log) or reason
-        return StageStatus(stage, word, reason, "" if job is None else job.job, node, attempt, log)
-
-    def _log(self, stage: Stage, job: StageJob | None) -> Path | None:
-        path = self.submission.local_log(stage.name)
-        if job is not None:
-            owner = replace(
-                self.submission, folder=self.submission.folder.with_name(job.submission)
-            )
-            path = owner.jobs_folder / f"{job.job}_0_log.out"
-        return path if path.exists() else None
-
-    def _judge(
-        self, stage: Stage, attempt: Attempt | None, job: StageJob | None
-    ) -> tuple[Word, str]:
-        done = self._is_done(stage, attempt)
-        if done or (attempt is not None and _lives(attempt)):
-            return ("done" if done else "running"), ""
-        state = None if job is None else job.state
-        if state is not None and state.active:
-            return ("waiting" if state.state == "PENDING" else "starting"), state.words
-        ended = self._told_end(attempt)
-        if self.reached:
-            ended = ended or self._blocked(stage) or _job_end(state)
-        if ended is not None:
-            return ended
-        if not self.reached:
-            return "unknown", "SLURM not reachable"
-        if self.driver_lives:
-            return "waiting", "waiting for the stages that it needs or a free device"
-        stopped = "it was stopped" if attempt is not None else "it was not started"
-        return "interrupted", "SLURM does not know its job any more" if job else stopped
-
-    def _told_end(self, attempt: Attempt | None) -> tuple[Word, str] | None:
-        """What its own record says of its end, where that is of this submission."""
-        record = None if attempt is None else attempt.record
-        if record is None or record.state != "failed" or not self._recent(record):
-            return None
-        return "failed", record.reason or "no reason was told"
-
-    def _blocked(self, stage: Stage) -> tuple[Word, str] | None:
-        """Whether a stage that it needs will not come."""
-        for name in stage.needs:
-            other = self.found[name]
-            if other.word in ("failed", "cancelled"):
-                return "cancelled", f"{other.stage.kind} {other.stage.label} {other.word}"
-        return None
-
-    def _recent(self, record: Record) -> bool:
-        return record.updated >= self.submission.created
-
-    def _is_done(self, stage: Stage, attempt: Attempt | None) -> bool:
-        if stage.kind == "render":
-            record = None if attempt is None else attempt.record
-            return record is not None and record.state == "done" and self._recent(record)
-        return stage.name in self.done
+def _status(
+    submission: Submission, stage: Stage, state: State, job: StageJob | None
+) -> StageStatus:
+    said, record = None if job is None else job.state, state.record
+    log = _log(submission, stage, job)
+    reason = state.reason
+    told = record is not None and record.state == "failed" and record.updated >= submission.created
+    if state.word == "failed" and not told and log is not None:
+        reason = _last_error(log) or reason
+    return StageStatus(
+        state.word,
+        reason,
+        state.attempt,
+        stage=stage,
+        job="" if job is None else job.job,
+        node=(said.node if said is not None else "") or ("" if record is None else record.node),
+        log=log,
+    )
 
 
-def _job_end(job: JobState | None) -> tuple[Word, str] | None:
+def _log(submission: Submission, stage: Stage, job: StageJob | None) -> Path | None:
+    path = submission.local_log(stage.name)
+    if job is not None:
+        owner = replace(submission, folder=submission.folder.with_name(job.submission))
+        path = owner.jobs_folder / f"{job.job}_0_log.out"
+    return path if path.exists() else None
+
+
+def _job_end(job: JobState) -> tuple[Word, str]:
     """What SLURM says of the end of a job."""
-    if job is None:
-        return None
     if job.state == "CANCELLED":
         return "cancelled", "its job was cancelled"
     if job.state == "COMPLETED":
@@ -249,28 +219,21 @@ def is_over(statuses: Iterable[StageStatus]) -> bool:
     return all(status.word in OVER for status in statuses)
 
 
-def follow(submission: Submission, show: "Show", every: float = 10.0) -> list[StageStatus]:
+def readings(
+    submission: Submission, trouble: Callable[[str], None], every: float = 10.0
+) -> Iterator[list[StageStatus]]:
     """Reads the status again and again until nothing will happen any more.
 
-    SLURM may not answer for a while: that is told and waited for, never taken for an end.
+    SLURM may not answer for a while: ``trouble`` is told, and it is waited for, never taken for an
+    end.
     """
     while True:
         try:
-            statuses = read_status(submission, show.trouble)
+            statuses = read_status(submission, trouble)
         except UserError as error:
-            show.trouble(str(error))
+            trouble(str(error))
         else:
-            show.update(statuses)
+            yield statuses
             if is_over(statuses):
-                return statuses
+                return
         time.sleep(every)
-
-
-class Show:
-    """What :func:`follow` tells."""
-
-    def update(self, statuses: list[StageStatus]) -> None:
-        """A new reading."""
-
-    def trouble(self, message: str) -> None:
-        """A reading that failed."""

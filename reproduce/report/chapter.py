@@ -17,7 +17,7 @@ from reproduce.experiment import (
     load_experiment,
 )
 from reproduce.experiment.layout import Layout
-from reproduce.stages.rendering import why_not
+from reproduce.stages.cells import why_not
 from reproduce.tables.model import Table
 from reproduce.tables.notes import Gap, full_label
 from reproduce.tables.table import compute_table

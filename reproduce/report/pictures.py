@@ -23,7 +23,7 @@ from reproduce.experiment.layout import Layout
 from reproduce.report.chapter import Chapter
 from reproduce.runs.finished import read_frame
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, read_scored
-from reproduce.stages.cell_stages import held_out_prompts, picture_scores
+from reproduce.stages.evaluation_files import preview_scores
 from reproduce.tables.spec import RowSpec
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def gather_pictures(chapter: Chapter) -> Gallery:
             try:
                 resolved = chapter.resolved(cell)
                 if resolved is not None:
-                    known = held_out_prompts(resolved)
+                    known = resolved.held_out_prompts()
                     found = _shots(chapter.layout, row, cell, resolved, known)
                     prompts |= {prompt.id: prompt for prompt in known}
             except UserError as error:
@@ -131,12 +131,13 @@ def _shots(
     end = None if cell.info.seed is None else cell.info.checkpoint_iteration
     moments = [(end, evaluation / "images", _scores(cell.scores))]
     if resolved.train is not None:
-        base = replace(resolved, train=None, seed=None, preset=None, method="base", key="base")
+        changes = {"train": None, "seed": None, "preset": None, "method": "base", "key": "base"}
+        base = resolved.model_copy(update=changes)
         before = layout.evaluation(base)
         read_scored(before)
         moments.append((0, before / "images", _read_scores(before / "scores.parquet")))
         for iteration in pictured_iterations(run):
-            scores = _read_scores(picture_scores(evaluation, iteration))
+            scores = _read_scores(preview_scores(evaluation, iteration))
             moments.append((iteration, pictures_folder(run, iteration), scores))
     moments.sort(key=lambda moment: moment[0] or 0)
     damaged = dict(problems(run, listed(run / MANIFEST, IMAGES)))

@@ -10,7 +10,6 @@ from g2rpo.attempts import Attempt, is_alive, latest
 from g2rpo.checksums import hashing_up_to
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
-from reproduce.commands.console import Word
 from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,
@@ -20,6 +19,7 @@ from reproduce.runs.folders import (
     read_trained,
     run_folders,
 )
+from reproduce.runs.state import Word, latest_attempt, state_of
 
 Found = TypeVar("Found")
 Other = TypeVar("Other")
@@ -75,11 +75,11 @@ def read_run_state(folder: Path) -> RunState:
         word: Word = "running" if evaluated_by else ("done" if sound else "interrupted")
         reason, updated = _told("", damage, folder), _changed(folder, folder / EVALUATIONS)
         return RunState(folder.name, word, reason=reason, evaluations=evaluations, updated=updated)
-    attempt = latest(folder / "leases", "train")
-    record = None if attempt is None else attempt.record
     rows: list[dict[str, Any]] = _sound(read_metrics, folder / METRICS_FILE, [], damage)
     trained = _sound(read_trained, folder, None, damage) is not None
-    word, reason = ("done", "") if trained and not damage else _judge(attempt)
+    attempt = latest_attempt(folder / "leases" / "train")
+    state = state_of(attempt, done=trained and not damage)
+    word, reason, record = state.word, state.reason, state.record
     times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, MANIFEST)]
     times += [] if record is None else [record.updated]
     done = int(rows[-1]["iteration"]) if rows else 0
@@ -114,20 +114,6 @@ def _sound(
 def _told(reason: str, damage: list[str], folder: Path) -> str:
     files = (f"damaged: {one.replace(f'{folder}/', '')}" for one in damage)
     return "; ".join(part for part in (reason, *files) if part)
-
-
-def _judge(attempt: Attempt | None) -> tuple[Word, str]:
-    """The state of a training that is not done, from its last start."""
-    if attempt is None:
-        return "interrupted", "it was not started under a lease"
-    if is_alive(attempt):
-        return ("starting" if attempt.record is None else "running"), ""
-    record = attempt.record
-    if record is None:
-        return "interrupted", "it was stopped"
-    if record.state == "failed":
-        return "failed", record.reason or "no reason was told"
-    return "interrupted", record.reason or "it was stopped; the same command goes on"
 
 
 def _evaluations(folder: Path, damage: list[str]) -> tuple[str, bool]:

@@ -7,19 +7,18 @@ the length and the dtype; training and sampling read them there.
 import functools
 import gc
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from g2rpo.config import content_hash
 from g2rpo.data.embeddings import (
-    WHOLE,
     CacheKey,
     EmbeddingCache,
     FillSettings,
-    Part,
     Rows,
     fill,
     prompt_key,
@@ -28,13 +27,59 @@ from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.files import write_json
 from g2rpo.policy import PolicyConfig
 from g2rpo.policy.folder import read_json, resolve_source, text_fingerprint
-from g2rpo.policy.size import model_size, read_size
+from g2rpo.policy.size import read_size
 from g2rpo.training.config import TrainConfig
-from reproduce.experiment import ResolvedCell
+from reproduce.experiment import Hardware, ResolvedCell
 from reproduce.experiment.layout import Layout
+from reproduce.stages.base import Stage
+from reproduce.stages.inputs import Inputs
+from slurm.graph import Needs
 
 if TYPE_CHECKING:
     from g2rpo.policy import FluxPolicy
+
+
+@dataclass(frozen=True)
+class Embed(Stage):
+    """Encodes the prompts of all cells.
+
+    Attributes:
+        cells: the cells.
+    """
+
+    cells: tuple[ResolvedCell, ...]
+    kind = "embed"
+    label = "all prompts"
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Names the prompts and the encoders, whoever needs them."""
+        uses = {repr(use) for cell in self.cells for use in prompt_uses(cell)}
+        return f"embed/{content_hash(sorted(uses))}"
+
+    @property
+    def lease(self) -> Path:
+        """The folder of its attempts."""
+        return self.layout.runs / "embeddings" / "leases" / self.name.removeprefix("embed/")
+
+    @classmethod
+    def devices(cls, hardware: Hardware) -> Needs:
+        """One GPU, where there are any."""
+        return Needs(1, hardware.evaluation_devices)
+
+    @classmethod
+    def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> "Embed":
+        """The stage of a submission."""
+        del payload
+        return cls(inputs.layout, tuple(inputs.cells()))
+
+    def is_done(self) -> bool:
+        """Whether all prompts are encoded."""
+        return all(is_embedded(cell, self.layout) for cell in self.cells)
+
+    def run(self) -> None:
+        """Encodes those that are not."""
+        embed(self.cells, self.layout)
 
 
 @dataclass(frozen=True)
@@ -92,28 +137,23 @@ def _keys(use: PromptUse, state: tuple[int, int]) -> frozenset[str]:
     return frozenset(map(prompt_key, _texts(use, state)))
 
 
-def _training_uses(train: TrainConfig, *, every_prompt: bool) -> Iterator[PromptUse]:
+def _training_uses(train: TrainConfig) -> Iterator[PromptUse]:
     count, iterations = train.rollout.prompts_per_iteration, train.optimization.iterations
-    draws = None if every_prompt else (train.seed, iterations, count)
+    draws = (train.seed, iterations, count)
     yield PromptUse(Path(train.prompts.file), train.prompts.limit, draws)
-    if train.validation is not None:
-        yield PromptUse(Path(train.validation.file), train.validation.limit)
-    if train.pictures is not None:
-        yield PromptUse(Path(train.pictures.file), train.pictures.limit)
+    for other in (train.validation, train.pictures):
+        if other is not None:
+            yield PromptUse(Path(other.file), other.limit)
 
 
-def prompt_uses(
-    cell: ResolvedCell, *, every_prompt: bool = False
-) -> list[tuple[PolicyConfig, PromptUse]]:
+def prompt_uses(cell: ResolvedCell) -> list[tuple[PolicyConfig, PromptUse]]:
     """What a cell encodes, and with which policy's encoders.
 
-    Of the training prompts these are the ones that its iterations draw, which the seed decides;
-    ``every_prompt`` takes the whole file.
+    Of the training prompts these are the ones that its iterations draw, which the seed decides.
     """
     uses = [(cell.policy, PromptUse(Path(cell.evaluation_prompts), cell.evaluation.limit))]
     if cell.train is not None:
-        training = _training_uses(cell.train, every_prompt=every_prompt)
-        uses = [*((cell.train.policy, use) for use in training), *uses]
+        uses = [*((cell.train.policy, use) for use in _training_uses(cell.train)), *uses]
     return uses
 
 
@@ -136,21 +176,11 @@ def _cache_folder(key: CacheKey, layout: Layout) -> Path:
     return layout.runs / "embeddings" / key.name
 
 
-def disk_bytes(cells: Iterable[ResolvedCell], *, every_prompt: bool = False) -> int:
-    """Bytes that the embeddings of all prompts of ``cells`` take, whether they are there or not."""
-    return sum(
-        model_size(policy).embedding_bytes(policy) * len(texts)
-        for policy, texts in _by_policy(cells, every_prompt=every_prompt)
-    )
-
-
-def _by_policy(
-    cells: Iterable[ResolvedCell], *, every_prompt: bool
-) -> list[tuple[PolicyConfig, list[str]]]:
+def prompts_by_policy(cells: Iterable[ResolvedCell]) -> list[tuple[PolicyConfig, list[str]]]:
     """The prompts of ``cells``, each once for all policies with the same encoders."""
     uses: dict[tuple[object, ...], tuple[PolicyConfig, dict[PromptUse, None]]] = {}
     for cell in cells:
-        for policy, use in prompt_uses(cell, every_prompt=every_prompt):
+        for policy, use in prompt_uses(cell):
             same = (policy.source, policy.revision, policy.max_sequence_length, policy.dtype)
             uses.setdefault(same, (policy, {}))[1][use] = None
     return [
@@ -174,24 +204,17 @@ def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
     return True
 
 
-def embed(
-    cells: Sequence[ResolvedCell],
-    layout: Layout,
-    part: Part = WHOLE,
-    *,
-    every_prompt: bool = False,
-) -> list[Path]:
+def embed(cells: Sequence[ResolvedCell], layout: Layout) -> list[Path]:
     """Encodes the prompts of ``cells`` that are not in the cache; returns the caches' folders.
 
     There is one folder unless the cells' policies have different encoders. Only the text encoders
-    are loaded, only where a prompt is missing, and they are dropped at the end. Several processes
-    may each encode a ``part`` at once.
+    are loaded, only where a prompt is missing, and they are dropped at the end.
 
     Raises:
         UserError: the encoders cannot be loaded, a prompt file cannot be used, or the disk is full.
     """
     folders = []
-    for policy, texts in _by_policy(cells, every_prompt=every_prompt):
+    for policy, texts in prompts_by_policy(cells):
         size = read_size(resolve_source(policy.source, policy.revision))
         key = cache_key(policy)
         assert key is not None  # the encoders are here now
@@ -199,7 +222,7 @@ def embed(
         # Told to people beside the folder: everything that ends in .json inside is an index.
         write_json(folder.with_suffix(".json"), key.model_dump(mode="json"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        settings = FillSettings(size.embedding_bytes(policy), part, origin=_origin(device))
+        settings = FillSettings(size.embedding_bytes(policy), origin=_origin(device))
         fill(_opened(folder), texts, functools.partial(_encoder, policy, device), settings)
         folders.append(folder)
         gc.collect()

@@ -1,6 +1,7 @@
 """A finished cell's small result: its scores, costs and provenance, out of its run folders."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,31 @@ from g2rpo.errors import UserError
 from reproduce.experiment import ResolvedCell
 from reproduce.experiment.layout import Layout
 from reproduce.runs.finished import read_run
+from reproduce.tables.notes import Gap
 
 logger = logging.getLogger(__name__)
 
 
+def collect_all(
+    cells: Iterable[ResolvedCell], layout: Layout, experiment: str
+) -> tuple[list[Cell], list[Gap]]:
+    """The small results of cells that are scored, and why others cannot be read."""
+    found: list[Cell] = []
+    gaps: list[Gap] = []
+    for cell in cells:
+        try:
+            known = collected(cell, layout, experiment)
+            found.append(known or load_cell(collect(cell, layout, experiment)))
+        except UserError as error:
+            gaps.append(Gap(cell.key, str(error), cell.seed))
+    # In one order, whoever finished first: what is written from them must come out the same.
+    found.sort(key=lambda cell: (cell.info.row, cell.info.seed or 0))
+    return found, gaps
+
+
 def collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell | None:
     """The cell's small result where it is written already, whole, and of these very runs."""
-    name = cell.key.replace("/", "--") + ("" if cell.seed is None else f"__seed{cell.seed}")
-    path = cells_folder(layout.tables, cell.profile.name, experiment) / f"{name}.json"
+    path = cells_folder(layout.tables, cell.profile.name, experiment) / f"{cell.name}.json"
     if not path.exists():
         return None
     try:

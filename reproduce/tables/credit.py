@@ -20,9 +20,7 @@ from g2rpo.files import atomic_path, atomic_write_text, write_json
 from reproduce.commands.console import literal, plain_table, wide_console
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.experiment.layout import Layout
-from reproduce.runs.folders import read_manifest, sound
-from reproduce.stages.rendering import reason_of
-from reproduce.stages.work import Measurement
+from reproduce.runs.folders import read_manifest
 from reproduce.tables.figures import FIGURE_STYLE, LINE_STYLES, MARKERS, PALETTE
 from reproduce.tables.markdown import markdown_escape
 from reproduce.tables.notes import Gap
@@ -139,23 +137,22 @@ class Quantity:
 
 
 def publish_credit(
-    experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
-) -> list[Gap]:
-    """Writes what has been measured and prints it; returns what has not."""
-    assert experiment.credit is not None
+    experiment: Experiment,
+    profile: Profile,
+    cells: Sequence[ResolvedCell],
+    gaps: Sequence[Gap],
+    layout: Layout,
+) -> None:
+    """Writes what has been measured of ``cells`` and prints it; ``gaps`` are the others."""
     labels = {row.key: row.label for row in experiment.table.rows}
     rewards = [column.reward for column in experiment.table.columns_for(profile.name)]
     measured: list[Measured] = []
-    gaps: list[Gap] = []
     for cell in sorted(cells, key=lambda cell: (list(labels).index(cell.key), cell.seed or 0)):
-        measurement = Measurement(cell, layout, experiment.credit)
-        manifest = sound(read_manifest, measurement.folder)
-        if manifest is None:
-            gaps.append(Gap(cell.key, reason_of(measurement), cell.seed))
-        else:
-            measured.append(Measured(cell.key, labels[cell.key], cell.seed or 0, manifest))
+        manifest = read_manifest(layout.credit(cell))
+        assert manifest is not None
+        measured.append(Measured(cell.key, labels[cell.key], cell.seed or 0, manifest))
     if not measured:
-        return gaps
+        return
     lines = [line for cell in measured for line in cell.lines()]
     quantities = [
         *(
@@ -178,7 +175,6 @@ def publish_credit(
     _print(experiment.table.title, quantities)
     for path in sorted(output.glob("credit.*")):
         typer.echo(f"wrote {path}")
-    return gaps
 
 
 def _print(title: str, quantities: Sequence[Quantity]) -> None:

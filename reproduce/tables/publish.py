@@ -12,9 +12,10 @@ from PIL import Image
 from benchmarks.evaluation.held_out import image_path
 from benchmarks.evaluation.results import Cell
 from g2rpo.text import visible
-from reproduce.experiment import Experiment, Profile, resolve
+from reproduce.experiment import Experiment, Profile, ResolvedCell, resolve
 from reproduce.experiment.layout import Layout
-from reproduce.stages.cell_stages import held_out_prompts
+from reproduce.tables.collecting import collect_all
+from reproduce.tables.credit import publish_credit
 from reproduce.tables.figures import Metric, learning_curves
 from reproduce.tables.formats import write_formats
 from reproduce.tables.notes import Gap, full_label
@@ -24,6 +25,30 @@ from reproduce.tables.table import compute_table
 from reproduce.tables.terminal import print_table
 
 PICTURED_PROMPTS = 6
+
+
+def publish_cells(
+    experiment: Experiment,
+    profile: Profile,
+    cells: Sequence[ResolvedCell],
+    gaps: list[Gap],
+    layout: Layout,
+) -> None:
+    """Writes and prints what the finished ``cells`` show.
+
+    Args:
+        experiment: the experiment.
+        profile: the profile of the cells.
+        cells: the finished cells.
+        gaps: why the others are not; those whose result cannot be read are added.
+        layout: where runs are and tables go.
+    """
+    if experiment.credit is not None:
+        publish_credit(experiment, profile, cells, gaps, layout)
+        return
+    found, damaged = collect_all(cells, layout, experiment.name)
+    gaps += damaged
+    publish(experiment, profile, found, gaps, layout)
 
 
 def publish(
@@ -104,7 +129,7 @@ def _pictures(
             continue
         resolved = resolve(experiment, profile, row.key, info.seed or 0)
         if prompts is None:
-            prompts = held_out_prompts(resolved)[: _pictured(profile)]
+            prompts = resolved.held_out_prompts()[: _pictured(profile)]
         run = layout.runs / info.runs["train"]
         folder = run / "evaluations" / info.runs["evaluation"] / "images"
         paths = [image_path(folder, prompt) for prompt in prompts]

@@ -42,7 +42,7 @@ def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_credit_is_measured_once_and_shown(workplace: Path) -> None:
-    command = ("reproduce", "credit.yaml", "--profile", "small.yaml", "--cluster", "debug")
+    command = ("reproduce", "credit.yaml", "--profile", "small.yaml", "--jobs", "1")
     done = g2rpo(workplace, *command)
     assert done.returncode == 0, done.stderr
     assert "G2RPO" in done.stdout

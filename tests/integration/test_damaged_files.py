@@ -37,9 +37,12 @@ from reproduce.cli import app
 from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
 from reproduce.experiment.layout import Layout
 from reproduce.runs.states import read_run_state
-from reproduce.stages.rendering import gather
-from reproduce.stages.shares import WHOLE
-from reproduce.stages.work import Embedding, Measurement, Work, finish, perform
+from reproduce.stages.base import Stage, perform
+from reproduce.stages.cells import finish_cells
+from reproduce.stages.embedding import Embed
+from reproduce.stages.evaluation import Sample, Score
+from reproduce.stages.training import Credit, Train
+from reproduce.tables.collecting import collect_all
 from slurm.distributed import Ranks
 
 EXPERIMENT: dict[str, Any] = {
@@ -123,14 +126,13 @@ class Site:
     def evaluation(self) -> Path:
         return self.layout.evaluation(self.cell)
 
-    def work(self, kind: str) -> Work:
-        return Work(kind, self.cell, self.layout, WHOLE)
+    def stage(self, kind: str) -> Stage:
+        classes = {stage.kind: stage for stage in (Train, Sample, Score)}
+        return classes[kind](self.layout, self.cell)
 
     def do(self, *kinds: str) -> None:
         for kind in kinds:
-            perform(self.work(kind), Ranks())
-        if "score" in kinds:
-            assert finish(self.cell, self.layout, 1)
+            perform(self.stage(kind), Ranks())
 
     def copy(self, to: Path) -> "Site":
         shutil.copytree(self.runs, to / "runs")
@@ -146,7 +148,7 @@ class Site:
         for name in ("scores", "diversity", "drift"):
             frames = [pd.read_parquet(one.evaluation / f"{name}.parquet") for one in (self, other)]
             pd.testing.assert_frame_equal(*frames, check_exact=True)
-        assert all(self.work(kind).done() for kind in ("train", "sample", "score"))
+        assert all(self.stage(kind).is_done() for kind in ("train", "sample", "score"))
         assert read_run_state(self.run).word == "done"
 
 
@@ -195,7 +197,7 @@ def test_a_finished_run_is_repaired(
     else:
         assert state.word == "interrupted"
         assert str(path.relative_to(site.run)) in state.reason and "\n" not in state.reason
-    assert not all(site.work(one).done() for one in ("train", "score"))
+    assert not all(site.stage(one).is_done() for one in ("train", "score"))
     site.do("train", "sample", "score")
     assert fault == "missing" or path.name in caplog.text
     site.same_as(whole)
@@ -214,7 +216,7 @@ def test_what_was_sampled_is_repaired_before_it_is_scored(
     site = sampled.copy(tmp_path)
     path = only(site.evaluation, SAMPLED[kind])
     FAULTS[fault](path)
-    assert not site.work("sample").done()
+    assert not site.stage("sample").is_done()
     with pytest.raises(UserError, match="run `g2rpo sample` on this cell"):
         site.do("score")
     site.do("sample", "score")
@@ -228,7 +230,7 @@ def test_a_folder_of_a_run_may_be_gone(whole: Site, tmp_path: Path, part: str) -
     shutil.rmtree(only(site.run, part))
     if part == "checkpoints":
         # Nothing that is left to do needs the weights, until it does.
-        assert site.work("score").done() and not site.work("train").done()
+        assert site.stage("score").is_done() and not site.stage("train").is_done()
     site.do("train", "sample", "score")
     site.same_as(whole)
 
@@ -321,10 +323,11 @@ def test_a_damaged_cell_is_collected_again(
     whole: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
 ) -> None:
     site = whole.copy(tmp_path)
-    (before,), _ = gather([site.cell], site.layout, "t")
+    finished, _ = finish_cells([site.cell], site.layout)
+    (before,), _ = collect_all(finished, site.layout, "t")
     path = only(site.runs, f"*/t/cells/hps--mix_grpo__seed1.{part}")
     flip(path)
-    (after,), gaps = gather([site.cell], site.layout, "t")
+    (after,), gaps = collect_all(finished, site.layout, "t")
     assert path.name in caplog.text and not gaps
     assert after.info == before.info
     pd.testing.assert_frame_equal(after.scores, before.scores)
@@ -336,16 +339,16 @@ def test_embeddings_are_repaired(
     whole: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str, fault: str
 ) -> None:
     layout = Layout(tmp_path / "runs", tmp_path / "runs")
-    work = Embedding((whole.cell,), layout)
-    perform(work, Ranks())
+    stage = Embed(layout, (whole.cell,))
+    perform(stage, Ranks())
     files = (layout.runs / "embeddings").glob(f"*/*{suffix}")
     before = {path: path.read_bytes() for path in files if path.parent.name != "leases"}
     path = min(before)
     FAULTS[fault](path)
-    again = Embedding((whole.cell,), layout)
-    assert not again.done()
+    again = Embed(layout, (whole.cell,))
+    assert not again.is_done()
     perform(again, Ranks())
-    assert again.done()
+    assert again.is_done()
     assert fault == "missing" or path.stem in caplog.text
     assert {one: one.read_bytes() for one in before} == before
 
@@ -358,15 +361,16 @@ def test_credit_is_measured_again(
     from benchmarks.evaluation.protocol import CreditConfig
 
     layout = Layout(tmp_path, tmp_path)
-    work = Measurement(whole.cell, layout, CreditConfig.model_validate(CREDIT))
-    perform(work, Ranks())
-    rollouts = json.loads((work.folder / "manifest.json").read_text())["rollouts"]
-    FAULTS[fault](work.folder / name)
-    assert not work.done()
-    perform(work, Ranks())
-    assert work.done()
+    credit = CreditConfig.model_validate(CREDIT)
+    stage = Credit(layout, whole.cell.model_copy(update={"credit": credit}))
+    perform(stage, Ranks())
+    rollouts = json.loads((stage.folder / "manifest.json").read_text())["rollouts"]
+    FAULTS[fault](stage.folder / name)
+    assert not stage.is_done()
+    perform(stage, Ranks())
+    assert stage.is_done()
     assert fault == "missing" or name in caplog.text
-    assert json.loads((work.folder / "manifest.json").read_text())["rollouts"] == rollouts
+    assert json.loads((stage.folder / "manifest.json").read_text())["rollouts"] == rollouts
 
 
 @pytest.mark.parametrize("changes", [

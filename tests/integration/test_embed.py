@@ -14,15 +14,13 @@ import yaml
 from safetensors.torch import load_file
 
 from g2rpo.config import parse_overrides
-from g2rpo.data.embeddings import Part
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
-from g2rpo.errors import UserError
 from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy
+from g2rpo.policy.size import model_size
 from g2rpo.sampling import sample_latents
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
-from reproduce.commands.embed import parse_part
 from reproduce.experiment import (
     HERE,
     ResolvedCell,
@@ -77,15 +75,14 @@ def states(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.fixture(scope="module")
 def embedded(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with the embeddings of table1 and nothing else, by two processes at once."""
+    """A results folder with the embeddings of table1 and nothing else."""
     results = tmp_path_factory.mktemp("embedded")
-    processes = [start(profile, results, "--shard", part) for part in ("1/2", "2/2")]
-    for process in processes:
-        output, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
-        assert "embed prompts" in errors
-        (folder,) = map(Path, output.split())
-        assert folder.parent == results / "runs" / "embeddings"
+    process = start(profile, results)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert "embed prompts" in errors
+    (folder,) = map(Path, output.split())
+    assert folder.parent == results / "runs" / "embeddings"
     return results
 
 
@@ -99,42 +96,15 @@ def test_the_command_encodes_once_what_every_cell_reads(profile: Path, embedded:
     described = json.loads(folder.with_suffix(".json").read_text())
     assert described["max_sequence_length"] == 24 and described["dtype"] == "float32"
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    ((policy, texts),) = embedding.prompts_by_policy(cells)
     # The estimate is of the numbers; the header of a shard is a few hundred bytes.
-    assert 0 <= size - embedding.disk_bytes(cells) < 1000
-    assert embedding.disk_bytes(cells, every_prompt=True) > embedding.disk_bytes(cells)
+    assert 0 <= size - model_size(policy).embedding_bytes(policy) * len(texts) < 1000
 
     before = states(folder)
     again = start(profile, embedded)
     _, errors = again.communicate(timeout=600)
     assert again.returncode == 0 and "embed prompts" not in errors
     assert states(folder) == before
-
-
-def test_how_the_work_is_shared_changes_no_bit(
-    profile: Path, embedded: Path, tmp_path: Path
-) -> None:
-    cell, layout = cell_of(profile), layout_of(tmp_path)
-    embedding.embed([cell], layout, Part(1, 3))
-    assert not embedding.is_embedded(cell, layout)
-    embedding.embed([cell], layout)
-    assert embedding.is_embedded(cell, layout)
-    (texts,) = (texts for _, texts in embedding._by_policy([cell], every_prompt=False))
-    caches = []
-    for results in (embedded, tmp_path):
-        key = embedding.cache_key(cell.policy)
-        assert key is not None
-        caches.append(embedding.EmbeddingCache(results / "runs" / "embeddings" / key.name))
-    one, two = (cache.read(texts) for cache in caches)
-    assert one.keys() == two.keys() == set(texts)
-    for text in texts:
-        assert all(torch.equal(one[text][name], two[text][name]) for name in one[text])
-
-
-def test_a_shard_that_does_not_exist_is_refused() -> None:
-    assert parse_part("2/4") == Part(1, 4)
-    for shard in ("0/2", "3/2", "1", "a/b", ""):
-        with pytest.raises(UserError, match="expected I/N"):
-            parse_part(shard)
 
 
 def test_the_prompts_of_a_cell_are_those_that_its_stages_encode(
@@ -152,12 +122,9 @@ def test_the_prompts_of_a_cell_are_those_that_its_stages_encode(
     validation = read_prompts(Path(cell.train.validation.file), 4)
     test = read_prompts(Path(cell.evaluation_prompts), 8)
     expected = {*drawn, *(prompt.text for prompt in (*validation, *test))}
-    ((policy, texts),) = embedding._by_policy([cell, cell], every_prompt=False)
+    ((policy, texts),) = embedding.prompts_by_policy([cell, cell])
     assert set(texts) == expected and len(texts) == len(expected)
     assert policy.source == cell.policy.source
-    ((_, everything),) = embedding._by_policy([cell], every_prompt=True)
-    whole = {prompt.text for prompt in read_prompts(Path(cell.train.prompts.file))}
-    assert set(everything) == expected | whole
 
 
 def test_changed_prompts_and_settings_are_not_embedded(

@@ -16,7 +16,7 @@ from command_line import small_profile_data
 from g2rpo.attempts import read_attempts
 from reproduce.jobs.launch import DRIVER, latest_submission
 from reproduce.jobs.status import is_over, read_status
-from reproduce.stages.work import latest_attempt
+from reproduce.runs.state import latest_attempt
 
 TABLE: dict[str, Any] = {
     "name": "one_row",
@@ -32,7 +32,7 @@ TABLE: dict[str, Any] = {
         "columns": [{"reward": "hps", "label": "HPS"}],
     },
 }
-ARGUMENTS = ("one_row.yaml", "--profile", "small.yaml", "--jobs", "1", "--cluster", "local")
+ARGUMENTS = ("one_row.yaml", "--profile", "small.yaml", "--jobs", "2", "--cluster", "local")
 SLOW = ("-s", "optimization.iterations=100000")
 
 
@@ -110,7 +110,7 @@ def test_submitted_watched_cancelled_and_retried(
     def g2rpo(*words: str) -> tuple[int, str, str]:
         return here(folder, monkeypatch, capsys, *words)
 
-    code, _, told = g2rpo("submit", *ARGUMENTS, *SLOW)
+    code, _, told = g2rpo("reproduce", "--detach", *ARGUMENTS, *SLOW)
     assert code == 0 and "runs in the background" in told
     until(lambda: words_of(folder).get(TRAIN) == "running", "training")
 
@@ -185,16 +185,15 @@ def test_two_at_once_do_nothing_twice_and_end_alike(
 
 REFUSALS = {
     "unknown cluster": (["reproduce", "one_row.yaml", "--cluster", "lokal"], "local"),
-    "unknown profile file": (["submit", "one_row.yaml", "--cluster", "no.yaml"], "no.yaml"),
+    "unknown profile file": (["reproduce", "one_row.yaml", "--cluster", "no.yaml"], "no.yaml"),
     "no submission": (["status"], "nothing was submitted"),
     "no submission to cancel": (["cancel", "table1"], "nothing was submitted"),
     "no submission to retry": (["retry"], "nothing was submitted"),
     "no submission with logs": (["logs", "train"], "nothing was submitted"),
-    "debug in the background": (
-        ["submit", "one_row.yaml", "--cluster", "debug"], "leave out --detach",
-    ),
     "no SLURM": (["reproduce", "one_row.yaml", "--cluster", "slurm"], "PROFILE=mini"),
-    "no SLURM to submit to": (["submit", "one_row.yaml", "--cluster", "a100-modules"], "sbatch"),
+    "no SLURM to submit to": (
+        ["reproduce", "one_row.yaml", "--detach", "--cluster", "a100-modules"], "sbatch",
+    ),
     "no script": (["plan", "one_row.yaml", "--dry-run", "--cluster", "local"], "--dry-run"),
 }  # fmt: skip
 
@@ -210,7 +209,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     folder = workplace(tmp_path, inputs)
     monkeypatch.setenv("PATH", str(tmp_path))
     words, expected = REFUSALS[case]
-    if words[0] in ("reproduce", "submit", "plan"):
+    if words[0] in ("reproduce", "plan"):
         words = [*words, "--profile", "small.yaml"]
     code, out, told = here(folder, monkeypatch, capsys, *words)
     assert code == 2 and out == ""
@@ -273,13 +272,21 @@ def test_on_slurm_every_command_tells_the_truth(
     for name, body in (("sbatch", SBATCH), ("scancel", SCANCEL), ("squeue", 'cat "$QUEUE"'),
                        ("sacct", "echo accounting is disabled >&2; exit 1")):  # fmt: skip
         command(name, body)
-    submit = ("submit", "one_row.yaml", "--profile", "small.yaml", "--cluster", "slurm")
+    submit = (
+        "reproduce",
+        "one_row.yaml",
+        "--profile",
+        "small.yaml",
+        "--cluster",
+        "slurm",
+        "--detach",
+    )
     assert "submitted one_row-" in g2rpo(*submit)[2]
     assert last("status") == "7 waiting"
     (first,) = (folder / "results/runs/submissions").glob("one_row-*")
 
     # Nothing that is damaged or lost of a submission's record keeps its jobs from being known.
-    (first / "submission.json").write_text('{"format": 1, "ti')
+    (first / "submission.json").write_text('{"format": 2, "ti')
     (first / "jobs.jsonl").unlink()
     assert last("status") == "7 waiting"
     assert "waits or runs already" in g2rpo(*submit)[2]

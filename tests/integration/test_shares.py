@@ -13,14 +13,18 @@ import pandas as pd
 import pytest
 from command_line import small_profile_data
 
-from benchmarks.evaluation.results import load_cells
+from benchmarks.evaluation.results import Cell, load_cells
 from g2rpo.config import validate
 from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
 from reproduce.experiment.layout import Layout
-from reproduce.stages import cell_stages as stages
-from reproduce.stages.rendering import gather, why_not
+from reproduce.stages import sampling
+from reproduce.stages.base import perform
+from reproduce.stages.cells import finish_cells, why_not
+from reproduce.stages.evaluation import Sample, Score
 from reproduce.stages.shares import Share
-from reproduce.stages.work import Work, finish, perform
+from reproduce.stages.training import Train
+from reproduce.tables.collecting import collect_all
+from reproduce.tables.notes import Gap
 from slurm.distributed import Ranks
 
 TABLE: dict[str, Any] = {
@@ -38,7 +42,7 @@ MEASURED = ("scores.parquet", "diversity.parquet", "drift.parquet")
 @pytest.fixture(scope="module", autouse=True)
 def _one_image_at_a_time() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "SAMPLING_BATCH", 1)
+        patch.setattr(sampling, "SAMPLING_BATCH", 1)
         yield
 
 
@@ -65,17 +69,22 @@ def trained(profile: Profile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("whole") / "runs"
     for cell in cells_of(profile):
         layout = Layout(runs, runs)
-        stages.train(cell, layout)
+        perform(Train(layout, cell), Ranks())
         evaluate(cell, layout, 1)
     return runs
 
 
 def evaluate(cell: ResolvedCell, layout: Layout, count: int) -> None:
-    for kind in ("sample", "score"):
+    for kind in (Sample, Score):
         # The first share measures what there is one of, and needs the others' images.
         for index in reversed(range(count)):
-            perform(Work(kind, cell, layout, Share(index, count)), Ranks())
-    assert finish(cell, layout, count)
+            perform(kind(layout, cell, Share(index, count)), Ranks())
+
+
+def gather(cells: list[ResolvedCell], layout: Layout) -> tuple[list[Cell], list[Gap]]:
+    finished, gaps = finish_cells(cells, layout)
+    found, damaged = collect_all(finished, layout, "t")
+    return found, [*gaps, *damaged]
 
 
 @pytest.fixture
@@ -117,39 +126,38 @@ def test_another_number_of_shares_in_between_loses_and_doubles_nothing(
 ) -> None:
     layout = Layout(runs, runs)
     cell = cells_of(profile)[1]
-    perform(Work("sample", cell, layout, Share(0, 3)), Ranks())
-    perform(Work("sample", cell, layout, Share(0, 2)), Ranks())
-    perform(Work("sample", cell, layout, Share(1, 2)), Ranks())
-    perform(Work("score", cell, layout, Share(1, 2)), Ranks())
-    assert not finish(cell, layout, 2)
-    assert all(Work("sample", cell, layout, Share(index, 3)).done() for index in range(3))
+    for share in (Share(0, 3), Share(0, 2), Share(1, 2)):
+        perform(Sample(layout, cell, share), Ranks())
+    perform(Score(layout, cell, Share(1, 2)), Ranks())
+    assert not Score(layout, cell).is_merged()
+    assert all(Sample(layout, cell, Share(index, 3)).is_done() for index in range(3))
     evaluate(cell, layout, 3)
+    assert Score(layout, cell).is_merged()
     same_as_whole(cell, runs, trained)
     # Nothing is left to do, in whatever shares.
     for count in (1, 2, 3):
-        assert finish(cell, layout, count)
-        for kind in ("sample", "score"):
-            works = [Work(kind, cell, layout, Share(index, count)) for index in range(count)]
-            assert all(work.done() for work in works)
+        for kind in (Sample, Score):
+            stages = [kind(layout, cell, Share(index, count)) for index in range(count)]
+            assert all(stage.is_done() for stage in stages)
 
 
 def test_a_kill_before_the_shares_are_put_together_is_mended_by_the_table(
-    profile: Profile, runs: Path, trained: Path
+    profile: Profile, runs: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout(runs, runs.parent / "tables")
     cells = cells_of(shared(profile, 2))
     base, cell = cells
-    for kind in ("sample", "score"):
-        for index in (1, 0):
-            perform(Work(kind, cell, layout, Share(index, 2)), Ranks())
-    perform(Work("sample", base, layout, Share(0, 2)), Ranks())
+    with monkeypatch.context() as patch:
+        patch.setattr(Score, "finish", lambda _: False)
+        evaluate(cell, layout, 2)
+    perform(Sample(layout, base, Share(0, 2)), Ranks())
     assert not (layout.evaluation(cell) / "scores.parquet").exists()
     assert why_not(cell, layout) == "its scores are not put together yet"
-    finished, gaps = gather(cells, layout, "t")
+    finished, gaps = gather(cells, layout)
     assert [one.info.row for one in finished] == ["hps/mix_grpo"]
     assert [(gap.row, gap.reason) for gap in gaps] == [("base", "sample has not run")]
     same_as_whole(cell, runs, trained)
-    again, _ = gather(cells, layout, "t")
+    again, _ = gather(cells, layout)
     written = load_cells(layout.experiment("smoke", "t") / "cells")
     assert [one.info for one in again] == [one.info for one in written]
 
@@ -157,18 +165,18 @@ def test_a_kill_before_the_shares_are_put_together_is_mended_by_the_table(
 def test_a_damaged_cell_is_collected_again(profile: Profile, trained: Path, tmp_path: Path) -> None:
     layout = Layout(trained, tmp_path / "tables")
     cells = cells_of(profile)
-    whole, gaps = gather(cells, layout, "t")
+    whole, gaps = gather(cells, layout)
     assert (len(whole), gaps) == (2, [])
     folder = layout.experiment("smoke", "t") / "cells"
     written = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     for path, content in written.items():
         for damaged in (b"", content[:-9], b"\xff\xfe\x00", b"[]"):
             path.write_bytes(damaged)
-            found, gaps = gather(cells, layout, "t")
+            found, gaps = gather(cells, layout)
             assert ([one.info for one in found], gaps) == ([one.info for one in whole], [])
             assert {path: path.read_bytes() for path in sorted(folder.iterdir())} == written
         path.unlink()
-        assert gather(cells, layout, "t")[1] == []
+        assert gather(cells, layout)[1] == []
         assert path.read_bytes() == content
 
 
@@ -177,19 +185,20 @@ def test_a_kill_while_they_are_put_together_is_mended(
 ) -> None:
     layout = Layout(runs, runs)
     cell = cells_of(shared(profile, 2))[1]
-    for kind in ("sample", "score"):
-        for index in (1, 0):
-            perform(Work(kind, cell, layout, Share(index, 2)), Ranks())
+    with monkeypatch.context() as patch:
+        patch.setattr(Score, "finish", lambda _: False)
+        evaluate(cell, layout, 2)
+    stage = Score(layout, cell, Share(0, 2))
 
     def killed(*_: Any) -> None:
         raise RuntimeError("killed")
 
-    for function in ("stages.prune_images", "stages.shutil.rmtree"):
+    for function in ("prune_images", "shutil.rmtree"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"reproduce.{function}", killed)
+            patch.setattr(f"reproduce.stages.scoring.{function}", killed)
             with pytest.raises(RuntimeError, match="killed"):
-                finish(cell, layout, 2)
-    assert finish(cell, layout, 2)
+                stage.finish()
+    assert stage.finish()
     found = pd.read_parquet(layout.evaluation(cell) / "scores.parquet")
     expected = pd.read_parquet(Layout(trained, trained).evaluation(cell) / "scores.parquet")
     pd.testing.assert_frame_equal(found, expected, check_exact=True)

@@ -143,7 +143,7 @@ class Workplace:
 
     def submit(self) -> Submission:
         """Submits the experiment."""
-        self.g2rpo(*self.request("submit"))
+        self.g2rpo(*self.request("reproduce", "--detach"))
         return self.submission()
 
     # -- what became of it -------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_jobs_run_in_the_image_and_survive_a_requeue(
     _profile(tmp_path, environment)
     place = ["experiment.yaml", "--profile", "smoke", "--cluster", "cluster.yaml"]
     longer = ["--set", "optimization.iterations=300", "--set", "checkpoints.every=5"]
-    done = _g2rpo(tmp_path, "submit", *place, *longer)
+    done = _g2rpo(tmp_path, "reproduce", "--detach", *place, *longer)
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "results" / "runs"
 

@@ -55,7 +55,7 @@ def test_full_disk(cluster: Cluster, places: Callable[..., Workplace], tmp_path:
         place.wait_iteration(TRAIN, 1, more=3)
         filler = _fill(disk)
         assert cluster.wait_ended(job) == "FAILED"
-        refused = place.g2rpo(*place.request("submit"), code=2)
+        refused = place.g2rpo(*place.request("reproduce", "--detach"), code=2)
         assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
         assert "full" in refused.stderr or "No space" in refused.stderr
         filler.unlink()

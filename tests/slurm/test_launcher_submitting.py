@@ -42,7 +42,7 @@ def test_two_submissions_at_once(cluster: Cluster, places: Callable[..., Workpla
     place = places("base", "hps/g2rpo")
     place.profile(ranks=1, shares=2)
     place.cluster_profile(**HELD)
-    both = [place.start(*place.request("submit")) for _ in range(2)]
+    both = [place.start(*place.request("reproduce", "--detach")) for _ in range(2)]
     ends = [wait_exit(process) for process in both]
     assert [code for code, _, _ in ends] == [0, 0], ends
     told = [error for _, _, error in ends]
@@ -59,7 +59,7 @@ def test_submitting_shell_is_killed_after_a_job_nobody_noted(
 ) -> None:
     place = places("base")
     place.path = slow_sbatch(tmp_path / "bin", 30)
-    submitting = place.start(*place.request("submit"))
+    submitting = place.start(*place.request("reproduce", "--detach"))
     try:
         cluster.wait(place.alive, "first job")
     finally:
@@ -122,7 +122,7 @@ def test_following_shell_is_killed(cluster: Cluster, places: Callable[..., Workp
     assert len(cluster.run("sacct", "-nXP", f"--jobs={','.join(jobs)}", "-oJobID").split()) == 3
     assert [len(place.attempts(kind)) for kind in ("sample", "score")] == [1, 1]
     # Nothing is left to do.
-    place.g2rpo(*place.request("submit"))
+    place.g2rpo(*place.request("reproduce", "--detach"))
     assert place.alive() == []
 
 

@@ -20,7 +20,6 @@ from reproduce.commands.render import no_table, render_credit
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.experiment.layout import Layout
 from reproduce.runs.folders import write_manifest
-from reproduce.stages.work import Measurement
 from reproduce.tables.credit import Measured, Quantity, _panel, publish_credit, steps_text
 
 WINDOWS = ((0, [0, 1]), (1, [1, 2]), (4, [2]))
@@ -75,14 +74,13 @@ def measure(workplace: Path, layout: Layout, seeds: Sequence[int] = (1, 2, 3)) -
     """Writes what the stages of the experiment would, and what is made of it."""
     loaded = load_experiment(str(workplace / "credit.yaml"))
     profile = load_profile(str(workplace / "small.yaml"))
-    assert loaded.credit is not None
     cells = expand(loaded, profile, seeds)
     for cell in cells:
         windows = WINDOWS if cell.method == "mix_grpo" else ((0, [0, 1, 2]),)
         rollouts = [rollout(at, steps, 0.1 * (cell.seed or 0)) for at, steps in windows]
         written = {"inputs": {"seed": cell.seed}, "provenance": PROVENANCE, "rollouts": rollouts}
-        write_manifest(Measurement(cell, layout, loaded.credit).folder, written)
-    assert publish_credit(loaded, profile, cells, layout) == []
+        write_manifest(layout.credit(cell), written)
+    publish_credit(loaded, profile, cells, (), layout)
 
 
 def place(workplace: Path) -> tuple[Experiment, Profile, Layout]:

@@ -14,7 +14,8 @@ from reproduce.experiment import Experiment, Profile, expand, load_experiment, l
 from reproduce.experiment.fingerprint import absent_prompts_named
 from reproduce.experiment.layout import Layout
 from reproduce.jobs.plan import Plan, make_plan
-from reproduce.stages import finished
+from reproduce.stages.evaluation import Score
+from reproduce.stages.training import Train
 from slurm.cluster import load_cluster
 
 TABLE: dict[str, Any] = {
@@ -76,20 +77,14 @@ def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = plan_of(tmp_path)
     trained = next(cell for cell in first.cells if cell.key == "hps/a")
     name = first.layout.training(trained).name
-    monkeypatch.setattr(finished, "has_training_record", lambda *_: True)
+    monkeypatch.setattr(Train, "is_recorded", lambda _: True)
     monkeypatch.setattr(
-        finished,
-        "is_trained",
-        lambda cell, layout: cell.train is None or layout.training(cell).name == name,
+        Train, "is_done", lambda stage: stage.cell.train is None or stage.folder.name == name
     )
     plan = plan_of(tmp_path)
     assert plan.done == {f"train/{name}"}
     assert len(plan.todo) == len(first.todo) - 1
-    monkeypatch.setattr(
-        finished,
-        "is_scored",
-        lambda cell, layout, share=None: layout.training(cell).name == name,
-    )
+    monkeypatch.setattr(Score, "is_done", lambda stage: stage.training.folder.name == name)
     plan = plan_of(tmp_path)
     # The images of a cell that is scored are not needed any more.
     assert {done.split("/")[0] for done in plan.done} == {"train", "sample", "score"}
@@ -99,8 +94,7 @@ def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_with_everything_done_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finished, "is_scored", lambda *_: True)
-    monkeypatch.setattr(finished, "has_training_record", lambda *_: True)
+    monkeypatch.setattr(Score, "is_done", lambda _: True)
     plan = plan_of(tmp_path)
     assert len(plan.todo) == 0
     assert len(plan.done) == len(plan.graph) - 1

@@ -10,6 +10,7 @@ import pytest
 from run_folders import write_checkpoint
 
 from g2rpo.attempts import read_attempts
+from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.lease import Lease
 from g2rpo.stop import Stopped
@@ -17,17 +18,13 @@ from reproduce.experiment import HERE, Profile, ResolvedCell, expand, load_exper
 from reproduce.experiment.fingerprint import absent_prompts_named
 from reproduce.experiment.layout import Layout
 from reproduce.jobs.plan import make_plan
-from reproduce.stages.finished import share_manifest, share_stem
+from reproduce.runs.state import latest_attempt
+from reproduce.stages.base import perform
+from reproduce.stages.evaluation import Score
+from reproduce.stages.inputs import Inputs
+from reproduce.stages.run import load_stage
 from reproduce.stages.shares import Share
-from reproduce.stages.work import (
-    Inputs,
-    Work,
-    cell_document,
-    cell_file,
-    cell_from,
-    latest_attempt,
-    perform,
-)
+from reproduce.stages.training import Train
 from slurm.distributed import Ranks
 
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
@@ -40,9 +37,9 @@ def cells_of(experiment: str, profile: Profile) -> list[ResolvedCell]:
         return []
 
 
-def through_json(document: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps(document, indent=2, allow_nan=False))
-    return found
+def written_and_read(cell: ResolvedCell, profile: Profile) -> ResolvedCell:
+    document = json.loads(cell.model_dump_json())
+    return validate(ResolvedCell, document | {"profile": profile}, "test")
 
 
 @pytest.mark.parametrize("profile", ["mini", "smoke"])
@@ -51,9 +48,9 @@ def test_every_bundled_cell_survives_being_written(profile: str, tmp_path: Path)
     layout = Layout(tmp_path, tmp_path)
     for experiment in EXPERIMENTS:
         cells = cells_of(experiment, loaded)
-        assert len({cell_file(cell) for cell in cells}) == len(cells)
+        assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells:
-            found = cell_from(through_json(cell_document(cell)), loaded, "test")
+            found = written_and_read(cell, loaded)
             assert found == cell
             with absent_prompts_named():
                 assert layout.training(found) == layout.training(cell)
@@ -73,8 +70,7 @@ def test_the_order_of_rewards_is_kept() -> None:
     assert cell.train is not None
     turned = dict(reversed(list(cell.train.rewards.items())))
     other = cell.train.model_copy(update={"rewards": turned})
-    document = cell_document(cell) | {"train": other.model_dump(mode="json")}
-    found = cell_from(through_json(document), profile, "test").train
+    found = written_and_read(cell.model_copy(update={"train": other}), profile).train
     assert found is not None
     assert list(found.rewards) == list(turned) != list(cell.train.rewards)
 
@@ -84,16 +80,16 @@ def test_a_submission_s_inputs_are_what_was_planned(tmp_path: Path) -> None:
     cells = expand(experiment, profile, (1, 2))
     layout = Layout(tmp_path / "runs", tmp_path / "runs")
     plan = make_plan(experiment, profile, cells, layout)
-    Inputs(tmp_path / "submission", experiment, profile, layout).save(cells)
-    found = Inputs.load(tmp_path / "submission")
-    assert (found.experiment, found.profile, found.layout) == (experiment, profile, layout)
+    folder = tmp_path / "submission"
+    inputs = Inputs(folder=folder, experiment=experiment, profile=profile,
+                    runs=layout.runs, tables=layout.tables)  # fmt: skip
+    inputs.save(cells)
+    found = Inputs.load(folder)
+    assert found == inputs and found.layout == layout
     assert sorted(map(repr, found.cells())) == sorted(map(repr, cells))
-    for stage in plan.graph.stages.values():
-        if stage.kind != "render":
-            work = found.work(stage)
-            assert (work.name, work.label, str(work.lease.absolute())) == (
-                stage.name, stage.label, stage.lease,
-            )  # fmt: skip
+    for node in plan.graph.stages.values():
+        stage = load_stage(found, node)
+        assert (stage.name, stage.label, str(stage.lease)) == (node.name, node.label, node.lease)
 
 
 def test_inputs_that_cannot_be_read_are_told(tmp_path: Path) -> None:
@@ -107,27 +103,26 @@ def test_a_stage_with_a_damaged_manifest_is_done_again(tmp_path: Path, content: 
     cell = expand(load_experiment("table1"), load_profile("mini"), (1,))[-1]
     share = Share(0, 2)
     with absent_prompts_named():
-        train, score = Work("train", cell, layout), Work("score", cell, layout, share)
+        train, score = Train(layout, cell), Score(layout, cell, share)
         run, evaluation = layout.training(cell), layout.evaluation(cell)
         for path in (run / "manifest.json", evaluation / "manifest.json"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        stem = share_stem(evaluation, share).with_suffix(".json")
-        stem.parent.mkdir()
-        stem.write_bytes(content)
-        assert not train.done() and not score.done()
-        assert share_manifest(evaluation, share) is None
+        score.scored_document.parent.mkdir()
+        score.scored_document.write_bytes(content)
+        assert not train.is_done() and not score.is_done()
+        assert score.share_manifest() is None
         write_checkpoint(run, 4)
         (run / "manifest.json").write_text(
             json.dumps({"progress": {"iteration": 4}, "provenance": {}})
         )
-        assert train.done()
+        assert train.is_done()
         shutil.rmtree(run / "checkpoints")
-        assert not train.done()
+        assert not train.is_done()
 
 
-class Piece(Work):
-    """Work whose doing writes one file."""
+class Piece(Train):
+    """A stage whose work is to write one file."""
 
     place: Path
     error: BaseException | None = None
@@ -137,10 +132,10 @@ class Piece(Work):
     def lease(self) -> Path:
         return self.place / "leases" / "piece"
 
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         return (self.place / "done").exists()
 
-    def do(self) -> None:
+    def run(self) -> None:
         type(self).times += 1
         if self.error is not None:
             raise self.error
@@ -154,7 +149,7 @@ def piece(tmp_path: Path) -> Any:
     class Made(Piece):
         place = tmp_path
 
-    return Made("train", cell, Layout(tmp_path, tmp_path))
+    return Made(Layout(tmp_path, tmp_path), cell)
 
 
 def test_what_is_done_is_not_done_again(piece: Any, tmp_path: Path) -> None:

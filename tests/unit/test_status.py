@@ -20,8 +20,8 @@ from reproduce.jobs.display import status_table, summary
 from reproduce.jobs.launch import DRIVER, latest_submission, left_to_submit, save_submission
 from reproduce.jobs.plan import Plan, make_plan
 from reproduce.jobs.stage_jobs import active_stages, hopeless_stages
-from reproduce.jobs.status import Show, StageStatus, follow, is_over, read_status
-from reproduce.stages import finished
+from reproduce.jobs.status import StageStatus, is_over, read_status, readings
+from reproduce.stages.training import Train
 from slurm import states
 from slurm.cluster import Cluster
 from slurm.states import JobState
@@ -117,7 +117,7 @@ def test_jobs_that_wait_or_start(site: Callable[[str], Site]) -> None:
     assert here.word(EMBED) == ("starting", "")
     assert here.word(TRAIN) == ("waiting", "waiting for the stages that it needs")
     assert here.word(SAMPLE) == ("waiting", "waiting behind jobs of higher priority")
-    assert here.word(SCORE) == ("interrupted", "it was not started")
+    assert here.word(SCORE) == ("interrupted", "it has not run")
     found = here.read()
     assert (found[TRAIN].job, found[EMBED].node) == ("2", "node07")
 
@@ -153,7 +153,7 @@ def test_what_failed_says_why_and_cancels_what_needs_it(site: Callable[[str], Si
     assert here.word(TRAIN) == ("failed", "the loss is not finite")
     assert here.word(SAMPLE) == ("cancelled", "train hps/a, seed 1 failed")
     assert here.word(SCORE) == ("cancelled", "sample hps/a, seed 1 cancelled")
-    assert here.word("sample base") == ("interrupted", "it was not started")
+    assert here.word("sample base") == ("interrupted", "it has not run")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_what_is_done_is_done_whatever_slurm_says(
 ) -> None:
     here = site("slurm")
     here.job(TRAIN, "2", "CANCELLED")
-    monkeypatch.setattr(finished, "is_trained", lambda *_: True)
+    monkeypatch.setattr(Train, "is_done", lambda _: True)
     here.attempt(RENDER, "done", owner=GONE)
     assert here.word(TRAIN) == ("done", "") and here.word(RENDER) == ("done", "")
     assert here.read()[TRAIN].share_done == 1.0
@@ -216,7 +216,7 @@ def test_what_is_done_is_done_whatever_slurm_says(
 
 def test_on_this_machine_stages_wait_while_the_driver_lives(site: Callable[[str], Site]) -> None:
     here = site("local")
-    assert here.word(TRAIN) == ("interrupted", "it was not started")
+    assert here.word(TRAIN) == ("interrupted", "it has not run")
     here.attempt(DRIVER, "running")
     word, reason = here.word(TRAIN)
     assert word == "waiting" and "free device" in reason
@@ -265,14 +265,8 @@ def test_following_outlives_a_slurm_that_does_not_answer(
     monkeypatch.setattr(states, "known_jobs", known_jobs)
     told: list[str] = []
 
-    class Told(Show):
-        def update(self, statuses: list[StageStatus]) -> None:
-            told.extend(s.word for s in statuses if s.stage.name == here.names[TRAIN])
-
-        def trouble(self, message: str) -> None:
-            told.append(message)
-
-    follow(here.submission, Told(), every=0.0)
+    for statuses in readings(here.submission, told.append, every=0.0):
+        told.extend(s.word for s in statuses if s.stage.name == here.names[TRAIN])
     away = "SLURM not reachable (squeue did not answer); this is what the run folders say"
     assert told == [away, "unknown", "starting", "interrupted"]
 
@@ -427,7 +421,7 @@ def test_a_job_that_waits_for_what_will_not_come_is_hopeless(site: Callable[[str
     whole = (here.submission.folder / "submission.json").read_text()
     for text, expected in (
         (
-            whole.replace('"format": 1', '"format": 2'),
+            whole.replace('"format": 2', '"format": 3'),
             {SAMPLE, SCORE},
         ),  # its own version can read it
         ("{}", {TRAIN, SAMPLE, SCORE, "sample base", "score base"}),

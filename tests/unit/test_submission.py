@@ -59,7 +59,7 @@ DAMAGES: dict[str, Callable[[str], str]] = {
     "not JSON": lambda whole: "\0" * len(whole),
     "another type": lambda whole: "[1, 2]",
     "a number": lambda whole: "7",
-    "a newer version": lambda whole: whole.replace('"format": 1', '"format": 2'),
+    "a newer version": lambda whole: whole.replace('"format": 2', '"format": 3'),
     "a key is missing": lambda whole: whole.replace('"entry"', '"entries"'),
     "a value of another type": lambda whole: whole.replace("1.5", '"yesterday"'),
     "stages of another type": lambda whole: whole.replace('"needs": [],', '"needs": 7,'),

@@ -15,6 +15,7 @@ from reproduce.experiment.layout import Layout
 from reproduce.jobs.launch import submit_to_slurm
 from reproduce.jobs.plan import Plan, make_plan
 from reproduce.jobs.status import read_status
+from reproduce.stages.embedding import Embed
 from slurm import states
 from slurm.cluster import Cluster
 from slurm.submission import Submission, list_submissions, read_comment
@@ -182,8 +183,8 @@ def test_a_job_that_ended_well_is_waited_for_by_nobody(
     slurm: Slurm, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its stage is done when sbatch is called, though it was not when the plan was made."""
-    (prompts,) = (work for work in plan.works.values() if work.kind == "embed")
-    monkeypatch.setattr(type(prompts), "done", lambda _: True)
+    (prompts,) = (stage for stage in plan.stages.values() if isinstance(stage, Embed))
+    monkeypatch.setattr(Embed, "is_done", lambda _: True)
     submit_to_slurm(plan, CLUSTER)
     found = slurm.stages()
     assert prompts.name in plan.todo.stages and prompts.name not in found

@@ -1,0 +1,116 @@
+"""The files of a cell's evaluation, and which of them are there and undamaged.
+
+Several jobs can each sample and score a share of the prompts. Each writes a document with the
+checksums of its files last; when all shares are scored, their scores are put together.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from g2rpo.checksums import FILES
+from reproduce.experiment import fingerprint, judges
+from reproduce.runs.folders import read_document, read_scored, sound
+from reproduce.stages.base import ShareStage
+from reproduce.stages.shares import Share
+from reproduce.stages.training import Train
+
+DIVERSITY, DRIFT = "diversity.parquet", "drift.parquet"
+
+
+@dataclass(frozen=True)
+class EvaluationStage(ShareStage):
+    """A stage of the evaluation of a cell."""
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder of the evaluation."""
+        return self.layout.evaluation(self.cell)
+
+    @property
+    def training(self) -> Train:
+        """The stage whose policy is evaluated."""
+        return Train(self.layout, self.cell)
+
+    @property
+    def images(self) -> Path:
+        """The folder of the images that are scored."""
+        return self.folder / "images"
+
+    @property
+    def further_images(self) -> Path:
+        """The folder of the other images of the same prompts, whose diversity is measured."""
+        return self.folder / "diversity"
+
+    @property
+    def drift(self) -> Path:
+        """The drift of the policy's velocities, which the first share measures."""
+        return self.folder / DRIFT
+
+    @property
+    def sampled_document(self) -> Path:
+        """The document that completes the sampling of the share."""
+        return self.folder / "shares" / f"{self.share}-images.json"
+
+    @property
+    def scored_document(self) -> Path:
+        """The document that completes the scoring of the share."""
+        return self.folder / "shares" / f"{self.share}.json"
+
+    @property
+    def scores(self) -> Path:
+        """The scores of the share."""
+        return self.scored_document.with_suffix(".parquet")
+
+    def wanted_rewards(self) -> dict[str, Any]:
+        """What every judge of the profile is, by its name in tables."""
+        configs = judges(self.cell.profile).items()
+        return {name: fingerprint.reward_inputs(config) for name, config in configs}
+
+    def of_share(self, index: int, count: int) -> "EvaluationStage":
+        """The same of another share."""
+        return replace(self, share=Share(index, count))
+
+    def is_sampled(self) -> bool:
+        """Whether the images of the share are there, or were and have been scored."""
+        # Once scored, most images are deleted on purpose.
+        if self.is_scored() or self.has_images():
+            return True
+        # All of them may have been sampled in another number of shares.
+        names = (path.name for path in self.sampled_document.parent.glob("*-images.json"))
+        found = (re.fullmatch(r"\d+-of-0*([1-9]\d*)-images\.json", name) for name in names)
+        counts = {int(match[1]) for match in found if match}
+        return any(
+            all(self.of_share(index, count).has_images() for index in range(count))
+            for count in counts
+        )
+
+    def has_images(self) -> bool:
+        """Whether the images of this very share are there."""
+        read = functools.partial(read_document, sections=(FILES,))
+        return sound(read, self.sampled_document) is not None
+
+    def is_merged(self) -> bool:
+        """Whether every judge of the profile has scored all images of the cell."""
+        return self._is_wanted(sound(read_scored, self.folder))
+
+    def is_scored(self) -> bool:
+        """Whether every judge of the profile has scored the images of the share."""
+        # Scored anew by other judges, a share is not put together with the others yet.
+        return self.is_merged() or self._is_wanted(self.share_manifest())
+
+    def share_manifest(self) -> dict[str, Any] | None:
+        """The manifest of the share's scores; None while one is missing or damaged."""
+        read = functools.partial(read_document, sections=("rewards", "provenance"))
+        return sound(read, self.scored_document)
+
+    def _is_wanted(self, manifest: dict[str, Any] | None) -> bool:
+        # What the judges are is asked last: without scores, their weights may not be here yet.
+        return manifest is not None and manifest.get("rewards") == self.wanted_rewards()
+
+
+def preview_scores(evaluation: Path, iteration: int) -> Path:
+    """The scores of the images that were kept after ``iteration`` iterations of training."""
+    return evaluation / "pictures" / f"iteration-{iteration:06d}.parquet"

@@ -1,0 +1,42 @@
+"""The entry point of jobs: one stage of a submission."""
+
+import logging
+import os
+
+from g2rpo.files import writable_by_others
+from reproduce.stages.base import Stage, perform
+from reproduce.stages.embedding import Embed
+from reproduce.stages.evaluation import Sample, Score
+from reproduce.stages.inputs import Inputs
+from reproduce.stages.render import Render
+from reproduce.stages.training import Credit, Train
+from slurm import graph
+from slurm.distributed import Ranks
+from slurm.submission import Submission
+
+logger = logging.getLogger(__name__)
+ENTRY = "reproduce.stages.run:run_stage"
+CLASSES: dict[str, type[Stage]] = {
+    stage.kind: stage for stage in (Embed, Train, Sample, Score, Credit, Render)
+}
+
+
+def load_stage(inputs: Inputs, node: graph.Stage) -> Stage:
+    """The stage that is ``node`` in the graph of a submission."""
+    return CLASSES[node.kind].load(inputs, node.payload)
+
+
+def run_stage(submission: Submission, node: graph.Stage, ranks: Ranks) -> None:
+    """Runs one stage of a submission.
+
+    Raises:
+        UserError: the stage fails.
+        Stopped: the process was asked to stop.
+    """
+    for folder in (submission.folder, submission.jobs_folder):
+        if folder.is_dir() and writable_by_others(folder):
+            logger.warning(
+                "%s: jobs load code from it and others can write to it; run chmod go-w", folder
+            )
+    os.chdir(submission.directory)
+    perform(load_stage(Inputs.load(submission.folder), node), ranks)

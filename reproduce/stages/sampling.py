@@ -1,0 +1,167 @@
+"""Sampling a share of a cell's evaluation: its images, and what else the policy is needed for.
+
+That is the further images of the same prompts, whose diversity is measured, and the drift.
+"""
+
+import gc
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from benchmarks.evaluation.drift import DriftReference, base_reference, measure_drift, no_drift
+from benchmarks.evaluation.held_out import image_path, sample_images
+from g2rpo.checksums import FILES, checksums_of, problems, write_document
+from g2rpo.data.prompts import Prompt
+from g2rpo.errors import UserError
+from g2rpo.files import atomic_path, remove
+from g2rpo.flow.schedule import build_grid
+from g2rpo.policy import FluxPolicy
+from g2rpo.policy.checkpoint import find_checkpoint
+from g2rpo.policy.flux import HybridSampling
+from g2rpo.training.load_weights import load_trained
+from reproduce.runs.folders import IMAGES, MANIFEST, listed
+from reproduce.stages import embedding
+from reproduce.stages.evaluation_files import EvaluationStage
+from reproduce.stages.training import keep_image
+
+logger = logging.getLogger(__name__)
+SAMPLING_BATCH = 64
+SAMPLING_PIXELS = 2**22
+"""Pixels sampled at once: four images of 1024x1024. The transformer's memory grows with it."""
+
+
+def sample_share(stage: EvaluationStage) -> None:
+    """Samples what is not there of a share's images; with the first one, measures the drift.
+
+    Raises:
+        UserError: the cell has not been trained to its end, or what it trained is damaged.
+    """
+    cell, section = stage.cell, stage.cell.evaluation.diversity
+    if not stage.training.is_done():
+        raise UserError(
+            f"{cell.key}, seed {cell.seed}: not trained to its end, or damaged since; run "
+            "`g2rpo train` on this cell first"
+        )
+    whole = cell.held_out_prompts()
+    prompts = stage.share.of(whole)
+    compared = [] if section is None else stage.share.of(whole[: section.prompts])
+    numbers = range(1, 1 if section is None else section.images)
+    drifts = cell.evaluation.drift is not None and stage.share.first
+    files = [image_path(stage.images, prompt) for prompt in prompts]
+    files += [image_path(stage.further_images, p, number) for p in compared for number in numbers]
+    files += [stage.drift] if drifts else []
+    _discard_damaged(stage, files)
+    if not all(path.exists() for path in files):
+        drifts = drifts and not stage.drift.exists()
+        if drifts:
+            _prepare_reference(stage, whole)
+        policy = _trained_policy(stage)
+        place = cell.evaluation, stage.further_images, sampling_batch(stage)
+        sample_images(policy, prompts, cell.evaluation, stage.images, sampling_batch(stage))
+        for number in numbers:
+            sample_images(policy, compared, *place, number)
+        if drifts:
+            _measure_drift(stage, whole, policy)
+    marker = stage.sampled_document
+    marker.parent.mkdir(exist_ok=True)
+    write_document(marker, {FILES: checksums_of(files, marker.parent)})
+
+
+def sampling_batch(stage: EvaluationStage) -> int:
+    """Images, or velocities, at a time."""
+    return max(1, min(SAMPLING_BATCH, SAMPLING_PIXELS // stage.cell.policy.resolution**2))
+
+
+def _base_policy(stage: EvaluationStage) -> FluxPolicy:
+    policy = FluxPolicy.load(stage.cell.policy, device())
+    embedding.attach(policy, stage.layout)
+    policy.transformer.eval()
+    return policy
+
+
+def _trained_policy(stage: EvaluationStage) -> FluxPolicy:
+    """The policy to evaluate: the base, a given checkpoint, or the last (its EMA where kept)."""
+    cell, policy = stage.cell, _base_policy(stage)
+    hybrid = cell.evaluation.hybrid
+    if hybrid is not None and not cell.is_base:
+        steps = hybrid.steps_of(cell.evaluation.grid.steps)
+        policy.handover = HybridSampling(policy.with_base_transformer(), steps)
+    if cell.checkpoint is not None:
+        policy.load_checkpoint(find_checkpoint(cell.checkpoint))
+    if cell.train is not None:
+        load_trained(policy, stage.training.folder)
+    return policy
+
+
+def _prepare_reference(stage: EvaluationStage, prompts: Sequence[Prompt]) -> None:
+    """Makes the base's reference where it is not there; the base has left memory afterwards."""
+    cell, path = stage.cell, stage.layout.drift_reference(stage.cell)
+    section = cell.evaluation.drift
+    if section is None or cell.is_base:
+        return
+    if path.exists():
+        try:
+            DriftReference.load(path)
+            return
+        except UserError as error:
+            logger.warning("%s", error)
+            remove(path)
+    base = _base_policy(stage)
+    grid = build_grid(cell.evaluation.grid, base.image_tokens)
+    batch = sampling_batch(stage)
+    base_reference(base, prompts, section, grid, cell.evaluation.seed, batch).save(path)
+    del base
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _measure_drift(stage: EvaluationStage, prompts: Sequence[Prompt], policy: FluxPolicy) -> None:
+    section = stage.cell.evaluation.drift
+    assert section is not None
+    if stage.cell.is_base:
+        measured = no_drift(prompts, section)
+    else:
+        reference = DriftReference.load(stage.layout.drift_reference(stage.cell))
+        measured = measure_drift(policy, prompts, section, reference, sampling_batch(stage))
+    write_frame(measured, stage.drift)
+
+
+def _discard_damaged(stage: EvaluationStage, files: Sequence[Path]) -> None:
+    """Deletes, with a warning, what is damaged of the ``files`` of a share.
+
+    What has no recorded checksum was written by a start that was interrupted: PNG files have
+    checksums of their own, others are made again.
+    """
+    own = {Path(os.path.normpath(path)) for path in files}
+    known: set[Path] = set()
+    for document, section in ((stage.sampled_document, FILES), (stage.folder / MANIFEST, IMAGES)):
+        recorded = listed(document, section)
+        for path, problem in problems(document.parent, recorded):
+            if path in own and path.exists():  # other shares look after theirs
+                logger.warning("%s %s; it is made again", path, problem)
+                remove(path)
+        known.update(Path(os.path.normpath(document.parent / name)) for name in recorded)
+    for path in sorted(own - known):
+        if not path.exists():
+            continue
+        if path.suffix == ".png":
+            keep_image(path)
+        else:
+            remove(path)
+
+
+def device() -> str:
+    """Where models are loaded to."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> None:
+    """Writes a table as Parquet, in the place of a damaged one too."""
+    remove(path)
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary, index=False)

@@ -1,0 +1,169 @@
+"""Scoring a share of a cell's evaluation with every judge of the profile."""
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.evaluation.diversity import measure_diversity
+from benchmarks.evaluation.held_out import (
+    compared_images,
+    image_path,
+    image_problem,
+    prune_images,
+    score_images,
+)
+from g2rpo.checksums import FILES, checksums_of, problems, write_document
+from g2rpo.data.prompts import read_prompts
+from g2rpo.errors import UserError
+from g2rpo.provenance import provenance
+from g2rpo.rewards.base import BatchedReward
+from g2rpo.rewards.image_tower import ImageTower
+from g2rpo.rewards.registry import load_reward
+from g2rpo.training.previews import pictured_iterations, pictures_folder
+from reproduce.experiment import fingerprint, judges
+from reproduce.experiment.layout import evaluation_inputs
+from reproduce.runs.folders import IMAGES, MANIFEST, listed, write_manifest
+from reproduce.stages.evaluation_files import DIVERSITY, EvaluationStage, preview_scores
+from reproduce.stages.sampling import device, write_frame
+
+logger = logging.getLogger(__name__)
+
+
+def score_share(stage: EvaluationStage) -> None:
+    """Scores the images of a share, which have been sampled.
+
+    Raises:
+        UserError: they have not been sampled, or one is missing or damaged.
+    """
+    cell = stage.cell
+    if not stage.is_sampled():
+        raise UserError(
+            f"{cell.key}, seed {cell.seed}: its images are not all there and undamaged; run "
+            "`g2rpo sample` on this cell first"
+        )
+    models = {name: load_reward(config, device()) for name, config in judges(cell.profile).items()}
+    tower = _image_tower(stage, models)
+    prompts = stage.share.of(cell.held_out_prompts())
+    score_images(models, prompts, stage.images, stage.scores)
+    files = [stage.scores]
+    if stage.share.first:
+        files += _score_previews(stage, models)
+        files += [] if tower is None else [_measure_diversity(stage, tower)]
+    weights = {name: model.weights_hash for name, model in models.items()}
+    weights["policy"] = fingerprint.weights_name(cell.policy)
+    origin = {}
+    if cell.checkpoint is not None:
+        origin["checkpoint"], weights["checkpoint"] = fingerprint.checkpoint_provenance(
+            cell.checkpoint
+        )
+    document = stage.scored_document
+    write_document(
+        document,
+        {
+            "rewards": stage.wanted_rewards(),
+            "provenance": provenance(weights) | origin,
+            FILES: checksums_of(files, document.parent),
+        },
+    )
+
+
+def _image_tower(stage: EvaluationStage, models: Mapping[str, BatchedReward]) -> ImageTower | None:
+    """The judge whose features tell images apart; None where that is not measured.
+
+    Raises:
+        UserError: the protocol's judge has no image tower.
+    """
+    section = stage.cell.evaluation.diversity
+    if section is None:
+        return None
+    model = models[section.features]
+    if not isinstance(model, ImageTower):
+        valid = ", ".join(key for key, one in models.items() if isinstance(one, ImageTower))
+        raise UserError(
+            f"evaluation.diversity.features: the judge {section.features!r} has no image tower; "
+            f"valid: {valid or 'none of the profile'}"
+        )
+    return model
+
+
+def _measure_diversity(stage: EvaluationStage, tower: ImageTower) -> Path:
+    """Measures the diversity of the images of all shares, which are there; returns the file.
+
+    Raises:
+        UserError: one of them, which may be of another share, is damaged.
+    """
+    section = stage.cell.evaluation.diversity
+    assert section is not None
+    prompts = stage.cell.held_out_prompts()
+    files = compared_images(prompts, section, stage.images, stage.further_images)
+    for path in (path for paths in files.values() for path in paths):
+        problem = image_problem(path)
+        if problem is not None:
+            raise UserError(f"{path} {problem}; run `g2rpo sample` on this cell again")
+    output = stage.folder / DIVERSITY
+    write_frame(measure_diversity(tower, files, section.features), output)
+    return output
+
+
+def _score_previews(stage: EvaluationStage, models: Mapping[str, BatchedReward]) -> list[Path]:
+    """Scores the images that training has kept, for those who look at them; no table has these.
+
+    Damaged ones are left out. Returns the files of scores.
+    """
+    train, run = stage.cell.train, stage.training.folder
+    if train is None or train.pictures is None:
+        return []
+    prompts = read_prompts(Path(train.pictures.file), train.pictures.limit)
+    damaged = dict(problems(run, listed(run / MANIFEST, IMAGES)))
+    for path, problem in damaged.items():
+        logger.warning("%s %s; it is left out", path, problem)
+    outputs = []
+    for iteration in pictured_iterations(run):
+        folder = pictures_folder(run, iteration)
+        output = preview_scores(stage.folder, iteration)
+        paths = {prompt: Path(os.path.normpath(image_path(folder, prompt))) for prompt in prompts}
+        there = [p for p, path in paths.items() if path.exists() and path not in damaged]
+        if there:
+            score_images(models, there, folder, output)
+            outputs.append(output)
+    return outputs
+
+
+def merge_scores(stage: EvaluationStage) -> None:
+    """Puts the scores of all shares, which are there, together.
+
+    Afterwards only ``keep_images`` of the images are kept.
+    """
+    cell, folder, diversity = stage.cell, stage.folder, stage.cell.evaluation.diversity
+    count = stage.share.count
+    parts = [stage.of_share(index, count) for index in range(count)]
+    first = parts[0].share_manifest()
+    assert first is not None
+    frames = pd.concat([pd.read_parquet(part.scores) for part in parts])
+    prompts = cell.held_out_prompts()
+    order = {prompt.id: place for place, prompt in enumerate(prompts)}
+    by_prompt = [
+        part.sort_values("prompt_id", key=lambda ids: ids.map(order), kind="stable")
+        for _, part in frames.groupby("reward", sort=False)
+    ]
+    write_frame(pd.concat(by_prompt, ignore_index=True), folder / "scores.parquet")
+    keep = cell.profile.keep_images
+    if diversity is not None:
+        prune_images(stage.further_images, prompts, keep, diversity.images)
+    prune_images(stage.images, prompts, keep)
+    write_manifest(
+        folder,
+        {
+            "stage": "score",
+            "inputs": evaluation_inputs(cell),
+            "rewards": first["rewards"],
+            "provenance": first["provenance"],
+        },
+        [*folder.glob("*.parquet"), *folder.glob("pictures/*.parquet")],
+        [*stage.images.glob("*.png"), *stage.further_images.glob("*.png")],
+    )
+    shutil.rmtree(folder / "shares")
