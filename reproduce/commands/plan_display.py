@@ -42,7 +42,9 @@ def stage_estimates(plan: Plan) -> dict[str, Estimate]:
                 return estimator.sample(stage.cell, stage.share)
             case Score():
                 return estimator.score(stage.cell, stage.share)
-            case Credit(cell=ResolvedCell(train=TrainConfig() as train, credit=CreditConfig() as c)):
+            case Credit(
+                cell=ResolvedCell(train=TrainConfig() as train, credit=CreditConfig() as c)
+            ):
                 return estimator.credit(train, c)
             case _:
                 return estimator.render()
@@ -50,7 +52,9 @@ def stage_estimates(plan: Plan) -> dict[str, Estimate]:
     return {name: estimate(stage) for name, stage in plan.stages.items()}
 
 
-def wall_seconds(stages: Iterable[graph.Stage], seconds: Mapping[str, float], slots: int | None) -> float:
+def wall_seconds(
+    stages: Iterable[graph.Stage], seconds: Mapping[str, float], slots: int | None
+) -> float:
     """Seconds until the last of ``stages`` ends, each given after those that it depends on.
 
     The longest chain of dependent stages, or the work of all on ``slots`` workers where that is
