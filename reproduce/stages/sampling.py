@@ -22,7 +22,7 @@ from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.checkpoint import find_checkpoint
 from g2rpo.policy.flux import HybridSampling
-from g2rpo.training.load_weights import load_trained
+from g2rpo.training.checkpoint.load import load_trained
 from reproduce.runs.folders import IMAGES, MANIFEST, listed
 from reproduce.stages import embedding
 from reproduce.stages.evaluation_files import EvaluationStage
