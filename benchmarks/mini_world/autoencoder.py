@@ -45,6 +45,12 @@ def build(settings: AutoencoderSettings) -> AutoencoderKL:
     )
 
 
+def load(assets: Path) -> AutoencoderKL:
+    """The trained autoencoder below ``assets``, frozen and in evaluation mode."""
+    vae = AutoencoderKL.from_pretrained(assets / "policy" / "vae")
+    return vae.eval().requires_grad_(False)
+
+
 def train(settings: AutoencoderSettings, seed: int, folder: Path) -> dict[str, Any]:
     """Trains an autoencoder on training pictures, saves it to ``folder``, reports its quality."""
     torch.manual_seed(seed)

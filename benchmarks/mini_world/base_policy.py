@@ -230,12 +230,11 @@ def train(
     vae: AutoencoderKL,
     folder: Path,
     check: Check,
-    snapshots: Callable[[Policy, int], None] | None = None,
 ) -> tuple[Policy, dict[str, Any]]:
     """Trains a policy on fresh training scenes and saves a FluxPipeline to ``folder``.
 
     ``check`` gives the accuracy of a policy on validation captions; it draws nothing from the
-    training's generators. ``snapshots`` is called with the averaged policy after each check.
+    training's generators.
     """
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as tokenizers:
@@ -284,8 +283,6 @@ def train(
                 average.swap()
                 accuracy = check(policy)
                 history.append((step, round(accuracy, 4)))
-                if snapshots is not None:
-                    snapshots(policy, step)
                 average.swap()
                 progress.update(step, f"loss {running:.4f}, accuracy {accuracy:.4f}", always=True)
                 if accuracy >= settings.stop_accuracy:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from pydantic import Field
 
 from benchmarks.mini_world import attribute_training, autoencoder, base_policy, judges, world
@@ -101,14 +100,14 @@ def build_autoencoder(settings: MiniWorldSettings, assets: Path) -> dict[str, An
 
 def build_attributes(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
     """Trains the attribute judge."""
-    vae = load_autoencoder(assets)
+    vae = autoencoder.load(assets)
     with atomic_folder(assets / "rewards" / "attributes") as folder:
         return attribute_training.train(settings.attributes, settings.seed, vae, folder)
 
 
 def build_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
     """Trains the base policy and measures it on held-out captions."""
-    vae = load_autoencoder(assets)
+    vae = autoencoder.load(assets)
     reader = AttributeReader.from_folder(assets / "rewards" / "attributes")
     chosen = settings.policy
     validation = base_policy.AttributeCheck(
@@ -162,12 +161,6 @@ PARTS = (
         for role in sorted(judges.MODELS, key=lambda role: role != "image_reward")
     ),
 )
-
-
-def load_autoencoder(assets: Path) -> AutoencoderKL:
-    """The trained autoencoder, in evaluation mode."""
-    vae = AutoencoderKL.from_pretrained(assets / "policy" / "vae")
-    return vae.eval().requires_grad_(False)
 
 
 def captions_of(assets: Path, split: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Pictures and captions for the judges: groups of scenes that differ in one attribute each."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -137,13 +136,6 @@ def _shown(shown: world.Shown | None) -> list[int]:
         return [0, 0, 0]
     places = (COLOURS, shown.colour), (SHAPES, shown.shape), (SIZES, shown.size)
     return [1 + options.index(value) for options, value in places]
-
-
-def load_autoencoder(assets: Path) -> AutoencoderKL:
-    """The trained autoencoder at ``assets``."""
-    vae = AutoencoderKL.from_pretrained(assets / "policy" / "vae")
-    vae.eval().requires_grad_(False)
-    return vae
 
 
 @dataclass(frozen=True)

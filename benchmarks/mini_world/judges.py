@@ -15,7 +15,7 @@ from pydantic import Field
 from scipy.stats import rankdata
 from torch import Tensor
 
-from benchmarks.mini_world import world
+from benchmarks.mini_world import autoencoder, world
 from benchmarks.mini_world.judge_data import (
     Augmentation,
     JudgePool,
@@ -23,7 +23,6 @@ from benchmarks.mini_world.judge_data import (
     degrade,
     draw_judge_pool,
     facts_of,
-    load_autoencoder,
     to_images,
     to_pixels,
 )
@@ -121,7 +120,7 @@ def build_judge(
     Returns:
         its size, and its quality on held-out pictures.
     """
-    vae = load_autoencoder(assets)
+    vae = autoencoder.load(assets)
     pool = draw_judge_pool(seed, "judge", pictures.groups, GROUP)
     pool = decode_share(pool, vae, pictures.decoded_share, pictures.latent_noise, seed)
     torch.manual_seed(seed * 1000 + 17 * (1 + list(MODELS).index(role)))

@@ -30,12 +30,6 @@ def draw_pool(seed: int, stream: str, split: str, number: int) -> PicturePool:
     return draw_scenes(scenes, rng)
 
 
-def draw_captions(seed: int, stream: str, captions: list[str]) -> PicturePool:
-    """One picture of each caption."""
-    pool = draw_scenes([world.scene_of(text) for text in captions], generator(seed, stream))
-    return PicturePool(pool.images, list(captions), pool.scenes, pool.layouts)
-
-
 def draw_scenes(scenes: list[world.Scene], rng: np.random.Generator) -> PicturePool:
     """One picture and one caption of each scene."""
     layouts = [world.lay_out(scene, rng) for scene in scenes]

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,8 +89,6 @@ HELD_OUT_COLOURS = frozenset(
 """Pairs of colours that no training or validation scene has together."""
 SPLITS = ("train", "validation", "test", "judge")
 """``judge`` has every combination, but no caption of the validation or test split."""
-
-_PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
 
 def _grammar() -> Grammar:
@@ -251,15 +248,6 @@ def alterations(scene: Scene) -> list[Scene]:
     return [option for option in changed if is_valid(option)]
 
 
-def alter_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A valid scene that contradicts ``scene`` in exactly one attribute, each kind as likely."""
-    kinds: dict[str, list[Scene]] = {}
-    for option in alterations(scene):
-        kinds.setdefault(altered_attribute(scene, option), []).append(option)
-    options = kinds[_choose(rng, sorted(kinds))]
-    return options[int(rng.integers(len(options)))]
-
-
 def altered_attribute(scene: Scene, other: Scene) -> str:
     """The name of the attribute in which two scenes of one structure differ."""
     if scene.background != other.background:
@@ -374,8 +362,3 @@ def make_captions(seed: int, split: str, number: int) -> list[str]:
         wording = caption(scene, rng)
         found.setdefault(scene, wording)
     return list(found.values())
-
-
-def read_captions(split: str) -> list[str]:
-    """The committed captions of ``train``, ``validation`` or ``test``, one a line."""
-    return (_PROMPTS / f"{split}.txt").read_text().splitlines()

@@ -11,8 +11,8 @@ from diffusers import FluxPipeline
 
 from benchmarks.mini_world import world
 from benchmarks.mini_world.attribute_training import accuracy, caption_shares
-from benchmarks.mini_world.autoencoder import reconstruct
-from benchmarks.mini_world.build import MANIFEST, PARTS, SIZE_LIMIT, load_autoencoder
+from benchmarks.mini_world.autoencoder import load, reconstruct
+from benchmarks.mini_world.build import MANIFEST, PARTS, SIZE_LIMIT, captions_of
 from benchmarks.mini_world.judges import MODELS
 from benchmarks.mini_world.pictures import draw_pool
 from g2rpo.errors import UserError
@@ -77,7 +77,7 @@ def test_attribute_judge_reads_fresh_pictures(
     images = pool.images
     if through_autoencoder:
         torch.manual_seed(0)
-        images = reconstruct(load_autoencoder(ASSETS), images)
+        images = reconstruct(load(ASSETS), images)
     report = accuracy(reader, pool, images)
     assert min(report[name] for name in ("shape", "colour", "size", "background")) >= 0.97
     assert report["score"] >= 0.97
@@ -114,7 +114,7 @@ def test_attribute_judge_names_what_is_wrong(tmp_path: Path) -> None:
 def test_policy_draws_what_held_out_captions_say(reader: AttributeReader) -> None:
     pipeline = FluxPipeline.from_pretrained(ASSETS / "policy", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    captions = world.read_captions("test")[:64]
+    captions = captions_of(ASSETS, "test")[:64]
     images = pipeline(
         captions,
         height=32,
