@@ -8,7 +8,6 @@ import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from PIL import Image
 from report_results import HOSTILE_LABEL, ITERATIONS, PROMPTS, ROWS, Results, make_results
 from typer.testing import CliRunner
 
-from benchmarks.evaluation.results import load_cell, save_cell
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment import ROOT, load_profile
@@ -28,7 +26,7 @@ from reproduce.report.configurations import configuration_data
 from reproduce.report.curves import AXES, curve_data
 from reproduce.report.documents import find_documents
 from reproduce.report.grids import Grid
-from reproduce.report.images import LADDER, Fitter
+from reproduce.report.images import Fitter
 from reproduce.report.overview import overview_grid, provenance_grid
 from reproduce.report.page import make_page, script_json
 from reproduce.report.pictures import Amount, gather_pictures, picture_data, reduced
@@ -294,17 +292,6 @@ def test_large_images_are_made_smaller_only_where_they_must(
             path.write_bytes(data)
 
 
-def test_the_ladder_only_goes_down() -> None:
-    def size(amount: Amount) -> tuple[float, ...]:
-        fields = (amount.side, amount.prompts, amount.seeds, amount.between)
-        return tuple(float("inf") if value is None else value for value in fields)
-
-    for before, after in pairwise(LADDER):
-        pairs = list(zip(size(before), size(after), strict=True))
-        assert all(one >= two for one, two in pairs)
-        assert any(one > two for one, two in pairs)
-
-
 def test_configurations_of_two_seeds_differ_in_the_seed_alone(chapter: Chapter) -> None:
     runs = {one["label"]: one for one in configuration_data(chapter)}
     one, two = (runs[f"G²RPO (HPS), seed {seed}"] for seed in (1, 2))
@@ -319,34 +306,20 @@ def test_configurations_of_two_seeds_differ_in_the_seed_alone(chapter: Chapter) 
     assert runs["Base"]["values"]["train"] == "null"
 
 
-def test_a_run_of_other_files_says_so(results: Results, tmp_path: Path) -> None:
-    chapter = results.chapter()
+def test_a_run_of_other_files_says_so_or_is_known_by_its_folder(chapter: Chapter) -> None:
     cell = next(cell for cell in chapter.cells if cell.info.seed == 1)
-    renamed = cell.info.model_copy(update={"runs": {"train": "elsewhere", "evaluation": "x"}})
-    changed = type(cell)(renamed, cell.scores, cell.curve, cell.metrics)
-    saved = load_cell(save_cell(changed, tmp_path))
-    (said,) = configuration_data(
-        Chapter(chapter.experiment, chapter.profile, chapter.layout, (saved,), (), chapter.resolver)
-    )
+    runs = {"train": "made-up-elsewhere", "evaluation": "x"}
+    changed = replace(cell, info=cell.info.model_copy(update={"runs": runs}))
+    elsewhere = replace(chapter, cells=(changed,))
+    (said,) = configuration_data(elsewhere)
     assert "something else than this run was made from" in said["note"]
-
-
-def test_a_run_is_known_by_its_own_folder_without_a_path_of_this_machine(
-    results: Results, tmp_path: Path
-) -> None:
-    chapter = results.chapter()
-    cell = next(cell for cell in chapter.cells if cell.info.seed == 1)
     run = chapter.layout.runs / "made-up-elsewhere"
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"prompts": {"file": f"{ROOT}/prompts.txt"}}))
-    runs = {"train": run.name, "evaluation": "x"}
-    changed = replace(cell, info=cell.info.model_copy(update={"runs": runs}))
-    saved = load_cell(save_cell(changed, tmp_path))
-    try:
-        (said,) = configuration_data(replace(chapter, cells=(saved,)))
-    finally:
-        shutil.rmtree(run)
+    (said,) = configuration_data(elsewhere)
+    shutil.rmtree(run)
     assert said["note"] == "as kept in the run's folder"
+    # Without a path of this machine.
     assert said["values"]["train.prompts.file"] == "prompts.txt"
 
 
@@ -445,11 +418,13 @@ def test_the_bar_of_costs_adds_up_to_the_measure_of_equal_cost(chapter: Chapter)
         assert share == pytest.approx(float(totals[row[0].text] or 0) / longest)
 
 
-def test_without_run_folders_the_kept_picture_is_shown(tmp_path: Path) -> None:
-    chapter = load_chapter("table2", load_profile("mini"), Layout(tmp_path, ROOT / "results"))
+def test_committed_results_have_no_gap_and_show_the_kept_picture(tmp_path: Path) -> None:
+    chapter = load_chapter("table1", load_profile("mini"), Layout(tmp_path, ROOT / "results"))
+    assert (len(chapter.cells), chapter.gaps, chapter.seeds) == (31, (), (1, 2, 3))
     gallery = gather_pictures(chapter)
     assert gallery.shots == ()
     assert gallery.sheet is not None
+    assert "the picture that was kept with the tables" in gallery.notes[0]
     page = Parsed(make_page(chapter.profile, [chapter]).html)
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     data = base64.b64decode((image["src"] or "").removeprefix("data:image/png;base64,"))
@@ -486,19 +461,6 @@ def test_the_command_writes_the_page(results: Results, tmp_path: Path) -> None:
     text = Parsed(other.read_text()).text
     assert "2 experiments on the profile made-up" in text
     assert "Finished\n0 of 11 runs" in text.replace("Finished0", "Finished\n0")
-
-
-def test_nothing_finished_is_one_line(results: Results, tmp_path: Path) -> None:
-    done = run_report("table1", "--profile", str(results.profile), "--results", str(tmp_path))
-    assert isinstance(done.exception, UserError)
-    assert "no finished cells; run `g2rpo reproduce table1 --profile" in str(done.exception)
-
-
-def test_the_committed_results_have_no_gap() -> None:
-    chapter = load_chapter("table1", load_profile("mini"), Layout(ROOT / "runs", ROOT / "results"))
-    assert len(chapter.cells) == 31
-    assert chapter.gaps == ()
-    assert chapter.seeds == (1, 2, 3)
-    gallery = gather_pictures(chapter)
-    assert gallery.shots == ()
-    assert "the picture that was kept with the tables" in gallery.notes[0]
+    nothing = run_report("table1", *place[:2], "--results", str(tmp_path))
+    assert isinstance(nothing.exception, UserError)
+    assert "no finished cells; run `g2rpo reproduce table1 --profile" in str(nothing.exception)

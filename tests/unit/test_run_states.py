@@ -22,30 +22,24 @@ from g2rpo.config import merge
 from g2rpo.errors import UserError
 from reproduce.cli import app
 from reproduce.experiment.settings import distinctions, flat
-from reproduce.runs.states import RunState, read_run_state, read_run_states
-
-
-def state_of(folder: Path) -> RunState:
-    return read_run_state(folder)
+from reproduce.runs.states import read_run_state, read_run_states
 
 
 def test_a_finished_run_shows_its_last_rewards_and_evaluations(tmp_path: Path) -> None:
-    state = state_of(write_run(tmp_path, "g2rpo-hps-seed1-aa", means={"hps": 0.7}))
+    state = read_run_state(write_run(tmp_path, "g2rpo-hps-seed1-aa", means={"hps": 0.7}))
     assert (state.word, state.done, state.total) == ("done", 4, 4)
     assert state.rewards == pytest.approx({"hps": 0.44})
     assert state.validation == pytest.approx({"hps": 0.541})
     assert (state.remaining, state.evaluations) == (None, "1 scored")
-
-
-def test_a_run_that_ended_at_a_cost_has_as_many_iterations_as_it_made(tmp_path: Path) -> None:
-    state = state_of(write_run(tmp_path, "a", optimization={"iterations": 60}))
+    # One that ended at a cost has as many iterations as it made.
+    state = read_run_state(write_run(tmp_path, "a", optimization={"iterations": 60}))
     assert (state.word, state.done, state.total) == ("done", 4, 4)
 
 
 def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", iterations=2, finished=False)
     write_attempt(folder / "leases" / "train", "running", done=2, total=4, remaining_seconds=90.0)
-    state = state_of(folder)
+    state = read_run_state(folder)
     assert (state.word, state.done, state.total, state.remaining) == ("running", 2, 4, 90.0)
     assert state.node == "node07"
 
@@ -64,7 +58,7 @@ def test_a_run_that_does_not_go_on_says_why(
 ) -> None:
     folder = write_run(tmp_path, "a", iterations=2, finished=False)
     write_attempt(folder / "leases" / "train", state, alive=alive, reason=reason)
-    found = state_of(folder)
+    found = read_run_state(folder)
     assert found.word == word and found.reason.startswith(told)
     assert found.remaining is None
 
@@ -72,9 +66,9 @@ def test_a_run_that_does_not_go_on_says_why(
 def test_a_run_without_a_row_and_one_with_damaged_settings_are_listed(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", finished=False)
     (folder / "metrics.jsonl").unlink()
-    assert (state_of(folder).done, state_of(folder).rewards) == (0, {})
+    assert (read_run_state(folder).done, read_run_state(folder).rewards) == (0, {})
     (folder / "config.json").write_text("{")
-    assert (state_of(folder).word, state_of(folder).total) == ("interrupted", None)
+    assert (read_run_state(folder).word, read_run_state(folder).total) == ("interrupted", None)
 
 
 @pytest.mark.parametrize(("file", "content"), DAMAGE)
@@ -83,9 +77,9 @@ def test_a_damaged_file_is_told_and_the_other_runs_are_listed(
 ) -> None:
     broken = write_run(tmp_path / "runs", "g2rpo-hps-seed1-aa", means={"hps": 0.7})
     write_run(tmp_path / "runs", "g2rpo-hps-seed2-bb", means={"hps": 0.7})
-    before = state_of(broken)
+    before = read_run_state(broken)
     damage(broken, file, content)
-    state = state_of(broken)
+    state = read_run_state(broken)
     assert state.word == "interrupted"
     assert state.reason.startswith(f"damaged: {file}") and "\n" not in state.reason
     shown = CliRunner().invoke(app, ["runs", "--results", str(tmp_path)])
@@ -101,18 +95,18 @@ def test_a_run_that_goes_on_or_failed_is_that_with_a_damaged_file_too(tmp_path: 
     folder = write_run(tmp_path, "a", finished=False)
     damage(folder, "metrics.jsonl", b"3\n4\n")
     write_attempt(folder / "leases" / "train", "running", done=2, total=4)
-    assert state_of(folder).word == "running"
-    assert state_of(folder).reason.startswith("damaged: metrics.jsonl, line 1")
+    assert read_run_state(folder).word == "running"
+    assert read_run_state(folder).reason.startswith("damaged: metrics.jsonl, line 1")
     write_attempt(folder / "leases" / "train", "failed", reason="out of memory")
-    assert state_of(folder).word == "failed"
-    assert state_of(folder).reason.startswith("out of memory; damaged: metrics.jsonl, line 1")
+    assert read_run_state(folder).word == "failed"
+    assert read_run_state(folder).reason.startswith("out of memory; damaged: metrics.jsonl, line 1")
 
 
 def test_a_base_with_a_damaged_evaluation_is_not_done(tmp_path: Path) -> None:
     base = tmp_path / "base-0123"
     write_evaluation(base, {"hps": 0.7})
     write(base / "evaluations" / "other-ffffffffffff" / "manifest.json", [])
-    state = state_of(base)
+    state = read_run_state(base)
     assert (state.word, state.evaluations) == ("interrupted", "1 scored, unfinished")
     assert state.reason.startswith("damaged: evaluations/other-ffffffffffff/manifest.json")
 
@@ -121,10 +115,10 @@ def test_an_evaluation_that_runs_is_told(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", means={"hps": 0.7})
     lease = folder / "evaluations" / "test-ffffffffffff" / "leases" / "sample-1of1"
     write_attempt(lease, "running", description="sample", done=5, total=20)
-    assert state_of(folder).evaluations == "1 scored, sample 5/20"
+    assert read_run_state(folder).evaluations == "1 scored, sample 5/20"
     base = tmp_path / "base-0123"
     write_evaluation(base, {"hps": 0.7})
-    assert (state_of(base).word, state_of(base).done) == ("done", None)
+    assert (read_run_state(base).word, read_run_state(base).done) == ("done", None)
 
 
 def test_the_last_to_change_comes_first_and_other_folders_are_left_out(tmp_path: Path) -> None:
