@@ -23,7 +23,7 @@ from g2rpo.provenance import file_hash, source_fingerprint
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.unified_reward.template import question_inputs
 from g2rpo.training.config import TrainConfig
-from reproduce.experiment.settings import NOT_DETERMINING
+from reproduce.settings import NOT_DETERMINING
 
 ALGORITHM_VERSION = 1
 """Raised when the same configuration would give other weights or images than before."""

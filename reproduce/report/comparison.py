@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.evaluation.results import Cell, Protocol, RowScores, gather_rows
 from benchmarks.evaluation.statistics import MIN_SEEDS, NOTHING, Comparison, method_comparisons
 from g2rpo.errors import UserError
-from reproduce.experiment.settings import NOT_DETERMINING, flat
 from reproduce.runs.finished import Run
+from reproduce.settings import NOT_DETERMINING, flat
 from reproduce.tables.paired import compare_metric, compare_rows, corrected
 
 

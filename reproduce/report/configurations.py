@@ -6,9 +6,9 @@ from typing import Any
 from benchmarks.evaluation.results import Cell
 from g2rpo.errors import UserError
 from reproduce.experiment import ResolvedCell
-from reproduce.experiment.settings import flat
 from reproduce.report.chapter import Chapter, without_root
 from reproduce.runs.folders import SETTINGS, read_document
+from reproduce.settings import flat
 
 
 def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
 from reproduce.experiment import load_experiment, load_profile, resolve
 from reproduce.experiment.fingerprint import train_run_name
-from reproduce.experiment.settings import without_seed
 from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,
@@ -31,6 +30,7 @@ from reproduce.runs.folders import (
     read_settings,
     run_folders,
 )
+from reproduce.settings import without_seed
 
 
 @dataclass(frozen=True, eq=False)

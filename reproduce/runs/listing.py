@@ -7,8 +7,8 @@ from rich.table import Table
 
 from g2rpo.progress import duration
 from reproduce.commands.console import plain_table, state_text
-from reproduce.experiment.settings import distinctions
 from reproduce.runs.states import RunState
+from reproduce.settings import distinctions
 
 DIGITS = 4
 

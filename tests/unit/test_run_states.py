@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from g2rpo.config import merge
 from g2rpo.errors import UserError
 from reproduce.cli import app
-from reproduce.experiment.settings import distinctions, flat
 from reproduce.runs.states import read_run_state, read_run_states
+from reproduce.settings import distinctions, flat
 
 
 def test_a_finished_run_shows_its_last_rewards_and_evaluations(tmp_path: Path) -> None:
