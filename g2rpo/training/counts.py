@@ -2,7 +2,6 @@
 
 import bisect
 import functools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from g2rpo.flow.rollout_tree import RolloutTree, recorded_steps
@@ -87,27 +86,21 @@ def _mean_trained_states(
     method: Method, tree: RolloutTree, group_size: int, samples: int | None
 ) -> float:
     """States that go through a forward, each once in every update that needs it, on average."""
-    steps, group = recorded_steps(tree), range(group_size)
-    total = 0
-    for draw in range(DRAWS):
-        keys = ((f"{draw:06d}", sample) for sample in group)
-        trained = {key[1]: method.trained_steps(steps, 0, 0, key) for key in keys}
-        total += _trained_states(tree, trained, samples)
-        if all(len(chosen) == len(steps) for chosen in trained.values()):
-            return total / (draw + 1)  # nothing is left to chance
-    return total / DRAWS
-
-
-def _trained_states(
-    tree: RolloutTree, trained: Mapping[int, Sequence[int]], samples: int | None
-) -> int:
-    found: set[tuple[int, int | None]] = set()
+    steps = recorded_steps(tree)
+    transitions = []  # step and sample of each, and what its forward is known by
     for index in tree.recorded:
         state = tree.states[index]
         assert state.sample is not None
-        if state.node - 1 in trained[state.sample]:
-            found.add((0 if samples is None else state.sample // samples, state.parent))
-    return len(found)
+        update = 0 if samples is None else state.sample // samples
+        transitions.append((state.node - 1, state.sample, (update, state.parent)))
+    total = 0
+    for draw in range(DRAWS):
+        keys = [(f"{draw:06d}", sample) for sample in range(group_size)]
+        trained = [method.trained_steps(steps, 0, 0, key) for key in keys]
+        total += len({key for step, sample, key in transitions if step in trained[sample]})
+        if all(len(chosen) == len(steps) for chosen in trained):
+            return total / (draw + 1)  # nothing is left to chance
+    return total / DRAWS
 
 
 def _samples_per_update(config: TrainConfig) -> int | None:

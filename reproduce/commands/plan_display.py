@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from rich import filesize
+
 from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.errors import UserError
 from g2rpo.training.config import TrainConfig
@@ -92,13 +94,6 @@ def _hours(seconds: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}" if hours >= 0.1 else f"{hours:.4f}"
 
 
-def _readable_bytes(size: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size:.0f} B"
-
-
 def _needs(stages: Iterable[graph.Stage], estimates: Mapping[str, Estimate]) -> tuple[str, str]:
     """Hours of devices and disk of ``stages``."""
     if not estimates:
@@ -106,7 +101,7 @@ def _needs(stages: Iterable[graph.Stage], estimates: Mapping[str, Estimate]) -> 
     found = [estimates[stage.name] for stage in stages]
     mark = "" if all(estimate.measured for estimate in found) else "~"
     hours = _hours(sum(estimate.seconds * estimate.devices for estimate in found))
-    return f"{mark}{hours}", _readable_bytes(sum(estimate.disk_bytes for estimate in found))
+    return f"{mark}{hours}", filesize.decimal(round(sum(estimate.disk_bytes for estimate in found)))
 
 
 def _kind_table(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> object:
@@ -119,15 +114,11 @@ def _kind_table(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate])
         if not stages:
             continue
         left = [stage for stage in stages if stage.name in plan.todo.stages]
+        counts = map(str, (len(stages), len(stages) - len(left), len(left)))
         needs = stages[0].resources
         shape = (f"{cluster.nodes(needs)} x {cluster.tasks(needs)}", str(needs.gpus))
-        counts = (len(stages), len(stages) - len(left), len(left))
-        table.add_row(
-            kind,
-            *map(str, counts),
-            *(("", "") if kind == "in all" else shape),
-            *_needs(left, estimates),
-        )
+        shape = ("", "") if kind == "in all" else shape
+        table.add_row(kind, *counts, *shape, *_needs(left, estimates))
     return table
 
 
