@@ -16,11 +16,10 @@ import typer
 from benchmarks.evaluation.statistics import (
     RESAMPLES,
     FloatArray,
-    Kind,
-    Resampling,
+    checkpoint_comparisons,
+    checkpoint_improvements,
     checkpoint_intervals,
-    compare_pairs,
-    compare_with_baseline,
+    holm,
 )
 from g2rpo.seeds import generator
 
@@ -38,21 +37,19 @@ def made_scores(methods: int, rewards: int, prompts: int) -> dict[str, FloatArra
     return scores
 
 
-def _intervals(scores: dict[str, FloatArray], resamples: int, kind: Kind) -> int:
+def _intervals(scores: dict[str, FloatArray], resamples: int) -> int:
     rows = np.concatenate([cube[:, 0] for cube in scores.values()])
-    return len(checkpoint_intervals(rows, resamples=resamples, kind=kind))
+    return len(checkpoint_intervals(rows, resamples=resamples))
 
 
-def _with_baseline(scores: dict[str, FloatArray], rewards: list[str], resamples: int) -> int:
-    resampling = Resampling(resamples=resamples)
-    found = compare_with_baseline(scores, BASE, rewards, label="checkpoint", resampling=resampling)
-    return len(found)
-
-
-def _all_pairs(scores: dict[str, FloatArray], rewards: list[str], resamples: int) -> int:
-    pairs = list(itertools.combinations([name for name in scores if name != BASE], 2))
-    resampling = Resampling(resamples=resamples, kind="bca")
-    return len(compare_pairs(scores, pairs, rewards, label="checkpoint", resampling=resampling))
+def _compared(scores: dict[str, FloatArray], pairs: list[tuple[str, str]], resamples: int) -> int:
+    """Comparisons and probabilities of improvement of pairs, corrected as one family."""
+    first, second = (
+        np.concatenate([scores[name] for name in side]) for side in zip(*pairs, strict=True)
+    )
+    found = checkpoint_comparisons(first[:, 0], second[:, 0], resamples=resamples)
+    checkpoint_improvements(first, second, resamples=resamples)
+    return len(holm([one.p_value for one in found]))
 
 
 def main(
@@ -63,12 +60,12 @@ def main(
 ) -> None:
     """Prints the seconds of each part and their sum."""
     scores = made_scores(methods, rewards, prompts)
-    names = [f"reward{place + 1}" for place in range(rewards)]
+    with_base = [(name, BASE) for name in scores if name != BASE]
+    every_pair = list(itertools.combinations([name for name in scores if name != BASE], 2))
     parts: dict[str, Callable[[], int]] = {
-        "intervals of all rows, percentile": lambda: _intervals(scores, resamples, "percentile"),
-        "intervals of all rows, BCa": lambda: _intervals(scores, resamples, "bca"),
-        "every method against the base, Holm": lambda: _with_baseline(scores, names, resamples),
-        "every pair of methods, BCa, Holm": lambda: _all_pairs(scores, names, resamples),
+        "intervals of all rows": lambda: _intervals(scores, resamples),
+        "every method against the base, Holm": lambda: _compared(scores, with_base, resamples),
+        "every pair of methods, Holm": lambda: _compared(scores, every_pair, resamples),
     }
     typer.echo(
         f"{methods} methods and a base, {rewards} rewards, {prompts} prompts, {resamples} resamples"

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +16,12 @@ from benchmarks.evaluation.statistics import (
     Label,
     checkpoint_comparisons,
     checkpoint_improvements,
-    holm,
+    corrected,
     method_comparisons,
     method_improvements,
 )
 from reproduce.tables.model import RewardHacking
 
-Key = TypeVar("Key")
 DIVERSITY = (DISTANCE, VENDI)
 """Metrics whose fall counts against a row; how far it drifted is neither good nor bad."""
 
@@ -173,9 +171,3 @@ class ComparedRows:
 
 def _reversed(found: Comparison) -> Comparison:
     return replace(found, difference=-found.difference, low=-found.high, high=-found.low)
-
-
-def corrected(family: Mapping[Key, Comparison]) -> dict[Key, float]:
-    """The p-values of a family of comparisons after Holm's correction."""
-    adjusted = holm([one.p_value for one in family.values()])
-    return dict(zip(family, map(float, adjusted), strict=True))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.evaluation.results import Cell
-from benchmarks.evaluation.statistics import ALPHA, Comparison
+from benchmarks.evaluation.statistics import ALPHA, Comparison, corrected
 from reproduce.tables.by_style import style_table
 from reproduce.tables.model import (
     UNCLEAR,
@@ -25,7 +25,7 @@ from reproduce.tables.notes import (
     missing_reason,
     table_notes,
 )
-from reproduce.tables.paired import ComparedRows, alike, corrected, improvements
+from reproduce.tables.paired import ComparedRows, alike, improvements
 from reproduce.tables.paper import DIGITS, PaperTables, load_paper_tables
 from reproduce.tables.references import PAPER, cited
 from reproduce.tables.rows import (

@@ -16,7 +16,6 @@ import scipy.stats
 from benchmarks.evaluation.statistics import (
     Comparison,
     Interval,
-    Kind,
     checkpoint_comparisons,
     checkpoint_improvements,
     checkpoint_intervals,
@@ -36,7 +35,6 @@ RESAMPLES = 1000
 MEAN = 0.3
 # Standard deviations. A single picture's noise is a third of the spread between prompts.
 PROMPT, NOISE = 0.09, 0.03
-KINDS: tuple[Kind, ...] = ("percentile", "bca")
 
 
 @dataclass(frozen=True)
@@ -93,20 +91,18 @@ def coverage(found: list[Interval] | list[Comparison], targets: Array | float) -
     return float(np.mean((ends[:, 0] <= targets) & (targets <= ends[:, 1])))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skewed", [False, True])
-def test_checkpoint_interval_covers_these_weights_over_prompts(kind: Kind, skewed: bool) -> None:
+def test_checkpoint_interval_covers_these_weights_over_prompts(skewed: bool) -> None:
     world = simulate(101, seeds=1, seed_sd=0.02, skewed=skewed)
-    found = checkpoint_intervals(world.scores[:, 0], resamples=RESAMPLES, kind=kind)
+    found = checkpoint_intervals(world.scores[:, 0], resamples=RESAMPLES)
     assert 0.93 <= coverage(found, MEAN + world.seed_effects[:, 0]) <= 0.97
     # Control: another training of the method is another question.
     assert coverage(found, MEAN) < 0.6
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_interval_of_three_seeds_covers_those_three(kind: Kind) -> None:
+def test_checkpoint_interval_of_three_seeds_covers_those_three() -> None:
     world = simulate(102, seeds=3, seed_sd=0.02)
-    found = checkpoint_intervals(world.scores.mean(axis=1), resamples=RESAMPLES, kind=kind)
+    found = checkpoint_intervals(world.scores.mean(axis=1), resamples=RESAMPLES)
     assert 0.93 <= coverage(found, MEAN + world.seed_effects.mean(axis=1)) <= 0.97
     assert coverage(found, MEAN) < 0.75
 
@@ -127,12 +123,9 @@ def test_method_interval_without_seed_variance() -> None:
     assert coverage(found, MEAN) < 0.85
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_comparison_covers_these_weights_over_prompts(kind: Kind) -> None:
+def test_checkpoint_comparison_covers_these_weights_over_prompts() -> None:
     pair = simulate_pair(105, seeds=1, seed_sd=0.01)
-    found = checkpoint_comparisons(
-        pair.first[:, 0], pair.second[:, 0], resamples=RESAMPLES, kind=kind
-    )
+    found = checkpoint_comparisons(pair.first[:, 0], pair.second[:, 0], resamples=RESAMPLES)
     assert 0.93 <= coverage(found, SHIFT + pair.seed_effects[:, 0]) <= 0.97
     assert coverage(found, SHIFT) < 0.5
 
@@ -146,10 +139,9 @@ def test_method_comparison_covers_the_methods_on_these_prompts(seeds: int, seed_
     assert covered <= 0.97 or seed_sd == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_improvement_covers(kind: Kind) -> None:
+def test_checkpoint_improvement_covers() -> None:
     pair = simulate_pair(107, seeds=1, seed_sd=0.01)
-    found = checkpoint_improvements(pair.first, pair.second, resamples=RESAMPLES, kind=kind)
+    found = checkpoint_improvements(pair.first, pair.second, resamples=RESAMPLES)
     spread = np.hypot(INTERACTION, 2**0.5 * NOISE)
     targets = scipy.special.ndtr((SHIFT + pair.seed_effects[:, 0]) / spread)
     assert 0.93 <= coverage(found, targets) <= 0.97
@@ -181,18 +173,6 @@ def test_trainings_resampled_within_each_prompt_are_not_independent() -> None:
         low, high = np.quantile(won[drawn, np.arange(PROMPTS)].mean(axis=(1, 2)), [0.025, 0.975])
         covered.append(low <= target <= high)
     assert np.mean(covered) < 0.5
-
-
-def test_bca_balances_the_misses_of_skewed_scores() -> None:
-    data = np.random.default_rng(109).standard_exponential((4000, 40))
-    imbalance = {}
-    for kind in KINDS:
-        found = checkpoint_intervals(data, resamples=RESAMPLES, kind=kind)
-        below = np.mean([interval.high < 1 for interval in found])
-        above = np.mean([interval.low > 1 for interval in found])
-        imbalance[kind] = below - above
-    assert imbalance["percentile"] > 0.02
-    assert abs(imbalance["bca"]) < 0.8 * imbalance["percentile"]
 
 
 def uniform(p_values: Array) -> None:

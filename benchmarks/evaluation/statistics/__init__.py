@@ -20,23 +20,22 @@ coverage and the sources.
 from benchmarks.evaluation.statistics.bootstrap import bootstrap_ends, bootstrap_means
 from benchmarks.evaluation.statistics.comparisons import (
     checkpoint_comparisons,
+    corrected,
     holm,
     method_comparisons,
     sign_flip_p_values,
 )
-from benchmarks.evaluation.statistics.families import compare_pairs, compare_with_baseline
 from benchmarks.evaluation.statistics.improvement import (
     checkpoint_improvements,
     method_improvements,
+    share_intervals,
     wins,
 )
 from benchmarks.evaluation.statistics.inputs import FloatArray
 from benchmarks.evaluation.statistics.intervals import (
-    SeedSpread,
     checkpoint_intervals,
     method_intervals,
     row_intervals,
-    seed_spreads,
 )
 from benchmarks.evaluation.statistics.numbers import (
     NOTHING,
@@ -49,46 +48,33 @@ from benchmarks.evaluation.statistics.numbers import (
 )
 from benchmarks.evaluation.statistics.records import (
     ALPHA,
-    DEFAULT_RESAMPLING,
     LEVEL,
     MIN_SEEDS,
     RESAMPLES,
     Comparison,
-    CorrectedComparison,
     Interval,
-    Kind,
     Label,
-    Resampling,
 )
-from benchmarks.evaluation.statistics.sentences import comparison_sentence, improvement_sentence
 
 __all__ = [
     "ALPHA",
-    "DEFAULT_RESAMPLING",
     "LEVEL",
     "MIN_SEEDS",
     "NOTHING",
     "RESAMPLES",
     "Comparison",
-    "CorrectedComparison",
     "FloatArray",
     "Interval",
-    "Kind",
     "Label",
-    "Resampling",
-    "SeedSpread",
     "bootstrap_ends",
     "bootstrap_means",
     "checkpoint_comparisons",
     "checkpoint_improvements",
     "checkpoint_intervals",
-    "compare_pairs",
-    "compare_with_baseline",
-    "comparison_sentence",
+    "corrected",
     "fixed",
     "holm",
     "human",
-    "improvement_sentence",
     "method_comparisons",
     "method_improvements",
     "method_intervals",
@@ -96,7 +82,7 @@ __all__ = [
     "p_equation",
     "p_text",
     "row_intervals",
-    "seed_spreads",
+    "share_intervals",
     "sign_flip_p_values",
     "signed",
     "wins",

@@ -5,6 +5,9 @@ Statistics 6 (1979); B. Phipson and G. Smyth, "Permutation p-values should never
 Statistical Applications in Genetics and Molecular Biology 9 (2010).
 """
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 import scipy.stats
@@ -18,21 +21,19 @@ from benchmarks.evaluation.statistics.inputs import (
 )
 from benchmarks.evaluation.statistics.intervals import t_half_width
 from benchmarks.evaluation.statistics.records import (
-    LEVEL,
     MIN_SEEDS,
     RESAMPLES,
     Comparison,
-    Kind,
-    Resampling,
 )
 from g2rpo.seeds import generator
+
+Key = TypeVar("Key")
 
 
 def sign_flip_p_values(
     differences: npt.ArrayLike,
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
     tolerance: npt.ArrayLike = 0.0,
 ) -> FloatArray:
     """Two-sided sign-flip permutation p-values of paired differences.
@@ -44,7 +45,6 @@ def sign_flip_p_values(
     Args:
         differences: [quantities, prompts].
         resamples: random assignments.
-        seed: names the draws.
         tolerance: [quantities] or a number: means this close count as equal.
 
     Returns:
@@ -59,7 +59,7 @@ def sign_flip_p_values(
     reached = observed - np.maximum(np.asarray(tolerance, dtype=np.float64), 1e-12 * observed)
     exact = prompts < 63 and 2**prompts <= resamples
     total = 2**prompts if exact else resamples
-    rng = generator(seed, "sign-flip", prompts, resamples)
+    rng = generator(0, "sign-flip", prompts, resamples)
     chunk = max(1, CHUNK_ELEMENTS // prompts)
     as_extreme = np.zeros(matrix.shape[0])
     for start in range(0, total, chunk):
@@ -76,48 +76,36 @@ def sign_flip_p_values(
 
 
 def checkpoint_comparisons(
-    first: npt.ArrayLike,
-    second: npt.ArrayLike,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    kind: Kind = "percentile",
+    first: npt.ArrayLike, second: npt.ArrayLike, *, resamples: int = RESAMPLES
 ) -> list[Comparison]:
     """Compares trained weights on the same prompts: paired bootstrap and sign-flip test.
 
     Args:
         first: [quantities, prompts].
         second: the same shape and prompts.
-        level: of the interval.
         resamples: of the bootstrap and of the permutation test.
-        seed: names the draws.
-        kind: of the interval, ``percentile`` or ``bca``.
 
     Raises:
         ValueError: the two are not paired, fewer than two prompts, or a score is not finite.
     """
     differences, rounding = paired_differences(first, second, 2, "prompts")
-    low, high = bootstrap_ends(differences, Resampling(level, resamples, seed, kind), rounding)
-    p_values = sign_flip_p_values(differences, resamples=resamples, seed=seed, tolerance=rounding)
+    low, high = bootstrap_ends(differences, resamples=resamples, rounding=rounding)
+    p_values = sign_flip_p_values(differences, resamples=resamples, tolerance=rounding)
     columns = zip(differences.mean(axis=1), low, high, p_values, strict=True)
     count = differences.shape[1]
     return [
-        Comparison(float(mean), float(a), float(b), float(p), "checkpoint", count, level)
+        Comparison(float(mean), float(a), float(b), float(p), "checkpoint", count)
         for mean, a, b, p in columns
     ]
 
 
-def method_comparisons(
-    first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = LEVEL
-) -> list[Comparison]:
+def method_comparisons(first: npt.ArrayLike, second: npt.ArrayLike) -> list[Comparison]:
     """Compares methods by the paired t-test on the means of shared seeds.
 
     Args:
         first: [quantities, seeds], each the mean over the prompts.
         second: the same shape and seeds. A model without seeds (the untrained base) is given as
             its mean repeated, which makes this the one-sample t-test against that constant.
-        level: of the interval.
 
     Raises:
         ValueError: the two are not paired, fewer than three seeds, or a mean is not finite.
@@ -125,7 +113,7 @@ def method_comparisons(
     differences, rounding = paired_differences(first, second, MIN_SEEDS, "seeds")
     count = differences.shape[1]
     means = differences.mean(axis=1)
-    half = t_half_width(differences, level)
+    half = t_half_width(differences)
     error = differences.std(axis=1, ddof=1) / np.sqrt(count)
     # Differences that vary by rounding only have no spread to test against: the limit of the
     # t-test is then 0, or 1 where the mean itself is rounding.
@@ -135,7 +123,7 @@ def method_comparisons(
     p_values = np.where(flat, np.where(np.abs(means) <= rounding, 1.0, 0.0), tested)
     ends = zip(means, means - half, means + half, p_values, strict=True)
     return [
-        Comparison(float(mean), float(low), float(high), float(p), "method", count, level)
+        Comparison(float(mean), float(low), float(high), float(p), "method", count)
         for mean, low, high, p in ends
     ]
 
@@ -160,3 +148,9 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
     adjusted = np.empty_like(given)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return adjusted
+
+
+def corrected(family: Mapping[Key, Comparison]) -> dict[Key, float]:
+    """The p-values of a family of comparisons after Holm's correction."""
+    adjusted = holm([one.p_value for one in family.values()])
+    return dict(zip(family, map(float, adjusted), strict=True))

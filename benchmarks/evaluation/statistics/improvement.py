@@ -7,20 +7,15 @@ every run of Y. Here the tasks are prompts, and the runs are paired: by prompt, 
 seed that both methods share.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.evaluation.statistics.bootstrap import bootstrap_ends
 from benchmarks.evaluation.statistics.inputs import FloatArray, paired_cubes
 from benchmarks.evaluation.statistics.intervals import method_intervals
-from benchmarks.evaluation.statistics.records import (
-    DEFAULT_RESAMPLING,
-    LEVEL,
-    RESAMPLES,
-    Interval,
-    Kind,
-    Resampling,
-)
+from benchmarks.evaluation.statistics.records import LEVEL, RESAMPLES, Interval
 
 
 def wins(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
@@ -42,64 +37,44 @@ def wins(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
 
 
 def checkpoint_improvements(
-    first: npt.ArrayLike,
-    second: npt.ArrayLike,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    kind: Kind = "percentile",
+    first: npt.ArrayLike, second: npt.ArrayLike, *, resamples: int = RESAMPLES
 ) -> list[Interval]:
     """Probability that these trained weights score higher on a prompt like the held-out ones.
-
-    Bootstrap over prompts of each prompt's share of wins among the seeds. Where the outcome is the
-    same on every prompt a bootstrap sees no doubt at all; the interval then leaves room for the
-    share of other outcomes that so many prompts can miss, 1 - (tail)^(1/prompts), as Clopper and
-    Pearson's does.
 
     Args:
         first: [quantities, seeds, prompts].
         second: the same quantities, seeds and prompts; one "seed" stands for a model without.
-        level: two-sided coverage aimed at.
         resamples: bootstrap resamples.
-        seed: names the bootstrap's draws.
-        kind: ``percentile`` or ``bca``.
 
     Raises:
         ValueError: the two are not paired, fewer than two prompts, or a score is not finite.
     """
-    shares = wins(first, second).mean(axis=1)
-    return share_intervals(shares, Resampling(level, resamples, seed, kind))
+    return share_intervals(wins(first, second).mean(axis=1), resamples=resamples)
 
 
-def share_intervals(
-    shares: FloatArray, resampling: Resampling = DEFAULT_RESAMPLING
-) -> list[Interval]:
-    """Bootstrap intervals of mean shares over prompts, with room where all shares are the same.
+def share_intervals(shares: FloatArray, *, resamples: int = RESAMPLES) -> list[Interval]:
+    """Bootstrap intervals over prompts of mean shares of wins, [quantities, prompts].
 
-    Args:
-        shares: [quantities, prompts], each a share of wins between 0 and 1.
-        resampling: level, resamples, draws and kind of interval.
+    Where the share is the same on every prompt a bootstrap sees no doubt at all; the interval then
+    leaves room for the share of other outcomes that so many prompts can miss,
+    1 - (tail)^(1/prompts), as Clopper and Pearson's does.
 
     Raises:
         ValueError: fewer than two prompts, or a share is not finite.
     """
-    level = resampling.level
-    low, high = bootstrap_ends(shares, resampling)
+    low, high = bootstrap_ends(shares, resamples=resamples)
     means, count = shares.mean(axis=1), shares.shape[1]
-    unseen = 1 - ((1 - level) / 2) ** (1 / count)
+    unseen = 1 - ((1 - LEVEL) / 2) ** (1 / count)
     flat = np.ptp(shares, axis=1) == 0
     low = np.where(flat, means * (1 - unseen), low)
     high = np.where(flat, means * (1 - unseen) + unseen, high)
     return [
-        Interval(float(mean), float(a), float(b), "checkpoint", count, level)
+        Interval(float(mean), float(a), float(b), "checkpoint", count)
         for mean, a, b in zip(means, low, high, strict=True)
     ]
 
 
-def method_improvements(
-    first: npt.ArrayLike, second: npt.ArrayLike, *, level: float = LEVEL
-) -> list[Interval]:
+def method_improvements(first: npt.ArrayLike, second: npt.ArrayLike) -> list[Interval]:
     """Probability that the method scores higher on these prompts when both are trained again.
 
     Student's t interval over the seeds' shares of wins, cut at 0 and 1. The seeds are the sample
@@ -111,13 +86,11 @@ def method_improvements(
     Args:
         first: [quantities, seeds, prompts].
         second: the same quantities, seeds and prompts; one "seed" stands for a model without.
-        level: two-sided coverage aimed at.
 
     Raises:
         ValueError: the two are not paired, fewer than three seeds, or a score is not finite.
     """
-    shares = wins(first, second).mean(axis=2)
     return [
-        Interval(i.mean, max(0.0, i.low), min(1.0, i.high), i.label, i.count, level)
-        for i in method_intervals(shares, level=level)
+        replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+        for interval in method_intervals(wins(first, second).mean(axis=2))
     ]

@@ -9,12 +9,6 @@ CHUNK_ELEMENTS = 4_000_000
 """Resampled entries held in memory at once (32 MB as float64)."""
 
 
-def check_level(level: float) -> None:
-    """Raises ValueError unless the level is between 0 and 1."""
-    if not 0 < level < 1:
-        raise ValueError(f"the level is between 0 and 1, not {level}")
-
-
 def _finite(values: FloatArray) -> FloatArray:
     if not np.isfinite(values).all():
         raise ValueError(f"a value is not finite in an array of shape {values.shape}")
