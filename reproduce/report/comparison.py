@@ -11,11 +11,17 @@ from string import ascii_uppercase
 import numpy as np
 
 from benchmarks.evaluation.results import Cell, Protocol, RowScores, gather_rows
-from benchmarks.evaluation.statistics import MIN_SEEDS, NOTHING, Comparison, method_comparisons
+from benchmarks.evaluation.statistics import (
+    MIN_SEEDS,
+    NOTHING,
+    Comparison,
+    corrected,
+    method_comparisons,
+)
 from g2rpo.errors import UserError
 from reproduce.runs.finished import Run
 from reproduce.settings import NOT_DETERMINING, flat
-from reproduce.tables.paired import compare_metric, compare_rows, corrected
+from reproduce.tables.paired import compare_metric, compare_rows
 
 
 @dataclass(frozen=True, eq=False)

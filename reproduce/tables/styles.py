@@ -1,51 +1,53 @@
 """The scores of a table once more, by the style of the prompts, where their set has styles."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-from benchmarks.evaluation.results import STYLE, Cell, RowScores
-from reproduce.tables.notes import full_label
-from reproduce.tables.spec import ColumnSpec, TableSpec
-from reproduce.tables.values import Group, Row, Table, measured_row, select_rows
+from benchmarks.evaluation.results import STYLE, RowScores
+from reproduce.tables.model import Table
+from reproduce.tables.notes import full_label, legend
+from reproduce.tables.rows import score_columns, table_row
+from reproduce.tables.spec import TableSpec
 
 LEAST_PROMPTS = 2
 """Fewest prompts of a style from which an interval can be had."""
 
 
-def style_table(spec: TableSpec, cells: Sequence[Cell], *, profile: str) -> Table | None:
+def style_table(spec: TableSpec, results: Mapping[str, RowScores], profile: str) -> Table | None:
     """The table's score columns for the prompts of each style, one group a style.
 
     Args:
         spec: the table.
-        cells: its finished cells.
+        results: its rows by key.
         profile: the profile the cells were measured under.
 
     Returns:
         None unless the prompts have two styles or more.
-
-    Raises:
-        UserError: the cells do not fit the table or each other.
     """
-    results = select_rows(spec, cells)
     styles = {key: found for key, row in results.items() if (found := _styles(row))}
     counts = Counter(style for found in styles.values() for style in set(found.values()))
     if len(counts) < 2:
         return None
-    columns = spec.columns_for(profile)
-    by_style = spec.model_copy(
-        update={
-            "name": f"{spec.name}_by_style",
-            "title": f"{spec.title}, by style",
-            "group_label": "Style",
-            "paper_table": None,
-            "costs": (),
-        }
+    columns = score_columns(spec, profile)
+    parts = [
+        (row.model_copy(update={"label": full_label(row), "group": style}), part)
+        for style in sorted(counts)
+        for row in spec.rows
+        if row.key in styles and (part := _only(results[row.key], style)) is not None
+    ]
+    rows = tuple(table_row(row, columns, part) for row, part in parts)
+    return Table(
+        name=f"{spec.name}_by_style",
+        title=f"{spec.title}, by style",
+        profile=profile,
+        columns=columns,
+        rows=rows,
+        notes=_notes(styles),
+        group_label="Style",
+        row_label=spec.row_label,
+        legend=legend(rows, (), columns),
     )
-    chosen = {key: results[key] for key in styles}
-    groups = [Group(style, _rows(by_style, columns, chosen, style)) for style in sorted(counts)]
-    shown = tuple(group for group in groups if group.rows)
-    return Table(by_style, profile, columns, shown, _notes(styles), None)
 
 
 def _styles(row: RowScores) -> dict[str, str]:
@@ -54,18 +56,6 @@ def _styles(row: RowScores) -> dict[str, str]:
         return {}
     scores = row.cells[0].scores.dropna(subset=[STYLE])
     return dict(zip(scores["prompt_id"], scores[STYLE], strict=True))
-
-
-def _rows(
-    spec: TableSpec, columns: Sequence[ColumnSpec], results: Mapping[str, RowScores], style: str
-) -> tuple[Row, ...]:
-    rows = []
-    for row in spec.rows:
-        part = _only(results[row.key], style) if row.key in results else None
-        if part is not None:
-            named = row.model_copy(update={"label": full_label(row)})
-            rows.append(measured_row(named, spec, columns, part))
-    return tuple(rows)
 
 
 def _only(row: RowScores, style: str) -> RowScores | None:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.evaluation.results import Cell
 from benchmarks.evaluation.statistics import ALPHA, Comparison, corrected
-from reproduce.tables.by_style import style_table
 from reproduce.tables.model import (
     UNCLEAR,
     Column,
@@ -41,6 +40,7 @@ from reproduce.tables.rows import (
     table_row,
 )
 from reproduce.tables.spec import COST_LABELS, RowSpec, TableSpec
+from reproduce.tables.styles import style_table
 
 
 def compute_table(
