@@ -91,6 +91,14 @@ class PlainTable(Table):
             yield self.caption
 
 
+def plain_table(*columns: str, right: Sequence[str] = ()) -> PlainTable:
+    """A table without lines; ``right`` names the columns of numbers."""
+    table = PlainTable(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    return table
+
+
 def _as_text(cell: RenderableType | None) -> Text:
     return cell if isinstance(cell, Text) else literal(str(cell or ""))
 

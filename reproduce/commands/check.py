@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from reproduce.commands.console import literal, plain_table, wide_console
+from g2rpo.terminal import literal, plain_table, wide_console
 
 if TYPE_CHECKING:
     from slurm.checks.finding import Finding

@@ -24,9 +24,9 @@ def runs(
 
     It reads what is on disk, so it works from any shell and asks no process.
     """
-    from reproduce.commands.console import STYLES, wide_console
-    from reproduce.runs.listing import states_table
-    from reproduce.runs.states import read_run_states
+    from g2rpo.terminal import wide_console
+    from reproduce.runs.listing import read_run_states, states_table
+    from reproduce.runs.state import STYLES
 
     if state is not None and state not in STYLES:
         raise UserError(f"no state {state!r}; states are {', '.join(STYLES)}")
@@ -70,7 +70,7 @@ def compare(
     Runs that differ in nothing but their seed are taken together. Committed results, of which no
     run folder is left, are found by the names of their runs.
     """
-    from reproduce.commands.console import wide_console
+    from g2rpo.terminal import wide_console
     from reproduce.report.comparison import members
     from reproduce.report.comparison_tables import print_comparison
     from reproduce.runs.finished import find_runs

@@ -7,8 +7,8 @@ from rich import filesize
 
 from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.errors import UserError
+from g2rpo.terminal import literal, plain_table, wide_console
 from g2rpo.training.config import TrainConfig
-from reproduce.commands.console import literal, plain_table, wide_console
 from reproduce.commands.weights import unfetched
 from reproduce.experiment import ResolvedCell, absolute
 from reproduce.jobs.estimates import Estimate, Estimator

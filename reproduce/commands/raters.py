@@ -79,7 +79,7 @@ def read(
 
 def _print(verdict: "Verdict") -> None:
     from benchmarks.evaluation.statistics import ALPHA, p_equation
-    from reproduce.commands.console import literal, plain_table, wide_console
+    from g2rpo.terminal import literal, plain_table, wide_console
 
     console = wide_console()
     console.print(literal(f"first:  {verdict.first}"))

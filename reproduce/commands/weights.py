@@ -104,7 +104,7 @@ def readable_size(artifact: "Artifact") -> str:
 
 def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     """A table on standard output; nothing is cut where it is not a terminal."""
-    from reproduce.commands.console import plain_table, wide_console
+    from g2rpo.terminal import plain_table, wide_console
 
     table = plain_table(*columns)
     for row in rows:

@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.table import Table
 
 from g2rpo.progress import duration
-from reproduce.commands.console import STYLES, literal, plain_table, state_text, wide_console
+from g2rpo.terminal import literal, plain_table, wide_console
 from reproduce.jobs.status import StageStatus, readings
-from reproduce.runs.state import latest_attempt
+from reproduce.runs.state import STYLES, latest_attempt, state_text
 from slurm.graph import Stage
 from slurm.submission import Submission
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.evaluation.statistics import ALPHA, NOTHING, fixed, human, p_text, signed
-from reproduce.commands.console import literal, plain_table
+from g2rpo.terminal import literal, plain_table
 from reproduce.report.comparison import (
     Delta,
     Difference,

@@ -1,16 +1,175 @@
-"""The list of runs as a table for the terminal."""
+"""What every run of a results folder is doing, from its files alone, and as a table.
 
+Nothing here imports a model library: runs are listed on login nodes.
+"""
+
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.table import Table
 
+from g2rpo.attempts import Attempt, is_alive, latest
+from g2rpo.checksums import hashing_up_to
+from g2rpo.errors import UserError
 from g2rpo.progress import duration
-from reproduce.commands.console import plain_table, state_text
-from reproduce.runs.states import RunState
+from g2rpo.terminal import plain_table
+from g2rpo.training.metrics import METRICS_FILE, read_metrics
+from reproduce.runs.folders import (
+    EVALUATIONS,
+    MANIFEST,
+    SETTINGS,
+    read_scored,
+    read_settings,
+    read_trained,
+    run_folders,
+)
+from reproduce.runs.state import Word, latest_attempt, state_of, state_text
 from reproduce.settings import distinctions
 
+Found = TypeVar("Found")
+Other = TypeVar("Other")
 DIGITS = 4
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run as it stands.
+
+    Attributes:
+        name: of its folder.
+        settings: its training configuration; empty where it has none, or a damaged one.
+        word: its state.
+        reason: why it failed or was stopped, or which of its files is damaged; may be empty.
+        done: iterations that are done; None where nothing is trained.
+        total: iterations in all.
+        remaining: seconds until it is trained, as it says itself; None where it does not run.
+        rewards: the last iteration's mean reward of each training reward.
+        validation: the last validation's mean of each.
+        evaluations: what became of its evaluations, in a few words.
+        node: where it runs or ran.
+        updated: when something of it last changed, in seconds since the epoch.
+    """
+
+    name: str
+    word: Word
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    done: int | None = None
+    total: int | None = None
+    remaining: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+    evaluations: str = ""
+    node: str = ""
+    updated: float = 0.0
+
+
+def read_run_states(runs_folder: Path) -> list[RunState]:
+    """The runs of a folder, the one that changed last first."""
+    with hashing_up_to():
+        states = [read_run_state(folder) for folder in run_folders(runs_folder)]
+    return sorted(states, key=lambda state: (-state.updated, state.name))
+
+
+def read_run_state(folder: Path) -> RunState:
+    """What the run in ``folder`` is doing; one that has damaged files is not done."""
+    damage: list[str] = []
+    evaluations, evaluated_by = _evaluations(folder, damage)
+    config: dict[str, Any] | None = _sound(read_settings, folder, {}, damage)
+    if config is None:
+        sound = evaluations and not damage
+        word: Word = "running" if evaluated_by else ("done" if sound else "interrupted")
+        reason, updated = _told("", damage, folder), _changed(folder, folder / EVALUATIONS)
+        return RunState(folder.name, word, reason=reason, evaluations=evaluations, updated=updated)
+    rows: list[dict[str, Any]] = _sound(read_metrics, folder / METRICS_FILE, [], damage)
+    trained = _sound(read_trained, folder, None, damage) is not None
+    attempt = latest_attempt(folder / "leases" / "train")
+    state = state_of(attempt, done=trained and not damage)
+    word, reason, record = state.word, state.reason, state.record
+    times = [_changed(folder / name) for name in (SETTINGS, METRICS_FILE, MANIFEST)]
+    times += [] if record is None else [record.updated]
+    done = int(rows[-1]["iteration"]) if rows else 0
+    planned = config.get("optimization", {}).get("iterations")
+    return RunState(
+        name=folder.name,
+        word=word,
+        settings=config,
+        reason=_told(reason if word == "failed" or not damage else "", damage, folder),
+        done=done,
+        total=done if word == "done" else planned,  # one that ends at a cost has fewer
+        remaining=record.progress.remaining_seconds if record and word == "running" else None,
+        rewards=_last(rows, "reward/", "/mean"),
+        validation=_last(rows, "validation/", ""),
+        evaluations=evaluations,
+        node="" if record is None else record.node,
+        updated=max(times),
+    )
+
+
+def _sound(
+    read: Callable[[Path], Found], path: Path, otherwise: Other, damage: list[str]
+) -> Found | Other:
+    """What ``read`` finds at ``path``; ``otherwise``, and a line of ``damage``, where it cannot."""
+    try:
+        return read(path)
+    except (UserError, OSError) as error:
+        damage.append(" ".join(str(error).split()))
+        return otherwise
+
+
+def _told(reason: str, damage: list[str], folder: Path) -> str:
+    files = (f"damaged: {one.replace(f'{folder}/', '')}" for one in damage)
+    return "; ".join(part for part in (reason, *files) if part)
+
+
+def _evaluations(folder: Path, damage: list[str]) -> tuple[str, bool]:
+    """What became of the evaluations, and whether one runs."""
+    places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
+    scored = [place for place in places if _sound(read_scored, place, None, damage) is not None]
+    texts = [f"{len(scored)} scored"] if scored else []
+    running = False
+    for place in places:
+        if place in scored:
+            continue
+        alive = [a for a in _attempts(place / "leases") if is_alive(a) and a.record is not None]
+        running = running or bool(alive)
+        said = [str(a.record.progress) for a in alive if a.record is not None]
+        texts.append(next((text for text in said if text), "running" if alive else "unfinished"))
+    return ", ".join(texts), running
+
+
+def _attempts(leases: Path) -> list[Attempt]:
+    places = sorted(leases.iterdir()) if leases.is_dir() else []
+    found = (latest(leases, place.name) for place in places if place.is_dir())
+    return [attempt for attempt in found if attempt is not None]
+
+
+def _last(rows: list[dict[str, Any]], before: str, after: str) -> dict[str, float]:
+    """The values of the last row that has any, by what stands between ``before`` and ``after``."""
+    for row in reversed(rows):
+        found = {
+            key.removeprefix(before).removesuffix(after): float(value)
+            for key, value in row.items()
+            if key.startswith(before) and key.endswith(after)
+        }
+        if found:
+            return found
+    return {}
+
+
+def _changed(*paths: Path) -> float:
+    times = [0.0]
+    for path in paths:
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+# As a table
 
 
 def states_table(states: Sequence[RunState], known: Sequence[RunState]) -> Table:

@@ -4,11 +4,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich.text import Text
+
 from g2rpo.attempts import Attempt, Record, WorkProgress, is_alive, latest
 
 Word = Literal[
     "done", "running", "starting", "waiting", "failed", "cancelled", "interrupted", "unknown"
 ]
+STYLES: dict[Word, str] = {
+    "done": "green", "running": "cyan", "starting": "cyan", "waiting": "dim",
+    "failed": "bold red", "cancelled": "red", "interrupted": "yellow",
+    "unknown": "yellow",
+}  # fmt: skip
+
+
+def state_text(word: Word) -> Text:
+    """The word for a state in its colour."""
+    return Text(word, STYLES[word])
 
 
 def latest_attempt(lease: Path) -> Attempt | None:

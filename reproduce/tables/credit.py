@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks.evaluation.credit import RolloutCredit
 from benchmarks.evaluation.statistics import MIN_SEEDS, Interval, method_intervals
 from g2rpo.files import atomic_path, atomic_write_text, write_json
-from reproduce.commands.console import literal, plain_table, wide_console
+from g2rpo.terminal import literal, plain_table, wide_console
 from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.experiment.layout import Layout
 from reproduce.runs.folders import read_manifest

@@ -36,7 +36,7 @@ from g2rpo.training.config import CheckpointConfig
 from reproduce.cli import app
 from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
 from reproduce.experiment.layout import Layout
-from reproduce.runs.states import read_run_state
+from reproduce.runs.listing import read_run_state
 from reproduce.stages.base import Stage, perform
 from reproduce.stages.cells import finish_cells
 from reproduce.stages.embedding import Embed

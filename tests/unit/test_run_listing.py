@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from g2rpo.config import merge
 from g2rpo.errors import UserError
 from reproduce.cli import app
-from reproduce.runs.states import read_run_state, read_run_states
+from reproduce.runs.listing import read_run_state, read_run_states
 from reproduce.settings import distinctions, flat
 
 
