@@ -69,6 +69,14 @@ RENAMED_KEYS = {
 }
 """Keys of older files, and what they are called now: named in the error about an unknown key."""
 
+REMOVED_KEYS = {
+    "engine": "it follows from the training settings: leave it out",
+    "paper_profiles": "a profile says `paper_model: true`",
+    "profiles": "a table shows the rewards of the profile",
+    "rows": "the cells are the rows: give them `label`, `group` and `paper`",
+}
+"""Keys of older files that are gone, and what there is in place of them."""
+
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 Location = tuple[int | str, ...]
 
@@ -181,21 +189,26 @@ def _way_out(kind: str, found: str | float | bool) -> str:
     return f"; write {found:.0f}" if isinstance(found, float) and found.is_integer() else ""
 
 
+def _hint(model: type[pydantic.BaseModel], location: Location, data: Any) -> str:
+    """What was probably meant by an unknown key."""
+    key, names = str(location[-1]), _field_names(model, location, data)
+    renamed = RENAMED_KEYS.get(key)
+    if renamed in names:
+        return f"it is now called {renamed!r}"
+    if key in REMOVED_KEYS:
+        return REMOVED_KEYS[key]
+    inner = [f"{outer}.{key}" for outer in names if key in _field_names(model, (outer, key), data)]
+    if inner and len(location) == 1:
+        return f"did you mean {' or '.join(sorted(map(repr, inner)))}?"
+    return nearest(key, names)
+
+
 def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, data: Any) -> str:
     first = _first(error)
     location = first["loc"]
     key = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
-        names = _field_names(model, location, data)
-        renamed = RENAMED_KEYS.get(str(location[-1]))
-        if renamed in names:
-            return f"unknown key {key!r}; it is now called {renamed!r}"
-        inner = [
-            f"{outer}.{key}" for outer in names if key in _field_names(model, (outer, key), data)
-        ]
-        if inner and len(location) == 1:
-            return f"unknown key {key!r}; did you mean {' or '.join(sorted(map(repr, inner)))}?"
-        return f"unknown key {key!r}; " + nearest(str(location[-1]), names)
+        return f"unknown key {key!r}; {_hint(model, location, data)}"
     if first["type"] == "missing":
         return f"missing key {key!r}"
     errors, peers = error.errors(include_url=False), [first]

@@ -91,7 +91,7 @@ def make_metrics(
 COLUMNS = [
     {"reward": "hps", "label": "HPS", "paper": "HPS"},
     {"reward": "clip", "label": "CLIP", "paper": "CLIP"},
-    {"reward": "attributes", "label": "Attributes", "paper": "UR", "profiles": ["mini", "flux"]},
+    {"reward": "attributes", "label": "Attributes", "paper": "UR"},
 ]
 
 
@@ -199,6 +199,7 @@ def render(
     gaps: Sequence[Gap] = (),
 ) -> dict[str, str]:
     """The table's text in every format."""
+    spec = spec.model_copy(update={"paper_model": profile == "flux"})
     written = write_formats(compute_table(spec, cells, profile, gaps), folder)
     return {kind: path.read_text() for kind, path in written.items()}
 

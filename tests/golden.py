@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from benchmarks.evaluation.results import Cell, load_cells
-from reproduce.experiment import ROOT, load_experiment
+from reproduce.experiment import ROOT, load_experiment, load_profile
 from reproduce.tables.formats import write_formats
 from reproduce.tables.model import Table
 from reproduce.tables.table import compute_table
@@ -39,7 +39,8 @@ def cells_of(experiment: str) -> list[Cell]:
 
 
 def table_of(experiment: str) -> Table:
-    return compute_table(load_experiment(experiment).table, cells_of(experiment), "mini")
+    spec = load_experiment(experiment).table_spec(load_profile("mini"))
+    return compute_table(spec, cells_of(experiment), "mini")
 
 
 def rendered(experiment: str, output: Path) -> dict[str, str]:

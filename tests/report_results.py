@@ -82,18 +82,21 @@ def _experiment(folder: Path) -> Path:
         "hps/dance_grpo": "DanceGRPO", "hps/mix_grpo": "MixGRPO",
         "hps/flow_grpo": HOSTILE_LABEL, "hps/g2rpo": "G²RPO",
     }  # fmt: skip
-    rows: list[dict[str, Any]] = [{"key": "base", "label": "Base"}]
-    rows += [{"key": key, "label": label, "group": "HPS"} for key, label in labels.items()]
     cells: dict[str, Any] = {"base": {}}
-    cells |= {key: {"method": key.split("/")[1], "train": ["hps"]} for key in labels}
+    for key, label in labels.items():
+        cells[key] = {
+            "label": label, "group": "HPS", "method": key.split("/")[1], "train": ["hps"],
+        }  # fmt: skip
     cells["hps/g2rpo"]["set"] = {"method": {"stochastic_steps": [0, 1], "granularities": [1]}}
     table = {
-        "name": "made-up", "title": "Scores of nothing & nobody", "rows": rows, "baseline": "base",
+        "name": "made-up", "title": "Scores of nothing & nobody", "baseline": "base",
         "focus": ["hps/g2rpo"],
         "columns": [{"reward": name, "label": name.upper()} for name in REWARDS],
     }  # fmt: skip
     path = folder / "experiment.yaml"
-    path.write_text(yaml.safe_dump({"name": "made-up", "cells": cells, "table": table}))
+    path.write_text(
+        yaml.safe_dump({"name": "made-up", "cells": cells, "table": table}, sort_keys=False)
+    )
     return path
 
 

@@ -22,13 +22,26 @@ def load_preset(method: str, preset: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such method or section.
     """
+    data = _presets(method)
+    sections = {name: section for name, section in data.items() if isinstance(section, dict)}
+    if preset not in sections:
+        raise UserError(f"presets of {method}: no section {preset!r}; {nearest(preset, sections)}")
+    return sections[preset]
+
+
+def method_label(method: str) -> str:
+    """What tables call a method: the ``label`` beside its presets.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    return str(_presets(method).get("label", method))
+
+
+def _presets(method: str) -> dict[str, Any]:
     path = Path(method)
     if path.suffix not in (".yaml", ".yml"):
         path = Path(__file__).with_name(f"{method}.yaml")
         if not path.exists():
             raise UserError(f"no method preset {method!r}; {nearest(method, method_names())}")
-    data = load_yaml(path)
-    if preset not in data:
-        raise UserError(f"{path.name} has no section {preset!r}; {nearest(preset, data)}")
-    section: dict[str, Any] = data[preset]
-    return section
+    return load_yaml(path)

@@ -37,7 +37,7 @@ def case_of(profile: "Profile", cluster: Cluster, results: Path, cached: Sequenc
         results,
         shares=profile.hardware.evaluation_shares,
         gpu_memory_gb=profile.hardware.gpu_memory_gb,
-        disk_gb=DISK_GB[profile.hardware.engine],
+        disk_gb=DISK_GB[profile.engine],
         modules=("reproduce.stages.scoring", "g2rpo.training.loop"),
         files=_needed_files(profile),
         artifacts=tuple(cached),

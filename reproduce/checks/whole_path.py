@@ -25,14 +25,9 @@ EXPERIMENT: dict[str, Any] = {
     "name": "check",
     "cells": {"base": {}, "hps/g2rpo": {"method": "g2rpo", "train": ["hps"]}},
     "table": {
-        "name": "check",
         "title": "Check",
         "baseline": "base",
-        "rows": [
-            {"key": "base", "label": "Base"},
-            {"key": "hps/g2rpo", "label": "G²RPO", "group": "HPS"},
-        ],
-        "columns": [{"reward": "hps", "label": "HPS"}, {"reward": "clip", "label": "CLIP"}],
+        "columns": ["hps", "clip"],
     },
 }
 

@@ -1,5 +1,6 @@
 """Experiments: which cells a table has, and what each changes of the profile."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -8,9 +9,20 @@ from pydantic import Field
 from benchmarks.evaluation.protocol import CreditConfig
 from benchmarks.evaluation.results import Key
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
+from g2rpo.errors import UserError
+from g2rpo.methods.presets import method_label
 from g2rpo.policy import CheckpointConfig
+from g2rpo.rewards.registry import REWARDS
 from reproduce.experiment.bundled import FolderName, named_file
-from reproduce.tables.spec import TableSpec
+from reproduce.experiment.profile import Profile
+from reproduce.experiment.table import (
+    ColumnConfig,
+    ColumnSpec,
+    PaperKey,
+    RowSpec,
+    TableConfig,
+    TableSpec,
+)
 
 
 class Budget(StrictModel):
@@ -31,6 +43,12 @@ class Budget(StrictModel):
 class CellConfig(StrictModel):
     """One row of a table: what is trained or loaded, and what it changes of the profile."""
 
+    label: str | None = None
+    """What its row is called; null is the method's label, or "Base"."""
+    group: str | None = None
+    """The heading of its row's group; null names the rewards that it is trained on."""
+    paper: PaperKey | None = None
+    """Names the paper's row, where it has one."""
     method: str | None = None
     """The method's name; null is not trained here: the base, or a ``checkpoint``."""
     checkpoint: CheckpointConfig | None = None
@@ -78,19 +96,54 @@ class Experiment(StrictModel):
     cells: dict[Key, CellConfig] = Field(min_length=1)
     credit: CreditConfig | None = None
     """Measures the credit of the cells' rollouts, in place of training and scoring them."""
-    table: TableSpec
+    table: TableConfig
+    """What is shown; the rows are the cells."""
 
     @property
     def trains(self) -> bool:
         """Whether any of its cells is trained here."""
         return any(cell.method is not None for cell in self.cells.values())
 
-    @pydantic.model_validator(mode="after")
-    def _rows_have_cells(self) -> "Experiment":
-        for row in self.table.rows:
-            if row.key not in self.cells:
-                raise ValueError(f"table.rows names {row.key!r}, which is no cell")
-        return self
+    def table_spec(self, profile: Profile) -> TableSpec:
+        """The table under ``profile``, whose rewards are its columns unless it names others.
+
+        Raises:
+            UserError: a column is no reward, or rows of a group do not stand together; in one line.
+        """
+        rewards = profile.rewards
+        methods = {cell.method for cell in self.cells.values() if cell.method is not None}
+        labels = {method: method_label(method) for method in methods}
+        columns = self.table.columns or [ColumnConfig(reward=name) for name in rewards]
+        for column in columns:
+            if column.reward not in {*rewards, *REWARDS}:
+                raise UserError(
+                    f"{self.name}: table.columns shows {column.reward!r}, which is no reward of "
+                    f"the profile {profile.name}; {nearest(column.reward, rewards)}"
+                )
+        shared = self.table.model_dump(exclude={"name", "columns", "digits"})
+        spec = {
+            **shared,
+            "name": self.table.name or self.name,
+            "rows": [self._row(key, cell, labels, profile) for key, cell in self.cells.items()],
+            "columns": [_column(column, profile, self.table.digits) for column in columns],
+            "paper_model": profile.paper_model,
+        }
+        return validate(TableSpec, spec, f"experiment {self.name}, table")
+
+    def _row(
+        self, key: str, cell: CellConfig, labels: Mapping[str, str], profile: Profile
+    ) -> RowSpec:
+        base = "Base" if cell.checkpoint is None else key
+        group = " & ".join(profile.label(name) for name in cell.train)
+        if cell.method is None:
+            group = ""
+        return RowSpec(
+            key=key,
+            label=cell.label or (base if cell.method is None else labels[cell.method]),
+            group=group if cell.group is None else cell.group,
+            train=cell.train,
+            paper=cell.paper,
+        )
 
     @pydantic.model_validator(mode="after")
     def _credit_is_of_methods(self) -> "Experiment":
@@ -117,19 +170,17 @@ class Experiment(StrictModel):
         return self
 
 
-def load_experiment(name: str) -> Experiment:
-    """A bundled experiment by name, or a YAML file.
+def _column(column: ColumnConfig, profile: Profile, digits: int) -> ColumnSpec:
+    reward = profile.rewards.get(column.reward)
+    return ColumnSpec(
+        reward=column.reward,
+        label=column.label or profile.label(column.reward),
+        paper=column.paper or (None if reward is None else reward.paper),
+        digits=digits if column.digits is None else column.digits,
+    )
 
-    The in-domain columns of a table's rows are those that its cells train on.
-    """
-    path = named_file("experiments", name, "experiment")
-    data = load_yaml(path)
-    cells, table = data.get("cells"), data.get("table")
-    if isinstance(cells, dict) and isinstance(table, dict):
-        rows = table.get("rows")
-        for row in rows if isinstance(rows, list) else []:
-            key = row.get("key") if isinstance(row, dict) else None
-            cell = cells.get(key) if isinstance(key, str) else None
-            if isinstance(cell, dict) and "train" in cell:
-                row.setdefault("train", cell["train"])
+
+def load_experiment(name: str) -> Experiment:
+    """A bundled experiment by name, or a YAML file."""
+    data = load_yaml(named_file("experiments", name, "experiment"))
     return validate(Experiment, data, f"experiment {name}")

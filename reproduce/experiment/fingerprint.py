@@ -103,6 +103,25 @@ def prompts_hash(path: Path) -> str:
     return _prompts_hash(path, file_state(path))
 
 
+FIRST_KEYS = {
+    "approximate_rollout": "continuations",
+    "granularity_reduction": "fusion",
+    "update_every": "optimizer_step",
+}
+FIRST_VALUES = {"update_every": {"timestep": "per_step", "iteration": "per_iteration"}}
+"""What settings were called when the first runs were named. Hashes are of these names, so that
+runs are still found after a setting has been renamed."""
+
+
+def _first_named(settings: dict[str, Any]) -> dict[str, Any]:
+    def first(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _first_named(value)
+        return FIRST_VALUES[key][value] if key in FIRST_VALUES else value
+
+    return {FIRST_KEYS.get(key, key): first(key, value) for key, value in settings.items()}
+
+
 def train_inputs(config: TrainConfig) -> dict[str, Any]:
     """All that determines the trained weights."""
     settings = config.model_dump(
@@ -116,7 +135,7 @@ def train_inputs(config: TrainConfig) -> dict[str, Any]:
     # Weights that are computed with in bfloat16 were once stepped in it as well.
     stepped = {"stepped_in": "float32"} if config.policy.dtype == "bfloat16" else {}
     return {
-        **settings,
+        **_first_named(settings),
         **stepped,
         "policy": policy_inputs(config.policy),
         "prompts": prompts,

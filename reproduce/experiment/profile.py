@@ -10,7 +10,8 @@ from g2rpo.errors import UserError
 from g2rpo.methods.base import method_names
 from g2rpo.policy import PolicyConfig
 from g2rpo.rewards.base import RewardConfig
-from reproduce.experiment.bundled import FolderName, named_file
+from reproduce.experiment.bundled import FolderName, absolute, named_file
+from reproduce.experiment.table import PaperColumn
 
 
 class PromptSplits(StrictModel):
@@ -37,8 +38,6 @@ class Hardware(StrictModel):
 
     gpus: int = Field(0, ge=0)
     gpu_memory_gb: int = Field(0, ge=0)
-    engine: Literal["replicated", "sharded", "lora"] = "replicated"
-    """How the policy is held: whole on every rank, sharded over them, or frozen under LoRA."""
     ranks: int | None = Field(None, ge=1)
     """Processes of a training run; null is one per GPU, one without."""
     evaluation_gpus: int | None = Field(None, ge=0)
@@ -57,14 +56,33 @@ class Hardware(StrictModel):
         return min(1, self.gpus) if self.evaluation_gpus is None else self.evaluation_gpus
 
 
+class ProfileReward(RewardConfig):
+    """A reward model of the profile, and how a table shows its scores."""
+
+    label: str | None = None
+    """The heading of its column; null is its name in the profile."""
+    paper: PaperColumn | None = None
+    """The paper's column for the same reward, or the one whose role it takes."""
+
+    @property
+    def config(self) -> RewardConfig:
+        """What is loaded; its source found from anywhere."""
+        fields = {name: getattr(self, name) for name in RewardConfig.model_fields}
+        if self.source is not None:
+            fields["source"] = absolute(self.source)
+        return RewardConfig(**fields)
+
+
 class Profile(StrictModel):
     """One scale: the policy, the prompts, the judges and what all methods share."""
 
     name: FolderName
     description: str
+    paper_model: bool = False
+    """Whether the policy is the paper's own, so that its figures may stand next to ours."""
     policy: PolicyConfig
     prompts: PromptSplits
-    rewards: dict[str, RewardConfig] = Field(min_length=1)
+    rewards: dict[str, ProfileReward] = Field(min_length=1)
     """Every judge, by its column's name."""
     validation_prompts: int = Field(64, ge=0)
     """Validation prompts scored during training for the learning curves; 0 for none."""
@@ -111,6 +129,21 @@ class Profile(StrictModel):
                     f"{nearest(key, methods)}"
                 )
         return self
+
+    @property
+    def engine(self) -> Literal["replicated", "sharded", "lora"]:
+        """How its training holds the policy: on every rank, sharded, or frozen under LoRA."""
+        if self.training.get("lora") is not None:
+            return "lora"
+        execution = self.training.get("execution") or {}
+        return "sharded" if execution.get("sharding") == "fsdp2" else "replicated"
+
+    def label(self, reward: str) -> str:
+        """What ``reward`` is called in tables."""
+        known = self.rewards.get(reward)
+        if known is not None and known.label is not None:
+            return known.label
+        return (reward[:1].upper() + reward[1:]).replace("_", " ")
 
 
 def load_profile(name: str) -> Profile:

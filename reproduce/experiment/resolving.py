@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field
 
@@ -14,7 +14,6 @@ from g2rpo.errors import UserError
 from g2rpo.methods.presets import load_preset
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.registry import REWARDS
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.experiment.bundled import absolute
@@ -77,11 +76,10 @@ class ResolvedCell(StrictModel):
 
 LENGTHENED = 2
 """How many times its iterations a training may have that ends at device-seconds."""
-Located = TypeVar("Located", RewardConfig, CheckpointConfig | None)
 
 
-def _located(config: Located) -> Located:
-    if config is None or config.source is None:
+def _located(config: CheckpointConfig | None) -> CheckpointConfig | None:
+    if config is None:
         return config
     return config.model_copy(update={"source": absolute(config.source)})
 
@@ -316,7 +314,7 @@ def resolve(
 
 def judges(profile: Profile) -> dict[str, RewardConfig]:
     """Every reward of the profile, its source found."""
-    return {name: _located(config) for name, config in profile.rewards.items()}
+    return {name: reward.config for name, reward in profile.rewards.items()}
 
 
 def expand(
@@ -328,8 +326,7 @@ def expand(
     """All cells of an experiment: what is not trained once, the others at each seed.
 
     Raises:
-        UserError: a cell is wrong, or a column of the table names no reward. One that the profile
-            leaves out is a column without values.
+        UserError: a cell or the table is wrong.
     """
     base = [key for key, cell in experiment.cells.items() if cell.method is None]
     trained = [key for key, cell in experiment.cells.items() if cell.method is not None]
@@ -337,10 +334,5 @@ def expand(
     resolved = [resolver.resolve(key, 0) for key in base]
     for seed in seeds:
         resolved += [resolver.resolve(key, seed) for key in trained]
-    for column in experiment.table.columns_for(profile.name):
-        if column.reward not in {*profile.rewards, *REWARDS}:
-            raise UserError(
-                f"{experiment.name}: table.columns shows {column.reward!r}, which is no reward of "
-                f"the profile {profile.name}; {nearest(column.reward, profile.rewards)}"
-            )
+    experiment.table_spec(profile)
     return resolved

@@ -17,6 +17,7 @@ from reproduce.experiment import (
     load_experiment,
 )
 from reproduce.experiment.layout import Layout
+from reproduce.experiment.table import TableSpec
 from reproduce.stages.cells import why_not
 from reproduce.tables.model import Table
 from reproduce.tables.notes import Gap, full_label
@@ -49,19 +50,24 @@ class Chapter:
         return self.experiment.name
 
     @cached_property
+    def spec(self) -> TableSpec:
+        """What the experiment's table shows under the profile."""
+        return self.experiment.table_spec(self.profile)
+
+    @cached_property
     def table(self) -> Table:
         """The experiment's table, computed once.
 
         Raises:
             UserError: the cells do not fit the table or each other.
         """
-        return compute_table(self.experiment.table, self.cells, self.profile.name, self.gaps)
+        return compute_table(self.spec, self.cells, self.profile.name, self.gaps)
 
     @cached_property
     def labels(self) -> dict[str, str]:
         """By key of a cell how its row is named outside the table; the key where it has none."""
         keys = {cell.info.row: cell.info.row for cell in self.cells}
-        rows = {row.key: full_label(row) for row in self.experiment.table.rows}
+        rows = {row.key: full_label(row) for row in self.spec.rows}
         return keys | {gap.row: gap.row for gap in self.gaps} | rows
 
     @property

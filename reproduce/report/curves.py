@@ -49,8 +49,8 @@ def curve_data(chapter: Chapter) -> dict[str, Any] | None:
     Of each row and metric the mean and the ends of the band (null below three seeds), and the
     place of each point on every axis.
     """
-    spec: TableSpec = chapter.experiment.table
-    labels = {column.reward: column.label for column in spec.columns_for(chapter.profile.name)}
+    spec: TableSpec = chapter.spec
+    labels = {column.reward: column.label for column in spec.columns}
     runs = {
         row.key: [c.curve for c in chapter.cells if c.info.row == row.key and c.curve is not None]
         for row in spec.rows

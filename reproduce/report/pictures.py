@@ -97,7 +97,7 @@ def gather_pictures(chapter: Chapter) -> Gallery:
     shots: list[Shot] = []
     prompts: dict[str, Prompt] = {}
     absent = 0
-    for row in chapter.experiment.table.rows:
+    for row in chapter.spec.rows:
         for cell in (cell for cell in chapter.cells if cell.info.row == row.key):
             found: list[Shot] = []
             try:

@@ -144,8 +144,9 @@ def publish_credit(
     layout: Layout,
 ) -> None:
     """Writes what has been measured of ``cells`` and prints it; ``gaps`` are the others."""
-    labels = {row.key: row.label for row in experiment.table.rows}
-    rewards = [column.reward for column in experiment.table.columns_for(profile.name)]
+    spec = experiment.table_spec(profile)
+    labels = {row.key: row.label for row in spec.rows}
+    rewards = [column.reward for column in spec.columns]
     measured: list[Measured] = []
     for cell in sorted(cells, key=lambda cell: (list(labels).index(cell.key), cell.seed or 0)):
         manifest = read_manifest(layout.credit(cell))

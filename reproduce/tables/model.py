@@ -13,8 +13,7 @@ from pydantic import Field, field_serializer
 from benchmarks.evaluation.results import Cost, Protocol, Provenance
 from benchmarks.evaluation.statistics import ALPHA, NOTHING, Interval, Label, fixed
 from g2rpo.config import StrictModel
-from reproduce.tables.paper import PaperColumn
-from reproduce.tables.spec import CostColumn
+from reproduce.experiment.table import CostColumn, PaperColumn
 
 IN_DOMAIN = "†"
 HACKING_LABEL = "Reward hacking"

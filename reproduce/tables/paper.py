@@ -2,29 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import pydantic
 
 from g2rpo.config import StrictModel, load_yaml, validate
 from g2rpo.errors import UserError
+from reproduce.experiment.table import PaperColumn, PaperKey, TableName
 
 PAPER_TABLES = Path(__file__).resolve().parents[2] / "results" / "paper" / "tables.yaml"
 
-TableName = Literal["table1", "table2", "table3"]
-PaperColumn = Literal["HPS", "CLIP", "PS", "IR", "UR"]
 PAPER_NAMES: tuple[PaperColumn, ...] = ("HPS", "CLIP", "PS", "IR", "UR")
 DIGITS = 3
 """Decimals that the paper prints."""
-
-
-class PaperKey(StrictModel):
-    """Names one row of one of the paper's tables; what is not given is not looked at."""
-
-    train: tuple[PaperColumn, ...] | None = None
-    method: str | None = None
-    granularities: tuple[int, ...] | None = None
-    steps: int | None = None
 
 
 class PaperRow(StrictModel):

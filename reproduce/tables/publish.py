@@ -20,7 +20,6 @@ from reproduce.tables.figures import Metric, learning_curves
 from reproduce.tables.formats import write_formats
 from reproduce.tables.notes import Gap, full_label
 from reproduce.tables.picture_grid import picture_grid
-from reproduce.tables.spec import TableSpec
 from reproduce.tables.table import compute_table
 from reproduce.tables.terminal import print_table
 
@@ -68,7 +67,7 @@ def publish(
         layout: where runs are and tables go.
     """
     output = layout.experiment(profile.name, experiment.name)
-    spec = experiment.table
+    spec = experiment.table_spec(profile)
     table = compute_table(spec, cells, profile.name, gaps)
     written = list(write_formats(table, output).values())
     for group, rows in spec.groups():
@@ -118,7 +117,7 @@ def _pictures(
     output: Path,
 ) -> Path | None:
     """The same prompts and noise under the base and the rows of the first trained group."""
-    spec: TableSpec = experiment.table
+    spec = experiment.table_spec(profile)
     trained_groups = [name for name, rows in spec.groups() if any(row.train for row in rows)]
     shown = [row for row in spec.rows if not row.train or row.group == trained_groups[0]]
     columns = {}

@@ -59,8 +59,8 @@ def _check_comparable(first: RowScores, second: RowScores, group: str) -> None:
         raise UserError(f"{where} were scored on different prompts; evaluate them alike")
 
 
-def score_columns(spec: TableSpec, profile: str) -> tuple[Column, ...]:
-    """The score columns of a profile's table."""
+def score_columns(spec: TableSpec) -> tuple[Column, ...]:
+    """The score columns of the table."""
     return tuple(
         Column(
             name=column.reward,
@@ -69,7 +69,7 @@ def score_columns(spec: TableSpec, profile: str) -> tuple[Column, ...]:
             digits=column.digits,
             paper=column.paper,
         )
-        for column in spec.columns_for(profile)
+        for column in spec.columns
     )
 
 

@@ -29,7 +29,7 @@ def style_table(spec: TableSpec, results: Mapping[str, RowScores], profile: str)
     counts = Counter(style for found in styles.values() for style in set(found.values()))
     if len(counts) < 2:
         return None
-    columns = score_columns(spec, profile)
+    columns = score_columns(spec)
     parts = [
         (row.model_copy(update={"label": full_label(row), "group": style}), part)
         for style in sorted(counts)

@@ -64,7 +64,7 @@ def compute_table(
         UserError: the cells do not fit the table or each other.
     """
     paper = load_paper_tables() if paper is None else paper
-    columns, same_model = score_columns(spec, profile), profile in spec.paper_profiles
+    columns, same_model = score_columns(spec), spec.paper_model
     results = select_rows(spec, cells)
     published = published_rows(spec, paper, columns if same_model else PAPER_COLUMNS)
     compared = ComparedRows(results, [column.name for column in columns])

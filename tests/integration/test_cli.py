@@ -19,7 +19,8 @@ TABLE = {
     "cells": {
         "base": {},
         "hps/g2rpo": {
-            "method": "g2rpo", "train": ["hps"], "set": {"method": {"granularities": [1, 2]}},
+            "label": "G2RPO", "method": "g2rpo", "train": ["hps"],
+            "set": {"method": {"granularities": [1, 2]}},
         },
         "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]},
     },
@@ -27,12 +28,7 @@ TABLE = {
         "name": "two_rows",
         "title": "Two rows",
         "baseline": "base",
-        "rows": [
-            {"key": "base", "label": "Base"},
-            {"key": "hps/g2rpo", "label": "G2RPO", "group": "HPS"},
-            {"key": "hps/mix_grpo", "label": "MixGRPO", "group": "HPS"},
-        ],
-        "columns": [{"reward": "hps", "label": "HPS"}, {"reward": "clip", "label": "CLIP"}],
+        "columns": ["hps", "clip"],
     },
 }  # fmt: skip
 

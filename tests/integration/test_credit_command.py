@@ -14,7 +14,8 @@ EXPERIMENT: dict[str, Any] = {
     "credit": {"samples": 4, "repeats": 3, "rollouts": 2},
     "cells": {
         "hps/g2rpo": {
-            "method": "g2rpo", "train": ["hps"], "set": {"method": {"granularities": [1, 2]}},
+            "label": "G2RPO", "method": "g2rpo", "train": ["hps"],
+            "set": {"method": {"granularities": [1, 2]}},
         },
         "hps/mix_grpo": {
             "method": "mix_grpo", "train": ["hps"],
@@ -24,10 +25,6 @@ EXPERIMENT: dict[str, Any] = {
     "table": {
         "name": "small_credit",
         "title": "Credit",
-        "rows": [
-            {"key": "hps/g2rpo", "label": "G2RPO", "group": "HPS"},
-            {"key": "hps/mix_grpo", "label": "MixGRPO", "group": "HPS"},
-        ],
         "columns": [{"reward": "hps", "label": "HPS"}],
     },
 }  # fmt: skip

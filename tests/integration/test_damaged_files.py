@@ -50,7 +50,6 @@ EXPERIMENT: dict[str, Any] = {
     "cells": {"hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]}},
     "table": {
         "name": "t", "title": "A table",
-        "rows": [{"key": "hps/mix_grpo", "label": "MixGRPO"}],
         "columns": [{"reward": "hps", "label": "HPS"}],
     },
 }  # fmt: skip

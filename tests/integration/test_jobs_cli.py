@@ -28,7 +28,6 @@ TABLE: dict[str, Any] = {
         "name": "one_row",
         "title": "One row",
         "baseline": "base",
-        "rows": [{"key": "base", "label": "Base"}, {"key": "hps/mix_grpo", "label": "MixGRPO"}],
         "columns": [{"reward": "hps", "label": "HPS"}],
     },
 }

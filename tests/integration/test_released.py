@@ -65,20 +65,15 @@ def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> P
             "train": ["hps"],
         },
         "ode/single": {"checkpoint": single},
-        "hybrid/single": {"checkpoint": single, "evaluation": HYBRID},
         "ode/wrong": {"checkpoint": {"source": "wrong.safetensors"}},
         "ode/absent": {"checkpoint": {"source": "nobody/no-such-weights"}},
+        "hybrid/single": {"checkpoint": single, "evaluation": HYBRID},
     }
-    rows = [
-        {"key": key, "label": key, "group": "Hybrid" if "hybrid" in key else "ODE"}
-        for key in ("base", "ode/folder", "ode/single", "ode/wrong", "ode/absent", "hybrid/single")
-    ]
-    columns = [{"reward": "hps", "label": "HPS"}, {"reward": "clip", "label": "CLIP"}]
-    table = {"name": "mine", "title": "Mine", "rows": rows, "columns": columns}
-    table["focus"] = ["ode/single"]
-    (place / "mine.yaml").write_text(
-        yaml.safe_dump({"name": "mine", "cells": cells, "table": table})
-    )
+    for key, cell in cells.items():
+        cell |= {"label": key, "group": "Hybrid" if "hybrid" in key else "ODE"}
+    table = {"title": "Mine", "columns": ["hps", "clip"], "focus": ["ode/single"]}
+    mine = {"name": "mine", "cells": cells, "table": table}
+    (place / "mine.yaml").write_text(yaml.safe_dump(mine, sort_keys=False))
     return place
 
 

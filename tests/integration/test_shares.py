@@ -32,7 +32,6 @@ TABLE: dict[str, Any] = {
     "cells": {"base": {}, "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]}},
     "table": {
         "name": "t", "title": "A table", "baseline": "base",
-        "rows": [{"key": "base", "label": "Base"}],
         "columns": [{"reward": "hps", "label": "HPS"}],
     },
 }  # fmt: skip

@@ -61,12 +61,11 @@ class Workplace:
         self.folder, self.cluster, self.assets = folder, cluster, assets
         self.runs = folder / "results" / "runs"
         self.path: str | None = None
-        rows = [{"key": key, "label": key, "group": "HPS" if "/" in key else ""} for key in cells]
         table = {"name": "rows", "title": "Rows", "columns": [{"reward": "hps", "label": "HPS"}]}
         if "base" in cells:
             table["baseline"] = "base"
-        chosen = {key: CELLS[key] for key in cells}
-        self._write("rows.yaml", {"name": "rows", "cells": chosen, "table": table | {"rows": rows}})
+        chosen = {key: {**CELLS[key], "label": key} for key in cells}
+        self._write("rows.yaml", {"name": "rows", "cells": chosen, "table": table})
         self.profile(ranks=1)
         self.cluster_profile()
 

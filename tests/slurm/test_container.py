@@ -29,10 +29,6 @@ EXPERIMENT = {
         "name": "contained",
         "title": "In a container",
         "baseline": "base",
-        "rows": [
-            {"key": "base", "label": "Base"},
-            {"key": "hps/g2rpo", "label": "G2RPO", "group": "HPS"},
-        ],
         "columns": [{"reward": "hps", "label": "HPS"}],
     },
 }

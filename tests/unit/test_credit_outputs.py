@@ -51,7 +51,6 @@ def workplace(smoke_assets: Path, tmp_path: Path) -> Path:
     """An experiment of two methods, one with a window that moves, measured at three seeds."""
     write_small_profile(tmp_path / "small.yaml", smoke_assets)
     mix = {"method": {"window_size": 2, "interval": 1}}
-    labels = {"hps/dance_grpo": "DanceGRPO", "hps/mix_grpo": "MixGRPO"}
     experiment = {
         "name": "small_credit",
         "credit": {"samples": 4, "repeats": 3, "rollouts": 3},
@@ -62,7 +61,6 @@ def workplace(smoke_assets: Path, tmp_path: Path) -> Path:
         "table": {
             "name": "small_credit",
             "title": "Credit",
-            "rows": [{"key": key, "label": at, "group": "HPS"} for key, at in labels.items()],
             "columns": [{"reward": "hps", "label": "HPS"}],
         },
     }

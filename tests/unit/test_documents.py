@@ -10,7 +10,7 @@ from cell_factory import TABLE1, TABLE2, make_table_cells, render
 
 from g2rpo.config import validate
 from g2rpo.rewards.registry import REWARDS
-from reproduce.experiment import ROOT, load_experiment
+from reproduce.experiment import ROOT, load_experiment, load_profile
 from reproduce.tables import references
 from reproduce.tables.model import Table
 from reproduce.tables.notes import Gap
@@ -93,7 +93,7 @@ def test_methods_rewards_and_measures_have_references() -> None:
     paper = load_experiment("table1")
     for cell in paper.cells.values():
         assert cell.method is None or references.METHODS[cell.method]
-    for column in paper.table.columns:
+    for column in paper.table_spec(load_profile("mini")).columns:
         assert references.REWARDS[column.reward] or column.reward == "attributes"
 
 

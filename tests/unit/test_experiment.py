@@ -26,9 +26,11 @@ from reproduce.experiment import (
     resolve,
 )
 from reproduce.experiment import fingerprint as runs
+from reproduce.experiment.table import ColumnConfig
 
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
 PROFILES = sorted(path.stem for path in (HERE / "profiles").glob("*.yaml"))
+SMALL_TABLE = {"title": "t", "columns": ["hps"]}
 METHODS = method_names()
 
 
@@ -63,7 +65,7 @@ def test_matched_cells_differ_only_in_what_is_the_method() -> None:
 
 
 def test_in_domain_columns_come_from_the_cells() -> None:
-    rows = {row.key: row for row in load_experiment("table1").table.rows}
+    rows = {row.key: row for row in load_experiment("table1").table_spec(load_profile("mini")).rows}
     assert rows["base"].train == ()
     assert rows["hps/g2rpo"].train == ("hps",)
     assert rows["hps_clip/dance_grpo"].train == ("hps", "clip")
@@ -179,12 +181,12 @@ def test_the_profiles_of_flux_differ_in_their_engine_alone(name: str) -> None:
     changed = {key for key in other.training if other.training[key] != flux.training.get(key)}
     assert changed <= {"lora", "execution", "optimization"}
     assert other.training["rollout"] == flux.training["rollout"]
-    assert ("lora" in other.training) == (other.hardware.engine == "lora")
+    assert ("lora" in other.training) == (other.engine == "lora")
 
 
 def test_flux_tiny_takes_the_path_of_flux_on_the_cpu() -> None:
     tiny, flux = load_profile("flux-tiny"), load_profile("flux")
-    assert tiny.hardware.engine == flux.hardware.engine == "sharded"
+    assert tiny.engine == flux.engine == "sharded"
     assert tiny.hardware.training_ranks == 2
     assert tiny.policy.dtype == flux.policy.dtype
     assert tiny.training["execution"]["sharding"] == flux.training["execution"]["sharding"]
@@ -299,12 +301,8 @@ def test_the_run_name_does_not_depend_on_where_the_files_lie(
     ],
 )
 def test_a_wrong_cell_is_told_in_one_line(tmp_path: Path, cell: dict[str, Any], told: str) -> None:
-    table = {
-        "name": "t", "title": "t", "rows": [{"key": "a", "label": "A"}],
-        "columns": [{"reward": "hps", "label": "HPS"}],
-    }  # fmt: skip
     path = tmp_path / "wrong.yaml"
-    path.write_text(yaml.safe_dump({"name": "wrong", "cells": {"a": cell}, "table": table}))
+    path.write_text(yaml.safe_dump({"name": "wrong", "cells": {"a": cell}, "table": SMALL_TABLE}))
     with pytest.raises(UserError) as caught:
         load_experiment(str(path))
     assert told in str(caught.value)
@@ -321,11 +319,6 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 
 # --- budgets -------------------------------------------------------------------------------------
-
-SMALL_TABLE = {
-    "name": "t", "title": "t", "rows": [{"key": "a", "label": "A"}],
-    "columns": [{"reward": "hps", "label": "HPS"}],
-}  # fmt: skip
 
 
 def test_equal_evaluations_are_as_many_as_fit() -> None:
@@ -413,8 +406,8 @@ def test_a_mistake_in_a_profile_is_told_in_one_line(tmp_path: Path, change: str,
 @pytest.mark.parametrize(
     "change",
     [
-        {"table": {**SMALL_TABLE, "rows": 5}},
-        {"table": {**SMALL_TABLE, "rows": [{"key": ["a"], "label": "A"}]}},
+        {"table": {**SMALL_TABLE, "columns": 5}},
+        {"table": {**SMALL_TABLE, "rows": [{"key": "a", "label": "A"}]}},
         {"name": "../../../evil"},
         {"name": ""},
         {"name": "x" * 300},
@@ -492,8 +485,7 @@ def test_released_settings_are_shortened_where_the_profile_says_so() -> None:
 
 def test_a_column_without_a_reward_of_the_profile_is_refused_before_anything_runs() -> None:
     experiment = load_experiment("table1")
-    column = experiment.table.columns[0].model_copy(update={"reward": "hsp"})
-    table = experiment.table.model_copy(update={"columns": (column,)})
+    table = experiment.table.model_copy(update={"columns": (ColumnConfig(reward="hsp"),)})
     wrong = experiment.model_copy(update={"table": table})
     with pytest.raises(UserError, match="'hsp', which is no reward of the profile mini; did you"):
         expand(wrong, load_profile("mini"), (1,))

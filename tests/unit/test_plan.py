@@ -22,7 +22,6 @@ TABLE: dict[str, Any] = {
     "name": "t",
     "title": "A table",
     "baseline": "base",
-    "rows": [{"key": "base", "label": "Base"}, {"key": "hps/a", "label": "A"}],
     "columns": [{"reward": "hps", "label": "HPS"}],
 }
 CELLS: dict[str, Any] = {

@@ -150,7 +150,7 @@ def test_marks_of_the_focus_row_are_those_of_the_comparisons(chapter: Chapter) -
 
 
 def test_without_a_baseline_rows_are_held_against_the_focus(chapter: Chapter) -> None:
-    spec = chapter.experiment.table.model_copy(update={"baseline": None})
+    spec = chapter.spec.model_copy(update={"baseline": None})
     table = compute_table(spec, chapter.cells, "made-up")
     dance = table.row("hps/dance_grpo").scores["hps"].mark
     assert dance is not None

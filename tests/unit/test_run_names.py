@@ -52,6 +52,10 @@ def plain_name(config: TrainConfig) -> str:
     data["prompts"] = {
         "sha256": sha256_file(Path(config.prompts.file)), "limit": config.prompts.limit,
     }  # fmt: skip
+    every = data["optimization"].pop("update_every")  # both were called otherwise at first
+    data["optimization"]["optimizer_step"] = {"timestep": "per_step", "iteration": "per_iteration"}[
+        every
+    ]
     data["algorithm_version"] = runs.ALGORITHM_VERSION
     rewards = "-".join(config.rewards)
     return f"{config.method.name}-{rewards}-seed{config.seed}-{content_hash(data)}"
@@ -98,6 +102,7 @@ def many_cells(count: int) -> Experiment:
     methods = ("g2rpo", "dance_grpo", "mix_grpo", "flow_grpo")
     cells: dict[str, Any] = {
         f"trial/{number}": {
+            "group": "trials",
             "method": methods[number % 4],
             "train": ["hps", "clip"][: 1 + number % 2],
             "set": {"optimization": {"learning_rate": 1e-6 * (number + 1)}},

@@ -25,7 +25,6 @@ TABLE: dict[str, Any] = {
     "cells": {"base": {}, "hps/a": {"method": "g2rpo", "train": ["hps"]}},
     "table": {
         "name": "t", "title": "A table", "baseline": "base",
-        "rows": [{"key": "base", "label": "Base"}, {"key": "hps/a", "label": "A"}],
         "columns": [{"reward": "hps", "label": "HPS"}],
     },
 }  # fmt: skip

@@ -367,13 +367,6 @@ def test_malformed_specs_are_refused_in_one_line(change: dict[str, Any], message
     assert "\n" not in str(caught.value)
 
 
-def test_columns_depend_on_the_profile() -> None:
-    assert [c.reward for c in SPEC.columns_for("smoke")] == ["hps", "clip"]
-    only = SPEC.model_copy(update={"columns": SPEC.columns[2:]})
-    with pytest.raises(UserError, match="no column for the profile 'smoke'"):
-        only.columns_for("smoke")
-
-
 def test_the_papers_figures_are_those_of_the_source() -> None:
     paper = load_paper_tables()
     assert paper.source == "arXiv 2510.01982 v3"
