@@ -1,6 +1,6 @@
 """A text encoder that costs nothing, and a process that fills a cache with it.
 
-``python -m fake_encoder FOLDER COUNT INDEX PARTS SECONDS`` encodes the prompts 0 to COUNT - 1 into
+``python -m fake_encoder FOLDER COUNT SECONDS`` encodes the prompts 0 to COUNT - 1 into
 FOLDER, in shards of 4, and waits SECONDS at each.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from g2rpo.data.embeddings import EmbeddingCache, FillSettings, Part, Rows, fill
+from g2rpo.data.embeddings import EmbeddingCache, FillSettings, Rows, fill
 from g2rpo.seeds import gaussian
 
 LENGTH, WIDTH, POOLED = 5, 8, 6
@@ -49,20 +49,15 @@ class Recorder:
         return encode(prompt)
 
 
-def settings(part: Part | None = None, shard_prompts: int = 4) -> FillSettings:
-    return FillSettings(PROMPT_BYTES, part or Part(), shard_prompts, {"device": "none"})
+def settings() -> FillSettings:
+    return FillSettings(PROMPT_BYTES, 4, {"device": "none"})
 
 
 def main() -> None:
-    folder, count, index, parts, seconds = sys.argv[1:]
+    folder, count, seconds = sys.argv[1:]
     torch.set_num_threads(1)
     recorder = Recorder(float(seconds))
-    fill(
-        EmbeddingCache(Path(folder)),
-        prompts_of(int(count)),
-        recorder,
-        settings(Part(int(index), int(parts))),
-    )
+    fill(EmbeddingCache(Path(folder)), prompts_of(int(count)), recorder, settings())
     print(len(recorder.encoded))
 
 

@@ -10,6 +10,8 @@ from pydantic import Field
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
 
+WEIGHTS = ("policy", "reward", "checkpoint")
+"""What the weights among the artifacts are for; the others are prompt lists."""
 SHA256 = r"^[0-9a-f]{64}$"
 COMMIT = r"^[0-9a-f]{40}$"
 

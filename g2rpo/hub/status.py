@@ -33,6 +33,11 @@ class ArtifactState:
     folder: Path | None
     """Where its first cached file lies."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all files are cached and none is altered."""
+        return self.word in ("locked", "cached")
+
 
 def file_state(artifact: Artifact, file: PublishedFile, lock: Lock, *, rehash: bool) -> FileState:
     """The state of one file; ``rehash`` reads it, else a remembered hash is compared."""

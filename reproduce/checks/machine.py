@@ -14,8 +14,9 @@ from huggingface_hub import constants
 from g2rpo.provenance import REPOSITORY, git_state
 from reproduce.checks.flux_blocks import check_blocks
 from reproduce.checks.folders import check_cache, check_results, gibibytes
-from reproduce.checks.scale import weights_by_state
 from reproduce.checks.whole_path import check_whole_path
+from reproduce.experiment import load_profile
+from reproduce.experiment.weights import missing_weights
 from slurm.checks.finding import Finding, Word
 
 LOCK = REPOSITORY / "requirements" / "runtime.lock"
@@ -31,8 +32,8 @@ BFLOAT16 = (8, 0)
 def check_machine(results: Path, *, require_gpu: bool, quick: bool) -> list[Finding]:
     """Looks at everything, and unless ``quick`` runs everything once on tiny models."""
     devices = find_devices()
-    _, absent = weights_by_state("flux")
-    size = sum(bytes_ for _, bytes_ in absent.values())
+    absent = missing_weights(load_profile("flux"))
+    size = sum(state.artifact.size()[0] or 0 for state in absent)
     findings = [
         check_memory(len(os.sched_getaffinity(0)), _memory()),
         check_devices(devices, required=require_gpu),

@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from g2rpo.hub.catalogue import catalogue
-from g2rpo.hub.lock import read_lock
-from g2rpo.hub.status import artifact_state
-from reproduce.commands.weights import WEIGHTS, needed_by_profile
-from reproduce.experiment import ROOT
+from reproduce.experiment import ROOT, load_profile
+from reproduce.experiment.weights import fetch_advice, weights_states
 from reproduce.stages.run import CLASSES
 from slurm.checks.finding import Case, Finding, listed
 from slurm.cluster import Cluster
@@ -60,29 +57,13 @@ def _needed_files(profile: "Profile") -> tuple[Path, ...]:
     return tuple(ROOT / each for each in named)
 
 
-def weights_by_state(profile: str) -> tuple[list[str], dict[str, tuple[str, int]]]:
-    """The published weights of a profile: those that are cached whole, and of the others what
-    they lack and their bytes (0 where that is not known)."""
-    lock = read_lock()
-    cached: list[str] = []
-    absent: dict[str, tuple[str, int]] = {}
-    for artifact in needed_by_profile(profile, catalogue().select([], WEIGHTS)):
-        word = artifact_state(artifact, lock).word
-        if word in ("cached", "locked"):
-            cached.append(artifact.name)
-        else:
-            absent[artifact.name] = (word, artifact.size()[0] or 0)
-    return cached, absent
-
-
 def check_weights(profile: str) -> tuple[Finding, list[str]]:
     """Whether the published weights of a profile are cached here, and the names of those."""
-    cached, absent = weights_by_state(profile)
-    total = len(cached) + len(absent)
+    states = weights_states(load_profile(profile))
+    cached = [state.artifact.name for state in states if state.is_whole]
+    absent = [f"{state.artifact.name} ({state.word})" for state in states if not state.is_whole]
     if absent:
-        names = listed(f"{name} ({word})" for name, (word, _) in absent.items())
-        fix = f"`g2rpo weights fetch --profile {profile}` where there is a network"
-        found = f"{len(cached)} of {total} cached here; not {names}"
-        return Finding("failed", "weights", found, fix), cached
-    found = f"all {total} cached here" if total else "no published ones are needed"
+        found = f"{len(cached)} of {len(states)} cached here; not {listed(absent)}"
+        return Finding("failed", "weights", found, fetch_advice(profile)), cached
+    found = f"all {len(states)} cached here" if states else "no published ones are needed"
     return Finding("ok", "weights", found), cached

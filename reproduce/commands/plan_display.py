@@ -9,8 +9,8 @@ from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.errors import UserError
 from g2rpo.terminal import literal, plain_table, wide_console
 from g2rpo.training.config import TrainConfig
-from reproduce.commands.weights import unfetched
 from reproduce.experiment import ResolvedCell, absolute
+from reproduce.experiment.weights import missing_weights
 from reproduce.jobs.estimates import Estimate, Estimator
 from reproduce.jobs.plan import Plan
 from reproduce.jobs.speeds import speeds_of
@@ -172,7 +172,8 @@ def _missing_inputs(plan: Plan) -> list[str]:
     lines = []
     if absent:
         lines.append(f"not there yet: {', '.join(absent)}: `g2rpo prompts fetch` (docs/weights.md)")
-    if names := unfetched(plan.profile):
+    states = missing_weights(plan.profile)
+    if names := [state.artifact.name for state in states if state.word != "altered"]:
         lines.append(
             f"not fetched yet: {', '.join(names)}: `g2rpo weights fetch {' '.join(names)}`"
         )

@@ -10,7 +10,6 @@ from g2rpo.errors import UserError
 if TYPE_CHECKING:
     from g2rpo.hub.catalogue import Artifact
     from g2rpo.hub.fetch import FetchOptions
-    from reproduce.experiment import Profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,59 +33,20 @@ Mirror = Annotated[
 Offline = Annotated[
     bool, typer.Option("--offline", help="Never use the network (as HF_HUB_OFFLINE=1).")
 ]
-WEIGHTS = ("policy", "reward", "checkpoint")
-EVERYTHING = (*WEIGHTS, "prompts")
-
-
-def needed_by_profile(name: str, artifacts: Iterable["Artifact"]) -> tuple["Artifact", ...]:
-    """The artifacts that a profile's policy and rewards are loaded from.
-
-    Raises:
-        UserError: there is no such profile.
-    """
-    from reproduce.experiment import load_profile
-
-    return needed_artifacts(load_profile(name), artifacts)
-
-
-def needed_artifacts(profile: "Profile", artifacts: Iterable["Artifact"]) -> tuple["Artifact", ...]:
-    """Those of ``artifacts`` that a profile's policy and rewards are loaded from."""
-    return tuple(artifact for artifact in artifacts if _needs(profile, artifact))
-
-
-def _needs(profile: "Profile", artifact: "Artifact") -> bool:
-    if artifact.purpose == "policy":
-        return profile.policy.source == artifact.repo
-    return any(
-        config.model == artifact.reward
-        and config.source in (None, artifact.repo)
-        and (artifact.variant in (None, config.variant) if config.variant else artifact.default)
-        for config in profile.rewards.values()
-    )
-
-
-def unfetched(profile: "Profile") -> list[str]:
-    """The published weights that a profile needs and that are not cached whole. No network."""
-    from g2rpo.hub.catalogue import catalogue
-    from g2rpo.hub.lock import read_lock
-    from g2rpo.hub.status import artifact_state
-
-    lock = read_lock()
-    needed = needed_artifacts(profile, catalogue().select([], WEIGHTS))
-    return [one.name for one in needed if artifact_state(one, lock).word in ("missing", "partly")]
 
 
 def _select(
-    names: list[str] | None, profile: str | None, purposes: tuple[str, ...] = WEIGHTS
+    names: list[str] | None, profile: str | None, *, prompt_lists: bool = False
 ) -> tuple["Artifact", ...]:
-    from g2rpo.hub.catalogue import catalogue
+    from g2rpo.hub.catalogue import WEIGHTS, catalogue
+    from reproduce.experiment import load_profile
+    from reproduce.experiment.weights import needed_weights
 
     if names and profile:
         raise UserError("give names or --profile, not both")
-    artifacts = catalogue().select(names or [], purposes)
     if profile is None:
-        return artifacts
-    needed = needed_by_profile(profile, artifacts)
+        return catalogue().select(names or [], (*WEIGHTS, *(["prompts"] if prompt_lists else [])))
+    needed = needed_weights(load_profile(profile))
     if not needed:
         typer.echo(f"profile {profile} needs no published weights", err=True)
     return needed
@@ -188,7 +148,7 @@ def verify(names: Names = None, profile: ProfileName = None) -> None:
     lock = read_lock()
     wrong: list[str] = []
     everything = not names and profile is None
-    for artifact in _select(names, profile, EVERYTHING):
+    for artifact in _select(names, profile, prompt_lists=True):
         states = [file_state(artifact, file, lock, rehash=True) for file in artifact.files]
         if everything and all(state.word == "missing" for state in states):
             continue
@@ -220,7 +180,7 @@ def lock(
     from g2rpo.hub.status import implausible, lock_cached
 
     path = lock_path()
-    artifacts = _select(names, profile, EVERYTHING)
+    artifacts = _select(names, profile, prompt_lists=True)
     before = read_lock(path)
     new = lock_cached(artifacts, before, update=update)
     changes = before.changes(new)

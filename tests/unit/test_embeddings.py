@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_encoder
 import psutil
 import pytest
 import torch
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from tiny_flux import build_tiny_flux
 
 from g2rpo.checksums import hashing_up_to
-from g2rpo.data.embeddings import CacheKey, EmbeddingCache, FillSettings, Part, fill, prompt_key
+from g2rpo.data.embeddings import CacheKey, EmbeddingCache, FillSettings, fill, prompt_key
 from g2rpo.errors import UserError
 from g2rpo.policy import folder as policy_folder
 from g2rpo.policy.folder import text_fingerprint
@@ -178,8 +177,8 @@ def test_a_hub_id_is_named_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_pa
 # Interruption
 
 
-def start(folder: Path, count: int, part: Part, seconds: float) -> "subprocess.Popen[str]":
-    arguments = [str(folder), str(count), str(part.index), str(part.count), str(seconds)]
+def start(folder: Path, count: int, seconds: float) -> "subprocess.Popen[str]":
+    arguments = [str(folder), str(count), str(seconds)]
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     return subprocess.Popen(
         [sys.executable, "-m", "fake_encoder", *arguments],
@@ -194,7 +193,7 @@ def test_killed_and_resumed_leaves_the_same_files(tmp_path: Path) -> None:
     count = 22
     filled(tmp_path / "undisturbed", count)
     folder = tmp_path / "killed"
-    process = start(folder, count, Part(), 0.03)
+    process = start(folder, count, 0.03)
     deadline = time.monotonic() + 600
     while len(list(folder.glob("*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -235,28 +234,19 @@ def test_what_killed_writers_left_is_removed_once_it_is_old(tmp_path: Path) -> N
     assert contents(tmp_path) == expected
 
 
-def test_writers_of_disjoint_parts_and_of_the_same_one(tmp_path: Path) -> None:
+def test_of_two_writers_one_waits_and_has_nothing_to_do(tmp_path: Path) -> None:
     count, folder = 30, tmp_path / "cache"
-    parts = [Part(0, 2), Part(1, 2), Part(1, 2)]
-    processes = [start(folder, count, part, 0.01) for part in parts]
+    processes = [start(folder, count, 0.01) for _ in range(2)]
     encoded = []
     for process in processes:
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         encoded.append(int(output))
-    # Of the two that want the same part one waits, and then has nothing to do.
-    assert sum(encoded) == count and min(encoded) == 0
-    split = [part.of(prompts_of(count)) for part in parts[:2]]
-    assert sorted(split[0] + split[1]) == sorted(prompts_of(count))
-    assert encoded[0] == len(split[0]) > 0
-    cache = EmbeddingCache(folder)
-    assert_holds(cache, count)
-    recorder = Recorder()
-    fill(cache, prompts_of(count), recorder, settings())  # another number of parts: nothing to do
-    assert recorder.loads == 0
+    assert sorted(encoded) == [0, count]
+    assert_holds(EmbeddingCache(folder), count)
 
 
-def test_a_writer_waits_for_another_of_the_same_part(
+def test_a_writer_says_that_it_waits_for_another(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = Recorder(), Recorder()
@@ -409,13 +399,3 @@ def test_a_disk_that_fills_up_keeps_the_shards_before(small_disk: Path) -> None:
     (small_disk / "other").unlink()
     assert fill(cache, prompts, lambda _: wide_rows, plan) == 12
     assert cache.missing(prompts) == []
-
-
-def test_parts_must_exist() -> None:
-    for index, count in ((1, 1), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="does not exist"):
-            Part(index, count)
-    assert (
-        sum(value.numel() * value.itemsize for value in encode("a").values())
-        == fake_encoder.PROMPT_BYTES
-    )

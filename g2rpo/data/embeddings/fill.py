@@ -43,46 +43,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of ``count`` disjoint parts of any set of prompts, ``index`` counted from 0.
-
-    A prompt's part depends on its text alone: processes that encode one part each need not agree
-    on anything else.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"part {self.index} of {self.count} does not exist")
-
-    def of(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts of this part, each once, in their order."""
-        return [
-            prompt
-            for prompt in dict.fromkeys(prompts)
-            if int(prompt_key(prompt)[:16], 16) % self.count == self.index
-        ]
-
-
-WHOLE = Part()
-"""All prompts."""
-
-
-@dataclass(frozen=True)
 class FillSettings:
     """How a cache is filled.
 
     Attributes:
         prompt_bytes: bytes of one prompt's tensors.
-        part: which prompts this process encodes.
         shard_prompts: prompts of a shard; None is as many as :data:`SHARD_BYTES` hold.
         origin: device and packages, noted in the shards' indices.
     """
 
     prompt_bytes: int
-    part: Part = WHOLE
     shard_prompts: int | None = None
     origin: dict[str, str] = field(default_factory=dict)
 
@@ -103,7 +73,7 @@ def fill(
     load: Callable[[Sequence[str]], Encoder],
     settings: FillSettings,
 ) -> int:
-    """Encodes those of ``prompts`` that the cache lacks and that are of this process's part.
+    """Encodes those of ``prompts`` that the cache lacks.
 
     What is there is read and compared with its hash first; a damaged shard is encoded again.
     Interrupted, the same call goes on, and leaves the same files as an undisturbed one.
@@ -120,9 +90,9 @@ def fill(
     Raises:
         UserError: the disk is full; what was written stays.
     """
-    wanted = settings.part.of(prompts)
+    wanted = list(dict.fromkeys(prompts))
     cache.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(cache.folder, settings.part):
+    with _alone(cache.folder):
         _remove_leftovers(cache.folder)
         cache.refresh()
         cache.verify(wanted)
@@ -199,9 +169,9 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path, part: Part) -> Iterator[None]:
-    """Keeps other processes from encoding the same part."""
-    lock = FileLock(folder / f".part-{part.index}-of-{part.count}.lock")
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from encoding the same prompts."""
+    lock = FileLock(folder / ".encoding.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:

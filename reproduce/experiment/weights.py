@@ -1,0 +1,43 @@
+"""The published weights that a profile needs, and which of them are not cached. No network."""
+
+from typing import TYPE_CHECKING
+
+from g2rpo.hub.catalogue import WEIGHTS, Artifact, catalogue
+from g2rpo.hub.lock import read_lock
+from g2rpo.hub.status import ArtifactState, artifact_state
+
+if TYPE_CHECKING:
+    from reproduce.experiment.profile import Profile
+
+
+def needed_weights(profile: "Profile") -> tuple[Artifact, ...]:
+    """The published artifacts that the profile's policy and rewards are loaded from."""
+    published = catalogue().select([], WEIGHTS)
+    return tuple(artifact for artifact in published if _needs(profile, artifact))
+
+
+def _needs(profile: "Profile", artifact: Artifact) -> bool:
+    if artifact.purpose == "policy":
+        return profile.policy.source == artifact.repo
+    return any(
+        config.model == artifact.reward
+        and config.source in (None, artifact.repo)
+        and (artifact.variant in (None, config.variant) if config.variant else artifact.default)
+        for config in profile.rewards.values()
+    )
+
+
+def weights_states(profile: "Profile") -> list[ArtifactState]:
+    """The state in the cache of each artifact that the profile needs."""
+    lock = read_lock()
+    return [artifact_state(artifact, lock) for artifact in needed_weights(profile)]
+
+
+def missing_weights(profile: "Profile") -> list[ArtifactState]:
+    """Those of the profile's weights that are not whole in the cache."""
+    return [state for state in weights_states(profile) if not state.is_whole]
+
+
+def fetch_advice(profile: str) -> str:
+    """What to do where weights of the named profile are missing."""
+    return f"`g2rpo weights fetch --profile {profile}` where there is a network"
