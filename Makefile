@@ -36,7 +36,7 @@ export IMAGE
 	plan submit status check report test-browser \
 	lock audit image sif check-image bench-speed bench-numerics bench-statistics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
-	test-slurm-facts test-latex
+	test-latex
 
 help: ## show this list
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
@@ -77,13 +77,10 @@ test: $(READY) ## run all tests, in two processes, and list the slowest
 		--durations 20
 
 test-slurm: $(READY) ## the tests on a real SLURM cluster, in about ten minutes (root and Debian)
-	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and not facts'
+	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm'
 
 test-slurm-core: $(READY) ## those of them that every change must pass, in four minutes
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and core'
-
-test-slurm-facts: $(READY) ## what the launcher relies on in SLURM itself, for a new version of it
-	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and facts'
 
 test-latex: $(READY) ## compile every table with a real LaTeX, installed where it is missing (root and Debian)
 	PYTHON=$(RUN)/python tests/latex/run.sh

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -125,26 +124,6 @@ class DieOfSignal:
 
 
 @dataclass(frozen=True)
-class LeaveAlone:
-    """A job of which one rank ends at USR2 by itself; the others do not even end at SIGTERM."""
-
-    folder: Path
-    first: int
-
-    def __call__(self) -> None:
-        mine = int(os.environ["SLURM_PROCID"]) == self.first
-        asked: list[int] = []
-        signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
-        signal.signal(signal.SIGTERM, lambda number, frame: record(self.folder, "SIGTERM"))
-        record(self.folder, "start")
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (mine and asked):
-            time.sleep(0.05)
-        record(self.folder, "leave")
-        sys.exit(REQUEUE_CODE)
-
-
-@dataclass(frozen=True)
 class Tick:
     """A job that says twice a second that it lives, whatever is asked of it."""
 
@@ -158,29 +137,3 @@ class Tick:
         while time.monotonic() < deadline:
             record(self.folder, "tick")
             time.sleep(0.5)
-
-
-def distributed_environment() -> dict[str, Any]:
-    """What submitit gives torch.distributed, and the address that it resolves to."""
-    from submitit.helpers import TorchDistributedEnvironment
-
-    found = TorchDistributedEnvironment()
-    return {
-        "address": found.master_addr,
-        "resolved": socket.gethostbyname(found.master_addr),
-        "port": found.master_port,
-        "rank": found.rank,
-        "world": found.world_size,
-        "local_rank": found.local_rank,
-        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-    }
-
-
-def fail() -> None:
-    """Raises."""
-    raise ValueError("as asked")
-
-
-def text(length: int) -> str:
-    """A result of that many bytes."""
-    return "x" * length

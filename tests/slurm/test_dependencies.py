@@ -1,18 +1,14 @@
 """Jobs that wait for others, and what a failed parent does to them."""
 
-from pathlib import Path
-
 import pytest
 from harness import Cluster
-from job_functions import fail
-from submission import executor
 
 pytestmark = pytest.mark.slurm
 
 
 @pytest.mark.core
-def test_child_of_a_failed_job(cluster: Cluster, folder: Path) -> None:
-    parent = executor(folder).submit(fail).job_id
+def test_child_of_a_failed_job(cluster: Cluster) -> None:
+    parent = cluster.submit("false")
     kill = "--kill-on-invalid-dep=yes"
     child = cluster.submit("true", f"--dependency=afterok:{parent}", kill)
     grandchild = cluster.submit("true", f"--dependency=afterok:{child}", kill)
@@ -35,7 +31,7 @@ def test_child_of_a_failed_job(cluster: Cluster, folder: Path) -> None:
     assert cluster.wait_ended(late) == "CANCELLED"
 
 
-def test_one_failed_task_fails_the_dependency_on_its_array(cluster: Cluster, folder: Path) -> None:
+def test_one_failed_task_fails_the_dependency_on_its_array(cluster: Cluster) -> None:
     array = cluster.submit("[ $SLURM_ARRAY_TASK_ID != 1 ]", "--array=0-2")
     child = cluster.submit("true", f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes")
     of_one = cluster.submit("true", f"--dependency=afterok:{array}_2")

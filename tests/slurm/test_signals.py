@@ -1,4 +1,4 @@
-"""How SLURM tells a job to end, and how a job starts again: what the launcher is built on."""
+"""How SLURM tells a job to end, and how the launcher's batch script has it start again."""
 
 import time
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from harness import Cluster
-from job_functions import DieOfSignal, LeaveAlone, Signalled, events
-from submission import FOUR_RANKS, executor, requeueing, start, teardowns, wait_started
+from job_functions import DieOfSignal, Signalled, events
+from submission import FOUR_RANKS, executor, start, wait_started
 
 from slurm import batch
 from slurm.cluster import Cluster as Profile
@@ -40,7 +40,6 @@ def test_usr2_starts_the_same_pickle_again(cluster: Cluster, folder: Path) -> No
     assert [line["restarts"] for line in events(folder, "start")] == [0, 1]
     assert job.result() == 7
     cluster.wait_attempts(job.job_id, ["REQUEUED", "COMPLETED"])
-    assert teardowns(folder) == [f"{job.job_id} 85 RUNNING marker", f"{job.job_id} 0 RUNNING"]
 
 
 def test_task_of_an_array_starts_again_alone(cluster: Cluster, folder: Path) -> None:
@@ -65,25 +64,8 @@ def test_task_of_an_array_starts_again_alone(cluster: Cluster, folder: Path) -> 
     assert [job.result() for job in jobs] == [0, 1, 2]
 
 
-@pytest.mark.facts
-def test_id_of_an_array_requeues_all_of_it(cluster: Cluster, folder: Path) -> None:
-    several = executor(folder)
-    with several.batch():
-        jobs = [several.submit(Signalled(folder)) for _ in range(3)]
-    wait_started(cluster, folder, 3)
-    cluster.requeue(jobs[0].job_id.split("_")[0])
-    for job in jobs:
-        cluster.wait_ended(job.job_id)
-    assert [cluster.fields(job.job_id)["Restarts"] for job in jobs] == ["1", "1", "1"]
-
-
 def _by_hand(cluster: Cluster, job: str) -> None:
     cluster.scancel(job, "USR2")
-
-
-def _at_the_time_limit(cluster: Cluster, job: str) -> None:
-    # Looked at every 30 s, and a signal that would be due before the next look is given at once.
-    cluster.set_time_limit(job, 1)
 
 
 def _preempted(cluster: Cluster, job: str) -> None:
@@ -94,7 +76,6 @@ def _preempted(cluster: Cluster, job: str) -> None:
     "cause",
     [
         _by_hand,
-        pytest.param(_at_the_time_limit, marks=pytest.mark.facts),
         pytest.param(_preempted, marks=pytest.mark.core),
     ],
 )
@@ -111,28 +92,6 @@ def test_every_rank_gets_usr2(
     cluster.wait_attempts(job.job_id, ["REQUEUED", "COMPLETED"])
 
 
-@pytest.mark.facts
-def test_usr2_comes_before_its_time(cluster: Cluster, folder: Path) -> None:
-    job = start(cluster, Signalled(folder), time=1, signal_delay_s=55)
-    cluster.wait(lambda: events(folder, "SIGUSR2"), "USR2")
-    started, signalled = events(folder, "start")[0], events(folder, "SIGUSR2")[0]
-    assert signalled["time"] - started["time"] < 31
-    assert cluster.wait_ended(job.job_id) == "COMPLETED"
-
-
-@pytest.mark.facts
-def test_preemption_does_not_wait_longer_than_its_grace(cluster: Cluster, folder: Path) -> None:
-    job = start(cluster, Signalled(folder, closing=60), **FOUR_RANKS)
-    cluster.preempt()
-    assert cluster.wait_ended(job.job_id) == "COMPLETED"
-    asked, taken = events(folder, "SIGUSR2")[0], events(folder, "SIGTERM")[0]
-    assert 8 < taken["time"] - asked["time"] < 45  # GraceTime is 10 s
-    assert ranks(folder, "leave") == []
-    # SLURM requeued it by itself; the lines after srun did not run.
-    assert teardowns(folder) == [f"{job.job_id} 0 RUNNING"]
-    cluster.wait_attempts(job.job_id, ["PREEMPTED", "COMPLETED"])
-
-
 def test_preemption_by_sigterm_alone(cluster: Cluster, folder: Path) -> None:
     with cluster.option(WITH_USR2, WITHOUT_USR2):
         job = start(cluster, Signalled(folder), **FOUR_RANKS)
@@ -140,22 +99,7 @@ def test_preemption_by_sigterm_alone(cluster: Cluster, folder: Path) -> None:
         assert cluster.wait_ended(job.job_id) == "COMPLETED"
     assert ranks(folder, "SIGUSR2") == []
     assert ranks(folder, "SIGTERM") == [0, 1, 2, 3]
-    assert teardowns(folder)[0] == f"{job.job_id} 143 RUNNING preempted"
     assert cluster.fields(job.job_id)["Restarts"] == "1"
-
-
-@pytest.mark.facts
-def test_job_that_ends_by_itself_when_preempted_is_not_requeued(
-    cluster: Cluster, folder: Path
-) -> None:
-    with cluster.option(WITH_USR2, WITHOUT_USR2):
-        job = start(cluster, Signalled(folder), teardown=["exit $?"])
-        cluster.preempt()
-        assert cluster.wait_ended(job.job_id) == "FAILED"
-    # Accounting keeps seven bits of a code: 143 is shown as 15.
-    assert cluster.fields(job.job_id)["ExitCode"] == "143:0"
-    (attempt,) = cluster.wait_attempts(job.job_id, ["FAILED"])
-    assert attempt.exit_code == "15:0"
 
 
 @pytest.mark.core
@@ -165,47 +109,24 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, folder: Path) -> None:
     assert cluster.wait_ended(job.job_id) == "CANCELLED"
     cluster.wait(lambda: not cluster.processes(job.job_id), "end of all processes")
     assert ranks(folder, "terminated") == [0, 1, 2, 3]
-    assert teardowns(folder) == []
     time.sleep(8)  # a requeued job would have started again
     assert len(events(folder, "start")) == 4
     assert cluster.job_states(job.job_id) == ["CANCELLED by 0"]
 
 
-@pytest.mark.parametrize(
-    "setup",
-    [
-        pytest.param([], id="untrapped", marks=pytest.mark.facts),
-        pytest.param(["trap : TERM"], id="trapped"),
-    ],
-)
-def test_job_cancelled_while_it_closes(cluster: Cluster, folder: Path, setup: list[str]) -> None:
-    job = start(cluster, Signalled(folder, closing=2.5), setup=setup)
+def test_job_cancelled_while_it_closes(cluster: Cluster, folder: Path) -> None:
+    # The batch script outlives scancel, and must see by the state that it must not requeue.
+    several = executor(folder)
+    several.parameters["setup"] = [*several.parameters["setup"], "trap : TERM"]
+    job = several.submit(Signalled(folder, closing=2.5))
+    wait_started(cluster, folder, 1)
     cluster.scancel(job.job_id, "USR2")
     cluster.wait(lambda: events(folder, "SIGUSR2"), "USR2")
     cluster.scancel(job.job_id)
     assert cluster.wait_ended(job.job_id) == "CANCELLED"
     time.sleep(8)
     assert cluster.state(job.job_id) == "CANCELLED"
-    marker = folder / f"{job.job_id}.requeue"
-    if setup:
-        # The batch script outlived scancel, and saw by the state that it must not requeue.
-        assert teardowns(folder) == [f"{job.job_id} 85 COMPLETING marker"]
-        assert not marker.exists()
-    else:
-        assert teardowns(folder) == []
-        assert marker.exists()
-
-
-@pytest.mark.facts
-def test_requeue_revives_a_cancelled_job(cluster: Cluster, folder: Path) -> None:
-    # Why the lines after srun look at the state first.
-    careless = [line for line in requeueing(folder) if '[ -n "$again" ]' not in line]
-    careless.insert(-1, 'scontrol requeue "$job"')
-    job = start(cluster, Signalled(folder, closing=2), setup=["trap : TERM"], teardown=careless)
-    cluster.scancel(job.job_id, "USR2")
-    cluster.wait(lambda: events(folder, "SIGUSR2"), "USR2")
-    cluster.scancel(job.job_id)
-    cluster.wait(lambda: ranks(folder, "start", restarts=1) == [0], "second start")
+    assert not (folder / f"{job.job_id}.requeue").exists()
 
 
 @pytest.mark.core
@@ -216,7 +137,6 @@ def test_requeue_from_outside_gives_sigterm_and_no_usr2(cluster: Cluster, folder
     assert ranks(folder, "SIGUSR2") == []
     assert ranks(folder, "SIGTERM") == [0, 1, 2, 3]
     assert ranks(folder, "end", restarts=1) == [0, 1, 2, 3]
-    assert teardowns(folder) == [f"{job.job_id} 0 RUNNING"]
     assert job.results() == [3, 3, 3, 3]
 
 
@@ -226,25 +146,7 @@ def test_usr2_before_python_handles_it(cluster: Cluster, folder: Path) -> None:
     wait_started(cluster, folder, 1)
     cluster.scancel(job.job_id, "USR2")
     assert cluster.wait_ended(job.job_id) == "COMPLETED"
-    assert teardowns(folder) == [f"{job.job_id} 140 RUNNING usr2", f"{job.job_id} 0 RUNNING"]
-
-
-@pytest.mark.facts
-def test_rank_that_leaves_first_takes_the_others_down(cluster: Cluster, folder: Path) -> None:
-    # Why nobody leaves before the marker is there, and why the marker counts, not the code.
-    job = executor(folder, **FOUR_RANKS).submit(LeaveAlone(folder, first=3))
-    wait_started(cluster, folder, 4)
-    cluster.scancel(job.job_id, "USR2")
-    assert cluster.wait_ended(job.job_id) == "FAILED"
-    left, *terminated = events(folder)[-4:]
-    assert (left["event"], left["rank"]) == ("leave", 3)
-    assert sorted((line["event"], line["rank"]) for line in terminated) == [
-        ("SIGTERM", 0),
-        ("SIGTERM", 1),
-        ("SIGTERM", 2),
-    ]
-    # Who ignores SIGTERM is killed after KillWait, and srun ends with the highest code: 128 + 9.
-    assert teardowns(folder) == [f"{job.job_id} 137 RUNNING"]
+    assert cluster.fields(job.job_id)["Restarts"] == "1"
 
 
 @pytest.mark.core

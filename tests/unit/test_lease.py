@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -112,25 +111,6 @@ def test_of_many_processes_one_is_inside_at_a_time(tmp_path: Path) -> None:
     assert [racer.returncode for racer in racers] == [0] * 4
     assert sorted(int(line) for text in printed for line in text.split()) == list(range(1, 17))
     assert [attempt.state for attempt in read_attempts(tmp_path, "work")] == ["done"] * 16
-
-
-def test_of_many_who_find_a_dead_owner_one_succeeds_it(tmp_path: Path) -> None:
-    Lease.acquire(tmp_path, "work", AT_ONCE)
-    path = attempt_path(tmp_path / "work", 1)
-    make_foreign(path)
-    shift(path, -HOUR)
-    start = threading.Barrier(8)
-
-    def try_it(_: int) -> Lease | None:
-        start.wait()
-        try:
-            return Lease.acquire(tmp_path, "work", AT_ONCE)
-        except UserError:
-            return None
-
-    with ThreadPoolExecutor(8) as pool:
-        winners = [lease for lease in pool.map(try_it, range(8)) if lease is not None]
-    assert [lease.number for lease in winners] == [2]
 
 
 class Leases(RuleBasedStateMachine):
@@ -465,15 +445,6 @@ def test_a_full_disk_stops_neither_heartbeats_nor_the_release(
     assert (record.state, record.reason) == ("failed", "the disk is full")
 
 
-def test_a_release_that_cannot_be_written_only_warns(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with Lease.acquire(tmp_path, "work", AT_ONCE) as lease:
-        lease._path.unlink()
-        lease._path.mkdir()
-    assert "is not noted" in caplog.text
-
-
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "work").write_text("a file")
     assert "cannot be used" in refused(tmp_path)
@@ -543,20 +514,6 @@ def test_heartbeats_carry_the_progress(tmp_path: Path) -> None:
         )
         assert record.updated > record.started
         assert str(progress).startswith("train 5/10, ETA 0:00:0")
-
-
-def test_attempts_are_read_in_order(tmp_path: Path) -> None:
-    assert read_attempts(tmp_path, "work") == []
-    assert latest(tmp_path, "work") is None
-    for state in ("failed", "stopped", "done"):
-        Lease.acquire(tmp_path, "work", AT_ONCE).release(state)  # type: ignore[arg-type]
-    found = read_attempts(tmp_path, "work")
-    assert [(one.number, one.state) for one in found] == [
-        (1, "failed"), (2, "stopped"), (3, "done"),
-    ]  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [
-        "000001.json", "000002.json", "000003.json",
-    ]  # fmt: skip
 
 
 def test_waiting_is_told_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

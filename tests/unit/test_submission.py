@@ -129,10 +129,3 @@ def test_submissions_are_listed_by_age(tmp_path: Path) -> None:
     new_folder(tmp_path, "b-mini")  # killed before it was saved
     assert list_submissions(tmp_path) == folders
     assert list_submissions(tmp_path / "absent") == []
-
-
-def test_logs_of_stages_do_not_meet(tmp_path: Path) -> None:
-    submission = submission_in(tmp_path)
-    logs = {submission.local_log(stage.name) for stage in STAGES}
-    assert len(logs) == len(STAGES)
-    assert {log.parent for log in logs} == {tmp_path / "logs"}
