@@ -41,24 +41,21 @@ def check_output(output: Path) -> None:
     """
     if output.name in ("", ".."):
         raise UserError(f"{output}: name a new folder for the sheet, such as {output / 'sheet'}")
+    key = key_path(output)
     try:
+        if (output / PAGE).is_file() and not key.exists():
+            raise UserError(
+                f"{output}: is a sheet without {key.name} beside it; delete it if its key was "
+                "never written, else choose another folder"
+            )
         if os.path.lexists(output):
-            _refuse_sheet(output)
-        _earlier_key(key_path(output))
+            raise UserError(f"{output}: is there already; choose another folder")
+        _earlier_key(key)
         check_place(output)
     except OSError as error:  # a name that is too long
         raise UserError(
             f"{output}: cannot be written ({error.strerror}); choose another folder"
         ) from None
-
-
-def _refuse_sheet(output: Path) -> None:
-    if (output / PAGE).is_file() and not key_path(output).exists():
-        raise UserError(
-            f"{output}: is a sheet without {key_path(output).name} beside it; delete it if its key "
-            "was never written, else choose another folder"
-        )
-    raise UserError(f"{output}: is there already; choose another folder")
 
 
 def make_sheet(

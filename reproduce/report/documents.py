@@ -1,16 +1,18 @@
 """Findings that are no table of runs: what stands as Markdown beside the tables of a profile."""
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from markdown_it.tree import SyntaxTreeNode
 from markupsafe import Markup
 
 from benchmarks.evaluation.results import Provenance
-from reproduce.report.grids import Box, Column, Grid, Heading, make_grid, number, text_box
+from reproduce.report.grids import Box, Column, Grid, make_grid, number, text_box
 from reproduce.report.overview import origin_columns
 from reproduce.report.pictures import SHEET_BYTES
 
@@ -58,14 +60,16 @@ def find_documents(folder: Path, shown: Collection[str]) -> list[Document]:
 def read_document(name: str, path: Path) -> Document:
     """Parses a Markdown file; HTML in it is shown as the text that it is."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    tokens = parser.parse(path.read_text(encoding="utf-8"))
-    title, tokens = _without_title(tokens, name)
+    nodes = SyntaxTreeNode(parser.parse(path.read_text(encoding="utf-8"))).children
+    title = name
+    if nodes and nodes[0].type == "heading":
+        title, nodes = _text(nodes[0]), nodes[1:]
     parts: list[Markup | Grid] = []
-    for block in _blocks(tokens):
-        if block[0].type == "table_open":
-            parts.append(_grid(block, title))
+    for node in nodes:
+        if node.type == "table":
+            parts.append(_grid(node, title))
         else:
-            html = parser.renderer.render(_shown(block), parser.options, {})
+            html = parser.renderer.render(_shown(node), parser.options, {})
             parts.append(Markup(html))  # noqa: S704 - the renderer escapes all text
     figure = path.with_suffix(".png")
     there = figure.is_file() and figure.stat().st_size <= SHEET_BYTES
@@ -88,37 +92,20 @@ def _origins(path: Path) -> Grid | None:
     return make_grid("Where these numbers come from", columns, found) if found else None
 
 
-def _without_title(tokens: Sequence[Token], name: str) -> tuple[str, list[Token]]:
-    if not tokens or tokens[0].type != "heading_open":
-        return name, list(tokens)
-    return _text(tokens[1]), list(tokens[3:])
-
-
-def _blocks(tokens: Sequence[Token]) -> Iterator[list[Token]]:
-    """Tables by themselves, and what stands between them."""
-    block: list[Token] = []
-    for token in tokens:
-        if token.type == "table_open" and block:
-            yield block
-            block = []
-        block.append(token)
-        if token.type == "table_close":
-            yield block
-            block = []
-    if block:
-        yield block
-
-
-def _shown(tokens: Sequence[Token]) -> list[Token]:
+def _shown(node: SyntaxTreeNode) -> list[Token]:
+    """The tokens of a block one heading lower and without links and images."""
+    tokens = node.to_tokens()
     for token in tokens:
         if token.type in {"heading_open", "heading_close"}:
             token.tag = f"h{min(6, int(token.tag[1]) + 1)}"
         if token.children:
             token.children = [child for child in token.children if child.type not in _DROPPED]
-    return list(tokens)
+    return tokens
 
 
-def _text(inline: Token) -> str:
+def _text(node: SyntaxTreeNode) -> str:
+    """The words of a heading or a cell."""
+    inline = node.to_tokens()[1]
     parts = (
         " " if child.type in {"softbreak", "hardbreak"} else child.content
         for child in inline.children or ()
@@ -127,34 +114,29 @@ def _text(inline: Token) -> str:
     return "".join(parts).strip()
 
 
-def _grid(tokens: Sequence[Token], title: str) -> Grid:
-    rows: list[list[str]] = []
-    for token in tokens:
-        if token.type == "tr_open":
-            rows.append([])
-        elif token.type == "inline":
-            rows[-1].append(_text(token))
-    head, *body = rows
+def _grid(table: SyntaxTreeNode, title: str) -> Grid:
+    head, *body = [
+        [_text(cell) for cell in row.children] for part in table.children for row in part.children
+    ]
     numeric = [
         column > 0 and any(row[column] for row in body)
         and all(_number(row[column]) is not None for row in body if row[column])
         for column in range(len(head))
     ]  # fmt: skip
-    lines = [
-        tuple(_box(text, first=i == 0, numeric=numeric[i]) for i, text in enumerate(row))
-        for row in body
+    columns = [
+        Column[list[str]](label, partial(_box, place, numeric[place]), numeric[place])
+        for place, label in enumerate(head)
     ]
-    heads = tuple(Heading(label, numeric=n) for label, n in zip(head, numeric, strict=True))
-    return Grid(title, heads, tuple(lines))
+    return make_grid(title, columns, body)
 
 
-def _box(text: str, *, first: bool, numeric: bool) -> Box:
-    if numeric:
-        # The tables' own Markdown has intervals on a second line.
-        shown, _, below = text.partition(_BELOW)
-        interval = below.removesuffix("</sub>") or None
-        return Box(shown, _number(shown), interval=interval, kind="number")
-    return Box(text, text.lower(), kind="label" if first else "text")
+def _box(place: int, numeric: bool, row: Sequence[str]) -> Box:
+    if not numeric:
+        return Box(row[place], row[place].lower(), kind="text" if place else "label")
+    # The tables' own Markdown has intervals on a second line.
+    shown, _, below = row[place].partition(_BELOW)
+    box = number(_number(shown), shown)
+    return replace(box, interval=below.removesuffix("</sub>") or None)
 
 
 def _number(text: str) -> float | None:
