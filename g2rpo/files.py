@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,24 @@ def check_place(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON with sorted keys, atomically."""
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends a line of JSON for each of ``rows``, and waits until they are on disk.
+
+    A last line that a kill cut short is closed first, so that it takes no other with it; readers
+    leave it out. Nothing is written by a process that may not publish.
+    """
+    check_publication()
+    text = "".join(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = size > 0 and file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_tree(folder: Path) -> None:

@@ -20,7 +20,7 @@ import pydantic
 
 from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_bytes, guarded_folder, write_json
+from g2rpo.files import append_jsonl, atomic_write_bytes, guarded_folder, write_json
 from slurm.cluster import Cluster
 from slurm.graph import Graph, Stage
 
@@ -186,15 +186,7 @@ class Submission:
     def submitted(self, comment: str, stages: Sequence[str], job: str) -> None:
         """Notes that ``stages`` were submitted together, as ``job``."""
         line = {"comment": comment, "stages": list(stages), "job": job, "time": time.time()}
-        path = self.folder / JOBS
-        with path.open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            # A line that a kill cut short must not take this one with it.
-            start = b"\n" if size and file.read(1) != b"\n" else b""
-            file.write(start + json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_jsonl(self.folder / JOBS, [line])
 
 
 def _restore(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_bytes, atomic_write_text, check_publication, remove
+from g2rpo.files import append_jsonl, atomic_write_bytes, atomic_write_text, remove
 
 if TYPE_CHECKING:  # states are read on login nodes, without the model libraries
     from g2rpo.training.batch import TrainingBatch
@@ -88,9 +88,7 @@ class MetricsLog:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one iteration's row, where this process may (:mod:`g2rpo.files`)."""
-        check_publication()
-        with self.path.open("a") as handle:
-            handle.write(json.dumps(dict(row), allow_nan=False) + "\n")
+        append_jsonl(self.path, [row])
 
 
 def keep_metrics(run: Path, checkpoint: Path) -> None:

@@ -1,15 +1,13 @@
 """Scores on disk as they come: one line per image, so that a kill loses one batch at most."""
 
-import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from g2rpo.checksums import parse_document, with_checksum
 from g2rpo.config import content_hash
-from g2rpo.files import check_publication
+from g2rpo.files import append_jsonl
 from g2rpo.rewards.base import BatchedReward
 
 logger = logging.getLogger(__name__)
@@ -65,18 +63,4 @@ class Journal:
 
         Nothing is written by a process that may not publish (:mod:`g2rpo.files`).
         """
-        check_publication()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(with_checksum(asdict(entry))) + "\n" for entry in entries)
-        with self.path.open("ab") as file:
-            if file.tell() and not _ends_with_newline(self.path):
-                file.write(b"\n")  # after a line that was cut short
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+        append_jsonl(self.path, [with_checksum(asdict(entry)) for entry in entries])
