@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +52,7 @@ def reproduce(
     request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
     plan, place = request.plan(runnable=True)
     if plan.todo and detach:
-        _detach(request, plan, place, jobs)
+        _detach(plan, place)
         return
     if plan.todo:
         _run(plan, place, jobs)
@@ -155,13 +154,13 @@ def follow_submission(submission: "Submission") -> None:
         sys.exit(130)
 
 
-def _detach(request: Request, plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
+def _detach(plan: "Plan", cluster: "Cluster") -> None:
     from reproduce.jobs import launch
 
     if cluster.kind == "slurm":
         _submit(plan, cluster)
         return
-    arguments = _arguments(request, jobs)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
     log = launch.start_driver(plan.layout.runs, arguments)
     typer.echo(f"runs in the background: `g2rpo status` shows it; its output: {log}", err=True)
 
@@ -189,21 +188,6 @@ def run_again(submission: "Submission", *, only_failed: bool) -> None:
     if made.todo:
         _run(made, submission.cluster, None)
     _report(made)
-
-
-def _arguments(request: Request, jobs: int | None) -> Sequence[str]:
-    """The command line of the same request in the foreground."""
-    arguments = ["reproduce", request.experiment, "--profile", request.profile]
-    arguments += ["--cluster", "local", "--results", str(request.results)]
-    if request.seeds is not None:
-        arguments += ["--seeds", request.seeds]
-    if jobs is not None:
-        arguments += ["--jobs", str(jobs)]
-    if request.publish:
-        arguments.append("--publish")
-    for override in request.overrides:
-        arguments += ["--set", override]
-    return arguments
 
 
 def _report(plan: "Plan") -> None:

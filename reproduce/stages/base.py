@@ -4,7 +4,6 @@ Nothing here or in the modules of the stages imports a model library before a st
 done is asked on login nodes, and diffusers and transformers take many seconds to import.
 """
 
-import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from reproduce.experiment import Hardware, ResolvedCell
 from reproduce.experiment.layout import Layout
 from reproduce.runs.state import State, latest_attempt, state_of
 from reproduce.stages.inputs import Inputs
-from reproduce.stages.shares import WHOLE, Share
 from slurm import graph
 from slurm.distributed import Ranks
 from slurm.graph import Needs
@@ -80,12 +78,7 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Does what is left.
-
-        Raises:
-            UserError: it cannot be done, in one line.
-            Stopped: the process was asked to stop; what is done is kept.
-        """
+        """Does what is left; raises as :func:`perform` does."""
 
     def finish(self) -> bool:
         """Does what is left when all stages of its kind are done; returns whether they are."""
@@ -138,55 +131,6 @@ class CellStage(Stage):
     def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> Self:
         """The stage of a cell of a submission."""
         return cls(inputs.layout, inputs.cell(payload["cell"]))
-
-
-@dataclass(frozen=True)
-class ShareStage(CellStage):
-    """A stage of one share of a cell's held-out prompts.
-
-    Attributes:
-        share: which part of the prompts.
-    """
-
-    share: Share = WHOLE
-
-    @functools.cached_property
-    def name(self) -> str:
-        """Names the run, the evaluation and the share."""
-        run, evaluation = self.layout.training(self.cell), self.layout.evaluation(self.cell)
-        return f"{self.kind}/{run.name}/{evaluation.name}/{self.share}"
-
-    @property
-    def label(self) -> str:
-        """What people call it."""
-        share = self.share
-        which = "" if share.count == 1 else f", {share.index + 1}/{share.count}"
-        return self.cell.label + which
-
-    @property
-    def lease(self) -> Path:
-        """The folder of its attempts."""
-        return self.layout.evaluation(self.cell) / "leases" / f"{self.kind}-{self.share}"
-
-    @classmethod
-    def devices(cls, hardware: Hardware) -> Needs:
-        """One GPU, where there are any."""
-        return Needs(1, hardware.evaluation_devices)
-
-    @property
-    def array(self) -> str | None:
-        """The shares of one cell are an array."""
-        return self.name.rpartition("/")[0] if self.share.count > 1 else None
-
-    @property
-    def payload(self) -> dict[str, Any]:
-        """The file of its cell, and its share."""
-        return {**super().payload, "share": [self.share.index, self.share.count]}
-
-    @classmethod
-    def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> Self:
-        """The stage of a share of a submission."""
-        return cls(inputs.layout, inputs.cell(payload["cell"]), Share(*payload["share"]))
 
 
 def perform(stage: Stage, ranks: Ranks) -> None:

@@ -24,7 +24,7 @@ from g2rpo.data.embeddings import (
     prompt_key,
 )
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
-from g2rpo.files import write_json
+from g2rpo.files import FileState, file_state, write_json
 from g2rpo.policy import PolicyConfig
 from g2rpo.policy.folder import read_json, resolve_source, text_fingerprint
 from g2rpo.policy.size import read_size
@@ -97,29 +97,17 @@ class PromptUse:
     limit: int | None
     draws: tuple[int, int, int] | None = None
 
-    def texts(self) -> tuple[str, ...]:
-        """The prompts, each once.
+    def read(self) -> tuple[tuple[str, ...], frozenset[str]]:
+        """The prompts, each once, and their keys in a cache.
 
         Raises:
             UserError: the file cannot be used, or has too few prompts to draw from.
         """
-        return _texts(self, self._state())
-
-    def keys(self) -> frozenset[str]:
-        """The keys of the prompts, see :meth:`EmbeddingCache.holds`."""
-        return _keys(self, self._state())
-
-    def _state(self) -> tuple[int, int]:
-        """What tells that the file is still the same."""
-        try:
-            status = self.file.stat()
-        except OSError:  # read_prompts says what is wrong
-            return 0, 0
-        return status.st_mtime_ns, status.st_size
+        return _read(self, file_state(self.file))
 
 
 @functools.lru_cache(maxsize=256)
-def _texts(use: PromptUse, state: tuple[int, int]) -> tuple[str, ...]:
+def _read(use: PromptUse, state: FileState | None) -> tuple[tuple[str, ...], frozenset[str]]:
     del state  # a changed file is another call
     prompts = read_prompts(use.file, use.limit)
     if use.draws is not None:
@@ -129,12 +117,8 @@ def _texts(use: PromptUse, state: tuple[int, int]) -> tuple[str, ...]:
             for iteration in range(iterations)
             for prompt in prompts_of_iteration(prompts, count, seed, iteration)
         ]
-    return tuple(dict.fromkeys(prompt.text for prompt in prompts))
-
-
-@functools.lru_cache(maxsize=256)
-def _keys(use: PromptUse, state: tuple[int, int]) -> frozenset[str]:
-    return frozenset(map(prompt_key, _texts(use, state)))
+    texts = tuple(dict.fromkeys(prompt.text for prompt in prompts))
+    return texts, frozenset(map(prompt_key, texts))
 
 
 def _training_uses(train: TrainConfig) -> Iterator[PromptUse]:
@@ -184,7 +168,7 @@ def prompts_by_policy(cells: Iterable[ResolvedCell]) -> list[tuple[PolicyConfig,
             same = (policy.source, policy.revision, policy.max_sequence_length, policy.dtype)
             uses.setdefault(same, (policy, {}))[1][use] = None
     return [
-        (policy, list(dict.fromkeys(text for use in found for text in use.texts())))
+        (policy, list(dict.fromkeys(text for use in found for text in use.read()[0])))
         for policy, found in uses.values()
     ]
 
@@ -199,7 +183,7 @@ def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
     """
     for policy, use in prompt_uses(cell):
         key = cache_key(policy)
-        if key is None or not _opened(_cache_folder(key, layout)).holds(use.keys()):
+        if key is None or not _opened(_cache_folder(key, layout)).holds(use.read()[1]):
             return False
     return True
 

@@ -6,28 +6,74 @@ checksums of its files last; when all shares are scored, their scores are put to
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from g2rpo.checksums import FILES
-from reproduce.experiment import fingerprint, judges
+from reproduce.experiment import Hardware, fingerprint, judges
 from reproduce.runs.folders import read_document, read_scored, sound
-from reproduce.stages.base import ShareStage
-from reproduce.stages.shares import Share
+from reproduce.stages.base import CellStage
+from reproduce.stages.inputs import Inputs
+from reproduce.stages.shares import WHOLE, Share
 from reproduce.stages.training import Train
+from slurm.graph import Needs
 
 DIVERSITY, DRIFT = "diversity.parquet", "drift.parquet"
 
 
 @dataclass(frozen=True)
-class EvaluationStage(ShareStage):
-    """A stage of the evaluation of a cell."""
+class EvaluationStage(CellStage):
+    """A stage of one share of a cell's held-out prompts.
+
+    Attributes:
+        share: which part of the prompts.
+    """
+
+    share: Share = WHOLE
 
     @functools.cached_property
     def folder(self) -> Path:
         """The folder of the evaluation."""
         return self.layout.evaluation(self.cell)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Names the run, the evaluation and the share."""
+        return f"{self.kind}/{self.training.folder.name}/{self.folder.name}/{self.share}"
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        share = self.share
+        which = "" if share.count == 1 else f", {share.index + 1}/{share.count}"
+        return self.cell.label + which
+
+    @property
+    def lease(self) -> Path:
+        """The folder of its attempts."""
+        return self.folder / "leases" / f"{self.kind}-{self.share}"
+
+    @classmethod
+    def devices(cls, hardware: Hardware) -> Needs:
+        """One GPU, where there are any."""
+        return Needs(1, hardware.evaluation_devices)
+
+    @property
+    def array(self) -> str | None:
+        """The shares of one cell are an array."""
+        return self.name.rpartition("/")[0] if self.share.count > 1 else None
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The file of its cell, and its share."""
+        return {**super().payload, "share": [self.share.index, self.share.count]}
+
+    @classmethod
+    def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> Self:
+        """The stage of a share of a submission."""
+        return cls(inputs.layout, inputs.cell(payload["cell"]), Share(*payload["share"]))
 
     @property
     def training(self) -> Train:

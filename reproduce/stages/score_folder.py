@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 import typer
-from pyarrow import parquet
 
 from benchmarks.evaluation.scoring import summary
 from benchmarks.evaluation.scoring.engine import COLUMNS, Ranks, Scorer
@@ -98,8 +97,10 @@ def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
     """
     ranks = Ranks.launched()
     source = _read(request, ranks)
+    old = None
     if ranks.main:
         _check_writable(request.output)
+        old = _earlier_scores(request.output / "scores.parquet")
     scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = f"cuda:{ranks.local % count}" if count else "cpu"
@@ -112,7 +113,7 @@ def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
             torch.cuda.empty_cache()
     scores = pd.concat(frames, ignore_index=True)
     if ranks.main:
-        earlier, left_out = _earlier(request.output, scores)
+        earlier, left_out = _still_valid(old, scores)
         scores = pd.concat([*earlier, scores], ignore_index=True)
         _write(request, rewards, source, scorer, scores)
         for name in left_out:
@@ -149,30 +150,30 @@ def _check_writable(output: Path) -> None:
     for name in ("scores.parquet", "summary.csv", "skipped.csv", "manifest.json"):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: a folder is in the way; choose another --output")
-    scores = output / "scores.parquet"
-    if scores.is_file() and not set(COLUMNS) <= set(_columns(scores)):
-        raise UserError(f"{scores}: not written by `g2rpo score`; choose another --output")
 
 
-def _columns(scores: Path) -> list[str]:
-    try:
-        return list(parquet.read_schema(scores).names)
-    except (OSError, ValueError):
-        raise UserError(f"{scores}: cannot be read; delete it and score again") from None
-
-
-def _earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str]]:
-    """Rows of other rewards that an earlier run left, and the rewards whose rows do not fit."""
-    path = output / "scores.parquet"
+def _earlier_scores(path: Path) -> pd.DataFrame | None:
+    """What an earlier run left; None where there is nothing."""
     if not path.is_file():
-        return [], []
-    for damaged, problem in problems(output, listed(output / MANIFEST, FILES)):
+        return None
+    for damaged, problem in problems(path.parent, listed(path.with_name(MANIFEST), FILES)):
         if damaged.name == path.name:
             raise UserError(f"{damaged} {problem}; delete it and score again")
     try:
         old = pd.read_parquet(path)
     except (OSError, ValueError):
         raise UserError(f"{path}: cannot be read; delete it and score again") from None
+    if not set(COLUMNS) <= set(old.columns):
+        raise UserError(f"{path}: not written by `g2rpo score`; choose another --output")
+    return old
+
+
+def _still_valid(
+    old: pd.DataFrame | None, scores: pd.DataFrame
+) -> tuple[list[pd.DataFrame], list[str]]:
+    """Rows of other rewards that an earlier run left, and the rewards whose rows do not fit."""
+    if old is None:
+        return [], []
     old = old[~old["reward"].isin(scores["reward"].unique())]
     what = ["id", "prompt", "image_sha256"]
     about = list(COLUMNS[: COLUMNS.index("reward")])  # groups and styles may be others by now
