@@ -26,6 +26,9 @@ HORIZONTAL_LABELS: dict[Horizontal, str] = {
     "seconds": "Seconds",
 }
 
+HORIZONTALS: tuple[Horizontal, ...] = ("iteration", "rollout_evaluations")
+"""Those that are drawn."""
+
 # The palette of Okabe and Ito without its yellow and black, told apart under the common kinds of
 # colour blindness; the line styles tell the curves apart without any colour.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -44,8 +47,19 @@ FIGURE_STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",
     "pdf.fonttype": 42,  # letters stay text, which journals ask for
 }
-_PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
+PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
 """Left out, so that the same figure is the same file."""
+
+
+def curve_style(index: int, *, markers: bool) -> dict[str, Any]:
+    """Colour, line and marker of the curve of that number."""
+    # One further style for each round through the colours, so that no two curves look alike.
+    other = (index + index // len(PALETTE)) % len(LINE_STYLES)
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": LINE_STYLES[other],
+        "marker": MARKERS[other] if markers else None,
+    }
 
 
 def save_figure(figure: Figure, output: Path, dpi: float = 150) -> None:
@@ -53,7 +67,7 @@ def save_figure(figure: Figure, output: Path, dpi: float = 150) -> None:
     with atomic_path(output) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
     with atomic_path(output.with_suffix(".pdf")) as temporary:
-        figure.savefig(temporary, format="pdf", dpi=dpi, metadata=_PDF_METADATA)
+        figure.savefig(temporary, format="pdf", dpi=dpi, metadata=PDF_METADATA)
 
 
 @dataclass(frozen=True)
@@ -63,14 +77,12 @@ class Metric:
     Attributes:
         key: its key in metrics.jsonl, e.g. ``reward/hps/mean``.
         label: the panel's title.
-        reference: a horizontal line, e.g. the untrained base's score; None for none.
         smooth: draw a running mean over an eighth of the run; for what is measured at every
             iteration on other prompts, where single points say little.
     """
 
     key: str
     label: str
-    reference: float | None = None
     smooth: bool = False
 
 
@@ -123,8 +135,6 @@ def learning_curves(
     curves: Mapping[str, Sequence[pd.DataFrame]],
     metrics: Sequence[Metric],
     output: Path,
-    *,
-    horizontals: Sequence[Horizontal] = ("iteration", "rollout_evaluations"),
     title: str | None = None,
 ) -> Path:
     """Draws learning curves: a row of panels per metric, a column per horizontal axis.
@@ -133,7 +143,6 @@ def learning_curves(
         curves: method label to one frame a seed (:func:`read_metrics`), in the order drawn.
         metrics: what is drawn.
         output: the PNG to write; a PDF is written beside it.
-        horizontals: the horizontal axes.
         title: above the panels.
 
     Returns:
@@ -149,7 +158,7 @@ def learning_curves(
                 for label, runs in curves.items()
                 if runs and (band := seed_band(runs, metric, horizontal)) is not None
             }
-            for horizontal in horizontals
+            for horizontal in HORIZONTALS
         ]
         for metric in metrics
     ]
@@ -157,42 +166,29 @@ def learning_curves(
         raise UserError(f"{output}: no learning curve to draw; the runs have none of the metrics")
     styles = {label: index for index, label in enumerate(curves)}
     with matplotlib.rc_context(FIGURE_STYLE):
-        size = (0.6 + 3.9 * len(horizontals), 0.9 + 2.3 * len(metrics))
+        size = (0.6 + 3.9 * len(HORIZONTALS), 0.9 + 2.3 * len(metrics))
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(metrics), len(horizontals), squeeze=False, sharey="row")
+        grid = figure.subplots(len(metrics), len(HORIZONTALS), squeeze=False, sharey="row")
         for metric, row, axes_row in zip(metrics, panels, grid, strict=True):
-            for horizontal, panel, axes in zip(horizontals, row, axes_row, strict=True):
+            for horizontal, panel, axes in zip(HORIZONTALS, row, axes_row, strict=True):
                 for label, band in panel.items():
                     _draw(axes, band, styles[label], label)
                 _scale(axes, horizontal, list(panel.values()))
-                if metric.reference is not None:
-                    axes.axhline(
-                        metric.reference, color="0.35", linestyle=(0, (1, 2)), label="Base"
-                    )
             note = " (running mean)" if metric.smooth else ""
             axes_row[0].set_title(metric.label + note, loc="left", fontweight="bold")
-            _limit(axes_row[0], [band for panel in row for band in panel.values()], metric)
+            _limit(axes_row[0], [band for panel in row for band in panel.values()])
         _legend(figure, grid.ravel(), _caption(curves), title)
         save_figure(figure, output)
     return output
 
 
 def _draw(axes: Axes, band: Band, index: int, label: str) -> None:
-    colour = PALETTE[index % len(PALETTE)]
-    few = len(band.x) <= 30
-    axes.plot(
-        band.x,
-        band.mean,
-        color=colour,
-        # One further style for each round through the colours, so that no two curves look alike.
-        linestyle=LINE_STYLES[(index + index // len(PALETTE)) % len(LINE_STYLES)],
-        marker=MARKERS[index % len(MARKERS)] if few else None,
-        markersize=3.5,
-        linewidth=1.5,
-        label=label,
-    )
+    style = curve_style(index, markers=len(band.x) <= 30)
+    axes.plot(band.x, band.mean, label=label, markersize=3.5, linewidth=1.5, **style)
     if band.low is not None and band.high is not None:
-        axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(
+            band.x, band.low, band.high, color=style["color"], alpha=0.13, linewidth=0
+        )
 
 
 def _scale(axes: Axes, horizontal: Horizontal, bands: Sequence[Band]) -> None:
@@ -213,14 +209,11 @@ def _scale(axes: Axes, horizontal: Horizontal, bands: Sequence[Band]) -> None:
     axes.set_xlabel(label)
 
 
-def _limit(axes: Axes, bands: Sequence[Band], metric: Metric) -> None:
+def _limit(axes: Axes, bands: Sequence[Band]) -> None:
     """Keeps a wide band at one end (three seeds that disagree) from flattening every curve."""
     if not bands:
         return
-    drawn = [band.mean for band in bands]
-    if metric.reference is not None:
-        drawn.append(np.array([metric.reference]))
-    values = np.concatenate(drawn)
+    values = np.concatenate([band.mean for band in bands])
     low, high = float(values.min()), float(values.max())
     room = 0.6 * ((high - low) or max(abs(high), 1.0) * 0.05)
     bottom, top = axes.get_ylim()

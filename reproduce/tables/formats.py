@@ -72,14 +72,14 @@ def to_csv(table: Table) -> str:
         for _, rows in table.groups
         for row in rows
     ]
-    return _csv(heads, lines)
+    return csv_table(heads, lines)
 
 
 def paper_csv(table: Table) -> str:
     """The paper's separate block as CSV."""
     columns, source = table.published_columns, table.published_source or ""
     lines = [_csv_scores(row, columns, source) for row in table.published]
-    return _csv(_csv_heads(columns), lines)
+    return csv_table(_csv_heads(columns), lines)
 
 
 def _csv_heads(columns: Sequence[Column]) -> list[str]:
@@ -116,7 +116,8 @@ def _figures(value: float | None) -> str:
     return "" if value is None else f"{value:.7g}"
 
 
-def _csv(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def csv_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A CSV text."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([heads, *lines])
     return buffer.getvalue()

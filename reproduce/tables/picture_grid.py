@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
+from reproduce.tables.figures import PDF_METADATA
 
 ImageLike = npt.NDArray[np.uint8] | Image.Image
 
-_PDF_DPI = 150
+PDF_DPI = 150
 _GAP = 8
 _LEADING = 1.3
 _INK, _PAPER, _FRAME = (26, 26, 26), (255, 255, 255), (190, 190, 190)
@@ -75,7 +77,6 @@ def picture_grid(
     output: Path,
     *,
     side: int = 128,
-    title: str | None = None,
 ) -> Path:
     """Writes a grid: a row per prompt, a column per model, captions on the left.
 
@@ -87,7 +88,6 @@ def picture_grid(
         prompts: the captions, in the order of the images.
         output: the PNG to write; a PDF with the same pixels is written beside it.
         side: longest side of each image in the grid, pixels.
-        title: above the columns.
 
     Returns:
         ``output``.
@@ -104,19 +104,14 @@ def picture_grid(
             )
     size = max(11, side // 10)
     text_width = max(150, round(1.2 * side))
-    heading = None if title is None else _Block((title,), _font(size + 1, "bold"))
     heads = [_wrapped(label, _font(size, "bold"), side) for label in columns]
     captions = [_wrapped(prompt, _font(size), text_width) for prompt in prompts]
     first_row = _GAP + max(head.height for head in heads) + _GAP // 2
-    if heading is not None:
-        first_row += heading.height + _GAP
     heights = [max(side, caption.height) for caption in captions]
     tops = [first_row + sum(heights[:row]) + _GAP * row for row in range(len(heights))]
     lefts = [2 * _GAP + text_width + (side + _GAP) * column for column in range(len(columns))]
     canvas = Image.new("RGB", (lefts[-1] + side + _GAP, tops[-1] + heights[-1] + _GAP), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    if heading is not None:
-        heading.draw(draw, _GAP, _GAP)
     for head, left in zip(heads, lefts, strict=True):
         head.draw(draw, left + side / 2, first_row - _GAP // 2 - head.height, centred=True)
     for caption, top, height in zip(captions, tops, heights, strict=True):
@@ -126,23 +121,17 @@ def picture_grid(
             _place(canvas, image, (left, top + (height - side) // 2), side)
     with atomic_path(output) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
-    picture_as_pdf(output)
+    _save_as_pdf(canvas, output.with_suffix(".pdf"))
     return output
 
 
-def picture_as_pdf(picture: Path) -> Path:
-    """Writes the pixels of a picture, without loss, as a PDF beside it."""
-    from matplotlib.figure import Figure
-
-    pixels = np.asarray(Image.open(picture).convert("RGB"))
-    height, width = pixels.shape[:2]
-    figure = Figure(figsize=(width / _PDF_DPI, height / _PDF_DPI), dpi=_PDF_DPI)
-    figure.figimage(pixels)
-    output = picture.with_suffix(".pdf")
+def _save_as_pdf(picture: Image.Image, output: Path) -> None:
+    """Writes the pixels of a picture without loss."""
+    width, height = picture.size
+    figure = Figure(figsize=(width / PDF_DPI, height / PDF_DPI), dpi=PDF_DPI)
+    figure.figimage(np.asarray(picture))
     with atomic_path(output) as temporary:
-        metadata = {"Creator": None, "Producer": None, "CreationDate": None}
-        figure.savefig(temporary, format="pdf", dpi=_PDF_DPI, metadata=metadata)
-    return output
+        figure.savefig(temporary, format="pdf", dpi=PDF_DPI, metadata=PDF_METADATA)
 
 
 def _place(

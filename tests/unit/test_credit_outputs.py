@@ -20,7 +20,7 @@ from reproduce.commands.render import no_table, render_credit
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.experiment.layout import Layout
 from reproduce.runs.folders import write_manifest
-from reproduce.tables.credit import Measured, Quantity, _panel, publish_credit, steps_text
+from reproduce.tables.credit import Measured, draw_quantity, publish_credit, quantity, steps_text
 
 WINDOWS = ((0, [0, 1]), (1, [1, 2]), (4, [2]))
 
@@ -137,8 +137,8 @@ def test_rollouts_are_named_by_their_steps() -> None:
 
 def test_every_line_of_the_figure_looks_different() -> None:
     axes = Figure().subplots()
-    values = {f"line {number}": {0: [0.1], 1: [0.2]} for number in range(12)}
-    _panel(axes, Quantity("", values), {0: 0.9, 1: 0.5})  # type: ignore[arg-type]
+    found = quantity("", [(f"line {number}", {0: 0.1, 1: 0.2}) for number in range(12)])
+    draw_quantity(axes, found, {0: 0.9, 1: 0.5})
     lines = axes.get_lines()[:12]
     assert len({(one.get_color(), one.get_marker()) for one in lines}) == 12
 

@@ -65,7 +65,7 @@ def test_learning_curves_are_drawn(tmp_path: Path) -> None:
         "G²RPO": [run(seed + 5, cost=900) for seed in range(2)],
     }
     path = tmp_path / "curves.png"
-    metrics = [METRIC, Metric("reward/hps/mean", "HPS again", reference=0.3, smooth=True)]
+    metrics = [METRIC, Metric("reward/hps/mean", "HPS again", smooth=True)]
     assert learning_curves(curves, metrics, path, title="Test") == path
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB"))
@@ -91,7 +91,7 @@ def test_small_images_are_enlarged_pixel_by_pixel(tmp_path: Path) -> None:
         for label in ("Base", "G²RPO without granularities")
     }
     prompts = ["a red circle", "a caption so long that it has to be wrapped over many lines " * 3]
-    path = picture_grid(images, prompts, tmp_path / "grid.png", side=128, title="Same noise")
+    path = picture_grid(images, prompts, tmp_path / "grid.png")
     with Image.open(path) as picture:
         canvas = np.asarray(picture)
     height, width = canvas.shape[:2]
