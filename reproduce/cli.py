@@ -22,7 +22,9 @@ from reproduce.commands import (
     run,
     weights,
 )
+from reproduce.commands.config import config
 from reproduce.commands.options import (
+    CellKey,
     ExperimentName,
     Overrides,
     ProfileName,
@@ -46,7 +48,6 @@ app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(raters.app, name="raters")
 
-CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]
 
 
@@ -222,6 +223,7 @@ def render(
 for verb in (
     run.reproduce,
     run.plan,
+    config,
     jobs.status,
     jobs.logs,
     jobs.cancel,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ExperimentName = Annotated[
     str, typer.Argument(help="table1, table2, table3, or the path of an experiment's YAML.")
 ]
+CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
 ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, flux, or a YAML file.")]
 Results = Annotated[
     Path,

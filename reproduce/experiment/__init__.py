@@ -7,6 +7,7 @@ from reproduce.experiment.cells import (
     Experiment,
     load_experiment,
 )
+from reproduce.experiment.origins import explain
 from reproduce.experiment.profile import Hardware, Profile, PromptSplits, load_profile
 from reproduce.experiment.resolving import ResolvedCell, Resolver, expand, judges, resolve
 
@@ -23,6 +24,7 @@ __all__ = [
     "Resolver",
     "absolute",
     "expand",
+    "explain",
     "judges",
     "load_experiment",
     "load_profile",

@@ -67,7 +67,8 @@ class ProfileReward(RewardConfig):
     @property
     def config(self) -> RewardConfig:
         """What is loaded; its source found from anywhere."""
-        fields = {name: getattr(self, name) for name in RewardConfig.model_fields}
+        given = RewardConfig.model_fields.keys() & self.model_fields_set
+        fields = {name: getattr(self, name) for name in given}
         if self.source is not None:
             fields["source"] = absolute(self.source)
         return RewardConfig(**fields)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.experiment.bundled import absolute
-from reproduce.experiment.cells import CellConfig, Experiment
+from reproduce.experiment.cells import Budget, CellConfig, Experiment
 from reproduce.experiment.profile import Profile, PromptSplits
 
 
@@ -78,16 +78,22 @@ LENGTHENED = 2
 """How many times its iterations a training may have that ends at device-seconds."""
 
 
-def _located(config: CheckpointConfig | None) -> CheckpointConfig | None:
-    if config is None:
-        return config
-    return config.model_copy(update={"source": absolute(config.source)})
+class Layer(NamedTuple):
+    """Settings, and where they come from. Of several layers the later ones win."""
+
+    origin: str
+    settings: Mapping[str, Any]
+
+
+def laid_together(layers: Sequence[Layer]) -> dict[str, Any]:
+    """The settings of all ``layers``."""
+    return merge({}, *(layer.settings for layer in layers))
 
 
 class Resolver:
     """Resolves the cells of one experiment under one profile.
 
-    An experiment may have thousands of cells: what they share is made and validated once.
+    An experiment may have thousands of cells at many seeds: each cell is validated once.
     """
 
     def __init__(
@@ -114,63 +120,146 @@ class Resolver:
             )
         self.experiment, self.profile, self.overrides = experiment, profile, overrides or {}
         self._policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
-        self._evaluation = profile.evaluation.model_dump(mode="json")
-        self._rewards = judges(profile)
+        self._rewards = {name: given(config) for name, config in judges(profile).items()}
         self._prompts = {
             split: absolute(getattr(profile.prompts, split)) for split in PromptSplits.model_fields
         }
-        self._evaluations: dict[str, tuple[EvaluationConfig, PolicyConfig]] = {}
-        self._presets: dict[tuple[str, str], dict[str, Any]] = {}
-        self._first: dict[str, ResolvedCell] = {}
+        self._presets = {
+            (cell.method, preset): load_preset(cell.method, preset)
+            for cell in experiment.cells.values()
+            if cell.method is not None
+            for preset in (cell.preset or experiment.preset,)
+        }
+        self._resolved: dict[str, ResolvedCell] = {}
 
     def resolve(self, key: str, seed: int) -> ResolvedCell:
         """Everything that cell ``key`` at ``seed`` is, see :func:`resolve`."""
-        known = self._first.get(key)
+        known = self._resolved.get(key)
         if known is None:
-            return self._resolve(key, seed)
-        if known.train is None:
+            known = self._resolved[key] = self._resolve(key, seed)
+        if known.train is None or known.seed == seed:
             return known
         train = known.train.model_copy(update={"seed": seed})
         return known.model_copy(update={"seed": seed, "train": train})
 
     def _resolve(self, key: str, seed: int) -> ResolvedCell:
-        experiment, profile = self.experiment, self.profile
-        if key not in experiment.cells:
-            hint = nearest(key, experiment.cells)
-            raise UserError(f"{experiment.name} has no cell {key!r}; {hint}")
-        cell = experiment.cells[key]
-        where = f"{experiment.name}, cell {key}"
-        evaluation, policy = self._evaluated(cell, where)
-        train = preset = None
+        cell, evaluation = self._cell(key), self._evaluation(key)
+        train = None
         if cell.method is not None:
-            preset = cell.preset or experiment.preset
-            layers = self._layers(cell, preset, where)
-            if any("seed" in layer for layer in layers):
-                raise UserError(f"{where}: seed: not a setting of a cell; give --seeds")
-            layers = (*layers, self._budget(cell, merge({"seed": seed}, *layers), where))
-            train = validate(TrainConfig, merge({"seed": seed}, *layers), where)
-        resolved = ResolvedCell(
+            data = laid_together(self.training_layers(key, seed))
+            train = validate(TrainConfig, data, self._where(key))
+        shown = {
+            "resolution": evaluation.resolution,
+            "guidance_scale": evaluation.guidance_scale,
+        }
+        checkpoint = cell.checkpoint
+        if checkpoint is not None:
+            source = {"source": absolute(checkpoint.source)}
+            checkpoint = checkpoint.model_copy(update=source)
+        return ResolvedCell(
             key=key,
             seed=None if train is None else seed,
-            preset=preset,
+            preset=None if train is None else cell.preset or self.experiment.preset,
             method=cell.method or ("base" if cell.checkpoint is None else "checkpoint"),
             train=train,
-            policy=policy,
+            policy=self._policy.model_copy(update=shown),
             evaluation=evaluation,
             evaluation_prompts=self._prompts[evaluation.split],
-            profile=profile,
+            profile=self.profile,
             train_rewards=cell.train,
-            checkpoint=_located(cell.checkpoint),
-            credit=experiment.credit,
+            checkpoint=checkpoint,
+            credit=self.experiment.credit,
         )
-        self._first[key] = resolved
-        return resolved
 
-    def _budget(self, cell: CellConfig, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The change to the training configuration ``data`` that keeps it within its budget."""
-        if cell.budget is None:
-            return {}
-        seconds = cell.budget.device_seconds
+    def _cell(self, key: str) -> CellConfig:
+        cells = self.experiment.cells
+        if key not in cells:
+            raise UserError(f"{self.experiment.name} has no cell {key!r}; {nearest(key, cells)}")
+        return cells[key]
+
+    def _where(self, key: str) -> str:
+        return f"{self.experiment.name}, cell {key}"
+
+    def evaluation_layers(self, key: str) -> list[Layer]:
+        """What the evaluation protocol of a cell is laid together from."""
+        return [
+            Layer("profile", given(self.profile.evaluation)),
+            Layer("cell", self._cell(key).evaluation),
+        ]
+
+    def training_layers(self, key: str, seed: int) -> list[Layer]:
+        """What the training configuration of a cell is laid together from."""
+        cell, profile, where = self._cell(key), self.profile, self._where(key)
+        assert cell.method is not None
+        preset = cell.preset or self.experiment.preset
+        layers = [
+            Layer("profile", self._shared(key)),
+            Layer("profile", profile.training),
+            Layer("preset", self._presets[cell.method, preset]),
+        ]
+        rate = self._rate(cell, where)
+        if preset == "matched":
+            method = profile.method_settings.get(cell.method, {})
+            layers.append(Layer("profile's method_settings", {"method": method}))
+        if preset == "matched" and rate is not None:
+            layers.append(Layer("tuned rate", {"optimization": {"learning_rate": rate}}))
+        if cell.budget_overrides:
+            layers.append(Layer("profile's budget_overrides", profile.budget_overrides))
+        layers += [Layer("cell", cell.set), Layer("-s", self.overrides)]
+        if any("seed" in layer.settings for layer in layers):
+            raise UserError(f"{where}: seed: not a setting of a cell; give --seeds")
+        layers.append(Layer("--seed", {"seed": seed}))
+        if cell.budget is not None:
+            own = validate(TrainConfig, laid_together(layers), where)
+            layers.append(Layer("budget", self._within(cell.budget, own, where)))
+        return layers
+
+    def _shared(self, key: str) -> dict[str, Any]:
+        """What the profile says of every training, outside its section ``training``."""
+        cell, profile = self._cell(key), self.profile
+        for name in cell.train:
+            if name not in self._rewards:
+                hint = nearest(name, profile.rewards)
+                raise UserError(
+                    f"{self._where(key)}: profile {profile.name} has no reward {name!r}; {hint}"
+                )
+        shared: dict[str, Any] = {
+            "policy": given(self._policy),
+            "prompts": {"file": self._prompts["train"]},
+            "rewards": {name: {"reward": self._rewards[name]} for name in cell.train},
+        }
+        if profile.validation_prompts:
+            shared["validation"] = {
+                "file": self._prompts["validation"],
+                "limit": profile.validation_prompts,
+                "every": profile.validation_every,
+            }
+        if profile.preview_prompts:  # under the protocol that the cell is evaluated with
+            evaluation, limit = self._evaluation(key), profile.preview_prompts
+            shared["pictures"] = {
+                "file": self._prompts[evaluation.split],
+                "limit": limit if evaluation.limit is None else min(limit, evaluation.limit),
+                "every": profile.preview_every,
+                "seed": evaluation.seed,
+                "grid": evaluation.grid.model_dump(mode="json"),
+                "resolution": evaluation.resolution,
+                "guidance_scale": evaluation.guidance_scale,
+            }
+        return shared
+
+    def _rate(self, cell: CellConfig, where: str) -> float | None:
+        """The tuned learning rate of a cell; None where its method was not tuned."""
+        rates, key = self.profile.learning_rates, cell.learning_rate_key
+        if rates and key is not None and key not in rates:
+            raise UserError(
+                f"{where}: learning_rate_key: profile {self.profile.name} has no learning rate of "
+                f"{key!r}; {nearest(key, rates)}"
+            )
+        return rates.get(key or str(cell.method))
+
+    def _within(self, budget: Budget, own: TrainConfig, where: str) -> dict[str, Any]:
+        """The change to the training ``own`` that keeps it within ``budget``."""
+        seconds = budget.device_seconds
         if seconds == "profile":
             seconds = self.profile.device_seconds
             if seconds is None:
@@ -178,119 +267,39 @@ class Resolver:
                     f"{where}: budget.device_seconds: profile {self.profile.name} names none; "
                     "add device_seconds to the profile, or a number here"
                 )
-        own = validate(TrainConfig, data, where)
         if seconds is not None:
             # The budget is to end it, not its iterations, and each of these is to stay what it was.
             limits = {
                 "max_device_seconds": seconds,
                 "iterations": LENGTHENED * own.optimization.iterations,
             }
+            own_method = own.method.model_dump(mode="json")
             method = own.method.with_resolved_schedule(own.shape).model_dump(mode="json")
-            return {"optimization": limits, "method": method}
-        assert cell.budget.evaluations_of is not None
-        reference = self.resolve(cell.budget.evaluations_of, data["seed"]).train
+            changed = {name: value for name, value in method.items() if value != own_method[name]}
+            return {"optimization": limits, "method": changed}
+        assert budget.evaluations_of is not None
+        reference = self.resolve(budget.evaluations_of, own.seed).train
         assert reference is not None
         wanted = training_counts(reference).rollout_evaluations
         return {"optimization": {"iterations": iterations_within(own, wanted)}}
 
-    def _evaluated(self, cell: CellConfig, where: str) -> tuple[EvaluationConfig, PolicyConfig]:
-        """The protocol, and the policy at its resolution and guidance."""
-        changes = repr(cell.evaluation)
-        if changes in self._evaluations:
-            return self._evaluations[changes]
-        data = merge(self._evaluation, cell.evaluation)
-        evaluation = validate(EvaluationConfig, data, f"{where}: evaluation")
-        diversity, rewards = evaluation.diversity, self.profile.rewards
+    def _evaluation(self, key: str) -> EvaluationConfig:
+        where, rewards = f"{self._where(key)}: evaluation", self.profile.rewards
+        data = laid_together(self.evaluation_layers(key))
+        evaluation = validate(EvaluationConfig, data, where)
+        diversity = evaluation.diversity
         if diversity is not None and diversity.features not in rewards:
             hint = nearest(diversity.features, rewards)
             raise UserError(
-                f"{where}: evaluation.diversity.features: profile {self.profile.name} has no "
-                f"reward {diversity.features!r}; {hint}"
+                f"{where}.diversity.features: profile {self.profile.name} has no reward "
+                f"{diversity.features!r}; {hint}"
             )
-        update = {
-            "resolution": evaluation.resolution,
-            "guidance_scale": evaluation.guidance_scale,
-        }
-        self._evaluations[changes] = evaluation, self._policy.model_copy(update=update)
-        return self._evaluations[changes]
-
-    def _preset(self, method: str, preset: str) -> dict[str, Any]:
-        if (method, preset) not in self._presets:
-            self._presets[method, preset] = load_preset(method, preset)
-        return self._presets[method, preset]
-
-    def _pictures(self, cell: CellConfig, where: str) -> dict[str, Any] | None:
-        """The images kept during training: under the protocol that the cell is evaluated with."""
-        if not self.profile.preview_prompts:
-            return None
-        evaluation, _ = self._evaluated(cell, where)
-        limit, every = self.profile.preview_prompts, self.profile.preview_every
-        return {
-            "file": self._prompts[evaluation.split],
-            "limit": limit if evaluation.limit is None else min(limit, evaluation.limit),
-            "every": every,
-            "seed": evaluation.seed,
-            "grid": evaluation.grid,
-            "resolution": evaluation.resolution,
-            "guidance_scale": evaluation.guidance_scale,
-        }
-
-    def _layers(self, cell: CellConfig, preset: str, where: str) -> tuple[Mapping[str, Any], ...]:
-        """What a training configuration is laid together from; later layers win."""
-        profile = self.profile
-        assert cell.method is not None
-        scaled: dict[str, Any] = {}
-        tuned: dict[str, Any] = {}
-        rates = profile.learning_rates
-        rate = rates.get(cell.learning_rate_key or cell.method)
-        if rates and cell.learning_rate_key is not None and rate is None:
-            hint = nearest(cell.learning_rate_key, rates)
-            raise UserError(
-                f"{where}: learning_rate_key: profile {profile.name} has no learning rate of "
-                f"{cell.learning_rate_key!r}; {hint}"
-            )
-        if preset == "matched":
-            scaled = {"method": profile.method_settings.get(cell.method, {})}
-        if preset == "matched" and rate is not None:
-            tuned = {"optimization": {"learning_rate": rate}}
-        for name in cell.train:
-            if name not in self._rewards:
-                hint = nearest(name, profile.rewards)
-                raise UserError(f"{where}: profile {profile.name} has no reward {name!r}; {hint}")
-        validation = None
-        if profile.validation_prompts:
-            validation = {
-                "file": self._prompts["validation"],
-                "limit": profile.validation_prompts,
-                "every": profile.validation_every,
-            }
-        shared = {
-            "policy": self._policy,
-            "validation": validation,
-            "pictures": self._pictures(cell, where),
-            "prompts": {"file": self._prompts["train"]},
-            "rewards": {name: {"reward": self._rewards[name]} for name in cell.train},
-        }
-        changes = (
-            profile.training,
-            self._preset(cell.method, preset),
-            scaled,
-            tuned,
-            profile.budget_overrides if cell.budget_overrides else {},
-            cell.set,
-            self.overrides,
-        )
-        changed = {section for change in changes for section in change}
-        for name in changed & {"policy", "rewards"}:  # laid over, and validated with the changes
-            shared[name] = _plain(shared[name])
-        return shared, *changes
+        return evaluation
 
 
-def _plain(value: Any) -> Any:
-    """Validated models as the mappings that they were made from."""
-    if isinstance(value, StrictModel):
-        return value.model_dump(mode="json")
-    return {name: _plain(one) for name, one in value.items()}
+def given(config: StrictModel) -> dict[str, Any]:
+    """What a file says of ``config``, without the defaults."""
+    return config.model_dump(mode="json", exclude_unset=True)
 
 
 def resolve(
@@ -303,7 +312,7 @@ def resolve(
     """Everything that cell ``key`` at ``seed`` is, under ``profile``.
 
     Later layers win: the profile's shared training settings, the method's preset, the tuned
-    learning rate (``matched`` alone), what the profile shortens, the cell's own changes,
+    learning rate (``matched`` alone), the profile's ``budget_overrides``, the cell's own changes,
     ``overrides``, the cell's budget.
 
     Raises:

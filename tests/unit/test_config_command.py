@@ -1,0 +1,89 @@
+"""`g2rpo config`: every value of a cell, and the layer that it comes from."""
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from g2rpo.config import validate
+from g2rpo.training.config import TrainConfig
+from reproduce.cli import app
+from reproduce.experiment import load_experiment, load_profile, resolve
+
+
+def printed(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["config", *arguments])
+    assert done.exit_code == 0, done.exception
+    return done.stdout
+
+
+def origin(text: str, *keys: str) -> tuple[str, str]:
+    """The value at nested ``keys`` as it is printed, and its layer."""
+    lines = iter(text.splitlines())
+    found = ""
+    for depth, key in enumerate(keys):
+        found = next(line for line in lines if line.startswith("  " * depth + f"{key}:"))
+    value, _, layer = found.partition("  # ")
+    return value.split(":", 1)[1].strip(), layer
+
+
+def test_each_layer_is_named() -> None:
+    settings = ("--seed", "7", "-s", "optimization.iterations=9")
+    text = printed("table1", "hps/g2rpo_no_mgai", *settings)
+    assert text.startswith("# table1, hps/g2rpo_no_mgai, seed 7, profile mini, preset matched\n")
+    for keys, expected in {
+        ("training", "seed"): ("7", "--seed"),
+        ("training", "grid", "steps"): ("8", "profile"),
+        ("training", "method", "eta"): ("0.7", "preset"),
+        ("training", "method", "stochastic_steps"): ("[0, 1, 2]", "profile's method_settings"),
+        ("training", "method", "granularities"): ("[1]", "cell"),  # the preset's are {1, 2, 3}
+        ("training", "optimization", "learning_rate"): ("5.0e-05", "tuned rate"),
+        ("training", "optimization", "iterations"): ("9", "-s"),  # the profile says 30
+        ("training", "optimization", "optimizer"): ("adamw", "default"),
+        ("training", "lora"): ("null", "default"),
+        ("evaluation", "name"): ("mini-ode20", "profile"),
+        ("evaluation", "hybrid"): ("null", "default"),
+        ("policy", "resolution"): ("32", "evaluation"),
+        ("rewards", "attributes", "batch_size"): ("128", "profile"),
+    }.items():
+        assert origin(text, *keys) == expected, keys
+
+
+def test_budgets_and_protocols_are_layers_too() -> None:
+    timed = printed("equal-cost", "seconds/mix_grpo")
+    assert origin(timed, "training", "optimization", "max_device_seconds") == ("34.0", "budget")
+    assert origin(timed, "training", "optimization", "iterations") == ("60", "budget")
+    assert origin(timed, "training", "method", "interval")[1] == "budget"
+    assert origin(timed, "training", "method", "stride") == ("1", "preset")
+    shorter = origin(printed("released-vs-matched", "released/g2rpo"),
+                     "training", "optimization", "iterations")  # fmt: skip
+    assert shorter == ("30", "profile's budget_overrides")
+    table3 = printed("table3", "steps10/g2rpo", "--profile", "flux")
+    assert origin(table3, "evaluation", "grid", "steps") == ("10", "cell")
+    assert origin(table3, "evaluation", "grid", "schedule") == ("flux_dynamic", "profile")
+
+
+def test_what_is_not_trained_has_no_training() -> None:
+    assert list(yaml.safe_load(printed("table1", "base"))) == ["policy", "evaluation", "rewards"]
+    loaded = printed("released", "hybrid/g2rpo", "--profile", "flux")
+    assert origin(loaded, "checkpoint", "source") == ("yujieouo/G2RPO", "cell")
+    assert origin(loaded, "evaluation", "hybrid", "tuned_fraction") == ("0.6", "cell")
+
+
+@pytest.mark.parametrize("profile", ["mini", "flux-lora-40gb"])
+def test_what_is_printed_is_the_whole_configuration(profile: str) -> None:
+    loaded = load_profile(profile)
+    cell = resolve(load_experiment("choices"), loaded, "flow_grpo/kl", loaded.seeds[0])
+    text = yaml.safe_load(printed("choices", "flow_grpo/kl", "--profile", profile))
+    assert validate(TrainConfig, text["training"], "printed") == cell.train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("table1", "hps/g2rp"), "no cell 'hps/g2rp'; did you mean 'hps/g2rpo'?"),
+        (("table1", "hps/g2rpo", "-s", "optimization.iterations=x"), "optimization.iterations"),
+        (("table1", "hps/g2rpo", "-s", "optimization.optimizer_step=x"), "called 'update_every'"),
+    ],
+)
+def test_a_mistake_is_refused(arguments: tuple[str, ...], told: str) -> None:
+    assert told in str(CliRunner().invoke(app, ["config", *arguments]).exception)
