@@ -9,7 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
@@ -126,6 +133,13 @@ class Cluster(StrictModel):
     extra: dict[str, OneLine | int | bool] = Field(default_factory=dict)
     """Further sbatch flags by their long name, e.g. ``reservation: course``."""
 
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _no_debug(cls, kind: object) -> object:
+        if kind == "debug":
+            raise ValueError("debug is gone: local with --jobs 1 runs in this process")
+        return kind
+
     @model_validator(mode="after")
     def _extra_leaves_the_launcher_s_flags_alone(self) -> Self:
         names = {name.replace("_", "-") for name in self.extra}
@@ -234,7 +248,7 @@ def load_cluster(name: str, *, gpus: int = 0) -> Cluster:
         name = configured
     if name == "auto":
         name = "slurm" if gpus and has_slurm() else "local"
-    if name in BUILT_IN:
+    if name in (*BUILT_IN, "debug"):
         return validate(Cluster, {"name": name, "kind": name}, f"cluster {name}")
     path = Path(name)
     if not name.endswith((".yaml", ".yml")):

@@ -20,8 +20,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
+from g2rpo.stop import StopRequest
 from slurm.graph import Graph, Stage
-from slurm.job import TERMINATED, run_stage
+from slurm.job import TERMINATED, import_function, run_stage
 from slurm.submission import Submission
 
 GRACE = 60.0
@@ -215,10 +216,9 @@ class LocalRun:
     def _spawn(self, environment: Mapping[str, str]) -> _Process:
         ours, theirs = _CONTEXT.Pipe()
         threads = _threads_of_each(self.slots.count)
-        arguments = (theirs, str(self.submission.folder), self.slots.prepare, threads)
+        arguments = (theirs, self.submission.folder, self.slots.prepare, threads, environment)
         process = _CONTEXT.Process(target=_work, args=arguments, daemon=False)
-        with _environment(environment):
-            process.start()
+        process.start()
         theirs.close()
         return _Process(process, ours)
 
@@ -294,30 +294,21 @@ def _dismiss(processes: Sequence[_Process]) -> None:
             process.process.kill()
 
 
-@contextmanager
-def _environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """A spawned process takes the environment of its parent: changed while it starts."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _threads_of_each(workers: int) -> int:
     """Of torch in each worker: what ``OMP_NUM_THREADS`` says, else a fair part of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return (
-        int(asked) if asked.isdecimal() and int(asked) else max(1, (os.cpu_count() or 1) // workers)
-    )
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return max(1, (os.cpu_count() or 1) // workers)
 
 
-def _work(connection: Any, folder: str, prepare: str | None, threads: int) -> None:
+def _work(
+    connection: Any,
+    folder: Path,
+    prepare: str | None,
+    threads: int,
+    environment: Mapping[str, str],
+) -> None:
     """The life of a worker: one stage after the other, until its parent hangs up."""
     # When the parent is killed, the stage is asked to save and stop, not left running.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -325,15 +316,13 @@ def _work(connection: Any, folder: str, prepare: str | None, threads: int) -> No
     if parent is not None and os.getppid() != parent.pid:  # killed before it could be asked for
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes an interruption on
-    import torch
-
-    from g2rpo.stop import StopRequest
-    from slurm.job import import_function
+    os.environ.update(environment)
+    import torch  # the GPUs that it sees are those of the environment when it is imported
 
     torch.set_num_threads(threads)
     if prepare is not None:
         import_function(prepare)()
-    submission = Submission.load(Path(folder))
+    submission = Submission.load(folder)
     with StopRequest.handle_signals():
         while True:
             try:

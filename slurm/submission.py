@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pydantic
@@ -118,16 +118,11 @@ class Submission:
 
     def save(self) -> None:
         """Writes the submission, but for its jobs; twice, since all its jobs read it."""
-        record = {
-            "format": FORMAT,
-            "title": self.title,
-            "entry": self.entry,
-            "directory": str(self.directory),
-            "cluster": self.cluster.model_dump(mode="json"),
-            "created": self.created,
-            "done": sorted(self.done),
-            "stages": [asdict(stage) for stage in self.graph.stages.values()],
-        }
+        record = _Record(
+            format=FORMAT,
+            stages=tuple(self.graph.stages.values()),
+            **{name: getattr(self, name) for name in _KEPT},
+        ).model_dump(mode="json")
         for name in (COPY, RECORD):
             write_json(self.folder / name, record)
 
@@ -172,16 +167,7 @@ class Submission:
         except (UserError, ValueError) as error:
             told = str(error).removeprefix(f"{path}: ")
             raise DamagedRecord(f"{path}: is damaged ({told})") from None
-        return cls(
-            path.parent,
-            record.title,
-            record.entry,
-            record.directory,
-            record.cluster,
-            graph,
-            record.created,
-            record.done,
-        )
+        return cls(path.parent, graph=graph, **{name: getattr(record, name) for name in _KEPT})
 
     def submitted(self, comment: str, stages: Sequence[str], job: str) -> None:
         """Notes that ``stages`` were submitted together, as ``job``."""
@@ -196,6 +182,9 @@ def _restore(folder: Path) -> None:
     atomic_write_bytes(path, copy.read_bytes())
     times = copy.stat()
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # submissions are listed by it
+
+
+_KEPT = ("title", "entry", "directory", "cluster", "created", "done")
 
 
 class _Record(StrictModel):

@@ -6,18 +6,17 @@ access leaves a CUDA context of no further use.
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from g2rpo.provenance import REPOSITORY
+from reproduce.checks.whole_path import run_module
 from slurm.checks.finding import Finding
 
 NAME = "FLUX blocks"
@@ -109,22 +108,9 @@ def _measure(index: int) -> dict[str, Any]:
 
 def check_blocks() -> Finding:
     """:func:`run_blocks` on every GPU, in a process of its own."""
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     started = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "reproduce.checks.flux_blocks"],
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return judge([], f"not finished after {LIMIT} s", time.monotonic() - started)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    errors = done.stderr.strip().splitlines() or ["no message"]
-    problem = f"exit code {done.returncode}: {errors[-1]}" if done.returncode else ""
+    output, problem = run_module(["reproduce.checks.flux_blocks"], Path.cwd(), LIMIT)
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return judge(lines, problem, time.monotonic() - started)
 
 

@@ -58,30 +58,41 @@ def _write_inputs(folder: Path) -> None:
     (folder / "check.yaml").write_text(dump_yaml(EXPERIMENT))
 
 
-def _run(folder: Path) -> str | None:
-    """What went wrong, in one line; None where nothing did."""
-    command = [sys.executable, "-m", "reproduce.cli", "reproduce", "check.yaml"]
+def _run(folder: Path) -> str:
+    """What went wrong, in one line; empty where nothing did."""
+    command = ["reproduce.cli", "reproduce", "check.yaml", "--profile", "profile.yaml"]
+    return run_module([*command, "--jobs", "1"], folder, LIMIT)[1]
+
+
+def run_module(command: list[str], folder: Path, limit: int) -> tuple[str, str]:
+    """Runs a module of this project; its output, and what went wrong, in one line.
+
+    Args:
+        command: the module and its arguments.
+        folder: where it runs.
+        limit: seconds.
+    """
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
-            [*command, "--profile", "profile.yaml", "--jobs", "1"],
+            [sys.executable, "-m", *command],
             cwd=folder,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
             capture_output=True,
             text=True,
-            timeout=LIMIT,
+            timeout=limit,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"not finished after {LIMIT} s"
+        return "", f"not finished after {limit} s"
+    problem = ""
     if done.returncode < 0:
         reason = signal.Signals(-done.returncode).name
-        short = " (out of memory?)" if reason == "SIGKILL" else ""
-        return f"stopped by {reason}{short}"
-    if done.returncode:
+        problem = f"stopped by {reason}" + (" (out of memory?)" if reason == "SIGKILL" else "")
+    elif done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        return f"exit code {done.returncode}: {lines[-1].removeprefix('error: ')}"
-    return None
+        problem = f"exit code {done.returncode}: {lines[-1].removeprefix('error: ')}"
+    return done.stdout, problem
 
 
 def _problem_of_table(folder: Path) -> str | None:

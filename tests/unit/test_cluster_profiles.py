@@ -88,6 +88,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "text for a list": ("setup: module load cuda", "write a list"),
     "number for a variable": ("environment: {OMP_NUM_THREADS: 8}", "put it in quotes"),
     "flag of no type": ("extra: {nice: 1.5}", "extra.nice: "),
+    "debug": ("kind: debug", "local with --jobs 1"),
     "nothing": ("# partition: gpu", "kind: slurm"),
     "no mapping": ("- partition", "expected keys and values"),
 }
