@@ -36,16 +36,8 @@ def sample_latents(
 ) -> Tensor:
     """The packed latents at sigma = 0 of one image per prompt, by Euler steps along ``grid``.
 
-    Args:
-        policy: the policy; where it has a ``handover``, that one's base takes the later steps.
-        prompts: P prompts; their ids name the noise.
-        grid: sigmas and model times.
-        seed: the evaluation seed.
-        batch: states per velocity evaluation.
-        image: which of a prompt's images, named with the noise.
-
-    Returns:
-        [P, tokens, channels] on the policy's device.
+    Where the policy has a ``handover``, that one's base takes the later steps. The noise is named
+    by ``seed``, the prompts' ids and ``image``. [P, tokens, channels] on the policy's device.
     """
     conditioning = policy.encode([prompt.text for prompt in prompts])
     latents = torch.stack([evaluation_noise(policy, seed, prompt, image) for prompt in prompts])

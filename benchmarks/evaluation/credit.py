@@ -128,13 +128,8 @@ def distinct_rollouts(trainer: Trainer, most: int) -> list[int]:
 def measure_credit(trainer: Trainer, config: CreditConfig, folder: Path) -> list[RolloutCredit]:
     """Measures a method on the policy that ``trainer`` holds; its weights are left as they are.
 
-    The prompts are those of its first iteration. Each rollout is kept in ``folder`` when it is
-    measured, and not measured again.
-
-    Args:
-        trainer: holds the method, the policy and the rewards.
-        config: how it is measured.
-        folder: of this measurement alone.
+    The prompts are those of its first iteration. Each rollout is kept in ``folder``, of this
+    measurement alone, and not measured again.
 
     Raises:
         UserError: a reward is not finite.

@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def unit_rows(features: npt.ArrayLike) -> FloatArray:
-    """``features`` [n, D] with rows of length 1, float64.
+    """``features`` [n, D], n >= 2, with rows of length 1, float64.
 
     Raises:
         ValueError: not a matrix of two rows or more, or a row that has no direction.
@@ -38,17 +38,7 @@ def unit_rows(features: npt.ArrayLike) -> FloatArray:
 
 
 def mean_pairwise_distance(features: npt.ArrayLike) -> float:
-    """Mean of 1 - cosine over the pairs of n images.
-
-    Args:
-        features: [n, D], n >= 2, of any length.
-
-    Returns:
-        in [0, 2]; 0 where all point the same way.
-
-    Raises:
-        ValueError: see :func:`unit_rows`.
-    """
+    """Mean of 1 - cosine over the pairs of n images, in [0, 2]; see :func:`unit_rows`."""
     rows = unit_rows(features)
     first, second = np.triu_indices(len(rows), k=1)
     # |a - b|^2 / 2 is 1 - cosine without the cancellation where two images are nearly alike.
@@ -59,14 +49,7 @@ def mean_pairwise_distance(features: npt.ArrayLike) -> float:
 def vendi_score(features: npt.ArrayLike) -> float:
     """exp of the Shannon entropy of the eigenvalues of K / n, with the cosine kernel K.
 
-    Args:
-        features: [n, D], n >= 2, of any length.
-
-    Returns:
-        in [1, n]: 1 for n images alike, n for n orthogonal ones.
-
-    Raises:
-        ValueError: see :func:`unit_rows`.
+    1 for n images alike, n for n orthogonal ones; see :func:`unit_rows`.
     """
     rows = unit_rows(features)
     eigenvalues = np.linalg.eigvalsh(rows @ rows.T / len(rows))
@@ -79,15 +62,7 @@ def vendi_score(features: npt.ArrayLike) -> float:
 def measure_diversity(
     tower: ImageTower, images: Mapping[str, Sequence[Path]], name: str
 ) -> pd.DataFrame:
-    """Both measures for each prompt.
-
-    Args:
-        tower: gives the features.
-        images: prompt id to the files of its images, two or more each.
-        name: what the tower is called in the progress report.
-
-    Returns:
-        rows of :data:`benchmarks.evaluation.metrics.METRIC_COLUMNS`.
+    """Rows of METRIC_COLUMNS: both measures for each prompt id, of its two or more image files.
 
     Raises:
         UserError: an image is missing or damaged; it is named.

@@ -76,16 +76,7 @@ def base_reference(
     seed: int,
     batch: int = 64,
 ) -> DriftReference:
-    """Samples the base, noises its samples and evaluates its velocities there.
-
-    Args:
-        base: the untrained policy.
-        prompts: the held-out prompts; the first ``config.prompts`` are used.
-        config: the noise levels.
-        grid: the protocol's, along which x_0 is sampled.
-        seed: the evaluation seed.
-        batch: states per velocity evaluation.
-    """
+    """Samples the base along the protocol's ``grid``, noises the samples, evaluates it there."""
     chosen = list(prompts[: config.prompts])
     parts = []
     for start in range(0, len(chosen), batch):
@@ -154,15 +145,8 @@ def measure_drift(
 ) -> pd.DataFrame:
     """Mean squared difference of velocity for each prompt, over sigmas, tokens and channels.
 
-    Args:
-        policy: the trained policy, of the reference's base.
-        prompts: the held-out prompts of the reference.
-        config: the noise levels of the reference.
-        reference: the base's inputs and velocities.
-        batch: states per velocity evaluation.
-
-    Returns:
-        rows of :data:`benchmarks.evaluation.metrics.METRIC_COLUMNS`; exactly 0 for the base itself.
+    Rows of METRIC_COLUMNS for the prompts and noise levels of ``reference``; exactly 0 for the
+    base itself.
     """
     chosen = prompts[: config.prompts]
     moved = _velocities(policy, chosen, reference.latents, config.sigmas, batch)

@@ -61,16 +61,7 @@ def sample_images(
 ) -> int:
     """Samples the images that ``folder`` does not have yet, by ODE, as PNG files.
 
-    Args:
-        policy: loaded at the protocol's resolution and guidance.
-        prompts: the held-out prompts.
-        config: the protocol.
-        folder: where the files go, see :func:`image_path`.
-        batch: images sampled at a time; the noise of an image does not depend on it.
-        index: which image of each prompt.
-
-    Returns:
-        How many images were sampled.
+    Returns how many were sampled. An image's noise does not depend on ``batch``.
 
     Raises:
         Stopped: a stop was asked for; the images so far are kept.
@@ -102,14 +93,8 @@ def score_images(
 ) -> pd.DataFrame:
     """Scores every prompt's image with every reward and writes ``output`` (Parquet).
 
-    Args:
-        rewards: reward models by column name.
-        prompts: the held-out prompts.
-        images: the folder of ``<prompt id>.png``.
-        output: the Parquet file; a journal is kept beside it until all is done.
-
-    Returns:
-        One row per image and reward, with :data:`benchmarks.evaluation.scoring.engine.COLUMNS`.
+    One row per image and reward, with :data:`benchmarks.evaluation.scoring.engine.COLUMNS`. A
+    journal is kept beside ``output`` until all is done.
 
     Raises:
         UserError: an image is missing or damaged; it is named.
@@ -136,10 +121,7 @@ def score_images(
 def prune_images(
     folder: Path, prompts: Sequence[Prompt], keep: int | None, images: int = 1
 ) -> None:
-    """Keeps the images of the first ``keep`` prompts (all where it is null), deletes the rest.
-
-    ``images`` is how many a prompt has.
-    """
+    """Deletes all ``images`` of the prompts after the first ``keep`` (none where it is null)."""
     if keep is None:
         return
     check_publication()

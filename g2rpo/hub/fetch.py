@@ -219,10 +219,7 @@ def _copy(artifact: Artifact, file: PublishedFile, revision: str | None, source:
 def fetch_first(repo: str, names: Sequence[str], revision: str | None) -> Path:
     """The first of ``names`` that the Hugging Face model ``repo`` has, fetched if need be.
 
-    Args:
-        repo: ``owner/name``.
-        names: paths in the repository.
-        revision: branch, tag or commit; None is what the catalogue or the lock file pins.
+    ``revision`` None is what the catalogue or the lock file pins.
 
     Raises:
         UserError: it has none of them, they cannot be had, or one is not the file that the
@@ -246,11 +243,8 @@ def fetch_snapshot(
 ) -> Path:
     """The cached snapshot of a Hugging Face model, with its files that match ``patterns`` fetched.
 
-    Args:
-        repo: ``owner/name``.
-        patterns: as ``fnmatch`` has them; other formats of weights than safetensors are left out.
-        revision: branch, tag or commit; None is what the catalogue or the lock file pins.
-        section: the section of the configuration that names it, for messages.
+    Other formats of weights than safetensors are left out. ``revision`` None is what the catalogue
+    or the lock file pins; ``section`` of the configuration names the model, for messages.
 
     Raises:
         UserError: it cannot be had, or a file is not what the catalogue or the lock file states.

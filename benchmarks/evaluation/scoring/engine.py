@@ -134,13 +134,7 @@ def _threads() -> int:
 
 
 class Scorer:
-    """Scores items with one reward model after the other.
-
-    Args:
-        folder: where the journals are kept.
-        items: what is scored; their order is that of the result.
-        ranks: the processes that share the work.
-        skip_bad: leaves out images that cannot be read.
+    """Scores items with one reward model after the other; ``folder`` keeps the journals.
 
     Raises:
         UserError: images cannot be read and are not to be skipped, or none is left.
@@ -170,13 +164,8 @@ class Scorer:
     def score(self, name: str, model: BatchedReward) -> pd.DataFrame:
         """Scores all items that the journals lack, then gives the rows of all of them.
 
-        Args:
-            name: what the reward is called in the rows; its parts are ``name.part``.
-            model: the reward model.
-
-        Returns:
-            rows with :data:`COLUMNS`, for each column of the model (the score first, then its
-            parts) all items in their order. Only the main process has all rows.
+        Rows with :data:`COLUMNS`: for each column of the model (``name``, then ``name.part`` of
+        its parts) all items in their order. Only the main process has all rows.
 
         Raises:
             UserError: a score is not finite, an image changed meanwhile, or memory is too small.

@@ -78,14 +78,8 @@ def fill(
     What is there is read and compared with its hash first; a damaged shard is encoded again.
     Interrupted, the same call goes on, and leaves the same files as an undisturbed one.
 
-    Args:
-        cache: the cache.
-        prompts: what it shall hold.
-        load: gives the encoder; called with the prompts to encode, if there are any.
-        settings: how.
-
-    Returns:
-        How many prompts were encoded.
+    ``load`` gives the encoder; it is called with the prompts to encode, if there are any. Returns
+    how many were.
 
     Raises:
         UserError: the disk is full; what was written stays.

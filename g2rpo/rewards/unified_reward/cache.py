@@ -23,13 +23,7 @@ def default_folder() -> Path:
 
 
 def answer_key(image: Tensor, prompt: str, asked: dict[str, Any]) -> str:
-    """The SHA-256 of all that an answer depends on.
-
-    Args:
-        image: uint8 ``[H, W, 3]`` on the CPU.
-        prompt: the caption.
-        asked: model, template and generation settings, as JSON values.
-    """
+    """The SHA-256 of all that an answer depends on; ``asked``: model, template, settings."""
     digest = hashlib.sha256()
     head = {"version": VERSION, "shape": list(image.shape), "prompt": prompt, "asked": asked}
     # Numbers and text first, in JSON, so that they cannot run into the pixels behind them.
