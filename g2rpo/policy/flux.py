@@ -215,15 +215,8 @@ class FluxPolicy:
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The transformer's velocity, pointing from the image to the noise.
 
-        Nothing here waits for the device.
-
-        Args:
-            latents: [B, tokens, 4C], float32.
-            timesteps: [B], in [0, 1].
-            conditioning: of length B.
-
-        Returns:
-            [B, tokens, 4C], float32 (float64 where the latents are).
+        Of latents [B, tokens, 4C] at ``timesteps`` [B] in [0, 1]; float32 (float64 where the
+        latents are). Nothing here waits for the device.
         """
         dtype, device = getattr(torch, self.config.dtype), latents.device
         guidance = None
@@ -249,13 +242,9 @@ class FluxPolicy:
         return self._text_ids[length]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes packed latents to the pixels that a PNG of FluxPipeline's output would hold.
+        """The pixels that a PNG of FluxPipeline's output would hold, uint8 [B, H, W, 3] on the CPU.
 
-        Args:
-            latents: [B, tokens, 4C], at sigma = 0.
-
-        Returns:
-            uint8 [B, H, W, 3] on the CPU.
+        ``latents`` are packed, [B, tokens, 4C], at sigma = 0.
         """
         side = self.config.resolution
         empty = torch.empty(0, side, side, 3, dtype=torch.uint8)
@@ -265,9 +254,7 @@ class FluxPolicy:
     def decode_slices(self, latents: Tensor, size: BatchSize | None = None) -> Iterator[Tensor]:
         """What :meth:`decode` gives, slice by slice (:func:`g2rpo.policy.decoding.in_slices`).
 
-        Args:
-            latents: [B, tokens, 4C], at sigma = 0.
-            size: images decoded at once, un-tiled; halved where memory runs out.
+        ``size`` images are decoded at once, un-tiled; it is halved where memory runs out.
         """
         size = size or decode_size(self.config.resolution)
         with on_device([self.vae], self.device, offloaded=self.offload.vae):
@@ -293,12 +280,8 @@ class FluxPolicy:
     def load_transformer(self, path: Path) -> None:
         """Lays fine-tuned transformer weights over the loaded ones, in place.
 
-        Args:
-            path: a diffusers ``transformer/`` folder, a pipeline folder that has one, or a
-                safetensors file of a whole transformer.
-
-        Raises:
-            UserError: as :meth:`load_checkpoint`.
+        ``path``: a diffusers ``transformer/`` folder, a pipeline folder that has one, or a
+        safetensors file of a whole transformer. See :meth:`load_checkpoint`.
         """
         self.load_checkpoint(files_at(path, str(path)))
 

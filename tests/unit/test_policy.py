@@ -56,16 +56,10 @@ def refusal(action: Callable[[], object]) -> str:
 # Mistakes
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+def test_folders_that_are_no_pipeline_of_flux(broken: Path, tmp_path: Path) -> None:
     line = refusal(lambda: load(tmp_path / "nowhere"))
     assert "nowhere" in line and "no such folder" in line
-
-
-def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     assert "no model_index.json" in refusal(lambda: load(tmp_path))
-
-
-def test_pipeline_of_another_kind(broken: Path) -> None:
     index = json.loads((broken / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusion3Pipeline"
     (broken / "model_index.json").write_text(json.dumps(index))

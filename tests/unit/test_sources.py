@@ -269,6 +269,11 @@ def test_manifests_as_programs_write_them(tmp_path: Path, name: str, text: str |
         ("m.csv", "image,prompt\n\n", "no images to score for it has no rows"),
         ("m.jsonl", '{"image": "0.png", "prompt": "a"},\n', "line 1: .*must be one whole object"),
         ("m.json", "null", "expected a list of rows, found nothing"),
+        ("m.csv", "image,prompt\na.png,a circle, on gray\n", "line 2: .*double quotes"),
+        ("m.csv", "image,prompt\na.png\n", "line 2: 1 values where the header has 2"),
+        ("m.jsonl", '{"image": "a.png", "prompt": "x"}\n{broken\n', "line 2: not valid JSON"),
+        ("m.jsonl", "[1]\n", "line 1: expected an object"),
+        ("m.yaml", "a: b", r"\.csv or \.jsonl"),
     ],
 )
 def test_manifests_that_could_mean_several_things_are_refused(

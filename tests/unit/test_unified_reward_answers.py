@@ -4,7 +4,7 @@ import re
 import string
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from g2rpo.rewards.question import ASPECTS
@@ -115,12 +115,6 @@ def test_formatted_answers_round_trip(
     assert read_scores(between.join(order), 1, 5) == written
 
 
-@given(st.text(max_size=300))
-def test_random_text_is_never_a_score(text: str) -> None:
-    assume(any(aspect not in text.lower() for aspect in ASPECTS))
-    assert not well_formed(text, 1, 5)
-
-
 pieces = st.sampled_from(
     ["alignment", "Coherence", "style", " score", ":", "=", " ", "\n", "4", "5", ".", ",", "/",
      "-", "(", ")", "1-5", "nan", "*", "_"]
@@ -134,15 +128,6 @@ def test_pieces_of_answers_give_scores_in_range_or_nothing(text: str) -> None:
         assert all(1 <= value <= 5 for value in found)
         assert all(aspect in text.lower() for aspect in ASPECTS)
         assert all(re.search(rf"(?<![0-9.]){value:g}(?![0-9])", text) for value in found)
-
-
-@given(st.sampled_from(ASPECTS), scores, scores)
-def test_an_aspect_with_two_scores_is_refused(aspect: str, first: float, second: float) -> None:
-    assume(first != second)
-    others = [f"{other}: 3" for other in ASPECTS if other != aspect]
-    text = "\n".join([f"{aspect}: {first}", *others, f"{aspect}: {second}"])
-    with pytest.raises(MalformedAnswerError, match=f"{aspect} is both"):
-        read_scores(text, 1, 5)
 
 
 def test_long_runs_of_marks_are_read_in_linear_time() -> None:

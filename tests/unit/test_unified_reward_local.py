@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
-from g2rpo.rewards.unified_reward.cache import AnswerCache, answer_key, default_folder
+from g2rpo.rewards.unified_reward.cache import answer_key, default_folder
 from g2rpo.rewards.unified_reward.local import hash_files
 from g2rpo.rewards.unified_reward.reward import UnifiedReward
 
@@ -266,13 +265,6 @@ class TestCache:
         with pytest.raises(UserError, match=r"file/in: answers cannot be kept .*cache_folder"):
             scores(load(folder, cache_folder=str(tmp_path / "file" / "in")), [0])
 
-    def test_processes_share_it(self, tmp_path: Path) -> None:
-        jobs = [(str(tmp_path), worker) for worker in range(3)]
-        with ProcessPoolExecutor(3, mp_context=get_context("fork")) as processes:
-            assert list(processes.map(hammer, jobs)) == [True] * 3
-        assert len(list(tmp_path.rglob("*.json"))) == 20
-        assert not list(tmp_path.rglob("*.tmp"))
-
     def test_the_default_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert default_folder() == tmp_path / "cache" / "g2rpo" / "answers"
         for value in ("", "relative"):
@@ -280,18 +272,6 @@ class TestCache:
             assert default_folder() == Path.home() / ".cache" / "g2rpo" / "answers"
         monkeypatch.setenv("G2RPO_CACHE", str(tmp_path / "own"))
         assert default_folder() == tmp_path / "own" / "answers"
-
-
-def hammer(job: tuple[str, int]) -> bool:
-    """Writes and reads the same 20 entries as others do; True if none was ever half there."""
-    cache = AnswerCache(Path(job[0]))
-    for turn in range(60):
-        key = f"{turn % 20:064x}"
-        answer = f"answer {key} " * 500
-        cache.put(key, answer)
-        if cache.get(key) != answer:
-            return False
-    return True
 
 
 class TestLoading:
