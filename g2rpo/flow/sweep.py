@@ -121,14 +121,6 @@ class SweepSettings:
     keep_states: bool = False
 
 
-class _Node:
-    """The live states of one grid node: their indices in the tree and their latents."""
-
-    def __init__(self, states: list[int], latents: torch.Tensor) -> None:
-        self.position = {state: place for place, state in enumerate(states)}
-        self.latents = latents
-
-
 @torch.no_grad()
 def sweep(
     tree: RolloutTree,
@@ -144,13 +136,13 @@ def sweep(
         tree: the states, the same for every prompt.
         grid: sigmas and model times.
         prompts: P.
-        velocity: the policy's velocity for a batch of states, with what there is beside it.
+        velocity: the policy's velocity for a batch of states, with an approximation beside it.
         noise: standard normal noise for (prompt, sample, step).
         settings: diffusion coefficients, batching, storage.
 
     Raises:
         UserError: memory is too small for a single state. Where it is too small for a batch, the
-            node's evaluations are done again in smaller ones, and the walk goes on.
+            node's evaluations are done again in smaller ones, and the walk continues.
     """
     if tree.steps != grid.steps:
         raise ValueError(f"the tree has {tree.steps} steps, the grid {grid.steps}")
@@ -159,6 +151,8 @@ def sweep(
 
 
 class _Walk:
+    """The latents that are alive, [P, ...] for each state, on their way through the grid."""
+
     def __init__(
         self,
         tree: RolloutTree,
@@ -172,66 +166,39 @@ class _Walk:
         self.velocities, self.noise, self.settings = velocities, noise, settings
         size = settings.micro_batch
         self.size = size if isinstance(size, BatchSize) else BatchSize(size)
-        self.recorded_states = frozenset(tree.recorded)
         self.exact = tree.policy_states if velocities.continuations is not None else set()
-        self.at_node: list[list[int]] = [[] for _ in range(grid.steps + 1)]
-        self.departures: list[list[int]] = [[] for _ in range(grid.steps + 1)]
-        for index, state in enumerate(tree.states):
-            self.at_node[state.node].append(index)
-            if state.parent is not None:
-                self.departures[tree.states[state.parent].node].append(index)
-        self.nodes: dict[int, _Node] = {}
+        self.kept = frozenset(tree.recorded)
+        self.latents: dict[int, torch.Tensor] = {}
         self.recorded: list[RecordedStep] = []
         self.evaluations = 0
 
     def run(self) -> Sweep:
-        live = self.at_node[0]
-        noise = self._draw([self.tree.states[i].sample for i in live], INITIAL_NOISE)
-        self.nodes[0] = _Node(live, noise)
+        start = [index for index, state in enumerate(self.tree.states) if state.parent is None]
+        self._arrive(start, self._draw(start, INITIAL_NOISE))
+        departures: list[list[int]] = [[] for _ in range(self.grid.steps + 1)]
+        for index, state in enumerate(self.tree.states):
+            if state.parent is not None:
+                departures[self.tree.states[state.parent].node].append(index)
         # Steps lead to later nodes only, so in this order all states of a node are there before
         # any of them is left. Each is evaluated once, however many leave it (G branches leave one
         # anchor state), and those of all prompts and granularities share their batches.
-        for node in range(self.grid.steps):
-            if node in self.nodes:
-                self._leave(node)
-                if not self.settings.keep_states:
-                    del self.nodes[node]
-        images = self._latents(self.tree.images)
-        states = range(len(self.tree.states)) if self.settings.keep_states else None
+        for node, leaving in enumerate(departures):
+            if leaving:
+                self._leave(node, leaving)
+        keep = self.settings.keep_states
         return Sweep(
-            images,
+            self._stack(self.tree.images),
             tuple(self.recorded),
             self.evaluations,
-            None if states is None else self._latents(states),
+            self._stack(range(len(self.tree.states))) if keep else None,
         )
 
-    def _latents(self, states: Sequence[int]) -> torch.Tensor:
-        """The latents of ``states``, [P, len(states), ...]."""
-        nodes = [self.nodes[self.tree.states[state].node] for state in states]
-        rows = [n.latents[:, n.position[s]] for n, s in zip(nodes, states, strict=True)]
-        return torch.stack(rows, dim=1)
-
-    def _draw(self, samples: Sequence[int | None], step: int) -> torch.Tensor:
-        """Noise [P, len(samples), ...]; a sample named twice is drawn once."""
-        rows = []
-        for prompt in range(self.prompts):
-            drawn = {s: self.noise(prompt, s, step) for s in samples if s is not None}
-            rows.append(torch.stack([drawn[s] for s in samples if s is not None]))
-        return to_device(torch.stack(rows), self.settings.device, self.settings.dtype)
-
-    def _select(self, latents: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-        """``latents[:, places]``."""
-        return latents.index_select(1, indices(places, latents.device))
-
-    def _leave(self, node: int) -> None:
-        """Evaluates the states of ``node`` that are left and takes all their departures."""
-        here = self.nodes[node]
-        leaving = self.departures[node]
+    def _leave(self, node: int, leaving: list[int]) -> None:
+        """Evaluates the states that ``leaving`` come from, and takes all their departures."""
         sources = list(dict.fromkeys(self._parent(state) for state in leaving))
-        latents = self._select(here.latents, [here.position[source] for source in sources])
+        latents = self._stack(sources)
         velocities = self._evaluate(latents, node, sources)
         row = {source: place for place, source in enumerate(sources)}
-
         by_kind: dict[tuple[int, bool], list[int]] = {}
         for state in leaving:
             target = self.tree.states[state]
@@ -241,13 +208,33 @@ class _Walk:
             if stochastic:
                 moved = self._stochastic(node, states, places, latents, velocities)
             else:
-                moved = self._deterministic(node, target_node, places, latents, velocities)
-            self._arrive(target_node, states, moved)
+                delta = self.grid.sigmas[target_node] - self.grid.sigmas[node]
+                moved = _select(latents, places) + _select(velocities, places) * delta
+            self._arrive(states, moved)
+        if not self.settings.keep_states:
+            for source in sources:
+                del self.latents[source]
 
     def _parent(self, state: int) -> int:
         parent = self.tree.states[state].parent
         assert parent is not None
         return parent
+
+    def _arrive(self, states: Sequence[int], latents: torch.Tensor) -> None:
+        self.latents.update(zip(states, latents.unbind(1), strict=True))
+
+    def _stack(self, states: Sequence[int]) -> torch.Tensor:
+        """The latents of ``states``, [P, len(states), ...]."""
+        return torch.stack([self.latents[state] for state in states], dim=1)
+
+    def _draw(self, states: Sequence[int], step: int) -> torch.Tensor:
+        """The noise that drives ``states``, [P, len(states), ...]; a sample's is drawn once."""
+        samples = [s for s in (self.tree.states[state].sample for state in states) if s is not None]
+        rows = []
+        for prompt in range(self.prompts):
+            drawn = {sample: self.noise(prompt, sample, step) for sample in samples}
+            rows.append(torch.stack([drawn[sample] for sample in samples]))
+        return to_device(torch.stack(rows), self.settings.device, self.settings.dtype)
 
     def _evaluate(self, latents: torch.Tensor, node: int, sources: list[int]) -> torch.Tensor:
         """Velocities of ``latents`` [P, S, ...], the states ``sources`` of every prompt."""
@@ -260,9 +247,8 @@ class _Walk:
         others = [place for place, state in enumerate(sources) if state not in self.exact]
         for places, evaluate in ((exact, self._exactly), (others, continuations)):
             if places:
-                part = self._select(latents, places)
                 chosen = [sources[place] for place in places]
-                found = self._in_batches(evaluate, part, node, chosen)
+                found = self._in_batches(evaluate, _select(latents, places), node, chosen)
                 velocities.index_copy_(1, indices(places, latents.device), found)
         continuations.passed(node)
         return velocities
@@ -296,22 +282,10 @@ class _Walk:
             velocities = torch.empty_like(flat)
             for first in range(0, len(flat), size):
                 part = slice(first, first + size)
-                found = evaluate(flat[part], times[part], prompt_of[part], keys[part])
-                velocities[part] = found
+                velocities[part] = evaluate(flat[part], times[part], prompt_of[part], keys[part])
             return velocities
 
         return self.size.run(compute).view_as(latents)
-
-    def _deterministic(
-        self,
-        node: int,
-        target: int,
-        places: list[int],
-        latents: torch.Tensor,
-        velocities: torch.Tensor,
-    ) -> torch.Tensor:
-        delta = self.grid.sigmas[target] - self.grid.sigmas[node]
-        return self._select(latents, places) + self._select(velocities, places) * delta
 
     def _stochastic(
         self,
@@ -321,55 +295,35 @@ class _Walk:
         latents: torch.Tensor,
         velocities: torch.Tensor,
     ) -> torch.Tensor:
+        """``states`` at the next node, each reached by an SDE step from the one at its place."""
         sigmas = self.grid.sigmas
         transition = Transition(sigmas[node], sigmas[node + 1], self.settings.diffusion[node])
-        flat_mean = transition_mean(
-            latents.flatten(0, 1),
-            velocities.flatten(0, 1),
-            [transition] * (latents.shape[0] * latents.shape[1]),
-        )
-        mean = self._select(flat_mean.view_as(latents), places)
-        samples = [self.tree.states[state].sample for state in states]
-        moved = mean + transition.std * self._draw(samples, node)
-        self._record(node, transition, states, places, (latents, mean, moved))
+        laws = [transition] * (latents.shape[0] * latents.shape[1])
+        flat_mean = transition_mean(latents.flatten(0, 1), velocities.flatten(0, 1), laws)
+        mean = _select(flat_mean.view_as(latents), places)
+        moved = mean + transition.std * self._draw(states, node)
+        kept = [i for i, state in enumerate(states) if state in self.kept]
+        if kept:
+            used = sorted({places[i] for i in kept})
+            mean, after = _select(mean, kept), _select(moved, kept)
+            std = per_state([transition.std] * (mean.shape[0] * mean.shape[1]), mean.flatten(0, 1))
+            value = log_prob(after.flatten(0, 1), mean.flatten(0, 1), std)
+            samples = [self.tree.states[states[i]].sample for i in kept]
+            self.recorded.append(
+                RecordedStep(
+                    step=node,
+                    time=self.grid.timesteps[node],
+                    transition=transition,
+                    sources=_select(latents, used),
+                    source_of=torch.tensor([used.index(places[i]) for i in kept]),
+                    samples=tuple(sample for sample in samples if sample is not None),
+                    next_latents=after,
+                    log_prob=value.view(self.prompts, len(kept)),
+                )
+            )
         return moved
 
-    def _record(
-        self,
-        node: int,
-        transition: Transition,
-        states: list[int],
-        places: list[int],
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    ) -> None:
-        latents, mean, moved = tensors
-        kept = [i for i, state in enumerate(states) if state in self.recorded_states]
-        if not kept:
-            return
-        used = sorted({places[i] for i in kept})
-        mean, moved = self._select(mean, kept), self._select(moved, kept)
-        std = per_state([transition.std] * (mean.shape[0] * mean.shape[1]), mean.flatten(0, 1))
-        value = log_prob(moved.flatten(0, 1), mean.flatten(0, 1), std)
-        samples = [self.tree.states[states[i]].sample for i in kept]
-        self.recorded.append(
-            RecordedStep(
-                step=node,
-                time=self.grid.timesteps[node],
-                transition=transition,
-                sources=self._select(latents, used),
-                source_of=torch.tensor([used.index(places[i]) for i in kept]),
-                samples=tuple(sample for sample in samples if sample is not None),
-                next_latents=moved,
-                log_prob=value.view(self.prompts, len(kept)),
-            )
-        )
 
-    def _arrive(self, node: int, states: list[int], latents: torch.Tensor) -> None:
-        """Stores the latents of ``states`` [P, S, ...] at ``node``."""
-        live = self.at_node[node]
-        if node not in self.nodes:
-            shape = (self.prompts, len(live), *latents.shape[2:])
-            self.nodes[node] = _Node(live, latents.new_empty(shape))
-        position = self.nodes[node].position
-        places = indices([position[state] for state in states], latents.device)
-        self.nodes[node].latents.index_copy_(1, places, latents)
+def _select(latents: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """``latents[:, places]``."""
+    return latents.index_select(1, indices(places, latents.device))
