@@ -5,60 +5,45 @@ the first rank to ``<folder>/<scenario>.json``.
 """
 
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
+import training_runs
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from training_runs import trainer_for
 
 from g2rpo.config import merge
 from g2rpo.data.prompts import Prompt
 from g2rpo.policy import FluxPolicy
 from g2rpo.stop import Stopped
 from g2rpo.training.batch import TrainingBatch, training_batch
-from g2rpo.training.collective import sum_over_ranks
+from g2rpo.training.collective import of_all_ranks, sum_over_ranks
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.engine import build_weights
-from g2rpo.training.loop import Trainer, load_train_config
-
-
-class Brightness:
-    """A cheap reward whose value differs between images: their mean red minus their mean blue."""
-
-    name, version, weights_hash = "brightness", "1", ""
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        means = images.float().mean((1, 2)) / 255
-        return means[:, 0] - means[:, 2]
+from g2rpo.training.loop import Trainer
 
 
 def config_for(assets: Path, **changes: Any) -> TrainConfig:
-    data = {
-        "seed": 3,
+    defaults: dict[str, Any] = {
         "policy": {
             "source": str(assets / "policy"), "resolution": 32, "max_sequence_length": 20,
         },
-        "prompts": {"file": str(assets / "prompts" / "train.txt")},
-        "rewards": {"hps": {"reward": {"model": "hps"}}},
-        "grid": {"steps": 5},
-        "method": {"name": "g2rpo", "granularities": [1, 2], "stochastic_steps": [0, 1]},
         "rollout": {"group_size": 3, "prompts_per_iteration": 4},
         "optimization": {"iterations": 4, "learning_rate": 1e-3},
         "checkpoints": {"every": 1, "keep_last": 6},
         "execution": {"device": "cpu", "tensorboard": False, "training_micro_batch": 2},
     }  # fmt: skip
-    return load_train_config(merge(data, changes), "test")
-
-
-def trainer_for(config: TrainConfig, run: Path) -> Trainer:
-    run.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, run, rewards={"hps": Brightness()})
+    return training_runs.config_for(assets, **merge(defaults, changes))
 
 
 def run_to(trainer: Trainer, iteration: int) -> None:
@@ -109,20 +94,39 @@ def rounded_times(policy: FluxPolicy) -> Iterator[None]:
 
 
 @contextmanager
-def exhausted_memory(policy: FluxPolicy, states: int, when: bool) -> Iterator[None]:
-    """Inside of the block, a training forward of more than ``states`` states finds no memory."""
+def exhausted_memory(
+    policy: FluxPolicy, states: int, when: bool = True, *, training: bool = True
+) -> Iterator[list[int]]:
+    """Inside of the block a forward of more than ``states`` states finds no memory.
+
+    Gives the sizes that were asked for; those of the rollout, where it is not ``training``.
+    """
     velocity = policy.velocity
+    asked: list[int] = []
 
     def limited(latents: Tensor, *rest: Any) -> Tensor:
-        if when and torch.is_grad_enabled() and len(latents) > states:
-            raise torch.OutOfMemoryError("as if there were no memory")
+        if torch.is_grad_enabled() == training:
+            asked.append(len(latents))
+            if when and len(latents) > states:
+                raise torch.OutOfMemoryError("as if there were no memory")
         return velocity(latents, *rest)
 
     policy.velocity = limited  # type: ignore[method-assign]
     try:
-        yield
+        yield asked
     finally:
         del policy.velocity
+
+
+def on_two_ranks(scenarios: str, assets: Path, folder: Path) -> int:
+    """Runs scenarios one after the other in two processes; the exit code."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        __file__, scenarios, str(assets), str(folder),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    return subprocess.run(command, env=environment, timeout=600, check=False).returncode
 
 
 # Scenarios: what two ranks find.
@@ -246,6 +250,59 @@ def out_of_memory_sharded(assets: Path, folder: Path) -> dict[str, Any]:
     sys.exit(3 if caught.value.resume else 4)
 
 
+def short_rollout(assets: Path, folder: Path) -> dict[str, Any]:
+    """Three iterations; memory runs out on the second rank's rollout, in the second of them."""
+    config = config_for(assets, execution={"rollout_micro_batch": 8})
+    trainer = trainer_for(config, folder / "short")
+    second = trainer.accelerator.process_index == 1
+    rows = [trainer.iterate()]
+    with exhausted_memory(trainer.policy, 3, second, training=False):
+        rows.append(trainer.iterate())
+    with exhausted_memory(trainer.policy, 3, training=False) as asked:
+        rows.append(trainer.iterate())
+    run_to(trainer, 3)
+    resumed = trainer_for(config, folder / "short")
+    plain = trainer_for(config, folder / "enough")
+    found = {
+        "rows": rows, "expected": [plain.iterate() for _ in range(3)], "largest": max(asked),
+        "resumed_with": resumed.sizes.rollout.states,
+    }  # fmt: skip
+    return {"ranks": of_all_ranks(trainer.accelerator, found)}
+
+
+def short_rollout_sharded(assets: Path, folder: Path) -> dict[str, Any]:
+    """Memory runs out while the first rank waits within a rollout's forward: the run ends."""
+    execution = {"sharding": "fsdp2", "rollout_weights": "sharded", "rollout_micro_batch": 8}
+    trainer = trainer_for(config_for(assets, execution=execution), folder / "run")
+    if trainer.accelerator.process_index == 1:
+        with (
+            exhausted_memory(trainer.policy, 3, training=False),
+            pytest.raises(Stopped) as caught,
+        ):
+            trainer.iterate()
+        (folder / "stopped.json").write_text(json.dumps({"resume": caught.value.resume}))
+        sys.exit(3)
+    trainer.iterate()
+    return {}
+
+
+def compiled(assets: Path, folder: Path) -> dict[str, Any]:
+    """Sharded blocks, traced as for compilation and not; no C++ is compiled."""
+    compile_module = nn.Module.compile
+
+    def traced(module: nn.Module, **options: Any) -> None:
+        compile_module(module, backend="eager", **options)
+
+    nn.Module.compile = traced  # type: ignore[method-assign,assignment]
+    rows = []
+    for chosen in (False, True):
+        execution = {"sharding": "fsdp2", "rollout_weights": "sharded", "compile": chosen}
+        rows.append(
+            trainer_for(config_for(assets, execution=execution), folder / str(chosen)).iterate()
+        )
+    return {"rows": rows, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
 def first_leg(assets: Path, folder: Path) -> dict[str, Any]:
     return _leg(assets, folder, 1)
 
@@ -275,6 +332,7 @@ SCENARIOS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         gradients, lifecycle, out_of_memory, out_of_memory_sharded, first_leg, last_leg,
+        short_rollout, short_rollout_sharded, compiled,
     )
 }  # fmt: skip
 

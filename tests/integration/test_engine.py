@@ -2,14 +2,10 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import engine_runs
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -19,6 +15,7 @@ from engine_runs import (
     gradient_of,
     leg_config,
     off_policy,
+    on_two_ranks,
     relative,
     rolled_out,
     run_to,
@@ -39,16 +36,6 @@ from g2rpo.training.checkpoint.load import export_trained, load_trained
 from g2rpo.training.engine import build_weights
 
 LORA = {"rank": 4, "alpha": 8}
-
-
-def on_two_ranks(scenarios: str, assets: Path, folder: Path) -> int:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        engine_runs.__file__, scenarios, str(assets), str(folder),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    return subprocess.run(command, env=environment, timeout=600, check=False).returncode
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +175,14 @@ def test_memory_that_runs_out_is_told_once_and_ends_at_a_single_state(
 ) -> None:
     config = config_for(smoke_assets, execution={"training_micro_batch": 8})
     trainer = trainer_for(config, tmp_path)
-    with caplog.at_level(logging.WARNING), exhausted_memory(trainer.policy, 4, when=True):
+    with caplog.at_level(logging.WARNING), exhausted_memory(trainer.policy, 4):
         trainer.iterate()
         trainer.iterate()
     told = [record for record in caplog.records if "out of memory" in record.message]
     assert len(told) == 1
     before = trained_weights(trainer)
     with (
-        exhausted_memory(trainer.policy, 0, when=True),
+        exhausted_memory(trainer.policy, 0),
         pytest.raises(UserError, match=r"single state.*gradient_checkpointing.*lora"),
     ):
         trainer.iterate()

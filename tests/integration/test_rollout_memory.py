@@ -2,17 +2,12 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import rollout_runs
 import torch
-from engine_runs import config_for, trainer_for
-from rollout_runs import rollouts_of
+from engine_runs import config_for, exhausted_memory, on_two_ranks, trainer_for
 from torch import Tensor
 
 from g2rpo.errors import UserError
@@ -20,22 +15,16 @@ from g2rpo.policy.decoding import decode_size
 from g2rpo.training.batch_sizes import LARGEST, RolloutBatchSize, fitting_states, state_bytes
 
 
-def on_two_ranks(name: str, assets: Path, folder: Path) -> int:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        rollout_runs.__file__, name, str(assets), str(folder),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    return subprocess.run(command, env=environment, timeout=600, check=False).returncode
+@pytest.fixture(scope="module")
+def findings(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks found, in one process each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    assert on_two_ranks("short_rollout,compiled", smoke_assets, folder) == 0
+    return folder
 
 
-def test_one_rank_of_two_that_runs_out_halves_the_size_of_both(
-    smoke_assets: Path, tmp_path: Path
-) -> None:
-    assert on_two_ranks("replicated", smoke_assets, tmp_path) == 0
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    for found in ranks:
+def test_one_rank_of_two_that_runs_out_halves_the_size_of_both(findings: Path) -> None:
+    for found in json.loads((findings / "short_rollout.json").read_text())["ranks"]:
         assert [row["rollout_micro_batch"] for row in found["rows"]] == [8, 2, 2]
         assert found["largest"] == 2  # of the first rank too, whose memory is enough
         assert found["resumed_with"] == 2
@@ -49,16 +38,15 @@ def test_one_rank_of_two_that_runs_out_halves_the_size_of_both(
 def test_a_sharded_rank_that_runs_out_ends_the_run_to_be_resumed(
     smoke_assets: Path, tmp_path: Path
 ) -> None:
-    assert on_two_ranks("sharded", smoke_assets, tmp_path) != 0
-    assert json.loads((tmp_path / "stopped.json").read_text()) == {"resume": True}
+    assert on_two_ranks("short_rollout_sharded", smoke_assets, tmp_path) != 0
+    folder = tmp_path / "short_rollout_sharded"
+    assert json.loads((folder / "stopped.json").read_text()) == {"resume": True}
     config = config_for(smoke_assets, execution={"rollout_micro_batch": 8})
-    resumed = trainer_for(config, tmp_path / "sharded")
-    assert resumed.sizes.rollout.states == 4
+    assert trainer_for(config, folder / "run").sizes.rollout.states == 4
 
 
-def test_sharded_blocks_can_be_compiled(smoke_assets: Path, tmp_path: Path) -> None:
-    assert on_two_ranks("compiled", smoke_assets, tmp_path) == 0
-    found = json.loads((tmp_path / "rank0.json").read_text())
+def test_sharded_blocks_can_be_compiled(findings: Path) -> None:
+    found = json.loads((findings / "compiled.json").read_text())
     plain, compiled = found["rows"]
     assert found["graphs"] >= 4  # two kinds of blocks, with and without gradients
     assert compiled["ratio_deviation"] < 2e-5
@@ -73,7 +61,10 @@ def test_a_short_rollout_says_so_once_and_has_the_same_noise(
     for name, limit in (("enough", 100), ("short", 4)):
         trainer = trainer_for(config, tmp_path / name)
         prompts = trainer.local_prompts()
-        with caplog.at_level(logging.WARNING), rollouts_of(trainer.policy, limit):
+        with (
+            caplog.at_level(logging.WARNING),
+            exhausted_memory(trainer.policy, limit, training=False),
+        ):
             rolled[name] = trainer.rollout(prompts)
             rolled[name] = trainer.rollout(prompts)
     told = [record.message for record in caplog.records if "out of memory" in record.message]
@@ -93,7 +84,7 @@ def test_a_single_state_that_does_not_fit_is_told_with_what_would(
 ) -> None:
     trainer = trainer_for(config_for(smoke_assets), tmp_path)
     with (
-        rollouts_of(trainer.policy, 0),
+        exhausted_memory(trainer.policy, 0, training=False),
         pytest.raises(UserError, match=r"one state at a time.*bfloat16.*resolution"),
     ):
         trainer.iterate()

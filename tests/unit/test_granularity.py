@@ -35,16 +35,6 @@ def test_examples_at_sixteen_steps(step: int, granularity: int, expected: list[i
     assert list(continuation_nodes(step, granularity, 16)) == expected
 
 
-def test_evaluations_of_the_paper_setting() -> None:
-    # Sum of the lists' lengths over M = {0..7}: what the original way evaluates per sample.
-    def total(granularities: tuple[int, ...]) -> int:
-        return sum(len(continuation_nodes(k, g, 16)) for k in range(8) for g in granularities)
-
-    assert total((1, 2, 3)) == 173
-    assert 16 + 12 * (8 + total((1, 2))) == 1792
-    assert 16 + 12 * (8 + total((1,))) == 1216
-
-
 @given(data=st.data(), steps=st.integers(2, 60), granularity=st.integers(1, 70))
 @settings(max_examples=300, deadline=None)
 def test_properties(data: st.DataObject, steps: int, granularity: int) -> None:
@@ -67,16 +57,6 @@ def test_properties(data: st.DataObject, steps: int, granularity: int) -> None:
 def test_impossible_inputs_are_refused(step: int, granularity: int, steps: int) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         continuation_nodes(step, granularity, steps)
-
-
-def test_coincidence_at_eight_steps() -> None:
-    assert continuation_nodes(3, 2, 8) == continuation_nodes(3, 3, 8) == (4, 5)
-    assert coinciding_granularities((0, 1, 2, 3), (1, 2, 3), 8) == [(3, 2, 3)]
-    assert coinciding_granularities((0, 1, 2), (1, 2, 3), 8) == []
-
-
-def test_no_coincidence_in_the_paper_setting() -> None:
-    assert coinciding_granularities(tuple(range(8)), (1, 2, 3), 16) == []
 
 
 @given(

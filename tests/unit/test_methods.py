@@ -16,17 +16,6 @@ from g2rpo.methods import g2rpo as granular
 from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
 
 PAPER = RolloutShape(steps=16, group_size=12, iterations=300)
-RELEASED_MIX = RolloutShape(steps=25, group_size=12, iterations=300)
-
-
-def path(tree: RolloutTree, state: int) -> list[tuple[int, int | None]]:
-    """(node, whose noise) from the initial noise to ``state``."""
-    found = []
-    at: int | None = state
-    while at is not None:
-        found.append((tree.states[at].node, tree.states[at].sample))
-        at = tree.states[at].parent
-    return found[::-1]
 
 
 def recorded_steps(tree: RolloutTree) -> Counter[int]:
@@ -42,39 +31,6 @@ def test_g2rpo_defaults_are_the_paper_settings() -> None:
     assert method.granularities == (1, 2, 3)
     assert method.eta == 0.7
     assert method.check(PAPER) == []
-
-
-def test_g2rpo_tree_has_one_group_per_step_and_granularity() -> None:
-    tree = granular.G2RPO().rollout_tree(PAPER, iteration=3)
-    assert [(g.step, g.granularity) for g in tree.groups] == [
-        (k, granularity) for k in range(8) for granularity in (1, 2, 3)
-    ]
-    assert recorded_steps(tree) == Counter(dict.fromkeys(range(8), 12))
-    assert len(tree.logged_images) == 1
-    assert path(tree, tree.logged_images[0]) == [(0, 0), *((n, None) for n in range(1, 17))]
-
-
-def test_g2rpo_paths_have_noise_at_one_step_alone() -> None:
-    tree = granular.G2RPO().rollout_tree(PAPER, iteration=0)
-    expected_tail = {(1, 2): [3, 5, 7, 9, 11, 13, 16], (0, 3): [2, 5, 8, 11, 16]}
-    for group in tree.groups:
-        for sample, image in enumerate(group.images):
-            nodes = path(tree, image)
-            assert nodes[0] == (0, 0)
-            assert [node for node in nodes[1:] if node[1] is not None] == [(group.step + 1, sample)]
-            assert [n for n, _ in nodes[: group.step + 2]] == list(range(group.step + 2))
-            if (group.step, group.granularity) in expected_tail:
-                tail = [n for n, _ in nodes[group.step + 2 :]]
-                assert tail == expected_tail[group.step, group.granularity]
-
-
-def test_g2rpo_branches_of_a_step_share_the_anchor_state() -> None:
-    tree = granular.G2RPO(stochastic_steps=(5, 2)).rollout_tree(PAPER, iteration=0)
-    parents = {k: set() for k in (2, 5)}
-    for state in tree.recorded:
-        parents[tree.states[state].node - 1].add(tree.states[state].parent)
-    assert all(len(shared) == 1 for shared in parents.values())
-    assert [g.step for g in tree.groups] == [2, 2, 2, 5, 5, 5]
 
 
 def test_g2rpo_without_the_anchor_reward_scores_groups_alone() -> None:
@@ -174,15 +130,6 @@ def test_dance_grpo_trains_every_step_equally_often() -> None:
     assert all(abs(count - 1200) < 5 * 22 for count in counts.values())
 
 
-def test_dance_grpo_image_is_the_prediction_without_the_last_noise() -> None:
-    tree = dance_grpo.DanceGRPO().rollout_tree(PAPER, 0)
-    (group,) = tree.groups
-    assert group.step is None
-    for sample, image in enumerate(group.images):
-        noises = [(0, 0), *((node, sample) for node in range(1, 16)), (16, None)]
-        assert path(tree, image) == noises
-
-
 def test_dance_grpo_diffusion_is_constant() -> None:
     assert dance_grpo.DanceGRPO().diffusion(shifted_sigmas(16, 3.0)) == (0.3,) * 16
 
@@ -194,15 +141,6 @@ def test_dance_grpo_refuses_to_train_nothing(steps: int, fraction: float) -> Non
 
 
 # --- MixGRPO -------------------------------------------------------------------------------------
-
-
-def test_mix_grpo_released_windows() -> None:
-    method = mix_grpo.MixGRPO()
-    windows = [method.window(RELEASED_MIX, iteration) for iteration in range(300)]
-    assert windows[0] == windows[24] == (0, 1, 2, 3)
-    assert windows[25] == (1, 2, 3, 4)
-    assert max(window[0] for window in windows) == 11
-    assert set().union(*windows) == set(range(15))
 
 
 @pytest.mark.parametrize(
@@ -235,18 +173,6 @@ def test_mix_grpo_matched_interval_is_a_twelfth(iterations: int, interval: int) 
     assert max(starts) == (11 if iterations >= 12 else iterations - 1)
 
 
-def test_mix_grpo_is_stochastic_in_the_window_alone() -> None:
-    method = mix_grpo.MixGRPO()
-    tree = method.rollout_tree(RELEASED_MIX, 130)
-    assert recorded_steps(tree) == Counter(dict.fromkeys((5, 6, 7, 8), 12))
-    for sample, image in enumerate(tree.groups[0].images):
-        nodes = path(tree, image)
-        assert [n for n, _ in nodes] == list(range(26))
-        assert nodes[0] == (0, 0)
-        assert [n for n, noise in nodes[1:] if noise == sample] == [6, 7, 8, 9]
-        assert sum(noise is not None for _, noise in nodes[1:]) == 4
-
-
 def test_mix_grpo_refuses_a_grid_without_trainable_steps() -> None:
     assert mix_grpo.MixGRPO().check(RolloutShape(3, 12, 300)) == []
     with pytest.raises(ValueError, match=r"^grid.steps 2 [^\n]*$"):
@@ -254,15 +180,6 @@ def test_mix_grpo_refuses_a_grid_without_trainable_steps() -> None:
 
 
 # --- Flow-GRPO -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_flow_grpo_trains_all_but_the_last_step_whose_noise_is_in_the_image(shared: bool) -> None:
-    tree = flow_grpo.FlowGRPO(shared_initial_noise=shared).rollout_tree(PAPER, 0)
-    assert recorded_steps(tree) == Counter(dict.fromkeys(range(15), 12))
-    for sample, image in enumerate(tree.groups[0].images):
-        start = 0 if shared else sample
-        assert path(tree, image) == [(0, start), *((node, sample) for node in range(1, 17))]
 
 
 @pytest.mark.parametrize("config", [granular.G2RPO, mix_grpo.MixGRPO, flow_grpo.FlowGRPO])

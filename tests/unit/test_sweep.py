@@ -395,16 +395,6 @@ def test_a_granularity_named_twice_is_evaluated_once_and_counted_twice() -> None
         assert twice.groups[3 * index + 1].images == twice.groups[3 * index + 2].images
 
 
-def test_coinciding_granularities_are_one_trajectory_but_two_groups() -> None:
-    shape = RolloutShape(8, 3, 10)
-    tree, _, _ = run(g2rpo.G2RPO(granularities=(2, 3)), shape, torch.float64)
-    at_three = [group.images for group in tree.groups if group.step == 3]
-    assert len(at_three) == 2
-    assert at_three[0] == at_three[1]
-    at_two = [group.images for group in tree.groups if group.step == 2]
-    assert not set(at_two[0]) & set(at_two[1])
-
-
 # --- consistency with the training forward -------------------------------------------------------
 
 
@@ -431,15 +421,6 @@ def test_the_ratio_is_exactly_one_when_the_forward_is_repeated(name: str) -> Non
         assert not step.log_prob.requires_grad
         again = repeated_log_prob(step, model, grid.timesteps[step.step])
         assert torch.equal(torch.exp(again - step.log_prob), torch.ones_like(again))
-
-
-def test_a_perturbed_anchor_changes_the_ratio() -> None:
-    grid = grid_of(8)
-    _, swept, model = run(g2rpo.G2RPO(), RolloutShape(8, 5, 50), torch.float32)
-    step = swept.recorded[1]
-    step.sources.add_(1e-3 * noise(0, 0, 60).float())
-    again = repeated_log_prob(step, model, grid.timesteps[step.step])
-    assert (torch.exp(again - step.log_prob) - 1).abs().max() > 1e-4
 
 
 def test_the_log_prob_is_that_of_the_stored_latents() -> None:
