@@ -52,7 +52,7 @@ class Method(StrictModel):
         """Refuses impossible combinations and returns notes that the user should see.
 
         Raises:
-            ValueError: one line that names the key and the mend.
+            ValueError: one line that names the key and the fix.
         """
         del shape
         return []

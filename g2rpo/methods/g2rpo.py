@@ -63,7 +63,7 @@ class G2RPO(Method):
         return named_steps(chosen, steps) if isinstance(chosen, str) else chosen
 
     def check(self, shape: RolloutShape) -> list[str]:
-        """See :meth:`Method.check`; tells granularities that coincide."""
+        """See :meth:`Method.check`; notes granularities that coincide."""
         chosen = self.steps_of(shape.steps)
         check_steps("method.stochastic_steps", chosen, shape.steps, shape.steps - 2)
         if not self.granularities:
@@ -102,6 +102,8 @@ class G2RPO(Method):
         if self.log_anchor_reward:
             tree.logged_images.append(anchor[-1])
         for step in sorted(self.steps_of(shape.steps)):
+            # All branches leave the anchor's own state, so the sweep evaluates its velocity once
+            # for the anchor and the G branches (the released code does it again for each sample).
             branches = [
                 tree.sde(anchor[step], sample, record=True) for sample in range(shape.group_size)
             ]

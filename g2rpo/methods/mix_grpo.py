@@ -37,6 +37,9 @@ class MixGRPO(Method):
 
     def window(self, shape: RolloutShape, iteration: int) -> tuple[int, ...]:
         """The stochastic steps of ``iteration`` (counted from 0)."""
+        # The released schedule never trains the last two transitions. The window starts at 0,
+        # stride, 2 stride, ... below that, so the last positions hold fewer steps than the others,
+        # and goes back to 0 after them; a stride of 0 leaves one position.
         trainable = shape.steps - 2
         interval = self.moves_every(shape)
         positions = -(-trainable // self.stride) if self.stride else 1

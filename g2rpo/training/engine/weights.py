@@ -1,7 +1,7 @@
 """The trained weights, whole on every rank."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -101,7 +101,7 @@ class MasterWeights(TrainedWeights):
         ]
         for (_, computed), (_, master) in zip(self.computed, self.named, strict=True):
             computed.data = computed.data.to(dtype)
-            computed.register_post_accumulate_grad_hook(_adder(master))
+            computed.register_post_accumulate_grad_hook(_add_to(master))
 
     def updated(self) -> None:
         """Rounds the masters into the transformer's parameters."""
@@ -122,17 +122,16 @@ class MasterWeights(TrainedWeights):
                 computed.data = data
 
 
-class _adder:  # noqa: N801 - a function with one bound value
+def _add_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
     """Moves a parameter's gradient to its master as soon as it is there."""
 
-    def __init__(self, master: nn.Parameter) -> None:
-        self.master = master
-
-    def __call__(self, parameter: torch.Tensor) -> None:
+    def move(parameter: torch.Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        if self.master.grad is None:
-            self.master.grad = gradient.to(self.master.dtype)
+        if master.grad is None:
+            master.grad = gradient.to(master.dtype)
         else:
-            self.master.grad.add_(gradient)
+            master.grad.add_(gradient)
         parameter.grad = None
+
+    return move
