@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.training.checkpoint.folder import latest_checkpoint
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.loop import Trainer, load_train_config
+from g2rpo.training.loop import Trainer
 
 
 class Brightness:
@@ -42,7 +42,7 @@ def config_for(assets: Path, **changes: object) -> TrainConfig:
         "execution": {"device": "cpu", "tensorboard": False},
         **changes,
     }  # fmt: skip
-    return load_train_config(data, "test")
+    return TrainConfig.model_validate(data)
 
 
 def trainer_for(config: TrainConfig, run: Path, reward: Brightness | None = None) -> Trainer:

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from g2rpo.config import validate
 from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import build_grid
@@ -358,8 +357,3 @@ class Trainer:
             **iteration_row(sums, ranks, self.config.rewards),
             **{f"advantage/{name}/zero_std_groups": count for name, count in groups.items()},
         }
-
-
-def load_train_config(data: Any, where: str) -> TrainConfig:
-    """Builds a :class:`TrainConfig`; :class:`UserError` in one line where it is wrong."""
-    return validate(TrainConfig, data, where)

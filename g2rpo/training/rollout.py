@@ -25,7 +25,7 @@ from g2rpo.policy import Conditioning, FluxPolicy
 from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.rewards.base import RewardModel
 from g2rpo.seeds import gaussian
-from g2rpo.training.scoring import Scorer
+from g2rpo.training.scoring import score_slices
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class RolloutEngine:
         texts = [prompt.text for prompt in prompts for _ in range(per_prompt)]
         overlap = self.overlap and self.policy.device.type == "cuda"
         try:
-            scored = Scorer(self.rewards, overlap).score(slices, texts)
+            scored = score_slices(self.rewards, slices, texts, overlap=overlap)
         except UserError as error:
             raise UserError(f"iteration {iteration + 1}: {error}") from None
         scores = {}

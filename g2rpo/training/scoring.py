@@ -6,9 +6,10 @@ the shadow of the next decode. Batches are the ones that ``score`` would make of
 scores are the same numbers.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,126 +19,78 @@ from g2rpo.rewards.base import BatchedReward, RewardModel, check_inputs
 
 PREPARING_THREADS = 2
 
-_Batch = tuple[Tensor, Sequence[str]]
 
+def score_slices(
+    rewards: Mapping[str, RewardModel],
+    slices: Iterable[Tensor],
+    prompts: Sequence[str],
+    *,
+    overlap: bool = False,
+) -> dict[str, Tensor]:
+    """The scores of N images by reward, float32 [N] each.
 
-class Scorer:
-    """Scores the images of a rollout with every reward model.
-
-    Attributes:
+    Args:
         rewards: the reward models by column name.
-        overlap: evaluates batches while the next images are decoded; on a GPU alone, since a CPU
-            has nothing to spare meanwhile.
+        slices: the images, uint8 [n, H, W, 3] on the CPU, as they come.
+        prompts: of the N images.
+        overlap: evaluates batches while the next images are decoded; for a GPU, since a CPU has
+            nothing to spare meanwhile.
+
+    Raises:
+        UserError: as :meth:`RewardModel.score`.
     """
+    batched = {n: m for n, m in rewards.items() if isinstance(m, BatchedReward) and in_batches(m)}
+    images: list[Tensor] = []
+    sent = dict.fromkeys(batched, 0)
+    results: dict[str, list[Callable[[], Tensor]]] = {name: [] for name in batched}
+    with ThreadPoolExecutor(PREPARING_THREADS) as preparing, ThreadPoolExecutor(1) as evaluating:
 
-    def __init__(self, rewards: Mapping[str, RewardModel], overlap: bool = False) -> None:
-        self.rewards, self.overlap = rewards, overlap
+        def send(name: str, end: int) -> None:
+            model, part = batched[name], slice(sent[name], end)
+            prepared = preparing.submit(model.prepare, images[part], prompts[part])
+            evaluate = functools.partial(_evaluate, model, prepared, prompts[part], overlap)
+            results[name].append(evaluating.submit(evaluate).result if overlap else evaluate)
+            sent[name] = end
 
-    def score(self, slices: Iterable[Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The scores of N images by reward, float32 [N] each.
-
-        Args:
-            slices: the images, uint8 [n, H, W, 3] on the CPU, as they come.
-            prompts: of the N images.
-
-        Raises:
-            UserError: as :meth:`RewardModel.score`.
-        """
-        with ExitStack() as stack:
-            preparing = stack.enter_context(ThreadPoolExecutor(PREPARING_THREADS))
-            evaluating = stack.enter_context(ThreadPoolExecutor(1)) if self.overlap else None
-            ahead = {
-                name: _Ahead(model, preparing, evaluating)
-                for name, model in self.rewards.items()
-                if works_in_two_parts(model)
-            }
-            stack.callback(_cancel, ahead.values())
-            images: list[Tensor] = []
-            done = 0
+        try:
             for part in slices:
-                texts = prompts[done : done + len(part)]
-                done += len(part)
-                if len(ahead) < len(self.rewards):
-                    images.append(part)
-                for model in ahead.values():
-                    model.take(part, texts)
+                texts = prompts[len(images) : len(images) + len(part)]
+                for model in batched.values():
+                    check_inputs(model.name, part, texts)
+                images += list(part)
+                for name, model in batched.items():
+                    while len(images) - sent[name] >= model.batch_size:
+                        send(name, sent[name] + model.batch_size)
+            for name in batched:
+                if sent[name] < len(images):
+                    send(name, len(images))
             return {
-                name: ahead[name].finish() if name in ahead
-                else model.score(torch.cat(images), prompts)
-                for name, model in self.rewards.items()
+                name: torch.cat([result() for result in results[name]]) if name in batched
+                else model.score(torch.stack(images), prompts)
+                for name, model in rewards.items()
             }  # fmt: skip
+        except BaseException:
+            for pool in (preparing, evaluating):  # what has not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def works_in_two_parts(model: RewardModel) -> bool:
+def in_batches(model: RewardModel) -> bool:
     """Whether the model is prepared and evaluated in batches, and does not score in its own way."""
     return isinstance(model, BatchedReward) and type(model).score is BatchedReward.score
 
 
-def _cancel(ahead: Iterable["_Ahead"]) -> None:
-    for model in ahead:
-        model.cancel()
+def _evaluate(
+    model: BatchedReward, prepared: Future[Any], prompts: Sequence[str], aside: bool
+) -> Tensor:
+    inputs = prepared.result()
+    stream = aside and model.device.type == "cuda"
+    # The scores are copied to the CPU within the stream, which waits for it.
+    with torch.cuda.stream(_side_stream(model.device)) if stream else nullcontext():
+        return model.score_prepared(inputs, prompts)[:, 0]
 
 
-class _Ahead:
-    """One reward model's batches: gathered, prepared, evaluated."""
-
-    def __init__(
-        self, model: RewardModel, preparing: Executor, evaluating: Executor | None
-    ) -> None:
-        assert isinstance(model, BatchedReward)
-        self.model, self.preparing, self.evaluating = model, preparing, evaluating
-        self.images: list[Tensor] = []
-        self.prompts: list[str] = []
-        self.futures: list[Future[Any]] = []
-        self.evaluations: list[Callable[[], Tensor]] = []
-
-    def take(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Adds images; whole batches of them go on their way."""
-        check_inputs(self.model.name, images, prompts)
-        self.images += list(images)
-        self.prompts += prompts
-        while len(self.images) >= self.model.batch_size:
-            self._send(self.model.batch_size)
-
-    def _send(self, size: int) -> None:
-        images, prompts = self.images[:size], self.prompts[:size]
-        del self.images[:size], self.prompts[:size]
-        prepared = self.preparing.submit(self.model.prepare, images, prompts)
-        self.futures.append(prepared)
-        if self.evaluating is None:
-            self.evaluations.append(lambda: self._evaluate(prepared, prompts))
-        else:
-            evaluated = self.evaluating.submit(self._evaluate_aside, prepared, prompts)
-            self.futures.append(evaluated)
-            self.evaluations.append(evaluated.result)
-
-    def _evaluate(self, prepared: Future[Any], prompts: Sequence[str]) -> Tensor:
-        return self.model.score_prepared(prepared.result(), prompts)[:, 0]
-
-    def _evaluate_aside(self, prepared: Future[Any], prompts: Sequence[str]) -> Tensor:
-        if self.model.device.type != "cuda":
-            return self._evaluate(prepared, prompts)
-        # The scores are copied to the CPU within the stream, which waits for it.
-        with torch.cuda.stream(_side_stream(self.model.device)):
-            return self._evaluate(prepared, prompts)
-
-    def finish(self) -> Tensor:
-        """The scores of all images, [N] on the CPU."""
-        if self.images:
-            self._send(len(self.images))
-        return torch.cat([evaluation() for evaluation in self.evaluations])
-
-    def cancel(self) -> None:
-        """Drops what has not begun."""
-        for future in self.futures:
-            future.cancel()
-
-
-_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream in which rewards are evaluated on ``device``, always the same one."""
-    if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
-    return _STREAMS[device]
+    return torch.cuda.Stream(device)

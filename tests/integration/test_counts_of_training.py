@@ -9,7 +9,7 @@ from training_runs import drawn_states
 
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import training_counts, validations
-from g2rpo.training.loop import Trainer, load_train_config
+from g2rpo.training.loop import Trainer
 from reproduce.jobs.estimates import checkpoint_disk, prompt_count
 
 WINDOW = {"name": "mix_grpo", "window_size": 2, "interval": 1}
@@ -61,7 +61,7 @@ def config_for(assets: Path, run: dict[str, Any]) -> TrainConfig:
         "checkpoints": {"every": 1, "keep_last": 2},
         "execution": {"device": "cpu", "tensorboard": False, "training_micro_batch": 3},
     }
-    return load_train_config(data, "test")
+    return TrainConfig.model_validate(data)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import BatchedReward, Images, RewardConfig
-from g2rpo.training.scoring import Scorer, works_in_two_parts
+from g2rpo.training.scoring import in_batches, score_slices
 
 IMAGES = torch.randint(0, 256, (23, 8, 8, 3), dtype=torch.uint8)
 PROMPTS = [f"prompt {index // 5}" for index in range(23)]
@@ -64,7 +64,7 @@ def slices(*sizes: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize("sizes", [(23,), (3,) * 7 + (2,), (1,) * 23, (20, 3)])
 def test_scores_and_batches_are_those_of_all_at_once(overlap: bool, sizes: tuple[int, ...]) -> None:
     slow, own = Slow(), Own()
-    found = Scorer({"a": slow, "b": own}, overlap).score(slices(*sizes), PROMPTS)
+    found = score_slices({"a": slow, "b": own}, slices(*sizes), PROMPTS, overlap=overlap)
     reference = Slow()
     assert list(found) == ["a", "b"]
     assert torch.equal(found["a"], reference.score(IMAGES, PROMPTS))
@@ -92,7 +92,7 @@ def test_with_overlap_batches_are_evaluated_while_images_are_still_to_come() -> 
         assert scored.wait(timeout=600)
         yield IMAGES[10:]
 
-    found = Scorer({"a": slow}, overlap=True).score(waiting(), PROMPTS)
+    found = score_slices({"a": slow}, waiting(), PROMPTS, overlap=True)
     assert torch.equal(found["a"], Slow().score(IMAGES, PROMPTS))
 
 
@@ -101,16 +101,16 @@ def test_a_failure_is_told_and_nothing_hangs(overlap: bool) -> None:
     slow = Slow()
     slow.evaluate = lambda prepared: torch.full((len(prepared[0]),), torch.nan)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"slow: score .* not finite for prompt 'prompt 0'"):
-        Scorer({"a": slow}, overlap).score(slices(8, 15), PROMPTS)
+        score_slices({"a": slow}, slices(8, 15), PROMPTS, overlap=overlap)
 
     def failing() -> Iterator[Tensor]:
         yield IMAGES[:8]
         raise UserError("the decoder failed")
 
     with pytest.raises(UserError, match="the decoder failed"):
-        Scorer({"a": Slow()}, overlap).score(failing(), PROMPTS)
+        score_slices({"a": Slow()}, failing(), PROMPTS, overlap=overlap)
     with pytest.raises(UserError, match="uint8"):
-        Scorer({"a": Slow()}, overlap).score([IMAGES.float()], PROMPTS)
+        score_slices({"a": Slow()}, [IMAGES.float()], PROMPTS, overlap=overlap)
 
 
 def test_a_model_that_scores_in_its_own_way_is_left_to_it() -> None:
@@ -118,8 +118,8 @@ def test_a_model_that_scores_in_its_own_way_is_left_to_it() -> None:
         def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
             return torch.zeros(len(images))
 
-    assert works_in_two_parts(Slow())
-    assert not works_in_two_parts(Special())
-    assert not works_in_two_parts(Own())
-    found = Scorer({"a": Special()}).score(slices(23), PROMPTS)
+    assert in_batches(Slow())
+    assert not in_batches(Special())
+    assert not in_batches(Own())
+    found = score_slices({"a": Special()}, slices(23), PROMPTS)
     assert not found["a"].any()

@@ -10,8 +10,6 @@ from torch import nn
 
 from g2rpo.policy import FluxPolicy
 
-NamedParameters = list[tuple[str, nn.Parameter]]
-
 
 class TrainedWeights:
     """The transformer's trainable parameters as they are: computed with and stepped in one dtype.
