@@ -24,9 +24,18 @@ class BatchSize:
         reduced: whether it is smaller than it was at first.
     """
 
-    def __init__(self, states: int, what: str = "rollout", hint: str = "") -> None:
-        """Starts with ``states``; ``what`` names it in messages, ``hint`` helps where 1 fails."""
-        self.states, self.what, self.hint = states, what, hint
+    def __init__(
+        self, states: int, what: str = "rollout", hint: str = "", unit: str = "state"
+    ) -> None:
+        """Starts with ``states``.
+
+        Args:
+            states: at least 1.
+            what: runs out of memory, for messages.
+            hint: what to do where 1 is too many.
+            unit: what is counted, for messages.
+        """
+        self.states, self.what, self.hint, self.unit = states, what, hint, unit
         self.reduced = False
 
     def run(self, compute: Callable[[int], Result]) -> Result:
@@ -51,14 +60,14 @@ class BatchSize:
         """
         if self.states == 1:
             hint = f"; {self.hint}" if self.hint else ""
-            raise UserError(f"out of memory in {self.what} with one state at a time{hint}")
+            raise UserError(f"out of memory in {self.what} with one {self.unit} at a time{hint}")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         smaller = self.states // 2
         if warn:
-            text = "out of memory: %s continues with %d states at a time, not %d"
-            logger.warning(text, self.what, smaller, self.states)
+            text = "out of memory: %s continues with %d %ss at a time, not %d"
+            logger.warning(text, self.what, smaller, self.unit, self.states)
         self.lower(smaller)
 
     def lower(self, states: int | None) -> None:

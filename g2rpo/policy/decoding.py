@@ -17,7 +17,7 @@ def decode_size(resolution: int) -> BatchSize:
     """How many images of ``resolution`` pixels a side are decoded at once."""
     images = max(1, min(DECODE_IMAGES, DECODE_PIXELS // resolution**2))
     hint = "use policy.dtype=bfloat16, a smaller policy.resolution or a GPU with more memory"
-    return BatchSize(images, "decoding", hint)
+    return BatchSize(images, "decoding", hint, unit="image")
 
 
 def in_slices(

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 
 from benchmarks.evaluation.scoring.items import Item, Source, refuse_bad
 from benchmarks.evaluation.scoring.journal import Entry, Journal, judge_name
+from g2rpo.batching import BatchSize
 from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
 from g2rpo.progress import ProgressReport
@@ -267,35 +268,26 @@ def _prepare(model: BatchedReward, readers: ThreadPoolExecutor, items: Sequence[
 
 
 def _evaluate(model: BatchedReward, prepared: Prepared, prepare: Prepare) -> list[Entry]:
-    """Scores a batch; where memory is too small, its halves, and smaller batches from then on."""
-    size = len(prepared.items)
-    if size <= model.batch_size:
-        scores = _scores(model, prepared)
-        if scores is not None:
-            return [
-                Entry(item.id, key, dict(zip(model.columns, row, strict=True)))
-                for item, key, row in zip(prepared.items, prepared.keys, scores, strict=True)
-            ]
-        if size == 1:
-            raise UserError(
-                f"{model.name}: out of memory with one image at a time; free the device, or use "
-                "a larger one"
-            )
-        model.batch_size = size // 2
-    halves = prepared.items[: size // 2], prepared.items[size // 2 :]
-    return [entry for half in halves for entry in _evaluate(model, prepare(half), prepare)]
+    """Scores a batch; where memory is too small, in smaller ones, and so from then on."""
+    items = prepared.items
+    hint = "free the device, or use a larger one"
+    size = BatchSize(min(len(items), model.batch_size), f"reward {model.name}", hint, unit="image")
+
+    def compute(images: int) -> list[Entry]:
+        if images >= len(items):
+            return _entries(model, prepared)
+        parts = [prepare(items[i : i + images]) for i in range(0, len(items), images)]
+        return [entry for part in parts for entry in _entries(model, part)]
+
+    found = size.run(compute)
+    model.batch_size = size.states if size.reduced else model.batch_size
+    return found
 
 
-def _scores(model: BatchedReward, prepared: Prepared) -> list[list[float]] | None:
-    """The batch's scores by item and column, or None where memory is too small."""
-    try:
-        scores: list[list[float]] = model.score_prepared(
-            prepared.inputs, [item.prompt for item in prepared.items]
-        ).tolist()
-        return scores
-    except torch.OutOfMemoryError:
-        pass
-    # Outside of the handler, which would keep the failed call's tensors alive.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
+def _entries(model: BatchedReward, prepared: Prepared) -> list[Entry]:
+    """The scores of a prepared batch."""
+    scores = model.score_prepared(prepared.inputs, [item.prompt for item in prepared.items])
+    return [
+        Entry(item.id, key, dict(zip(model.columns, row, strict=True)))
+        for item, key, row in zip(prepared.items, prepared.keys, scores.tolist(), strict=True)
+    ]
