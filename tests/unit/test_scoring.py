@@ -217,7 +217,7 @@ def test_batches_shrink_until_they_fit(items: list[Item], tmp_path: Path) -> Non
     scorer = Scorer(tmp_path / "journal", items)
     check(scorer.score("light", model), items)
     assert scorer.findings.batch_size == {"light": 2}
-    with pytest.raises(UserError, match="out of memory in reward light with one image"):
+    with pytest.raises(UserError, match="out of memory in reward brightness with one image"):
         Scorer(tmp_path / "other", items).score("light", Brightness(8, memory=0))
 
 
