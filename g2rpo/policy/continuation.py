@@ -7,7 +7,9 @@ the states that recorded transitions leave, training, validation, sampling) stay
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from g2rpo.policy.fp8 import Fp8Linear, fits
 from g2rpo.policy.kernels import compile_blocks, is_compiled
 from g2rpo.policy.step_cache import CachedBlocks, StepCache
 
+Refresh = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
+"""A layer's current weight, and what takes it over."""
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
@@ -36,62 +40,24 @@ class ContinuationPolicy:
         Raises:
             UserError: ``merged_lora`` without adapters, or weights that are sharded.
         """
-        if any(_is_sharded(p) for p in policy.transformer.parameters()):
+        exact, twin = policy.transformer, _same_weights(policy.transformer)
+        if any(isinstance(p.data, torch.distributed.tensor.DTensor) for p in exact.parameters()):
             raise UserError(
                 "approximate_rollout: not with sharded weights; use execution.sharding: replicated"
             )
-        self.config = config
-        self._refreshes: list[Callable[[], None]] = []
-        transformer = self._approximated(policy.transformer)
+        self.config, self._refreshes = config, _approximate(exact, twin, config)
         if config.merged_lora and not self._refreshes:
             raise UserError("approximate_rollout.merged_lora: there are no adapters; it needs lora")
+        if any(is_compiled(module) for module in exact.modules()):
+            compile_blocks(twin)
         self._blocks: CachedBlocks | None = None
         if config.step_cache is not None:
-            transformer, self._blocks = _with_cached_blocks(transformer, config.step_cache.kind)
+            blocks = [block for name in BLOCKS for block in twin.get_submodule(name).children()]
+            self._blocks = CachedBlocks(blocks, config.step_cache.kind)
+            twin.set_submodule(BLOCKS[0], nn.ModuleList([self._blocks]))
+            twin.set_submodule(BLOCKS[1], nn.ModuleList())
         self.policy = copy.copy(policy)
-        self.policy.transformer = transformer
-
-    def _approximated(self, transformer: nn.Module) -> nn.Module:
-        def replace(name: str, module: nn.Module) -> nn.Module | None:
-            if isinstance(module, LoraLinear) and self.config.merged_lora:
-                return self._merged(name, module)
-            narrow = self.config.fp8 and isinstance(module, nn.Linear) and _is_projection(name)
-            if narrow and fits(module):  # type: ignore[arg-type]
-                return self._narrow(module.weight, lambda: module.weight, module.bias)  # type: ignore[arg-type,return-value]
-            return None
-
-        twin = _replaced(transformer, replace)
-        if twin is not transformer and any(is_compiled(m) for m in transformer.modules()):
-            compile_blocks(twin)  # those that were copied are not compiled
-        return twin
-
-    def _merged(self, name: str, layer: LoraLinear) -> nn.Module:
-        base: nn.Linear = layer.get_base_layer()
-
-        def weight() -> Tensor:
-            delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-            merged: Tensor = base.weight + delta  # in the adapters' dtype, at least float32
-            return merged
-
-        if self.config.fp8 and _is_projection(name) and fits(base):
-            return self._narrow(weight().detach(), weight, base.bias)
-        linear: nn.Linear = _shallow(base)
-        linear.register_parameter(
-            "weight", nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-        )
-
-        def refresh() -> None:
-            linear.weight.copy_(weight())
-
-        self._refreshes.append(refresh)
-        return linear
-
-    def _narrow(
-        self, now: Tensor, weight: Callable[[], Tensor], bias: nn.Parameter | None
-    ) -> nn.Module:
-        linear = Fp8Linear(now, bias)
-        self._refreshes.append(lambda: linear.refresh(weight()))
-        return linear
+        self.policy.transformer = twin
 
     @contextlib.contextmanager
     def rollout(
@@ -99,90 +65,81 @@ class ContinuationPolicy:
     ) -> Iterator["RolloutContinuations"]:
         """The velocities of one walk over ``tree``, on the policy's current weights."""
         with torch.no_grad():
-            for refresh in self._refreshes:
-                refresh()
-        cache = None
-        if self._blocks is not None:
-            assert self.config.step_cache is not None
-            cache = self._blocks.cache = StepCache(self.config.step_cache, tree)
+            for weight, take_over in self._refreshes:
+                take_over(weight())
+        if self._blocks is None or self.config.step_cache is None:
+            yield RolloutContinuations(self.policy, conditioning)
+            return
+        self._blocks.cache = StepCache(self.config.step_cache, tree)
         try:
-            yield RolloutContinuations(self.policy, conditioning, cache)
+            yield RolloutContinuations(self.policy, conditioning, self._blocks.cache)
         finally:
-            if self._blocks is not None:
-                del self._blocks.cache
+            del self._blocks.cache
 
 
+@dataclass(frozen=True)
 class RolloutContinuations:
     """See :class:`g2rpo.flow.sweep.Continuations`."""
 
-    def __init__(
-        self, policy: FluxPolicy, conditioning: Conditioning, cache: StepCache | None
-    ) -> None:
-        self._policy, self._conditioning, self._cache = policy, conditioning, cache
+    policy: FluxPolicy
+    conditioning: Conditioning
+    cache: StepCache | None = None
 
     def __call__(
         self, latents: Tensor, times: Tensor, prompts: Tensor, keys: Sequence[Key]
     ) -> Tensor:
         """See :class:`g2rpo.flow.sweep.Continuations`."""
-        if self._cache is not None:
-            self._cache.keys = keys
-        return self._policy.velocity(latents, times, self._conditioning.select(prompts))
+        if self.cache is not None:
+            self.cache.keys = keys
+        return self.policy.velocity(latents, times, self.conditioning.select(prompts))
 
     def passed(self, node: int) -> None:
         """See :class:`g2rpo.flow.sweep.Continuations`."""
-        if self._cache is not None:
-            self._cache.passed(node)
+        if self.cache is not None:
+            self.cache.passed(node)
 
     @property
     def reused(self) -> int:
         """Velocities so far for which blocks were skipped."""
-        return 0 if self._cache is None else self._cache.reused
+        return 0 if self.cache is None else len(self.cache.reused)
+
+
+def _same_weights(module: nn.Module) -> nn.Module:
+    """Another tree of modules over the very same parameters and buffers, not compiled."""
+    shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+def _approximate(exact: nn.Module, twin: nn.Module, config: ContinuationConfig) -> list[Refresh]:
+    """Replaces the layers of ``twin`` that ``config`` approximates; gives their refreshes."""
+    refreshes: list[Refresh] = []
+    for name, layer in exact.named_modules():
+        merged = isinstance(layer, LoraLinear) and config.merged_lora
+        if merged:
+            linear, weight = layer.get_base_layer(), functools.partial(_merged_weight, layer)
+        elif isinstance(layer, nn.Linear) and not (config.merged_lora and ".base_layer" in name):
+            linear, weight = layer, functools.partial(getattr, layer, "weight")
+        else:
+            continue
+        if config.fp8 and _is_projection(name) and fits(linear):
+            narrow = Fp8Linear(weight().detach(), linear.bias)
+            twin.set_submodule(name, narrow)
+            refreshes.append((weight, narrow.refresh))
+        elif merged:
+            wide = twin.get_submodule(f"{name}.base_layer")
+            wide.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+            twin.set_submodule(name, wide)
+            refreshes.append((weight, wide.weight.copy_))
+    return refreshes
+
+
+def _merged_weight(layer: LoraLinear) -> Tensor:
+    """In the adapters' dtype, at least float32."""
+    delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+    merged: Tensor = layer.get_base_layer().weight + delta
+    return merged
 
 
 def _is_projection(name: str) -> bool:
     """Whether a linear layer of that name multiplies tokens within a block."""
     return name.startswith(BLOCKS) and "norm" not in name and ".lora_" not in name
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter.data, torch.distributed.tensor.DTensor)
-
-
-def _shallow(module: Any) -> Any:
-    """The module with tables of its own for what it holds, and the same things in them."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    for table in ("_modules", "_parameters", "_buffers"):
-        twin.__dict__[table] = dict(module.__dict__[table])
-    twin.__dict__.pop("_compiled_call_impl", None)  # it calls the original
-    return twin
-
-
-def _replaced(
-    module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None], name: str = ""
-) -> nn.Module:
-    """``module`` with what ``replace`` gives for parts of it; copied only where a part changes."""
-    found = replace(name, module)
-    if found is not None:
-        return found
-    changed = {}
-    for key, child in module.named_children():
-        other = _replaced(child, replace, f"{name}.{key}" if name else key)
-        if other is not child:
-            changed[key] = other
-    if not changed:
-        return module
-    twin: nn.Module = _shallow(module)
-    for key, child in changed.items():
-        twin.__dict__["_modules"][key] = child
-    return twin
-
-
-def _with_cached_blocks(transformer: nn.Module, kind: str) -> tuple[nn.Module, CachedBlocks]:
-    """The transformer with all of its blocks in one that has a cache."""
-    blocks = [block for name in BLOCKS for block in transformer.get_submodule(name).children()]
-    cached = CachedBlocks(blocks, kind)
-    twin = _shallow(transformer)
-    twin.__dict__["_modules"]["transformer_blocks"] = nn.ModuleList([cached])
-    twin.__dict__["_modules"]["single_transformer_blocks"] = nn.ModuleList([])
-    return twin, cached

@@ -4,9 +4,6 @@ Both are set on the transformer itself, once, so that rollout and training run t
 importance ratio before an update stays 1.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -62,8 +59,7 @@ def set_attention(transformer: Any, choice: Attention) -> None:
     attends in this process (the autoencoder, text encoders, reward models).
     """
     if choice != "auto":
-        with _quiet("diffusers.models.modeling_utils"):
-            transformer.set_attention_backend(_BACKENDS[choice])
+        transformer.set_attention_backend(_BACKENDS[choice])
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(choice == "cudnn")
 
@@ -72,29 +68,11 @@ def compile_blocks(transformer: Any) -> None:
     """Compiles each repeated block of the transformer, in place, without graph breaks.
 
     The blocks share their code, so that each kind is compiled once for batches of one state and
-    once for all others, with and without gradients. Where some are compiled already (of a
-    transformer that shares blocks with another), the others are.
+    once for all others, with and without gradients.
     """
-    if not any(is_compiled(module) for module in transformer.modules()):
-        transformer.compile_repeated_blocks(fullgraph=True)
-        return
-    for module in transformer.modules():
-        if type(module).__name__ in transformer._repeated_blocks and not is_compiled(module):  # noqa: SLF001 - diffusers' list
-            module.compile(fullgraph=True)
+    transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether the module was compiled in place."""
     return getattr(module, "_compiled_call_impl", None) is not None
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Holds back a library's warnings, here that its backends are experimental."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

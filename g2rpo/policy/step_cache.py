@@ -11,7 +11,6 @@ a batch here belong to trajectories of different lengths, strides and pasts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,63 +21,51 @@ from g2rpo.flow.sweep import Key
 from g2rpo.flow.upload import indices
 from g2rpo.policy.config import StepCacheConfig
 
-
-@dataclass(frozen=True)
-class _Entry:
-    """What is remembered of an evaluated state: the signal and what the blocks added."""
-
-    signal: Tensor
-    residual: Tensor
+Entry = tuple[Tensor, Tensor]
+"""Of an evaluated state: its signal and what the blocks added."""
 
 
 class StepCache:
-    """The memory of one walk over a tree.
+    """The memory of one walk over a rollout tree.
 
     Attributes:
         keys: the states of the batch that is evaluated next.
-        reused: how many states were answered from memory.
+        reused: the states that were answered from memory.
+        entries: what is remembered of those that others will be reached from.
     """
 
     def __init__(self, config: StepCacheConfig, tree: RolloutTree) -> None:
         self.config, self.tree = config, tree
         self.keys: Sequence[Key] = ()
-        self._answered: set[Key] = set()
-        self._entries: dict[Key, _Entry] = {}
-        self._last_use = _last_uses(tree)
+        self.reused: set[Key] = set()
+        self.entries: dict[Key, Entry] = {}
+        # The last node at which a state that was reached from each state is itself evaluated.
+        self._last_use: dict[int, int] = {}
+        for state in tree.states:
+            if state.parent is not None and state.node < tree.steps:
+                last = self._last_use.get(state.parent, 0)
+                self._last_use[state.parent] = max(last, state.node)
 
-    @property
-    def reused(self) -> int:
-        """See the class."""
-        return len(self._answered)
-
-    def before(self) -> list[_Entry | None]:
-        """For each state of the batch, what is remembered of the one it was reached from."""
-        found = []
-        for prompt, state in self.keys:
+    def before(self) -> dict[int, Entry]:
+        """What is remembered of the states that those of the batch were reached from, by place."""
+        found = {}
+        for place, (prompt, state) in enumerate(self.keys):
             parent = self.tree.states[state].parent
-            found.append(None if parent is None else self._entries.get((prompt, parent)))
+            if parent is not None and (prompt, parent) in self.entries:
+                found[place] = self.entries[prompt, parent]
         return found
 
-    def keep(self, place: int, entry: _Entry, *, reused: bool) -> None:
+    def keep(self, place: int, entry: Entry, *, reused: bool) -> None:
         """Remembers ``entry`` for a state of the batch, if another one will be reached from it."""
         key = self.keys[place]
-        (self._answered.add if reused else self._answered.discard)(key)
+        (self.reused.add if reused else self.reused.discard)(key)
         if key[1] in self._last_use:
-            self._entries[key] = entry
+            self.entries[key] = entry
 
     def passed(self, node: int) -> None:
         """Forgets what no node after ``node`` can use."""
-        for key in [key for key in self._entries if self._last_use[key[1]] <= node]:
-            del self._entries[key]
-
-
-def _last_uses(tree: RolloutTree) -> dict[int, int]:
-    """The last node at which a state that was reached from each state is itself evaluated."""
-    last: dict[int, int] = {}
-    for state in tree.states:
-        if state.parent is not None and state.node < tree.steps:
-            last[state.parent] = max(last.get(state.parent, 0), state.node)
-    return last
+        for key in [key for key in self.entries if self._last_use[key[1]] <= node]:
+            del self.entries[key]
 
 
 class CachedBlocks(nn.Module):
@@ -113,11 +100,10 @@ class CachedBlocks(nn.Module):
         else:
             norm: Any = rest[0].norm1
             signal = norm.linear(norm.silu(temb))
-        remembered = self.cache.before()
-        reused = self._unchanged(signal, remembered)
+        reused = self._unchanged(signal, self.cache.before())
         result = torch.empty_like(image)
         for place, entry in reused.items():
-            torch.add(image[place], entry.residual, out=result[place])
+            torch.add(image[place], entry[1], out=result[place])
             self.cache.keep(place, entry, reused=True)
         computed = [place for place in range(len(image)) if place not in reused]
         if computed:
@@ -128,21 +114,16 @@ class CachedBlocks(nn.Module):
             result.index_copy_(0, chosen, tokens)
             added = tokens - image[chosen]
             for row, place in enumerate(computed):
-                self.cache.keep(place, _Entry(signal[place], added[row]), reused=False)
+                self.cache.keep(place, (signal[place], added[row]), reused=False)
         return encoder_hidden_states, result
 
-    def _unchanged(self, signal: Tensor, remembered: list[_Entry | None]) -> dict[int, _Entry]:
-        """The states whose signal is nearly the remembered one, with what is remembered."""
-        known = {place: entry for place, entry in enumerate(remembered) if entry is not None}
+    def _unchanged(self, signal: Tensor, known: dict[int, Entry]) -> dict[int, Entry]:
+        """Those of ``known`` whose state has nearly the signal that is remembered."""
         if not known:
             return {}
-        before = torch.stack([entry.signal for entry in known.values()])
+        before = torch.stack([remembered for remembered, _ in known.values()])
         now = signal[indices(list(known), signal.device)]
         change = (now - before).flatten(1).abs().mean(1, dtype=torch.float32)
         size = before.flatten(1).abs().mean(1, dtype=torch.float32)
         below = (change < self.cache.config.threshold * size).tolist()
-        return {
-            place: entry
-            for (place, entry), unchanged in zip(known.items(), below, strict=True)
-            if unchanged
-        }
+        return {place: known[place] for place, near in zip(known, below, strict=True) if near}

@@ -256,8 +256,8 @@ def test_a_cache_forgets_what_is_no_longer_needed(policy: FluxPolicy) -> None:
         )
         settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 8)
         sweep(tree, grid, 1, velocities, lambda *key: noise_for(policy, *key), settings)
-        assert continuations._cache is not None
-        assert not continuations._cache._entries
+        assert continuations.cache is not None
+        assert not continuations.cache.entries
 
 
 def test_merging_follows_the_adapters(policy: FluxPolicy) -> None:

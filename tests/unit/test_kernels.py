@@ -18,7 +18,6 @@ from g2rpo.policy import FluxPolicy, PolicyConfig
 from g2rpo.policy.continuation import ContinuationConfig, ContinuationPolicy
 from g2rpo.policy.kernels import (
     Attention,
-    compile_blocks,
     is_compiled,
     resolve_attention,
     set_attention,
@@ -168,14 +167,3 @@ def test_a_compiled_run_trains_as_a_plain_one(smoke_assets: Path, tmp_path: Path
         exact = trainer.policy.velocity(latents, times, conditioning)
     change = (approximate - exact).norm() / exact.norm()
     assert 1e-4 < float(change) < 0.2
-
-
-def test_compiling_again_compiles_what_is_not_yet(policy: FluxPolicy) -> None:
-    compile_blocks(policy.transformer)
-    blocks = [m for m in policy.transformer.modules() if is_compiled(m)]
-    assert len(blocks) == 4
-    first = blocks[0]._compiled_call_impl
-    blocks[1]._compiled_call_impl = None
-    compile_blocks(policy.transformer)
-    assert all(is_compiled(block) for block in blocks)
-    assert blocks[0]._compiled_call_impl is first
