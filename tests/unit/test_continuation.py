@@ -1,7 +1,9 @@
 """Approximate continuations: exact where they must be, bounded where they may differ."""
 
 import copy
+import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
-from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
+from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.flow.sweep import Key, Sweep, SweepSettings, Velocities, sweep
 from g2rpo.methods import g2rpo, mix_grpo
 from g2rpo.methods.base import RolloutShape
 from g2rpo.policy import Conditioning, FluxPolicy, LoraConfig, PolicyConfig
-from g2rpo.policy.continuation import ContinuationConfig, ContinuationPolicy
+from g2rpo.policy.config import ContinuationConfig
+from g2rpo.policy.continuation import ContinuationPolicy, RolloutContinuations
 from g2rpo.policy.fp8 import Fp8Linear, quantise
 from g2rpo.seeds import gaussian
 
@@ -49,33 +52,46 @@ def config_of(**fields: object) -> ContinuationConfig:
     return validate(ContinuationConfig, fields, "test")
 
 
+PROMPTS = ["a red circle", "two blue squares above a green one"]
+GRID = build_grid(GridConfig(steps=6), image_tokens=4)
+
+
 def noise_for(policy: FluxPolicy, prompt: int, sample: int, step: int) -> Tensor:
     return policy.pack(gaussian(policy.latent_shape, 5, "test", prompt, sample, step)[None])[0]
 
 
+class Exactly:
+    """The policy's own velocity for the continuations, in the same batches."""
+
+    reused, cache = 0, None
+
+    def __init__(self, policy: FluxPolicy, conditioning: Conditioning) -> None:
+        self.policy, self.conditioning = policy, conditioning
+
+    def __call__(
+        self, latents: Tensor, times: Tensor, prompts: Tensor, keys: Sequence[Key] = ()
+    ) -> Tensor:
+        return self.policy.velocity(latents, times, self.conditioning.select(prompts))
+
+    def passed(self, node: int) -> None:
+        pass
+
+
 def walk(
-    policy: FluxPolicy, tree: RolloutTree, grid: SigmaGrid, config: ContinuationConfig | None
-) -> tuple[Sweep, int]:
-    """A walk for two prompts; and how many velocities were reused."""
-    conditioning = policy.encode(["a red circle", "two blue squares above a green one"])
-    method = g2rpo.G2RPO()
-    settings = SweepSettings(method.diffusion(grid.sigmas), 5)
-
-    def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
-        return policy.velocity(latents, times, conditioning.select(prompts))
-
-    def noise(prompt: int, sample: int, step: int) -> Tensor:
-        return noise_for(policy, prompt, sample, step)
-
-    if config is None:
-        return sweep(tree, grid, 2, exact, noise, settings), 0
-    with ContinuationPolicy(policy, config).rollout(tree, conditioning) as continuations:
-        swept = sweep(tree, grid, 2, Velocities(exact, continuations), noise, settings)
-        return swept, continuations.reused
-
-
-def grid_of(steps: int = 6) -> SigmaGrid:
-    return build_grid(GridConfig(steps=steps), image_tokens=4)
+    policy: FluxPolicy, tree: RolloutTree, config: ContinuationConfig | None, size: int = 5
+) -> tuple[Sweep, Exactly | RolloutContinuations]:
+    """A walk for two prompts in batches of ``size``; and what continued it."""
+    conditioning = policy.encode(PROMPTS)
+    settings = SweepSettings(g2rpo.G2RPO().diffusion(GRID.sigmas), size)
+    exact = Exactly(policy, conditioning)
+    twin = nullcontext(exact)
+    if config is not None:
+        twin = ContinuationPolicy(policy, config).rollout(tree, conditioning)
+    with twin as continuations:
+        noise = functools.partial(noise_for, policy)
+        return sweep(
+            tree, GRID, 2, Velocities(exact, continuations), noise, settings
+        ), continuations
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -135,9 +151,8 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
     def noise(prompt: int, sample: int, step: int) -> Tensor:
         return gaussian((4, 6), 1, "test", prompt, sample, step)
 
-    grid = grid_of()
-    settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 4)
-    swept = sweep(tree, grid, 2, Velocities(exact, Continued()), noise, settings)
+    settings = SweepSettings(g2rpo.G2RPO().diffusion(GRID.sigmas), 4)
+    swept = sweep(tree, GRID, 2, Velocities(exact, Continued()), noise, settings)
     left = {state.parent for state in tree.states if state.parent is not None}
     continued = sorted(
         (prompt, state) for prompt in range(2) for state in left - tree.policy_states
@@ -148,7 +163,7 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
     assert passed == list(range(6))
 
     # The same function for both: the same as without a distinction, but for the batches.
-    plain = sweep(tree, grid, 2, lambda x, t, p: torch.tanh(x), noise, settings)
+    plain = sweep(tree, GRID, 2, lambda x, t, p: torch.tanh(x), noise, settings)
     assert torch.equal(plain.images, swept.images)
 
 
@@ -170,9 +185,9 @@ def test_an_approximation_changes_images_a_little_and_no_log_probability(
     policy: FluxPolicy, fields: dict[str, object]
 ) -> None:
     with_lora(policy)
-    tree, grid = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0), grid_of()
-    plain, _ = walk(policy, tree, grid, None)
-    swept, reused = walk(policy, tree, grid, config_of(**fields))
+    tree = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0)
+    plain, _ = walk(policy, tree, None)
+    swept, continuations = walk(policy, tree, config_of(**fields))
     for one, two in zip(plain.recorded, swept.recorded, strict=True):
         # Exact states are batched apart from the others: the last bits of sums may differ.
         torch.testing.assert_close(two.log_prob, one.log_prob, rtol=0, atol=2e-6)
@@ -186,78 +201,33 @@ def test_an_approximation_changes_images_a_little_and_no_log_probability(
         assert change < 1e-5
     else:
         assert change > 1e-4
-    assert (reused > 0) == ("step_cache" in fields)
+    assert (continuations.reused > 0) == ("step_cache" in fields)
     assert swept.velocity_evaluations == plain.velocity_evaluations
 
 
 @pytest.mark.parametrize("kind", ["first_block", "modulation"])
-def test_a_cache_that_never_reuses_is_exact(policy: FluxPolicy, kind: str) -> None:
-    tree, grid = g2rpo.G2RPO(granularities=(1, 3)).rollout_tree(SHAPE, 0), grid_of()
-
-    class Exactly:
-        """The policy's own velocity for the continuations, in the same batches."""
-
-        def __init__(self, conditioning: Conditioning) -> None:
-            self.conditioning = conditioning
-
-        def __call__(
-            self, latents: Tensor, times: Tensor, prompts: Tensor, keys: Sequence[Key]
-        ) -> Tensor:
-            return policy.velocity(latents, times, self.conditioning.select(prompts))
-
-        def passed(self, node: int) -> None:
-            pass
-
-    conditioning = policy.encode(["a red circle", "two blue squares above a green one"])
-    exactly = Exactly(conditioning)
-
-    def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
-        return exactly(latents, times, prompts, ())
-
-    def noise(prompt: int, sample: int, step: int) -> Tensor:
-        return noise_for(policy, prompt, sample, step)
-
-    settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 5)
-    expected = sweep(tree, grid, 2, Velocities(exact, exactly), noise, settings)
+def test_a_cache_that_never_reuses_is_exact_and_is_empty_at_the_end(
+    policy: FluxPolicy, kind: str
+) -> None:
+    tree = g2rpo.G2RPO(granularities=(1, 3)).rollout_tree(SHAPE, 0)
+    expected, _ = walk(policy, tree, None)
     config = config_of(step_cache={"kind": kind, "threshold": 1e-9})
-    swept, reused = walk(policy, tree, grid, config)
-    assert reused == 0
+    swept, continuations = walk(policy, tree, config)
+    assert continuations.reused == 0
     assert torch.equal(swept.images, expected.images)
+    assert continuations.cache is not None
+    assert not continuations.cache.entries
 
 
 @pytest.mark.parametrize("kind", ["first_block", "modulation"])
 def test_what_is_reused_does_not_depend_on_the_batch(policy: FluxPolicy, kind: str) -> None:
-    tree, grid = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0), grid_of()
-    conditioning = policy.encode(["a red circle", "two blue squares"])
+    tree = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0)
     config = config_of(step_cache={"kind": kind, "threshold": 0.5})
-    found = []
-    for size in (1, 4, 64):
-        twin = ContinuationPolicy(policy, config)
-        with twin.rollout(tree, conditioning) as continuations:
-            velocities = Velocities(
-                lambda x, t, p: policy.velocity(x, t, conditioning.select(p)), continuations
-            )
-            settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), size)
-            swept = sweep(tree, grid, 2, velocities, lambda *key: noise_for(policy, *key), settings)
-            found.append((continuations.reused, swept.images))
-    assert found[0][0] > 0
-    for reused, images in found[1:]:
-        assert reused == found[0][0]
-        torch.testing.assert_close(images, found[0][1], atol=2e-5, rtol=0)
-
-
-def test_a_cache_forgets_what_is_no_longer_needed(policy: FluxPolicy) -> None:
-    tree, grid = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0), grid_of()
-    conditioning = policy.encode(["a red circle"])
-    twin = ContinuationPolicy(policy, config_of(step_cache={"threshold": 0.3}))
-    with twin.rollout(tree, conditioning) as continuations:
-        velocities = Velocities(
-            lambda x, t, p: policy.velocity(x, t, conditioning.select(p)), continuations
-        )
-        settings = SweepSettings(g2rpo.G2RPO().diffusion(grid.sigmas), 8)
-        sweep(tree, grid, 1, velocities, lambda *key: noise_for(policy, *key), settings)
-        assert continuations.cache is not None
-        assert not continuations.cache.entries
+    (first, one), *others = (walk(policy, tree, config, size) for size in (1, 4, 64))
+    assert one.reused > 0
+    for swept, continuations in others:
+        assert continuations.reused == one.reused
+        torch.testing.assert_close(swept.images, first.images, atol=2e-5, rtol=0)
 
 
 def test_merging_follows_the_adapters(policy: FluxPolicy) -> None:
