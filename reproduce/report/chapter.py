@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from benchmarks.evaluation.results import Cell, cells_folder, load_cells
 from g2rpo.errors import UserError
@@ -133,8 +132,5 @@ def finished_experiments(profile: Profile, layout: Layout) -> list[str]:
     """The bundled experiments that have a finished cell; the paper's tables first."""
     names = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
     names.sort(key=lambda name: not name.startswith("table"))
-    return [name for name in names if any(_cells(profile, layout, name).glob("*.json"))]
-
-
-def _cells(profile: Profile, layout: Layout, name: str) -> Path:
-    return cells_folder(layout.tables, profile.name, name)
+    folders = {name: cells_folder(layout.tables, profile.name, name) for name in names}
+    return [name for name, folder in folders.items() if any(folder.glob("*.json"))]

@@ -1,14 +1,15 @@
 """The configuration behind each run, flat, so that any two can be laid side by side."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.evaluation.results import Cell
 from g2rpo.errors import UserError
-from reproduce.experiment import ResolvedCell
 from reproduce.report.chapter import Chapter, without_root
 from reproduce.runs.folders import SETTINGS, read_document
 from reproduce.settings import flat
+
+SECTIONS = {"train", "policy", "evaluation", "evaluation_prompts", "checkpoint"}
+"""Of a resolved cell, those that are shown."""
 
 
 def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
@@ -17,53 +18,34 @@ def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
     for cell in chapter.cells:
         info = cell.info
         seed = "" if info.seed is None else f", seed {info.seed}"
-        values, note = _configuration(chapter, cell)
-        found.append(
-            {
-                "label": f"{chapter.labels[info.row]}{seed}",
-                "chapter": chapter.name,
-                "note": note,
-                "values": values,
-            }
-        )
+        known = {"cell": info.row, "method": info.method, "preset": info.preset}
+        known["protocol"] = info.protocol.name
+        sections, note = _sections(chapter, cell)
+        values = {key: without_root(text) for key, text in flat(known | sections).items()}
+        label = f"{chapter.labels[info.row]}{seed}"
+        found.append({"label": label, "chapter": chapter.name, "note": note, "values": values})
     return found
 
 
-def _configuration(chapter: Chapter, cell: Cell) -> tuple[dict[str, str], str | None]:
-    known = {
-        "cell": cell.info.row, "method": cell.info.method, "preset": cell.info.preset,
-        "protocol": cell.info.protocol.name,
-    }  # fmt: skip
+def _sections(chapter: Chapter, cell: Cell) -> tuple[dict[str, Any], str | None]:
+    """The configuration of a cell: its experiment's where that still gives its run."""
+    name = cell.info.runs.get("train", "")
+    sections: dict[str, Any] = {}
+    note = "the files that the configuration is made from are not here"
     try:
         resolved = chapter.resolved(cell)
-        name = None if resolved is None else chapter.layout.training(resolved).name
+        if resolved is not None:
+            made = chapter.layout.training(resolved).name
+            sections = resolved.model_dump(mode="json", include=SECTIONS)
+            if made == name:
+                return sections, None
+            note = "the experiment's files now say something else than this run was made from"
     except UserError:  # its files are not here, and so it cannot be told what it is named
-        resolved, name = None, None
-    if resolved is not None and name == cell.info.runs.get("train"):
-        return _flat(known | _sections(resolved)), None
+        pass
     try:
-        run = chapter.layout.runs / cell.info.runs.get("train", "")
-        trained = read_document(run / SETTINGS, ())
+        trained = read_document(chapter.layout.runs / name / SETTINGS, ())
     except UserError as error:
-        return _flat(known), str(error)
+        return {}, str(error)
     if trained is not None:
-        return _flat(known | {"train": trained}), "as kept in the run's folder"
-    if resolved is not None:
-        note = "the experiment's files now say something else than this run was made from"
-        return _flat(known | _sections(resolved)), note
-    return _flat(known), "the files that the configuration is made from are not here"
-
-
-def _sections(cell: ResolvedCell) -> dict[str, Any]:
-    return {
-        "train": None if cell.train is None else cell.train.model_dump(mode="json"),
-        "policy": cell.policy.model_dump(mode="json"),
-        "evaluation": cell.evaluation.model_dump(mode="json"),
-        "evaluation_prompts": cell.evaluation_prompts,
-        "checkpoint": None if cell.checkpoint is None else cell.checkpoint.model_dump(mode="json"),
-    }
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, str]:
-    """Dotted keys; paths as within the repository."""
-    return {key: without_root(text) for key, text in flat(values).items()}
+        return {"train": trained}, "as kept in the run's folder"
+    return sections, note
