@@ -34,6 +34,7 @@ def duration(seconds: float) -> str:
 @contextmanager
 def without_library_bars() -> Iterator[None]:
     """While models load: the libraries' own bars are not shown."""
+    # Imported here for start-up time: `g2rpo --help` loads this module.
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -38,7 +38,7 @@ class Ranks:
         """The first rank's ``message``, on all ranks."""
         if self.count == 1:
             return message
-        from accelerate.utils import broadcast_object_list
+        from accelerate.utils import broadcast_object_list  # takes seconds; one rank needs none
 
         found: list[str | None] = broadcast_object_list([message])
         return found[0]
@@ -62,7 +62,7 @@ def join(expected: int) -> Iterator[Ranks]:
         raise UserError(f"{count} ranks were started for a stage of {expected}; submit it again")
     launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun has opened the port itself
     check_meeting_point(address, port, first=rank == 0 and not launched)
-    import torch
+    import torch  # only now: a mistake above is told without the seconds that torch takes
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)

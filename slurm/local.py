@@ -64,7 +64,7 @@ class Slots:
     @classmethod
     def found(cls, jobs: int | None = None, prepare: str | None = None) -> "Slots":
         """One slot per GPU, else per core, eight at most; ``jobs`` where it is given."""
-        import torch
+        import torch  # takes seconds, and whoever only submits needs none
 
         if torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")

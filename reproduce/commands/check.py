@@ -40,7 +40,7 @@ def machine(
     results: Results = Path("results"), require_gpu: RequireGpu = False, quick: Quick = False
 ) -> None:
     """Look at devices, versions and folders, and run everything once on tiny models."""
-    from reproduce.checks.machine import check_machine
+    from reproduce.checks.machine import check_machine  # imports torch: not for --help
 
     conclude(check_machine(results, require_gpu=require_gpu, quick=quick))
 
@@ -53,7 +53,7 @@ def image(
 
     Packages that are not the locked ones, or an unknown commit, fail: an image has no excuse.
     """
-    from reproduce.checks.machine import check_machine
+    from reproduce.checks.machine import check_machine  # imports torch: not for --help
 
     found = check_machine(results, require_gpu=require_gpu, quick=quick)
     strict = ("packages", "code")
@@ -80,6 +80,7 @@ def cluster(
     ] = False,
 ) -> None:
     """Check that a cluster profile fits its cluster, with a tiny job that looks around there."""
+    # Imported here for start-up time: these load the catalogue and the experiments.
     from reproduce.checks.scale import case_of, check_weights
     from reproduce.experiment import load_profile
     from slurm.checks.cluster import check_cluster

@@ -137,25 +137,6 @@ def test_what_slurm_would_refuse(check: Check) -> None:
     assert done.line("sbatch takes embed, sample, score")[0] == "ok"
 
 
-def test_a_time_limit_above_the_partition_s(check: Check, cluster: Cluster) -> None:
-    cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=60")
-    try:
-        done = check("--quick")
-    finally:
-        cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
-    assert done.code == 2
-    word, text = done.line("time of embed, train, sample, score, credit")
-    assert word == "failed"
-    assert "asks for 1440 minutes, partition main allows 60" in text
-    assert "set minutes: {embed: 60, train: 60, sample: 60, score: 60, credit: 60}" in text
-
-
-def test_preemption_without_time_to_save_is_a_warning(check: Check) -> None:
-    done = check("--quick", signal_lead_seconds=120)
-    assert (done.code, done.words()) == (0, {"ok", "warning"})
-    assert "10 s (GraceTime)" in done.line("preemption in main")[1]
-
-
 def test_nodes_that_are_drained(check: Check, cluster: Cluster) -> None:
     scale = check.profile(gpus=4)
     cluster.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=fan is broken")

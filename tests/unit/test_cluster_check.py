@@ -24,7 +24,6 @@ from slurm.checks.probe import QUESTION, Question, gpu_memory
 from slurm.checks.site import Site
 from slurm.cluster import Cluster
 from slurm.graph import Needs
-from slurm.times import seconds_of
 
 RECORDED = Path(__file__).parent / "slurm_recorded"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,17 +70,6 @@ def quick(tmp_path: Path, wanted: Mapping[str, Needs] = TRAIN, **settings: Any) 
     return check_cluster(
         replace(case(wanted, **settings), results=tmp_path / "results", quick=True)
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("UNLIMITED", None), ("", None), ("NONE", None), ("1-00:00:00", 86400), ("2-12", 216000),
-        ("02:30:00", 9000), ("30:00", 1800), ("30 sec", 30), ("5 min", 300), ("00:00:00", 0),
-    ],
-)  # fmt: skip
-def test_times(text: str, seconds: int | None) -> None:
-    assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """One stage in a job: its exit code, what it says, its request to be requeued, its ranks."""
 
-import json
 import os
 import socket
 import sys
@@ -8,15 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stage_functions import ENTRY, saved_submission, told
+from stage_functions import saved_submission, told
 
 from g2rpo.errors import UserError
-from g2rpo.owner import slurm_job_id
 from slurm import distributed, job
 from slurm.cluster import Cluster
 from slurm.distributed import check_meeting_point, join
 from slurm.graph import Stage
-from slurm.job import REQUEUE, TERMINATED, import_function, requeue_marker, run_stage
+from slurm.job import REQUEUE, TERMINATED, requeue_marker, run_stage
 from slurm.submission import Submission
 
 ACTIONS = (
@@ -137,11 +135,6 @@ def test_the_command_of_a_job_does_its_stage(
     assert begun[1:3] == (["user", "error"] if code else ["nothing", str(os.getpid())])
 
 
-def test_an_entry_is_found_by_its_name() -> None:
-    assert import_function("json:dumps") is json.dumps
-    assert import_function(ENTRY).__name__ == "run"
-
-
 # Ranks
 
 
@@ -229,12 +222,3 @@ def test_the_meeting_point_is_the_profile_s_or_the_first_node(
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def test_the_id_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slurm_job_id() is None
-    monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert slurm_job_id() == "18"
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert slurm_job_id() == "17_3"
