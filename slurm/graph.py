@@ -50,6 +50,9 @@ class Stage:
     array: str | None = None
     lease: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.kind} {self.label}"
+
 
 class Graph:
     """Stages by name, each after those that it depends on.

@@ -66,10 +66,10 @@ def logs(
     chosen = _chosen(statuses, stage)
     if chosen.log is None:
         raise UserError(
-            f"{chosen.stage.kind} {chosen.stage.label} has no log yet: it is {chosen.word}"
+            f"{chosen.stage} has no log yet: it is {chosen.word}"
             + (f" ({chosen.reason})" if chosen.reason else "")
         )
-    typer.echo(f"{chosen.stage.kind} {chosen.stage.label}: {shown_path(chosen.log)}", err=True)
+    typer.echo(f"{chosen.stage}: {shown_path(chosen.log)}", err=True)
     _print_tail(chosen.log, lines, follow=follow)
 
 
@@ -78,10 +78,10 @@ def _chosen(statuses: "list[StageStatus]", part: str) -> "StageStatus":
     fitting = [
         status
         for status in statuses
-        if all(w in f"{status.stage.kind} {status.stage.label} {status.stage.name}" for w in words)
+        if all(w in f"{status.stage} {status.stage.name}" for w in words)
     ]
     if not fitting:
-        names = {f"{status.stage.kind} {status.stage.label}" for status in statuses}
+        names = {str(status.stage) for status in statuses}
         raise UserError(f"no stage {part!r}; {nearest(part, names)}")
     logged = [status for status in fitting if status.log is not None]
     failed = [status for status in logged if status.word == "failed"]

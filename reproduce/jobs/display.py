@@ -9,6 +9,7 @@ from typing import Self
 from rich.live import Live
 from rich.table import Table
 
+from g2rpo.attempts import Record
 from g2rpo.progress import duration
 from g2rpo.terminal import literal, plain_table, wide_console
 from reproduce.jobs.status import StageStatus, readings
@@ -124,7 +125,7 @@ class StatusDisplay(_LiveDisplay):
                     self._tell(status)
 
     def _tell(self, status: StageStatus) -> None:
-        head = f"{time.strftime('%H:%M:%S')} {status.stage.kind} {status.stage.label}"
+        head = f"{time.strftime('%H:%M:%S')} {status.stage}"
         job = f" (job {status.job})" if status.job else ""
         remark = _remark(status)
         self._print(f"{head}: {status.word}{job}" + (f": {remark}" if remark else ""))
@@ -158,16 +159,15 @@ class LocalDisplay(_LiveDisplay):
         if code == 0:
             self._say(stage, f"finished in {duration(took)}")
             return
-        attempt = latest_attempt(Path(stage.lease))
-        told = "" if attempt is None or attempt.record is None else attempt.record.reason
-        reason = told or f"exit code {code}"
+        record = _record(stage)
+        reason = (record and record.reason) or f"exit code {code}"
         log = self.submission.local_log(stage.name)
         where = f"; log: {shown_path(log)}" if log.exists() else ""
         self._say(stage, f"FAILED: {reason}{where}")
 
     def cancelled(self, stage: Stage, because: Stage) -> None:
         """A stage cannot run."""
-        self._say(stage, f"cancelled: {because.kind} {because.label} failed")
+        self._say(stage, f"cancelled: {because} failed")
 
     def waiting(self, running: Sequence[Stage]) -> None:
         """Stages run: shows how far they are."""
@@ -184,26 +184,30 @@ class LocalDisplay(_LiveDisplay):
         self.ended_count += 1
         elapsed = time.monotonic() - self.started_at
         eta = duration(elapsed / self.ended_count * (self.total - self.ended_count))
-        head = f"[{self.ended_count}/{self.total}] {stage.kind} {stage.label}: {what}"
+        head = f"[{self.ended_count}/{self.total}] {stage}: {what}"
         self._last = time.monotonic()
         self._print(f"{head} ({duration(elapsed)} so far, ETA {eta})")
 
 
-def _running_line(stage: Stage) -> str:
+def _record(stage: Stage) -> Record | None:
     attempt = latest_attempt(Path(stage.lease))
-    if attempt is None or attempt.record is None or attempt.record.progress.done is None:
+    return None if attempt is None else attempt.record
+
+
+def _running_line(stage: Stage) -> str:
+    record = _record(stage)
+    if record is None or record.progress.done is None:
         return ""
-    progress = attempt.record.progress
-    left = progress.remaining_seconds
+    progress, left = record.progress, record.progress.remaining_seconds
     eta = "" if left is None else f", ETA {duration(left)}"
     share = f"{progress.done}/{progress.total}"
-    return f"  {stage.kind} {stage.label}: {share}{eta}  {progress.note}".rstrip()
+    return f"  {stage}: {share}{eta}  {progress.note}".rstrip()
 
 
 def _running_table(running: Iterable[Stage]) -> Table:
     table = plain_table("")
     table.show_header = False
     for stage in running:
-        line = _running_line(stage) or f"  {stage.kind} {stage.label}: starting"
+        line = _running_line(stage) or f"  {stage}: starting"
         table.add_row(line)
     return table

@@ -151,7 +151,7 @@ def _unfinished(
     elif not reached:
         word, reason = "unknown", "SLURM not reachable"
     elif lost is not None:
-        word, reason = "cancelled", f"{lost.stage.kind} {lost.stage.label} {lost.word}"
+        word, reason = "cancelled", f"{lost.stage} {lost.word}"
     elif said is not None:
         word, reason = _job_end(said)
     elif driven:

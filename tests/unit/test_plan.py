@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_plan
 import yaml
 
-from g2rpo.config import validate
 from reproduce.checks.scale import needs_by_kind
 from reproduce.commands.plan_display import KINDS, print_plan, stage_estimates
-from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
+from reproduce.experiment import Profile, expand, load_experiment, load_profile
 from reproduce.experiment.fingerprint import absent_prompts_named
 from reproduce.experiment.layout import Layout
 from reproduce.jobs.plan import Plan, make_plan
@@ -18,31 +18,15 @@ from reproduce.stages.evaluation import Score
 from reproduce.stages.training import Train
 from slurm.cluster import load_cluster
 
-TABLE: dict[str, Any] = {
-    "name": "t",
-    "title": "A table",
-    "baseline": "base",
-    "columns": [{"reward": "hps", "label": "HPS"}],
-}
 CELLS: dict[str, Any] = {
-    "base": {},
-    "hps/a": {"method": "g2rpo", "train": ["hps"]},
+    **small_plan.CELLS,
     "hps/same": {"method": "g2rpo", "train": ["hps"]},
     "hps/b": {"method": "mix_grpo", "train": ["hps"]},
 }
 
 
-def experiment_of(cells: dict[str, Any]) -> Experiment:
-    return validate(Experiment, {"name": "t", "cells": cells, "table": TABLE}, "test")
-
-
-def plan_of(folder: Path, shares: int = 1, seeds: tuple[int, ...] = (1,), **changes: Any) -> Plan:
-    profile = load_profile("mini")
-    hardware = profile.hardware.model_copy(update={"evaluation_shares": shares})
-    profile = profile.model_copy(update={"hardware": hardware})
-    experiment = experiment_of(changes.get("cells", CELLS))
-    cells = expand(experiment, profile, seeds)
-    return make_plan(experiment, profile, cells, Layout(folder / "runs", folder / "runs"))
+def plan_of(folder: Path, shares: int = 1, seeds: tuple[int, ...] = (1,)) -> Plan:
+    return small_plan.small_plan(folder, shares, seeds, CELLS)
 
 
 def kinds(plan: Plan) -> dict[str, int]:
@@ -133,7 +117,7 @@ def planned(rows: int, folder: Path) -> float:
         rate = 1e-5 * (1 + (number + 0.5) / 1000)
         settings = {"optimization": {"learning_rate": rate}}
         cells[f"hps/c{number}"] = {"method": "g2rpo", "train": ["hps"], "set": settings}
-    experiment, profile = experiment_of(cells), load_profile("mini")
+    experiment, profile = small_plan.experiment_of(cells), load_profile("mini")
     started = time.process_time()
     resolved = expand(experiment, profile, (1, 2, 3, 4))
     plan = make_plan(experiment, profile, resolved, Layout(folder / "runs", folder / "runs"))
@@ -195,7 +179,7 @@ def test_an_experiment_file_is_planned_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({"name": "t", "cells": CELLS, "table": TABLE}))
+    path.write_text(yaml.safe_dump({"name": "t", "cells": CELLS, "table": small_plan.TABLE}))
     monkeypatch.chdir(tmp_path)
     plan = make_plan(
         load_experiment("mine.yaml"),

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_plan import small_plan
 
 from g2rpo.attempts import Record, WorkProgress
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.owner import Owner
-from reproduce.experiment import Experiment, expand, load_profile
-from reproduce.experiment.layout import Layout
 from reproduce.jobs.display import status_table, summary
 from reproduce.jobs.launch import DRIVER, latest_submission, left_to_submit, save_submission
-from reproduce.jobs.plan import Plan, make_plan
 from reproduce.jobs.stage_jobs import active_stages, hopeless_stages
 from reproduce.jobs.status import StageStatus, is_over, read_status, readings
 from reproduce.stages.training import Train
@@ -27,14 +25,6 @@ from slurm.cluster import Cluster
 from slurm.states import JobState
 from slurm.submission import Submission, job_comment
 
-TABLE: dict[str, Any] = {
-    "name": "t",
-    "cells": {"base": {}, "hps/a": {"method": "g2rpo", "train": ["hps"]}},
-    "table": {
-        "name": "t", "title": "A table", "baseline": "base",
-        "columns": [{"reward": "hps", "label": "HPS"}],
-    },
-}  # fmt: skip
 GONE = Owner.this_process().model_copy(update={"process_start": 1.0})
 
 
@@ -42,11 +32,7 @@ class Site:
     """A submission of a base and one training, and a SLURM that says what it is told to."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        profile = load_profile("mini")
-        experiment = validate(Experiment, TABLE, "test")
-        cells = expand(experiment, profile, (1,))
-        layout = Layout(folder / "runs", folder / "runs")
-        self.plan: Plan = make_plan(experiment, profile, cells, layout)
+        self.plan = small_plan(folder)
         cluster = validate(Cluster, {"name": "site", "kind": kind}, "test")
         self.submission: Submission = save_submission(self.plan, cluster)
         self.known: dict[str, JobState] = {}

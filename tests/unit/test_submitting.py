@@ -3,31 +3,20 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from small_plan import small_plan
 from submitit.core import utils
 
-from g2rpo.config import validate
 from g2rpo.errors import UserError
-from reproduce.experiment import Experiment, expand, load_profile
-from reproduce.experiment.layout import Layout
 from reproduce.jobs.launch import submit_to_slurm
-from reproduce.jobs.plan import Plan, make_plan
+from reproduce.jobs.plan import Plan
 from reproduce.jobs.status import read_status
 from reproduce.stages.embedding import Embed
 from slurm import states
 from slurm.cluster import Cluster
 from slurm.submission import Submission, list_submissions, read_comment
 
-TABLE: dict[str, Any] = {
-    "name": "t",
-    "cells": {"base": {}, "hps/a": {"method": "g2rpo", "train": ["hps"]}},
-    "table": {
-        "name": "t", "title": "A table", "baseline": "base",
-        "columns": [{"reward": "hps", "label": "HPS"}],
-    },
-}  # fmt: skip
 CLUSTER = Cluster(name="site")
 
 
@@ -96,12 +85,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Slurm:
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     """A base and a training, both sampled and scored in three shares."""
-    profile = load_profile("mini")
-    hardware = profile.hardware.model_copy(update={"evaluation_shares": 3})
-    profile = profile.model_copy(update={"hardware": hardware})
-    experiment = validate(Experiment, TABLE, "test")
-    cells = expand(experiment, profile, (1,))
-    return make_plan(experiment, profile, cells, Layout(tmp_path / "runs", tmp_path / "runs"))
+    return small_plan(tmp_path, shares=3)
 
 
 def kill_at(moment: str, number: int) -> Callable[[str, int], None]:
