@@ -1,5 +1,7 @@
-"""The report: experiments as one static HTML page that opens from disk and asks no network.
+"""What is shown of runs and tables: the report page, and runs compared on the terminal.
 
-``chapter`` collects an experiment, ``grids``, ``curves``, ``pictures``, ``configurations`` and
-``provenance`` say what is shown of it, ``page`` puts it into one file within a size.
+The page is one static HTML file that opens from disk and asks no network. ``chapter`` collects an
+experiment with its computed table; ``table_grids``, ``overview``, ``curves``, ``pictures`` and
+``configurations`` say what is shown of it, ``view`` puts an experiment together and ``page`` the
+file, within a size. ``comparison`` and ``comparison_tables`` are ``g2rpo compare``.
 """
