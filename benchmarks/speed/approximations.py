@@ -25,7 +25,6 @@ from benchmarks.evaluation.statistics import LEVEL, Interval, checkpoint_interva
 from benchmarks.speed.report import markdown_table, write_report
 from g2rpo.config import merge, validate
 from g2rpo.data.prompts import Prompt, read_prompts
-from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.policy.fp8 import has_fp8_kernels
 from g2rpo.progress import ProgressReport
 from g2rpo.provenance import provenance, source_fingerprint
@@ -33,6 +32,7 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.advantages import transition_advantages
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.continuation import ContinuationPolicy
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.rollout import Rollout, RolloutEngine

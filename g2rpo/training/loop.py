@@ -14,7 +14,6 @@ from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import build_grid
 from g2rpo.flow.sweep import SweepSettings
-from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.policy.folder import resolve_source
 from g2rpo.policy.size import read_size
 from g2rpo.progress import ProgressReport
@@ -38,6 +37,7 @@ from g2rpo.training.collective import (
     sync_ranks,
 )
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.continuation import ContinuationPolicy
 from g2rpo.training.engine import build_optimizer, build_weights
 from g2rpo.training.memory import check_fits
 from g2rpo.training.metrics import (

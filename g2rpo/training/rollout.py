@@ -22,9 +22,9 @@ from g2rpo.flow.sweep import (
     sweep,
 )
 from g2rpo.policy import Conditioning, FluxPolicy
-from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.rewards.base import RewardModel
 from g2rpo.seeds import gaussian
+from g2rpo.training.continuation import ContinuationPolicy
 from g2rpo.training.scoring import score_slices
 
 

@@ -21,9 +21,9 @@ from g2rpo.methods import g2rpo, mix_grpo
 from g2rpo.methods.base import RolloutShape
 from g2rpo.policy import Conditioning, FluxPolicy, LoraConfig, PolicyConfig
 from g2rpo.policy.config import ContinuationConfig
-from g2rpo.policy.continuation import ContinuationPolicy, RolloutContinuations
 from g2rpo.policy.fp8 import Fp8Linear, quantise
 from g2rpo.seeds import gaussian
+from g2rpo.training.continuation import ContinuationPolicy, RolloutContinuations
 
 SHAPE = RolloutShape(6, 3, 10)
 

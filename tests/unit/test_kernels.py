@@ -15,13 +15,13 @@ from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
 from g2rpo.policy import FluxPolicy, PolicyConfig
-from g2rpo.policy.continuation import ContinuationConfig, ContinuationPolicy
 from g2rpo.policy.kernels import (
     Attention,
     is_compiled,
     resolve_attention,
     set_attention,
 )
+from g2rpo.training.continuation import ContinuationConfig, ContinuationPolicy
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

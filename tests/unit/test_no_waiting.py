@@ -17,8 +17,8 @@ from g2rpo.flow.upload import indices, to_device
 from g2rpo.methods import dance_grpo, g2rpo
 from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.policy import FluxPolicy, PolicyConfig
-from g2rpo.policy.continuation import ContinuationPolicy
 from g2rpo.seeds import gaussian
+from g2rpo.training.continuation import ContinuationPolicy
 
 aten = torch.ops.aten
 READS = {

@@ -24,7 +24,7 @@ from g2rpo.policy.config import ContinuationConfig
 from g2rpo.policy.flux import FluxPolicy
 from g2rpo.policy.fp8 import Fp8Linear, fits
 from g2rpo.policy.kernels import compile_blocks, is_compiled
-from g2rpo.policy.step_cache import CachedBlocks, StepCache
+from g2rpo.training.step_cache import CachedBlocks, StepCache
 
 Refresh = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 """A layer's current weight, and what takes it over."""
