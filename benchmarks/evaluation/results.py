@@ -8,6 +8,7 @@ measured. The JSON is written last and holds the hashes of the others, so a cell
 absent.
 """
 
+import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -233,13 +234,11 @@ def save_cell(cell: Cell, folder: Path) -> Path:
     An older cell of the same name is replaced; killed in between, it is absent, not mixed.
     """
     json_path = folder / f"{cell.info.name}.json"
-    scores_path = _parquet_path(json_path)
     folder.mkdir(parents=True, exist_ok=True)
     json_path.unlink(missing_ok=True)
-    atomic_write_bytes(scores_path, _parquet(cell.scores))
     document = _CellFile(
         cell=cell.info,
-        scores_sha256=sha256_file(scores_path),
+        scores_sha256=_save_parquet(cell.scores, _parquet_path(json_path)),
         curve_sha256=_save_optional(cell.curve, _parquet_path(json_path, "curve")),
         metrics_sha256=_save_optional(cell.metrics, _parquet_path(json_path, "metrics")),
     )
@@ -248,12 +247,18 @@ def save_cell(cell: Cell, folder: Path) -> Path:
 
 
 def _save_optional(frame: pd.DataFrame | None, path: Path) -> str | None:
-    """Writes ``frame`` and returns its file's hash; without one the file is not left either."""
+    """Writes ``frame``; without one the file of an older cell is not left either."""
     if frame is None:
         path.unlink(missing_ok=True)
         return None
-    atomic_write_bytes(path, _parquet(frame))
-    return sha256_file(path)
+    return _save_parquet(frame, path)
+
+
+def _save_parquet(frame: pd.DataFrame, path: Path) -> str:
+    """Writes ``frame`` and returns its file's hash."""
+    data = _parquet(frame)
+    atomic_write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _parquet_path(json_path: Path, part: str | None = None) -> Path:
@@ -288,14 +293,13 @@ def load_cell(json_path: Path) -> Cell:
             f"{document.cell.name}.json"
         )
     scores = _read_parquet(json_path, None, document.scores_sha256)
-    curve, metrics = (
-        None if sha256 is None else _read_parquet(json_path, part, sha256)
-        for part, sha256 in (
-            ("curve", document.curve_sha256),
-            ("metrics", document.metrics_sha256),
-        )
-    )
+    curve = _read_optional(json_path, "curve", document.curve_sha256)
+    metrics = _read_optional(json_path, "metrics", document.metrics_sha256)
     return Cell(document.cell, scores, curve, metrics)
+
+
+def _read_optional(json_path: Path, part: str, sha256: str | None) -> pd.DataFrame | None:
+    return None if sha256 is None else _read_parquet(json_path, part, sha256)
 
 
 def _read_parquet(json_path: Path, part: str | None, sha256: str) -> pd.DataFrame:

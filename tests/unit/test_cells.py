@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pydantic
 import pytest
-from cell_factory import make_cell, make_scores
+from cell_factory import make_cell, make_metrics, make_scores
 from hypothesis import given
 from hypothesis import strategies as st
 
 import benchmarks.evaluation.results
+from benchmarks.evaluation.metrics import DRIFT
 from benchmarks.evaluation.results import (
     Cell,
     Protocol,
@@ -82,15 +83,18 @@ def test_an_interrupted_save_leaves_no_cell(
     assert len(load_cells(tmp_path)) == 1
 
 
-def test_altered_and_missing_files_are_refused_by_name(tmp_path: Path) -> None:
-    path = save_cell(make_cell("base", seed=None, scores=SCORES), tmp_path)
-    parquet = tmp_path / "base.parquet"
+@pytest.mark.parametrize("part", ["base", "base__curve", "base__metrics"])
+def test_altered_and_missing_files_are_refused_by_name(tmp_path: Path, part: str) -> None:
+    cell = make_cell("base", seed=None, scores=SCORES)
+    curve = pd.DataFrame({"iteration": [1, 2]})
+    path = save_cell(Cell(cell.info, cell.scores, curve, make_metrics({DRIFT: 1.0})), tmp_path)
+    parquet = tmp_path / f"{part}.parquet"
     parquet.write_bytes(parquet.read_bytes()[:-1] + b"x")
     mend = "delete base.json and run the same `g2rpo reproduce`"
-    with pytest.raises(UserError, match=rf"base\.parquet: not the file.*{mend}"):
+    with pytest.raises(UserError, match=rf"{part}\.parquet: not the file.*{mend}"):
         load_cell(path)
     parquet.unlink()
-    with pytest.raises(UserError, match=rf"base\.parquet: missing.*{mend}"):
+    with pytest.raises(UserError, match=rf"{part}\.parquet: missing.*{mend}"):
         load_cell(path)
     with pytest.raises(UserError, match="cannot be read"):
         load_cell(tmp_path / "absent.json")

@@ -91,13 +91,6 @@ class TestCells:
         assert found.metrics is None
         assert found.info.protocol.diversity is None
 
-    def test_altered_metrics_are_refused(self, tmp_path: Path) -> None:
-        cell = measured(make_cell("base", seed=None, scores=SCORES), make_metrics(METRICS))
-        path = save_cell(cell, tmp_path)
-        (tmp_path / "base__metrics.parquet").unlink()
-        with pytest.raises(UserError, match=r"base__metrics\.parquet: missing"):
-            load_cell(path)
-
     @pytest.mark.parametrize(
         ("metrics", "message"),
         [
@@ -252,36 +245,28 @@ UP, DOWN, SAME = (0.1, 0.101, 0.102), (-0.1, -0.101, -0.102), (0.0, 0.05, -0.05)
 
 
 class TestRewardHacking:
-    @pytest.mark.parametrize("seeds", [1, 2, 3])
-    def test_another_reward_falls(self, seeds: int) -> None:
-        found = verdict(rows_of(UP[:seeds], DOWN[:seeds]))
-        assert found == hacking(("hps",), ("clip",))
-        assert found.flagged
-
-    def test_diversity_falls(self) -> None:
-        found = verdict(rows_of(UP, SAME, vendi=1.5))
-        assert found == hacking(("hps",), (VENDI,))
-
-    def test_honest_improvement(self) -> None:
-        found = verdict(rows_of(UP, UP, vendi=3.5))
-        assert found == hacking(("hps",), ())
-        assert not found.flagged
-
-    def test_nothing_gained(self) -> None:
-        found = verdict(rows_of(DOWN, DOWN))
-        assert found is not None
-        assert not found.flagged
-
-    def test_no_significance(self) -> None:
-        assert verdict(rows_of(UP, (-0.3, 0.1, 0.05))) == hacking(("hps",), ())
-        assert verdict(rows_of((0.3, -0.1, 0.0), DOWN)) == hacking((), ("clip",))
-
-    def test_what_only_the_single_comparison_finds_does_not_count(self) -> None:
-        # t = 5.6 with two degrees of freedom: p = 0.03 alone.
-        deviation = 0.1 * np.sqrt(3) / 5.6
-        falls = tuple(-0.1 + step * deviation for step in (-1, 0, 1))
-        assert 0.01 < scipy.stats.ttest_1samp(falls, 0).pvalue < 0.05
-        assert verdict(rows_of(UP, falls)) == hacking(("hps",), ())
+    @pytest.mark.parametrize(
+        ("hps", "clip", "vendi", "rose", "fell"),
+        [
+            *((UP[:seeds], DOWN[:seeds], 2.5, ("hps",), ("clip",)) for seeds in (1, 2, 3)),
+            (UP, SAME, 1.5, ("hps",), (VENDI,)),
+            (UP, UP, 3.5, ("hps",), ()),
+            (DOWN, DOWN, 2.5, (), ("clip",)),
+            (UP, (-0.3, 0.1, 0.05), 2.5, ("hps",), ()),
+            ((0.3, -0.1, 0.0), DOWN, 2.5, (), ("clip",)),
+            # t = 5.6 with two degrees of freedom: p = 0.03 alone, more after the correction.
+            (UP, tuple(-0.1 + step * 0.1 * 3**0.5 / 5.6 for step in (-1, 0, 1)), 2.5, ("hps",), ()),
+        ],
+    )
+    def test_what_rose_and_what_fell(
+        self,
+        hps: Sequence[float],
+        clip: Sequence[float],
+        vendi: float,
+        rose: tuple[str, ...],
+        fell: tuple[str, ...],
+    ) -> None:
+        assert verdict(rows_of(hps, clip, vendi)) == hacking(rose, fell)
 
     def test_in_domain_rewards_may_fall(self) -> None:
         rows = rows_of(UP, DOWN)
