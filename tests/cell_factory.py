@@ -11,9 +11,9 @@ import pandas as pd
 
 from benchmarks.evaluation.metrics import metric_frame
 from benchmarks.evaluation.results import Cell, CellInfo, Cost, Protocol, Provenance
+from reproduce.experiment.table import TableSpec
 from reproduce.tables.formats import write_formats
 from reproduce.tables.notes import Gap
-from reproduce.tables.spec import TableSpec
 from reproduce.tables.table import compute_table
 
 REWARDS = ("hps", "clip", "attributes")

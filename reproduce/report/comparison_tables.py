@@ -9,6 +9,7 @@ from rich.text import Text
 
 from benchmarks.evaluation.statistics import ALPHA, NOTHING, fixed, human, p_text, signed
 from g2rpo.terminal import literal, plain_table
+from reproduce.experiment.table import CostColumn
 from reproduce.report.comparison import (
     Delta,
     Difference,
@@ -19,7 +20,7 @@ from reproduce.report.comparison import (
     score_sections,
     setting_differences,
 )
-from reproduce.tables.spec import COST_LABELS, METRIC_LABELS, CostColumn
+from reproduce.tables.labels import COST_LABELS, METRIC_LABELS
 
 DIGITS = 4
 COSTS: tuple[CostColumn, ...] = (

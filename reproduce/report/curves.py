@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from reproduce.experiment.table import TableSpec
 from reproduce.report.chapter import Chapter
 from reproduce.tables.figures import Band, Horizontal, Metric, seed_band
-from reproduce.tables.spec import TableSpec
 
 AXES: dict[Horizontal, str] = {
     "iteration": "Iterations",

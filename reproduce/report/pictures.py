@@ -20,11 +20,11 @@ from g2rpo.errors import UserError
 from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import ResolvedCell
 from reproduce.experiment.layout import Layout
+from reproduce.experiment.table import RowSpec
 from reproduce.report.chapter import Chapter
 from reproduce.runs.finished import read_frame
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, read_scored
 from reproduce.stages.evaluation_files import preview_scores
-from reproduce.tables.spec import RowSpec
 
 logger = logging.getLogger(__name__)
 

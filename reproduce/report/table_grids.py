@@ -9,7 +9,9 @@ import numpy as np
 
 from benchmarks.evaluation.results import Cell
 from benchmarks.evaluation.statistics import ALPHA, NOTHING, p_equation, p_text, signed
+from reproduce.experiment.table import CostColumn
 from reproduce.report.grids import Box, Column, Grid, anchor, make_grid, number, text_box
+from reproduce.tables.labels import COST_LABELS
 from reproduce.tables.model import (
     HACKING_LABEL,
     IN_DOMAIN,
@@ -21,7 +23,6 @@ from reproduce.tables.model import (
     Table,
 )
 from reproduce.tables.model import Column as TableColumn
-from reproduce.tables.spec import COST_LABELS, CostColumn
 
 Name = TypeVar("Name", bound=str)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
 from benchmarks.evaluation.results import Cell, RowScores
 from benchmarks.evaluation.statistics import NOTHING
+from reproduce.experiment.table import RowSpec, TableSpec
 from reproduce.tables.model import HACKING_LABEL, IN_DOMAIN, Column, Row
-from reproduce.tables.spec import RowSpec, TableSpec
 
 NOT_RUN = "not run"
 

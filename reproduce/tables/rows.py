@@ -10,11 +10,12 @@ from benchmarks.evaluation.results import Cell, RowScores, gather_rows
 from benchmarks.evaluation.statistics import row_intervals
 from g2rpo.config import content_hash
 from g2rpo.errors import UserError
+from reproduce.experiment.table import CostColumn, RowSpec, TableSpec
+from reproduce.tables.labels import COST_LABELS, METRIC_LABELS
 from reproduce.tables.model import Column, Number, Row, Score, Source, grouped, interval_fields
 from reproduce.tables.notes import full_label
 from reproduce.tables.paper import DIGITS, PAPER_NAMES, PaperRow, PaperTables
 from reproduce.tables.references import MEASURES, REWARDS
-from reproduce.tables.spec import COST_LABELS, METRIC_LABELS, CostColumn, RowSpec, TableSpec
 
 PAPER_COLUMNS = tuple(Column(name=name, label=name, paper=name) for name in PAPER_NAMES)
 """The paper's own columns, for figures that may not stand in ours."""

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from benchmarks.evaluation.results import STYLE, RowScores
+from reproduce.experiment.table import TableSpec
 from reproduce.tables.model import Table
 from reproduce.tables.notes import full_label, legend
 from reproduce.tables.rows import score_columns, table_row
-from reproduce.tables.spec import TableSpec
 
 LEAST_PROMPTS = 2
 """Fewest prompts of a style from which an interval can be had."""

@@ -13,10 +13,10 @@ from benchmarks.evaluation.statistics import (
     p_text,
     signed,
 )
+from reproduce.tables.labels import COST_LABELS
 from reproduce.tables.markdown import markdown_escape, markdown_table
 from reproduce.tables.model import IN_DOMAIN, UNCLEAR, VERDICTS, PaperVerdict, RowComparison, Table
 from reproduce.tables.paper import DIGITS
-from reproduce.tables.spec import COST_LABELS
 
 
 def summary_markdown(table: Table) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks.evaluation.results import Cell
 from benchmarks.evaluation.statistics import ALPHA, Comparison, corrected
+from reproduce.experiment.table import RowSpec, TableSpec
+from reproduce.tables.labels import COST_LABELS
 from reproduce.tables.model import (
     UNCLEAR,
     Column,
@@ -39,7 +41,6 @@ from reproduce.tables.rows import (
     select_rows,
     table_row,
 )
-from reproduce.tables.spec import COST_LABELS, RowSpec, TableSpec
 from reproduce.tables.styles import style_table
 
 

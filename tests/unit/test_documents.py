@@ -11,10 +11,11 @@ from cell_factory import TABLE1, TABLE2, make_table_cells, render
 from g2rpo.config import validate
 from g2rpo.rewards.registry import REWARDS
 from reproduce.experiment import ROOT, load_experiment, load_profile
+from reproduce.experiment.table import TableSpec
 from reproduce.tables import references
+from reproduce.tables.labels import METRIC_LABELS
 from reproduce.tables.model import Table
 from reproduce.tables.notes import Gap
-from reproduce.tables.spec import METRIC_LABELS, TableSpec
 
 SPEC = validate(TableSpec, TABLE1, "table1")
 MISSING = "hps/mix_grpo"

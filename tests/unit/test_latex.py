@@ -13,9 +13,9 @@ from benchmarks.evaluation.results import load_cells
 from g2rpo.config import validate
 from g2rpo.files import atomic_write_text
 from reproduce.experiment import ROOT
+from reproduce.experiment.table import TableSpec
 from reproduce.tables.latex import latex_escape
 from reproduce.tables.references import BIBLIOGRAPHY, read_bibliography
-from reproduce.tables.spec import TableSpec
 
 MADE_UP = {data["name"]: data for data in (TABLE1, TABLE2, TABLE3)}
 COMMITTED = sorted((ROOT / "results").glob("*/*/*.tex"))

@@ -35,9 +35,9 @@ from benchmarks.evaluation.results import (
 from benchmarks.evaluation.statistics import Label
 from g2rpo.config import validate
 from g2rpo.errors import UserError
+from reproduce.experiment.table import TableSpec
 from reproduce.tables.model import RewardHacking
 from reproduce.tables.paired import ComparedRows, compare_metric
-from reproduce.tables.spec import TableSpec
 from reproduce.tables.table import compute_table
 from reproduce.tables.terminal import print_table
 

@@ -12,9 +12,9 @@ from cell_factory import TABLE1, make_cell, make_scores, make_table_cells
 from benchmarks.evaluation.results import Cell
 from benchmarks.evaluation.statistics import holm
 from g2rpo.config import validate
+from reproduce.experiment.table import TableSpec
 from reproduce.tables.formats import to_json
 from reproduce.tables.model import RowComparison, Table
-from reproduce.tables.spec import TableSpec
 from reproduce.tables.summary import pair_sentence, summary_markdown
 from reproduce.tables.table import compute_table
 

@@ -29,11 +29,11 @@ from benchmarks.evaluation.statistics import human
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.text import visible
+from reproduce.experiment.table import TableSpec
 from reproduce.tables.latex import latex_escape
 from reproduce.tables.markdown import markdown_escape
 from reproduce.tables.notes import Gap
 from reproduce.tables.paper import PAPER_TABLES, PaperKey, load_paper_tables
-from reproduce.tables.spec import TableSpec
 from reproduce.tables.table import compute_table
 from reproduce.tables.terminal import print_table
 

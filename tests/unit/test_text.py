@@ -19,8 +19,8 @@ from benchmarks.evaluation.statistics import ALPHA, p_text, signed
 from g2rpo.config import validate
 from g2rpo.terminal import PlainTable
 from g2rpo.text import csv_text, plain_value, visible
+from reproduce.experiment.table import TableSpec
 from reproduce.tables.markdown import markdown_escape
-from reproduce.tables.spec import TableSpec
 
 HOSTILE = (
     "[photo]",

@@ -1,9 +1,7 @@
-"""The words of a table's columns; what it shows is :mod:`reproduce.experiment.table`."""
+"""The words of a table's columns beside the scores."""
 
 from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
-from reproduce.experiment.table import ColumnSpec, CostColumn, RowSpec, TableSpec
-
-__all__ = ["COST_LABELS", "METRIC_LABELS", "ColumnSpec", "CostColumn", "RowSpec", "TableSpec"]
+from reproduce.experiment.table import CostColumn
 
 COST_LABELS: dict[CostColumn, str] = {
     "rollout_evaluations": "Rollout evaluations",
