@@ -1,13 +1,9 @@
 """The ``g2rpo`` command: one verb per stage, and ``reproduce`` for a whole experiment."""
 
-import os
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
 from g2rpo.text import visible
 from reproduce.commands import (
@@ -16,26 +12,16 @@ from reproduce.commands import (
     embed,
     export,
     jobs,
+    locales,
     prompts,
     raters,
+    render,
     report,
     run,
+    stages,
     weights,
 )
 from reproduce.commands.config import config
-from reproduce.commands.options import (
-    CellKey,
-    ExperimentName,
-    Overrides,
-    ProfileName,
-    Results,
-    layout_of,
-)
-
-if TYPE_CHECKING:
-    from reproduce.experiment import ResolvedCell
-    from reproduce.experiment.layout import Layout
-    from reproduce.stages.base import Stage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,182 +34,14 @@ app.add_typer(weights.app, name="weights")
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(raters.app, name="raters")
 
-Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]
-
-
-def _cell(
-    experiment: str, key: str, profile: str, seed: int, overrides: list[str] | None
-) -> "ResolvedCell":
-    from reproduce import experiment as experiments
-    from reproduce.jobs.runner import build_assets, check_hardware
-    from slurm.cluster import load_cluster
-
-    chosen = experiments.load_profile(profile)
-    loaded = experiments.load_experiment(experiment)
-    check_hardware(chosen, loaded, load_cluster("local"))
-    build_assets(chosen)
-    settings = parse_overrides(overrides or [])
-    return experiments.resolve(loaded, chosen, key, seed, settings)
-
-
-def _perform(stage: "Stage") -> None:
-    """Does one stage under its lease, on the ranks that were launched."""
-    from reproduce.stages.base import perform
-    from slurm.distributed import join
-
-    with join(int(os.environ.get("WORLD_SIZE", "1"))) as ranks:
-        perform(stage, ranks)
-
-
-@app.command()
-def train(
-    experiment: ExperimentName,
-    cell: CellKey,
-    profile: ProfileName = "mini",
-    seed: Seed = 1,
-    results: Results = Path("results"),
-    overrides: Overrides = None,
-) -> None:
-    """Train one cell, or go on with it. Start it with `accelerate launch` for several ranks."""
-    from reproduce.stages.training import Train
-
-    resolved = _cell(experiment, cell, profile, seed, overrides)
-    stage = Train(layout_of(results), resolved)
-    _perform(stage)
-    typer.echo(stage.folder)
-
-
-@app.command()
-def sample(
-    experiment: ExperimentName,
-    cell: CellKey,
-    profile: ProfileName = "mini",
-    seed: Seed = 1,
-    results: Results = Path("results"),
-    overrides: Overrides = None,
-) -> None:
-    """Sample the held-out images of one trained cell."""
-    from reproduce.stages.evaluation import Sample
-
-    resolved = _cell(experiment, cell, profile, seed, overrides)
-    stage = Sample(layout_of(results), resolved)
-    _perform(stage)
-    typer.echo(stage.images)
-
-
-@app.command()
-def score(
-    source: Annotated[
-        str, typer.Argument(help="Folder of images, a manifest (.csv, .jsonl), or an experiment.")
-    ],
-    cell: Annotated[
-        str | None, typer.Argument(help="The cell of the experiment whose images are scored.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompt set (.txt, .csv, .json, ...) whose ids name a folder's images."),
-    ] = None,
-    rewards: Annotated[
-        str | None, typer.Option(help="Rewards of the profile, e.g. hps,clip; default: all.")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Scale; default: mini for a cell, flux for other images.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the result; default: SOURCE-scores beside it.")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be scored, and list it.")
-    ] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at a time; halved where memory is short.")
-    ] = None,
-    seed: Seed = 1,
-    results: Results = Path("results"),
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "-s", help="A reward's setting, e.g. -s clip.variant=378; repeatable."
-        ),
-    ] = None,
-) -> None:
-    """Score images with reward models: any folder or manifest, or one cell of an experiment.
-
-    Interrupted, the same command goes on where it was. Several GPUs: `accelerate launch -m
-    reproduce.cli score ...`.
-    """
-    if cell is not None:
-        for name, given in (
-            ("--prompts", prompts),
-            ("--rewards", rewards),
-            ("--output", output),
-            ("--skip-bad", skip_bad or None),
-            ("--batch-size", batch_size),
-        ):
-            if given is not None:
-                raise UserError(f"{name} is for a folder or manifest, not for an experiment's cell")
-        _score_cell(_cell(source, cell, profile or "mini", seed, overrides), layout_of(results))
-        return
-    from reproduce import experiment as experiments
-    from reproduce.jobs.runner import build_assets
-    from reproduce.stages import score_folder as judging
-
-    chosen = experiments.load_profile(profile or "flux")
-    build_assets(chosen)
-    names = [name.strip() for name in (rewards or "").split(",") if name.strip()]
-    if rewards is not None and not names:
-        raise UserError("--rewards names none; leave it out to score with all of the profile")
-    configs = judging.chosen_rewards(chosen, names, parse_overrides(overrides or []), batch_size)
-    if not source:  # as of a shell variable that is not set
-        raise UserError("the source is empty; name a folder of images or a manifest")
-    path = Path(source)
-    request = judging.Request(path, prompts, output or judging.default_output(path), skip_bad)
-    judging.judge(request, configs)
-
-
-def _score_cell(cell: "ResolvedCell", layout: "Layout") -> None:
-    from reproduce.stages.evaluation import Sample, Score
-
-    _perform(Sample(layout, cell))
-    stage = Score(layout, cell)
-    _perform(stage)
-    stage.finish()  # where it was killed after the last share was scored
-    typer.echo(stage.folder / "scores.parquet")
-
-
-@app.command()
-def render(
-    experiment: ExperimentName,
-    profile: ProfileName = "mini",
-    results: Results = Path("results"),
-    publish: Annotated[
-        bool, typer.Option(help="Render the cells in results/PROFILE instead of results/runs.")
-    ] = False,
-) -> None:
-    """Write and print an experiment's table and figures from its finished cells."""
-    from benchmarks.evaluation.results import cells_folder, load_cells
-    from reproduce import experiment as experiments
-    from reproduce.commands.render import render_credit
-    from reproduce.tables.publish import publish as write_table
-
-    chosen = experiments.load_profile(profile)
-    loaded = experiments.load_experiment(experiment)
-    layout = layout_of(results, publish=publish)
-    command = f"g2rpo reproduce {experiment} --profile {profile}"
-    if loaded.credit is not None:
-        render_credit(loaded, chosen, layout, command)
-        return
-    folder = cells_folder(layout.tables, chosen.name, loaded.name)
-    cells = load_cells(folder)
-    if not cells:
-        raise UserError(f"{folder}: no finished cells; run `{command}`")
-    write_table(loaded, chosen, cells, (), layout)
-
-
 for verb in (
     run.reproduce,
     run.plan,
     config,
+    stages.train,
+    stages.sample,
+    stages.score,
+    render.render,
     jobs.status,
     jobs.logs,
     jobs.cancel,
@@ -243,28 +61,17 @@ def main() -> None:
     So is a file that cannot be read or written; other errors are bugs and keep their traceback.
     """
     from g2rpo.quiet import quiet_libraries
-    from reproduce.commands import locales
 
     locales.escape_output()
     try:
         if not {"--help", "-h"} & set(sys.argv):
             quiet_libraries()
         app()
-    except UserError as error:
-        typer.echo(visible(f"error: {error}{locales.locale_note(*sys.argv)}"), err=True)
-        sys.exit(2)
-    except UnicodeError as error:
-        told = locales.explain(error)
+    except (UserError, UnicodeError, OSError) as error:
+        told = _refusal(error)
         if told is None:
             raise
         typer.echo(visible(f"error: {told}"), err=True)
-        sys.exit(2)
-    except OSError as error:
-        path = error.filename if error.filename2 is None else error.filename2
-        if path is None:
-            raise
-        reason = " ".join((error.strerror or str(error)).split())
-        typer.echo(visible(f"error: {path}: {reason}{locales.locale_note(*sys.argv)}"), err=True)
         sys.exit(2)
     except SystemExit as left:
         # Typer makes an exit of an interruption.
@@ -273,6 +80,19 @@ def main() -> None:
         elif note := locales.output_note():
             typer.echo(note, err=True)
         raise
+
+
+def _refusal(error: Exception) -> str | None:
+    """The one line for an error that is the user's to solve; None for any other."""
+    if isinstance(error, UnicodeError):
+        return locales.explain(error)
+    told = str(error)
+    if isinstance(error, OSError):
+        path = error.filename if error.filename2 is None else error.filename2
+        if path is None:
+            return None
+        told = f"{path}: {' '.join((error.strerror or told).split())}"
+    return told + locales.locale_note(*sys.argv)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ExperimentName = Annotated[
     str, typer.Argument(help="table1, table2, table3, or the path of an experiment's YAML.")
 ]
 CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
+Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]
 ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, flux, or a YAML file.")]
 Results = Annotated[
     Path,
@@ -32,6 +33,9 @@ Seeds = Annotated[
 ]
 Publish = Annotated[
     bool, typer.Option(help="Write tables to results/PROFILE instead of results/runs.")
+]
+PublishedCells = Annotated[
+    bool, typer.Option("--publish", help="Render the cells in results/PROFILE, not results/runs.")
 ]
 Overrides = Annotated[
     list[str] | None,
