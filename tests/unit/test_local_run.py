@@ -14,8 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import stage_functions
 from stage_functions import Listener, saved_submission, told
 
+from g2rpo.errors import UserError
+from reproduce.jobs import launch
 from slurm.graph import Graph, Needs, Stage
 from slurm.job import TERMINATED
 from slurm.local import LocalRun, Slots
@@ -156,6 +159,21 @@ def test_every_gpu_is_one_slot(tmp_path: Path) -> None:
     assert [rank["RANK"] for rank in ranks] == [rank["LOCAL_RANK"] for rank in ranks] == ["0", "1"]
     assert {rank["CUDA_VISIBLE_DEVICES"] for rank in ranks} == {"4,7"}
     assert len({rank["MASTER_PORT"] for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize(("do", "error"), [("user error", UserError), ("stop", KeyboardInterrupt)])
+def test_with_one_job_stages_run_in_this_process_until_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, do: str, error: type[BaseException]
+) -> None:
+    stages = [stage("a"), stage("bad", do, needs=("a",)), stage("b", after=("bad",))]
+    submission = saved_submission(tmp_path, stages)
+    monkeypatch.setattr(launch, "run_stage", stage_functions.run)
+    with pytest.raises(error):
+        launch.run_on_this_machine(submission, submission.graph, 1, Listener())
+    here = str(os.getpid())
+    assert [words[:3] for words in told(submission)] == [
+        ["begin", "a", here], ["end", "a", here], ["begin", "bad", here],
+    ]  # fmt: skip
 
 
 # Ended from outside
