@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from g2rpo.config import StrictModel, parse_overrides, validate
 from g2rpo.owner import Owner
-from g2rpo.progress import duration
+from g2rpo.progress import WorkProgress
 
 ENVIRONMENT = "G2RPO_LEASE_"
 """Before the name of a setting in capitals: the variable that overrides it."""
@@ -59,25 +59,6 @@ class LeaseSettings(StrictModel):
         variables = {name: os.environ.get(ENVIRONMENT + name.upper()) for name in self.model_dump()}
         named = parse_overrides(f"{name}={text}" for name, text in variables.items() if text)
         return validate(LeaseSettings, self.model_dump() | named, f"{ENVIRONMENT}*")
-
-
-class WorkProgress(StrictModel):
-    """How far the work is, as :class:`g2rpo.progress.ProgressReport` counts it, as it is shown."""
-
-    description: str = ""
-    done: int | None = None
-    total: int | None = None
-    note: str = ""
-    text: str = ""
-    """Only in records of earlier versions."""
-    elapsed_seconds: float | None = None
-    remaining_seconds: float | None = None
-
-    def __str__(self) -> str:
-        count = "" if self.done is None else f"{self.done}/{self.total}"
-        shown = " ".join(part for part in (self.description, count) if part)
-        left = self.remaining_seconds
-        return shown if left is None else f"{shown}, ETA {duration(left)}"
 
 
 class Record(StrictModel):

@@ -29,7 +29,6 @@ from g2rpo.attempts import (
     LeaseSettings,
     Record,
     State,
-    WorkProgress,
     attempt_path,
     create_file,
     file_server_time,
@@ -41,7 +40,7 @@ from g2rpo.attempts import (
 from g2rpo.errors import UserError
 from g2rpo.files import publication_guard
 from g2rpo.owner import Owner
-from g2rpo.progress import ProgressReport, ProgressSnapshot, duration
+from g2rpo.progress import ProgressReport, WorkProgress, duration
 from g2rpo.stop import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -185,16 +184,9 @@ class Lease:
                 f"({error.strerror or error}); see that it can be written"
             ) from None
 
-    def follow(self, snapshot: ProgressSnapshot) -> None:
-        """Takes over the numbers of a progress report; the next heartbeat writes them."""
-        self._progress = WorkProgress(
-            description=snapshot.description,
-            done=snapshot.done,
-            total=snapshot.total,
-            note=snapshot.note,
-            elapsed_seconds=snapshot.elapsed,
-            remaining_seconds=snapshot.remaining,
-        )
+    def follow(self, progress: WorkProgress) -> None:
+        """Takes over how far the work is; the next heartbeat writes it."""
+        self._progress = progress
 
     def _beat_until_released(self) -> None:
         while not self._released.wait(self._settings.heartbeat_seconds):

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar
 
@@ -19,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from g2rpo.config import StrictModel
 from g2rpo.text import visible
 
 _LEAST_WIDTH = 80
@@ -49,16 +49,23 @@ def without_library_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-@dataclass(frozen=True)
-class ProgressSnapshot:
-    """How far some work is: ``done`` of ``total`` units, and the seconds it took and will take."""
+class WorkProgress(StrictModel):
+    """How far some work is, as a :class:`ProgressReport` counts it."""
 
-    description: str
-    done: int
-    total: int
-    note: str
-    elapsed: float
-    remaining: float
+    description: str = ""
+    done: int | None = None
+    total: int | None = None
+    note: str = ""
+    text: str = ""
+    """Only in records of earlier versions."""
+    elapsed_seconds: float | None = None
+    remaining_seconds: float | None = None
+
+    def __str__(self) -> str:
+        count = "" if self.done is None else f"{self.done}/{self.total}"
+        shown = " ".join(part for part in (self.description, count) if part)
+        left = self.remaining_seconds
+        return shown if left is None else f"{shown}, ETA {duration(left)}"
 
 
 class ProgressReport:
@@ -70,7 +77,7 @@ class ProgressReport:
 
     bars: ClassVar[bool] = True
     """Whether this process draws bars at all: those of several processes would collide."""
-    listener: ClassVar[Callable[[ProgressSnapshot], None] | None] = None
+    listener: ClassVar[Callable[[WorkProgress], None] | None] = None
     """Is told the start and every update of the reports that are not silent."""
 
     def __init__(
@@ -155,8 +162,16 @@ class ProgressReport:
     def _tell_listener(self) -> None:
         listener = type(self).listener
         if self.enabled and listener is not None:
-            times = (self.seconds, self.remaining)
-            listener(ProgressSnapshot(self.description, self.done, self.total, self._note, *times))
+            listener(
+                WorkProgress(
+                    description=self.description,
+                    done=self.done,
+                    total=self.total,
+                    note=self._note,
+                    elapsed_seconds=self.seconds,
+                    remaining_seconds=self.remaining,
+                )
+            )
 
     def _print_line(self) -> None:
         share = f"{self.description}: {self.done}/{self.total}"

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from cell_factory import make_metrics, make_scores
 
-from g2rpo.attempts import Record, WorkProgress, attempt_path
+from g2rpo.attempts import Record, attempt_path
 from g2rpo.config import merge
 from g2rpo.owner import Owner
+from g2rpo.progress import WorkProgress
 from g2rpo.training.checkpoint.folder import Progress, checkpoint_folder, write_state
 
 PROVENANCE: dict[str, Any] = {

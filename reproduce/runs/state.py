@@ -6,7 +6,8 @@ from typing import Literal
 
 from rich.text import Text
 
-from g2rpo.attempts import Attempt, Record, WorkProgress, is_alive, latest
+from g2rpo.attempts import Attempt, Record, is_alive, latest
+from g2rpo.progress import WorkProgress
 
 Word = Literal[
     "done", "running", "starting", "waiting", "failed", "cancelled", "interrupted", "unknown"

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from small_plan import small_plan
 
-from g2rpo.attempts import Record, WorkProgress
+from g2rpo.attempts import Record
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.owner import Owner
+from g2rpo.progress import WorkProgress
 from reproduce.jobs.display import status_table, summary
 from reproduce.jobs.launch import DRIVER, latest_submission, left_to_submit, save_submission
 from reproduce.jobs.stage_jobs import active_stages, hopeless_stages
