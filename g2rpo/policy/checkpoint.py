@@ -15,9 +15,10 @@ from torch import Tensor
 
 from g2rpo.checksums import check_exported
 from g2rpo.errors import UserError
+from g2rpo.files import read_json
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.policy.config import CheckpointConfig
-from g2rpo.policy.folder import HUB_ID, read_json
+from g2rpo.policy.folder import HUB_ID
 
 CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from g2rpo.batching import BatchSize
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_folder
+from g2rpo.files import atomic_folder, read_json
 from g2rpo.offload import OffloadConfig, on_device
 from g2rpo.policy import lora
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
@@ -36,7 +36,6 @@ from g2rpo.policy.decoding import decode_size, in_slices
 from g2rpo.policy.folder import (
     checked_device,
     load_model,
-    read_json,
     resolve_source,
 )
 from g2rpo.progress import without_library_bars

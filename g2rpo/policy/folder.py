@@ -6,7 +6,6 @@ one layout; what is missing in that layout is named before any weights are read.
 
 import functools
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 
 from g2rpo.checksums import check_exported
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file
+from g2rpo.files import read_json, sha256_file
 from g2rpo.hub.cache import Digests
 from g2rpo.hub.catalogue import COMMIT
 from g2rpo.hub.fetch import fetch_snapshot
@@ -35,19 +34,6 @@ TEXT_FOLDERS = ("text_encoder", "text_encoder_2", *TOKENIZER_FILES)
 REMEMBERED = 10**9
 """Bytes from which on a file's hash is remembered between processes."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises :class:`UserError` where the file is absent or broken."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object; fetch the file again")
-    return value
 
 
 def resolve_source(source: str, revision: str | None) -> Path:

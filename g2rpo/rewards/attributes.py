@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file, write_json
+from g2rpo.files import read_json, sha256_file, write_json
 from g2rpo.rewards.attribute_grammar import Grammar, Reading, Scene, Shown
 from g2rpo.rewards.base import BatchedReward, RewardConfig
-from g2rpo.rewards.weights import load_state, locate, read_json, read_weights
+from g2rpo.rewards.weights import load_state, locate, read_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 

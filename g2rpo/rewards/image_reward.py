@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from g2rpo.files import sha256_file
+from g2rpo.files import read_json, sha256_file
 from g2rpo.rewards.base import BatchedReward, PreparedPairs, RewardConfig, choose_variant
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
@@ -28,7 +28,6 @@ from g2rpo.rewards.weights import (
     load_state,
     load_tokenizer,
     locate,
-    read_json,
     read_weights,
 )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file
+from g2rpo.files import read_json, sha256_file
 from g2rpo.rewards.base import PreparedPairs, once_each
 from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.preprocessing import Preprocessing
@@ -20,7 +20,6 @@ from g2rpo.rewards.weights import (
     load_state,
     load_tokenizer,
     locate,
-    read_json,
     read_weights,
 )
 

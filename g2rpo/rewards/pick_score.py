@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from g2rpo.files import sha256_file
+from g2rpo.files import read_json, sha256_file
 from g2rpo.rewards.base import PreparedPairs, RewardConfig, choose_variant, once_each
 from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.preprocessing import Preprocessing
@@ -24,7 +24,6 @@ from g2rpo.rewards.weights import (
     load_state,
     load_tokenizer,
     locate,
-    read_json,
     read_weights,
 )
 

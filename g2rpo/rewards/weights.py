@@ -3,7 +3,6 @@
 Weights are read as safetensors or with ``torch.load(weights_only=True)``; nothing is unpickled.
 """
 
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,17 +36,6 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{source}: no such folder of reward weights")
     return fetch_first(source, names, revision)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; anything else is a :class:`UserError` that names the file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -24,9 +24,9 @@ from g2rpo.data.embeddings import (
     prompt_key,
 )
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
-from g2rpo.files import FileState, file_state, write_json
+from g2rpo.files import FileState, file_state, read_json, write_json
 from g2rpo.policy import PolicyConfig
-from g2rpo.policy.folder import read_json, resolve_source, text_fingerprint
+from g2rpo.policy.folder import resolve_source, text_fingerprint
 from g2rpo.policy.size import read_size
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment import Hardware, ResolvedCell

@@ -12,10 +12,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_files
+from g2rpo.files import read_json, sha256_files
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.rewards.question import QuestionConfig
-from g2rpo.rewards.weights import check_vocabulary, locate, read_json
+from g2rpo.rewards.weights import check_vocabulary, locate
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
