@@ -3,6 +3,9 @@
 B. Efron and R. Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
 """
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,18 +37,31 @@ def bootstrap_means(scores: npt.ArrayLike, *, resamples: int = RESAMPLES) -> Flo
     """
     matrix = as_matrix(scores, 2, "prompts")
     prompts = matrix.shape[1]
+    counts = _counts if resamples * prompts > CHUNK_ELEMENTS else _kept_counts
+    sums = np.concatenate([part @ matrix.T for part in counts(prompts, resamples)])
+    means: FloatArray = sums / prompts
+    return means
+
+
+def _counts(prompts: int, resamples: int) -> Iterator[FloatArray]:
+    """How often each resample has each prompt, in chunks of [resamples, prompts].
+
+    Counts turn the resampled means into one matrix product.
+    """
     rng = generator(0, "bootstrap", prompts, resamples)
     chunk = max(1, CHUNK_ELEMENTS // prompts)
-    means = np.empty((resamples, matrix.shape[0]))
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         drawn = rng.integers(0, prompts, size=(size, prompts))
-        # How often each prompt was drawn turns the resampled means into one matrix product.
         drawn += np.arange(size)[:, None] * prompts
         counts = np.bincount(drawn.ravel(), minlength=size * prompts).reshape(size, prompts)
-        means[start : start + size] = counts.astype(np.float64) @ matrix.T
-    means /= prompts
-    return means
+        yield counts.astype(np.float64)
+
+
+@lru_cache(maxsize=1)
+def _kept_counts(prompts: int, resamples: int) -> tuple[FloatArray, ...]:
+    """The same, kept: all rows of a table, and all their comparisons, share these draws."""
+    return tuple(_counts(prompts, resamples))
 
 
 def bootstrap_ends(
