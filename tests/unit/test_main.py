@@ -115,7 +115,7 @@ def test_a_locale_without_unicode_is_named_and_nothing_crashes(tmp_path: Path) -
 
 
 def test_a_name_that_is_no_text_is_printed_as_it_is() -> None:
-    script = "import os; from reproduce import locales; locales.escape_output(); "
+    script = "import os; from reproduce.commands import locales; locales.escape_output(); "
     script += "print(os.fsdecode(b'caf\\xe9.png'), '\u03c3')"
     for encoding, expected in (
         ("utf-8", b"caf\xe9.png \xcf\x83"),
