@@ -4,9 +4,11 @@ Every other character still has a token of its own, so that any prompt can be to
 """
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5TokenizerFast
 
@@ -35,15 +37,7 @@ def words() -> list[str]:
 def clip_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     """A byte-level BPE tokenizer of CLIP's kind in ``folder``, one token for each word."""
     folder.mkdir(parents=True, exist_ok=True)
-    merges: list[tuple[str, str]] = []
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=10000, end_of_word_suffix="</w>", min_frequency=1, show_progress=False
-    )
-    bpe.train_from_iterator(words(), trainer)
-    learned = json.loads(bpe.to_str())["model"]["merges"]
-    merges = [(a, b) for a, b in learned]
+    merges = _merges(words())
     alphabet = sorted(ByteLevel.alphabet())
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
     tokens += [token for token in dict.fromkeys(a + b for a, b in merges) if token not in tokens]
@@ -63,6 +57,23 @@ def clip_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def _merges(texts: list[str]) -> list[tuple[str, str]]:
+    """BPE merges that make one token of each word.
+
+    The trainer of ``tokenizers`` breaks ties at random, so the same words would give other tokens.
+    """
+    found: list[tuple[str, str]] = []
+    pieces = [[*text[:-1], f"{text[-1]}</w>"] for text in texts]
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        found.append(best)
+        for word in pieces:
+            for place in range(len(word) - 1):
+                if tuple(word[place : place + 2]) == best:
+                    word[place : place + 2] = ["".join(best)]
+    return found
 
 
 def t5_tokenizer(folder: Path, length: int) -> T5TokenizerFast:
