@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.mini_world import build as builder
 from benchmarks.mini_world.build import MANIFEST, MiniWorldSettings, Part, WorldSettings, build
+from benchmarks.mini_world.tokenizers import clip_tokenizer, words
 from g2rpo.errors import UserError
 
 
@@ -81,3 +82,10 @@ def test_other_settings_build_anew_and_unknown_parts_are_refused(
     assert told[0] == "first: building"
     with pytest.raises(UserError, match="no part is called 'fourth'; parts: first"):
         build(changed, tmp_path, frozenset({"fourth"}))
+
+
+def test_the_small_tokenizer_is_the_same_at_every_build(tmp_path: Path) -> None:
+    built = [clip_tokenizer(tmp_path / name, 32) for name in ("one", "two")]
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert {len(built[0].tokenize(word)) for word in words()} == {1}
