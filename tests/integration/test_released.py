@@ -82,7 +82,7 @@ def finished(workplace: Path) -> dict[str, Cell]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
         patch.setenv("OMP_NUM_THREADS", "1")  # as the samples below: sums have one order
-        code = run(patch, "reproduce", "mine.yaml", "--profile", "small.yaml", "--jobs", "1")
+        code = run(patch, "reproduce", "mine.yaml", "--profile", "small.yaml", "--jobs", "2")
     assert code == 2  # the two broken rows are gaps; the others are there
     cells = load_cells(workplace / "results" / "runs" / "smoke" / "mine" / "cells")
     return {cell.info.row: cell for cell in cells}

@@ -27,7 +27,7 @@ def test_the_original_takes_as_many_evaluations_as_are_published() -> None:
     ):
         plan = Plan(tuple(range(8)), granularities, 12, sigmas, 0, 0)
         assert plan.evaluations(16) == original
-        method = iteration.G2rpo(granularities=granularities)
+        method = iteration.G2RPO(granularities=granularities)
         assert method.rollout_tree(RolloutShape(16, 12, 300), 0).velocity_evaluations == shared
     assert Plan(tuple(range(8)), (1, 2, 3), 12, sigmas, 0, 0).images == 289
 
@@ -41,7 +41,7 @@ def test_all_executions_give_the_same_rewards(tmp_path: Path) -> None:
     original, batched, ours = result["executions"]
     assert done.output.splitlines()[-1] == f"ratio: {original['whole'] / ours['whole']:.2f}"
     size = SIZES["tiny"]
-    tree = iteration.G2rpo(granularities=size.granularities).rollout_tree(
+    tree = iteration.G2RPO(granularities=size.granularities).rollout_tree(
         RolloutShape(size.steps, size.group_size, 1), 0
     )
     assert original["evaluations"] == original["run_evaluations"] == batched["run_evaluations"]
