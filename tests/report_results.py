@@ -17,7 +17,7 @@ from benchmarks.evaluation.results import Cell, Provenance, cells_folder, save_c
 from g2rpo.data.prompts import read_prompts
 from g2rpo.training.previews import pictures_folder
 from reproduce.experiment import Profile, load_experiment, load_profile, resolve
-from reproduce.experiment.layout import Layout, protocol_hash
+from reproduce.experiment.layout import Layout, evaluation_inputs, protocol_hash
 from reproduce.report.chapter import Chapter, load_chapter
 from reproduce.stages.evaluation_files import preview_scores
 
@@ -149,7 +149,7 @@ def _save(results: Results, key: str, seed: int | None, number: int) -> None:
         key, seed=seed, scores=_scores(gain, seed or 0, ids),
         train=("hps",) if seed is not None else (), provenance=provenance,
         protocol={
-            "name": resolved.evaluation.name, "hash": protocol_hash(resolved),
+            "name": resolved.evaluation.name, "hash": protocol_hash(evaluation_inputs(resolved)),
             "diversity": resolved.evaluation.diversity, "drift": resolved.evaluation.drift,
         },
         runs={"train": run.name, "evaluation": evaluation.name},

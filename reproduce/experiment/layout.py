@@ -1,6 +1,6 @@
 """Where everything of a cell is, by the hash of what it is made from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,6 @@ def evaluation_inputs(cell: ResolvedCell) -> dict[str, Any]:
     }
 
 
-def protocol_hash(cell: ResolvedCell) -> str:
-    """Names the evaluation protocol and its prompts, whatever the policy."""
-    inputs = evaluation_inputs(cell)
+def protocol_hash(inputs: Mapping[str, Any]) -> str:
+    """Names the protocol and the prompts of :func:`evaluation_inputs`, whatever the policy."""
     return content_hash({key: inputs[key] for key in ("protocol", "prompts")})

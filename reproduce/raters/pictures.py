@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks.evaluation.scoring.items import read_source, refuse_bad
-from g2rpo.config import content_hash
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
+from reproduce.experiment.layout import protocol_hash
 from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,
@@ -124,7 +124,7 @@ def _protocol(evaluation: Path) -> str | None:
     if manifest is None:
         return None
     with damage_told(evaluation / MANIFEST):
-        return content_hash({key: manifest["inputs"][key] for key in ("protocol", "prompts")})
+        return protocol_hash(manifest["inputs"])
 
 
 def _side(evaluation: Path) -> Side:

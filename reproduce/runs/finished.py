@@ -19,6 +19,7 @@ from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
 from reproduce.experiment import load_experiment, load_profile, resolve
 from reproduce.experiment.fingerprint import train_run_name
+from reproduce.experiment.layout import protocol_hash
 from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,
@@ -216,7 +217,7 @@ def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
             seed=None if settings is None else settings["seed"],
             protocol=Protocol(
                 name=f"{asked['split']}, {asked['grid']['steps']} steps",
-                hash=content_hash({key: inputs[key] for key in ("protocol", "prompts")}),
+                hash=protocol_hash(inputs),
                 diversity=asked.get("diversity"),
                 drift=asked.get("drift"),
             ),

@@ -22,7 +22,6 @@ from reproduce.tables.model import (
 Heads = Sequence[tuple[str, str]]
 """Labels with how they are justified."""
 Groups = Sequence[tuple[str, Sequence[Row]]]
-Cells = Callable[[Row], Sequence[str | Text]]
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
