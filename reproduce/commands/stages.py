@@ -56,7 +56,7 @@ def train(
     results: Results = Path("results"),
     overrides: Overrides = None,
 ) -> None:
-    """Train one cell, or go on with it. Start it with `accelerate launch` for several ranks."""
+    """Train one cell, or resume it. Start it with `accelerate launch` for several ranks."""
     from reproduce.stages.training import Train
 
     resolved = _cell(experiment, cell, profile, seed, overrides)
@@ -119,7 +119,7 @@ def score(
 ) -> None:
     """Score images with reward models: any folder or manifest, or one cell of an experiment.
 
-    Interrupted, the same command goes on where it was. Several GPUs: `accelerate launch -m
+    Interrupted, the same command resumes where it stopped. Several GPUs: `accelerate launch -m
     reproduce.cli score ...`.
     """
     if cell is not None:

@@ -84,7 +84,7 @@ class _TrainerStage(CellStage):
 
 @dataclass(frozen=True)
 class Train(_TrainerStage):
-    """Trains the policy of a cell, or goes on with it."""
+    """Trains the policy of a cell, or resumes its training."""
 
     kind = "train"
 
