@@ -22,6 +22,7 @@ from reproduce.commands import (
     weights,
 )
 from reproduce.commands.config import config
+from slurm.distributed import exit_rank
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,6 +80,8 @@ def main() -> None:
             typer.echo("interrupted; run the same command to go on", err=True)
         elif note := locales.output_note():
             typer.echo(note, err=True)
+        if left.code in (None, 0):
+            exit_rank(0)
         raise
 
 

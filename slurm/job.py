@@ -15,7 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.owner import slurm_job_id
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.text import visible
-from slurm.distributed import Ranks, join
+from slurm.distributed import Ranks, exit_rank, join
 from slurm.graph import Stage
 from slurm.submission import Submission
 
@@ -38,7 +38,7 @@ def main() -> None:
     name = stages[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) if len(stages) > 1 else 0]
     with StopRequest.handle_signals():
         code = run_stage(Path(folder), name)
-    sys.exit(code)
+    exit_rank(code)
 
 
 def run_stage(folder: Path, name: str) -> int:
