@@ -16,11 +16,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.setup-done
-# Every package in its locked version, and only from files whose hash is in the lock.
-LOCKED := --quiet --disable-pip-version-check --require-hashes
-LOCKS := requirements/build.lock requirements/dev.lock
-TOOLS := .venv-tools
-TOOLS_READY := $(TOOLS)/.setup-done
+# uv installs the packages of uv.lock, each only if its hash is the locked one.
+UV := .uv/bin/uv
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.setup-done
 # In the order in which they share trainings best.
@@ -30,6 +27,8 @@ CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales read committed or freshly built weights only, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 export IMAGE
+# The interpreter is the one found above, never a download.
+export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: help setup mini smoke test lint docs mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
@@ -46,23 +45,29 @@ help: ## show this list
 tuning: $(READY) ## the learning-rate trials behind the tuned settings (PROFILE=mini unless given)
 	$(OFFLINE) $(RUN)/g2rpo reproduce tuning --profile $(or $(PROFILE),mini) --seeds $(or $(SEEDS),101)
 
-setup: $(READY) ## create .venv and install everything (about 3 minutes, 6 GB)
+setup: $(READY) ## install everything into .venv (a minute, 6 GB; TORCH_INDEX=URL for another build of torch)
 
-$(READY): pyproject.toml $(LOCKS)
-	@if ! $(RUN)/python -c 'import pip, $(NEW_ENOUGH)' 2>/dev/null; then \
-		if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import $(NEW_ENOUGH)' 2>/dev/null; then \
-			echo "error: no Python 3.11 or newer ($(or $(PYTHON),none found));" \
-				"install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
-			exit 2; \
-		fi; \
-		"$(PYTHON)" -m venv --clear $(VENV); \
+$(UV): docker/uv.txt
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c 'import $(NEW_ENOUGH)' 2>/dev/null; then \
+		echo "error: no Python 3.11 or newer ($(or $(PYTHON),none found));" \
+			"install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
+		exit 2; \
 	fi
-	@echo "installing into $(VENV) (about 3 minutes the first time)"
-	$(RUN)/python -m pip install $(LOCKED) -r requirements/build.lock
-	$(RUN)/python -m pip install $(LOCKED) --no-build-isolation -r requirements/dev.lock
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --no-deps -e .
-	$(RUN)/python -m pip check
+	"$(PYTHON)" -m venv --clear .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(READY): pyproject.toml uv.lock $(UV)
+ifdef TORCH_INDEX
+	$(UV) export --quiet --locked --no-emit-project --no-hashes --output-file $(VENV)-packages.txt
+	$(UV) venv --quiet --clear --python "$(PYTHON)" $(VENV)
+	$(UV) pip install --quiet --python $(VENV) --constraints $(VENV)-packages.txt \
+		--default-index $(TORCH_INDEX) torch torchvision
+	$(UV) pip install --quiet --python $(VENV) --constraints $(VENV)-packages.txt --group dev -e .
+	@rm $(VENV)-packages.txt
+else
+	$(UV) sync --quiet --locked --python "$(PYTHON)"
+endif
 	@touch $@
 
 mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one seed, 2 CPU cores)
@@ -94,16 +99,15 @@ slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Deb
 slurm-down: ## take that cluster down
 	tests/slurm/cluster/down.sh
 
-lint: $(READY) ## check style, formatting, types and which package imports which
+lint: $(READY) ## check style, formatting, types and import layers
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-logo
 	$(RUN)/hadolint docker/Dockerfile
 
-$(DOCS_READY): requirements/docs.lock
-	"$(PYTHON)" -m venv --clear $(DOCS)
-	$(DOCS)/bin/python -m pip install $(LOCKED) -r $<
+$(DOCS_READY): uv.lock $(UV)
+	UV_PROJECT_ENVIRONMENT=$(DOCS) $(UV) sync --quiet --locked --only-group docs --python "$(PYTHON)"
 	@touch $@
 
 # A link or an anchor that leads nowhere, or a formula that cannot be read, is an error.
@@ -113,26 +117,11 @@ docs: $(DOCS_READY) ## build the documentation into build/site (half a minute, n
 		-d build/doctrees . build/site
 	@echo "build/site/index.html"
 
-$(TOOLS_READY): requirements/tools.lock
-	"$(PYTHON)" -m venv --clear $(TOOLS)
-	$(TOOLS)/bin/python -m pip install $(LOCKED) -r $<
-	@touch $@
+lock: $(UV) ## write uv.lock from pyproject.toml (UPGRADE=1 or UPGRADE=NAME for newer versions)
+	$(UV) lock $(if $(UPGRADE),$(if $(filter 1,$(UPGRADE)),--upgrade,--upgrade-package $(UPGRADE)))
 
-# What is locked already stays unless UPGRADE=1, or UPGRADE=NAME for one package.
-RELOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--no-annotate --custom-compile-command 'make lock' \
-	$(if $(UPGRADE),$(if $(filter 1,$(UPGRADE)),--upgrade,--upgrade-package $(UPGRADE)))
-lock: $(TOOLS_READY) ## write requirements/*.lock from pyproject.toml (UPGRADE=1 or UPGRADE=NAME for newer ones)
-	$(TOOLS)/bin/$(RELOCK) --group build -o requirements/build.lock
-	$(TOOLS)/bin/$(RELOCK) pyproject.toml -c requirements/build.lock -o requirements/runtime.lock
-	$(TOOLS)/bin/$(RELOCK) pyproject.toml --extra dev -c requirements/runtime.lock \
-		-o requirements/dev.lock
-	$(TOOLS)/bin/$(RELOCK) --group tools -c requirements/dev.lock -o requirements/tools.lock
-	$(TOOLS)/bin/$(RELOCK) --group docs -c requirements/dev.lock -o requirements/docs.lock
-
-audit: $(TOOLS_READY) ## look the locked packages up among the known vulnerabilities (asks PyPI)
-	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip --desc off \
-		$(foreach lock,$(wildcard requirements/*.lock),-r $(lock))
+audit: $(UV) ## look up known vulnerabilities of the locked packages
+	$(UV) audit --locked
 
 image: ## build the container image (IMAGE=g2rpo, BASE_IMAGE=...) with docker, podman or buildah
 	docker/build-image.sh $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE))
