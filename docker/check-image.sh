@@ -56,36 +56,15 @@ build_base() {
     rm -f "$ROOT/base.tar"
 }
 
-# Options by which pip fetches in the build as the caller's does: its settings in one file, and the
-# local folders that they name, below /run/caller-pip. Mounts do not become part of an image.
-pip_mounts() {
-    local word path keys='cert|constraint|default-timeout|extra-index-url|find-links|index-url'
-    keys+='|no-index|proxy|retries|timeout|trusted-host'
-    # Variables (":env:") come first in this order, and win over files.
-    python3 -m pip config list 2>/dev/null | LC_ALL=C sort \
-        | sed -nE "s/^(:env:|global|install)\.($keys)='(.*)'$/\2 = \3/p" \
-        | awk 'BEGIN { print "[global]" } !seen[$1]++' > "$ROOT/pip.conf"
-    { grep -oE ' (file://)?/[^ ]+' "$ROOT/pip.conf" || true; } | while read -r word; do
-        path=${word#file://}
-        # The pages of a local index link to files beside it.
-        [ "$path" = "$word" ] || path=$(dirname "$path")
-        if [ -e "$path" ]; then echo "--volume=$path:/run/caller-pip$path:ro"; fi
-    done | sort -u
-    sed -Ei 's# (file://)?/# \1/run/caller-pip/#g' "$ROOT/pip.conf"
-    echo "--volume=$ROOT/pip.conf:/etc/pip.conf:ro"
-}
-
 build_image() {
-    local mounts
+    local layers=()
     # Through the environment of the caller secrets come near a build: this one must stay out.
     head -c 24 /dev/urandom | base64 | tr -dc 'A-Za-z0-9' | sed 's/^/hf_planted/' > "$ROOT/secrets"
-    mounts=$(pip_mounts)
-    mapfile -t mounts <<< "$mounts"
     # Layers are what a next build starts from: where there is none, they are minutes of copying.
-    [ -z "${KEEP_STORAGE-}" ] || mounts+=(--layers)
+    [ -z "${KEEP_STORAGE-}" ] || layers=(--layers)
     HF_TOKEN=$(cat "$ROOT/secrets") IMAGE=$IMAGE ENGINE="buildah ${STORAGE[*]}" \
         docker/build-image.sh --isolation chroot --build-arg BASE_IMAGE="$BASE" \
-        "${mounts[@]}" > "$ROOT/build.log" 2>&1 \
+        "${layers[@]}" > "$ROOT/build.log" 2>&1 \
         || fail "the image does not build: $(tail -n 30 "$ROOT/build.log")"
 }
 
@@ -149,8 +128,6 @@ print(getpass.getuser(), pathlib.Path.home())')" = "g2rpo /home/g2rpo" ] || fail
 inspect_image() {
     local found wanted
     say "the caller's secrets in layers and configuration"
-    # Besides the planted one, passwords in the addresses of pip's settings.
-    grep -oE '//[^/@ ]+:[^/@ ]+@' "$ROOT/pip.conf" >> "$ROOT/secrets" || true
     # A file that a later layer deletes is still in an earlier one: all of them are in what is saved.
     found=$(podman "${STORAGE[@]}" save "$IMAGE" \
         | { LC_ALL=C grep -czaFf "$ROOT/secrets" || [ $? = 1 ]; })

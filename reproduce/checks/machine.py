@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import re
+import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from reproduce.experiment import load_profile
 from reproduce.experiment.weights import missing_weights
 from slurm.checks.finding import Finding, Word
 
-LOCK = REPOSITORY / "requirements" / "runtime.lock"
+LOCK = REPOSITORY / "uv.lock"
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICE = Path("/dev/nvidiactl")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -134,13 +136,20 @@ def check_memory(cores: int, memory: int) -> Finding:
 
 
 def locked_versions(lock: Path) -> dict[str, str]:
-    """Names, lower case with ``-``, and versions of a lock file; none where there is no file."""
+    """Names and versions in ``uv.lock``, without those that depend on the Python version.
+
+    Empty if there is no such file.
+    """
     try:
-        text = lock.read_text()
+        packages = tomllib.loads(lock.read_text())["package"]
     except OSError:
         return {}
-    found = re.findall(r"^([\w.-]+)==(\S+)(?: ;.*sys_platform == 'linux'.*)?", text, re.MULTILINE)
-    return {name.lower().replace("_", "-"): version for name, version in found}
+    counts = Counter(package["name"] for package in packages)
+    return {
+        package["name"]: package["version"]
+        for package in packages
+        if counts[package["name"]] == 1 and "registry" in package["source"]
+    }
 
 
 def _installed_versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ def in_context(name: str) -> bool:
 @pytest.mark.parametrize(
     "name",
     [
-        ".git/config", ".git", ".venv/bin/python", ".venv-tools/bin/uv", ".env", ".netrc",
+        ".git/config", ".git", ".venv/bin/python", ".uv/bin/uv", ".env", ".netrc",
         "results/runs/x/manifest.json", "results/mini/table1/table1.md", "data/hpdv2/train.txt",
         "build/g2rpo.tar", "tests/conftest.py", "g2rpo/__pycache__/config.cpython-311.pyc",
         "g2rpo/.env", "docker/.netrc", "g2rpo.egg-info/PKG-INFO", ".mypy_cache/x", "secret.pem",
@@ -50,54 +50,13 @@ def test_the_build_context_has_the_code_and_is_small() -> None:
     ).stdout.splitlines()
     context = [name for name in listed if in_context(name)]
     assert {
-        "pyproject.toml", "Makefile", "docker/entrypoint.sh", "requirements/runtime.lock",
+        "pyproject.toml", "Makefile", "docker/entrypoint.sh", "uv.lock",
         "reproduce/profiles/mini.yaml", "results/paper/tables.yaml",
         "benchmarks/mini_world/assets/prompts/test.txt",
     } <= set(context)  # fmt: skip
     package = re.compile(r"^(benchmarks|g2rpo|reproduce|slurm)/")
     assert not [name for name in listed if package.match(name) and name not in context]
     assert sum((ROOT / name).stat().st_size for name in context) < 20e6
-
-
-def locked(name: str) -> dict[str, tuple[str, ...]]:
-    """``name==version`` of a lock file, each with its hashes."""
-    text = (ROOT / "requirements" / f"{name}.lock").read_text().replace("\\\n", " ")
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return {line.split()[0]: tuple(re.findall(r"sha256:[0-9a-f]{64}", line)) for line in lines}
-
-
-def test_every_locked_package_has_a_version_and_hashes() -> None:
-    for name in ("build", "runtime", "dev", "tools"):
-        packages = locked(name)
-        assert packages
-        assert all("==" in package for package in packages)
-        assert all(packages.values())
-
-
-def test_the_locks_agree_with_each_other() -> None:
-    runtime, development = locked("runtime"), locked("dev")
-    assert runtime.items() <= development.items()
-    assert locked("build").items() <= runtime.items()
-    versions = dict(package.split("==") for package in development)
-    for package in locked("tools"):
-        name, version = package.split("==")
-        assert versions.get(name, version) == version
-
-
-def test_the_lock_has_what_the_project_asks_for() -> None:
-    import tomllib
-
-    from packaging.requirements import Requirement
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    versions = {
-        re.sub(r"[-_.]+", "-", name).lower(): version
-        for name, version in (package.split("==") for package in locked("dev"))
-    }
-    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
-        asked = Requirement(line)
-        name = re.sub(r"[-_.]+", "-", asked.name).lower()
-        assert asked.specifier.contains(versions[name]), line
 
 
 def targets() -> set[str]:
