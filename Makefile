@@ -30,7 +30,7 @@ export IMAGE
 # The interpreter is the one found above, never a download.
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help setup mini smoke test lint docs mini-world tuning clean \
+.PHONY: help setup mini smoke test check-mini lint docs mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
 	lock audit image sif check-image bench-speed bench-numerics bench-statistics bench-approximations \
@@ -80,6 +80,9 @@ smoke: $(READY) ## the whole path on tiny random models, two minutes at most
 test: $(READY) ## run all tests, in two processes, and list the slowest
 	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		--durations 20
+
+check-mini: $(READY) ## train, sample and score a committed cell of Table 1 again and compare (3 minutes)
+	$(OFFLINE) $(RUN)/python -m pytest -m mini tests/integration/test_mini_cell.py
 
 test-slurm: $(READY) ## the tests on a real SLURM cluster, in about ten minutes (root and Debian)
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm'

@@ -9,6 +9,7 @@ from g2rpo.text import visible
 from reproduce.commands import (
     check,
     compare,
+    demo,
     embed,
     export,
     jobs,
@@ -49,6 +50,7 @@ for verb in (
     jobs.retry,
     compare.runs,
     compare.compare,
+    demo.demo,
     embed.embed,
     export.export,
     report.report,

@@ -11,7 +11,7 @@ import yaml
 from reproduce.experiment import HERE
 
 
-def g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def g2rpo(folder: Path, *arguments: str, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
     """Runs ``g2rpo`` in ``folder``."""
     return subprocess.run(
         [sys.executable, "-m", "reproduce.cli", *arguments],
@@ -19,7 +19,7 @@ def g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
         check=False,
     )
 

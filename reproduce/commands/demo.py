@@ -1,0 +1,59 @@
+"""``g2rpo demo``: the mini world's base and a trained checkpoint, side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from g2rpo.errors import UserError
+
+CHECKPOINT = "benchmarks/mini_world/trained/g2rpo"
+"""What ``g2rpo export`` wrote of a G²RPO run on the mini world; its README says which."""
+
+
+def demo(
+    caption: Annotated[
+        str, typer.Argument(help="What to draw, in the words of the mini world.")
+    ] = "a large red square left of a small blue circle on yellow",
+    images: Annotated[int, typer.Option(min=1, max=64, help="Images of each model.")] = 6,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG.")] = Path("demo.png"),
+) -> None:
+    """Draw a caption with the mini world's base and with G²RPO, score both, save them as a PNG."""
+    import torch
+
+    from benchmarks.mini_world.world import scene_of
+    from g2rpo.data.prompts import Prompt
+    from g2rpo.flow.schedule import build_grid
+    from g2rpo.policy import FluxPolicy
+    from g2rpo.rewards.registry import load_reward
+    from g2rpo.sampling import sample_ode
+    from g2rpo.terminal import literal, plain_table, wide_console
+    from reproduce.experiment import absolute, load_profile
+    from reproduce.tables.picture_grid import picture_grid
+
+    try:
+        scene_of(caption)
+    except UserError as error:
+        raise UserError(f"{error}; try 'a red ring on pink'") from None
+    profile = load_profile("mini")
+    policy = FluxPolicy.load(profile.policy, "cpu")
+    grid = build_grid(profile.evaluation.grid, policy.image_tokens)
+    prompts = [Prompt(f"demo-{number}", caption) for number in range(images)]
+    pictures = {"Base": sample_ode(policy, prompts, grid, profile.evaluation.seed)}
+    policy.load_transformer(Path(absolute(CHECKPOINT)))
+    pictures["G²RPO"] = sample_ode(policy, prompts, grid, profile.evaluation.seed)
+
+    table = plain_table("reward", *pictures, right=tuple(pictures))
+    scores = {}
+    for name, reward in profile.rewards.items():
+        model = load_reward(reward.config, "cpu")
+        scores[name] = torch.stack(
+            [model.score(list(shown), [caption] * images) for shown in pictures.values()]
+        )
+        means = scores[name].mean(1).tolist()
+        table.add_row(literal(profile.label(name)), *[f"{mean:.3f}" for mean in means])
+    wide_console().print(table)
+    hps = scores["hps"].T.tolist()
+    rows = [f"HPS {base:.3f} → {trained:.3f}" for base, trained in hps]
+    columns = {label: [image.numpy() for image in shown] for label, shown in pictures.items()}
+    typer.echo(picture_grid(columns, rows, output))

@@ -1,0 +1,26 @@
+"""``g2rpo demo`` draws and scores a caption with the base and the committed checkpoint."""
+
+from pathlib import Path
+
+from command_line import g2rpo
+from PIL import Image
+
+
+def test_both_models_are_drawn_and_scored(tmp_path: Path) -> None:
+    done = g2rpo(tmp_path, "demo", "a red ring on pink", "--images", "2", "-o", "pair.png")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["reward", "Base", "G²RPO"]
+    scores = {line.split()[0]: [float(score) for score in line.split()[1:]] for line in lines[1:6]}
+    assert set(scores) == {"HPS", "CLIP", "PickScore", "ImageReward", "Attributes"}
+    assert all(base != trained for base, trained in scores.values())
+    assert lines[6] == "pair.png"
+    with Image.open(tmp_path / "pair.png") as image:
+        assert image.width > 2 * 128 and image.height > 2 * 128
+
+
+def test_a_caption_outside_the_mini_world_is_refused(tmp_path: Path) -> None:
+    done = g2rpo(tmp_path, "demo", "a photo of a cat")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "a red ring on pink" in done.stderr
+    assert not (tmp_path / "demo.png").exists()
