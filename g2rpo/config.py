@@ -73,6 +73,7 @@ REMOVED_KEYS = {
     "engine": "it follows from the training settings: leave it out",
     "paper_profiles": "a profile says `paper_model: true`",
     "profiles": "a table shows the rewards of the profile",
+    "tensorboard": "use `trackers: [tensorboard]`, or `trackers: []` for none",
     "rows": "the cells are the rows: give them `label`, `group` and `paper`",
 }
 """Keys of older files that are gone, and what there is in place of them."""

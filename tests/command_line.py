@@ -11,7 +11,9 @@ import yaml
 from reproduce.experiment import HERE
 
 
-def g2rpo(folder: Path, *arguments: str, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+def g2rpo(
+    folder: Path, *arguments: str, timeout: float = 600
+) -> "subprocess.CompletedProcess[str]":
     """Runs ``g2rpo`` in ``folder``."""
     return subprocess.run(
         [sys.executable, "-m", "reproduce.cli", *arguments],

@@ -41,7 +41,7 @@ def config_for(assets: Path, **changes: Any) -> TrainConfig:
         "rollout": {"group_size": 3, "prompts_per_iteration": 4},
         "optimization": {"iterations": 4, "learning_rate": 1e-3},
         "checkpoints": {"every": 1, "keep_last": 6},
-        "execution": {"device": "cpu", "tensorboard": False, "training_micro_batch": 2},
+        "execution": {"device": "cpu", "trackers": [], "training_micro_batch": 2},
     }  # fmt: skip
     return training_runs.config_for(assets, **merge(defaults, changes))
 

@@ -39,7 +39,7 @@ def config_for(assets: Path, **changes: object) -> TrainConfig:
         "rollout": {"group_size": 3, "prompts_per_iteration": 2},
         "optimization": {"iterations": 3, "learning_rate": 1e-3},
         "checkpoints": {"every": 1, "keep_last": 2},
-        "execution": {"device": "cpu", "tensorboard": False},
+        "execution": {"device": "cpu", "trackers": []},
         **changes,
     }  # fmt: skip
     return TrainConfig.model_validate(data)

@@ -94,7 +94,7 @@ def train_config(seed: int, iterations: int, changes: Mapping[str, Any]) -> Trai
         "optimization": {"iterations": iterations, "learning_rate": 5.0e-5},
         "checkpoints": {"every": iterations},
         "execution": {
-            "rollout_micro_batch": 64, "training_micro_batch": 64, "tensorboard": False,
+            "rollout_micro_batch": 64, "training_micro_batch": 64, "trackers": [],
         },
     }  # fmt: skip
     return validate(TrainConfig, merge(own, changes), "approximations")

@@ -191,7 +191,7 @@ class Bench:
         """Float32 weights, nothing compiled; the rollout of ours is trained on, without a check."""
         policy = self.size.policy | {"source": str(self.models.policy), "dtype": "float32"}
         execution = {
-            "tensorboard": False,
+            "trackers": [],
             "rollout_micro_batch": 1,
             "training_micro_batch": self.size.steps if batched else 1,
             "gradient_checkpointing": self.device.type == "cuda",

@@ -47,7 +47,7 @@ def deviation(size: Size, models: Models, run: Path, *, compiled: bool, **change
     """Largest |ratio - 1| before the update of one iteration."""
     execution = {
         "compile": compiled,
-        "tensorboard": False,
+        "trackers": [],
         "rollout_micro_batch": 2,
         "training_micro_batch": 1,
     }

@@ -88,7 +88,7 @@ class Size:
             "lora": {"rank": self.rank, "alpha": 2.0 * self.rank},
             "rollout": {"group_size": self.group_size, "prompts_per_iteration": 1},
             "optimization": {"learning_rate": UNTOUCHED, "iterations": 4},
-            "execution": {"tensorboard": False, "overlap_rewards": False} | self.execution,
+            "execution": {"trackers": [], "overlap_rewards": False} | self.execution,
         }
         return validate(TrainConfig, data | changes, f"size {self.name}")
 

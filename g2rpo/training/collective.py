@@ -1,5 +1,6 @@
 """The ranks of a training, and the decisions that they take together."""
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,18 +22,37 @@ def make_accelerator(config: TrainConfig, run: Path) -> Accelerator:
     """The accelerator for ``config``; ranks come from the launcher's environment.
 
     Raises:
-        UserError: a CUDA device is asked for and none is there.
+        UserError: a CUDA device is asked for and none is there, or a tracker is not installed.
     """
     device = config.execution.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "execution.device is cuda but no GPU is visible; use execution.device=cpu or auto"
         )
-    tracker = "tensorboard" if config.execution.tensorboard else None
+    trackers = list(config.execution.trackers)
+    for tracker in trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(
+                f"execution.trackers names {tracker}, which is not installed; "
+                f"`.uv/bin/uv pip install {tracker}` installs it"
+            )
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
-        log_with=tracker,
-        project_dir=str(run) if tracker else None,
+        log_with=trackers or None,
+        project_dir=str(run / "tensorboard") if trackers else None,
+    )
+
+
+def start_trackers(accelerator: Accelerator, run: Path, iteration: int) -> None:
+    """Starts the configured trackers; a resumed run continues its record after ``iteration``."""
+    again = {"name": run.name, "resume": "allow"}
+    accelerator.init_trackers(
+        "g2rpo",
+        init_kwargs={
+            "tensorboard": {"purge_step": iteration + 1},
+            "wandb": again | {"id": run.name, "dir": str(run)},
+            "trackio": again,
+        },
     )
 
 

@@ -184,7 +184,8 @@ class ExecutionConfig(StrictModel):
     overlap_rewards: bool = True
     """On a GPU, scores images while the next ones are decoded."""
     offload: OffloadConfig = OffloadConfig()
-    tensorboard: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics are logged besides ``metrics.jsonl``, through accelerate."""
 
 
 class TrainConfig(StrictModel):

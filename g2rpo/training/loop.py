@@ -33,6 +33,7 @@ from g2rpo.training.collective import (
     make_accelerator,
     of_all_ranks,
     raise_on_all_ranks,
+    start_trackers,
     sum_over_ranks,
     sync_ranks,
 )
@@ -186,9 +187,7 @@ class Trainer:
         """
         self._saved_at = time.monotonic()
         log = self._open_log()
-        if self.config.execution.tensorboard:
-            purge = {"tensorboard": {"purge_step": self.progress.iteration + 1}}
-            self.accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        start_trackers(self.accelerator, self.run, self.progress.iteration)
         try:
             self._iterations(log)
         except StoppedAlone:

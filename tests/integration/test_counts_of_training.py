@@ -59,7 +59,7 @@ def config_for(assets: Path, run: dict[str, Any]) -> TrainConfig:
         "optimization": {"iterations": 3, **run.get("optimization", {})},
         "validation": {"file": str(assets / "prompts" / "validation.txt"), "limit": 3, "every": 2},
         "checkpoints": {"every": 1, "keep_last": 2},
-        "execution": {"device": "cpu", "tensorboard": False, "training_micro_batch": 3},
+        "execution": {"device": "cpu", "trackers": [], "training_micro_batch": 3},
     }
     return TrainConfig.model_validate(data)
 

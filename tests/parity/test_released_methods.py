@@ -162,7 +162,7 @@ def config_of(case: Case) -> TrainConfig:
         "rewards": rewards,
         "optimization": optimization,
         "validation": None,
-        "execution": {"device": "cpu", "tensorboard": False},
+        "execution": {"device": "cpu", "trackers": []},
     }
     config = resolve(EXPERIMENT, PROFILE, case.cell, SEED, changes).train
     assert config is not None
