@@ -52,6 +52,12 @@ build_base() {
     buildah "${STORAGE[@]}" add --quiet "$container" "$ROOT/base.tar" /
     buildah "${STORAGE[@]}" config --cmd /bin/bash \
         --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"
+    # Behind a proxy that opens TLS, pip and uv need its certificate, as in a site's own base image.
+    if [ -n "${SSL_CERT_FILE-}" ]; then
+        buildah "${STORAGE[@]}" add --quiet "$container" "$SSL_CERT_FILE" /etc/site-ca.crt
+        buildah "${STORAGE[@]}" config --env SSL_CERT_FILE=/etc/site-ca.crt \
+            --env PIP_CERT=/etc/site-ca.crt "$container"
+    fi
     buildah "${STORAGE[@]}" commit --quiet --rm "$container" "$BASE" >/dev/null
     rm -f "$ROOT/base.tar"
 }
