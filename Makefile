@@ -33,7 +33,7 @@ export UV_PYTHON_DOWNLOADS := never
 .PHONY: help setup mini smoke test check-mini lint docs mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
-	lock audit image sif check-image bench-speed bench-numerics bench-statistics bench-approximations \
+	lock audit image sif check-image bench-speed bench-numerics bench-approximations \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-latex
 
@@ -135,7 +135,7 @@ sif: ## turn the image into build/g2rpo.sif for Apptainer
 check-image: ## build the image on a Debian base and use it (root, no Docker engine needed; minutes, 20 GB)
 	docker/check-image.sh
 
-mini-world: $(READY) ## train the mini world again from its seed (about an hour on 2 cores)
+mini-world: $(READY) ## rebuild the mini world from its seed (about two hours)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world
 
 reproduce-table1: $(READY) ## the paper's Table 1, methods against each other (PROFILE=flux unless given)
@@ -179,16 +179,13 @@ report: $(READY) ## one HTML page of all that is finished (PROFILE=mini unless g
 check: $(READY) ## can this machine run the suite; with CLUSTER=, does the cluster fit (PROFILE=mini unless given)
 	$(RUN)/g2rpo check $(if $(CLUSTER),cluster --cluster $(CLUSTER) --profile $(or $(PROFILE),mini),machine)
 
-bench-statistics: $(READY) ## seconds that the statistics of a whole table take
-	$(OFFLINE) $(RUN)/python -m benchmarks.speed.statistics
-
-bench-speed: $(READY) ## a whole iteration the released way and ours (FLUX's size on a GPU, else the mini world)
+bench-speed: $(READY) ## time one iteration: released code against ours (FLUX size on a GPU, else the mini world)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.iteration
 
-bench-numerics: $(READY) ## how far the ratio is from 1 before an update, at FLUX's width and length (minutes)
+bench-numerics: $(READY) ## deviation of the ratio from 1 before an update, at FLUX's width and length (minutes)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.numerics
 
-bench-approximations: $(READY) ## what approximate continuations change on the mini world (about half an hour)
+bench-approximations: $(READY) ## effect of approximate continuations on the mini world (about an hour)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.approximations
 
 clean: ## remove caches and build products; .venv and results/ stay

@@ -1,4 +1,4 @@
-"""Training of the attribute judge on drawn pictures and on decoded ones."""
+"""Training of the attribute reward model on rendered and on decoded pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from benchmarks.mini_world import autoencoder, world
 from benchmarks.mini_world.pictures import PicturePool, draw_pool
+from benchmarks.mini_world.training import OneCycle
 from g2rpo.config import StrictModel
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.attributes import AttributeReader, ReaderConfig, share
 
 NOTHING = -100
-"""Target of what cannot be read: colour and size of an empty cell."""
+"""Ignored target: colour and size of an empty cell."""
 
 
 class AttributeSettings(StrictModel):
-    """Training of the attribute judge."""
+    """Training of the attribute reward model."""
 
     pictures: int = Field(default=12000, ge=1)
     steps: int = Field(default=900, ge=1)
@@ -65,7 +66,7 @@ def targets(layouts: list[world.Layout], config: ReaderConfig) -> dict[str, Tens
 
 
 def disturb(pixels: Tensor, noise: float) -> Tensor:
-    """Pixels ``[B, 3, H, W]`` with a random blur and random noise, each of its own strength."""
+    """Pixels ``[B, 3, H, W]`` with blur and noise of random strength."""
     count = len(pixels)
     blurred = nn.functional.avg_pool2d(
         nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1
@@ -76,7 +77,7 @@ def disturb(pixels: Tensor, noise: float) -> Tensor:
 
 
 def decoded(vae: AutoencoderKL, images: Tensor, noise: float, seed: int) -> Tensor:
-    """Images through the autoencoder and back, the latents disturbed by a little noise."""
+    """Images encoded and decoded, with noise of a random scale on the latents."""
     latents = autoencoder.encode(vae, images)
     draws = torch.Generator().manual_seed(seed)
     spread = noise * torch.rand(len(latents), 1, 1, 1, generator=draws)
@@ -86,7 +87,7 @@ def decoded(vae: AutoencoderKL, images: Tensor, noise: float, seed: int) -> Tens
 def train(
     settings: AttributeSettings, seed: int, vae: AutoencoderKL, folder: Path
 ) -> dict[str, Any]:
-    """Trains the attribute judge, saves it to ``folder``, reports its held-out accuracy."""
+    """Trains the attribute reader, saves it to ``folder`` and returns its held-out accuracy."""
     torch.manual_seed(seed)
     config = reader_config(settings)
     reader = AttributeReader(config)
@@ -94,11 +95,10 @@ def train(
     half = settings.pictures // 2
     images = torch.cat([pool.images[:half], decoded(vae, pool.images[half:], 0.3, seed)])
     classes = targets(pool.layouts, config)
-    optimizer = torch.optim.AdamW(reader.parameters(), settings.learning_rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, settings.steps, pct_start=0.1
+    optimizer = OneCycle(
+        reader.parameters(), settings.learning_rate, settings.steps, 0.1, weight_decay=1e-3
     )
-    with ProgressReport("attribute judge", settings.steps) as progress:
+    with ProgressReport("attribute reader", settings.steps) as progress:
         for step in range(1, settings.steps + 1):
             index = torch.randint(len(images), (settings.batch_size,))
             scores = reader(disturb(reader.prepare(images[index]), settings.noise))
@@ -110,11 +110,7 @@ def train(
                     for name, score in zip(classes, scores, strict=True)
                 ]
             ).sum()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            optimizer.step(loss)
             progress.update(step, f"loss {loss.item():.4f}")
     reader.eval().save(folder)
     held_out = draw_pool(seed, "attributes-held-out", "test", settings.held_out)
@@ -126,11 +122,11 @@ def train(
 
 
 def accuracy(reader: AttributeReader, pool: PicturePool, images: Tensor) -> dict[str, float]:
-    """How well ``images`` of the pool's scenes are read.
+    """Accuracy of the readings of ``images``, which show the pool's scenes.
 
     Returns:
-        the share of right readings of each attribute, of images read wholly right, and the mean
-        share of the caption's attributes found (``score``).
+        The accuracy of each attribute and of whole images, and the mean share of a caption's
+        attributes found (``score``).
     """
     truth = targets(pool.layouts, reader.config)
     with torch.no_grad():

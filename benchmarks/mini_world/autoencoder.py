@@ -1,4 +1,4 @@
-"""The autoencoder: 32 by 32 pixels to 8 by 8 latents of 16 channels, and back."""
+"""The autoencoder: 32×32 pixels to 8×8 latents of 16 channels and back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from benchmarks.mini_world.pictures import PicturePool, draw_pool, to_bytes, to_signed
+from benchmarks.mini_world.training import OneCycle
 from g2rpo.config import StrictModel
 from g2rpo.progress import ProgressReport
 
@@ -22,12 +23,12 @@ class AutoencoderSettings(StrictModel):
     batch_size: int = Field(default=16, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     kl_weight: float = Field(default=3e-4, ge=0)
-    """Weight of the mean KL divergence of a latent value to the standard normal."""
+    """Weight of the KL divergence to the standard normal, averaged over latent values."""
     channels: tuple[int, int, int] = (8, 24, 48)
 
 
 def build(settings: AutoencoderSettings) -> AutoencoderKL:
-    """An untrained autoencoder of FLUX's kind (no quantisation convolutions)."""
+    """An untrained autoencoder like FLUX's, without quantisation convolutions."""
     levels = len(settings.channels)
     return AutoencoderKL(
         in_channels=3,
@@ -52,16 +53,14 @@ def load(assets: Path) -> AutoencoderKL:
 
 
 def train(settings: AutoencoderSettings, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains an autoencoder on training pictures, saves it to ``folder``, reports its quality."""
+    """Trains an autoencoder, saves it to ``folder`` and returns its held-out quality."""
     torch.manual_seed(seed)
     model = build(settings)
     pool = draw_pool(seed, "autoencoder", "train", settings.pictures)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, weight_decay=1e-4, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, settings.steps, pct_start=0.05
-    )
+    optimizer = OneCycle(
+        model.parameters(), settings.learning_rate, settings.steps, 0.05,
+        weight_decay=1e-4, fused=True,
+    )  # fmt: skip
     with ProgressReport("autoencoder", settings.steps) as progress:
         for step in range(settings.steps):
             pixels = to_signed(pool.images[torch.randint(len(pool), (settings.batch_size,))])
@@ -69,11 +68,7 @@ def train(settings: AutoencoderSettings, seed: int, folder: Path) -> dict[str, A
             reconstruction = model.decode(posterior.sample()).sample
             error = (reconstruction - pixels).square().mean()
             kl = posterior.kl().mean() / posterior.mean[0].numel()
-            (error + settings.kl_weight * kl).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            optimizer.step(error + settings.kl_weight * kl)
             progress.update(step + 1, f"squared error {error.item():.5f}, KL {kl.item():.2f}")
     model.eval()
     normalise(model, pool.images[:2048])
@@ -84,7 +79,7 @@ def train(settings: AutoencoderSettings, seed: int, folder: Path) -> dict[str, A
 
 @torch.no_grad()
 def normalise(model: AutoencoderKL, images: Tensor) -> None:
-    """Sets the shift and the scale that give latents mean 0 and variance 1, as FLUX's config."""
+    """Sets the config's shift and scale so that latents have mean 0 and variance 1."""
     latents = model.encode(to_signed(images)).latent_dist.sample()
     model.register_to_config(
         shift_factor=round(latents.mean().item(), 4),
@@ -122,7 +117,7 @@ def reconstruct(model: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def quality(model: AutoencoderKL, pool: PicturePool) -> dict[str, float]:
-    """Squared reconstruction error per value (pixels in [-1, 1]) and the latents' moments."""
+    """Reconstruction MSE (pixels in [-1, 1]) and mean and standard deviation of the latents."""
     latents = encode(model, pool.images)
     error = (to_signed(decode(model, latents)) - to_signed(pool.images)).square().mean()
     return {

@@ -29,6 +29,7 @@ from benchmarks.mini_world import autoencoder
 from benchmarks.mini_world.attribute_training import caption_shares
 from benchmarks.mini_world.pictures import draw_pool
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
+from benchmarks.mini_world.training import OneCycle
 from g2rpo.config import StrictModel
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.attributes import AttributeReader
@@ -36,7 +37,7 @@ from g2rpo.rewards.attributes import AttributeReader
 GUIDANCE = 3.5
 SHIFT = 3.0
 POOLED_TOKENS, SEQUENCE_TOKENS = 22, 20
-"""Lengths that captions are padded to for CLIP (start and end marks) and for T5 (end mark)."""
+"""Padded caption lengths of CLIP (with start and end tokens) and T5 (with an end token)."""
 LATENT_CHANNELS, LATENT_SIDE = 16, 8
 
 
@@ -53,7 +54,7 @@ class PolicySettings(StrictModel):
     check_steps: int = Field(default=8, ge=1)
     """Sampling steps of the accuracy checks."""
     stop_accuracy: float = Field(default=0.86, gt=0, le=1)
-    """Training stops at the first check on validation captions that reaches this accuracy."""
+    """Training stops at the first validation check with this accuracy."""
     double_blocks: int = 2
     single_blocks: int = 3
     heads: int = 4
@@ -63,7 +64,7 @@ class PolicySettings(StrictModel):
 
 @dataclass
 class Policy:
-    """The trained parts, as modules, with their tokenizers."""
+    """The trained modules with their tokenizers."""
 
     transformer: FluxTransformer2DModel
     text_encoder: CLIPTextModel
@@ -72,7 +73,7 @@ class Policy:
     tokenizer_2: T5TokenizerFast
 
     def trained(self) -> nn.ModuleDict:
-        """What the flow-matching loss trains, all of it together."""
+        """All modules that the flow-matching loss trains."""
         return nn.ModuleDict(
             {
                 "transformer": self.transformer,
@@ -131,36 +132,11 @@ def unpack(tokens: Tensor) -> Tensor:
 
 
 def build(settings: PolicySettings, folder: Path) -> Policy:
-    """An untrained policy; the tokenizers' files are written below ``folder``."""
+    """An untrained policy; writes the tokenizers below ``folder``."""
     tokenizer = clip_tokenizer(folder / "tokenizer", POOLED_TOKENS)
     tokenizer_2 = t5_tokenizer(folder / "tokenizer_2", SEQUENCE_TOKENS)
     width = settings.text_width
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=POOLED_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    text_encoder_2 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_2),
-            d_model=width,
-            d_kv=width // 4,
-            d_ff=2 * width,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
+    encoders = text_encoders(tokenizer, tokenizer_2, (width, width), 2 * width, 2)
     rest = settings.head_width - 4
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -174,11 +150,48 @@ def build(settings: PolicySettings, folder: Path) -> Policy:
         guidance_embeds=True,
         axes_dims_rope=(4, rest // 2, rest // 2),
     )
-    return Policy(transformer, text_encoder, text_encoder_2, tokenizer, tokenizer_2)
+    return Policy(transformer, *encoders, tokenizer, tokenizer_2)
+
+
+def text_encoders(
+    tokenizer: CLIPTokenizer,
+    tokenizer_2: T5TokenizerFast,
+    widths: tuple[int, int],
+    inner: int,
+    layers: int,
+) -> tuple[CLIPTextModel, T5EncoderModel]:
+    """CLIP and T5 encoders of these output ``widths`` and ``inner`` width, with random weights."""
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=widths[0],
+            intermediate_size=inner,
+            projection_dim=widths[0],
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer_2),
+            d_model=widths[1],
+            d_kv=inner // 8,
+            d_ff=inner,
+            num_layers=layers,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+    return clip, t5
 
 
 def shifted(u: Tensor) -> Tensor:
-    """Uniform ``u`` to the time ``sigma`` of the grid with shift 3."""
+    """The time ``sigma`` of uniform ``u`` on the grid with shift 3."""
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
@@ -197,7 +210,7 @@ def sample(policy: Policy, captions: Sequence[str], steps: int, seed: int) -> Te
 
 
 class MovingAverage:
-    """Exponential moving average of the trained parameters, swapped in for checks."""
+    """EMA of the trained parameters, swapped in for checks."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.parameters = list(module.parameters())
@@ -207,7 +220,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the present parameters; the first steps weigh more."""
+        """Adds the current parameters, with a smaller decay in the first steps."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
@@ -221,19 +234,16 @@ class MovingAverage:
             average.copy_(present)
 
 
-Check = Callable[[Policy], float]
-
-
 def train(
     settings: PolicySettings,
     seed: int,
     vae: AutoencoderKL,
     folder: Path,
-    check: Check,
+    check: Callable[[Policy], float],
 ) -> tuple[Policy, dict[str, Any]]:
-    """Trains a policy on fresh training scenes and saves a FluxPipeline to ``folder``.
+    """Trains a policy on training scenes and saves a FluxPipeline to ``folder``.
 
-    ``check`` gives the accuracy of a policy on validation captions; it draws nothing from the
+    ``check`` returns the accuracy of a policy on validation captions; it must not draw from the
     training's generators.
     """
     torch.manual_seed(seed)
@@ -244,20 +254,11 @@ def train(
     latents = pack(autoencoder.encode(vae, pool.images))
     tokens = policy.tokens(pool.captions)
     del pool
-    optimizer = torch.optim.AdamW(
-        trained.parameters(),
-        settings.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        settings.learning_rate,
-        settings.steps,
-        pct_start=settings.warmup_steps / settings.steps,
-        final_div_factor=10,
-    )
+    optimizer = OneCycle(
+        trained.parameters(), settings.learning_rate, settings.steps,
+        settings.warmup_steps / settings.steps, final_div_factor=10,
+        betas=(0.9, 0.99), weight_decay=0.01, fused=True,
+    )  # fmt: skip
     average = MovingAverage(trained, settings.ema_decay)
     draws = torch.Generator().manual_seed(seed)
     history: list[tuple[int, float]] = []
@@ -271,11 +272,7 @@ def train(
             mixed = torch.lerp(clean, noise, sigma[:, None, None])
             velocity = policy.velocity(mixed, sigma, (tokens[0][index], tokens[1][index]))
             loss = (velocity - (noise - clean)).square().mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            optimizer.step(loss)
             average.update()
             running = loss.item() if step == 1 else 0.99 * running + 0.01 * loss.item()
             progress.update(step, f"loss {running:.4f}")
@@ -302,7 +299,7 @@ def train(
 
 
 def save(policy: Policy, vae: AutoencoderKL, folder: Path) -> None:
-    """Saves an ordinary FluxPipeline folder in safetensors."""
+    """Saves a standard FluxPipeline folder."""
     scheduler = FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False
     )
@@ -320,7 +317,7 @@ def save(policy: Policy, vae: AutoencoderKL, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class AttributeCheck:
-    """Judges samples of a policy by the attribute judge, always with the same noise."""
+    """Scores samples of a policy with the attribute reader, always from the same noise."""
 
     reader: AttributeReader
     vae: AutoencoderKL
@@ -329,7 +326,7 @@ class AttributeCheck:
     seed: int = 0
 
     def shares(self, policy: Policy) -> list[float]:
-        """For each caption the share of its attributes that its sample shows."""
+        """The share of each caption's attributes that its sample shows."""
         latents = sample(policy, self.captions, self.steps, self.seed)
         return caption_shares(self.reader, autoencoder.decode(self.vae, latents), self.captions)
 
@@ -339,10 +336,10 @@ class AttributeCheck:
         return sum(shares) / len(shares)
 
     def report(self, policy: Policy) -> dict[str, float]:
-        """The mean share, and the share of images with every attribute right."""
+        """The mean share, and the share of images with every attribute correct."""
         shares = self.shares(policy)
-        whole = sum(value == 1 for value in shares) / len(shares)
+        correct = sum(value == 1 for value in shares)
         return {
             "attribute_accuracy": round(sum(shares) / len(shares), 4),
-            "all_right": round(whole, 4),
+            "all_right": round(correct / len(shares), 4),
         }

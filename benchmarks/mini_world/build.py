@@ -1,17 +1,15 @@
-"""Builds the assets of the mini world part by part, and the manifest that tells how.
+"""Builds the assets of the mini world part by part, with a manifest of how each was made.
 
-A part is built again only where its settings, its seed, or what it is built from has changed, or
-its files are not those that the manifest names; so an interrupted build goes on where it was.
+A part is rebuilt only if its settings, its seed or its inputs have changed, or if its files do not
+match the manifest, so an interrupted build resumes where it stopped.
 """
 
 import json
-import multiprocessing
 import platform
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +18,17 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from benchmarks.mini_world import attribute_training, autoencoder, base_policy, judges, world
+from benchmarks.mini_world import (
+    attribute_training,
+    autoencoder,
+    base_policy,
+    reward_training,
+    world,
+)
 from benchmarks.mini_world.attribute_training import AttributeSettings
 from benchmarks.mini_world.autoencoder import AutoencoderSettings
 from benchmarks.mini_world.base_policy import PolicySettings
-from benchmarks.mini_world.judges import JudgeSettings, PictureSettings
+from benchmarks.mini_world.reward_training import PictureSettings, RewardSettings
 from g2rpo.config import StrictModel, content_hash
 from g2rpo.errors import UserError
 from g2rpo.files import (
@@ -34,12 +38,12 @@ from g2rpo.files import (
     sha256_tree,
     write_json,
 )
-from g2rpo.progress import ProgressReport, without_library_bars
+from g2rpo.progress import without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
 
 MANIFEST = "manifest.json"
 SIZE_LIMIT = 25_000_000
-"""Most bytes that all assets together may have, for they are committed."""
+"""Largest total size of the assets in bytes; they are committed."""
 
 
 class WorldSettings(StrictModel):
@@ -51,20 +55,20 @@ class WorldSettings(StrictModel):
 
 
 class MiniWorldSettings(StrictModel):
-    """Everything that decides what is built."""
+    """All settings of a build."""
 
     seed: int = 1
     prompts: WorldSettings = WorldSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     attributes: AttributeSettings = AttributeSettings()
     policy: PolicySettings = PolicySettings()
-    judge_pictures: PictureSettings = PictureSettings()
-    judges: dict[str, JudgeSettings] = judges.SETTINGS
+    reward_pictures: PictureSettings = PictureSettings()
+    rewards: dict[str, RewardSettings] = reward_training.SETTINGS
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part: where its files lie, what it is built from, and how it is built."""
+    """One part of the assets: its files, the parts it depends on, and its build function."""
 
     name: str
     outputs: tuple[str, ...]
@@ -73,10 +77,10 @@ class Part:
     """Writes the outputs below the assets' folder; returns what it measured."""
 
     def settings(self, settings: MiniWorldSettings) -> dict[str, Any]:
-        """What of all settings decides how this part comes out."""
+        """The settings that this part depends on."""
         dumped = settings.model_dump(mode="json")
-        if self.name in settings.judges:
-            return {"pictures": dumped["judge_pictures"], "training": dumped["judges"][self.name]}
+        if self.name in settings.rewards:
+            return {"pictures": dumped["reward_pictures"], "training": dumped["rewards"][self.name]}
         chosen: dict[str, Any] = dumped[self.name]
         return chosen
 
@@ -99,7 +103,7 @@ def build_autoencoder(settings: MiniWorldSettings, assets: Path) -> dict[str, An
 
 
 def build_attributes(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
-    """Trains the attribute judge."""
+    """Trains the attribute reward model."""
     vae = autoencoder.load(assets)
     with atomic_folder(assets / "rewards" / "attributes") as folder:
         return attribute_training.train(settings.attributes, settings.seed, vae, folder)
@@ -127,10 +131,10 @@ def build_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
     return report
 
 
-def build_judge(role: str, settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
-    """Trains the judge in the role of one published reward model."""
-    return judges.build_judge(
-        role, assets, settings.seed, settings.judges[role], settings.judge_pictures
+def build_reward(role: str, settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
+    """Trains the small counterpart of one published reward model."""
+    return reward_training.build_reward(
+        role, assets, settings.seed, settings.rewards[role], settings.reward_pictures
     )
 
 
@@ -156,9 +160,8 @@ PARTS = (
         build_policy,
     ),
     *(
-        Part(role, (f"rewards/{role}",), ("autoencoder",), partial(build_judge, role))
-        # The one that takes longest first, so that no worker is idle at the end.
-        for role in sorted(judges.MODELS, key=lambda role: role != "image_reward")
+        Part(role, (f"rewards/{role}",), ("autoencoder",), partial(build_reward, role))
+        for role in reward_training.MODELS
     ),
 )
 
@@ -186,98 +189,56 @@ def build(
     settings: MiniWorldSettings,
     assets: Path,
     rebuild: frozenset[str] = frozenset(),
-    tell: Callable[[str], None] = lambda _: None,
-    jobs: int = 1,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Builds what is missing below ``assets`` and returns the manifest.
 
-    Up to ``jobs`` parts are built at a time, each in a process with one thread, so that neither
-    the number of jobs nor that of cores changes what is built.
+    PyTorch uses one thread, so the number of cores does not change the result.
 
     Raises:
-        UserError: ``rebuild`` names no part, or the assets are larger than may be committed.
+        UserError: ``rebuild`` names an unknown part, or the assets exceed :data:`SIZE_LIMIT`.
     """
     unknown = rebuild - {part.name for part in PARTS}
     if unknown:
-        raise UserError(
-            f"no part is called {sorted(unknown)[0]!r}; parts: {', '.join(p.name for p in PARTS)}"
-        )
+        names = ", ".join(part.name for part in PARTS)
+        raise UserError(f"--rebuild {sorted(unknown)[0]}: no such part; choose from {names}")
+    torch.set_num_threads(1)
     path = assets / MANIFEST
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
     hashes: dict[str, str | None] = {}
-    waiting = list(PARTS)
-    running: dict[Future[Built], tuple[Part, str]] = {}
-    failures: list[BaseException | None] = []
-    with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _start_worker, max_tasks_per_child=1
-    ) as pool:
-        while waiting or running:
-            # In the order of PARTS, as workers are free: what takes long stands before the rest.
-            for part in [part for part in waiting if hashes.keys() >= set(part.needs)]:
-                if len(running) == jobs:
-                    break
-                waiting.remove(part)
-                chosen = part.settings(settings)
-                inputs = content_hash([settings.seed, chosen, [hashes[n] for n in part.needs]])
-                found = outputs_hash(part, assets)
-                old = manifest["parts"].get(part.name, {})
-                kept = (old.get("inputs"), old.get("outputs")) == (inputs, found)
-                if kept and found is not None and part.name not in rebuild:
-                    hashes[part.name] = found
-                    tell(f"{part.name}: already built")
-                else:
-                    running[pool.submit(_build_part, part, settings, assets)] = part, inputs
-                    tell(f"{part.name}: building")
-            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                part, inputs = running.pop(future)
-                if future.exception() is not None:
-                    failures.append(future.exception())
-                    waiting.clear()  # what runs now is still finished and kept
-                    continue
-                built = future.result()
-                hashes[part.name] = outputs_hash(part, assets)
-                manifest["parts"][part.name] = {
-                    "inputs": inputs,
-                    "outputs": hashes[part.name],
-                    "settings": part.settings(settings),
-                    **asdict(built),
-                }
-                manifest |= describe(settings, assets)
-                write_json(path, manifest)
-                tell(f"{part.name}: done in {built.seconds:.0f} s")
-    for failure in failures:
-        raise failure or AssertionError
+    for part in PARTS:
+        chosen = part.settings(settings)
+        inputs = content_hash([settings.seed, chosen, [hashes[n] for n in part.needs]])
+        hashes[part.name] = outputs = outputs_hash(part, assets)
+        old = manifest["parts"].get(part.name, {})
+        unchanged = (old.get("inputs"), old.get("outputs")) == (inputs, outputs)
+        if outputs is not None and unchanged and part.name not in rebuild:
+            log(f"{part.name}: up to date")
+            continue
+        log(f"{part.name}: building")
+        start, cpu = time.monotonic(), time.process_time()
+        with without_library_bars():
+            measured = part.build(settings, assets)
+        seconds = time.monotonic() - start
+        hashes[part.name] = outputs_hash(part, assets)
+        manifest["parts"][part.name] = {
+            "inputs": inputs,
+            "outputs": hashes[part.name],
+            "settings": chosen,
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+            "measured": measured,
+        }
+        manifest |= describe(settings, assets)
+        write_json(path, manifest)
+        log(f"{part.name}: done in {seconds:.0f} s")
     if manifest["bytes"] > SIZE_LIMIT:
-        raise UserError(
-            f"the assets have {manifest['bytes']} bytes, more than {SIZE_LIMIT}: make them smaller"
-        )
+        raise UserError(f"{assets}: {manifest['bytes']} bytes exceed the limit of {SIZE_LIMIT}")
     return manifest
 
 
-@dataclass(frozen=True)
-class Built:
-    """What building a part took, and what was measured on it."""
-
-    seconds: float
-    cpu_seconds: float
-    measured: dict[str, Any]
-
-
-def _build_part(part: Part, settings: MiniWorldSettings, assets: Path) -> Built:
-    start, cpu = time.monotonic(), time.process_time()
-    with without_library_bars():
-        measured = part.build(settings, assets)
-    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
-    return Built(round(seconds, 1), round(cpu_seconds, 1), measured)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    ProgressReport.bars = False
-
-
 def describe(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
-    """Seed, files with sizes and hashes, and the software and machine they were built with."""
+    """Seed, files with sizes and hashes, package versions and the machine."""
     files = {
         path.relative_to(assets).as_posix(): {
             "bytes": path.stat().st_size,

@@ -1,4 +1,4 @@
-"""Pools of pictures and their scenes, drawn once so that no training waits for drawing."""
+"""Pools of pictures with their scenes, drawn once before training."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from g2rpo.seeds import generator
 
 @dataclass(frozen=True)
 class PicturePool:
-    """``images`` uint8 ``[N, 32, 32, 3]``, with the captions, scenes and layouts they show."""
+    """Images uint8 ``[N, 32, 32, 3]`` with their captions, scenes and layouts."""
 
     images: Tensor
     captions: list[str]
@@ -39,10 +39,10 @@ def draw_scenes(scenes: list[world.Scene], rng: np.random.Generator) -> PictureP
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 ``[N, H, W, 3]`` to float32 ``[N, 3, H, W]`` in [-1, 1], as the autoencoder has it."""
+    """uint8 ``[N, H, W, 3]`` to float32 ``[N, 3, H, W]`` in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """float32 ``[N, 3, H, W]`` in [-1, 1] to uint8 ``[N, H, W, 3]``, as a saved PNG has it."""
+    """float32 ``[N, 3, H, W]`` in [-1, 1] to uint8 ``[N, H, W, 3]``, rounded as in a saved PNG."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,9 +1,8 @@
-"""Small reward models in the files of the large ones: what the mini world's judges are trained
-as, and what the smoke profile holds with random weights.
+"""Small counterparts of the published reward models, in the same file formats.
 
-Each of the four is built with fresh weights, gives differentiable features for training, and is
-saved as a folder that its class in ``g2rpo.rewards`` loads by the code that loads the published
-weights.
+The mini world trains them; the smoke profile uses them with random weights. Each gives
+differentiable features for training and is saved as a folder that the class in ``g2rpo.rewards``
+loads just as it loads the published weights.
 """
 
 from abc import ABC, abstractmethod
@@ -42,7 +41,7 @@ from g2rpo.rewards.open_clip_reward import (
 from g2rpo.rewards.pick_score import image_features, text_features
 
 CONTEXT_LENGTH = 24
-"""Tokens of a prompt that the small text towers read, the two marks included."""
+"""Context length of the small text towers, with the start and end tokens."""
 IMAGE_SIZE = 32
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[START]", "[END]"
 PAD_ID = 0
@@ -50,7 +49,7 @@ _MEAN, _STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Pixels ``[N, 3, 32, 32]`` in 0..1 to what the small vision towers are given."""
+    """Pixels ``[N, 3, 32, 32]`` in 0..1, normalised for the small vision towers."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (_MEAN, _STD))
     return (pixels - mean) / std
 
@@ -79,10 +78,10 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 @torch.no_grad()
 def liven(module: nn.Module) -> None:
-    """Draws every matrix of ``module`` anew so that it keeps the size of what passes through.
+    """Redraws every matrix of ``module`` at a scale that preserves the size of activations.
 
-    Biases and the vectors of normalisation layers stay as they are. Initialisations made for
-    wide models (standard deviation 0.02) are far too small for narrow ones.
+    Biases and normalisation layers are kept. Initialisations for wide models (standard deviation
+    0.02) are far too small for narrow ones.
     """
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -108,7 +107,7 @@ def save_open_clip(
 def save_transformers_clip(
     clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Writes an ordinary CLIPModel folder with its processor's files."""
+    """Saves a standard CLIPModel folder with its processor's files."""
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = int(clip.config.vision_config.image_size)
@@ -124,7 +123,7 @@ def save_transformers_clip(
 
 
 class SmallReward(ABC, nn.Module):
-    """A trainable reward model: images and token ids to a matrix or a list of scores."""
+    """A trainable reward model of images and token ids."""
 
     name: ClassVar[str]
     """The reward's name in the registry, and its folder's."""
@@ -163,20 +162,20 @@ class SmallReward(ABC, nn.Module):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes the folder that the reward's class loads."""
+        """Saves a folder that the reward's class loads."""
 
 
 class SmallDualEncoder(SmallReward):
     """Two towers; the score is the cosine of their features.
 
-    Features in training have the length ``sqrt(width)``: what is read off them linearly then
-    learns as fast as the towers do.
+    Training features have the length ``sqrt(width)``, so that linear heads learn as fast as the
+    towers.
     """
 
     logit_scale: nn.Parameter
 
     def scaled(self, features: Tensor) -> Tensor:
-        """``features`` ``[N, width]`` at the length ``sqrt(width)``."""
+        """``features`` ``[N, width]`` scaled to the length ``sqrt(width)``."""
         scale: float = self.width**0.5
         return scale * nn.functional.normalize(features, dim=-1)
 
@@ -186,7 +185,7 @@ class SmallDualEncoder(SmallReward):
 
 
 class SmallOpenClip(SmallDualEncoder):
-    """An open_clip model in the role of HPS or of the CLIP score."""
+    """An open_clip model, for HPS and the CLIP score."""
 
     def __init__(
         self, words: Sequence[str], embed: int, vision: dict[str, Any], text: dict[str, Any]
@@ -214,8 +213,8 @@ class SmallOpenClip(SmallDualEncoder):
     def encode_caption(self, ids: Tensor) -> Tensor:
         """Features ``[N, width]``, all of length ``sqrt(width)``.
 
-        In direction equal to open_clip's ``encode_text``, which takes ids of the full context
-        length alone; in training most of that would be padding.
+        Equal in direction to open_clip's ``encode_text``, which only takes the full context
+        length; most of that would be padding.
         """
         clip, length = self.clip, ids.shape[1]
         hidden = clip.token_embedding(ids) + clip.positional_embedding[:length]
@@ -230,7 +229,7 @@ class SmallOpenClip(SmallDualEncoder):
 
 
 class SmallHPS(SmallOpenClip):
-    """In the role of HPS: a vision transformer with patches of 8 pixels."""
+    """HPS: a vision transformer with patches of 8 pixels."""
 
     name = "hps"
 
@@ -240,7 +239,7 @@ class SmallHPS(SmallOpenClip):
 
 
 class SmallCLIPScore(SmallOpenClip):
-    """In the role of the CLIP score: large patches, one for each quarter of the picture."""
+    """CLIP score: large patches, one for each quarter of the picture."""
 
     name = "clip"
 
@@ -250,7 +249,7 @@ class SmallCLIPScore(SmallOpenClip):
 
 
 class SmallPickScore(SmallDualEncoder):
-    """In the role of PickScore: transformers' CLIPModel, small patches, a thin deep tower."""
+    """PickScore: transformers' CLIPModel with small patches and a thin, deep tower."""
 
     name = "pick_score"
 
@@ -293,12 +292,12 @@ class SmallPickScore(SmallDualEncoder):
         return self.scaled(text_features(self.clip, ids, (ids != PAD_ID).long()))
 
     def save(self, folder: Path) -> None:
-        """Writes an ordinary CLIPModel folder with its processor's files."""
+        """Saves a standard CLIPModel folder with its processor's files."""
         save_transformers_clip(self.clip, self.tokenizer, folder)
 
 
 class SmallImageReward(SmallReward):
-    """In the role of ImageReward: a text tower that attends to the picture, and a scalar head."""
+    """ImageReward: a text tower that attends to the picture, with a scalar head."""
 
     name = "image_reward"
 
@@ -331,7 +330,7 @@ class SmallImageReward(SmallReward):
 
     @torch.no_grad()
     def _prepare_for_training(self) -> None:
-        """Calms what adds to the residual stream, and does without the wide head's dropout."""
+        """Scales down the residual branches and disables dropout in the wide head."""
         adding = ("self_attn.projection.weight", "mlp.fc2.weight")
         for name, parameter in self.network.vision.named_parameters():
             if name.endswith(adding):
@@ -352,7 +351,7 @@ class SmallImageReward(SmallReward):
         return quarters
 
     def encode_caption(self, ids: Tensor) -> Tensor:
-        """The first token's vector after the text tower has looked at an empty picture."""
+        """The first token's vector, from the text tower with an empty picture."""
         nothing = torch.zeros(len(ids), 1, self.vision_config["hidden_size"])
         features: Tensor = self.network.read(nothing, _masked(ids))
         return features

@@ -1,8 +1,8 @@
-"""The smoke profile's assets: every model class at toy size with random weights, made offline.
+"""The smoke profile's assets: every model class at toy size with random weights, built offline.
 
-Default initialisations are too tame to test anything: velocities near 0, images all gray and an
-ImageReward score that is constant. So all weights are drawn anew at a scale that keeps signals
-alive from layer to layer, and velocities and pixels are scaled to a realistic size.
+Default initialisations give velocities near 0, gray images and a constant ImageReward score. So
+all weights are redrawn at a scale that preserves signals from layer to layer, and velocities and
+pixels are scaled to a realistic size.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from benchmarks.mini_world import attribute_training, autoencoder, base_policy, world
-from benchmarks.mini_world.judges import MODELS
+from benchmarks.mini_world.reward_training import MODELS
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tokenizers import words
 from g2rpo.files import atomic_folder, atomic_write_text
@@ -21,7 +21,7 @@ from g2rpo.rewards.attributes import AttributeReader
 
 PROMPTS = {"train": 16, "validation": 4, "test": 8}
 VERSION = "1"
-"""Changes when the models do, so that an old folder is built again."""
+"""Changes with the models, so that old folders are rebuilt."""
 VELOCITY_STD = 1.0
 PIXEL_STD = 0.6
 
@@ -29,8 +29,7 @@ PIXEL_STD = 0.6
 def build_tiny_models(folder: Path, seed: int = 0) -> Path:
     """Builds ``policy/``, ``rewards/<name>/`` and ``prompts/<split>.txt`` in ``folder``.
 
-    A folder that was built before with this seed is left as it is; one that was left half-built
-    by an interruption never takes its place.
+    A folder built earlier with this seed is kept. The build is atomic.
 
     Returns:
         ``folder``.
@@ -47,9 +46,9 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         _save_policy(temporary / "policy")
         for name, build in MODELS.items():
-            judge = build(words())
-            liven(judge)
-            judge.eval().save(temporary / "rewards" / name)
+            reward = build(words())
+            liven(reward)
+            reward.eval().save(temporary / "rewards" / name)
         _save_attribute_reader(temporary / "rewards" / "attributes")
         for split, number in PROMPTS.items():
             captions = world.make_captions(seed, split, number)

@@ -1,6 +1,6 @@
-"""Small tokenizers of the ordinary kinds, whose whole words are those of the mini world.
+"""Small CLIP and T5 tokenizers with one token for each word of the mini world.
 
-Every other character still has a token of its own, so that any prompt can be tokenized.
+Every other character has a token too, so any prompt can be tokenized.
 """
 
 import json
@@ -35,7 +35,7 @@ def words() -> list[str]:
 
 
 def clip_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer of CLIP's kind in ``folder``, one token for each word."""
+    """A byte-level BPE tokenizer like CLIP's, saved to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     merges = _merges(words())
     alphabet = sorted(ByteLevel.alphabet())
@@ -62,7 +62,7 @@ def clip_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
 def _merges(texts: list[str]) -> list[tuple[str, str]]:
     """BPE merges that make one token of each word.
 
-    The trainer of ``tokenizers`` breaks ties at random, so the same words would give other tokens.
+    Deterministic, unlike the trainer of ``tokenizers``, which breaks ties at random.
     """
     found: list[tuple[str, str]] = []
     pieces = [[*text[:-1], f"{text[-1]}</w>"] for text in texts]
@@ -77,7 +77,7 @@ def _merges(texts: list[str]) -> list[tuple[str, str]]:
 
 
 def t5_tokenizer(folder: Path, length: int) -> T5TokenizerFast:
-    """A unigram tokenizer of T5's kind in ``folder``, one token for each word."""
+    """A unigram tokenizer like T5's, saved to ``folder``."""
     characters = [chr(code) for code in range(33, 127)]
     pieces = [(PADDING, 0.0), (STOP, 0.0), (UNKNOWN, 0.0)]
     pieces += [("\u2581" + word, -1.0) for word in words() if len(word) > 1]

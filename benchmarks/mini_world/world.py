@@ -1,8 +1,8 @@
 """The mini world: scenes of one to three coloured shapes, their captions and their pictures.
 
-A scene is what its caption says (:class:`g2rpo.rewards.attribute_grammar.Scene`); a picture of it
-draws at random what the caption leaves open: unsaid sizes, free cells, small shifts and tints.
-The layout is 2 by 2 cells of 16 pixels, numbered row by row, with at most one shape in each.
+A scene is what its caption says (:class:`g2rpo.rewards.attribute_grammar.Scene`). Whatever the
+caption leaves open (sizes, free cells, small shifts and tints) is drawn at random. The layout is
+2×2 cells of 16 pixels, numbered row by row, with at most one shape in each.
 """
 
 import dataclasses
@@ -82,13 +82,13 @@ HELD_OUT_PAIRS = frozenset(
         ("cyan", "cross"),
     }
 )
-"""Colours and shapes that no training or validation scene has in one object."""
+"""Colour-shape pairs that never occur in training or validation scenes."""
 HELD_OUT_COLOURS = frozenset(
     {frozenset({"red", "cyan"}), frozenset({"green", "orange"}), frozenset({"white", "purple"})}
 )
-"""Pairs of colours that no training or validation scene has together."""
+"""Colour pairs that never occur together in training or validation scenes."""
 SPLITS = ("train", "validation", "test", "judge")
-"""``judge`` has every combination, but no caption of the validation or test split."""
+"""``judge`` (to train reward models) has every combination but no validation or test caption."""
 
 
 def _grammar() -> Grammar:
@@ -122,9 +122,9 @@ GRAMMAR = _grammar()
 
 
 def is_valid(scene: Scene) -> bool:
-    """Whether ``scene`` can be drawn and named without ambiguity.
+    """Whether ``scene`` can be drawn and described without ambiguity.
 
-    A caption names places or a relation, not both: "at the top left of" would be read twice.
+    A caption names places or a relation, not both: "at the top left of" could be read two ways.
     """
     if scene.relation is not None and any(group.place for group in scene.groups):
         return False
@@ -137,7 +137,7 @@ def is_valid(scene: Scene) -> bool:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether ``scene`` has a combination that training never sees."""
+    """Whether ``scene`` has a combination held out from training."""
     if any((group.colour, group.shape) in HELD_OUT_PAIRS for group in scene.groups):
         return True
     colours = [group.colour for group in scene.groups]
@@ -145,7 +145,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def split_of(scene: Scene) -> str:
-    """The split whose captions may hold ``scene``: a stable hash of what it says decides."""
+    """The split of ``scene``, by a stable hash of its caption."""
     bucket = hashlib.sha256(caption(scene).encode()).digest()[0]
     if bucket < 24:
         return "test"
@@ -157,8 +157,8 @@ def split_of(scene: Scene) -> str:
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """A random valid scene of ``split`` (one of :data:`SPLITS`).
 
-    Half of the test scenes have a held-out combination. Scenes of ``judge`` are drawn from
-    everything that is neither a test nor a validation scene.
+    Half of the test scenes have a held-out combination; ``judge`` has all scenes outside the test
+    and validation splits.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}")
@@ -205,7 +205,7 @@ def _group_words(group: Group) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """``scene`` in plain English; with ``rng`` one of its wordings, else always the same."""
+    """``scene`` in plain English, in a random wording if ``rng`` is given."""
     phrases = [_group_words(group) for group in scene.groups]
     if scene.relation is not None:
         wordings = RELATIONS[scene.relation][0]
@@ -221,7 +221,7 @@ def scene_of(text: str) -> Scene:
 
 
 def alterations(scene: Scene) -> list[Scene]:
-    """Every valid scene that contradicts ``scene`` in exactly one attribute."""
+    """Every valid scene that differs from ``scene`` in exactly one attribute."""
     changed = [
         dataclasses.replace(scene, background=name)
         for name in BACKGROUNDS
@@ -263,14 +263,14 @@ def altered_attribute(scene: Scene, other: Scene) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way to draw a scene: what stands in each cell."""
+    """One way to draw a scene: the contents of each cell."""
 
     cells: tuple[Shown | None, ...]
     background: str
 
 
 def lay_out(scene: Scene, rng: np.random.Generator) -> Layout:
-    """Draws what the caption leaves open: unsaid sizes and free cells."""
+    """A random layout: draws the sizes and cells that the caption leaves open."""
     arrangements = GRAMMAR.arrangements(scene)
     chosen = arrangements[int(rng.integers(len(arrangements)))]
     cells: list[Shown | None] = [None] * GRAMMAR.cells

@@ -1,16 +1,13 @@
-"""``python -m benchmarks.speed.approximations``: what approximate continuations change.
+"""``python -m benchmarks.speed.approximations``: the effect of approximate continuations.
 
-All of it is measured on the mini world's committed models.
-
-Two measurements for each approximation. *Ranking*: the same rollouts (policy, prompts, noise) with
-and without it, and Spearman's correlation of the advantages within each group, for every judge.
-*Curves*: short trainings with and without it on the same seeds, and the validation reward.
+Two measurements for each approximation, on the mini world's committed models. *Ranking*: Spearman's
+correlation, within groups, of the advantages of the same rollouts (policy, prompts, noise) with and
+without it, for every reward model. *Curves*: the validation reward of short trainings with and
+without it, on the same seeds.
 """
 
-import multiprocessing
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +23,6 @@ from benchmarks.speed.report import markdown_table, write_report
 from g2rpo.config import merge, validate
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.policy.fp8 import has_fp8_kernels
-from g2rpo.progress import ProgressReport
 from g2rpo.provenance import provenance, source_fingerprint
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
@@ -38,7 +34,7 @@ from g2rpo.training.metrics import read_metrics
 from g2rpo.training.rollout import Rollout, RolloutEngine
 
 MINI = "benchmarks/mini_world/assets"
-JUDGES = ("hps", "clip", "pick_score", "image_reward", "attributes")
+REWARDS = ("hps", "clip", "pick_score", "image_reward", "attributes")
 OUTPUT = Path("results/mini/approximations")
 LORA = {
     "lora": {"rank": 16, "alpha": 32},
@@ -46,17 +42,22 @@ LORA = {
     "optimization": {"learning_rate": 1.0e-3},
 }
 CHUNK = 8
-"""Prompts that are rolled out at once."""
+"""Prompts rolled out at once."""
 NOISE_ITERATION, OTHER_ITERATION = 0, 1
 CHARTED = ("fp8", "first block 0.1", "modulation 0.1", "merged LoRA")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An approximation, and the training configuration that it is measured against."""
+    """An approximation and the training configuration that it is compared with."""
 
     continuations: Mapping[str, Any]
     base: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The approximate training configuration."""
+        return merge(self.base, {"approximate_rollout": self.continuations})
 
 
 def _cache(kind: str, threshold: float) -> Variant:
@@ -76,7 +77,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def reward_config(name: str) -> RewardConfig:
-    """A judge of the mini world."""
+    """A reward model of the mini world."""
     return RewardConfig(model=name, source=f"{MINI}/rewards/{name}", batch_size=128)
 
 
@@ -103,26 +104,26 @@ def train_config(seed: int, iterations: int, changes: Mapping[str, Any]) -> Trai
 # --- ranking -------------------------------------------------------------------------------------
 
 Advantages = dict[str, Tensor]
-"""By judge: the advantage of each sample, [prompts, steps, G]."""
+"""The advantages of each reward model, [prompts, steps, G]."""
 
 
-def advantages_of(rollout: Rollout, judges: Sequence[str], config: TrainConfig) -> Advantages:
-    """Each judge's advantages, as training on that judge alone would have them."""
-    found = {}
+def advantages_of(rollout: Rollout, rewards: Sequence[str], config: TrainConfig) -> Advantages:
+    """The advantages that training on each reward alone would use."""
+    by_reward = {}
     steps = [step.step for step in rollout.recorded]
-    for name in judges:
+    for name in rewards:
         grouped = {name: rollout.group_rewards(name)}
         advantages = transition_advantages(
             grouped, {name: 1.0}, rollout.tree.groups, steps, config.advantage
         )
-        found[name] = torch.stack(advantages.by_step, dim=1)
-    return found
+        by_reward[name] = torch.stack(advantages.by_step, dim=1)
+    return by_reward
 
 
 def roll_out(
     engine: RolloutEngine, config: TrainConfig, prompts: Sequence[Prompt], iteration: int
 ) -> tuple[Advantages, float]:
-    """All prompts' advantages; and the share of the continuations' velocities that was reused."""
+    """The advantages of all prompts, and the share of the continuations' NFE that was reused."""
     tree = config.method.rollout_tree(config.shape, iteration)
     parts: list[Advantages] = []
     reused = 0
@@ -136,11 +137,11 @@ def roll_out(
 
 
 def correlation(one: Tensor, other: Tensor) -> tuple[dict[str, Any], int]:
-    """Spearman's correlation within groups [P, K, G], averaged: over a prompt's, then prompts.
+    """Spearman's correlation within groups [P, K, G], averaged over a prompt's, then prompts.
 
     Returns:
-        the mean with its bootstrap interval over prompts; and how many groups had no ranking,
-        because all of their advantages are equal on either side.
+        The mean with its bootstrap interval over prompts, and the number of groups without a
+        ranking because all their advantages are equal on either side.
     """
     by_prompt, without = [], 0
     for groups in zip(one.numpy(), other.numpy(), strict=True):
@@ -163,7 +164,7 @@ def _ends(interval: Interval) -> dict[str, Any]:
 def rankings(
     trainer: Trainer, prompts: Sequence[Prompt], variants: Mapping[str, Variant], label: str
 ) -> list[dict[str, Any]]:
-    """For each variant and judge, how the advantages' ranking agrees with the exact one's."""
+    """For each variant and reward model, the rank correlation with the exact advantages."""
     config, engine = trainer.config, trainer.engine
     exact, _ = roll_out(engine, config, prompts, NOISE_ITERATION)
     small = replace(engine, settings=replace(engine.settings, micro_batch=7))
@@ -172,21 +173,19 @@ def rankings(
         f"{label}: control, other noise": roll_out(engine, config, prompts, OTHER_ITERATION),
     }
     for name, variant in variants.items():
-        settings = train_config(
-            1, 1, merge(variant.base, {"approximate_rollout": variant.continuations})
-        )
+        settings = train_config(1, 1, variant.changes)
         assert settings.approximate_rollout is not None
         twin = ContinuationPolicy(engine.policy, settings.approximate_rollout)
         approximate = replace(engine, continuations=twin)
         other[name] = roll_out(approximate, config, prompts, NOISE_ITERATION)
         typer.echo(f"ranked: {name}")
     rows = []
-    for name, (found, reused) in other.items():
-        for judge in exact:
-            spearman, without = correlation(exact[judge], found[judge])
+    for name, (advantages, reused) in other.items():
+        for reward in exact:
+            spearman, without = correlation(exact[reward], advantages[reward])
             rows.append(
                 {
-                    "variant": name, "judge": judge, "spearman": spearman,
+                    "variant": name, "judge": reward, "spearman": spearman,
                     "groups_without_ranking": without, "reused_share": reused,
                 }
             )  # fmt: skip
@@ -194,7 +193,7 @@ def rankings(
 
 
 def measure_rankings(prompt_count: int, lora_iterations: int, folder: Path) -> list[dict[str, Any]]:
-    """The rankings of all variants, those of LoRA on adapters that were trained for a while."""
+    """The rankings of all variants; adapters are trained for some iterations first."""
     prompts = read_prompts(Path(f"{MINI}/prompts/validation.txt"), prompt_count)
     rows = []
     for label, base, iterations in (
@@ -204,7 +203,7 @@ def measure_rankings(prompt_count: int, lora_iterations: int, folder: Path) -> l
         trainer = Trainer(train_config(1, iterations, base), folder / label)
         if base:
             trainer.train()
-        scored = {name: load_reward(reward_config(name), "cpu") for name in JUDGES}
+        scored = {name: load_reward(reward_config(name), "cpu") for name in REWARDS}
         trainer.engine = replace(trainer.engine, rewards=scored)
         chosen = {name: v for name, v in VARIANTS.items() if bool(v.base) == bool(base)}
         rows += rankings(trainer, prompts, chosen, label)
@@ -214,47 +213,37 @@ def measure_rankings(prompt_count: int, lora_iterations: int, folder: Path) -> l
 # --- learning curves -----------------------------------------------------------------------------
 
 
-def _curve(task: tuple[str, int, int, str]) -> list[tuple[int, float]]:
+def _curve(
+    name: str, changes: Mapping[str, Any], seed: int, iterations: int, folder: Path
+) -> list[tuple[int, float]]:
     """The validation reward by iteration of one training."""
-    name, seed, iterations, folder = task
-    torch.set_num_threads(1)
-    exact = name.startswith("exact")
-    variant = VARIANTS["merged LoRA" if exact and "LoRA" in name else CHARTED[0] if exact else name]
-    changes = merge({"validation": {"every": 2}}, variant.base)
-    if not exact:
-        changes = merge(changes, {"approximate_rollout": variant.continuations})
-    run = Path(folder) / f"{name}-{seed}"
+    run = folder / f"{name}-{seed}"
     run.mkdir(parents=True)
+    changes = merge({"validation": {"every": 2}}, changes)
     Trainer(train_config(seed, iterations, changes), run).train()
     rows = read_metrics(run / "metrics.jsonl")
     return [(r["iteration"], r["validation/hps"]) for r in rows if "validation/hps" in r]
 
 
-def measure_curves(
-    seeds: Sequence[int], iterations: int, folder: Path, jobs: int
-) -> list[dict[str, Any]]:
-    """Trainings with and without the charted variants; what each adds to the last validation."""
-    names = ["exact", "exact, LoRA", *CHARTED]
-    tasks = [(name, seed, iterations, str(folder)) for seed in seeds for name in names]
-    found: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in names}
-    with (
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
-        ProgressReport("trainings", len(tasks)) as report,
-    ):
-        for (name, *_), curve in zip(tasks, pool.map(_curve, tasks), strict=True):
-            found[name].append(curve)
-            report.advance(note=name)
+def measure_curves(seeds: Sequence[int], iterations: int, folder: Path) -> list[dict[str, Any]]:
+    """Trainings with and without the charted variants; their difference at the last validation."""
+    trained: dict[str, Mapping[str, Any]] = {"exact": {}, "exact, LoRA": LORA}
+    trained |= {name: VARIANTS[name].changes for name in CHARTED}
+    curves: dict[str, np.ndarray[Any, Any]] = {}
     rows = []
-    for name in names:
-        curves = np.array(found[name])  # [seeds, validations, (iteration, reward)]
-        reference = np.array(found["exact, LoRA" if "LoRA" in name else "exact"])
+    for name, changes in trained.items():
+        typer.echo(f"training: {name}")
+        # [seeds, validations, (iteration, reward)]
+        own = np.array([_curve(name, changes, seed, iterations, folder) for seed in seeds])
+        curves[name] = own
         row: dict[str, Any] = {
             "variant": name,
-            "iterations": curves[0, :, 0].astype(int).tolist(),
-            "validation_hps": [[round(v, 6) for v in curve] for curve in curves[:, :, 1].tolist()],
+            "iterations": own[0, :, 0].astype(int).tolist(),
+            "validation_hps": [[round(v, 6) for v in curve] for curve in own[:, :, 1].tolist()],
         }
-        if not name.startswith("exact"):
-            difference = curves[:, -1, 1] - reference[:, -1, 1]
+        if name in CHARTED:
+            exact = curves["exact, LoRA" if "LoRA" in name else "exact"]
+            difference = own[:, -1, 1] - exact[:, -1, 1]
             (interval,) = method_intervals([difference.tolist()])
             row["last_difference"] = _ends(interval)
         rows.append(row)
@@ -265,14 +254,14 @@ def measure_curves(
 
 
 def _ranking_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    judges = list(dict.fromkeys(row["judge"] for row in rows))
+    rewards = list(dict.fromkeys(row["judge"] for row in rows))
     lines = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = {row["judge"]: row for row in rows if row["variant"] == name}
         shown = "{mean:.3f} ({low:.3f} to {high:.3f})"
-        cells = [shown.format(**own[judge]["spearman"]) for judge in judges]
-        lines.append([name, f"{100 * own[judges[0]]['reused_share']:.0f} %", *cells])
-    return markdown_table(["continuations", "reused", *judges], lines)
+        cells = [shown.format(**own[reward]["spearman"]) for reward in rewards]
+        lines.append([name, f"{100 * own[rewards[0]]['reused_share']:.0f} %", *cells])
+    return markdown_table(["continuations", "reused", *rewards], lines)
 
 
 def _curve_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -287,14 +276,13 @@ def _curve_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 EMULATED = (
-    "emulated on the CPU: the same rounding of weights and inputs as the kernel's, but products "
-    "are summed in float32 where the tensor cores' accumulator is narrower, so that the kernel's "
-    "own error comes on top and is not measured here"
+    "emulated on the CPU: weights and inputs are rounded as by the kernel, but products are summed "
+    "in float32; the error of the tensor cores' narrower accumulator is not measured here"
 )
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The measurements as a page of Markdown."""
+    """The result as Markdown."""
     settings, provenance = result["settings"], result["provenance"]
     kernels = "the GPU's own" if settings["fp8_kernels"] else EMULATED
     hardware, seeds = provenance["hardware"], ", ".join(map(str, settings["seeds"]))
@@ -307,10 +295,10 @@ def report(result: Mapping[str, Any]) -> str:
         "Spearman's correlation of the advantages within a group (one prompt, one stochastic "
         f"step), averaged over groups, with its {100 * LEVEL:.0f} % bootstrap interval over "
         "prompts. "
-        "`reused` is the share of the continuations' velocities that a step cache answered. `other "
-        "batches` is what rounding alone does; `other noise` is unrelated rollouts. The adapters "
-        f"of the LoRA rows were trained for {settings['lora_iterations']} iterations, on a base in "
-        "bfloat16."
+        "`reused` is the share of the continuations' NFE that the step cache saved. `other "
+        "batches` is the effect of rounding alone; `other noise` compares unrelated rollouts. The "
+        f"adapters of the LoRA rows were trained for {settings['lora_iterations']} iterations on a "
+        "bfloat16 base."
     )
     curves = (
         f"{settings['iterations']} iterations of G²RPO on HPS, seeds {seeds}: the mean reward on "
@@ -330,14 +318,15 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def main(
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts of the rankings.")] = 32,
-    iterations: Annotated[int, typer.Option(min=2, help="Of each training.")] = 10,
-    seeds: Annotated[str, typer.Option(help="Three or more, separated by commas.")] = "201,202,203",
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at once.")] = 2,
-    output: Annotated[Path, typer.Option(help="Where the report goes.")] = OUTPUT,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts used for the rankings.")] = 32,
+    iterations: Annotated[int, typer.Option(min=2, help="Iterations of each training.")] = 10,
+    seeds: Annotated[
+        str, typer.Option(help="Three or more seeds, comma-separated.")
+    ] = "201,202,203",
+    output: Annotated[Path, typer.Option(help="Output folder.")] = OUTPUT,
 ) -> None:
-    """Measures every approximation and writes ``approximations.json`` and ``.md``."""
-    torch.set_num_threads(1)  # such small models are fastest so
+    """Measure every approximation and write approximations.json and approximations.md."""
+    torch.set_num_threads(1)  # fastest for such small models
     lora_iterations = 8
     policy = train_config(1, 1, {}).policy
     fingerprint = source_fingerprint(policy.source, policy.revision)
@@ -353,7 +342,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         result["ranking"] = measure_rankings(prompts, lora_iterations, path)
-        result["curves"] = measure_curves(result["settings"]["seeds"], iterations, path, jobs)
+        result["curves"] = measure_curves(result["settings"]["seeds"], iterations, path)
     write_report(output, "approximations", result, report(result))
 
 

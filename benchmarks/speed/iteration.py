@@ -1,7 +1,8 @@
 """``python -m benchmarks.speed.iteration``: a whole G2RPO iteration, the original way and ours.
 
-One prompt, the same device, weights, noise and reward model in one run: rollouts, decoding, scoring
-and a training step of adapters. The last line is ``ratio: X``, the original's seconds over ours.
+One prompt on the same device, with the same weights, noise and reward model: rollouts, decoding,
+scoring and a training step of adapters. The last line is ``ratio: X``, the original's seconds over
+ours.
 """
 
 import gc
@@ -46,15 +47,15 @@ class Timing:
     """One execution of the iteration.
 
     Attributes:
-        name: of the execution.
-        seconds: of the whole iteration by phase, extrapolated where not all was run.
-        evaluations: velocity evaluations of the whole iteration's rollouts.
-        run_evaluations: how many of them were run.
-        images: distinct images decoded and scored for the whole iteration.
-        training_evaluations: latents that went through a training forward.
-        rollout_tflops: TFLOP/s over the rollout's seconds.
-        peak_gb: largest memory of the device, GB; None on the CPU.
-        rewards: by group and sample; NaN where not run.
+        name: name of the execution.
+        seconds: seconds of the whole iteration by phase, extrapolated if only a part was run.
+        evaluations: NFE of the whole iteration's rollouts.
+        run_evaluations: NFE that were run.
+        images: distinct images decoded and scored in the whole iteration.
+        training_evaluations: latents passed through a training forward.
+        rollout_tflops: TFLOP/s of the rollouts.
+        peak_gb: peak memory of the device in GB; None on the CPU.
+        rewards: rewards by group and sample; NaN if not run.
     """
 
     name: str
@@ -69,16 +70,8 @@ class Timing:
 
     @property
     def whole(self) -> float:
-        """Seconds of the iteration."""
+        """Seconds of the whole iteration."""
         return sum(self.seconds.values())
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training step is given: the transitions of our rollout, for all executions."""
-
-    batch: TrainingBatch
-    prompts: Any
 
 
 class Bench:
@@ -95,35 +88,35 @@ class Bench:
         reward = TimedReward(load_reward(config.rewards["hps"].reward, self.device), watch)
         return Trainer(config, self.folder / f"run-{self.runs}", rewards={"hps": cast(Any, reward)})
 
-    def ours(self, name: str, **changes: Any) -> tuple[Timing, Trained]:
-        """The engine that trains, through its own iteration."""
+    def ours(self, name: str, **changes: Any) -> tuple[Timing, TrainingBatch]:
+        """The training engine's own iteration; also returns the batch that it trained on."""
         watch = Stopwatch(self.device)
         trainer = self._trainer(self.size.config(self.models, **changes), watch)
         self._warm_up(trainer)
         watch.seconds.clear()
-        kept: list[Trained] = []
-        decode, update = trainer.policy.vae.decode, trainer.updater.run
+        batches: list[TrainingBatch] = []
+        rollouts: list[Rollout] = []
+        decode, update, roll_out = (
+            trainer.policy.vae.decode, trainer.updater.run, trainer.engine.run,
+        )  # fmt: skip
 
-        def timed_decode(*given: Any, **options: Any) -> Any:
+        def timed_decode(*args: Any, **kwargs: Any) -> Any:
             with watch.phase("decode"):
-                return decode(*given, **options)
+                return decode(*args, **kwargs)
 
         def timed_update(batch: Any, prompts: Any, iteration: int) -> Any:
-            kept.append(Trained(batch, prompts))
+            batches.append(batch)
             with watch.phase("training"):
                 return update(batch, prompts, iteration)
 
-        trainer.policy.vae.decode = timed_decode
-        trainer.updater.run = timed_update  # type: ignore[method-assign]
-        rollouts: list[Rollout] = []
-        roll_out = trainer.engine.run
-
-        def kept_rollout(*given: Any) -> Any:
-            rollouts.append(roll_out(*given))
+        def recorded_rollout(*args: Any) -> Any:
+            rollouts.append(roll_out(*args))
             return rollouts[-1]
 
-        object.__setattr__(trainer.engine, "run", kept_rollout)
-        self.forget_peak()
+        trainer.policy.vae.decode = timed_decode
+        trainer.updater.run = timed_update  # type: ignore[method-assign]
+        object.__setattr__(trainer.engine, "run", recorded_rollout)
+        self.reset_peak_memory()
         with counted_evaluations(trainer.policy.transformer) as counts:
             started = watch.now()
             trainer.iterate()
@@ -139,40 +132,35 @@ class Bench:
             images=len(rollout.tree.images),
             training_evaluations=counts["training"],
             rewards=rollout.group_rewards("hps")[0].tolist(),
-        ), kept[0]
+        ), batches[0]
 
-    def original(self, name: str, trained: Trained, *, batched: bool) -> Timing:
-        """The released execution, or that merely batched."""
+    def original(self, name: str, trained: TrainingBatch, *, batched: bool) -> Timing:
+        """The released execution, or the same with batched samples; trains on ``trained``."""
         config = self.original_config(batched=batched)
         watch = Stopwatch(self.device)
         trainer = self._trainer(config, watch)
-        method = config.method
+        method, engine = config.method, trainer.engine
         assert isinstance(method, G2RPO)
         plan = Plan(
             method.steps_of(config.grid.steps),
             method.granularities,
             config.rollout.group_size,
-            trainer.engine.settings.diffusion,
-            config.seed,
-            trainer.progress.iteration,
+            engine.settings.diffusion,
         )
         every = self.size.every_batched if batched else self.size.every
-        reward = trainer.engine.rewards["hps"]
-        original = Original(trainer.policy, reward, trainer.grid, plan, watch, batched, every)
-        self.forget_peak()
-        prompt = trainer.local_prompts()[0]
+        original = Original(trainer.policy, engine.rewards["hps"], trainer.grid, plan, watch)
+        self.reset_peak_memory()
+        prompts, iteration = trainer.local_prompts(), trainer.progress.iteration
         with counted_evaluations(trainer.policy.transformer) as counts:
-            executed = original.run(prompt)
-            assert counts["rollout"] == executed.evaluations
-            assert every > 1 or executed.evaluations == plan.evaluations(config.grid.steps)
+            noise = engine.noise(prompts, iteration)
+            original.run(prompts[0], noise, batched=batched, every=every)
+            assert every > 1 or counts["rollout"] == plan.evaluations
             with watch.phase("training"), original.precision():
-                conditioning = trainer.policy.encode([prompt.text])
-                batch = replace(trained.batch, conditioning=conditioning)
-                trainer.updater.run(batch, trained.prompts, plan.iteration)
-        whole = plan.evaluations(config.grid.steps)
-        images = plan.images / executed.images
+                batch = replace(trained, conditioning=original.conditioning)
+                trainer.updater.run(batch, prompts, iteration)
+        images = plan.images / original.images
         seconds = {
-            "rollout": watch.seconds["rollout"] * whole / executed.evaluations,
+            "rollout": watch.seconds["rollout"] * plan.evaluations / counts["rollout"],
             "decode": watch.seconds["decode"] * images,
             "reward": watch.seconds["reward"] * images,
             "training": watch.seconds["training"],
@@ -180,15 +168,15 @@ class Bench:
         return self._timing(
             name=name,
             seconds=seconds,
-            evaluations=whole,
-            run_evaluations=executed.evaluations,
+            evaluations=plan.evaluations,
+            run_evaluations=counts["rollout"],
             images=plan.images,
             training_evaluations=counts["training"],
-            rewards=executed.rewards.tolist(),
+            rewards=original.rewards.tolist(),
         )
 
     def original_config(self, *, batched: bool) -> TrainConfig:
-        """Float32 weights, nothing compiled; the rollout of ours is trained on, without a check."""
+        """Float32 weights and nothing compiled; no ratio check, since it trains on our rollout."""
         policy = self.size.policy | {"source": str(self.models.policy), "dtype": "float32"}
         execution = {
             "trackers": [],
@@ -202,7 +190,7 @@ class Bench:
         )
 
     def _warm_up(self, trainer: Trainer) -> None:
-        """Compiles what will be compiled: a small iteration that is not counted."""
+        """Compiles the model in a small, untimed iteration."""
         if self.device.type != "cuda":
             return
         whole = trainer.config
@@ -220,8 +208,8 @@ class Bench:
             peak = torch.cuda.max_memory_allocated(self.device) / 1e9
         return Timing(rollout_tflops=tflops, peak_gb=peak, **measured)
 
-    def forget_peak(self) -> None:
-        """Frees what nobody holds; the largest memory is counted from here."""
+    def reset_peak_memory(self) -> None:
+        """Frees unused memory and resets the peak."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -229,31 +217,31 @@ class Bench:
 
 
 def executions(bench: Bench) -> list[Timing]:
-    """The original, the original merely batched, ours; ours with fp8 where there are kernels."""
+    """The original, the batched original, ours and, on a GPU, ours with fp8 continuations."""
     ours, trained = bench.ours("ours")
-    found = [ours]
+    variants = [ours]
     if bench.device.type == "cuda":
-        found.append(bench.ours("ours, fp8 continuations", approximate_rollout={"fp8": True})[0])
-    bench.forget_peak()
+        variants.append(bench.ours("ours, fp8 continuations", approximate_rollout={"fp8": True})[0])
+    bench.reset_peak_memory()
     batched = bench.original("original, batched", trained, batched=True)
-    bench.forget_peak()
-    return [bench.original("original", trained, batched=False), batched, *found]
+    bench.reset_peak_memory()
+    return [bench.original("original", trained, batched=False), batched, *variants]
 
 
 def median(repeats: Sequence[Timing]) -> Timing:
-    """The repeat with the median of the whole seconds: its phases belong together."""
+    """The repeat with the median total seconds; its phases belong together."""
     middle = statistics.median_low([timing.whole for timing in repeats])
     return next(timing for timing in repeats if timing.whole == middle)
 
 
 def largest_difference(first: Timing, second: Timing) -> float:
-    """Of two executions' rewards, where both were run."""
+    """Largest difference between the rewards of two executions, where both were run."""
     difference = (torch.tensor(first.rewards) - torch.tensor(second.rewards)).abs()
     return float(difference[~difference.isnan()].max())
 
 
 def constants(ours: Timing) -> dict[str, float]:
-    """Seconds of each part of our execution, as ``reproduce/jobs/speeds.yaml`` has them."""
+    """Seconds of each part of our execution, as in ``reproduce/jobs/speeds.yaml``."""
     return {
         "evaluation": ours.seconds["rollout"] / ours.evaluations,
         "training_state": ours.seconds["training"] / ours.training_evaluations,
@@ -263,7 +251,7 @@ def constants(ours: Timing) -> dict[str, float]:
 
 
 def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
-    """All executions of ``size``, the repeats in turn."""
+    """Times all executions of ``size``, alternating between them in every repeat."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = size.prepare(folder)
@@ -297,22 +285,24 @@ def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
 
 def main(
     size: Annotated[
-        str, typer.Option(help="flux, mini or tiny; auto: flux where there is a GPU, else mini.")
+        str, typer.Option(help="flux, mini or tiny; auto is flux on a GPU and mini elsewhere.")
     ] = "auto",
-    repeats: Annotated[int | None, typer.Option(min=1, help="Default: the size's.")] = None,
-    output: Annotated[Path, typer.Option(help="Where the report goes.")] = OUTPUT,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Number of repeats; the default depends on the size.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Output folder.")] = OUTPUT,
 ) -> None:
-    """Times one iteration each way and writes ``iteration-SIZE.json`` and ``.md``."""
+    """Time one iteration each way and write iteration-SIZE.json and iteration-SIZE.md."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = ("flux" if device.type == "cuda" else "mini") if size == "auto" else size
     if name not in SIZES:
-        raise UserError(f"--size {size!r}: {nearest(size, SIZES)}")
+        raise UserError(f"--size {size}: no such size; {nearest(size, SIZES)}")
     if name == "flux" and device.type == "cpu":
-        raise UserError("--size flux needs a GPU of 80 GB; --size mini runs on the CPU")
+        raise UserError("--size flux needs a GPU with 80 GB; use --size mini on the CPU")
     chosen = SIZES[name]
     if device.type == "cpu":
-        torch.set_num_threads(1)  # such small models are fastest so, either way
+        torch.set_num_threads(1)  # fastest for such small models
     result = measure(chosen, device, repeats or chosen.repeats)
     write_report(output, f"iteration-{name}", result, report(result))
     typer.echo(f"ratio: {result['ratio']:.2f}")

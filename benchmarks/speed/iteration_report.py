@@ -1,4 +1,4 @@
-"""The timing of an iteration as a page of Markdown."""
+"""The timings of an iteration as Markdown."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,13 +11,13 @@ PHASES = {
 GOALS = {"cpu": 4.0, "cuda": 3.0}
 FP8_GOAL = 4.0
 CEILING_GOAL, REST_GOAL = 0.75, 0.15
-"""On a GPU: the rollout's share of the ceiling, and the largest share of all else."""
+"""On a GPU: the rollouts' share of the ceiling, and the largest share of everything else."""
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """A line for each quantity, with a cell for each execution."""
-    found = result["executions"]
-    original = found[0]["whole"]
+    """A row for each quantity with a cell for each execution."""
+    executions = result["executions"]
+    original = executions[0]["whole"]
 
     def about(each: Mapping[str, Any]) -> str:
         return "~" if each["run_evaluations"] < each["evaluations"] else ""
@@ -28,32 +28,32 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
     quantities: dict[str, Callable[[Mapping[str, Any]], str]] = {
         **{f"{text}, s": seconds(phase) for phase, text in PHASES.items()},
         "whole iteration, s": lambda e: f"{about(e)}{e['whole']:.3g}",
-        "velocity evaluations": lambda e: f"{e['evaluations']:,}",
-        "of them run": lambda e: f"{e['run_evaluations']:,}",
-        "ms an evaluation": lambda e: f"{1000 * e['seconds']['rollout'] / e['evaluations']:.3g}",
-        "TFLOP/s in rollouts": lambda e: f"{e['rollout_tflops']:.3g}",
-        "of the ceiling": lambda e: f"{e['rollout_tflops'] / result['ceiling_tflops']:.1%}",
+        "NFE": lambda e: f"{e['evaluations']:,}",
+        "NFE run": lambda e: f"{e['run_evaluations']:,}",
+        "ms per NFE": lambda e: f"{1000 * e['seconds']['rollout'] / e['evaluations']:.3g}",
+        "TFLOP/s of rollouts": lambda e: f"{e['rollout_tflops']:.3g}",
+        "share of the ceiling": lambda e: f"{e['rollout_tflops'] / result['ceiling_tflops']:.1%}",
         "training forwards": lambda e: f"{e['training_evaluations']}",
         "peak memory, GB": lambda e: "–" if e["peak_gb"] is None else f"{e['peak_gb']:.1f}",
-        "largest difference of a reward": lambda e: f"{e['reward_difference']:.1e}",
-        "faster by": lambda e: f"{original / e['whole']:.2f}×",
+        "largest reward difference": lambda e: f"{e['reward_difference']:.1e}",
+        "speedup": lambda e: f"{original / e['whole']:.2f}×",
     }
-    return [[text, *map(quantity, found)] for text, quantity in quantities.items()]
+    return [[text, *map(quantity, executions)] for text, quantity in quantities.items()]
 
 
 def goals(result: Mapping[str, Any]) -> list[str]:
-    """Each goal of the engine, and whether this run met it."""
+    """The goals of the engine, and whether this run met them."""
     device = result["settings"]["device"]
     original, _, ours, *variants = result["executions"]
-    found = [_goal("whole iteration, exact", result["ratio"], GOALS[device], "×")]
+    lines = [_goal("whole iteration, exact", result["ratio"], GOALS[device], "×")]
     if device == "cuda":
         share = ours["rollout_tflops"] / result["ceiling_tflops"]
-        found.append(_goal("rollouts, of the ceiling", share, CEILING_GOAL, ""))
+        lines.append(_goal("rollouts, share of the ceiling", share, CEILING_GOAL, ""))
         rest = 1 - ours["seconds"]["rollout"] / ours["whole"]
         met = "met" if rest <= REST_GOAL else "NOT MET"
-        found.append(f"all but rollouts: {rest:.0%} of the iteration, goal at most 15 %: {met}")
-        found += [_goal(e["name"], original["whole"] / e["whole"], FP8_GOAL, "×") for e in variants]
-    return found
+        lines.append(f"all but rollouts: {rest:.0%} of the iteration, goal at most 15 %: {met}")
+        lines += [_goal(e["name"], original["whole"] / e["whole"], FP8_GOAL, "×") for e in variants]
+    return lines
 
 
 def _goal(what: str, value: float, goal: float, unit: str) -> str:
@@ -66,15 +66,15 @@ def conditions(result: Mapping[str, Any]) -> str:
     settings, provenance = result["settings"], result["provenance"]
     ratios = ", ".join(f"{ratio:.2f}" for ratio in result["ratios"])
     weights = (
-        "FLUX.1-dev's shape and a judge of HPS's with random weights"
+        "FLUX.1-dev's shape and HPS at full size with random weights"
         if settings["size"] == "flux" else f"the models of size {settings['size']}"
     )  # fmt: skip
     part = ""
     if settings["every"] > 1:
         part = (
-            f" Of the original one (step, sample) pair in {settings['every']} was run, of the "
-            f"batched one a step in {settings['every_batched']}; ~ marks what is extrapolated "
-            "from them, rollouts by evaluations and the rest by images."
+            f" The original ran one (step, sample) pair in {settings['every']}, the batched "
+            f"original one step in {settings['every_batched']}; ~ marks extrapolated figures "
+            "(rollouts by NFE, the rest by images)."
         )
     return (
         f"One prompt, T = {settings['steps']}, G = {settings['group_size']}, granularities "
@@ -82,15 +82,15 @@ def conditions(result: Mapping[str, Any]) -> str:
         f"{settings['resolution']} pixels, adapters of rank {settings['rank']}; {weights}. "
         f"Device: {provenance['hardware']['device']}, {settings['threads']} threads, torch "
         f"{provenance['packages']['torch']}, commit {provenance['git_commit']}. A matrix product "
-        f"reached {result['ceiling_tflops']:.3g} TFLOP/s in the same run. All executions in turn, "
-        f"{settings['repeats']} times, the median of each shown; ratios of the repeats: {ratios}."
-        f"{part} On a GPU the original decodes in tiles, which gives other pixels, and its "
-        "weights are float32 under bfloat16 autocast, so that rewards differ there."
+        f"reached {result['ceiling_tflops']:.3g} TFLOP/s in the same run. Medians of "
+        f"{settings['repeats']} alternating repeats; ratios of the repeats: {ratios}."
+        f"{part} On a GPU the original decodes in tiles and has float32 weights under bfloat16 "
+        "autocast, so rewards differ."
     )
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The page."""
+    """The whole report."""
     names = [each["name"] for each in result["executions"]]
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""What the measurements write: a JSON file and a page of Markdown beside it."""
+"""Reports of the benchmarks: a JSON file and a Markdown page."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from g2rpo.files import atomic_write_text, write_json
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---") -> str:
-    """A table; ``rule`` aligns all columns but the first."""
+    """A Markdown table; ``rule`` aligns all columns but the first."""
     ruled = [head, ["---", *[rule] * (len(head) - 1)], *rows]
     return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in ruled)
 

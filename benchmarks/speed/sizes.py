@@ -1,6 +1,5 @@
-"""The sizes at which an iteration is timed: FLUX.1-dev's at random, the mini world, a toy."""
+"""Sizes of the benchmark: FLUX.1-dev with random weights, the mini world, tiny models."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +7,9 @@ from typing import Any
 
 import open_clip
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 
+from benchmarks.mini_world.base_policy import Policy, save, text_encoders
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
@@ -29,17 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "benchmarks" / "mini_world" / "assets"
 PROMPT = "a large red circle on black, two blue stars above a green ring"
 UNTOUCHED = 1e-12
-"""The learning rate: small enough that every execution sees the same weights."""
+"""Learning rate, small enough to leave the weights of every execution equal."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """Where the models of a size are.
+    """Paths of the models of a size.
 
     Attributes:
         policy: a FluxPipeline folder.
         reward: the folder of an HPS checkpoint.
-        prompts: a file whose first line is the prompt.
+        prompts: a file; its first line is the prompt.
     """
 
     policy: Path
@@ -49,20 +43,20 @@ class Models:
 
 @dataclass(frozen=True)
 class Size:
-    """What is timed.
+    """One size of the benchmark.
 
     Attributes:
-        name: of the size.
-        prepare: makes the models in a folder.
+        name: name of the size.
+        prepare: writes the models into a folder.
         steps: denoising steps T; the first half is stochastic.
-        group_size: G.
+        group_size: group size G.
         granularities: the set of granularities.
-        policy: settings of the policy, its dtype in our execution among them.
-        rank: of the adapters.
+        policy: policy settings, including the dtype of our execution.
+        rank: rank of the adapters.
         execution: settings of our execution.
-        every: of the original's (step, sample) pairs one in so many is run; 1 runs all.
-        every_batched: of its steps, where it is batched.
-        repeats: how often all is run; the median counts.
+        every: the original runs every n-th (step, sample) pair; 1 runs all.
+        every_batched: the batched original runs every n-th step.
+        repeats: repeats of the measurement; the median is reported.
     """
 
     name: str
@@ -78,7 +72,7 @@ class Size:
     repeats: int = 3
 
     def config(self, models: Models, **changes: Any) -> TrainConfig:
-        """One prompt of G2RPO on HPS, training adapters; ``changes`` replace whole sections."""
+        """G2RPO with adapters on one prompt and HPS; ``changes`` replace whole sections."""
         data: dict[str, Any] = {
             "policy": self.policy | {"source": str(models.policy)},
             "prompts": {"file": str(models.prompts)},
@@ -105,9 +99,9 @@ def _tiny(folder: Path) -> Models:
 
 @dataclass(frozen=True)
 class FluxShape:
-    """The shape of a FLUX pipeline; FLUX.1-dev's unless told otherwise.
+    """The shape of a FLUX pipeline; the defaults are FLUX.1-dev's.
 
-    The text encoders have its widths and one thin layer: their embeddings are computed once.
+    The text encoders have one thin layer, since embeddings are computed once.
     """
 
     double_blocks: int = 19
@@ -122,7 +116,7 @@ class FluxShape:
 
 
 def write_flux(folder: Path, shape: FluxShape, device: torch.device) -> None:
-    """A FluxPipeline folder with random weights in bfloat16."""
+    """Saves a FluxPipeline with random bfloat16 weights to ``folder``."""
     with torch.random.fork_rng(), torch.device(device), without_library_bars():
         torch.manual_seed(0)
         head = shape.head_width
@@ -152,44 +146,37 @@ def write_flux(folder: Path, shape: FluxShape, device: torch.device) -> None:
         )
     tokenizer = clip_tokenizer(folder / "tokenizer", 77)
     tokenizer_2 = t5_tokenizer(folder / "tokenizer_2", shape.text_tokens)
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=shape.pooled_width, intermediate_size=64,
-            num_hidden_layers=1, num_attention_heads=4, projection_dim=shape.pooled_width,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_2), d_model=shape.joint_width, d_kv=16, d_ff=64,
-            num_layers=1, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-        )
-    )  # fmt: skip
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae, text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5,
-        tokenizer_2=tokenizer_2, transformer=transformer,
-    )  # fmt: skip
+    widths = (shape.pooled_width, shape.joint_width)
+    encoders = text_encoders(tokenizer, tokenizer_2, widths, 64, 1)
+    for module in (vae, transformer, *encoders):
+        module.to(torch.bfloat16)
     with without_library_bars():
-        pipeline.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+        save(Policy(transformer, *encoders, tokenizer, tokenizer_2), vae, folder)
 
 
 def write_hps(folder: Path) -> None:
-    """HPS's checkpoint as it is published, a ``state_dict`` in float16, with random weights."""
+    """Saves an HPS checkpoint in its published format (float16) with random weights."""
     clip = build_clip(open_clip.get_model_config("ViT-H-14"))
     liven(clip)
     torch.save({"state_dict": clip.half().state_dict()}, folder / CHECKPOINTS["v2.1"])
 
 
-def _random_flux(folder: Path, shape: FluxShape) -> Models:
+def random_flux(
+    folder: Path, shape: FluxShape | None = None, *, random_reward: bool = True
+) -> Models:
+    """Models of ``shape`` (default: FLUX.1-dev's) with random weights.
+
+    The reward is HPS at full size with random weights, or the mini world's.
+    """
+    reward = MINI / "rewards" / "hps"
+    if random_reward:
+        reward = folder / "hps"
+        reward.mkdir(parents=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            write_hps(reward)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reward = folder / "hps"
-    reward.mkdir(parents=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        write_hps(reward)
-    write_flux(folder / "policy", shape, device)
+    write_flux(folder / "policy", shape or FluxShape(), device)
     prompts = folder / "prompts.txt"
     prompts.write_text(PROMPT + "\n")
     return Models(folder / "policy", reward, prompts)
@@ -208,7 +195,7 @@ SIZES = {
             execution={"rollout_micro_batch": 64, "training_micro_batch": 64},
         ),
         Size(
-            "flux", functools.partial(_random_flux, shape=FluxShape()),
+            "flux", random_flux,
             steps=16, group_size=12, granularities=(1, 2, 3),
             policy={"resolution": 720, "dtype": "bfloat16"}, rank=128,
             execution={"compile": True, "training_micro_batch": 1},

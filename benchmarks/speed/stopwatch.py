@@ -1,4 +1,4 @@
-"""Seconds by phase, evaluations counted where they happen, and what the device can do at most."""
+"""Seconds per phase, numbers of function evaluations, and the peak speed of the device."""
 
 import time
 from collections import Counter, defaultdict
@@ -14,11 +14,11 @@ CEILING_REPEATS = 5
 
 
 class Stopwatch:
-    """Adds up the seconds of phases, which do not overlap.
+    """Sums the seconds of non-overlapping phases.
 
     Attributes:
-        device: waited for at both ends of a phase.
-        seconds: by phase.
+        device: synchronized at both ends of a phase.
+        seconds: seconds by phase.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class Stopwatch:
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def now(self) -> float:
-        """The time when the device has done all that it was asked for."""
+        """The time after all work of the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -42,7 +42,7 @@ class Stopwatch:
 
 
 class TimedReward:
-    """A reward model whose scoring is a phase; otherwise the model itself."""
+    """A reward model whose scoring is timed as a phase."""
 
     def __init__(self, model: Any, watch: Stopwatch) -> None:
         self._model, self._watch = model, watch
@@ -59,7 +59,7 @@ class TimedReward:
 
 @contextmanager
 def counted_evaluations(transformer: nn.Module) -> Iterator[Counter[str]]:
-    """Counts the latents that go through ``transformer``, with and without gradients."""
+    """Counts the latents passed through ``transformer``, with and without gradients."""
     counts: Counter[str] = Counter()
 
     def count(module: nn.Module, positional: Any, named: dict[str, Any], output: Any) -> None:
@@ -75,10 +75,7 @@ def counted_evaluations(transformer: nn.Module) -> Iterator[Counter[str]]:
 
 
 def matmul_ceiling(device: torch.device) -> float:
-    """TFLOP/s of a large square matrix product: bfloat16 on a GPU, float32 on the CPU.
-
-    The best of several, after a warm-up.
-    """
+    """Best TFLOP/s of a large square matrix product: bfloat16 on a GPU, float32 on the CPU."""
     side = CEILING_SIDE[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)

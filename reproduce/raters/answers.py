@@ -15,9 +15,9 @@ from benchmarks.evaluation.statistics import (
     MIN_SEEDS,
     Interval,
     method_intervals,
+    share_intervals,
     sign_flip_p_values,
 )
-from benchmarks.evaluation.statistics.improvement import share_intervals
 from g2rpo.config import nearest
 from g2rpo.data.tables import Row, read_table
 from g2rpo.errors import UserError

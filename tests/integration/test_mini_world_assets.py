@@ -1,4 +1,4 @@
-"""The committed mini world: its files are those of its manifest, and its weights do their work."""
+"""The committed mini world: its files match its manifest, and its models work."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ from benchmarks.mini_world import world
 from benchmarks.mini_world.attribute_training import accuracy, caption_shares
 from benchmarks.mini_world.autoencoder import load, reconstruct
 from benchmarks.mini_world.build import MANIFEST, PARTS, SIZE_LIMIT, captions_of
-from benchmarks.mini_world.judges import MODELS
 from benchmarks.mini_world.pictures import draw_pool
+from benchmarks.mini_world.reward_training import MODELS
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
 from g2rpo.rewards.attributes import AttributeReader
@@ -22,7 +22,7 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 
 ASSETS = Path(world.__file__).parent / "assets"
-JUDGE = ASSETS / "rewards" / "attributes"
+READER = ASSETS / "rewards" / "attributes"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def manifest() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def reader() -> AttributeReader:
-    return AttributeReader.from_folder(JUDGE)
+    return AttributeReader.from_folder(READER)
 
 
 def test_files_are_those_of_the_manifest(manifest: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def test_files_are_those_of_the_manifest(manifest: dict[str, Any]) -> None:
     assert sum(path.stat().st_size for path in found.values()) == manifest["bytes"] <= SIZE_LIMIT
 
 
-def test_manifest_tells_of_every_part_and_of_no_machine(manifest: dict[str, Any]) -> None:
+def test_manifest_has_every_part_and_no_local_path(manifest: dict[str, Any]) -> None:
     assert set(manifest["parts"]) == {part.name for part in PARTS}
     assert all(part["seconds"] > 0 and part["settings"] for part in manifest["parts"].values())
     for path in ASSETS.rglob("*.json"):
@@ -70,7 +70,7 @@ def test_reported_quality_is_within_what_the_mini_world_needs(manifest: dict[str
 
 
 @pytest.mark.parametrize("through_autoencoder", [False, True])
-def test_attribute_judge_reads_fresh_pictures(
+def test_attribute_reward_reads_fresh_pictures(
     reader: AttributeReader, through_autoencoder: bool
 ) -> None:
     pool = draw_pool(987, "fresh", "test", 200)
@@ -83,29 +83,29 @@ def test_attribute_judge_reads_fresh_pictures(
     assert report["score"] >= 0.97
 
 
-def test_attribute_judge_scores_alike_batched_and_one_by_one() -> None:
+def test_attribute_reward_scores_alike_batched_and_one_by_one() -> None:
     pool = draw_pool(988, "fresh", "test", 24)
     prompts = [*pool.captions[1:12], pool.captions[0], *pool.captions[12:]]
-    many = load_reward(RewardConfig(model="attributes", source=str(JUDGE), batch_size=24), "cpu")
-    single = load_reward(RewardConfig(model="attributes", source=str(JUDGE), batch_size=1), "cpu")
+    many = load_reward(RewardConfig(model="attributes", source=str(READER), batch_size=24), "cpu")
+    single = load_reward(RewardConfig(model="attributes", source=str(READER), batch_size=1), "cpu")
     scores = many.score(pool.images, prompts)
     assert scores.dtype == torch.float32
     assert scores.shape == (24,)
     assert (scores - single.score(pool.images, prompts)).abs().max() <= 1e-5
     assert (scores[12:] > scores[:12].mean()).all()
-    assert many.weights_hash == sha256_file(JUDGE / "model.safetensors")
+    assert many.weights_hash == sha256_file(READER / "model.safetensors")
 
 
-def test_attribute_judge_names_what_is_wrong(tmp_path: Path) -> None:
+def test_attribute_reward_names_what_is_wrong(tmp_path: Path) -> None:
     images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
-    judge = load_reward(RewardConfig(model="attributes", source=str(JUDGE)), "cpu")
+    reward = load_reward(RewardConfig(model="attributes", source=str(READER)), "cpu")
     with pytest.raises(UserError, match="'dragon' is not in the world's vocabulary"):
-        judge.score(images, ["a dragon"])
+        reward.score(images, ["a dragon"])
     with pytest.raises(UserError, match="set source to a folder"):
         load_reward(RewardConfig(model="attributes"), "cpu")
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_reward(RewardConfig(model="attributes", source=str(tmp_path)), "cpu")
-    shutil.copy(JUDGE / "config.json", tmp_path)
+    shutil.copy(READER / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read as weights"):
         load_reward(RewardConfig(model="attributes", source=str(tmp_path)), "cpu")

@@ -1,4 +1,4 @@
-"""The benchmark of a whole iteration: all executions do the same, and the report says so."""
+"""The benchmark of a whole iteration: all executions compute the same rewards."""
 
 import json
 from pathlib import Path
@@ -25,11 +25,11 @@ def test_the_original_takes_as_many_evaluations_as_are_published() -> None:
         ((1, 2), 1792, 1504),
         ((1, 2, 3), 2188, 1708),
     ):
-        plan = Plan(tuple(range(8)), granularities, 12, sigmas, 0, 0)
-        assert plan.evaluations(16) == original
+        plan = Plan(tuple(range(8)), granularities, 12, sigmas)
+        assert plan.evaluations == original
         method = iteration.G2RPO(granularities=granularities)
         assert method.rollout_tree(RolloutShape(16, 12, 300), 0).velocity_evaluations == shared
-    assert Plan(tuple(range(8)), (1, 2, 3), 12, sigmas, 0, 0).images == 289
+    assert Plan(tuple(range(8)), (1, 2, 3), 12, sigmas).images == 289
 
 
 def test_all_executions_give_the_same_rewards(tmp_path: Path) -> None:
@@ -77,14 +77,14 @@ def test_a_part_of_the_original_is_extrapolated(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"), [(["--size", "flx"], "flux"), (["--size", "flux"], "needs a GPU")]
+    ("arguments", "message"), [(["--size", "flx"], "flux"), (["--size", "flux"], "needs a GPU")]
 )
-def test_a_size_that_cannot_be_run(arguments: list[str], told: str) -> None:
-    if told == "needs a GPU" and torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_a_size_that_cannot_be_run(arguments: list[str], message: str) -> None:
+    if message == "needs a GPU" and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
     done = CliRunner().invoke(APP, arguments)
     assert type(done.exception).__name__ == "UserError"
-    assert told in str(done.exception)
+    assert message in str(done.exception)
 
 
 def test_a_random_pipeline_of_any_shape_is_one_that_loads(tmp_path: Path) -> None:

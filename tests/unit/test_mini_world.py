@@ -1,4 +1,4 @@
-"""The mini world: its scenes, captions, splits and pictures, and what a caption means."""
+"""The mini world: scenes, captions, splits, pictures and the grammar of captions."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ groups = st.builds(
 
 @st.composite
 def any_scenes(draw: st.DrawFn) -> Scene:
-    """Every scene that can be drawn, not only those that the world proposes."""
+    """Any scene, not only those that the world samples."""
     members = tuple(draw(st.lists(groups, min_size=1, max_size=3)))
     relation = None
     if len(members) > 1:
@@ -58,9 +58,9 @@ def test_same_seed_gives_same_world_and_another_seed_another() -> None:
 
 
 def test_committed_captions_come_from_the_seed() -> None:
-    for split, number in (("validation", 200), ("test", 400), ("train", 6000)):
-        captions = captions_of(ASSETS, split)
-        assert captions == world.make_captions(1, split, number)
+    for split in ("validation", "test", "train"):
+        captions = captions_of(ASSETS, split)[:200]
+        assert captions == world.make_captions(1, split, 200)
 
 
 def test_splits_are_disjoint_and_combinations_are_held_out() -> None:
@@ -94,14 +94,14 @@ def test_an_unknown_split_is_refused() -> None:
         world.sample_scene(generator(0, "x"), "holdout")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(scenes, st.integers(0, 2**32))
 def test_every_caption_is_read_back_as_its_scene(scene: Scene, seed: int) -> None:
     assert world.scene_of(world.caption(scene)) == scene
     assert world.scene_of(world.caption(scene, generator(seed, "wording"))) == scene
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(scenes, st.integers(0, 2**32))
 def test_an_alteration_changes_one_attribute_and_contradicts_the_picture(
     scene: Scene, seed: int

@@ -1,10 +1,12 @@
-"""The builder: parts in the order of their needs, kept where nothing changed, none lost."""
+"""The builder: unchanged parts are kept, changed ones are rebuilt, a failure loses nothing."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.mini_world import build as builder
 from benchmarks.mini_world.build import MANIFEST, MiniWorldSettings, Part, WorldSettings, build
@@ -43,49 +45,42 @@ PARTS = (
 )
 
 
-def test_parts_are_built_once_and_a_failure_loses_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
     monkeypatch.setattr(builder, "PARTS", PARTS)
-    told: list[str] = []
+    yield
+    torch.set_num_threads(threads)
+
+
+def built(assets: Path, **settings: Any) -> list[str]:
+    """The parts that a build of these settings builds."""
+    log: list[str] = []
+    build(MiniWorldSettings(**settings), assets, log=log.append)
+    return [line.split(":")[0] for line in log if line.endswith(": building")]
+
+
+def test_a_failed_build_resumes_and_only_changed_parts_are_rebuilt(tmp_path: Path) -> None:
     (tmp_path / "fail").touch()
     with pytest.raises(UserError, match="the second part failed"):
-        build(MiniWorldSettings(), tmp_path, tell=told.append, jobs=2)
+        built(tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest["parts"].keys() == {"first", "third"}
+    assert manifest["parts"].keys() == {"first"}
     (tmp_path / "fail").unlink()
-    told.clear()
-    manifest = build(MiniWorldSettings(), tmp_path, tell=told.append)
-    assert [line for line in told if "already" in line] == [
-        "first: already built",
-        "third: already built",
-    ]
-    assert (tmp_path / "second.txt").read_text() == "1 second"
+    assert built(tmp_path) == ["second", "third"]
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert manifest["parts"]["second"]["measured"] == {"from": "first"}
     assert manifest["files"].keys() == {"first.txt", "second.txt", "third.txt"}
-    told.clear()
     (tmp_path / "third.txt").write_text("altered")
-    build(MiniWorldSettings(), tmp_path, tell=told.append)
-    assert "third: building" in told
-    assert "second: building" not in told
+    assert built(tmp_path) == ["third"]
     assert (tmp_path / "third.txt").read_text() == "1 third"
-
-
-def test_other_settings_build_anew_and_unknown_parts_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(builder, "PARTS", PARTS[:1])
-    build(MiniWorldSettings(), tmp_path)
-    told: list[str] = []
-    changed = MiniWorldSettings(prompts=WorldSettings(test=5))
-    build(changed, tmp_path, tell=told.append)
-    assert told[0] == "first: building"
-    with pytest.raises(UserError, match="no part is called 'fourth'; parts: first"):
-        build(changed, tmp_path, frozenset({"fourth"}))
+    assert built(tmp_path, prompts=WorldSettings(test=5)) == ["first", "second", "third"]
+    with pytest.raises(UserError, match="--rebuild fourth: no such part; choose from first, sec"):
+        build(MiniWorldSettings(), tmp_path, frozenset({"fourth"}))
 
 
 def test_the_small_tokenizer_is_the_same_at_every_build(tmp_path: Path) -> None:
-    built = [clip_tokenizer(tmp_path / name, 32) for name in ("one", "two")]
+    tokenizers = [clip_tokenizer(tmp_path / name, 32) for name in ("one", "two")]
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert {len(built[0].tokenize(word)) for word in words()} == {1}
+    assert {len(tokenizers[0].tokenize(word)) for word in words()} == {1}

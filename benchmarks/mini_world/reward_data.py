@@ -1,4 +1,4 @@
-"""Pictures and captions for the judges: groups of scenes that differ in one attribute each."""
+"""Pictures and captions for the reward models, in groups that differ in one attribute."""
 
 from dataclasses import dataclass
 
@@ -17,11 +17,11 @@ CELL_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
 """Classes of a cell's colour, shape and size; class 0 is an empty cell."""
 
 KIND_WEIGHTS = {"relation": 4.0, "place": 4.0, "size": 2.0}
-"""How much more often than colours, shapes and counts these are altered; they are learned last."""
+"""Oversampling of alterations that are hard to learn, relative to colours, shapes and counts."""
 
 
 @dataclass(frozen=True)
-class JudgePool:
+class GroupPool:
     """``N`` groups of ``G`` scenes; within a group each differs from the first in one attribute.
 
     ``images`` is uint8 ``[N, G, 32, 32, 3]``; ``cells`` is int64 ``[N, G, cells, 3]`` (colour,
@@ -37,11 +37,11 @@ class JudgePool:
         return len(self.captions)
 
 
-def draw_judge_pool(seed: int, split: str, groups: int, members: int) -> JudgePool:
+def draw_group_pool(seed: int, split: str, groups: int, members: int) -> GroupPool:
     """Draws ``groups`` groups of ``members`` scenes of ``split``.
 
-    Half of the groups share their random layout, shifts and tints, so that little but the altered
-    attribute tells their pictures apart.
+    Half of the groups share their random layout, shifts and tints, so their pictures differ in
+    little but the altered attribute.
     """
     captions, images, cells, backgrounds = [], [], [], []
     for index in range(groups):
@@ -57,7 +57,7 @@ def draw_judge_pool(seed: int, split: str, groups: int, members: int) -> JudgePo
             backgrounds.append(BACKGROUNDS.index(layout.background))
         captions.append([world.caption(scene, rng) for scene in scenes])
     shape = (groups, members)
-    return JudgePool(
+    return GroupPool(
         captions,
         torch.from_numpy(np.stack(images)).unflatten(0, shape),
         torch.tensor(cells).unflatten(0, shape),
@@ -87,12 +87,12 @@ def _group(rng: np.random.Generator, split: str, members: int) -> list[world.Sce
 
 
 def decode_share(
-    pool: JudgePool, vae: AutoencoderKL, share: float, noise: float, seed: int
-) -> JudgePool:
-    """``pool`` with the pictures of a ``share`` of its groups passed through the autoencoder.
+    pool: GroupPool, vae: AutoencoderKL, share: float, noise: float, seed: int
+) -> GroupPool:
+    """``pool`` with the pictures of a ``share`` of its groups encoded and decoded.
 
-    ``noise`` is the largest standard deviation of what disturbs their normalised latents, for
-    those of a policy are not quite the autoencoder's own.
+    ``noise`` is the largest standard deviation of the noise on their normalised latents, which
+    stands for a policy's errors.
     """
     number = round(share * len(pool))
     latents = autoencoder.encode(vae, pool.images[:number].flatten(0, 1), sample=False)
@@ -101,14 +101,14 @@ def decode_share(
     latents += spread * torch.randn(latents.shape, generator=draws)
     decoded = autoencoder.decode(vae, latents).unflatten(0, pool.images[:number].shape[:2])
     images = torch.cat([decoded, pool.images[number:]])
-    return JudgePool(pool.captions, images, pool.cells, pool.backgrounds)
+    return GroupPool(pool.captions, images, pool.cells, pool.backgrounds)
 
 
-def facts_of(pool: JudgePool) -> Tensor:
-    """What is true of each picture, bool ``[N, G, facts]``.
+def facts_of(pool: GroupPool) -> Tensor:
+    """Facts about each picture, bool ``[N, G, facts]``.
 
-    Facts join two attributes of one shape (is there a red star? a small star? a star on the
-    left?), tell which colours are there more than once, and the background.
+    Pairs of attributes of one shape (is there a red star? a small star? a star on the left?),
+    colours that occur more than once, and the background.
     """
     colours, shapes, sizes = (
         functional.one_hot(pool.cells[..., part], classes)[..., 1:].float()
@@ -140,20 +140,20 @@ def _shown(shown: world.Shown | None) -> list[int]:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training picture that leave its caption true; limits, in 0..1 pixels."""
+    """Random changes of a training picture that leave its caption true, for pixels in 0..1."""
 
     noise: float = 0.05
     """Largest standard deviation of Gaussian noise."""
     brightness: float = 0.04
     """Largest change of a channel."""
     blur: float = 0.3
-    """Largest share of a 3 by 3 mean in the picture."""
+    """Largest weight of the 3×3 mean."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Pixels ``[N, 3, 32, 32]`` in 0..1 of uint8 images ``[N, 32, 32, 3]``."""
         number = len(images)
         pixels = to_pixels(images)
-        some = torch.randperm(number)[: int(number * 0.4)]  # blurring is slow; not for all
+        some = torch.randperm(number)[: int(number * 0.4)]  # blurring all would be slow
         share = torch.rand(len(some), 1, 1, 1) * self.blur
         pixels[some] = pixels[some].lerp(_smooth(pixels[some]), share)
         pixels += (torch.rand(number, 3, 1, 1) * 2 - 1) * self.brightness
@@ -172,7 +172,7 @@ def to_images(pixels: Tensor) -> Tensor:
 
 
 def _smooth(pixels: Tensor) -> Tensor:
-    """The mean over 3 by 3 pixels."""
+    """The mean over 3×3 pixels."""
     rows = functional.pad(pixels, (0, 0, 1, 1), mode="replicate")
     rows = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 3
     columns = functional.pad(rows, (1, 1, 0, 0), mode="replicate")
@@ -180,7 +180,7 @@ def _smooth(pixels: Tensor) -> Tensor:
 
 
 def degrade(pixels: Tensor) -> Tensor:
-    """Pictures that a person would like less: each is mixed with another one and blurred."""
+    """Worse pictures: each is mixed with another one and blurred."""
     mixed = pixels.lerp(pixels.roll(1, 0), 0.15 + 0.35 * torch.rand(len(pixels), 1, 1, 1))
     small = functional.avg_pool2d(mixed, 2)
     blurred = functional.interpolate(small, scale_factor=2.0, mode="bilinear")
