@@ -40,6 +40,11 @@ def hashing_up_to(size: int = LARGE) -> Iterator[None]:
         _most.reset(token)
 
 
+def is_hashed(size: int) -> bool:
+    """Whether files of ``size`` bytes are read and hashed here (:func:`hashing_up_to`)."""
+    return size <= _most.get()
+
+
 def checksums_of(files: Iterable[Path], folder: Path) -> dict[str, dict[str, Any]]:
     """The SHA-256 and size of each of ``files``, by its path relative to ``folder``."""
     return {
@@ -104,7 +109,7 @@ def _problem(path: Path, entry: Mapping[str, Any]) -> str | None:
             return "is not a file"
         if status.st_size != entry["size"]:
             return f"has {status.st_size} bytes where {entry['size']} were written"
-        if "sha256" not in entry or (status.st_size > _most.get()):
+        if "sha256" not in entry or not is_hashed(status.st_size):
             return None
         sound = _sha256(path, file_state(path)) == entry["sha256"]
     except (FileNotFoundError, NotADirectoryError):

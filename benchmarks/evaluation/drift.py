@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.evaluation.metrics import DRIFT, metric_frame
 from benchmarks.evaluation.protocol import DriftConfig
-from g2rpo.data.embeddings.cache import rows_digest
+from g2rpo.data.embeddings import rows_digest
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path

@@ -7,7 +7,7 @@ the length and the dtype; training and sampling read them there.
 import functools
 import gc
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,8 @@ from g2rpo.config import content_hash
 from g2rpo.data.embeddings import (
     CacheKey,
     EmbeddingCache,
-    FillSettings,
-    Rows,
+    Encoder,
     fill,
-    prompt_key,
 )
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.files import FileState, file_state, read_json, write_json
@@ -97,8 +95,8 @@ class PromptUse:
     limit: int | None
     draws: tuple[int, int, int] | None = None
 
-    def read(self) -> tuple[tuple[str, ...], frozenset[str]]:
-        """The prompts, each once, and their keys in a cache.
+    def read(self) -> tuple[str, ...]:
+        """The prompts, each once.
 
         Raises:
             UserError: the file cannot be used, or has too few prompts to draw from.
@@ -107,7 +105,7 @@ class PromptUse:
 
 
 @functools.lru_cache(maxsize=256)
-def _read(use: PromptUse, state: FileState | None) -> tuple[tuple[str, ...], frozenset[str]]:
+def _read(use: PromptUse, state: FileState | None) -> tuple[str, ...]:
     del state  # a changed file is another call
     prompts = read_prompts(use.file, use.limit)
     if use.draws is not None:
@@ -117,8 +115,7 @@ def _read(use: PromptUse, state: FileState | None) -> tuple[tuple[str, ...], fro
             for iteration in range(iterations)
             for prompt in prompts_of_iteration(prompts, count, seed, iteration)
         ]
-    texts = tuple(dict.fromkeys(prompt.text for prompt in prompts))
-    return texts, frozenset(map(prompt_key, texts))
+    return tuple(dict.fromkeys(prompt.text for prompt in prompts))
 
 
 def _training_uses(train: TrainConfig) -> Iterator[PromptUse]:
@@ -168,7 +165,7 @@ def prompts_by_policy(cells: Iterable[ResolvedCell]) -> list[tuple[PolicyConfig,
             same = (policy.source, policy.revision, policy.max_sequence_length, policy.dtype)
             uses.setdefault(same, (policy, {}))[1][use] = None
     return [
-        (policy, list(dict.fromkeys(text for use in found for text in use.read()[0])))
+        (policy, list(dict.fromkeys(text for use in found for text in use.read())))
         for policy, found in uses.values()
     ]
 
@@ -183,7 +180,7 @@ def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
     """
     for policy, use in prompt_uses(cell):
         key = cache_key(policy)
-        if key is None or not _opened(_cache_folder(key, layout)).holds(use.read()[1]):
+        if key is None or not _opened(_cache_folder(key, layout)).holds(use.read()):
             return False
     return True
 
@@ -203,11 +200,12 @@ def embed(cells: Sequence[ResolvedCell], layout: Layout) -> list[Path]:
         key = cache_key(policy)
         assert key is not None  # the encoders are here now
         folder = _cache_folder(key, layout)
-        # Told to people beside the folder: everything that ends in .json inside is an index.
+        # For people; embeddings are found by the folder's name.
         write_json(folder.with_suffix(".json"), key.model_dump(mode="json"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        settings = FillSettings(size.embedding_bytes(policy), origin=_origin(device))
-        fill(_opened(folder), texts, functools.partial(_encoder, policy, device), settings)
+        load = functools.partial(_encoder, policy, device)
+        prompt_bytes = size.embedding_bytes(policy)
+        fill(_opened(folder), texts, load, prompt_bytes, origin=_origin(device))
         folders.append(folder)
         gc.collect()
         if device.type == "cuda":
@@ -221,9 +219,7 @@ def _origin(device: torch.device) -> dict[str, str]:
     return packages | {"device": name}
 
 
-def _encoder(
-    policy: PolicyConfig, device: torch.device, prompts: Sequence[str]
-) -> Callable[[str], Rows]:
+def _encoder(policy: PolicyConfig, device: torch.device, prompts: Sequence[str]) -> Encoder:
     from g2rpo.policy.conditioning import TextEncoders, row_of
 
     folder = resolve_source(policy.source, policy.revision)
