@@ -1,7 +1,7 @@
-"""The attempts at a piece of work: one small file each, in a folder that several machines share.
+"""The attempts at a piece of work: one small file each, in a folder shared between machines.
 
-The files are numbered from 1 without a gap. Only two things are asked of the file system: that of
-several processes which create the same file one succeeds, and that a rename is not seen half done.
+The files are numbered from 1 without gaps. The file system must provide exclusive creation (of
+several processes that create the same file, one succeeds) and atomic renames.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from g2rpo.owner import Owner
 from g2rpo.progress import WorkProgress
 
 ENVIRONMENT = "G2RPO_LEASE_"
-"""Before the name of a setting in capitals: the variable that overrides it."""
+"""Prefix of the environment variables that override settings."""
 State = Literal["running", "done", "failed", "stopped"]
 Result = TypeVar("Result")
 
@@ -31,30 +31,30 @@ _RETRY_SECONDS = (0.1, 0.5, 1.0)
 
 
 class LeaseSettings(StrictModel):
-    """How owners show that they are alive, and how long others believe and wait for them."""
+    """Heartbeats and time limits of leases."""
 
     heartbeat_seconds: float = Field(15.0, gt=0)
-    """The owner writes its file anew so often."""
+    """Interval at which an owner rewrites its file."""
     stale_seconds: float = Field(300.0, gt=0)
-    """An owner that has not for so long is given up. Clients of NFS may see a change a minute
-    late."""
+    """An owner without a heartbeat for this long is considered dead. NFS clients may see changes a
+    minute late."""
     wait_seconds: float = Field(1800.0, ge=0)
-    """How long to wait for an owner that is alive."""
+    """How long to wait for a live owner."""
 
     @model_validator(mode="after")
     def _heard_in_time(self) -> Self:
         if self.stale_seconds <= self.heartbeat_seconds:
             raise ValueError(
-                f"stale_seconds {self.stale_seconds:g} must be more than heartbeat_seconds "
-                f"{self.heartbeat_seconds:g}, or owners are given up between two heartbeats"
+                f"stale_seconds {self.stale_seconds:g} must be greater than heartbeat_seconds "
+                f"{self.heartbeat_seconds:g}"
             )
         return self
 
     def resolved(self) -> "LeaseSettings":
-        """These settings under the environment's ``G2RPO_LEASE_HEARTBEAT_SECONDS`` and so on.
+        """These settings, overridden by ``G2RPO_LEASE_HEARTBEAT_SECONDS`` and so on.
 
         Raises:
-            UserError: a variable is not a number that goes with the others.
+            UserError: a variable has an invalid value.
         """
         variables = {name: os.environ.get(ENVIRONMENT + name.upper()) for name in self.model_dump()}
         named = parse_overrides(f"{name}={text}" for name, text in variables.items() if text)
@@ -62,7 +62,7 @@ class LeaseSettings(StrictModel):
 
 
 class Record(StrictModel):
-    """What an attempt's file holds. Times are UTC seconds by the clock of the owner's machine."""
+    """The content of an attempt's file. Times are UTC seconds by the owner's clock."""
 
     attempt: int
     owner: Owner
@@ -73,21 +73,21 @@ class Record(StrictModel):
     started: float
     updated: float
     node: str
-    """The machine's name in SLURM, else its own."""
+    """The machine's SLURM node name, else its host name."""
     log: str | None = None
-    """Where the owner's output goes, where it said so."""
+    """The owner's log file, if known."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt as its file shows it.
+    """An attempt, as read from its file.
 
     Attributes:
-        number: counted from 1; the owner is the highest.
+        number: counted from 1; the highest is the owner.
         path: its file.
-        record: what the file holds; None where it is empty or damaged (its writer was killed).
-        age: seconds since it was last written, both times by the file server's clock.
-        written: changes whenever the file is written.
+        record: the file's content; None if it is empty or damaged (its writer was killed).
+        age: seconds since it was last written, by the file server's clock.
+        written: changes with every write.
     """
 
     number: int
@@ -98,12 +98,12 @@ class Attempt:
 
     @property
     def state(self) -> str:
-        """The state; ``unknown`` where the file cannot be read."""
+        """The state; ``unknown`` if the file is damaged."""
         return "unknown" if self.record is None else self.record.state
 
     def __str__(self) -> str:
         if self.record is None:
-            return f"attempt {self.number} (its file says nothing)"
+            return f"attempt {self.number} (unreadable file)"
         return f"attempt {self.number} ({self.record.owner})"
 
 
@@ -113,10 +113,10 @@ def one_line(text: str) -> str:
 
 
 def patiently(operation: Callable[[], Result]) -> Result:
-    """Does ``operation`` again where a file system fails for a moment.
+    """Runs ``operation``, and retries it on transient file system errors.
 
     Raises:
-        OSError: it fails still, or a file or folder is not there.
+        OSError: it still fails, or a file or folder does not exist.
     """
     for seconds in _RETRY_SECONDS:
         try:
@@ -134,7 +134,7 @@ def attempt_path(directory: Path, number: int) -> Path:
 
 
 def newest_number(directory: Path) -> int:
-    """The highest number; 0 where there is none.
+    """The highest number; 0 if there is none.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -142,17 +142,17 @@ def newest_number(directory: Path) -> int:
     paths = patiently(lambda: list(directory.iterdir()))
     found = (_NAME.fullmatch(path.name) for path in paths)
     number = max((int(match.group(1)) for match in found if match), default=0)
-    # A listing may lack a name that is being renamed over; asking for the name itself does not.
+    # A listing may miss a name that is being replaced; a look-up by name does not.
     while patiently(attempt_path(directory, number + 1).exists):
         number += 1
     return number
 
 
 def file_server_time(directory: Path) -> float:
-    """Seconds since 1970 by the clock that the files in ``directory`` are dated with.
+    """The file server's time in ``directory``, in seconds since 1970.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder is not writable.
     """
     descriptor, name = tempfile.mkstemp(dir=directory, prefix=".clock.", suffix=".tmp")
     try:
@@ -165,10 +165,10 @@ def file_server_time(directory: Path) -> float:
 
 
 def create_file(path: Path, data: bytes) -> bool:
-    """Creates ``path``; false where it is there already.
+    """Creates ``path``; returns False if it exists.
 
     Raises:
-        OSError: it cannot be written; then it is not there.
+        OSError: it cannot be written; it then does not exist.
     """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -186,10 +186,10 @@ def create_file(path: Path, data: bytes) -> bool:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes ``path`` anew, whatever the guards of :mod:`g2rpo.files` say: it is the owner's own.
+    """Replaces ``path`` atomically, ignoring publication guards: it is the owner's own file.
 
     Raises:
-        OSError: it cannot be written; the old content stays.
+        OSError: it cannot be written; the old content is kept.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
@@ -201,15 +201,15 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def read_attempt(directory: Path, number: int, now: float) -> Attempt | None:
-    """One attempt, its age at ``now`` (see :func:`file_server_time`); None where it is not there.
+    """One attempt, its age at ``now`` (:func:`file_server_time`); None if it does not exist.
 
     Raises:
-        OSError: it is there and cannot be read.
+        OSError: it exists but cannot be read.
     """
     path = attempt_path(directory, number)
 
     def read() -> tuple[bytes, os.stat_result]:
-        # Opening a file is what makes a client of NFS ask the server for its newest state.
+        # Opening a file makes an NFS client revalidate it.
         with path.open("rb") as file:
             return file.read(), os.fstat(file.fileno())
 
@@ -225,7 +225,7 @@ def read_attempt(directory: Path, number: int, now: float) -> Attempt | None:
 
 
 def read_attempts(folder: Path, name: str, first: int = 1) -> list[Attempt]:
-    """The attempts at ``name`` from number ``first`` on, the owner's last.
+    """The attempts at ``name`` from number ``first`` on; the last is the owner's.
 
     Raises:
         OSError: the folder cannot be read.
@@ -236,14 +236,14 @@ def read_attempts(folder: Path, name: str, first: int = 1) -> list[Attempt]:
     newest = newest_number(directory)
     try:
         now = file_server_time(directory)
-    except OSError:  # a reader who may not write there
+    except OSError:  # a reader without write permission
         now = time.time()
     found = (read_attempt(directory, number, now) for number in range(first, newest + 1))
     return [attempt for attempt in found if attempt is not None]
 
 
 def latest(folder: Path, name: str) -> Attempt | None:
-    """The newest attempt at ``name``, or None.
+    """The latest attempt at ``name``, or None.
 
     Raises:
         OSError: the folder cannot be read.
@@ -254,7 +254,7 @@ def latest(folder: Path, name: str) -> Attempt | None:
 
 
 def is_alive(attempt: Attempt, settings: LeaseSettings | None = None) -> bool:
-    """Whether somebody is still at it, as far as can be told from here."""
+    """Whether the attempt's process appears to be running."""
     settings = (settings or LeaseSettings()).resolved()
     if attempt.age >= settings.stale_seconds:
         return False

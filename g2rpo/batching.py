@@ -1,4 +1,4 @@
-"""How many inputs go through a model at once: half as many where memory turns out too small."""
+"""Batch sizes that are halved when memory runs out."""
 
 import gc
 import logging
@@ -17,11 +17,11 @@ Result = TypeVar("Result")
 class BatchSize:
     """A batch size that is halved when memory runs out.
 
-    Results do not depend on it, except for the rounding of floating-point sums.
+    Results depend on it only by the rounding of floating-point sums.
 
     Attributes:
-        states: how many go through at once, at least 1.
-        reduced: whether it is smaller than it was at first.
+        states: the current batch size, at least 1.
+        reduced: whether it is smaller than at first.
     """
 
     def __init__(
@@ -31,15 +31,15 @@ class BatchSize:
 
         Args:
             states: at least 1.
-            what: runs out of memory, for messages.
-            hint: what to do where 1 is too many.
-            unit: what is counted, for messages.
+            what: the work, for messages.
+            hint: what to do if 1 is too many.
+            unit: the unit, for messages.
         """
         self.states, self.what, self.hint, self.unit = states, what, hint, unit
         self.reduced = False
 
     def run(self, compute: Callable[[int], Result]) -> Result:
-        """``compute(states)``; where memory runs out, again from its start with half as many.
+        """``compute(states)``; if memory runs out, again with half as many.
 
         Raises:
             UserError: a single state does not fit.
@@ -49,11 +49,11 @@ class BatchSize:
                 return compute(self.states)
             except torch.OutOfMemoryError:
                 pass
-            # Outside of the handler, which would keep the failed call's tensors alive.
+            # Outside the handler, which keeps the failed call's tensors alive.
             self.halve()
 
     def halve(self, *, warn: bool = True) -> None:
-        """Halves the size after memory has run out, and says so in a warning.
+        """Halves the size after running out of memory, with a warning.
 
         Raises:
             UserError: it is 1 already.
@@ -71,6 +71,6 @@ class BatchSize:
         self.lower(smaller)
 
     def lower(self, states: int | None) -> None:
-        """Takes over a smaller size, e.g. another rank's; None or a larger one changes nothing."""
+        """Adopts a smaller size, e.g. another rank's; ignores None and larger ones."""
         if states is not None and states < self.states:
             self.states, self.reduced = states, True

@@ -1,8 +1,8 @@
-"""JSON documents with checksums: of themselves, and of the files that belong to them.
+"""JSON documents with checksums of themselves and of the files they describe.
 
-A stage writes its document last, so the document marks the stage's files as complete. Before
-anything builds on these files, they are compared with it. Documents and files that were written
-before checksums were recorded are accepted.
+A stage writes its document last, so the document marks the stage's files as complete. The files
+are compared with it before they are used. Documents and files from versions without checksums are
+accepted.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ FILES = "files"
 EXPORTED = "checksums.json"
 """The document of exported weights."""
 LARGE = 256 * 2**20
-"""Bytes of a file above which a listing only looks at its size."""
+"""Listings only check the size of files with more bytes."""
 
-_most: ContextVar[float] = ContextVar("bytes of the largest file that is read", default=math.inf)
+_most: ContextVar[float] = ContextVar("largest file that is hashed, in bytes", default=math.inf)
 
 
 @contextmanager
 def hashing_up_to(size: int = LARGE) -> Iterator[None]:
-    """Inside of the block, files of more than ``size`` bytes are only checked by their size."""
+    """Within the block, only the size of files with more than ``size`` bytes is checked."""
     token = _most.set(size)
     try:
         yield
@@ -41,12 +41,12 @@ def hashing_up_to(size: int = LARGE) -> Iterator[None]:
 
 
 def is_hashed(size: int) -> bool:
-    """Whether files of ``size`` bytes are read and hashed here (:func:`hashing_up_to`)."""
+    """Whether files of ``size`` bytes are hashed (:func:`hashing_up_to`)."""
     return size <= _most.get()
 
 
 def checksums_of(files: Iterable[Path], folder: Path) -> dict[str, dict[str, Any]]:
-    """The SHA-256 and size of each of ``files``, by its path relative to ``folder``."""
+    """The SHA-256 and size of each of ``files``, by path relative to ``folder``."""
     return {
         os.path.relpath(path, folder): {"sha256": sha256_file(path), "size": path.stat().st_size}
         for path in sorted(files)
@@ -54,15 +54,15 @@ def checksums_of(files: Iterable[Path], folder: Path) -> dict[str, dict[str, Any
 
 
 def write_document(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes ``document`` with its own checksum, atomically; the order of its keys is kept."""
-    if path.is_dir():  # a damaged document in its place
+    """Writes ``document`` with its own checksum, atomically; keeps the order of its keys."""
+    if path.is_dir():  # in place of a damaged document
         remove(path)
     text = json.dumps(with_checksum(document), indent=2, allow_nan=False)
     atomic_write_text(path, text + "\n")
 
 
 def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
-    """``document`` with its own checksum, as :func:`parse_document` reads it."""
+    """``document`` with its own checksum, as read by :func:`parse_document`."""
     return {**document, CHECKSUM: _digest(document)}
 
 
@@ -70,17 +70,17 @@ def parse_document(data: bytes) -> dict[str, Any]:
     """The JSON object in ``data``, without its checksum.
 
     Raises:
-        ValueError: it is no JSON object, or differs from what was written.
+        ValueError: it is not a JSON object, or not what was written.
     """
     document: Any = json.loads(data)
     if not isinstance(document, dict):
         raise ValueError("not a JSON object")
     recorded = document.pop(CHECKSUM, None)
     files = document.get(FILES)
-    # One damaged bit may hide the checksum's own name; only newer documents list files with hashes.
+    # A damaged bit may hide the checksum's name; only newer documents list files with hashes.
     newer = isinstance(files, dict) and all(isinstance(one, dict) for one in files.values())
     if (recorded is not None or newer) and recorded != _digest(document):
-        raise ValueError("its content does not match its own checksum")
+        raise ValueError("its content does not match its checksum")
     return document
 
 
@@ -89,11 +89,11 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 
 def problems(folder: Path, recorded: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """The files that are not as they were recorded, and what is wrong with each.
+    """The files that differ from their records, and what is wrong with each.
 
     Args:
-        folder: what the paths are relative to.
-        recorded: what :func:`checksums_of` gave; or sizes alone, as older versions wrote them.
+        folder: paths are relative to it.
+        recorded: the result of :func:`checksums_of`, or only sizes, from older versions.
     """
     for name, entry in recorded.items():
         path = Path(os.path.normpath(folder / name))
@@ -108,7 +108,7 @@ def _problem(path: Path, entry: Mapping[str, Any]) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             return "is not a file"
         if status.st_size != entry["size"]:
-            return f"has {status.st_size} bytes where {entry['size']} were written"
+            return f"has {status.st_size} bytes, expected {entry['size']}"
         if "sha256" not in entry or not is_hashed(status.st_size):
             return None
         sound = _sha256(path, file_state(path)) == entry["sha256"]
@@ -121,21 +121,21 @@ def _problem(path: Path, entry: Mapping[str, Any]) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: Path, state: FileState | None) -> str:
-    del state  # a file that was changed is another call
+    del state  # changed files are hashed again
     return sha256_file(path)
 
 
 def check_exported(place: Path) -> None:
-    """Compares weights with the checksums that were written with them, where there are any.
+    """Compares weights with the checksums of their export or checkpoint, if there are any.
 
     Args:
-        place: a folder that was exported, the checkpoint of a run, or something inside of one.
+        place: an exported folder, a run's checkpoint, or something inside one.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     for folder in (place, *place.absolute().parents[:2]):
-        # Other programs write a state.json as well.
+        # Other programs also write a state.json.
         name = "state.json" if folder.name.startswith("iteration-") else EXPORTED
         document = folder / name
         try:

@@ -1,7 +1,7 @@
 """Typed configuration: strict pydantic models, YAML files, ``key=value`` overrides.
 
-Each component owns its own small model beside its code; this file has what they share. A mistake
-is told in one line that names the key, what is wrong, and the nearest valid key.
+Each component defines its own small model next to its code; this module has the shared parts.
+Errors are one line with the key, what is wrong, and the closest valid key.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from g2rpo.yaml_text import parse_yaml
 
 
 def _no_coercion(schema: Any) -> None:
-    """Has every number and boolean inside of ``schema`` take values of its own type alone."""
+    """Makes every number and boolean in ``schema`` strict."""
     if isinstance(schema, dict):
         if schema.get("type") in ("int", "float", "bool"):
             schema["strict"] = True
@@ -34,10 +34,10 @@ def _no_coercion(schema: Any) -> None:
 
 
 class StrictModel(pydantic.BaseModel):
-    """Base of every configuration model: unknown keys are refused and values do not change.
+    """Base of all configuration models: rejects unknown keys and does not convert values.
 
-    ``true`` is no number, ``"10"`` and 10.0 are no integers and 1 is no boolean; an integer is a
-    float, and a list will do for a tuple.
+    ``true`` is not a number, ``"10"`` and 10.0 are not integers and 1 is not a boolean. Integers
+    are valid floats, and lists are valid tuples.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -46,14 +46,14 @@ class StrictModel(pydantic.BaseModel):
     def __get_pydantic_core_schema__(
         cls, source: Any, handler: pydantic.GetCoreSchemaHandler
     ) -> CoreSchema:
-        """Pydantic's own schema without conversions; its ``strict`` would refuse lists too."""
+        """Pydantic's schema without conversions; its ``strict`` would also reject lists."""
         schema = handler(source)
         _no_coercion(schema)
         return schema
 
     @classmethod
     def concrete(cls, data: Any) -> type[Self]:
-        """The class that ``data`` stands for: another where it names a derived one."""
+        """The class to validate ``data`` with: a subclass if ``data`` names one."""
         del data
         return cls
 
@@ -67,23 +67,23 @@ RENAMED_KEYS = {
     "shortened": "budget_overrides",
     "tuned_as": "learning_rate_key",
 }
-"""Keys of older files, and what they are called now: named in the error about an unknown key."""
+"""Old names of keys and their current ones, for error messages."""
 
 REMOVED_KEYS = {
-    "engine": "it follows from the training settings: leave it out",
-    "paper_profiles": "a profile says `paper_model: true`",
-    "profiles": "a table shows the rewards of the profile",
+    "engine": "remove it; it follows from the training settings",
+    "paper_profiles": "set `paper_model: true` in a profile instead",
+    "profiles": "remove it; a table shows the rewards of the profile",
     "tensorboard": "use `trackers: [tensorboard]`, or `trackers: []` for none",
-    "rows": "the cells are the rows: give them `label`, `group` and `paper`",
+    "rows": "cells are the rows; set their `label`, `group` and `paper`",
 }
-"""Keys of older files that are gone, and what there is in place of them."""
+"""Removed keys and what to do instead, for error messages."""
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 Location = tuple[int | str, ...]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint naming the valid name nearest to ``name``, or listing the valid ones."""
+    """A hint with the valid name closest to ``name``, or with all valid names."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -92,7 +92,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping; a missing, malformed or non-mapping file is a :class:`UserError`."""
+    """Reads a YAML mapping; raises :class:`UserError` if the file is missing or malformed."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -106,12 +106,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected keys and values, found a {type(value).__name__}")
+        raise UserError(f"{path}: expected a mapping, found a {type(value).__name__}")
     return value
 
 
 def _at(data: Any, location: Location) -> Any:
-    """The value of ``data`` at a place; None where there is none."""
+    """The value of ``data`` at ``location``, or None."""
     for part in location:
         try:
             data = data[part]
@@ -121,7 +121,7 @@ def _at(data: Any, location: Location) -> Any:
 
 
 def _field_names(model: type[pydantic.BaseModel], location: Location, data: Any) -> set[str]:
-    """The valid keys at the place of an unknown key of ``data``."""
+    """The valid keys next to an unknown key of ``data``."""
     places: list[tuple[Any, Any]] = [(model, data)]
     for part in location[:-1]:
         places = [inner for place in places for inner in _inside(*place, part)]
@@ -130,7 +130,7 @@ def _field_names(model: type[pydantic.BaseModel], location: Location, data: Any)
 
 
 def _options(annotation: Any, value: Any) -> list[Any]:
-    """What ``annotation`` allows for ``value``: its union's members, models in their own class."""
+    """The types that ``annotation`` allows for ``value``; unions and models are resolved."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _options(typing.get_args(annotation)[0], value)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -141,7 +141,7 @@ def _options(annotation: Any, value: Any) -> list[Any]:
 
 
 def _inside(annotation: Any, value: Any, part: int | str) -> list[tuple[Any, Any]]:
-    """The annotations and values one key further in."""
+    """The annotations and values one key deeper."""
     inner = _at(value, (part,))
     found: list[tuple[Any, Any]] = []
     for option in _options(annotation, value):
@@ -163,7 +163,7 @@ def _tag(model: type[pydantic.BaseModel]) -> str | None:
 
 
 def _first(error: pydantic.ValidationError) -> ErrorDetails:
-    """The fault to tell: a key that is misspelt rather than that the right one is missing."""
+    """The error to report: a misspelt key rather than the missing one it causes."""
     first, *others = error.errors(include_url=False)
     if first["type"] == "missing":
         for other in others:
@@ -172,7 +172,7 @@ def _first(error: pydantic.ValidationError) -> ErrorDetails:
     return first
 
 
-_WAYS_OUT = {
+_FIXES = {
     "string_type": "; put it in quotes",
     "bool_type": "; write true or false",
     "tuple_type": "; write a list, [a, b]",
@@ -181,21 +181,21 @@ _WAYS_OUT = {
 }
 
 
-def _way_out(kind: str, found: str | float | bool) -> str:
-    """How to write what was probably meant by a value of the wrong type; empty if that is clear."""
+def _fix(kind: str, found: str | float | bool) -> str:
+    """How to write a value of the wrong type; empty if that is obvious."""
     if kind not in ("int_type", "float_type"):
-        return _WAYS_OUT.get(kind, "")
+        return _FIXES.get(kind, "")
     if isinstance(found, str):
         return "; write a plain number, without quotes, underscores or units"
     return f"; write {found:.0f}" if isinstance(found, float) and found.is_integer() else ""
 
 
 def _hint(model: type[pydantic.BaseModel], location: Location, data: Any) -> str:
-    """What was probably meant by an unknown key."""
+    """What an unknown key probably means."""
     key, names = str(location[-1]), _field_names(model, location, data)
     renamed = RENAMED_KEYS.get(key)
     if renamed in names:
-        return f"it is now called {renamed!r}"
+        return f"it was renamed to {renamed!r}"
     if key in REMOVED_KEYS:
         return REMOVED_KEYS[key]
     inner = [f"{outer}.{key}" for outer in names if key in _field_names(model, (outer, key), data)]
@@ -215,7 +215,7 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     errors, peers = error.errors(include_url=False), [first]
     found = first.get("input")
     if location and _at(data, location[:-1]) is found:
-        # Of several types that are allowed here, each has its own error, and its name in its place.
+        # A union has one error per member, with the member's name as the last part of the location.
         key = ".".join(str(part) for part in location[:-1])
         peers = [each for each in errors if each["loc"][:-1] == location[:-1]]
     messages = dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in peers)
@@ -226,7 +226,7 @@ def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     if found is None:
         shown = " (found null)"
     elif isinstance(found, (str, int, float, bool)):
-        shown = f" (found {found!r}{_way_out(first['type'], found)})"
+        shown = f" (found {found!r}{_fix(first['type'], found)})"
     if not key or message.startswith((f"{key}.", f"{key}:")):
         return f"{message}{rest}"
     return f"{key}: {message}{shown}{rest}"
@@ -236,7 +236,7 @@ def validate(model: type[Model], data: Any, where: str) -> Model:
     """Builds ``model`` from ``data``.
 
     Raises:
-        UserError: one line with ``where``, the key, what is wrong and the nearest valid key.
+        UserError: one line with ``where``, the key, what is wrong and the closest valid key.
     """
     try:
         return model.model_validate(data)
@@ -246,7 +246,7 @@ def validate(model: type[Model], data: Any, where: str) -> Model:
 
 
 def merge(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with each of ``changes`` laid over it, mapping by mapping."""
+    """``base`` updated with each of ``changes``, recursively."""
     merged = dict(base)
     for change in changes:
         for key, value in change.items():
@@ -259,7 +259,7 @@ def merge(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
-    """Turns ``["a.b=1", "c=[1, 2]"]`` into a nested mapping; values are read as YAML."""
+    """Turns ``["a.b=1", "c=[1, 2]"]`` into a nested mapping; values are parsed as YAML."""
     result: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
@@ -280,6 +280,6 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def content_hash(value: Any) -> str:
-    """A short hash of JSON-like ``value`` that names what it configures."""
+    """A short hash of JSON-like ``value``."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,6 +1,6 @@
-"""Files that are either whole or absent: atomic writes, and hashes of what was written.
+"""Atomic writes and file hashes.
 
-A guard (:func:`publication_guard`) keeps a process that may no longer write from publishing.
+A guard (:func:`publication_guard`) stops a process that may no longer write from publishing.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ _guards: list[Callable[[], None]] = []
 
 @contextmanager
 def publication_guard(check: Callable[[], None]) -> Iterator[None]:
-    """Inside of the block, in all threads, nothing is published unless ``check`` returns.
+    """Within the block, all threads call ``check`` before they publish anything.
 
-    ``check`` raises where this process may no longer write; what it would have replaced stays.
+    ``check`` raises if this process may no longer write; existing files are then kept.
     """
     _guards.append(check)
     try:
@@ -42,39 +42,39 @@ def publication_guard(check: Callable[[], None]) -> Iterator[None]:
 
 
 def check_publication() -> None:
-    """Asks all guards whether this process may still write or delete.
+    """Raises if any guard no longer allows this process to write or delete.
 
-    Everything below does so right before it publishes; call it before other writes and deletions
-    of shared files, after they have been listed.
+    The functions below call it right before publishing. Call it before other writes and deletions
+    of shared files, after listing them.
     """
     for check in tuple(_guards):
         check()
 
 
 @contextmanager
-def _told_by_guards() -> Iterator[None]:
-    """An error in the block is the guards', where they have one."""
+def _guards_first() -> Iterator[None]:
+    """Raises a guard's error in place of an :class:`OSError` in the block."""
     try:
         yield
     except OSError:
-        # Whoever took over may have deleted the temporary files: that is not what went wrong.
+        # The process that took over may have deleted the temporary files.
         check_publication()
         raise
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``, renamed to ``path`` when the block succeeds."""
+    """Yields a temporary path next to ``path``, renamed to ``path`` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(descriptor)
     temporary = Path(name)
     try:
-        with _told_by_guards():
+        with _guards_first():
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-            # mkstemp creates the file for its owner alone; give it the ordinary permissions.
+            # mkstemp creates private files; set the default permissions.
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
@@ -97,7 +97,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, or a folder with all in it, where this process may; nothing is no error."""
+    """Deletes a file or folder, which may not exist, after :func:`check_publication`."""
     check_publication()
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -106,17 +106,17 @@ def remove(path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Asks, before it is made, whether ``path`` can be written, and missing folders above it.
+    """Checks that ``path`` and its missing parents can be created.
 
     Raises:
-        UserError: what is there above it is no folder, or none that may be written to.
+        UserError: the closest existing parent is not a writable folder.
         OSError: the name is too long.
     """
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
-        raise UserError(f"{path}: {above} is no folder; choose another place")
+        raise UserError(f"{path}: {above} is not a folder; choose another path")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: {above} cannot be written; choose another place")
+        raise UserError(f"{path}: {above} is not writable; choose another path")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -125,7 +125,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises :class:`UserError` where the file is absent or broken."""
+    """Reads a JSON object; raises :class:`UserError` if the file is missing or malformed."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -138,10 +138,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends a line of JSON for each of ``rows``, and waits until they are on disk.
+    """Appends ``rows`` as JSON lines and syncs them to disk, after :func:`check_publication`.
 
-    A last line that a kill cut short is closed first, so that it takes no other with it; readers
-    leave it out. Nothing is written by a process that may not publish.
+    First terminates a last line that a kill truncated; readers skip it.
     """
     check_publication()
     text = "".join(json.dumps(dict(row), allow_nan=False) + "\n" for row in rows)
@@ -170,14 +169,14 @@ def _temporary_folder(path: Path) -> Path:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``path``; it takes the place of ``path`` on success.
+    """Yields a temporary folder next to ``path`` that replaces ``path`` on success.
 
-    A reader sees the old folder, none, or the new one, never a half-written or half-deleted one.
+    Readers see the old folder, none, or the new one, never a partial one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_folder(path)
     try:
-        with _told_by_guards():
+        with _guards_first():
             yield temporary
         publish_folder(temporary, path)
     finally:
@@ -185,10 +184,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Lets the whole folder ``temporary``, beside ``path``, take its place."""
+    """Replaces ``path`` with the folder ``temporary`` next to it."""
     retired: Path | None = None
     try:
-        with _told_by_guards():
+        with _guards_first():
             _sync_tree(temporary)
             umask = os.umask(0)
             os.umask(umask)
@@ -207,27 +206,27 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 FileState = tuple[int, int, int, int, int]
-"""Device, inode, times of the last changes in ns, size: another one where a file was changed."""
+"""Device, inode, mtime and ctime in ns, and size: changes whenever the file does."""
 
 
 def file_state(path: Path) -> FileState | None:
-    """What tells that a file is still the same; None where there is none."""
+    """Identifies the current version of a file; None if it does not exist."""
     try:
         found = path.stat()
     except OSError:
         return None
-    # The first time can be set by anybody, the second by the system alone.
+    # Programs can set the mtime, but not the ctime.
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def guarded_folder(path: Path) -> None:
-    """Makes a folder, where there is none, that the group and others cannot write to."""
+    """Creates a folder that group and others cannot write to, unless it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o755, exist_ok=True)  # less what the umask takes away
+    path.mkdir(mode=0o755, exist_ok=True)  # minus the umask
 
 
 def writable_by_others(path: Path) -> bool:
-    """Whether the group or others may replace what is in the folder ``path``."""
+    """Whether group or others may replace files in the folder ``path``."""
     mode = path.stat().st_mode
     return bool(mode & 0o022) and not mode & stat.S_ISVTX
 
@@ -239,7 +238,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_tree(folder: Path) -> str:
-    """One SHA-256 over the relative names and hashes of all files below ``folder``."""
+    """One SHA-256 of the relative names and hashes of all files below ``folder``."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -248,9 +247,9 @@ def sha256_tree(folder: Path) -> str:
 
 
 def sha256_files(paths: Sequence[Path], of: Callable[[Path], str] = sha256_file) -> str:
-    """The SHA-256 of the one file of ``paths``, else one over the names and hashes of them all.
+    """The SHA-256 of a single file, or of the names and hashes of several.
 
-    ``of`` gives a file's hash, where it need not be read for that.
+    ``of`` returns a file's hash, e.g. a remembered one.
     """
     hashes = {path.name: of(path) for path in paths}
     if len(hashes) == 1:

@@ -1,17 +1,16 @@
-"""A lease on a piece of work, so that no two processes on any machine do it at once.
+"""A lease on a piece of work, so that only one process on any machine does it at a time.
 
-The work has a folder with one file per attempt (:mod:`g2rpo.attempts`). Whoever creates the next
-file owns the work: its number is a fencing token. The owner shows that it is alive by writing its
-file anew; one that does not is succeeded by the next number. A process that was only slow, or cut
-off from the file server, finds the higher number before it publishes anything, and stops.
+The work has a folder with one file per attempt (:mod:`g2rpo.attempts`). The process that creates
+the next file owns the work; the number is a fencing token. The owner rewrites its file as a
+heartbeat; if it stops doing so, the next number takes over. A process that was only slow, or cut
+off from the file server, sees the higher number before it publishes anything, and stops.
 
-A process can be held up between that look and the rename right after it; creation and rename alone
-cannot close this gap of microseconds. The files are whole even then.
+A process may still be suspended between that check and the rename that follows. Creation and
+rename alone cannot close this gap of microseconds; the files are complete even then.
 
-Why not filelock's ``SoftFileLease``: it has no fencing token. An owner that was stopped, then
-superseded, went on for two heartbeats before it was told; here it publishes nothing. It also waits
-the whole ``lease_duration`` for an owner that died yesterday on another machine and for a SLURM
-job's own earlier start, and the record that ``status`` reads would still be ours.
+filelock's ``SoftFileLease`` has no fencing token: a suspended and superseded owner continued for
+two heartbeats before it noticed. It also waits a whole ``lease_duration`` for an owner that died on
+another machine, and for the SLURM job's own run before a requeue.
 """
 
 import contextlib
@@ -44,27 +43,27 @@ from g2rpo.progress import ProgressReport, WorkProgress, duration
 from g2rpo.stop import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
-TELL_SECONDS = 60.0
-"""How often a waiting process says whom it waits for."""
+REPORT_SECONDS = 60.0
+"""How often a waiting process logs what it waits for."""
 POLL_SECONDS = 5.0
-"""How often it looks, at most."""
+"""Maximum seconds between two checks."""
 
 
-class LeaseLost(UserError):  # noqa: N818 - it is what has happened
-    """Somebody else does the work now; this process may not publish anything of it."""
+class LeaseLost(UserError):  # noqa: N818 - an event, not a fault
+    """Another process owns the work; this one may not publish any of it."""
 
 
 class _Wait:
-    """One process's waiting for the owner: how long, and what it saw of the owner meanwhile."""
+    """Waiting for the owner: how long, and its changes since."""
 
     def __init__(self, work: Path, settings: LeaseSettings) -> None:
         self.work, self.settings = work, settings
         self.started = self._seen_at = time.monotonic()
-        self._told_at = float("-inf")
+        self._reported_at = float("-inf")
         self._seen: tuple[int, int, bytes] | None = None
 
     def reason_to_succeed(self, owner: Attempt) -> str | None:
-        """Why the work may be taken over, or None while the owner has to be waited for."""
+        """Why the work may be taken over, or None while the owner is alive."""
         if owner.written != self._seen:
             self._seen, self._seen_at = owner.written, time.monotonic()
         record = owner.record
@@ -72,14 +71,14 @@ class _Wait:
             if record.state != "running":
                 return record.state
             if record.owner.precedes(Owner.this_process()):
-                return "the same SLURM job before its restart"
+                return "same SLURM job before its requeue"
             if record.owner.is_gone():
-                return "that process has ended"
+                return "process has ended"
         unchanged = time.monotonic() - self._seen_at
         silent = max(owner.age, unchanged)
         settings = self.settings
-        # Some file systems date files by the writer's clock after all. An owner whose clock is
-        # slow only seems silent: its file changes while one looks.
+        # Some file systems date files by the writer's clock. An owner with a slow clock only seems
+        # silent: its file still changes.
         watched = min(2 * settings.heartbeat_seconds, settings.stale_seconds)
         watched = min(watched, settings.wait_seconds / 2)
         if silent >= settings.stale_seconds and unchanged >= watched:
@@ -87,11 +86,11 @@ class _Wait:
         return None
 
     def pause(self, owner: Attempt) -> None:
-        """Waits a little, and says so now and then.
+        """Waits a little, and logs it from time to time.
 
         Raises:
-            UserError: the time for waiting is over.
-            Stopped: this process is to stop.
+            UserError: timed out.
+            Stopped: this process was asked to stop.
         """
         StopRequest.obey()
         now = time.monotonic()
@@ -100,36 +99,36 @@ class _Wait:
         record = owner.record
         progress = "" if record is None else str(record.progress)
         shown = one_line(
-            f"{self.work} is being worked on by {owner}{f': {progress}' if progress else ''}, "
+            f"{self.work} is locked by {owner}{f': {progress}' if progress else ''}, "
             f"last heartbeat {duration(owner.age)} ago"
         )
         if left <= 0:
             end = "its process" if record is None else record.owner.how_to_end
             raise UserError(
-                f"{shown}; waited for {duration(waited)}: let it finish, or end it ({end}), and "
-                "run the same command again"
+                f"{shown}; gave up after {duration(waited)}: let it finish or stop it "
+                f"({end}), then run the same command again"
             )
-        if now - self._told_at >= TELL_SECONDS:
-            self._told_at = now
-            logger.info("%s; waiting for it, %s at most", shown, duration(left))
+        if now - self._reported_at >= REPORT_SECONDS:
+            self._reported_at = now
+            logger.info("%s; waiting up to %s", shown, duration(left))
         time.sleep(min(POLL_SECONDS, self.settings.heartbeat_seconds, left))
 
 
 class Lease:
     """The right to do a piece of work, held from :meth:`acquire` to :meth:`release`.
 
-    As a context it guards all publications of this process (:mod:`g2rpo.files`), carries the
-    numbers of its progress reports, and releases itself: as done, as stopped after
-    :class:`g2rpo.stop.Stopped` or a keyboard interrupt, as failed after another exception. All
-    threads are guarded, so a process does one piece of work at a time, or one inside of another.
+    As a context it guards all publications of this process (:mod:`g2rpo.files`), records its
+    progress, and is released at the end: as done, as stopped after :class:`g2rpo.stop.Stopped` or a
+    keyboard interrupt, as failed after another exception. All threads are guarded, so a process
+    does one piece of work at a time, or nested ones.
 
     Attributes:
-        directory: the folder of the attempts.
+        directory: the folder with the attempts.
         number: this attempt's.
     """
 
     def __init__(self, directory: Path, record: Record, settings: LeaseSettings) -> None:
-        """Of an attempt whose file has just been created; use :meth:`acquire`."""
+        """For an attempt whose file has just been created; use :meth:`acquire`."""
         self.directory, self.number = directory, record.attempt
         self._path = attempt_path(directory, record.attempt)
         self._settings, self._record = settings, record
@@ -148,18 +147,17 @@ class Lease:
     ) -> "Lease":
         """Takes the lease; waits while its owner is alive.
 
-        Whoever had to wait looks again whether the work is done: the owner may have finished it.
+        After waiting, check whether the work is still to be done: the owner may have finished it.
 
         Args:
-            folder: on a file system that all who do the work share.
-            name: of the work: a folder inside of ``folder``, made if it is not there.
-            settings: how long to wait and for whom; the environment goes before them.
-            log: where this process's output goes, for those who look at the attempt.
+            folder: on a file system shared by all processes that may do the work.
+            name: of the work; a folder in ``folder``, created if needed.
+            settings: time limits; the environment overrides them.
+            log: this process's log file, recorded in the attempt.
 
         Raises:
-            UserError: the owner is alive still after ``wait_seconds``, or the folder cannot be
-                used.
-            Stopped: this process was asked to stop while it waited.
+            UserError: the owner is still alive after ``wait_seconds``, or the folder is not usable.
+            Stopped: this process was asked to stop while waiting.
         """
         settings = (settings or LeaseSettings()).resolved()
         work = folder / name
@@ -176,16 +174,16 @@ class Lease:
                 record = _first_record(number + 1, log)
                 if create_file(attempt_path(work, number + 1), _encoded(record)):
                     if owner is not None:
-                        _tell_succession(work, owner, reason or "")
+                        _log_takeover(work, owner, reason or "")
                     return cls(work, record, settings)
         except OSError as error:
             raise UserError(
-                f"{work}: cannot be used to keep others from the same work "
-                f"({error.strerror or error}); see that it can be written"
+                f"{work}: cannot create a lease ({error.strerror or error}); check that the folder "
+                "is writable"
             ) from None
 
     def follow(self, progress: WorkProgress) -> None:
-        """Takes over how far the work is; the next heartbeat writes it."""
+        """Sets the progress that the next heartbeat writes."""
         self._progress = progress
 
     def _beat_until_released(self) -> None:
@@ -203,25 +201,25 @@ class Lease:
             self._warned = False
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.utime(self._path)  # needs no space where the disk is full
+                os.utime(self._path)  # works on a full disk
                 return
             if not self._warned:
                 self._warned = True
-                logger.warning("%s: no heartbeat (%s); trying again", self._path, error)
+                logger.warning("%s: cannot write the heartbeat (%s); retrying", self._path, error)
 
     def _refreshed(self, **changes: Any) -> Record:
         changes = {"progress": self._progress, "updated": time.time()} | changes
         return self._record.model_copy(update=changes)
 
     def _is_mine(self) -> bool:
-        """Whether the file is this attempt's: somebody may have deleted the folder and begun anew.
+        """Whether the file is this attempt's: the folder may have been deleted and recreated.
 
         Raises:
             OSError: it cannot be read.
         """
-        found = read_attempt(self.directory, self.number, 0.0)
-        if found is not None:
-            record = found.record
+        attempt = read_attempt(self.directory, self.number, 0.0)
+        if attempt is not None:
+            record = attempt.record
             mine = (self._record.owner, self._record.started)
             if record is None or (record.owner, record.started) == mine:
                 return True
@@ -230,13 +228,13 @@ class Lease:
 
     @property
     def _deleted(self) -> str:
-        return f"{self._path}: this process's file was deleted; it writes nothing more"
+        return f"{self._path}: the lease was deleted; this process stops writing"
 
     def check(self) -> None:
-        """Returns while this process owns the work.
+        """Returns if this process owns the work.
 
         Raises:
-            LeaseLost: it does no more, or the folder cannot be read, so that nobody knows.
+            LeaseLost: it no longer does, or the folder cannot be read.
         """
         if self._lost is None:
             try:
@@ -245,21 +243,21 @@ class Lease:
                     successor = read_attempt(self.directory, newest, 0.0)
                     self._lost = (
                         f"{self.directory}: {successor or f'attempt {newest}'} has taken over from "
-                        f"attempt {self.number}, this process; it writes nothing more"
+                        f"attempt {self.number}; this process stops writing"
                     )
                 elif newest < self.number:
                     self._lost = self._deleted
             except OSError as error:
-                # Not remembered: the next look may succeed.
+                # Not remembered: the next check may succeed.
                 raise LeaseLost(
-                    f"{self.directory}: cannot be read ({error.strerror or error}), so that "
-                    "another process may own this work; nothing is written"
+                    f"{self.directory}: cannot be read ({error.strerror or error}), so another "
+                    "process may own the work; nothing is written"
                 ) from None
         if self._lost is not None:
             raise LeaseLost(self._lost)
 
     def release(self, state: State, reason: str = "") -> None:
-        """Ends the attempt as ``state``. Never raises: what cannot be written is warned of."""
+        """Ends the attempt as ``state``. Never raises: failures are logged."""
         if self._released.is_set():
             return
         self._released.set()
@@ -268,14 +266,14 @@ class Lease:
                 if self._lost is None or self._is_mine():
                     self._write_last(_encoded(self._refreshed(state=state, reason=reason)))
             except OSError as error:
-                logger.warning("%s: the end as %s is not noted (%s)", self._path, state, error)
+                logger.warning("%s: cannot record the state %s (%s)", self._path, state, error)
 
     def _write_last(self, data: bytes) -> None:
         try:
             replace_file(self._path, data)
         except OSError:
-            # On a full disk there may still be room in the file itself; half of it is no record,
-            # and ages like one without heartbeats.
+            # On a full disk the file itself may still have room. A partial record is treated like
+            # one without heartbeats.
             with self._path.open("rb+") as file:
                 file.write(data)
                 file.truncate()
@@ -303,7 +301,7 @@ def _outcome(error: BaseException | None) -> tuple[State, str]:
     if isinstance(error, Stopped):
         return "stopped", one_line(error.reason)
     if isinstance(error, KeyboardInterrupt):
-        return "stopped", "interrupted from the keyboard"
+        return "stopped", "interrupted by the keyboard"
     name, text = type(error).__name__, one_line(str(error))
     if isinstance(error, UserError):
         return "failed", text
@@ -327,11 +325,11 @@ def _encoded(record: Record) -> bytes:
     return record.model_dump_json(indent=2).encode() + b"\n"
 
 
-def _tell_succession(work: Path, owner: Attempt, reason: str) -> None:
-    # What ended by itself is no news; what was cut short is.
+def _log_takeover(work: Path, owner: Attempt, reason: str) -> None:
+    # Regular ends are routine, interrupted ones are not.
     ended = owner.record is not None and owner.record.state != "running"
     logger.log(
         logging.INFO if ended else logging.WARNING,
-        "%s: takes over from %s, last heartbeat %s ago: %s",
+        "%s: taking over from %s, last heartbeat %s ago: %s",
         work, owner, duration(owner.age), reason,
     )  # fmt: skip

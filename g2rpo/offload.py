@@ -1,4 +1,4 @@
-"""Models that wait in the CPU's memory while they are not used."""
+"""Keeps models in CPU memory while they are not used."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from g2rpo.config import StrictModel
 
 
 class OffloadConfig(StrictModel):
-    """What waits in the CPU's memory while it is not used; everything else stays on the device."""
+    """What is kept in CPU memory while it is not used; the rest stays on the device."""
 
     rewards: bool = False
     vae: bool = False
@@ -21,7 +21,7 @@ class OffloadConfig(StrictModel):
 def on_device(
     modules: Iterable[nn.Module], device: torch.device, *, offloaded: bool
 ) -> Iterator[None]:
-    """Inside of the block ``modules`` are on ``device``; where ``offloaded``, only there."""
+    """Within the block ``modules`` are on ``device``; if ``offloaded``, only within it."""
     if not offloaded:
         yield
         return

@@ -1,4 +1,4 @@
-"""Which process something belongs to, and whether that process is still there."""
+"""Identifies processes across machines, and whether they are still running."""
 
 import os
 import socket
@@ -12,13 +12,13 @@ from g2rpo.config import StrictModel
 
 
 def process_start(pid: int) -> float | None:
-    """When process ``pid`` of this machine started; None where there is no such process.
+    """When process ``pid`` of this machine started; None if there is no such process.
 
-    On Linux in clock ticks since boot, which a change of the clock does not move; elsewhere in
-    seconds since 1970. A process that has ended, and that nobody has waited for yet, is none.
+    On Linux in clock ticks since boot, which do not depend on the wall clock; elsewhere in seconds
+    since 1970. Zombies do not count as processes.
     """
     try:
-        # The name in parentheses may hold spaces and parentheses of its own.
+        # The name in parentheses may contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else float(fields[19])
     except (OSError, IndexError, ValueError):
@@ -46,33 +46,33 @@ def _pid_namespace() -> str | None:
 
 
 def slurm_job_id() -> str | None:
-    """The id of the SLURM job that this process is part of, None outside of one.
+    """The id of this process's SLURM job, or None.
 
-    Of a job array ``<array's id>_<index>``, as SLURM's own tools write it.
+    For job arrays ``<array id>_<index>``, as in SLURM's own tools.
     """
     array, index = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID") or None
 
 
 class Owner(StrictModel):
-    """A process, told apart from every other one on machines that share a file system."""
+    """A process, unique across machines that share a file system."""
 
     host: str
     pid: int = Field(gt=0)
     process_start: float | None
-    """See :func:`process_start`: a process id is given to another process in time."""
+    """See :func:`process_start`; process ids are reused."""
     boot: str | None
-    """Names the machine's present boot, where that can be read."""
+    """Id of the machine's current boot, if readable."""
     pid_namespace: str | None
-    """The namespace that ``pid`` is counted in (a container has one of its own)."""
+    """The namespace of ``pid`` (containers have their own)."""
     slurm_cluster: str | None = None
     slurm_job: str | None = None
     slurm_restarts: int = 0
-    """How often SLURM has put the job back into its queue."""
+    """How often SLURM has requeued the job."""
 
     @classmethod
     def this_process(cls) -> Self:
-        """The process that asks."""
+        """The current process."""
         restarts = os.environ.get("SLURM_RESTART_COUNT", "")
         return cls(
             host=socket.gethostname(),
@@ -86,7 +86,7 @@ class Owner(StrictModel):
         )
 
     def is_gone(self) -> bool:
-        """Whether the process has certainly ended; false for one that cannot be seen from here."""
+        """Whether the process has certainly ended; False if it is not visible from here."""
         here = (socket.gethostname(), _boot(), _pid_namespace())
         if (self.host, self.boot, self.pid_namespace) != here:
             return False
@@ -94,13 +94,13 @@ class Owner(StrictModel):
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except PermissionError:  # somebody else's, of which not all may be readable
+        except PermissionError:  # another user's process
             return False
         start = process_start(self.pid)
         return start is None or (self.process_start is not None and start != self.process_start)
 
     def precedes(self, other: "Owner") -> bool:
-        """Whether ``other`` is the same SLURM job after another restart."""
+        """Whether ``other`` is the same SLURM job after a requeue."""
         job = (self.slurm_cluster, self.slurm_job)
         return (
             self.slurm_job is not None
@@ -110,7 +110,7 @@ class Owner(StrictModel):
 
     @property
     def how_to_end(self) -> str:
-        """The command that asks the process to stop."""
+        """The command that stops the process."""
         if self.slurm_job is not None:
             return f"scancel {self.slurm_job}"
         return f"kill {self.pid} on {self.host}"

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with ETA on a terminal, plain lines in a log."""
+"""Progress of long work: a bar with ETA in a terminal, plain lines in a log."""
 
 import sys
 import time
@@ -22,7 +22,7 @@ from g2rpo.config import StrictModel
 from g2rpo.text import visible
 
 _LEAST_WIDTH = 80
-"""Columns of a terminal that a bar takes."""
+"""Minimum terminal width for a bar."""
 
 
 def duration(seconds: float) -> str:
@@ -33,8 +33,8 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def without_library_bars() -> Iterator[None]:
-    """While models load: the libraries' own bars are not shown."""
-    # Imported here for start-up time: `g2rpo --help` loads this module.
+    """Hides the libraries' own progress bars, e.g. while models load."""
+    # Imported late: `g2rpo --help` imports this module.
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -50,14 +50,14 @@ def without_library_bars() -> Iterator[None]:
 
 
 class WorkProgress(StrictModel):
-    """How far some work is, as a :class:`ProgressReport` counts it."""
+    """The progress of some work, as counted by a :class:`ProgressReport`."""
 
     description: str = ""
     done: int | None = None
     total: int | None = None
     note: str = ""
     text: str = ""
-    """Only in records of earlier versions."""
+    """Only in records of older versions."""
     elapsed_seconds: float | None = None
     remaining_seconds: float | None = None
 
@@ -69,16 +69,16 @@ class WorkProgress(StrictModel):
 
 
 class ProgressReport:
-    """A context that reports how far some work is.
+    """A context that reports the progress of some work.
 
-    On a terminal it draws a bar; elsewhere it prints a line at most every ``interval`` seconds,
-    and one when the work is done. Silent where ``enabled`` is false (all ranks but the first).
+    In a terminal it draws a bar; elsewhere it prints a line at most every ``interval`` seconds, and
+    one at the end. Silent unless ``enabled`` (only the first rank).
     """
 
     bars: ClassVar[bool] = True
-    """Whether this process draws bars at all: those of several processes would collide."""
+    """Whether this process draws bars: those of several processes would collide."""
     listener: ClassVar[Callable[[WorkProgress], None] | None] = None
-    """Is told the start and every update of the reports that are not silent."""
+    """Called at the start and every update of reports that are not silent."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class ProgressReport:
         self._note = ""
         self._bar: Progress | None = None
         console = Console(stderr=True)
-        # Narrower ones would cut the numbers of a bar: they get the lines of a log.
+        # A narrower bar would truncate its numbers.
         if enabled and console.is_terminal and self.bars and console.width >= _LEAST_WIDTH:
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False, table_column=Column()),
@@ -113,7 +113,7 @@ class ProgressReport:
     def __enter__(self) -> "ProgressReport":
         if self._bar is not None:
             self._bar.start()
-        self._tell_listener()
+        self._notify()
         return self
 
     def __exit__(
@@ -134,32 +134,32 @@ class ProgressReport:
 
     @property
     def remaining(self) -> float:
-        """Seconds that the rest takes at the speed so far."""
+        """Estimated remaining seconds."""
         made = max(1, self.done - self._first)
         return self.seconds / made * (self.total - self.done)
 
     def expect(self, total: int) -> None:
-        """Changes how many units there are in all; shown with the next update."""
+        """Changes the total; shown with the next update."""
         self.total = total
         if self._bar is not None:
             self._bar.update(self._task, total=total)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Says that ``count`` more units are done; ``note`` is shown beside the bar."""
+        """Adds ``count`` finished units; ``note`` is shown next to the bar."""
         self.update(self.done + count, note)
 
     def update(self, done: int, note: str = "", *, always: bool = False) -> None:
-        """Says that ``done`` units are done; ``always`` prints the line now in a log."""
+        """Sets the number of finished units; ``always`` prints a log line now."""
         note = visible(note)
         self.done, self._note = done, note
-        self._tell_listener()
+        self._notify()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
         elif self.enabled and (always or time.monotonic() - self._last_line >= self.interval):
             self._print_line()
             self._last_line = time.monotonic()
 
-    def _tell_listener(self) -> None:
+    def _notify(self) -> None:
         listener = type(self).listener
         if self.enabled and listener is not None:
             listener(
@@ -175,7 +175,7 @@ class ProgressReport:
 
     def _print_line(self) -> None:
         share = f"{self.description}: {self.done}/{self.total}"
-        times = f"{duration(self.seconds)} so far, ETA {duration(self.remaining)}"
+        times = f"{duration(self.seconds)} elapsed, ETA {duration(self.remaining)}"
         line = f"{share}, {times}  {self._note}".rstrip()
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, packages, hardware, and what names the weights."""
+"""The origin of a result: commit, packages, hardware, and fingerprints of weights."""
 
 import functools
 import importlib.metadata
@@ -19,7 +19,7 @@ PACKAGES = (
 )  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMIT_VARIABLE = "G2RPO_GIT_COMMIT"
-"""The commit that a container image was built from; ``-dirty`` after it: not quite that one."""
+"""The commit of a container image; the suffix ``-dirty`` marks uncommitted changes."""
 
 
 @functools.cache
@@ -29,25 +29,25 @@ def _folder_hash(folder: Path) -> str:
 
 @functools.cache
 def file_hash(path: Path) -> str:
-    """The SHA-256 of a file of weights, read once in a process."""
+    """The SHA-256 of a weights file, read once per process."""
     return sha256_file(path)
 
 
 @functools.lru_cache(maxsize=1024)
 def _resolved(source: str, device: int, inode: int) -> Path:
-    # A path leads elsewhere when the folder that it is relative to changes: hence the other two.
+    # Device and inode are part of the key: a relative path may point elsewhere later.
     del device, inode
     return Path(source).resolve()
 
 
 @functools.lru_cache(maxsize=1024)
 def _pinned(source: str, lock: Path, state: FileState | None) -> str | None:
-    del lock, state  # what is pinned can change with them
+    del lock, state  # part of the key
     return revision_of(source)
 
 
 def source_fingerprint(source: str | None, revision: str | None) -> str | dict[str, str | None]:
-    """What names the weights at ``source``: a hash of a local folder or file, else the hub id."""
+    """Identifies the weights at ``source``: a hash of a local folder or file, else the hub id."""
     if source is None:
         return {"id": None, "revision": revision or None}
     try:
@@ -79,22 +79,22 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit of this repository and whether its code differs from it; None where unknown.
+    """The commit of this repository and whether it has uncommitted changes; None if unknown.
 
-    Where there is no repository, as in a container image, :data:`COMMIT_VARIABLE` says it.
+    Without a repository, as in a container image, :data:`COMMIT_VARIABLE` is used.
     """
     commit = _git("rev-parse", "HEAD")
     built_from = os.environ.get(COMMIT_VARIABLE)
     if commit is None and built_from:
         return built_from.removesuffix("-dirty"), built_from.endswith("-dirty")
-    # Results are written while cells run; only other changes make a measurement "dirty".
+    # Results are written during runs; only other changes count as dirty.
     changed = _git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)docs")
     return commit, None if changed is None else bool(changed)
 
 
 def provenance(weights: dict[str, str]) -> dict[str, Any]:
-    """Commit, packages, hardware and weights of what this process computes."""
-    import torch  # start-up time: plans name their runs by the hashes of this module
+    """Commit, packages, hardware and weights of this process's results."""
+    import torch  # imported late: plans use the hashes of this module
 
     commit, dirty = git_state()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

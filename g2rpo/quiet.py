@@ -1,4 +1,4 @@
-"""Silences the warnings of libraries: a log holds our own lines."""
+"""Silences the libraries' warnings, so that logs have only our own lines."""
 
 import logging
 import os
@@ -10,13 +10,13 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 def quiet_libraries() -> None:
-    """Called once per process, before models are loaded."""
+    """Call once per process, before loading models."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     for library in LIBRARIES:
-        # Read when the library is imported, which takes seconds and may not happen at all.
+        # Read on import, which takes seconds and may not happen.
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
         if library in sys.modules:
             import_module(f"{library}.utils.logging").set_verbosity_error()

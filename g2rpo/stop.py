@@ -1,4 +1,4 @@
-"""Requests to stop: asked for at any time, obeyed where nothing is lost."""
+"""Requests to stop: made at any time, obeyed where no work is lost."""
 
 import signal
 import threading
@@ -10,23 +10,23 @@ from types import FrameType
 from typing import ClassVar
 
 TOGETHER_SECONDS = 1.0
-"""Two TERMs within so many seconds are one: a launcher passes on what its ranks got as well."""
+"""Two TERMs within this time count as one: launchers also forward the signals of their ranks."""
 
 
 @dataclass(frozen=True)
 class StopReason:
-    """Why the work is to stop, and whether it is to be gone on with by itself."""
+    """Why the work stops, and whether it is resumed automatically."""
 
     text: str
     resume: bool
 
 
-class Stopped(Exception):  # noqa: N818 - it ends the work, and nothing is wrong
-    """The work has stopped as it was asked to; what was done is kept.
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The work has stopped on request; finished work is kept.
 
     Attributes:
         reason: one line.
-        resume: whether it is to be started again without being asked.
+        resume: whether it is resumed automatically.
     """
 
     def __init__(self, reason: str, resume: bool) -> None:
@@ -38,17 +38,17 @@ class Stopped(Exception):  # noqa: N818 - it ends the work, and nothing is wrong
 
 
 class StoppedAlone(Stopped):
-    """This process has stopped alone: it can do nothing more together with its stage's others."""
+    """This process has stopped alone and can no longer take part in collective operations."""
 
 
 class StopRequest:
-    """The one request of this process. Long work looks at it between two parts."""
+    """The request of this process, which long work checks between its parts."""
 
     _reason: ClassVar[StopReason | None] = None
 
     @classmethod
     def request(cls, reason: str, resume: bool) -> None:
-        """Asks to stop. An earlier request stays, unless only this one wants to resume."""
+        """Requests a stop. An earlier request is kept, unless only this one resumes."""
         earlier = cls._reason
         if earlier is None or (resume and not earlier.resume):
             cls._reason = StopReason(reason, resume)
@@ -60,7 +60,7 @@ class StopRequest:
 
     @classmethod
     def obey(cls) -> None:
-        """Raises where a stop was asked for.
+        """Raises if a stop was requested.
 
         Raises:
             Stopped: with the reason.
@@ -76,11 +76,11 @@ class StopRequest:
     @classmethod
     @contextmanager
     def handle_signals(cls) -> Iterator[None]:
-        """Turns USR2 and TERM into requests; afterwards the earlier handlers are back.
+        """Turns USR2 and TERM into requests; restores the previous handlers at the end.
 
-        After USR2 (SLURM sends it before a time limit or a preemption) the work is to be resumed,
-        after TERM it is not. A second TERM does what it did before, so that a process that is
-        stuck can be ended. In another thread than the main one nothing is handled.
+        After USR2 (sent by SLURM before a time limit or preemption) the work is resumed, after
+        TERM it is not. A second TERM has its previous effect, so that stuck processes can be ended.
+        Does nothing outside the main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -111,5 +111,5 @@ class StopRequest:
             yield
         finally:
             for number, handler in handlers.items():
-                if signal.getsignal(number) is handler:  # not where it was given back already
+                if signal.getsignal(number) is handler:  # unless already restored
                     restore(number)

@@ -1,4 +1,4 @@
-"""Consoles and tables that show text as it is, and never cut a number."""
+"""Consoles and tables that print text literally and never truncate numbers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +12,16 @@ from rich.text import Text
 from g2rpo.text import visible
 
 _LONGEST_WORD = 16
-"""Characters of a word that are kept together: numbers are shorter, names may be broken."""
+"""Longer words may be broken; numbers are shorter."""
 
 
 def literal(text: str, style: StyleType = "") -> Text:
-    """``text`` for rich, without a meaning for brackets, ``:names:`` or control characters."""
+    """``text`` for rich, without markup, emoji names or control characters."""
     return Text(visible(text), style)
 
 
 def wide_console(*, stderr: bool = False) -> Console:
-    """A console that cuts nothing where it is not a terminal, and that reads no markup."""
+    """A console without markup, and of unlimited width if it is not a terminal."""
     console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = 10_000
@@ -29,10 +29,10 @@ def wide_console(*, stderr: bool = False) -> Console:
 
 
 class PlainTable(Table):
-    """A table of text: strings are shown literally, and columns break between words.
+    """A table of literal text whose columns wrap between words.
 
-    Only words of more than 16 characters are broken. Where even that is too wide for the terminal,
-    each row is a block of lines instead, ``heading: value``.
+    Only words of more than 16 characters are broken. If the terminal is still too narrow, each row
+    is printed as lines of ``heading: value``.
     """
 
     def add_column(self, header: RenderableType = "", *args: Any, **options: Any) -> None:
@@ -72,12 +72,12 @@ class PlainTable(Table):
             column.width = width
 
     def _stacked(self, texts: Sequence[Sequence[Text]]) -> RenderResult:
-        """The table for terminals that are too narrow for it."""
+        """The layout for narrow terminals."""
         if self.title:
             yield self.title
         first = Text()
         for index, row in enumerate(self.rows, start=1):
-            # An empty first cell stands for the one above it.
+            # An empty first cell repeats the one above it.
             first = texts[0][index] or first
             for place, column in enumerate(texts):
                 header, cell = column[0], first if place == 0 else column[index]
@@ -92,7 +92,7 @@ class PlainTable(Table):
 
 
 def plain_table(*columns: str, right: Sequence[str] = ()) -> PlainTable:
-    """A table without lines; ``right`` names the columns of numbers."""
+    """A table without lines; ``right`` names the right-aligned columns."""
     table = PlainTable(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left")
@@ -104,7 +104,7 @@ def _as_text(cell: RenderableType | None) -> Text:
 
 
 def _shared_out(least: Sequence[int], natural: Sequence[int], room: int) -> list[int]:
-    """Widths from ``least`` to ``natural`` that take ``room`` together at most."""
+    """Widths between ``least`` and ``natural`` with a sum of at most ``room``."""
     widths, spare = list(least), room - sum(least)
     order = sorted(range(len(least)), key=lambda column: natural[column] - least[column])
     for done, column in enumerate(order):

@@ -1,7 +1,7 @@
-"""YAML as YAML 1.2 means it (its core schema), for everything that people write.
+"""YAML 1.2 (core schema) with PyYAML.
 
-PyYAML reads YAML 1.1, where ``24:00:00`` is 86400, ``no`` is false, ``017`` is 15 and ``1e-5`` is
-text. Here numbers and words mean what they do in YAML 1.2 and JSON; merge keys (``<<``) stay.
+PyYAML implements YAML 1.1, where ``24:00:00`` is 86400, ``no`` is false, ``017`` is 15 and ``1e-5``
+is text. Here scalars are read as in YAML 1.2 and JSON; merge keys (``<<``) still work.
 """
 
 import re
@@ -27,7 +27,7 @@ def _float(text: str) -> float:
     return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
 
 
-# In this order: text that is an integer is not looked at as a float.
+# In this order: integers also match the pattern of floats.
 _SCALARS: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Any]], ...] = (
     ("null", re.compile(r"(?:null|Null|NULL|~|)\Z"), "nN~", lambda _: None),
     ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), "tTfF",
@@ -38,7 +38,7 @@ _SCALARS: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Any]], ...] = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key that is there twice is an error: the first would be lost."""
+    """Safe YAML that rejects duplicate keys."""
 
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         tag: yaml.SafeLoader.yaml_constructors[tag]
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        # All of a value before what holds it: an anchor inside of itself is an error then.
+        # Depth first, so that recursive anchors are an error.
         return super().construct_object(node, deep=True)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -57,18 +57,18 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in keys:
                 line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key!r} is there twice, the second time in line {line}")
+                raise yaml.YAMLError(f"duplicate key {key!r} in line {line}")
             if isinstance(key, Hashable):
                 keys.add(key)
         return super().construct_mapping(node, deep)
 
 
 class _TextLoader(_Loader):
-    """YAML whose scalars stay the text that is written."""
+    """YAML whose scalars are kept as text."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would read as something else."""
+    """Quotes text that either version of YAML would read as another type."""
 
 
 def _constructor(
@@ -76,7 +76,7 @@ def _constructor(
 ) -> Callable[[_Loader, yaml.ScalarNode], Any]:
     def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
         text = loader.construct_scalar(node)
-        if not form.match(text):  # of an explicit tag, e.g. !!int 12:30
+        if not form.match(text):  # with an explicit tag, e.g. !!int 12:30
             line = node.start_mark.line + 1
             raise yaml.YAMLError(f"{text!r} in line {line} is not a valid {name}")
         return convert(text)
@@ -96,11 +96,11 @@ _Loader.add_constructor(_MERGE, lambda _, node: node.value)  # as a value it is 
 
 
 def parse_yaml(text: str, *, as_text: bool = False) -> Any:
-    """The value that YAML ``text`` stands for; with ``as_text`` scalars stay as they are written.
+    """Parses YAML; with ``as_text`` scalars are kept as text.
 
     Raises:
-        ValueError: it is not valid YAML, or has a key twice, an anchor inside of itself or a tag
-            other than of JSON's types; in one line.
+        ValueError: it is not valid YAML, or has duplicate keys, recursive anchors or tags other
+            than of JSON's types; one line.
     """
     try:
         return yaml.load(text, _TextLoader if as_text else _Loader)  # noqa: S506 - both are safe
@@ -112,11 +112,11 @@ def parse_yaml(text: str, *, as_text: bool = False) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """``value`` (mappings, sequences, text, numbers, booleans, None) as YAML that reads back equal.
+    """``value`` (mappings, sequences, text, numbers, booleans, None) as YAML that parses to it.
 
     Raises:
-        yaml.YAMLError: it holds something else.
+        yaml.YAMLError: it contains other types.
     """
-    # Not allow_unicode: PyYAML then writes some line breaks so that it reads them back as others.
+    # Not allow_unicode: PyYAML then writes some line breaks that it does not read back.
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False)
     return text

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,8 +51,6 @@ class FakeHub:
     """Whether files are answered with their commit, as only a model hub does."""
     redirect: str | None = None
     """Address of another server that the content is on."""
-    pause: float = 0.0
-    """Seconds between pieces of 64 kB."""
     log: list[Request] = field(default_factory=list)
     address: str = ""
 
@@ -177,7 +174,6 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:  # the other side is gone
                 return None
             request.sent += len(piece)
-            time.sleep(self.hub.pause)
         return None
 
 

@@ -1,21 +1,12 @@
-"""A tiny Qwen2.5-VL in the files of the large ones, made offline: random, or taught a few answers.
-
-A random network cannot answer in a format, so :func:`teach` trains one on given examples until it
-repeats them; what it says of anything else means nothing.
-"""
+"""A tiny random Qwen2.5-VL in the files of the large ones, made offline."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
 from transformers import (
-    AutoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -55,15 +46,6 @@ CORPUS = [
     "system user assistant",
     *(f"{aspect} Score (1-5): {mark}\n" for aspect in ASPECTS for mark in MARKS),
 ]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """An image (uint8 ``[H, W, 3]``), its caption, and the answer to be learnt."""
-
-    image: Tensor
-    prompt: str
-    answer: str
 
 
 def build_small_vlm(folder: Path, seed: int = 0) -> Path:
@@ -157,47 +139,3 @@ def _network(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
         eos_token_id=[ids[END_OF_TURN], ids[END_OF_TEXT]], pad_token_id=ids[END_OF_TEXT]
     )
     return network
-
-
-def teach(folder: Path, lessons: Sequence[Lesson], steps: int = 400) -> None:
-    """Trains the network in ``folder`` on ``lessons`` until it says all of them, and saves it.
-
-    Raises:
-        RuntimeError: it does not say them after ``steps`` steps.
-    """
-    processor = AutoProcessor.from_pretrained(folder)
-    network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    batch = _lesson_batch(processor, (folder / BESIDE_THE_MODEL).read_text(), lessons)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.0)
-    for _ in range(steps):
-        loss = network(**batch).loss
-        if loss < 3e-3:
-            network.save_pretrained(folder)
-            return
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-    raise RuntimeError(f"{steps} steps were not enough to learn {len(lessons)} answers")
-
-
-def _lesson_batch(processor: Any, question: str, lessons: Sequence[Lesson]) -> Any:
-    """Inputs of the network, and labels ``[N, L]`` that are -100 but in the answers."""
-    asked, full = [], []
-    for lesson in lessons:
-        text = question.replace(PLACEHOLDER, lesson.prompt)
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        chat = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        asked.append(chat)
-        full.append(f"{chat}{lesson.answer}{END_OF_TURN}")
-    pictures = [Image.fromarray(lesson.image.numpy()) for lesson in lessons]
-    processor.tokenizer.padding_side = "right"
-    batch = processor(text=full, images=pictures, padding=True, return_tensors="pt")
-    before = processor(text=asked, images=pictures, padding=True, return_tensors="pt")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, length in enumerate(before["attention_mask"].sum(1).tolist()):
-        labels[row, :length] = -100
-    batch["labels"] = labels
-    return batch

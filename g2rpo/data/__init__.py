@@ -1,1 +1,1 @@
-"""Prompt sets."""
+"""Prompt sets, images and text embeddings."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from g2rpo.checksums import is_hashed
 from g2rpo.config import StrictModel, content_hash
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.files import FileState, atomic_path, file_state, remove
 from g2rpo.progress import ProgressReport
 
@@ -131,8 +131,7 @@ def _read_rows(shard: Path, entries: Sequence[Entry]) -> list[Rows]:
                 for e in entries
             ]
     except (OSError, SafetensorError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedShardError(f"cannot be read ({reason})") from None
+        raise DamagedShardError(f"cannot be read ({reason(error)})") from None
     if any(rows_digest(row) != e.digest for row, e in zip(rows, entries, strict=True)):
         raise DamagedShardError("does not hold what was written")
     return rows

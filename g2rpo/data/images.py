@@ -1,18 +1,18 @@
-"""Image files to 8-bit RGB, once and by one rule, whatever they hold and whoever judges them.
+"""Reads image files as 8-bit RGB, by one rule for all reward models.
 
 The rule, in this order:
 
-- of an animation or a multi-page file, the first frame;
-- turned as its EXIF orientation says;
-- 16 bits a channel: the high byte (which is what Pillow reads of 16-bit colour files; netpbm files
-  are scaled from the maximum that they state); 12 bits: the upper eight;
-- palettes are looked up; gray is repeated in the three channels;
-- transparency is laid over white, as a page would show it;
-- CMYK, YCbCr, Lab and HSV are converted by Pillow; embedded colour profiles are not applied;
-- floating-point, signed and 32-bit images and those of scientific formats are refused, for nothing
-  says what their white is; so are 16-bit colours with a transparent one, which 8 bits cannot tell.
+- animations and multi-page files: the first frame;
+- the EXIF orientation is applied;
+- 16 bits per channel: the high byte (as Pillow reads 16-bit colour files; netpbm files are scaled
+  by their stated maximum); 12 bits: the upper eight;
+- palettes are resolved; gray is repeated in the three channels;
+- transparency is composited over white;
+- CMYK, YCbCr, Lab and HSV are converted by Pillow; embedded colour profiles are ignored;
+- floating-point, signed and 32-bit images and scientific formats are rejected, since their white is
+  undefined; so are 16-bit colours with a transparent one, which 8 bits cannot distinguish.
 
-Plain 8-bit RGB passes through unchanged. Text in a file is not read, however much there is.
+8-bit RGB is unchanged. Text in a file is ignored, whatever its size.
 """
 
 import hashlib
@@ -30,24 +30,24 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 
 _NO_PIXELS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-"""Formats that Pillow knows by name only, or reads by running another program."""
+"""Formats that Pillow only identifies, or reads through another program."""
 _SIXTEEN_BITS = frozenset({"PNG", "TIFF", "JPEG2000", "PPM", "IM"})
-"""Formats whose 16-bit gray reaches from black to white; the others' are measurements."""
+"""Formats whose 16-bit gray ranges from black to white; in others it is a measurement."""
 _GRAY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
-"""By how much Pillow multiplies gray of fewer bits, but not the colour that is transparent."""
+"""Pillow's factor for gray of fewer bits, which it does not apply to the transparent colour."""
 _TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-"""Texts of a PNG file that may say how it is turned."""
+"""PNG texts that may contain the orientation."""
 _filters = Lock()
 
 
 @dataclass(frozen=True)
 class LoadedImage:
-    """``pixels`` uint8 ``[H, W, 3]`` of a file, and the SHA-256 of the file's bytes."""
+    """A file's ``pixels``, uint8 ``[H, W, 3]``, and the SHA-256 of its bytes."""
 
     pixels: Tensor
     sha256: str
@@ -55,14 +55,14 @@ class LoadedImage:
 
 @cache
 def image_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
+    """Pillow's names of the supported formats."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _NO_PIXELS)
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """File names that are taken for images in a folder, in lower case."""
+    """Suffixes of image files in a folder, in lower case."""
     known = Image.registered_extensions()
     return frozenset(suffix for suffix, name in known.items() if name in image_formats())
 
@@ -71,7 +71,7 @@ def load_image(path: Path) -> LoadedImage:
     """Reads the image file ``path`` by the rule of this module.
 
     Raises:
-        UserError: the file is missing, no image, damaged, or of a kind that the rule refuses.
+        UserError: the file is missing, not an image, damaged, or of a rejected kind.
     """
     try:
         data = path.read_bytes()
@@ -87,21 +87,20 @@ def load_image(path: Path) -> LoadedImage:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UserError(
-            f"{path}: more than {limit // 10**6} megapixels, the most that is read; make it smaller"
+            f"{path}: more than {limit / 1e6:.3g} megapixels, which is the limit; make it smaller"
         ) from None
     except UnidentifiedImageError:
         raise UserError(
-            f"{path}: not a readable image (empty, or of no known format or depth)"
+            f"{path}: not a readable image (empty, or of an unknown format or depth)"
         ) from None
-    # Damaged files make Pillow's decoders raise nearly anything.
+    # Pillow's decoders raise nearly anything for damaged files.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason})") from None
+        raise UserError(f"{path}: not a readable image ({reason(error)})") from None
     return LoadedImage(torch.from_numpy(pixels), hashlib.sha256(data).hexdigest())
 
 
 def is_image(path: Path) -> bool:
-    """Whether Pillow takes the content of the file ``path`` for an image, whole or damaged."""
+    """Whether Pillow identifies the file ``path`` as an image, intact or damaged."""
     try:
         with _opened(path):
             return True
@@ -112,16 +111,15 @@ def is_image(path: Path) -> bool:
 
 
 def _opened(file: Path | io.BytesIO) -> Image.Image:
-    # Pillow warns of images from half of its limit on. Filters are of the whole process.
+    # Pillow warns from half of its limit on. Warning filters are global.
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(file, formats=image_formats())
 
 
 def _without_text(data: bytes) -> bytes:
-    """A PNG file without texts and colour profile: Pillow refuses more than a megabyte of either.
-
-    Programs write whole workflows there.
+    """A PNG file without texts and colour profile: Pillow rejects more than a megabyte of either,
+    and programs store whole workflows there.
     """
     if not data.startswith(_PNG):
         return data
@@ -140,16 +138,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """``image`` as 8-bit RGB by the rule of this module.
 
     Raises:
-        UserError: the rule refuses this kind of image.
+        UserError: the rule rejects this kind of image.
     """
     raw = _raw_mode(image)
-    reason = _refused(image, raw)
-    if reason is not None:
-        raise UserError(f"{reason}; save it as 8-bit RGB")
+    problem = _refused(image, raw)
+    if problem is not None:
+        raise UserError(f"{problem}; save it as 8-bit RGB")
     tags = getattr(image, "tag_v2", {})  # of TIFF
     deep = image.mode.startswith("I")
     image.load()
-    with suppress(Exception):  # damaged EXIF is none: the second reading finds what the first did
+    with suppress(Exception):  # ignore damaged EXIF: reading it again does not raise
         image.getexif()
     image = ImageOps.exif_transpose(image)
     key = image.info.get("transparency")
@@ -158,7 +156,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif raw in _GRAY_STEPS and isinstance(key, int):
         image.info["transparency"] = min(255, key * _GRAY_STEPS[raw])
     if image.mode in _TRANSPARENT or "transparency" in image.info:
-        # Pillow does not convert La to RGBA in one go.
+        # Pillow cannot convert La to RGBA directly.
         layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
@@ -166,7 +164,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the pixels lie in the file, in Pillow's words; empty where it does not tell."""
+    """Pillow's raw mode, the pixel layout in the file; empty if unknown."""
     tiles = getattr(image, "tile", None) or [("", None, 0, "")]
     arguments = tiles[0][3]
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
@@ -175,7 +173,7 @@ def _raw_mode(image: Image.Image) -> str:
 def _refused(image: Image.Image, raw: str) -> str | None:
     if image.mode == "F":
         return "a floating-point image has no defined white"
-    # Pillow also gives the 16 bits of netpbm files, and of PNG before version 11, in the mode I.
+    # Pillow also uses mode I for 16-bit netpbm files, and for PNG before version 11.
     if image.mode == "I" and image.format not in ("PNG", "PPM"):
         kind = "signed 16-bit" if ";16" in raw else "32-bit"
         return f"a {kind} image has no defined white"
@@ -183,7 +181,7 @@ def _refused(image: Image.Image, raw: str) -> str | None:
         return f"a 16-bit {image.format} image has no defined white"
     sample = getattr(image, "tag_v2", {}).get(339, 1)
     if 2 in (sample if isinstance(sample, tuple) else (sample,)):
-        return "an image of signed numbers has no defined white"
+        return "a signed image has no defined white"
     if image.mode == "RGB" and ";16" in raw and "transparency" in image.info:
         return "a 16-bit image with a transparent colour cannot be reduced exactly"
     return None
@@ -192,7 +190,7 @@ def _refused(image: Image.Image, raw: str) -> str | None:
 def _upper_bits(image: Image.Image, shift: int, *, white_is_zero: bool) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     gray = (values >> shift).astype(np.uint8)
-    if white_is_zero:  # Pillow turns 8 bits round, but not 16
+    if white_is_zero:  # Pillow inverts 8 bits, but not 16
         gray = 255 - gray
     key = image.info.get("transparency")
     if key is not None:

@@ -1,4 +1,4 @@
-"""What a prompt set holds, and which prompts two sets share."""
+"""Summaries of prompt sets, and the prompts that two sets share."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -9,14 +9,14 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.files import sha256_file
 
 _DROPPED = "PZC"
-"""First letters of the Unicode categories of punctuation, separators and control characters."""
+"""Unicode categories of punctuation, separators and control characters."""
 
 
 def normalise(text: str) -> str:
-    """``text`` without what does not change a prompt: case, width, punctuation, spaces.
+    """``text`` without differences in case, width, punctuation and spaces.
 
-    Unicode NFKC and case folding; every run of punctuation, separators and control characters is
-    one space. A text of punctuation alone keeps it. Applying it twice changes nothing.
+    Unicode NFKC and case folding; runs of punctuation, separators and control characters become one
+    space, unless the text has nothing else. Idempotent.
     """
     while True:
         folded = unicodedata.normalize("NFKC", text).casefold()
@@ -29,14 +29,14 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Distinct texts that two sets share, literally and after :func:`normalise`; sorted."""
+    """Distinct texts that two sets share, exactly and after :func:`normalise`; sorted."""
 
     exact: tuple[str, ...]
     normalised: tuple[str, ...]
 
 
 def overlap(first: Iterable[Prompt], second: Iterable[Prompt]) -> Overlap:
-    """What two sets share; the order of the two does not matter."""
+    """The prompts that two sets share; symmetric."""
     ours, theirs = {p.text for p in first}, {p.text for p in second}
     same = {normalise(text) for text in ours} & {normalise(text) for text in theirs}
     return Overlap(tuple(sorted(ours & theirs)), tuple(sorted(same)))
@@ -44,14 +44,14 @@ def overlap(first: Iterable[Prompt], second: Iterable[Prompt]) -> Overlap:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """A set in numbers.
+    """Statistics of a set.
 
     Attributes:
-        prompts: how many it has.
-        distinct: how many differ after :func:`normalise`.
-        words: runs without white space, over all prompts.
-        bytes: of the file.
-        sha256: of the file.
+        prompts: number of prompts.
+        distinct: number of distinct prompts after :func:`normalise`.
+        words: words in all prompts.
+        bytes: size of the file.
+        sha256: hash of the file.
     """
 
     prompts: int
@@ -62,7 +62,7 @@ class SetSummary:
 
 
 def summarise(path: Path) -> SetSummary:
-    """The numbers of the set at ``path``; raises what :func:`read_prompts` raises."""
+    """Statistics of the set at ``path``; raises like :func:`read_prompts`."""
     prompts = read_prompts(path)
     return SetSummary(
         prompts=len(prompts),

@@ -1,8 +1,8 @@
-"""Prompt sets, and which prompts an iteration trains on.
+"""Prompt sets, and the prompts of each training iteration.
 
-A set is a file: ``.txt`` with one prompt per line, or a table (:mod:`g2rpo.data.tables`) with a
-column ``prompt``, which may give each prompt an ``id`` and a ``style``; a ``.json`` or ``.yaml``
-table may also be a list of prompts, or a mapping of ids to prompts.
+A set is a ``.txt`` file with one prompt per line, or a table (:mod:`g2rpo.data.tables`) with a
+column ``prompt`` and optionally ``id`` and ``style``. A ``.json`` or ``.yaml`` table may also be a
+list of prompts, or a mapping of ids to prompts.
 """
 
 import csv
@@ -21,20 +21,19 @@ from g2rpo.seeds import permutation
 
 FIELDS = ("prompt", "id", "style")
 HEADER = {*PROMPT_COLUMNS, *FIELDS, "image", "file_name", "prompt_id", "category"}
-"""Words of which a line that has two is the header of a table."""
+"""A line with two of these words is the header of a table."""
 LONGEST_ID = 200
-"""Bytes of an id: it becomes part of a file's name."""
+"""Maximum bytes of an id, which becomes part of file names."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the id that names its noise and its scores.
+    """A prompt, and the id that seeds its noise and labels its scores.
 
     Attributes:
-        id: the set's own id, else the prompt's number in its file, counted from 0, padded to six
-            digits.
+        id: the id in the set, else the prompt's number in its file, from 0, padded to six digits.
         text: the prompt.
-        style: the prompt's style, where its set has styles.
+        style: the prompt's style, if its set has styles.
     """
 
     id: str
@@ -44,34 +43,34 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of a file; ``note`` says which column was read where that is not plain."""
+    """The prompts of a file; ``note`` names the column that was read unless it is obvious."""
 
     prompts: list[Prompt]
     note: str = ""
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a set; ``limit`` keeps the first ones.
+    """The prompts of a set, or only the first ``limit``.
 
     Raises:
-        UserError: what :func:`read_prompt_set` raises.
+        UserError: see :func:`read_prompt_set`.
     """
     prompts = read_prompt_set(path).prompts
     return prompts if limit is None else prompts[:limit]
 
 
 def read_prompt_set(path: Path) -> PromptSet:
-    """Reads a set in the format of its suffix: ``.txt``, or that of a table.
+    """Reads a set in the format of its suffix.
 
     Raises:
-        UserError: the file is missing, of another suffix, not UTF-8, empty, or malformed, or has
-            an empty prompt, an empty, repeated or unusable id; the place is named.
+        UserError: the file is missing, of another format, not UTF-8, empty or malformed, or has an
+            empty prompt, or an empty, duplicate or invalid id; names the line.
     """
     if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file with one prompt per line")
+        raise UserError(f"{path}: is a folder; give a file with one prompt per line")
     if not path.exists():
         raise UserError(
-            f"{path}: no such prompt file; `g2rpo prompts fetch` gets the published ones"
+            f"{path}: no such prompt file; run `g2rpo prompts fetch` for the published ones"
         )
     suffix, note = path.suffix.lower(), ""
     if suffix == ".txt":
@@ -82,11 +81,11 @@ def read_prompt_set(path: Path) -> PromptSet:
         column, rows = table.column(PROMPT_COLUMNS), table.rows
         others = table.not_read((column, "id", "style"))
         if others or column != "prompt":
-            note = f"{path.name}: prompts are read from {column!r}{others}"
+            note = f"{path.name}: reading prompts from {column!r}{others}"
     else:
         raise UserError(
-            f"{path}: the suffix of a prompt list says its format, and {suffix or 'none'} is not "
-            f"one; rename it to .txt (one prompt per line), {', '.join(SUFFIXES)}"
+            f"{path}: {f'unknown suffix {suffix}' if suffix else 'no suffix'}; rename it to .txt "
+            f"(one prompt per line), {', '.join(SUFFIXES)}"
         )
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
@@ -94,7 +93,7 @@ def read_prompt_set(path: Path) -> PromptSet:
         prompt = _prompt(path, row, column, len(prompts))
         if prompt.id in places:
             raise UserError(
-                f"{path}, {row.place}: the id {prompt.id!r} is that of {places[prompt.id]} too; "
+                f"{path}, {row.place}: duplicate id {prompt.id!r}, also in {places[prompt.id]}; "
                 "ids must be unique"
             )
         places[prompt.id] = row.place
@@ -105,39 +104,39 @@ def read_prompt_set(path: Path) -> PromptSet:
 
 
 def _txt_rows(path: Path, text: str) -> list[Row]:
-    # Not splitlines(): it also breaks at characters that a prompt may hold, e.g. U+2028.
+    # Not splitlines(): it also splits at characters in prompts, e.g. U+2028.
     lines = re.split(r"\r*\n|\r", text)
     if not lines[-1]:
         lines.pop()
     other = _looks_like(lines)
     if other is not None:
-        raise UserError(f"{path}: {other}; a .txt set has one prompt per line")
+        raise UserError(f"{path}: {other}; a .txt file must have one prompt per line")
     return [Row(f"line {number}", {"prompt": line}) for number, line in enumerate(lines, start=1)]
 
 
 def _looks_like(lines: Sequence[str]) -> str | None:
-    """What the lines of a .txt file seem to be instead of prompts; None where they may be."""
+    """What the lines of a .txt file seem to be instead of prompts, or None."""
     head, second = ([line.strip() for line in lines[:2]] + ["", ""])[:2]
     cells = [cell.strip(' "').casefold() for cell in re.split("[,;|]", head)]
     words = set(cells) & HEADER
     is_header = len(words) > 1 or words & set(PROMPT_COLUMNS[: 2 if len(cells) > 1 else None])
     if any("\0" in line for line in lines):
-        return "it holds NUL characters, so it is no text, or UTF-16 without a byte-order mark"
+        return "it has NUL characters: not text, or UTF-16 without a byte-order mark"
     if 2 * sum("\t" in line for line in lines) > len(lines):
-        return "most lines have tabs; name it .tsv if it is a table"
+        return "most lines have tabs; rename it to .tsv if it is a table"
     # Unlike "[photo] a cat", which is a prompt.
     if re.match(r"\[\s*([\"'{]|$|[^][]*,[^][]*\]$)|\{\s*([\"']|$|[^{}]*:[^{}]*\}$)", head):
-        return "it starts as JSON does; name it .json, or .jsonl if each line is an object"
+        return "it looks like JSON; rename it to .json, or .jsonl if each line is an object"
     if second and is_header:
-        return f"its first line {head!r} is the header of a table; name it .csv"
+        return f"its first line {head!r} is the header of a table; rename it to .csv"
     bulleted = [line.startswith("- ") for line in lines]
     if all(bulleted[1:]) and bulleted[-1:] == [True] and (bulleted[0] or head.endswith(":")):
-        return "it is written as YAML; name it .yaml"
+        return "it looks like YAML; rename it to .yaml"
     return None
 
 
 def _check_spelling(path: Path, columns: Collection[str]) -> None:
-    """Other columns are not read; one that seems to be a misspelt one of ours is refused."""
+    """Rejects columns that look like misspelt known ones; others are ignored."""
     for name in columns:
         for ours in FIELDS:
             alike = difflib.SequenceMatcher(None, name, ours).ratio()
@@ -154,14 +153,14 @@ def _prompt(path: Path, row: Row, column: str, number: int) -> Prompt:
     for key in (column, "id", "style"):
         absent = key not in values or (values[key] is None and key == "style")
         if not absent and not isinstance(values[key], str):
-            raise UserError(f"{place}: {key} must be a string; write it in quotes")
+            raise UserError(f"{place}: {key} must be a string; put it in quotes")
     if values and column not in values:
         raise UserError(f"{place}: no {column!r}; found {', '.join(map(repr, values))}")
     text = values.get(column, "").strip()
     if not text:
         raise UserError(f"{place}: empty prompt; remove the line")
     if not is_unicode(text):
-        raise UserError(f"{place}: the prompt is not valid Unicode (half of a surrogate pair)")
+        raise UserError(f"{place}: the prompt is not valid Unicode (a lone surrogate)")
     identity = values.get("id", f"{number:06d}").strip()
     problem = id_problem(identity)
     if problem is not None:
@@ -170,21 +169,21 @@ def _prompt(path: Path, row: Row, column: str, number: int) -> Prompt:
 
 
 def id_problem(identity: str) -> str | None:
-    """Why an id cannot be part of a file's name, or None."""
+    """Why an id is not valid in file names, or None."""
     if not identity:
-        return "is empty; give every prompt one, or leave the column out"
+        return "is empty; set it for every prompt, or remove the column"
     if identity.startswith(".") or any(c in "/\\" or not c.isprintable() for c in identity):
-        return "cannot name a file; use no slashes or control characters, and no dot in front"
+        return "is not a valid file name; remove slashes, control characters and a leading dot"
     if len(identity.encode("utf-8", "surrogatepass")) > LONGEST_ID:
-        return f"is longer than {LONGEST_ID} bytes, too long for a file's name"
+        return f"is longer than {LONGEST_ID} bytes; shorten it"
     return None
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """Writes a set in the format of the name of ``path``, atomically.
+    """Writes a set in the format of ``path``'s suffix, atomically.
 
     Raises:
-        UserError: a ``.txt`` set cannot hold a prompt with a line break, or these prompts.
+        UserError: these prompts cannot be stored as ``.txt``.
     """
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
@@ -198,7 +197,7 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
         atomic_write_text(path, "".join(line + "\n" for line in lines))
     elif suffix == ".csv":
         table = io.StringIO(newline="")
-        # All quoted: a carriage return inside a prompt is not quoted otherwise.
+        # Quote everything: carriage returns in prompts are not quoted otherwise.
         writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(FIELDS)
         writer.writerows((p.text, p.id, p.style or "") for p in prompts)
@@ -206,20 +205,20 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     else:
         for prompt in prompts:
             if "\n" in prompt.text or "\r" in prompt.text:
-                raise UserError(f"{path}: prompt {prompt.id} has a line break; write .jsonl")
+                raise UserError(f"{path}: prompt {prompt.id} has a line break; use .jsonl")
         other = _looks_like([prompt.text for prompt in prompts])
         if other is not None:
-            raise UserError(f"{path}: could not be read again ({other}); or write .jsonl")
+            raise UserError(f"{path}: could not be read back ({other}); use .jsonl")
         atomic_write_text(path, "".join(prompt.text + "\n" for prompt in prompts))
 
 
 def prompts_of_iteration(
     prompts: Sequence[Prompt], count: int, seed: int, iteration: int
 ) -> list[Prompt]:
-    """The ``count`` prompts of ``iteration`` (counted from 0), over all ranks.
+    """The ``count`` prompts of ``iteration`` (from 0), over all ranks.
 
-    Each epoch is a permutation of the set drawn from (seed, epoch) alone; what does not fill an
-    iteration at its end is left out, so that the prompts of an iteration are distinct.
+    Each epoch is a permutation of the set, a function of (seed, epoch). An incomplete last
+    iteration is dropped, so that the prompts of an iteration are distinct.
 
     Raises:
         UserError: the set has fewer than ``count`` prompts.
@@ -227,8 +226,8 @@ def prompts_of_iteration(
     per_epoch = len(prompts) // count
     if per_epoch == 0:
         raise UserError(
-            f"training.prompts_per_iteration is {count} but the prompt set has {len(prompts)}: "
-            "lower it or give more prompts"
+            f"training.prompts_per_iteration is {count}, but the prompt set has only "
+            f"{len(prompts)}; lower it or add prompts"
         )
     epoch, position = divmod(iteration, per_epoch)
     order = permutation(len(prompts), seed, "prompt-order", epoch)

@@ -1,9 +1,9 @@
-"""Tables of text: rows with their places, for prompt sets, manifests and raters' answers.
+"""Reads tables of text with line numbers: prompt sets, manifests and raters' answers.
 
-The suffix says what a file is: ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` (``.ndjson``) or ``.yaml``
-(``.yml``). Text is UTF-8, or UTF-16 and UTF-32 with a byte-order mark. Column names count without
-case and surrounding spaces. The separator of a ``.csv`` or ``.tsv`` is the comma, semicolon, tab or
-bar that gives the header the most known names. YAML scalars stay the text that is written.
+The format follows from the suffix: ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` (``.ndjson``) or
+``.yaml`` (``.yml``). Text is UTF-8, or UTF-16 and UTF-32 with a byte-order mark. Column names
+ignore case and surrounding spaces. The delimiter of a ``.csv`` or ``.tsv`` is the comma, semicolon,
+tab or bar for which the header has the most known names. YAML scalars are kept as text.
 """
 
 import codecs
@@ -23,12 +23,12 @@ from g2rpo.yaml_text import parse_yaml
 
 Value = TypeVar("Value")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml")
-"""Of the files that are read as tables."""
+"""Suffixes of tables."""
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
-"""Names of the column that holds the prompts; the first of them that a file has is read."""
+"""Names of the prompt column; the first one that a file has is read."""
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark is a prefix
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -37,20 +37,20 @@ _MARKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values by column, and where it stands, e.g. ``line 3``."""
+    """A row: its values by column, and its place, e.g. ``line 3``."""
 
     place: str
     values: Mapping[str, Any]
 
     @property
     def is_blank(self) -> bool:
-        """Whether no value says anything; spreadsheets leave such rows."""
+        """Whether all values are empty; spreadsheets write such rows."""
         return all(isinstance(text, str) and not text.strip() for text in self.values.values())
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of ``path``, all their columns, and how the file is written."""
+    """The rows of ``path``, all their columns, and the file's format, for messages."""
 
     path: Path
     columns: tuple[str, ...]
@@ -58,10 +58,10 @@ class Table:
     form: str
 
     def column(self, names: Sequence[str]) -> str:
-        """The one column that is read of those that mean the same: the first of ``names``.
+        """The first of ``names``, which are synonyms, that the table has.
 
         Raises:
-            UserError: there is none, or two of them differ in a row.
+            UserError: it has none, or two of them differ in a row.
         """
         present = [name for name in names if name in self.columns]
         if not present:
@@ -73,21 +73,21 @@ class Table:
                 if one is not None and two is not None and str(one).strip() != str(two).strip():
                     raise UserError(
                         f"{self.path}, {row.place}: the columns {present[0]!r} and {other!r} "
-                        "differ; remove or rename the one that should not be read"
+                        "differ; remove or rename one of them"
                     )
         return present[0]
 
     def not_read(self, read: Collection[str]) -> str:
-        """Names the columns that are not ``read``; empty where all are."""
+        """Names the columns not in ``read``; empty if there are none."""
         others = [repr(name) for name in self.columns if name not in read]
-        return f"; not read: {', '.join(others)}" if others else ""
+        return f"; ignoring {', '.join(others)}" if others else ""
 
 
 def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        UserError: it cannot be read or is not UTF-8, nor UTF-16 or UTF-32 with a byte-order mark.
+        UserError: it cannot be read, or is not UTF-8, or UTF-16 or UTF-32 with a byte-order mark.
     """
     try:
         data = path.read_bytes()
@@ -118,14 +118,14 @@ def _guess(data: bytes) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written: JSON and file names may hold halves of characters."""
+    """Whether ``text`` has no lone surrogates, as JSON and file names may."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def by_name(named: Mapping[str, Value]) -> Callable[[str], Value | None]:
-    """Looks names up as they are, else by their NFC form where only one name has it.
+    """Looks names up exactly, else by their NFC form if it is unique.
 
-    File names from macOS are decomposed (NFD), those typed elsewhere mostly composed (NFC).
+    File names from macOS are decomposed (NFD), others mostly composed (NFC).
     """
     composed: dict[str, list[Value]] = {}
     for name, value in named.items():
@@ -144,13 +144,13 @@ def read_table(path: Path, known: Collection[str], bare: str | None = None) -> T
     """Reads a table.
 
     Args:
-        path: the file; its suffix is one of :data:`SUFFIXES`, or it is read as CSV.
-        known: the columns that the header of a CSV file is recognised by.
-        bare: the column of JSON and YAML entries that are mere strings; with it, a mapping of ids
-            to entries is a table too, and so is a list under the name of a prompt column.
+        path: the file; read as CSV unless its suffix is another one of :data:`SUFFIXES`.
+        known: columns that identify the header of a CSV file.
+        bare: the column for JSON and YAML entries that are plain strings. If given, a mapping of
+            ids to entries is also a table, as is a list under the name of a prompt column.
 
     Raises:
-        UserError: the file cannot be read or is malformed; one line with the place.
+        UserError: the file cannot be read or is malformed; names the line.
     """
     text, suffix = read_text(path), path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
@@ -167,7 +167,7 @@ def _name(column: object) -> str:
 
 
 def _separated(path: Path, text: str, known: Collection[str]) -> Table:
-    if 0 < text.count("\r\r\n") == text.count("\n"):  # written twice as Windows text
+    if 0 < text.count("\r\r\n") == text.count("\n"):  # newlines were converted twice
         text = text.replace("\r\r\n", "\n")
     marks = "\t,;|" if path.suffix.lower() == ".tsv" else ",;\t|"
     head = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
@@ -175,45 +175,44 @@ def _separated(path: Path, text: str, known: Collection[str]) -> Table:
     def names_known(mark: str) -> int:
         return len({_name(cell.strip(' "')) for cell in head.split(mark)} & set(known))
 
-    told = re.fullmatch(r"sep=(.)", head.rstrip(), re.IGNORECASE)  # for spreadsheets
-    mark = told[1] if told else max(marks, key=names_known)  # the first of several
+    stated = re.fullmatch(r"sep=(.)", head.rstrip(), re.IGNORECASE)  # for spreadsheets
+    mark = stated[1] if stated else max(marks, key=names_known)  # the first of several
     lines = _cells(path, text, mark)
     filled = (cells for _, cells in lines if any(cell.strip() for cell in cells))
-    if told:
+    if stated:
         next(filled)
     columns = [_name(cell) for cell in next(filled, [])]
     while columns and not columns[-1]:
         columns.pop()
     twice = [name for name in columns if name and columns.count(name) > 1]
     if twice:
-        raise UserError(f"{path}, line 1: a column is there twice: {twice[0]!r}")
+        raise UserError(f"{path}, line 1: duplicate column {twice[0]!r}")
     form = f"separated by {mark!r}"
-    if not set(columns) & set(known):  # no header, which is worse than any of its rows
+    if not set(columns) & set(known):  # no header
         return Table(path, tuple(filter(None, columns)), [], form)
     rows = []
     for line, given in lines:
-        # Spreadsheets also write separators behind the last column, and rows of nothing else.
+        # Spreadsheets also write trailing delimiters, and rows of nothing else.
         more = any(cell.strip() for cell in given[len(columns) :])
         cells = given if more else given[: len(columns)]
         if not any(cell.strip() for cell in cells):
             cells = [""] * len(columns)
         if len(cells) != len(columns):
-            hint = f"; put text that has {mark!r} in it in double quotes" if more else ""
-            counts = f"{len(cells)} values where the header has {len(columns)}"
+            hint = f"; put text with {mark!r} in double quotes" if more else ""
+            counts = f"{len(cells)} values, but the header has {len(columns)}"
             raise UserError(f"{path}, line {line}: {counts}{hint}")
         values = dict(zip(columns, cells, strict=True))
-        values.pop("", None)  # an index without a name
+        values.pop("", None)  # an unnamed index column
         rows.append(Row(f"line {line}", values))
     return Table(path, tuple(filter(None, columns)), rows, form)
 
 
 def _cells(path: Path, text: str, mark: str) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each row with the number of its last line."""
+    """The number of the last line and the cells of each row."""
     lines = re.split(r"\r\n|\r|\n", re.sub(r"[\r\n]+$", "", text))
     counts = {line.count(mark) for line in lines if line.strip()}
     if mark == "\t" and len(counts) == 1 and counts != {0}:
-        # Published lists do not quote: a quotation mark is a part of the text, unless it stands
-        # around all of it.
+        # Published lists are not quoted: quotation marks are text, unless they enclose a cell.
         for number, line in enumerate(lines, start=1):
             yield number, [_unquoted(cell) for cell in line.split(mark)]
         return
@@ -233,7 +232,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
-    lines = re.split(r"\r*\n|\r", text)  # not splitlines(): U+2028 may stand in a prompt
+    lines = re.split(r"\r*\n|\r", text)  # not splitlines(): prompts may contain U+2028
     while lines and not lines[-1].strip():
         lines.pop()
     return [
@@ -248,9 +247,13 @@ def _json_value(path: Path, text: str, line: int | None = None) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats)
     except json.JSONDecodeError as error:
         place = place or f", line {error.lineno}"
-        hint = "; each line must be one whole object"
+        hint = "; each line must be a complete object"
         if line is None:
-            hint = "; an object per line is .jsonl" if error.msg == "Extra data" else ""
+            hint = (
+                "; rename it to .jsonl if each line is an object"
+                if error.msg == "Extra data"
+                else ""
+            )
         raise UserError(f"{path}{place}: not valid JSON ({error.msg}{hint})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}{place}: not valid JSON ({error})") from None
@@ -259,7 +262,7 @@ def _json_value(path: Path, text: str, line: int | None = None) -> Any:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, count in Counter(key for key, _ in pairs).most_common(1):
         if count > 1:
-            raise ValueError(f"key {key!r} is there {count} times")
+            raise ValueError(f"duplicate key {key!r}")
     return dict(pairs)
 
 
@@ -271,7 +274,7 @@ def _yaml_value(path: Path, text: str) -> Any:
 
 
 def _document(path: Path, value: Any, bare: str | None) -> Table:
-    """A list of entries; or, with ``bare``, a mapping of ids to entries, or one that has a list."""
+    """A list of entries or, with ``bare``, a mapping of ids to entries or a mapping with a list."""
     beside: list[str] = []
     if isinstance(value, dict) and bare is not None:
         named = {_name(key): key for key in value}
@@ -281,8 +284,8 @@ def _document(path: Path, value: Any, bare: str | None) -> Table:
             value = value[named[columns[0]]]
         elif columns:
             raise UserError(
-                f"{path}: the key {columns[-1]!r} stands outside of a list; give a list of prompts "
-                "or rows, or a mapping of ids to prompts"
+                f"{path}: key {columns[-1]!r} outside of a list; write a list of prompts or "
+                "rows, or a mapping of ids to prompts"
             )
     if isinstance(value, list):
         places = [(f"entry {number}", entry) for number, entry in enumerate(value, start=1)]
@@ -307,10 +310,10 @@ def _of_entries(
             raise UserError(f'{path}, {place}: expected an object, {{"prompt": "..."}}')
         values = {_name(key): value for key, value in entry.items()}
         if len(values) < len(entry):
-            raise UserError(f"{path}, {place}: two keys differ in case or spaces alone")
+            raise UserError(f"{path}, {place}: two keys differ only in case or spaces")
         columns |= dict.fromkeys(values)
         rows.append(Row(place, values))
     form = path.suffix.lower().removeprefix(".")
     if form in ("yaml", "yml"):
-        form += "; text with ': ' in it needs quotes"
+        form += "; put text with ': ' in quotes"
     return Table(path, tuple(columns), rows, form)

@@ -1,5 +1,5 @@
-"""Published weights and prompt sets: what they are, fetching them, and knowing that they are whole.
+"""Published weights and prompt sets: the catalogue, fetching and verifying.
 
-Everything fetched from a model hub lies in the ordinary Hugging Face cache, where every loader
-looks; :mod:`g2rpo.hub.lock` pins revisions and SHA-256 hashes.
+Files from a model hub are in the standard Hugging Face cache, where every loader looks;
+:mod:`g2rpo.hub.lock` pins revisions and SHA-256 hashes.
 """

@@ -1,6 +1,6 @@
-"""Where fetched files lie, and what their hashes were when they were last read.
+"""Where fetched files are stored, and their remembered hashes.
 
-Files of the model hub are in the ordinary Hugging Face cache (``HF_HOME``), where every loader
+Files from the model hub are in the standard Hugging Face cache (``HF_HOME``), where every loader
 looks. The rest is in ``G2RPO_CACHE`` (``~/.cache/g2rpo``).
 """
 
@@ -17,11 +17,11 @@ from g2rpo.hub.catalogue import COMMIT, Artifact, PublishedFile
 
 CACHE_VARIABLE = "G2RPO_CACHE"
 MIRROR_SNAPSHOT = "mirror"
-"""The snapshot of files that were copied from a folder and whose commit is not known."""
+"""The snapshot of files copied from a folder, whose commit is unknown."""
 
 
 def own_cache() -> Path:
-    """The folder for what does not belong into the Hugging Face cache."""
+    """The folder for everything that does not belong in the Hugging Face cache."""
     named = os.environ.get(CACHE_VARIABLE)
     if named:
         return Path(named).expanduser()
@@ -30,7 +30,7 @@ def own_cache() -> Path:
 
 
 def repository_folder(artifact: Artifact) -> Path:
-    """The folder of a repository in the cache that its kind belongs to."""
+    """A repository's folder in the cache for its kind."""
     flat = artifact.repo.replace("/", "--")
     if artifact.kind == "github":
         return own_cache() / "github" / flat
@@ -38,7 +38,7 @@ def repository_folder(artifact: Artifact) -> Path:
 
 
 def place_of(artifact: Artifact, file: PublishedFile, revision: str | None) -> Path:
-    """Where a file that the hub library does not fetch is put."""
+    """Where to put a file that huggingface_hub does not fetch."""
     folder = repository_folder(artifact)
     if artifact.kind == "github":
         return folder / (revision or "HEAD") / file.path
@@ -46,7 +46,7 @@ def place_of(artifact: Artifact, file: PublishedFile, revision: str | None) -> P
 
 
 def find(artifact: Artifact, file: PublishedFile, revision: str | None) -> Path | None:
-    """The cached file at ``revision`` (None: the newest that was fetched), or None."""
+    """The cached file at ``revision`` (None: the last one fetched), or None."""
     if artifact.kind == "github":
         path = place_of(artifact, file, revision)
         return path if path.is_file() else None
@@ -57,29 +57,29 @@ def find(artifact: Artifact, file: PublishedFile, revision: str | None) -> Path 
 
 
 def commit_of(artifact: Artifact, path: Path) -> str | None:
-    """The commit of the snapshot that the cached ``path`` lies in; None where it is not one."""
+    """The commit of the snapshot with the cached ``path``; None if it is not known."""
     parts = path.relative_to(repository_folder(artifact)).parts
     return next((part for part in parts[:2] if re.match(COMMIT, part)), None)
 
 
 def blob(path: Path) -> Path:
-    """What a snapshot's ``path`` links to, named by its content; ``path`` where it is no link.
+    """The blob that a snapshot's ``path`` links to, named by its content; else ``path`` itself.
 
-    One step: where several repositories share a content, the blob is itself a link.
+    Follows one link only: a blob shared by several repositories is itself a link.
     """
     return path.parent / path.readlink() if path.is_symlink() else path
 
 
 def remove(path: Path) -> None:
-    """Deletes a cached file with its content; the content first, in case this is interrupted."""
+    """Deletes a cached file and its blob; the blob first, in case this is interrupted."""
     for part in (path.resolve(), blob(path), path):
         part.unlink(missing_ok=True)
 
 
 class Digests:
-    """Hashes of files, remembered for as long as their size and time of change stay.
+    """Remembered file hashes, valid until a file's size or modification time changes.
 
-    Hashing tens of gigabytes takes minutes, so it is done once and not at every load.
+    Hashing tens of gigabytes takes minutes, too long for every load.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Digests:
     def _read(self) -> dict[str, object]:
         try:
             value = json.loads(self.path.read_text())
-        except (OSError, ValueError):  # a memory that is lost or damaged is only slower
+        except (OSError, ValueError):  # only slower
             return {}
         return value if isinstance(value, dict) else {}
 
@@ -107,9 +107,13 @@ class Digests:
         return None
 
     def measure(self, path: Path) -> str:
-        """Reads the file, remembers its SHA-256 and gives it."""
+        """Hashes the file, remembers the SHA-256 and returns it."""
         key, state = self._state(path)
         sha256 = sha256_file(path)
-        with suppress(OSError):  # a cache that cannot be written is only slower
+        with suppress(OSError):  # only slower
             write_json(self.path, {**self._read(), key: [*state, sha256]})
         return sha256
+
+    def of(self, path: Path) -> str:
+        """The SHA-256 of a file, which is only read if it has changed."""
+        return self.known(path) or self.measure(path)

@@ -11,13 +11,13 @@ from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
 
 WEIGHTS = ("policy", "reward", "checkpoint")
-"""What the weights among the artifacts are for; the others are prompt lists."""
+"""Purposes of weights; the other artifacts are prompt lists."""
 SHA256 = r"^[0-9a-f]{64}$"
 COMMIT = r"^[0-9a-f]{40}$"
 
 
 class PublishedFile(StrictModel):
-    """One file of a repository; None where no page states it."""
+    """One file of a repository; size and hash are None where the publisher states none."""
 
     path: str
     """Path inside the repository, with ``/``."""
@@ -27,7 +27,7 @@ class PublishedFile(StrictModel):
 
 
 class Artifact(StrictModel):
-    """What is published, fetched and checked together."""
+    """Files that are published, fetched and checked together."""
 
     name: str
     kind: Literal["model", "dataset", "github"] = "model"
@@ -35,44 +35,44 @@ class Artifact(StrictModel):
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     """``owner/name``."""
     revision: str | None = Field(None, pattern=COMMIT)
-    """Commit; None means the newest, or what the lock file says."""
+    """Commit; None is the one in the lock file, else the newest."""
     files: tuple[PublishedFile, ...] = Field(min_length=1)
     licence: str | None = None
     gated: bool = False
-    """Whether the publisher must grant access first, on ``page``."""
+    """Whether access must be requested on ``page`` first."""
     page: str
-    """Where the artifact is described, and access to it granted."""
+    """The web page of the artifact."""
     purpose: Literal["policy", "reward", "checkpoint", "prompts"]
     reward: str | None = None
-    """Registry name of the reward that needs it."""
+    """Registry name of the reward that uses it."""
     variant: str | None = None
-    """The variant of the reward that needs it; None: all."""
+    """The variant of the reward that uses it; None is all."""
     default: bool = True
     """Whether ``variant`` is the reward's default."""
     prompts: int | None = Field(None, ge=1)
-    """Prompts in a list, all files together."""
+    """Number of prompts, all files together."""
     approximate_size: int | None = Field(None, ge=0)
-    """Bytes, not exact; see ``size_note``."""
+    """Approximate bytes; see ``size_note``."""
     size_note: str | None = None
     sources: tuple[str, ...] = ()
-    """Pages that state the revision, sizes, hashes or licence."""
+    """Web pages with the revision, sizes, hashes or licence."""
     note: str | None = None
 
     @property
     def key(self) -> str:
-        """The repository's name in the lock file."""
+        """The repository's key in the lock file."""
         prefix = {"model": "", "dataset": "datasets/", "github": "github.com/"}[self.kind]
         return prefix + self.repo
 
     @property
     def needed_by(self) -> str:
-        """What needs it, in words."""
+        """What uses it, for people."""
         if self.purpose != "reward":
             return self.purpose
         return f"reward {self.reward}" + (f" {self.variant}" if self.variant else "")
 
     def size(self) -> tuple[int | None, bool]:
-        """Bytes of all files, and whether that is exact."""
+        """Total bytes, and whether they are exact."""
         sizes = [file.size for file in self.files]
         known = [size for size in sizes if size is not None]
         if len(known) == len(sizes):
@@ -86,7 +86,7 @@ class Catalogue(StrictModel):
     artifacts: tuple[Artifact, ...]
 
     def select(self, names: Sequence[str], purposes: Iterable[str]) -> tuple[Artifact, ...]:
-        """The artifacts of ``purposes``, all or those named (by name or ``owner/name``).
+        """The artifacts of ``purposes``: all, or those in ``names`` (a name or ``owner/name``).
 
         Raises:
             UserError: a name is not in the catalogue.
@@ -108,6 +108,6 @@ class Catalogue(StrictModel):
 
 @functools.cache
 def catalogue() -> Catalogue:
-    """The catalogue that comes with the package."""
+    """The catalogue in this package."""
     path = Path(__file__).with_name("catalogue.yaml")
     return validate(Catalogue, load_yaml(path), str(path))

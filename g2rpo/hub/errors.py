@@ -1,4 +1,4 @@
-"""What can go wrong with a download, each in one line."""
+"""One-line error messages for failed downloads."""
 
 import errno
 import warnings
@@ -22,32 +22,32 @@ from huggingface_hub.errors import (
 
 from g2rpo.errors import UserError
 
-# The base of all errors of the HTTP library (httpx or its successor) that huggingface_hub uses.
+# Base of all errors of the HTTP client that huggingface_hub uses (httpx or its successor).
 HTTP_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is being fetched, for messages."""
+    """A download, for error messages."""
 
     what: str
     """The file or repository."""
     page: str
-    """Where it is described, and access to it granted."""
+    """Its web page."""
     otherwise: str
-    """What to do where it cannot be fetched from there."""
+    """The alternative to fetching it from ``server``."""
     server: str = field(default_factory=lambda: constants.ENDPOINT)
     folder: Path = field(default_factory=lambda: Path(constants.HF_HUB_CACHE))
-    """The cache that it goes into."""
+    """The cache it is written to."""
 
 
 @contextmanager
 def one_line(wanted: Wanted) -> Iterator[None]:
-    """Raises whatever keeps ``wanted`` from being fetched in the block as :class:`UserError`."""
+    """Turns every error in the block into a :class:`UserError` about ``wanted``."""
     try:
         with warnings.catch_warnings():
-            # huggingface_hub only warns of it, and downloads until the disk is full.
+            # huggingface_hub only warns and then fills the disk.
             warnings.filterwarnings("error", "Not enough free disk space")
             yield
     except UserError:
@@ -57,36 +57,36 @@ def one_line(wanted: Wanted) -> Iterator[None]:
 
 
 def _explain(error: Exception, wanted: Wanted) -> str:
-    # Not a subclass, which says what files are missing.
+    # Not its subclasses, which name the missing files.
     if type(error) is LocalEntryNotFoundError and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what kept huggingface_hub from asking the server
+        error = error.__cause__  # why the server could not be asked
     server, page, otherwise = wanted.server, wanted.page, wanted.otherwise
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     code = error.errno if isinstance(error, OSError) else None
     text = f"{reason}; run the same command again, or {otherwise}"
     if isinstance(error, GatedRepoError):
-        text = f"it is gated; accept its licence on {page}, then {LOG_IN}"
+        text = f"access is gated; accept the licence on {page}, then {LOG_IN}"
     elif isinstance(error, OfflineModeIsEnabled):
-        text = f"it is not in the cache and offline mode is on (HF_HUB_OFFLINE); {otherwise}"
+        text = f"not in the cache, and offline mode is on (HF_HUB_OFFLINE); {otherwise}"
     elif isinstance(error, RevisionNotFoundError):
-        text = f"{server} has no such revision; correct it, or delete it from the lock file: {page}"
+        text = f"{server} has no such revision; correct it, or remove it from the lock file: {page}"
     elif isinstance(error, RemoteEntryNotFoundError) or (
         status == 404 and not isinstance(error, RepositoryNotFoundError)
     ):
         text = f"{server} has no such file (404); see {page}"
     elif status in (401, 403, 404):
         text = (
-            f"it is neither a folder here nor a repository that you can see on {server} "
-            f"({status}); correct the name, or {LOG_IN} if it is private or gated: {page}"
+            f"neither a local folder nor a repository you can access on {server} ({status}); "
+            f"correct the name, or {LOG_IN} if it is private or gated: {page}"
         )
     elif status is not None:
-        text = f"{server} answers with an error ({reason}); try again later, or {otherwise}"
+        text = f"{server} returned an error ({reason}); try again later, or {otherwise}"
     elif isinstance(error, FileMetadataError):
-        text = f"{server} does not answer like a model hub ({reason}); {otherwise}"
+        text = f"{server} is not a model hub ({reason}); {otherwise}"
     elif isinstance(error, HTTP_ERROR):
         text = (
-            f"{server} cannot be reached or stopped answering ({reason}); check the network and "
+            f"cannot reach {server}, or it stopped responding ({reason}); check the network and "
             f"run the same command again, or {otherwise}"
         )
     elif isinstance(error, UserWarning) or code in (errno.ENOSPC, errno.EDQUOT):

@@ -1,8 +1,7 @@
-"""Fetching, from the hub, another server or a folder; what is not whole is refused.
+"""Fetches files from the hub, another server or a folder, and checks them.
 
-huggingface_hub downloads: into a file of another name until all bytes are there, so that a process
-that is killed leaves nothing that a loader takes for whole. What it fetched is compared here with
-what the catalogue or the lock file states.
+huggingface_hub downloads to a temporary name, so that a killed process leaves no incomplete file
+for loaders to find. Here, files are compared with the catalogue and the lock file.
 """
 
 import hashlib
@@ -33,10 +32,10 @@ from g2rpo.hub.errors import Wanted, one_line
 from g2rpo.hub.lock import Expected, Lock, expected, expected_of, revision_of
 
 ABANDONED = 3600
-"""Seconds without a byte after which a download is taken for killed."""
+"""Age in seconds at which a partial download no longer belongs to a live process."""
 RAW_GITHUB = "https://raw.githubusercontent.com"
 OTHER_FORMATS = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.h5"]
-"""The same weights again, in formats that are not read."""
+"""The same weights in formats that are not used."""
 
 
 @dataclass(frozen=True)
@@ -44,53 +43,53 @@ class FetchOptions:
     """Where to fetch from."""
 
     mirror: str | None = None
-    """Address of a hub-compatible server, or a folder laid out ``owner/name/file``."""
+    """URL of a hub-compatible server, or a folder with files at ``owner/name/file``."""
     offline: bool = False
-    """Never use the network; a mirror folder is no network."""
+    """Never use the network; a mirror folder is still read."""
     newest: bool = False
-    """Ask for the newest revision, whatever is cached or locked."""
-    tell: Callable[[str], None] = lambda _: None
-    """Called with a line for each file."""
+    """Fetch the newest revision, whatever is cached or locked."""
+    report: Callable[[str], None] = lambda _: None
+    """Receives one line per file."""
 
     @property
     def endpoint(self) -> str | None:
-        """The mirror where it is a server."""
+        """The mirror if it is a server."""
         remote = self.mirror is not None and re.match(r"https?://", self.mirror)
         return self.mirror.rstrip("/") if self.mirror and remote else None
 
     @property
     def folder(self) -> Path | None:
-        """The mirror where it is a folder; :class:`UserError` where there is none."""
+        """The mirror if it is a folder; raises :class:`UserError` if it does not exist."""
         if self.mirror is None or self.endpoint is not None:
             return None
         folder = Path(self.mirror).expanduser()
         if not folder.is_dir():
             raise UserError(
-                f"--mirror {self.mirror}: no such folder; give a folder laid out "
-                "owner/name/file, or an http(s) address"
+                f"--mirror {self.mirror}: no such folder; give a folder with files at "
+                "owner/name/file, or an http(s) URL"
             )
         return folder
 
 
 def difference(path: Path, sha256: str | None, want: Expected) -> str | None:
-    """What is wrong with a file, or None; ``sha256`` is its hash, None where not known.
+    """What is wrong with a file, or None; ``sha256`` is its hash, or None if not known.
 
-    Where no hash is stated, the name of its content in the cache counts: the hub names large files
-    by their SHA-256 and small ones as git does.
+    If no hash is stated, the name of the cached blob counts: the SHA-256 for large files, git's
+    hash for small ones.
     """
     size = path.stat().st_size
     if want.size is not None and size < want.size:
         return f"truncated: {size} of {want.size} bytes"
     if want.size is not None and size > want.size:
-        return f"altered: {size} bytes where {want.size} are expected"
+        return f"altered: {size} bytes, expected {want.size}"
     if sha256 is None:
         return None
     name = cache.blob(path).name
     stated = want.sha256 or (name if re.match(SHA256, name) else sha256)
     if sha256 != stated:
-        return f"altered: its SHA-256 is {sha256[:12]}… where {stated[:12]}… is expected"
+        return f"altered: SHA-256 is {sha256[:12]}…, expected {stated[:12]}…"
     if want.sha256 is None and re.match(COMMIT, name) and name != _git_hash(path):
-        return f"altered: its content is not what its name {name[:12]}… says"
+        return f"altered: its content does not match its blob name {name[:12]}…"
     return None
 
 
@@ -104,11 +103,11 @@ def _git_hash(path: Path) -> str:
 
 
 def fetch(artifact: Artifact, lock: Lock, options: FetchOptions) -> list[Path]:
-    """Fetches the files of ``artifact`` that are not cached whole, and gives all their paths.
+    """Fetches the files of ``artifact`` that are not intact in the cache; returns all paths.
 
     Raises:
-        UserError: a file cannot be had, or is not what the catalogue or the lock says; one line
-            that names it.
+        UserError: a file cannot be fetched, or is not the one in the catalogue or the lock; one
+            line that names it.
     """
     lock = Lock() if options.newest else lock
     return [_fetch_file(artifact, file, lock, options) for file in artifact.files]
@@ -121,17 +120,17 @@ def _fetch_file(artifact: Artifact, file: PublishedFile, lock: Lock, options: Fe
     ask = options.newest and want.revision is None
     path = None if ask else cache.find(artifact, file, want.revision)
     if path is not None:
-        problem = difference(path, digests.known(path) or digests.measure(path), want)
+        problem = difference(path, digests.of(path), want)
         if problem is None:
-            options.tell(f"{label}: cached")
+            options.report(f"{label}: cached")
             return path
         if offline:
-            raise UserError(f"{label} is {problem}; fetch it again where there is a network")
-        options.tell(f"{label}: {problem}; fetching it again")
+            raise UserError(f"{label} is {problem}; fetch it again with network access")
+        options.report(f"{label}: {problem}; fetching it again")
     elif offline:
         raise UserError(
-            f"{label} is not in the cache and offline mode is on (--offline or HF_HUB_OFFLINE); "
-            "leave it out, or give --mirror with a folder"
+            f"{label} is not in the cache, and offline mode is on (--offline or HF_HUB_OFFLINE); "
+            "leave it out, or give a folder with --mirror"
         )
     source = folder and folder / artifact.repo / file.path
     wanted = Wanted(
@@ -156,20 +155,20 @@ def _fetch_file(artifact: Artifact, file: PublishedFile, lock: Lock, options: Fe
             cache.remove(path)
             again = f"replace {source}" if source else "fetch it again, or elsewhere with --mirror"
             raise UserError(
-                f"{label} is {problem}; what came was deleted: {again}; if it was changed on "
-                "purpose, delete its entry in the lock file"
+                f"{label} is {problem}; the download was deleted: {again}; if the publisher "
+                "changed it, remove its entry from the lock file"
             )
-    options.tell(f"{label}: fetched, SHA-256 {sha256[:12]}…")
+    options.report(f"{label}: fetched, SHA-256 {sha256[:12]}…")
     return path
 
 
 def _from_hub(
     artifact: Artifact, file: PublishedFile, revision: str | None, endpoint: str | None
 ) -> Path:
-    token = False if endpoint else None  # it belongs to the hub alone
+    token = False if endpoint else None  # only for the hub itself
     repo, kind = artifact.repo, artifact.kind
-    # Where the server cannot be asked, hf_hub_download may give an older cached file, or try for
-    # long: so it is asked here first.
+    # If the server does not respond, hf_hub_download may return an older cached file or retry for
+    # long. So ask first.
     url = hf_hub_url(repo, file.path, repo_type=kind, revision=revision, endpoint=endpoint)
     get_hf_file_metadata(url, token=token, endpoint=endpoint)
     _remove_abandoned(cache.repository_folder(artifact))
@@ -181,9 +180,9 @@ def _from_hub(
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Deletes what killed downloads left: huggingface_hub does not continue them."""
+    """Deletes partial downloads of killed processes, which huggingface_hub does not resume."""
     for part in folder.glob("blobs/*.incomplete"):
-        with suppress(OSError):  # another process's, or another user's
+        with suppress(OSError):  # another process or user owns it
             if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()
 
@@ -202,7 +201,7 @@ def _from_github(
 def _copy(artifact: Artifact, file: PublishedFile, revision: str | None, source: Path) -> Path:
     if not source.is_file():
         raise UserError(
-            f"{artifact.name}: {file.path}: the mirror has no {source}; copy the file there"
+            f"{artifact.name}: {file.path}: no such file in the mirror: {source}; copy it there"
         )
     path = cache.place_of(artifact, file, revision)
     with atomic_path(path) as part:
@@ -217,16 +216,16 @@ def _copy(artifact: Artifact, file: PublishedFile, revision: str | None, source:
 
 
 def fetch_first(repo: str, names: Sequence[str], revision: str | None) -> Path:
-    """The first of ``names`` that the Hugging Face model ``repo`` has, fetched if need be.
+    """The first of ``names`` in the Hugging Face model ``repo``, fetched if not cached.
 
-    ``revision`` None is what the catalogue or the lock file pins.
+    ``revision`` None is the one pinned by the catalogue or the lock file.
 
     Raises:
-        UserError: it has none of them, they cannot be had, or one is not the file that the
-            catalogue or the lock file states.
+        UserError: the model has none of them, or they cannot be fetched, or the file is not the
+            one in the catalogue or the lock file.
     """
     pinned = revision or revision_of(repo)
-    with one_line(_wanted(f"cannot get {' or '.join(names)} of {repo}", repo, revision)):
+    with one_line(_wanted(f"cannot fetch {' or '.join(names)} of {repo}", repo, revision)):
         for name in names:
             try:
                 path = Path(hf_hub_download(repo, name, revision=pinned))
@@ -241,16 +240,17 @@ def fetch_first(repo: str, names: Sequence[str], revision: str | None) -> Path:
 def fetch_snapshot(
     repo: str, patterns: Sequence[str], revision: str | None, section: str = ""
 ) -> Path:
-    """The cached snapshot of a Hugging Face model, with its files that match ``patterns`` fetched.
+    """Fetches the files of a Hugging Face model that match ``patterns``; returns the snapshot.
 
-    Other formats of weights than safetensors are left out. ``revision`` None is what the catalogue
-    or the lock file pins; ``section`` of the configuration names the model, for messages.
+    Skips weights in other formats than safetensors. ``revision`` None is the one pinned by the
+    catalogue or the lock file. ``section`` is where the configuration names the model, for
+    messages.
 
     Raises:
-        UserError: it cannot be had, or a file is not what the catalogue or the lock file states.
+        UserError: it cannot be fetched, or a file is not the one in the catalogue or the lock file.
     """
     pinned = revision or revision_of(repo)
-    what = f"{section} source {repo!r}" if section else f"cannot get {repo}"
+    what = f"{section} source {repo!r}" if section else f"cannot fetch {repo}"
     with one_line(_wanted(what, repo, revision, section)):
         folder = Path(
             snapshot_download(
@@ -275,27 +275,25 @@ def _wanted(what: str, repo: str, revision: str | None, section: str = "") -> Wa
         what += f" at the locked revision {pinned[:12]}"
     ours = f"`g2rpo weights fetch {repo}` or " if catalogue().of_repository(repo) else ""
     otherwise = (
-        f"run {ours}`hf download {repo}` where there is a network, or point `{inside}source` at a "
-        "folder that holds it"
+        f"run {ours}`hf download {repo}` with network access, or set `{inside}source` to a folder "
+        "with the model"
     )
     return Wanted(what, f"https://huggingface.co/{repo}", otherwise)
 
 
 def check_cached(path: Path, repo: str, name: str, revision: str | None) -> None:
-    """Checks a cached file of a hub model before it is loaded.
+    """Checks the size and, if stated, the hash of a cached file before it is loaded.
 
-    Its size is compared, and its hash where one is stated; the file is read for that once
-    (:class:`cache.Digests`). A revision other than the pinned one is not checked.
+    Only files of the pinned revision are checked. Hashes are remembered (:class:`cache.Digests`).
 
     Raises:
-        UserError: it is not the file that the catalogue or the lock states.
+        UserError: it is not the file in the catalogue or the lock.
     """
     want = expected_of(repo, name)
     if revision != want.revision:
         return
     problem = difference(path, None, want)
     if problem is None and want.sha256 is not None:
-        digests = cache.Digests()
-        problem = difference(path, digests.known(path) or digests.measure(path), want)
+        problem = difference(path, cache.Digests().of(path), want)
     if problem is not None:
         raise UserError(f"{repo} {name} is {problem}; run `g2rpo weights fetch {repo}` to fix it")

@@ -1,7 +1,7 @@
-"""The lock file: revisions and hashes of what was fetched, where the catalogue states none.
+"""The lock file: revisions and hashes of fetched files for which the catalogue states none.
 
-It lies beside the catalogue, so that a working copy can commit it; ``G2RPO_WEIGHTS_LOCK`` names
-another.
+It is next to the catalogue, so that a repository can commit it. ``G2RPO_WEIGHTS_LOCK`` overrides
+its path.
 """
 
 import json
@@ -18,18 +18,18 @@ from g2rpo.hub.catalogue import COMMIT, SHA256, Artifact, PublishedFile, catalog
 
 LOCK_VARIABLE = "G2RPO_WEIGHTS_LOCK"
 Change = tuple[str, str | None, str | None]
-"""What changed, its value before (None: it had none), and after."""
+"""What changed, its value before (None if it is new), and after."""
 
 
 class LockedFile(StrictModel):
-    """What a file was when it was locked."""
+    """A file's hash and size when it was locked."""
 
     sha256: str = Field(pattern=SHA256)
     size: int = Field(ge=0)
 
 
 class LockedRepository(StrictModel):
-    """A repository's commit, None where the files came from a mirror folder, and its files."""
+    """A repository's files, and its commit (None if they came from a mirror folder)."""
 
     revision: str | None = Field(None, pattern=COMMIT)
     files: dict[str, LockedFile] = Field(default_factory=dict)
@@ -42,11 +42,11 @@ class Lock(StrictModel):
     repositories: dict[str, LockedRepository] = Field(default_factory=dict)
 
     def repository(self, key: str) -> LockedRepository:
-        """The entry of a repository, empty where there is none."""
+        """The entry of a repository; empty if there is none."""
         return self.repositories.get(key, LockedRepository())
 
     def changes(self, new: "Lock") -> list[Change]:
-        """The revisions and SHA-256 hashes that ``new`` has otherwise."""
+        """The revisions and SHA-256 hashes that differ in ``new``."""
         found: list[Change] = []
         for key, entry in new.repositories.items():
             before = self.repository(key)
@@ -59,7 +59,7 @@ class Lock(StrictModel):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a file should be, from the catalogue and then the lock; None where neither says."""
+    """What a file should be, by the catalogue, else the lock; None if neither states it."""
 
     revision: str | None
     size: int | None
@@ -67,16 +67,16 @@ class Expected:
 
 
 def lock_path() -> Path:
-    """Where the lock file is, or would be."""
+    """The path of the lock file, which may not exist."""
     named = os.environ.get(LOCK_VARIABLE)
     return Path(named).expanduser() if named else Path(__file__).with_name("lock.json")
 
 
 def read_lock(path: Path | None = None) -> Lock:
-    """The lock at ``path`` (default: :func:`lock_path`), empty where there is no file.
+    """The lock at ``path`` (default: :func:`lock_path`); empty if there is no file.
 
     Raises:
-        UserError: the file cannot be read or is not a lock file.
+        UserError: the file cannot be read, or is not a lock file.
     """
     path = path or lock_path()
     try:
@@ -85,7 +85,7 @@ def read_lock(path: Path | None = None) -> Lock:
         return Lock()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: cannot be read as a lock file ({error}); restore it or delete it"
+            f"{path}: not a readable lock file ({error}); restore or delete it"
         ) from None
     return validate(Lock, data, str(path))
 
@@ -96,7 +96,7 @@ def write_lock(lock: Lock, path: Path | None = None) -> None:
 
 
 def pinned_revision(artifact: Artifact, lock: Lock) -> str | None:
-    """The commit that ``artifact`` is pinned to."""
+    """The commit to which ``artifact`` is pinned, or None."""
     return artifact.revision or lock.repository(artifact.key).revision
 
 
@@ -109,7 +109,7 @@ def expected(artifact: Artifact, file: PublishedFile, lock: Lock) -> Expected:
 
 
 def revision_of(repo: str) -> str | None:
-    """The commit that the Hugging Face model ``repo`` is pinned to; None where it is not."""
+    """The commit to which the Hugging Face model ``repo`` is pinned, or None."""
     lock = read_lock()
     pinned = [pinned_revision(artifact, lock) for artifact in catalogue().of_repository(repo)]
     return pinned[0] if pinned else lock.repository(repo).revision

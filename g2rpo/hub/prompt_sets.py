@@ -1,4 +1,4 @@
-"""The published prompt sets: fetched, counted, and written as the profiles expect them.
+"""Fetches the published prompt sets, counts them, and writes them as the profiles expect.
 
 ``hpdv2`` becomes ``train.txt``, ``validation.txt`` and ``test.txt``; ``hpsv2-benchmark`` becomes
 ``benchmark.jsonl``, with styles.
@@ -17,29 +17,29 @@ from g2rpo.hub.fetch import FetchOptions, fetch
 from g2rpo.hub.lock import Lock
 
 VALIDATION_PROMPTS = 400
-"""As many as the test list has."""
+"""As many as in the test list."""
 SETS = {"hpdv2": ("hpdv2-train", "hpdv2-test"), "hpsv2-benchmark": ("hpsv2-benchmark",)}
 
 
 def artifact_named(name: str) -> Artifact:
-    """The prompt list of the catalogue with that name."""
+    """The prompt list ``name`` in the catalogue."""
     return catalogue().select([name], ("prompts",))[0]
 
 
 def check_count(artifact: Artifact, found: int) -> None:
-    """Raises :class:`UserError` where a list has not as many prompts as it should."""
+    """Raises :class:`UserError` unless a list has the number of prompts in the catalogue."""
     if artifact.prompts is not None and found != artifact.prompts:
         raise UserError(
-            f"{artifact.name}: {found} prompts where {artifact.prompts} are expected; the "
-            f"published list has changed, see {artifact.page}"
+            f"{artifact.name}: {found} prompts, expected {artifact.prompts}; the published list "
+            f"has changed, see {artifact.page}"
         )
 
 
 def read_lines(artifact: Artifact, path: Path) -> list[str]:
-    """The lines of a published list, counted; empty ones are then left out.
+    """The non-empty lines of a published list.
 
     Raises:
-        UserError: it is not UTF-8 text or has another number of lines than the catalogue states.
+        UserError: it is not UTF-8 text, or has another number of lines than in the catalogue.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -47,21 +47,21 @@ def read_lines(artifact: Artifact, path: Path) -> list[str]:
         raise UserError(f"{artifact.name}: {path} is not UTF-8 text; fetch it again") from None
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     check_count(artifact, len(lines))
-    # A carriage return inside a line would become a line break of our file.
+    # A carriage return within a line would become a line break in our file.
     return [" ".join(line.split("\r")).strip() for line in lines if line.strip()]
 
 
 def split_validation(
     train: Sequence[str], test: Sequence[str], count: int
 ) -> tuple[list[str], list[str]]:
-    """Parts ``train`` into what is trained on and ``count`` prompts to validate on.
+    """Splits ``train`` into training prompts and ``count`` validation prompts.
 
-    The validation prompts are those whose normalised text has the smallest SHA-256, without the
-    test's, so the choice depends on no order and no generator. Neither part has a prompt of the
-    other, even after normalising; both keep the order of ``train``.
+    The validation prompts are those with the smallest SHA-256 of the normalised text, excluding
+    test prompts, so the choice depends on no order or random generator. The two parts are disjoint
+    even after normalisation; both keep the order of ``train``.
 
     Raises:
-        UserError: ``train`` has not enough distinct prompts.
+        UserError: ``train`` has too few distinct prompts.
     """
     keys = [normalise(text) for text in train]
     held_out = {normalise(text) for text in test}
@@ -69,7 +69,7 @@ def split_validation(
         set(keys) - held_out, key=lambda key: hashlib.sha256(key.encode()).hexdigest()
     )
     if len(candidates) <= count:
-        raise UserError(f"{len(candidates)} distinct prompts are too few to hold out {count}")
+        raise UserError(f"cannot hold out {count} prompts: only {len(candidates)} are distinct")
     chosen = set(candidates[:count])
     rest = [text for text, key in zip(train, keys, strict=True) if key not in chosen]
     first = {key: text for text, key in zip(reversed(train), reversed(keys), strict=True)}
@@ -81,10 +81,10 @@ def _numbered(texts: Sequence[str]) -> list[Prompt]:
 
 
 def fetch_hpdv2(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
-    """Writes ``train.txt``, ``validation.txt`` and ``test.txt`` into ``folder``; gives their paths.
+    """Writes ``train.txt``, ``validation.txt`` and ``test.txt`` to ``folder``; returns the paths.
 
     Raises:
-        UserError: a list cannot be had or is not the published one.
+        UserError: a list cannot be fetched, or is not the published one.
     """
     lists = []
     for name in SETS["hpdv2"]:
@@ -98,10 +98,10 @@ def fetch_hpdv2(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
 
 
 def fetch_benchmark(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
-    """Writes ``benchmark.jsonl``: the HPS benchmark, its ids ``STYLE-NUMBER``, with styles.
+    """Writes ``benchmark.jsonl``: the HPS benchmark with styles and ids ``STYLE-NUMBER``.
 
     Raises:
-        UserError: a list cannot be had or is not the published one.
+        UserError: a list cannot be fetched, or is not the published one.
     """
     artifact = artifact_named("hpsv2-benchmark")
     prompts: list[Prompt] = []

@@ -1,4 +1,4 @@
-"""What is cached, whether it is whole, and recording that in the lock."""
+"""The state of cached files, and recording them in the lock."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ArtifactWord = Literal["missing", "partly", "cached", "locked", "altered"]
 
 @dataclass(frozen=True)
 class FileState:
-    """One file: ``ok`` agrees with its hash, ``not locked`` is there but no hash is stated."""
+    """One file: ``ok`` matches its hash, ``not locked`` is cached but has no stated hash."""
 
     word: FileWord
     path: Path | None = None
@@ -26,21 +26,21 @@ class FileState:
 
 @dataclass(frozen=True)
 class ArtifactState:
-    """An artifact: ``locked`` has all files, with a stated hash each; ``cached`` has all files."""
+    """An artifact: ``locked`` has all files with stated hashes, ``cached`` has all files."""
 
     artifact: Artifact
     word: ArtifactWord
     folder: Path | None
-    """Where its first cached file lies."""
+    """The folder of its first cached file."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all files are cached and none is altered."""
+        """Whether all files are cached and intact."""
         return self.word in ("locked", "cached")
 
 
 def file_state(artifact: Artifact, file: PublishedFile, lock: Lock, *, rehash: bool) -> FileState:
-    """The state of one file; ``rehash`` reads it, else a remembered hash is compared."""
+    """The state of one file; ``rehash`` reads it, otherwise its remembered hash is compared."""
     want = expected(artifact, file, lock)
     path = cache.find(artifact, file, want.revision)
     if path is None:
@@ -54,7 +54,7 @@ def file_state(artifact: Artifact, file: PublishedFile, lock: Lock, *, rehash: b
 
 
 def artifact_state(artifact: Artifact, lock: Lock) -> ArtifactState:
-    """The state of an artifact without reading its files."""
+    """The state of an artifact; does not read its files."""
     states = [file_state(artifact, file, lock, rehash=False) for file in artifact.files]
     words = {state.word for state in states}
     paths = [state.path for state in states if state.path is not None]
@@ -67,12 +67,12 @@ def artifact_state(artifact: Artifact, lock: Lock) -> ArtifactState:
 
 
 def lock_cached(artifacts: Iterable[Artifact], lock: Lock, *, update: bool) -> Lock:
-    """``lock`` with what is cached recorded, where the catalogue states nothing.
+    """``lock`` with the cached files for which the catalogue states no hash or revision.
 
-    ``update``: look at the newest cached revision and not at the locked one.
+    ``update``: record the newest cached revision instead of the locked one.
 
     Raises:
-        UserError: a cached file is not what its name in the cache says.
+        UserError: a cached file does not match its blob name.
     """
     for artifact in artifacts:
         for file in artifact.files:
@@ -98,20 +98,3 @@ def _measured(artifact: Artifact, file: PublishedFile, path: Path) -> LockedFile
     if problem is not None:
         raise UserError(f"{artifact.name}: {file.path} is {problem}; not locked: fetch it again")
     return LockedFile(sha256=sha256, size=path.stat().st_size)
-
-
-def implausible(artifact: Artifact, lock: Lock) -> str | None:
-    """What is odd about the cached files' size, where it is roughly known; else None.
-
-    What nobody has stated a hash of is locked as it is, so this is worth a look.
-    """
-    revision = artifact.revision or lock.repository(artifact.key).revision
-    paths = [cache.find(artifact, file, revision) for file in artifact.files]
-    found = [path for path in paths if path is not None]
-    about = artifact.approximate_size
-    if about is None or len(found) < len(paths):
-        return None
-    total = sum(path.stat().st_size for path in found)
-    if total >= about / 2:
-        return None
-    return f"{artifact.name}: {total:,} bytes in all, where about {about:,} are expected"

@@ -1,4 +1,4 @@
-"""The policy: FLUX through diffusers, seen by everything else as velocities over packed latents."""
+"""The policy: FLUX through diffusers, as velocities over packed latents."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ __all__ = [
     "PolicyConfig",
     "export_pipeline",
 ]
-# Importing the model libraries takes seconds, which whoever only plans or asks should not wait for.
+# Importing the model libraries takes seconds, too long for commands that only plan.
 _LATER = {"Conditioning": "conditioning", "FluxPolicy": "flux", "export_pipeline": "export"}
 
 

@@ -1,8 +1,8 @@
-"""Weights of a whole transformer that were trained elsewhere: found, checked, laid over the base.
+"""Loads checkpoints of a whole transformer over the base model's.
 
-A checkpoint is a diffusers ``transformer/`` folder, one safetensors file, or several with their
-index, on disk or on the hub. Tensors are checked by name and shape before the first is read, and
-read one by one into the parameters that are there: FLUX's are 24 GB in bfloat16.
+A checkpoint is a diffusers ``transformer/`` folder, a safetensors file, or several with an index,
+on disk or on the hub. All names and shapes are checked first; tensors are then read one by one into
+the existing parameters: FLUX's are 24 GB in bfloat16.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,15 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from g2rpo.checksums import check_exported
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.files import read_json
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.policy.config import CheckpointConfig
 from g2rpo.policy.folder import HUB_ID
+from g2rpo.weights import check_shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_STEM = "diffusion_pytorch_model"
-"""What diffusers calls the weights of a transformer."""
+"""The name of transformer weights in diffusers."""
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
@@ -31,9 +32,9 @@ class CheckpointFiles:
     """The files of one checkpoint.
 
     Attributes:
-        label: names it to people: the path, or the hub id with its commit.
-        weights: safetensors files that together hold every tensor once.
-        config: its ``config.json``, where it has one.
+        label: for messages: the path, or the hub id with its commit.
+        weights: safetensors files that together contain every tensor once.
+        config: its ``config.json``, if there is one.
     """
 
     label: str
@@ -42,7 +43,7 @@ class CheckpointFiles:
 
 
 def local_path(config: CheckpointConfig) -> Path | None:
-    """The folder or file that ``config`` names on this machine; None where it is a hub id."""
+    """The local folder or file of ``config``; None for a hub id."""
     path = Path(config.source).expanduser()
     if not path.exists():
         return None
@@ -50,10 +51,10 @@ def local_path(config: CheckpointConfig) -> Path | None:
 
 
 def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
-    """The files of the checkpoint, fetched if it is on the hub.
+    """The files of the checkpoint, downloaded if it is on the hub.
 
     Raises:
-        UserError: there is no such source, or it does not hold the weights; one line.
+        UserError: there is no such source, or it has no such weights.
     """
     path = local_path(config)
     if path is not None:
@@ -61,8 +62,8 @@ def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
         return files_at(path, str(path))
     if not HUB_ID.fullmatch(config.source):
         raise UserError(
-            f"checkpoint source {config.source!r}: no such folder or file, nor a hub id of the "
-            "form owner/name"
+            f"checkpoint source {config.source!r}: no such folder or file, and not a hub id "
+            "(owner/name)"
         )
     inside = f"{config.subfolder}/" if config.subfolder else ""
     names = [f"{WEIGHTS_STEM}*.safetensors", f"{WEIGHTS_STEM}{INDEX_SUFFIX}"]
@@ -82,12 +83,12 @@ def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
 
 
 def files_at(path: Path, label: str) -> CheckpointFiles:
-    """The checkpoint in the folder, the file or the index ``path``.
+    """The checkpoint at ``path``: a folder, file or index.
 
-    A pipeline folder stands for its ``transformer/``.
+    For a pipeline folder, this is its ``transformer/``.
 
     Raises:
-        UserError: there is none, or a file of it is missing; names ``label``.
+        UserError: there is none, or one of its files is missing; names ``label``.
     """
     if (path / "transformer").is_dir():
         path = path / "transformer"
@@ -96,18 +97,18 @@ def files_at(path: Path, label: str) -> CheckpointFiles:
         indices = sorted(path.glob(f"*{INDEX_SUFFIX}"))
         weights = sorted(path.glob("*.safetensors"))
         if len(indices) > 1:
-            raise UserError(f"{label}: holds {len(indices)} indices; name one with checkpoint.file")
+            raise UserError(f"{label}: {len(indices)} index files; select one with checkpoint.file")
         if indices:
             weights = _shards(indices[0], label)
         if not weights:
             raise UserError(
-                f"{label}: no transformer weights (*.safetensors); name their place with "
-                "checkpoint.subfolder and checkpoint.file, or fetch them with `g2rpo weights fetch`"
+                f"{label}: no transformer weights (*.safetensors); set checkpoint.subfolder and "
+                "checkpoint.file, or fetch them with `g2rpo weights fetch`"
             )
     elif not path.is_file():
         raise UserError(
-            f"{label}: no such folder or file of transformer weights; correct checkpoint.source, "
-            "checkpoint.subfolder or checkpoint.file"
+            f"{label}: no such folder or file; correct checkpoint.source, checkpoint.subfolder or "
+            "checkpoint.file"
         )
     elif path.name.endswith(INDEX_SUFFIX):
         weights = _shards(path, label)
@@ -115,7 +116,7 @@ def files_at(path: Path, label: str) -> CheckpointFiles:
         weights = [path]
     else:
         raise UserError(
-            f"{label}: weights are read from safetensors only; convert {path.suffix} files first"
+            f"{label}: only safetensors files are supported; convert the {path.suffix} file"
         )
     config = folder / CONFIG_FILE
     return CheckpointFiles(label, tuple(weights), config if config.is_file() else None)
@@ -126,17 +127,17 @@ def _shards(index: Path, label: str) -> list[Path]:
     files = [index.parent / name for name in names]
     absent = [file.name for file in files if not file.is_file()]
     if not files:
-        raise UserError(f"{label}: {index.name} names no files; download it again")
+        raise UserError(f"{label}: {index.name} lists no files; download it again")
     if absent:
         raise UserError(
-            f"{label}: lacks {len(absent)} of the {len(files)} files that {index.name} names, "
-            f"first {absent[0]}; download it again"
+            f"{label}: {len(absent)} of the {len(files)} files in {index.name} are missing, first "
+            f"{absent[0]}; download it again"
         )
     return files
 
 
 def copy_whole(target: Tensor, whole: Tensor) -> None:
-    """Copies ``whole`` into ``target``; of a sharded one, each rank copies its own part."""
+    """Copies ``whole`` into ``target``; if that is sharded, each rank copies its own part."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(target, DTensor):
@@ -151,36 +152,39 @@ def copy_whole(target: Tensor, whole: Tensor) -> None:
 def read_into(
     parameters: Mapping[str, Tensor], files: CheckpointFiles, rounding: torch.dtype | None = None
 ) -> None:
-    """Copies every tensor of ``files`` into the one of its name, in that one's dtype and device.
+    """Copies every tensor of ``files`` into the parameter of that name, in place.
 
-    Nothing is changed unless all names and shapes are right. Where ``rounding`` is given, values
-    are rounded to it on the way.
+    Changes nothing unless all names and shapes match. Values are first rounded to ``rounding``, if
+    given.
 
     Raises:
-        UserError: a file is damaged, a tensor is missing, unknown, twice there or of another
-            shape; one line that names the first.
+        UserError: a file is damaged, or a tensor is missing, unknown, duplicated or of another
+            shape; names the first.
     """
     shapes: dict[str, list[int]] = {}
     for path in files.weights:
         for key, shape in _shapes(path, files.label).items():
             if key in shapes:
                 raise UserError(
-                    f"{files.label}: {key} is in several files; name one with checkpoint.file"
+                    f"{files.label}: {key} is in several files; select one with checkpoint.file"
                 )
             shapes[key] = shape
-    _check_shapes(parameters, shapes, files.label)
+    wanted = {name: tensor.shape for name, tensor in parameters.items()}
+    check_shapes(shapes, wanted, files.label, _fix(shapes))
     for path in files.weights:
         try:
             with torch.no_grad(), safe_open(path, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                for key in opened.keys():  # noqa: SIM118 - not a mapping
                     copy_whole(parameters[key], opened.get_tensor(key).to(rounding))
         except (OSError, SafetensorError) as error:
             raise UserError(_damaged(path, files.label, error)) from None
 
 
 def _damaged(path: Path, label: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"{label}: {path.name} cannot be read as safetensors ({reason}); download it again"
+    return (
+        f"{label}: {path.name} is not a readable safetensors file ({reason(error)}); download it "
+        "again"
+    )
 
 
 def _shapes(path: Path, label: str) -> dict[str, list[int]]:
@@ -192,30 +196,10 @@ def _shapes(path: Path, label: str) -> dict[str, list[int]]:
         raise UserError(_damaged(path, label, error)) from None
 
 
-def _check_shapes(
-    parameters: Mapping[str, Tensor], given: Mapping[str, Sequence[int]], label: str
-) -> None:
-    missing, unknown = _first(parameters, given), _first(given, parameters)
-    if missing or unknown:
-        count = len(parameters.keys() - given.keys()), len(given.keys() - parameters.keys())
-        what = f"it lacks {missing}" if missing else f"it has an unknown {unknown}"
-        mend = "give the transformer of the base's own architecture, under diffusers' names"
-        if any("double_blocks." in key for key in given):
-            mend = "these are the names of the original FLUX code: convert it to diffusers' first"
-        elif any("lora" in key.lower() for key in given):
-            mend = "this is an adapter: merge it into the base and save the whole transformer"
-        raise UserError(
-            f"{label}: not the weights of this transformer: {what} "
-            f"({count[0]} tensors missing, {count[1]} unknown); {mend}"
-        )
-    for key, shape in given.items():
-        expected = list(parameters[key].shape)
-        if list(shape) != expected:
-            raise UserError(
-                f"{label}: {key} has shape {list(shape)} where the base has {expected}; "
-                "it was trained from another base"
-            )
-
-
-def _first(names: Iterable[str], known: Mapping[str, object]) -> str | None:
-    return min((name for name in names if name not in known), default=None)
+def _fix(names: Iterable[str]) -> str:
+    """What to do about a checkpoint whose tensors have these ``names``, if they do not fit."""
+    if any("double_blocks." in name for name in names):
+        return "it has the names of the original FLUX code: convert it to diffusers"
+    if any("lora" in name.lower() for name in names):
+        return "it is an adapter: merge it into the base and save the whole transformer"
+    return "use a transformer of the base's architecture with diffusers' names"

@@ -1,4 +1,4 @@
-"""What the transformer is told about the prompts: CLIP's pooled vector and T5's sequence."""
+"""Text conditioning of the transformer: CLIP's pooled vector and T5's sequence."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.policy.folder import load_model
 
 logger = logging.getLogger(__name__)
 
 SMALL_ENCODERS = 10**8
-"""Encoders of fewer parameters run on one thread of the CPU: several only wait for each other."""
+"""Encoders with fewer parameters use one CPU thread: synchronising more would cost more."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Conditioning:
         return Conditioning(self.prompt_embeds[chosen], self.pooled_prompt_embeds[chosen])
 
     def to(self, device: torch.device | str) -> "Conditioning":
-        """The same conditioning on ``device``."""
+        """This conditioning on ``device``."""
         return Conditioning(self.prompt_embeds.to(device), self.pooled_prompt_embeds.to(device))
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """The conditionings of ``parts`` one after the other."""
+        """Concatenates ``parts`` along the prompts."""
         return Conditioning(
             torch.cat([part.prompt_embeds for part in parts]),
             torch.cat([part.pooled_prompt_embeds for part in parts]),
@@ -60,18 +60,18 @@ class Conditioning:
 
 
 class ConditioningSource(Protocol):
-    """Text embeddings that were computed before."""
+    """Precomputed text embeddings."""
 
     def read(self, prompts: Sequence[str]) -> Mapping[str, Mapping[str, Tensor]]:
-        """The embeddings of those of ``prompts`` that are there, by prompt.
+        """The available embeddings, by prompt.
 
-        Each has the fields of :class:`Conditioning` without their first dimension, on the CPU.
+        Each has the fields of :class:`Conditioning` without the first dimension, on the CPU.
         """
         ...
 
 
 def joined(rows: Sequence[Mapping[str, Tensor]], device: torch.device) -> Conditioning:
-    """The conditioning of the prompts that ``rows`` are of, on ``device``; see :func:`row_of`."""
+    """Stacks ``rows`` (see :func:`row_of`) to a conditioning on ``device``."""
     return Conditioning(
         torch.stack([row["prompt_embeds"].to(device) for row in rows]),
         torch.stack([row["pooled_prompt_embeds"].to(device) for row in rows]),
@@ -79,7 +79,7 @@ def joined(rows: Sequence[Mapping[str, Tensor]], device: torch.device) -> Condit
 
 
 def row_of(conditioning: Conditioning, index: int) -> dict[str, Tensor]:
-    """One prompt's embeddings, by the names of the fields."""
+    """One prompt's embeddings, by field name."""
     return {
         "prompt_embeds": conditioning.prompt_embeds[index],
         "pooled_prompt_embeds": conditioning.pooled_prompt_embeds[index],
@@ -95,7 +95,7 @@ class TextEncoders:
         """Loads both from the FluxPipeline ``folder``.
 
         Raises:
-            UserError: a component cannot be read, or a tokenizer has more tokens than its encoder.
+            UserError: a component cannot be read, or a tokenizer does not fit its encoder.
         """
         self.device = device
         self.max_sequence_length = max_sequence_length
@@ -122,46 +122,45 @@ class TextEncoders:
         try:
             return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{folder}: tokenizer cannot be loaded ({reason})") from None
+            raise UserError(f"{folder}: cannot load the tokenizer ({reason(error)})") from None
 
     def check_fit(self, folder: Path, transformer: Mapping[str, Any]) -> None:
-        """Checks that a transformer with the configuration ``transformer`` takes these embeddings.
+        """Checks the embeddings' widths against the configuration of a transformer.
 
         Raises:
-            UserError: other widths; names ``folder``.
+            UserError: they differ; names ``folder``.
         """
         widths = (self.t5.config.d_model, self.clip.config.hidden_size)
         keys = ("joint_attention_dim", "pooled_projection_dim")
         expected = tuple(transformer.get(key, own) for key, own in zip(keys, widths, strict=True))
         if widths != expected:
             raise UserError(
-                f"{folder}: text encoders of widths {widths} (T5, CLIP) do not fit a "
-                f"transformer that takes {expected}; they belong to different models"
+                f"{folder}: text encoders of widths {widths} (T5, CLIP), but the transformer "
+                f"expects {expected}; they belong to different models"
             )
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes P prompts as ``FluxPipeline.encode_prompt`` does, one by one.
 
-        A prompt that an encoder cannot see whole is told in a logged warning.
+        Logs a warning for truncated prompts.
 
         Returns:
             Conditioning on the encoders' device, in their dtype. Both sequences are padded to
-            their full length and the padding is attended to, as FLUX was trained.
+            their full length and the padding is attended to, as in FLUX's training.
         """
         if not prompts:
             raise ValueError("no prompts to encode")
         encoded = Conditioning.cat([self.encode_one(prompt) for prompt in prompts])
-        self.tell_truncated(prompts)
+        self.warn_of_truncated(prompts)
         return encoded
 
     @torch.no_grad()
     def encode_one(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt, [1, L, D] and [1, E].
 
-        Always a batch of one: in a larger one the last bits may depend on its size and on the
-        prompt's place in it, and a prompt's embedding is to be a function of the prompt alone.
-        At FLUX's 512 tokens a single prompt fills a GPU.
+        Always a batch of one, so that an embedding is a function of its prompt alone: in larger
+        batches the last bits may depend on the batch. At FLUX's 512 tokens a single prompt fills a
+        GPU.
         """
         clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
         t5_ids = self._ids(self.t5_tokenizer, prompt, self.max_sequence_length)
@@ -194,8 +193,8 @@ class TextEncoders:
         ids: Tensor = encoded.input_ids.to(self.device)
         return ids
 
-    def tell_truncated(self, prompts: Sequence[str]) -> None:
-        """Logs a warning for each encoder that does not see all of ``prompts`` whole."""
+    def warn_of_truncated(self, prompts: Sequence[str]) -> None:
+        """Logs a warning for each encoder that truncates any of ``prompts``."""
         limits = (
             ("T5", "max_sequence_length", self.t5_tokenizer, self.max_sequence_length),
             ("CLIP", "its limit", self.clip_tokenizer, self.clip_tokenizer.model_max_length),
@@ -206,8 +205,7 @@ class TextEncoders:
             if longer:
                 example = prompts[lengths.index(longer[0])]
                 logger.warning(
-                    "%d of %d prompts are longer than the %d tokens of %s (%s), the longest has "
-                    "%d: %s does not see their ends; first: %.80r",
-                    len(longer), len(prompts), limit, encoder, limit_name,
-                    max(longer), encoder, example,
+                    "%d of %d prompts are truncated to the %d tokens of %s (%s); the longest has "
+                    "%d; first: %.80r",
+                    len(longer), len(prompts), limit, encoder, limit_name, max(longer), example,
                 )  # fmt: skip

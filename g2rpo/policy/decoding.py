@@ -1,4 +1,4 @@
-"""Decoding in slices, each copied to the host while the next one is computed."""
+"""Decodes in slices, each copied to the host while the next one is computed."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from g2rpo.batching import BatchSize
 
 DECODE_PIXELS = 2**21
-"""Pixels decoded at once: four images of 720x720. The decoder's memory grows with it."""
+"""Pixels per slice: four images of 720x720. The decoder's memory is proportional."""
 DECODE_IMAGES = 64
-"""Images decoded at once, however small they are."""
+"""Maximum images per slice."""
 
 
 def decode_size(resolution: int) -> BatchSize:
-    """How many images of ``resolution`` pixels a side are decoded at once."""
+    """The number of images of ``resolution`` x ``resolution`` pixels per slice."""
     images = max(1, min(DECODE_IMAGES, DECODE_PIXELS // resolution**2))
     hint = "use policy.dtype=bfloat16, a smaller policy.resolution or a GPU with more memory"
     return BatchSize(images, "decoding", hint, unit="image")
@@ -23,10 +23,10 @@ def decode_size(resolution: int) -> BatchSize:
 def in_slices(
     decode: Callable[[Tensor], Tensor], latents: Tensor, size: BatchSize
 ) -> Iterator[Tensor]:
-    """``decode`` of ``latents``, ``size`` rows at a time, on the CPU as soon as each is there.
+    """Applies ``decode`` to ``latents``, ``size`` rows at a time, and yields slices on the CPU.
 
-    A slice is given when the next one has been asked of the device, so that the device does not
-    wait for what is done with it. Where memory runs out, a slice is decoded again in smaller ones.
+    Yields a slice after the next one has been queued, so that the device never waits for the
+    consumer. A slice that runs out of memory is decoded again in smaller ones.
     """
     done = 0
     before: _Download | None = None
@@ -46,7 +46,7 @@ def in_slices(
 
 
 class _Download:
-    """A tensor on its way to the CPU."""
+    """An asynchronous copy of a tensor to the CPU."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -59,7 +59,7 @@ class _Download:
         self._event.record(torch.cuda.current_stream(tensor.device))
 
     def result(self) -> Tensor:
-        """The tensor on the CPU, once it is there."""
+        """Waits for the copy and returns it."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

@@ -1,4 +1,4 @@
-"""A policy as an ordinary FluxPipeline folder."""
+"""Exports a policy as a standard FluxPipeline folder."""
 
 import shutil
 from pathlib import Path
@@ -11,13 +11,13 @@ from g2rpo.policy.folder import COMPONENTS
 
 
 def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
-    """Writes an ordinary FluxPipeline folder: the base's components, the policy's transformer.
+    """Writes a standard FluxPipeline folder: the base's components, the policy's transformer.
 
     ``FluxPipeline.from_pretrained(folder)`` loads it. The base's files are copied byte for byte;
     an existing ``folder`` is replaced.
 
     Raises:
-        UserError: ``folder`` is, or holds, the folder the policy was loaded from.
+        UserError: ``folder`` is or contains the folder that the policy was loaded from.
     """
     if policy.folder.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{folder}: would overwrite the base pipeline; export to another folder")
@@ -31,6 +31,6 @@ def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the checksums of all files of an export into it."""
+    """Writes the checksums of all files in an export."""
     files = checksums_of((path for path in folder.rglob("*") if path.is_file()), folder)
     write_document(folder / EXPORTED, {FILES: files})

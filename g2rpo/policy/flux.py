@@ -1,11 +1,10 @@
 """FLUX as a policy: packed latents in, velocities and images out.
 
-All of the architecture is diffusers'. What is here is the part of ``FluxPipeline`` that lies
-between noise and picture, with the sampling loop left out: the sweep has its own.
+The architecture is diffusers'. This is the part of ``FluxPipeline`` between noise and image,
+without the sampling loop.
 """
 
 import copy
-import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -45,11 +44,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HybridSampling:
-    """Sampling that begins with a policy's own velocities and goes on with another's.
+    """Sampling with a policy's own velocities first, then with another's.
 
     Attributes:
-        base: whose velocities finish the image; of the same architecture.
-        tuned_steps: the steps before that.
+        base: the policy for the remaining steps; of the same architecture.
+        tuned_steps: the number of steps before that.
     """
 
     base: "FluxPolicy"
@@ -59,19 +58,17 @@ class HybridSampling:
 class FluxPolicy:
     """A FLUX transformer with its frozen autoencoder and text encoders.
 
-    The text encoders are read when a prompt is first encoded and can be dropped again with
-    :meth:`release_text_encoders`. ``transformer`` may be replaced by a wrapper around itself
-    (DistributedDataParallel, torch.compile); nothing here reads its attributes.
+    The text encoders are loaded when a prompt is first encoded. ``transformer`` may be replaced by
+    a wrapper of itself (DistributedDataParallel, torch.compile); nothing here reads its attributes.
 
     Attributes:
         transformer: the trained part; takes packed latents.
         vae: the frozen autoencoder.
-        latent_shape: (channels, height / f, width / f) of one unpacked latent, the shape in which
-            initial noise is drawn; f is the autoencoder's downsampling factor.
-        offload: which of the frozen models wait in the CPU's memory while they are not used.
-        handover: how held-out images are finished; None is with this policy's own velocities.
-        conditioning_source: where text embeddings are read that were computed before; what it
-            lacks, or all where it is None, is encoded here.
+        latent_shape: (channels, height / f, width / f) of one unpacked latent, the shape of initial
+            noise; f is the autoencoder's downsampling factor.
+        offload: which of the frozen models are kept in CPU memory while they are not used.
+        handover: the policy that finishes held-out images; None is this one.
+        conditioning_source: precomputed text embeddings; missing ones are encoded here.
     """
 
     def __init__(
@@ -109,7 +106,7 @@ class FluxPolicy:
         self.handover: HybridSampling | None = None
         self.offload = OffloadConfig()
         self.conditioning_source: ConditioningSource | None = None
-        self._told_missing = False
+        self._warned_missing = False
         self._text_encoders: TextEncoders | None = None
         self._image_ids = _image_position_ids(side // 2, side // 2).to(self.device)
         self._text_ids: dict[int, Tensor] = {}
@@ -120,12 +117,12 @@ class FluxPolicy:
     ) -> "FluxPolicy":
         """Loads transformer and autoencoder onto ``device`` in ``config.dtype``.
 
-        Without ``weights`` the transformer is left on the meta device, in float32 or more, for
-        whoever shards it before it is filled (:meth:`fill_transformer`).
+        Without ``weights`` the transformer stays on the meta device, in float32 or more, to be
+        sharded before :meth:`fill_transformer`.
 
         Raises:
-            UserError: the source cannot be found, fetched or read, the parts do not fit together,
-                the resolution cannot be packed, or ``device`` is not there.
+            UserError: the source cannot be found, fetched or read, its parts do not fit together,
+                the resolution cannot be packed, or there is no such ``device``.
         """
         device = checked_device(device)
         folder = resolve_source(config.source, config.revision)
@@ -147,9 +144,8 @@ class FluxPolicy:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The text embeddings of P prompts, equal to ``FluxPipeline.encode_prompt``'s.
 
-        Each is a function of its prompt alone, in every bit. What ``conditioning_source`` holds is
-        read from there; the text encoders are only loaded for the rest. A prompt that an encoder
-        cannot see whole is told in a logged warning.
+        Each is a function of its prompt alone, in every bit. The text encoders are only loaded for
+        prompts that ``conditioning_source`` lacks. Logs a warning for truncated prompts.
 
         Raises:
             UserError: the text encoders cannot be read or do not fit the transformer.
@@ -159,11 +155,11 @@ class FluxPolicy:
         rows = dict(self.conditioning_source.read(prompts))
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
         if missing:
-            if not self._told_missing:
-                self._told_missing = True
+            if not self._warned_missing:
+                self._warned_missing = True
                 logger.warning(
-                    "%d of %d prompts are not in the embedding cache and are encoded here, with "
-                    "the text encoders in memory; first: %.80r",
+                    "%d of %d prompts are not in the embedding cache: loading the text encoders; "
+                    "first: %.80r",
                     len(missing), len(prompts), missing[0],
                 )  # fmt: skip
             encoded = self._encode(missing)
@@ -188,13 +184,6 @@ class FluxPolicy:
             self._text_encoders = encoders
         return self._text_encoders
 
-    def release_text_encoders(self) -> None:
-        """Drops the text encoders from memory; a later :meth:`encode` reads them again."""
-        self._text_encoders = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     # Latents
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -214,8 +203,8 @@ class FluxPolicy:
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The transformer's velocity, pointing from the image to the noise.
 
-        Of latents [B, tokens, 4C] at ``timesteps`` [B] in [0, 1]; float32 (float64 where the
-        latents are). Nothing here waits for the device.
+        Takes latents [B, tokens, 4C] at ``timesteps`` [B] in [0, 1]; returns float32, or float64
+        for float64 latents. Does not synchronise with the device.
         """
         dtype, device = getattr(torch, self.config.dtype), latents.device
         guidance = None
@@ -241,9 +230,9 @@ class FluxPolicy:
         return self._text_ids[length]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The pixels that a PNG of FluxPipeline's output would hold, uint8 [B, H, W, 3] on the CPU.
+        """Decodes packed latents [B, tokens, 4C] at sigma = 0 to uint8 [B, H, W, 3] on the CPU.
 
-        ``latents`` are packed, [B, tokens, 4C], at sigma = 0.
+        The pixels equal those of a PNG of FluxPipeline's output.
         """
         side = self.config.resolution
         empty = torch.empty(0, side, side, 3, dtype=torch.uint8)
@@ -251,9 +240,10 @@ class FluxPolicy:
 
     @torch.no_grad()
     def decode_slices(self, latents: Tensor, size: BatchSize | None = None) -> Iterator[Tensor]:
-        """What :meth:`decode` gives, slice by slice (:func:`g2rpo.policy.decoding.in_slices`).
+        """Like :meth:`decode`, slice by slice (:func:`g2rpo.policy.decoding.in_slices`).
 
-        ``size`` images are decoded at once, un-tiled; it is halved where memory runs out.
+        Decodes ``size`` images at once, without tiling; ``size`` is halved on running out of
+        memory.
         """
         size = size or decode_size(self.config.resolution)
         with on_device([self.vae], self.device, offloaded=self.offload.vae):
@@ -264,20 +254,20 @@ class FluxPolicy:
         scaled = self.unpack(latents) / self._scaling_factor + self._shift_factor
         dtype = next(self.vae.parameters()).dtype
         decoded: Tensor = self.vae.decode(scaled.to(dtype), return_dict=False)[0]
-        # Halved and clamped in the autoencoder's dtype, rounded in float32, as diffusers'
-        # VaeImageProcessor does it: another order gives other bytes in bfloat16.
+        # Scaled and clamped in the autoencoder's dtype, rounded in float32, as in diffusers'
+        # VaeImageProcessor: another order gives other bytes in bfloat16.
         pixels = ((decoded * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1)
 
     # Weights
 
     def save_transformer(self, folder: Path) -> None:
-        """Writes the transformer as an ordinary diffusers ``transformer/`` folder, atomically."""
+        """Writes the transformer as a standard diffusers ``transformer/`` folder, atomically."""
         with atomic_folder(folder) as temporary, without_library_bars():
             self._unwrapped().save_pretrained(temporary)
 
     def load_transformer(self, path: Path) -> None:
-        """Lays fine-tuned transformer weights over the loaded ones, in place.
+        """Loads fine-tuned transformer weights over the current ones, in place.
 
         ``path``: a diffusers ``transformer/`` folder, a pipeline folder that has one, or a
         safetensors file of a whole transformer. See :meth:`load_checkpoint`.
@@ -285,29 +275,29 @@ class FluxPolicy:
         self.load_checkpoint(files_at(path, str(path)))
 
     def load_checkpoint(self, files: CheckpointFiles) -> None:
-        """Lays the weights of a checkpoint over the loaded ones, in place.
+        """Loads the weights of a checkpoint over the current ones, in place.
 
         Raises:
-            UserError: weights that are incomplete or unreadable, or a transformer of another
-                architecture than the base; nothing has been changed then.
+            UserError: the weights are incomplete or unreadable, or of another architecture than the
+                base; nothing is changed.
         """
         saved = {} if files.config is None else read_json(files.config)
         for key, value in self.transformer_config.items():
             if not key.startswith("_") and saved.get(key, _plain(value)) != _plain(value):
                 raise UserError(
-                    f"{files.label}: a transformer with {key}={saved[key]} does not go over the "
-                    f"base in {self.folder} with {key}={_plain(value)}; load it over its own base"
+                    f"{files.label}: the transformer has {key}={saved[key]}, but the base in "
+                    f"{self.folder} has {key}={_plain(value)}; load it over its own base"
                 )
         read_into(self._unwrapped().state_dict(), files)
 
     def fill_transformer(self) -> None:
-        """Reads the base's weights into the transformer that is there, each rank its own part.
+        """Reads the base's weights into the current transformer, each rank its own part.
 
-        They are rounded to ``config.dtype`` on the way, so that a transformer that is kept in
-        float32 begins where one in ``config.dtype`` does.
+        They are rounded to ``config.dtype`` first, so that a float32 transformer starts from the
+        same values as one in ``config.dtype``.
 
         Raises:
-            UserError: as :meth:`load_checkpoint`.
+            UserError: see :meth:`load_checkpoint`.
         """
         files = files_at(self.folder / "transformer", str(self.folder))
         rounding = getattr(torch, self.config.dtype)
@@ -330,10 +320,10 @@ class FluxPolicy:
             lora.save_lora(self._unwrapped(), temporary)
 
     def load_lora(self, folder: Path) -> None:
-        """Reads adapters that :meth:`save_lora` wrote, adding them where there are none.
+        """Reads adapters written by :meth:`save_lora`; adds them if there are none.
 
         Raises:
-            UserError: the file is missing, damaged or does not fit.
+            UserError: the file is missing or damaged, or does not fit.
         """
         lora.load_lora(self._unwrapped(), folder)
 
@@ -342,10 +332,10 @@ class FluxPolicy:
         return lora.lora_disabled(self._unwrapped())
 
     def with_base_transformer(self) -> "FluxPolicy":
-        """The untrained policy: the base's transformer, read anew, with all else shared.
+        """The untrained policy: the base's transformer, loaded again, with everything else shared.
 
-        It is read, not copied: on the CPU the last bit of a velocity depends on where in memory
-        the weights begin, and so two policies of the same files agree in every bit.
+        Loaded rather than copied: on the CPU the last bit of a velocity depends on the memory
+        alignment of the weights, and two policies loaded from the same files agree in every bit.
         """
         other = copy.copy(self)
         other.handover = None
@@ -374,7 +364,7 @@ class FluxPolicy:
 
     @staticmethod
     def empty_transformer(config: PolicyConfig, folder: Path) -> FluxTransformer2DModel:
-        """The transformer of ``folder`` without storage, in float32 or more."""
+        """The transformer of ``folder`` on the meta device, in float32 or more."""
         settings = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
         dtype = torch.promote_types(getattr(torch, config.dtype), torch.float32)
         with torch.device("meta"):
@@ -394,7 +384,7 @@ def _nearest_multiple(value: int, factor: int) -> int:
 
 
 def _image_position_ids(height: int, width: int) -> Tensor:
-    """[height * width, 3]: zero, row and column of each token, as FLUX's rotary embedding reads."""
+    """[height * width, 3]: zero, row and column of each token, for FLUX's rotary embedding."""
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]
     ids[..., 2] = torch.arange(width)[None, :]

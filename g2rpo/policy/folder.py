@@ -1,7 +1,7 @@
-"""Where a policy's weights come from: a diffusers FluxPipeline folder, on disk or from the hub.
+"""Finds and checks a policy's diffusers FluxPipeline folder, on disk or from the hub.
 
-A hub id is turned into the folder of its cached snapshot first, so that everything after it reads
-one layout; what is missing in that layout is named before any weights are read.
+A hub id is first resolved to the folder of its cached snapshot. Missing files are reported before
+any weights are read.
 """
 
 import functools
@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from g2rpo.checksums import check_exported
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.files import read_json, sha256_file
 from g2rpo.hub.cache import Digests
 from g2rpo.hub.catalogue import COMMIT
@@ -30,30 +30,30 @@ TOKENIZER_FILES = {
 }
 COMPONENTS = (*MODEL_FOLDERS, *TOKENIZER_FILES, "scheduler")
 TEXT_FOLDERS = ("text_encoder", "text_encoder_2", *TOKENIZER_FILES)
-"""What turns a prompt into its embeddings."""
+"""Everything that affects text embeddings."""
 REMEMBERED = 10**9
-"""Bytes from which on a file's hash is remembered between processes."""
+"""Hashes of files of at least this many bytes are remembered between processes."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
-    """The FluxPipeline folder that ``source`` means, complete and of the right kind.
+    """The complete FluxPipeline folder of ``source``.
 
     Args:
         source: a folder, or a hub id such as ``black-forest-labs/FLUX.1-dev``.
         revision: the hub revision (branch, tag or commit); ignored for a folder.
 
     Raises:
-        UserError: no such folder; the hub id is gated, unknown, or not in the cache while offline;
-            the folder is not a FluxPipeline folder or lacks a part of one, or is a damaged export.
+        UserError: no such folder; the hub id is gated, unknown, or not cached while offline; the
+            folder is not a complete FluxPipeline folder, or a damaged export.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if not HUB_ID.fullmatch(source):
             raise UserError(
-                f"policy source {source!r}: no such folder, nor a hub id of the form owner/name"
+                f"policy source {source!r}: no such folder, and not a hub id (owner/name)"
             )
-        # The named folders only: FLUX repositories also hold the same weights in other formats.
+        # Only these folders: FLUX repositories also have the same weights in other formats.
         patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
         folder = fetch_snapshot(source, patterns, revision, "policy")
     check_pipeline_folder(folder)
@@ -62,7 +62,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
 
 
 def folder_here(source: str, revision: str | None) -> Path | None:
-    """The folder that ``source`` means if it is on this machine already; no network."""
+    """The folder of ``source`` if it is already on this machine; does not use the network."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -75,11 +75,11 @@ def folder_here(source: str, revision: str | None) -> Path | None:
 
 
 def text_fingerprint(source: str, revision: str | None) -> str | dict[str, str] | None:
-    """What names the text encoders and tokenizers of ``source``; no network.
+    """Identifies the text encoders and tokenizers of ``source``; does not use the network.
 
     Returns:
-        A hash of their files for a folder, the id with its commit for a hub repository; None where
-        the commit is not known, as nothing of the repository is cached.
+        A hash of their files for a folder, the id and commit for a hub repository; None if the
+        commit is unknown because nothing is cached.
     """
     folder = folder_here(source, revision)
     commit = revision or revision_of(source)
@@ -98,10 +98,9 @@ def _text_hash(folder: Path) -> str:
     for name in TEXT_FOLDERS:
         for path in sorted((folder / name).rglob("*")):
             if path.is_file():
-                known = path.stat().st_size >= REMEMBERED
-                sha256 = (digests.known(path) or digests.measure(path)) if known else None
-                relative = path.relative_to(folder).as_posix()
-                listing.update(f"{relative} {sha256 or sha256_file(path)}\n".encode())
+                large = path.stat().st_size >= REMEMBERED
+                sha256 = digests.of(path) if large else sha256_file(path)
+                listing.update(f"{path.relative_to(folder).as_posix()} {sha256}\n".encode())
     return listing.hexdigest()
 
 
@@ -109,27 +108,28 @@ def check_pipeline_folder(folder: Path) -> None:
     """Checks that ``folder`` is a whole diffusers FluxPipeline folder with safetensors weights.
 
     Raises:
-        UserError: one line naming everything that is missing.
+        UserError: names all missing files.
     """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise UserError(
-            f"{folder}: not a FluxPipeline folder, it has no model_index.json "
-            "(save one with FluxPipeline.save_pretrained)"
+            f"{folder}: not a FluxPipeline folder: no model_index.json (create one with "
+            "FluxPipeline.save_pretrained)"
         )
     kind = read_json(index_file).get("_class_name")
     if kind != "FluxPipeline":
-        raise UserError(f"{folder}: holds a {kind}, not a FluxPipeline; only FLUX can be trained")
+        raise UserError(f"{folder}: a {kind}, not a FluxPipeline; only FLUX is supported")
     missing = [part for name in MODEL_FOLDERS for part in _missing_of_model(folder, name)]
     for name, choices in TOKENIZER_FILES.items():
-        # transformers makes an empty tokenizer of an empty folder without a word.
+        # transformers silently creates an empty tokenizer from an empty folder.
         if not any(all((folder / name / file).is_file() for file in files) for files in choices):
             missing.append(" or ".join(f"{name}/{'+'.join(files)}" for files in choices))
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         missing.append("scheduler/scheduler_config.json")
     if missing:
         raise UserError(
-            f"{folder}: FluxPipeline folder lacks {', '.join(missing)}; copy or download it again"
+            f"{folder}: missing from the FluxPipeline folder: {', '.join(missing)}; copy or "
+            "download it again"
         )
 
 
@@ -156,8 +156,8 @@ def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
         options: further arguments of ``from_pretrained``, the dtype among them.
 
     Raises:
-        UserError: a file cannot be read, or tensors of the model are not in it (the libraries
-            would fill those with random numbers and only warn).
+        UserError: a file cannot be read, or tensors are missing (the libraries would initialise
+            them at random and only warn).
     """
     try:
         with without_library_bars():
@@ -169,35 +169,32 @@ def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
                 **options,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{folder}: cannot be loaded as {model_class.__name__} ({reason}); "
-            "copy or download the folder again"
+            f"{folder}: cannot load {model_class.__name__} ({reason(error)}); copy or download the "
+            "folder again"
         ) from None
     absent = sorted(report["missing_keys"])
     if absent:
         raise UserError(
-            f"{folder}: {len(absent)} tensors of {model_class.__name__} are not in its files, "
-            f"first {absent[0]}; copy or download the folder again"
+            f"{folder}: {len(absent)} tensors of {model_class.__name__} are missing, first "
+            f"{absent[0]}; copy or download the folder again"
         )
     return model.eval()
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """``device`` as a :class:`torch.device`, refused with a :class:`UserError` where absent."""
+    """``device`` as a :class:`torch.device`; raises :class:`UserError` if it is not available."""
     try:
         checked = torch.device(device)
     except RuntimeError:
-        raise UserError(f"device {device!r}: no such kind of device; use cpu or cuda") from None
+        raise UserError(f"device {device!r}: unknown device type; use cpu or cuda") from None
     if checked.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or count == 0:
             raise UserError(
-                f"device {str(checked)!r}: this machine has no usable CUDA GPU; use device=cpu, "
-                "or check the driver with nvidia-smi"
+                f"device {str(checked)!r}: no usable CUDA GPU; use device=cpu, or check the driver "
+                "with nvidia-smi"
             )
         if checked.index is not None and checked.index >= count:
-            raise UserError(
-                f"device {str(checked)!r}: this machine has {count} CUDA GPU(s), numbered from 0"
-            )
+            raise UserError(f"device {str(checked)!r}: only {count} CUDA GPU(s), numbered from 0")
     return checked

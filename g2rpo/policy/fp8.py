@@ -1,13 +1,13 @@
 """Linear layers in 8-bit floating point, for continuations.
 
-Weights and inputs are rounded to float8_e4m3fn with a scale of their own for each output row of the
-weight and each token of the input. On a GPU that has such tensor cores (capability 8.9 or more) the
-product is ``torch._scaled_mm``; elsewhere it is emulated: the same rounding, then a product of the
-rounded values in the input's dtype. The two differ in how the product is summed (the tensor cores'
-accumulator is narrower than float32) and in its rounding to bfloat16.
+Weights and inputs are rounded to float8_e4m3fn, with one scale per output row of the weight and per
+token of the input. On GPUs with float8 tensor cores (capability 8.9 or higher) the product is
+``torch._scaled_mm``; elsewhere it is emulated: the same rounding, then a product of the rounded
+values in the input's dtype. The two differ in the accumulation (narrower than float32 in tensor
+cores) and in the rounding to bfloat16.
 
-torchao's float8 layers are not used: they refuse devices without such kernels, and so their effect
-on rewards could not be measured on the mini world.
+torchao's float8 layers require such kernels, so their effect on rewards could not be measured on
+the mini world.
 """
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 FP8 = torch.float8_e4m3fn
 LARGEST = float(torch.finfo(FP8).max)
 MULTIPLE = 16
-"""``torch._scaled_mm`` takes inner and outer sizes that are multiples of this."""
+"""``torch._scaled_mm`` requires sizes that are multiples of this."""
 SMALLEST_SCALE = 1e-12
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``rows`` [..., K] as float8 and a float32 scale [..., 1] each: rows = float8 * scale."""
+    """``rows`` [..., K] as float8 values times float32 scales [..., 1]."""
     largest = rows.abs().amax(dim=-1, keepdim=True).float()
     scale = (largest / LARGEST).clamp(min=SMALLEST_SCALE)
     scaled = (rows.float() / scale).clamp(-LARGEST, LARGEST)
@@ -29,22 +29,22 @@ def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def has_fp8_kernels(device: torch.device) -> bool:
-    """Whether the device multiplies float8 matrices; elsewhere they are emulated."""
+    """Whether the device has float8 matrix products."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def fits(linear: nn.Linear) -> bool:
-    """Whether the layer's sizes suit the kernel."""
+    """Whether the kernel supports the layer's sizes."""
     return linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0
 
 
 class Fp8Linear(nn.Module):
-    """A frozen linear layer whose product is taken in float8.
+    """A frozen linear layer with a float8 product.
 
     Attributes:
         quantised: the weight [out, in] in float8.
         scale: [out, 1] float32.
-        bias: of the layer it stands for, shared with it.
+        bias: shared with the original layer.
     """
 
     quantised: Tensor
@@ -61,7 +61,7 @@ class Fp8Linear(nn.Module):
 
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
-        """Takes over the layer's current weight [out, in]."""
+        """Quantises the layer's current weight [out, in] again."""
         rounded, scale = quantise(weight)
         self.quantised.copy_(rounded)
         self.scale.copy_(scale)
@@ -74,7 +74,7 @@ class Fp8Linear(nn.Module):
         return result.view(*inputs.shape[:-1], -1)
 
     def _multiply(self, rounded: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        # Scales by row go only with results in bfloat16.
+        # Row-wise scales require a bfloat16 result.
         result = torch._scaled_mm(  # noqa: SLF001 - functional.scaled_mm is not tried yet
             rounded,
             self.quantised.t(),

@@ -1,7 +1,7 @@
-"""Which kernels the transformer runs on: its attention backend, and compilation.
+"""The transformer's kernels: its attention backend, and compilation.
 
-Both are set on the transformer itself, once, so that rollout and training run the same ones and the
-importance ratio before an update stays 1.
+Both are set once on the transformer itself, so that rollout and training use the same kernels and
+the importance ratio before an update stays 1.
 """
 
 from typing import Any, Literal
@@ -20,20 +20,20 @@ _BACKENDS = {
     "math": "_native_math",
     "cudnn": "_native_cudnn",
 }
-"""Our names, without what diffusers puts before torch's own kernels, to diffusers' names."""
+"""Our names to diffusers' names."""
 
 
 def resolve_attention(choice: Attention, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend that ``auto`` stands for on this device; any other choice is itself.
+    """Resolves ``auto`` for this device; returns any other choice unchanged.
 
-    On a GPU one kernel is named, because torch's own choice may be another one with gradients than
-    without, and because the one it prefers on recent GPUs, cuDNN's, has failed in the backward with
-    gradient checkpointing (an illegal memory access at FLUX's sequence length): flash attention in
-    16 bits, the memory-efficient kernel in float32, plain matrix products in float64, which has no
-    other. On the CPU it is torch's own choice, which has one kernel for both.
+    On the CPU this is torch's own choice. On a GPU it is one fixed kernel, because torch may choose
+    different ones with and without gradients, and because its preference on recent GPUs, cuDNN's,
+    has failed in the backward with gradient checkpointing (an illegal memory access at FLUX's
+    sequence length): flash attention in 16 bits, the memory-efficient kernel in float32, plain
+    matrix products in float64.
 
     Raises:
-        UserError: the choice does not run on this device in this dtype.
+        UserError: the choice is not available for this device and dtype.
     """
     if choice == "auto":
         if device.type != "cuda":
@@ -41,22 +41,22 @@ def resolve_attention(choice: Attention, device: torch.device, dtype: torch.dtyp
         return {torch.float32: "efficient", torch.float64: "math"}.get(dtype, "flash")  # type: ignore[return-value]
     if choice in ("cudnn", "efficient") and device.type != "cuda":
         raise UserError(
-            f"execution.attention: {choice} needs a GPU; use auto, native, flash or math"
+            f"execution.attention: {choice} requires a GPU; use auto, native, flash or math"
         )
     narrow = dtype in (torch.bfloat16, torch.float16)
     if choice in ("cudnn", "flash") and device.type == "cuda" and not narrow:
         raise UserError(
-            f"execution.attention: {choice} computes in 16 bits, policy.dtype is "
+            f"execution.attention: {choice} requires a 16-bit policy.dtype, not "
             f"{str(dtype).removeprefix('torch.')}; use auto, native, efficient or math"
         )
     return choice
 
 
 def set_attention(transformer: Any, choice: Attention) -> None:
-    """Gives the transformer the backend ``choice``, already resolved.
+    """Sets the attention backend ``choice``, already resolved.
 
-    Unless it is the one that was chosen, cuDNN's attention is switched off for whatever else
-    attends in this process (the autoencoder, text encoders, reward models).
+    Unless chosen, cuDNN's attention is disabled for the whole process (the autoencoder, text
+    encoders and reward models).
     """
     if choice != "auto":
         transformer.set_attention_backend(_BACKENDS[choice])
@@ -65,10 +65,10 @@ def set_attention(transformer: Any, choice: Attention) -> None:
 
 
 def compile_blocks(transformer: Any) -> None:
-    """Compiles each repeated block of the transformer, in place, without graph breaks.
+    """Compiles the repeated blocks of the transformer, in place, without graph breaks.
 
-    The blocks share their code, so that each kind is compiled once for batches of one state and
-    once for all others, with and without gradients.
+    Blocks share their code, so each kind is compiled once for a batch of one and once for larger
+    batches, with and without gradients.
     """
     transformer.compile_repeated_blocks(fullgraph=True)
 

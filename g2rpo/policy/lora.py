@@ -1,7 +1,7 @@
-"""LoRA on the transformer: small trained matrices beside frozen weights, through peft.
+"""LoRA on the transformer, through peft.
 
-The adapters are an ordinary diffusers LoRA file, which ``FluxPipeline.load_lora_weights`` loads
-with the same strength.
+The adapters are saved as a standard diffusers LoRA file, which ``FluxPipeline.load_lora_weights``
+loads with the same scale.
 """
 
 import json
@@ -19,25 +19,26 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.policy.config import LoraConfig
 from g2rpo.seeds import gaussian
+from g2rpo.weights import check_shapes
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers calls a LoRA file."""
+"""The name of a LoRA file in diffusers."""
 _METADATA = "lora_adapter_metadata"
 _PREFIX = "transformer."
 _ADAPTER = "default"
 
 
 def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
-    """Freezes the transformer and gives it adapters that change nothing yet.
+    """Freezes the transformer and adds adapters whose output is zero.
 
-    Each A is Gaussian with std 1 / rank, drawn on the CPU and named by ``seed`` and its layer; each
+    Each A is Gaussian with std 1 / rank, drawn on the CPU from ``seed`` and the layer's name; each
     B is zero. The adapters are float32, or float64 in a float64 transformer.
 
     Raises:
-        UserError: ``target_modules`` names no layer of this transformer.
+        UserError: ``target_modules`` matches no layer of this transformer.
     """
     transformer.requires_grad_(False)
     settings = peft.LoraConfig(
@@ -50,7 +51,7 @@ def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
     try:
         transformer.add_adapter(settings, adapter_name=_ADAPTER)
     except ValueError as error:
-        raise UserError(f"lora.target_modules: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"lora.target_modules: {reason(error)}") from None
     for name, parameter in lora_parameters(transformer).items():
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         values = torch.zeros(parameter.shape)
@@ -61,12 +62,12 @@ def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
 
 
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters by name; empty where there are none."""
+    """The adapters by name; empty if there are none."""
     return {name: p for name, p in transformer.named_parameters() if ".lora_" in name}
 
 
 def save_lora(transformer: nn.Module, folder: Path) -> None:
-    """Writes the adapters to ``folder`` as diffusers does, their rank and alpha with them."""
+    """Writes the adapters with their rank and alpha to ``folder``, as diffusers does."""
     layers = {
         name: value.contiguous() for name, value in get_peft_model_state_dict(transformer).items()
     }
@@ -75,11 +76,10 @@ def save_lora(transformer: nn.Module, folder: Path) -> None:
 
 
 def load_lora(transformer: nn.Module, folder: Path) -> None:
-    """Reads what :func:`save_lora` wrote; gives the transformer its adapters if it has none.
+    """Reads adapters written by :func:`save_lora`; adds them if the transformer has none.
 
     Raises:
-        UserError: the file is missing, damaged or of other adapters than the transformer has;
-            nothing has been changed then but for adapters that are there now.
+        UserError: the file is missing, damaged or of different adapters; no weight is changed.
     """
     path = folder / LORA_FILE
     tensors, metadata = _read(path)
@@ -87,15 +87,9 @@ def load_lora(transformer: nn.Module, folder: Path) -> None:
         add_lora(transformer, _config_of(path, metadata), seed=0)
     saved = {_parameter_name(key): value for key, value in tensors.items()}
     parameters = lora_parameters(transformer)
-    if saved.keys() != parameters.keys():
-        odd = min(saved.keys() ^ parameters.keys())
-        raise UserError(f"{path}: not the adapters of this transformer: {odd} is only in one")
-    for name, value in saved.items():
-        if value.shape != parameters[name].shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(value.shape)} where the transformer has "
-                f"{list(parameters[name].shape)}; it was trained with another lora.rank or base"
-            )
+    given, wanted = ({n: t.shape for n, t in each.items()} for each in (saved, parameters))
+    fix = "it was trained with another lora.rank, lora.target_modules or base"
+    check_shapes(given, wanted, str(path), fix)
     with torch.no_grad():
         for name, value in saved.items():
             parameters[name].copy_(value)
@@ -109,8 +103,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such LoRA file") from None
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be read as a LoRA file ({reason})") from None
+        raise UserError(f"{path}: not a readable LoRA file ({reason(error)})") from None
 
 
 def _config_of(path: Path, metadata: Mapping[str, str]) -> LoraConfig:
@@ -123,20 +116,19 @@ def _config_of(path: Path, metadata: Mapping[str, str]) -> LoraConfig:
         )
     except (KeyError, ValueError):
         raise UserError(
-            f"{path}: does not say its rank and alpha ({_METADATA}); save it with diffusers' "
-            "LoRA metadata"
+            f"{path}: no rank and alpha ({_METADATA}); save it with diffusers' LoRA metadata"
         ) from None
 
 
 def _parameter_name(key: str) -> str:
-    """``transformer.<layer>.lora_A.weight`` is ``<layer>.lora_A.<adapter>.weight`` in the model."""
+    """``transformer.<layer>.lora_A.weight`` to the model's ``<layer>.lora_A.<adapter>.weight``."""
     layer, _, last = key.removeprefix(_PREFIX).rpartition(".")
     return f"{layer}.{_ADAPTER}.{last}"
 
 
 @contextmanager
 def lora_disabled(transformer: nn.Module) -> Iterator[None]:
-    """Inside of the block the transformer is its frozen base."""
+    """Within the block the transformer is its frozen base."""
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)

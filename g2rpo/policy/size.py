@@ -1,4 +1,4 @@
-"""The size of a FLUX policy from its configuration alone: parameters, tokens, operations."""
+"""The size of a FLUX policy, from its configuration: parameters, tokens, operations."""
 
 import functools
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pydantic
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.policy.config import LoraConfig, PolicyConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
@@ -16,15 +16,15 @@ Linears = dict[str, tuple[int, int]]
 
 
 class ModelSize(pydantic.BaseModel, frozen=True):
-    """The constants of a ``FluxTransformer2DModel``, as it names them, and of its autoencoder.
+    """The configuration of a ``FluxTransformer2DModel`` and its autoencoder.
 
-    The defaults are those of diffusers.
+    Names and defaults are those of diffusers.
     """
 
     num_layers: int = 19
-    """Blocks with separate weights for image and text."""
+    """Double-stream blocks: separate weights for image and text."""
     num_single_layers: int = 38
-    """Blocks with common weights."""
+    """Single-stream blocks: shared weights."""
     num_attention_heads: int = 24
     attention_head_dim: int = 128
     in_channels: int = 64
@@ -32,21 +32,21 @@ class ModelSize(pydantic.BaseModel, frozen=True):
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False
     factor: int = 8
-    """Pixels to a latent's side."""
+    """Pixels per latent, along each side."""
 
     @property
     def width(self) -> int:
-        """Of the hidden states."""
+        """Width of the hidden states."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def blocks(self) -> int:
-        """How many blocks of both kinds."""
+        """Number of blocks of both kinds."""
         return self.num_layers + self.num_single_layers
 
     @functools.cached_property
     def linears(self) -> Linears:
-        """(inputs, outputs) of every linear layer of the transformer, by its name."""
+        """(inputs, outputs) of every linear layer, by name."""
         d = self.width
         layers = {"x_embedder": (self.in_channels, d), "proj_out": (d, self.in_channels)}
         layers |= {"context_embedder": (self.joint_attention_dim, d), "norm_out.linear": (d, 2 * d)}
@@ -66,7 +66,7 @@ class ModelSize(pydantic.BaseModel, frozen=True):
 
     @functools.cached_property
     def parameters(self) -> int:
-        """Of the transformer."""
+        """Parameters of the transformer."""
         norms = (4 * self.num_layers + 2 * self.num_single_layers) * self.attention_head_dim
         return _parameters(self.linears) + norms
 
@@ -78,27 +78,27 @@ class ModelSize(pydantic.BaseModel, frozen=True):
         return double if self.num_layers else single
 
     def lora_parameters(self, config: LoraConfig) -> int:
-        """Of adapters on the layers whose names end as the targets of ``config`` do."""
+        """Parameters of adapters on the ``target_modules`` of ``config``."""
         ends = tuple(f".{target}" for target in config.target_modules)
         return config.rank * sum(
             sum(sides) for name, sides in self.linears.items() if f".{name}".endswith(ends)
         )
 
     def tokens(self, policy: PolicyConfig) -> int:
-        """Of one state: packed image and text."""
+        """Tokens of one state: packed image and text."""
         return (policy.resolution // (2 * self.factor)) ** 2 + policy.max_sequence_length
 
     def operations(self, policy: PolicyConfig) -> float:
         """Floating-point operations of one velocity evaluation, in the blocks.
 
-        Each token passes 12 matrices of width x width in each block; attention adds 4 x tokens^2
-        x width.
+        Per block, each token is multiplied with 12 matrices of width x width; attention adds
+        4 x tokens^2 x width.
         """
         tokens = self.tokens(policy)
         return self.blocks * (24.0 * self.width**2 * tokens + 4.0 * tokens**2 * self.width)
 
     def embedding_bytes(self, policy: PolicyConfig) -> int:
-        """Of one prompt's stored text embeddings: the sequence and the pooled vector."""
+        """Bytes of one prompt's text embeddings: the sequence and the pooled vector."""
         numbers = policy.max_sequence_length * self.joint_attention_dim
         return (numbers + self.pooled_projection_dim) * DTYPE_BYTES[policy.dtype]
 
@@ -108,7 +108,7 @@ FLUX_DEV = ModelSize(guidance_embeds=True)
 
 
 def model_size(policy: PolicyConfig) -> ModelSize:
-    """The size of a policy: from its folder where it is one, else FLUX.1-dev's.
+    """The size of a policy: from its folder if it is local, else FLUX.1-dev's.
 
     Raises:
         UserError: the folder's configuration cannot be read.
@@ -132,7 +132,7 @@ def read_size(folder: Path) -> ModelSize:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}: transformer/config.json and vae/config.json are not those of FLUX "
-            f"({' '.join(str(error).split())[:200]}); fetch the folder again"
+            f"({reason(error)}); fetch the folder again"
         ) from None
 
 

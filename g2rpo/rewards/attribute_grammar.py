@@ -1,8 +1,8 @@
-"""Captions of a world of coloured shapes, read into the attributes they name, and compared.
+"""Parses captions of a world of coloured shapes and compares them with images.
 
-Everything about the world is data: :class:`Grammar` holds the phrases, the layout of cells and
-the relations, and is stored beside the weights of the attribute judge. A caption is one to three
-groups of shapes, e.g. "two small red circles above a blue square on a black background".
+The world is data: :class:`Grammar` has the phrases, the layout of cells and the relations, and is
+stored with the weights of the attribute reward. A caption describes one to three groups of shapes,
+e.g. "two small red circles above a blue square on a black background".
 """
 
 import itertools
@@ -19,7 +19,7 @@ from g2rpo.errors import UserError
 
 @dataclass(frozen=True)
 class Group:
-    """``count`` shapes that share what the caption says of them; None where it says nothing."""
+    """``count`` shapes with the same attributes; None where the caption does not specify one."""
 
     count: int
     colour: str
@@ -30,14 +30,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says; ``relation`` holds between the first and the second group."""
+    """A parsed caption; ``relation`` is between the first and the second group."""
 
     groups: tuple[Group, ...]
     background: str
     relation: str | None = None
 
     def objects(self) -> list[tuple[int, Group]]:
-        """Every single shape with the index of its group."""
+        """Every shape with the index of its group."""
         return [
             (index, group) for index, group in enumerate(self.groups) for _ in range(group.count)
         ]
@@ -45,7 +45,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Shown:
-    """One shape that an image shows."""
+    """A shape in an image."""
 
     colour: str
     shape: str
@@ -54,22 +54,22 @@ class Shown:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an image shows: a shape or nothing in each cell, and the background."""
+    """The contents of an image: a shape or None per cell, and the background."""
 
     cells: tuple[Shown | None, ...]
     background: str
 
 
 class Grammar(StrictModel):
-    """The phrases of the captions and the geometry that they speak of."""
+    """The phrases of the captions and the geometry they refer to."""
 
     counts: dict[str, int]
     sizes: dict[str, str]
     colours: dict[str, str]
     shapes: dict[str, str]
-    """Words, singular and plural, to the shape that they name."""
+    """Singular and plural words to shapes."""
     places: dict[str, str]
-    """Phrases such as ``at the top left`` to the place that they name."""
+    """Phrases such as ``at the top left`` to places."""
     relations: dict[str, str]
     backgrounds: dict[str, str]
     joints: list[str]
@@ -122,7 +122,7 @@ class Grammar(StrictModel):
         """The scene that ``caption`` describes.
 
         Raises:
-            UserError: a word outside the vocabulary, or an order of words that is no scene.
+            UserError: a word outside the vocabulary, or an incomplete scene.
         """
         groups: list[Group] = []
         relation: str | None = None
@@ -153,11 +153,11 @@ class Grammar(StrictModel):
                 raise UserError(f"caption {caption!r}: unexpected {value!r}")
         unfinished = parts or not groups or (relation is not None and len(groups) < 2)
         if background is None or unfinished:
-            raise UserError(f"caption {caption!r}: does not describe a whole scene")
+            raise UserError(f"caption {caption!r}: not a complete scene")
         return Scene(tuple(groups), background, relation)
 
     def arrangements(self, scene: Scene) -> list[tuple[int, ...]]:
-        """Every way to give the objects of ``scene`` cells of their own that it allows."""
+        """All assignments of cells to the objects of ``scene`` that it allows."""
         return [
             cells
             for cells in itertools.permutations(range(self.cells), len(scene.objects()))
@@ -180,9 +180,9 @@ class Grammar(StrictModel):
     def agreement(self, scene: Scene, reading: Reading) -> tuple[int, int]:
         """How many attributes of ``scene`` an image shows, and how many there are.
 
-        The attributes are the background, the number of shapes, the relation, and of each shape
-        its colour, kind and, where the caption says them, size and place. Shapes of the caption
-        are matched with shapes of the image so that most attributes agree.
+        The attributes are the background, the number of shapes, the relation, and for each shape
+        its colour, kind and, if specified, size and place. Shapes of the caption are matched with
+        shapes of the image so that the most attributes agree.
         """
         objects = scene.objects()
         total = 2 + (scene.relation is not None)

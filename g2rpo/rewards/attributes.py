@@ -1,10 +1,10 @@
-"""The attribute judge: the share of a caption's attributes that an image shows.
+"""The attribute reward: the share of a caption's attributes that an image shows.
 
-It stands where the paper has UnifiedReward: a judge that is independent of the CLIP-like rewards.
-A small convolutional network reads an image into the shape, colour and size in every cell of the
-layout, and the background; the caption is parsed by a :class:`Grammar`; the score is the share of
-the caption's attributes that agree, in [0, 1]. The folder holds config.json (everything about the
-world and the network) and model.safetensors.
+The mini world's counterpart of UnifiedReward: an evaluator independent of the CLIP-like rewards.
+A small convolutional network predicts the shape, colour and size in every cell of the layout, and
+the background; a :class:`Grammar` parses the caption; the score is the share of the caption's
+attributes that agree, in [0, 1]. The folder contains config.json (the world and the network) and
+model.safetensors.
 """
 
 import functools
@@ -27,11 +27,11 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 class ReaderConfig(StrictModel):
-    """What the network reads, and its size."""
+    """The network's classes and size."""
 
     version: str
     resolution: int
-    """Side of the square image that the network sees; others are resized to it."""
+    """Side of the square input; other images are resized to it."""
     layout: tuple[int, int]
     """Rows and columns of cells."""
     shapes: list[str]
@@ -39,12 +39,12 @@ class ReaderConfig(StrictModel):
     sizes: list[str]
     backgrounds: list[str]
     widths: list[int]
-    """Channels of the convolutions, each of which but the first halves the resolution."""
+    """Channels of the convolutions; each but the first halves the resolution."""
     grammar: Grammar
 
 
 class AttributeReader(nn.Module):
-    """Reads images into class scores for every cell and for the background."""
+    """Classifies every cell of an image, and its background."""
 
     def __init__(self, config: ReaderConfig) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class AttributeReader(nn.Module):
         return parts[0], parts[1], parts[2], self.background_head(cells.mean((2, 3)))
 
     def read(self, images: Tensor) -> list[Reading]:
-        """What uint8 images ``[B, H, W, 3]`` show."""
+        """The scenes shown by uint8 images ``[B, H, W, 3]``."""
         return self.readings(self.prepare(images))
 
     @torch.no_grad()
     def readings(self, pixels: Tensor) -> list[Reading]:
-        """What pixels ``[B, 3, side, side]`` show (see :meth:`prepare`)."""
+        """The scenes shown by pixels ``[B, 3, side, side]`` (see :meth:`prepare`)."""
         scores = self(pixels.to(self.background_head.weight))
         shapes, colours, sizes, backgrounds = (part.argmax(-1).cpu().tolist() for part in scores)
         config = self.config
@@ -122,7 +122,7 @@ class AttributeReader(nn.Module):
         """Loads what :meth:`save` wrote, frozen and in evaluation mode.
 
         Raises:
-            UserError: a file is missing, or does not fit.
+            UserError: a file is missing or does not fit.
         """
         where = locate(str(folder), [CONFIG_FILE])
         reader = cls(validate(ReaderConfig, read_json(where), str(where)))
@@ -131,8 +131,8 @@ class AttributeReader(nn.Module):
         return reader.eval()
 
 
-class AttributeJudge(BatchedReward):
-    """The attribute judge as a reward model."""
+class AttributeReward(BatchedReward):
+    """The attribute reward, from a folder with an :class:`AttributeReader`."""
 
     name: ClassVar[str] = "attributes"
 
@@ -148,7 +148,7 @@ class AttributeJudge(BatchedReward):
         """See :meth:`BatchedReward.load`; ``source`` must be a folder, there is no default."""
         if config.source is None:
             raise UserError(
-                "reward attributes: no model is published; set source to a folder such as the "
+                "reward attributes: no model is published; set source to a folder, such as the "
                 "mini world's"
             )
         folder = Path(config.source)

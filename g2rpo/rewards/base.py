@@ -1,20 +1,20 @@
-"""What every reward model shares: its configuration, its protocol, and the scoring loop.
+"""The configuration, protocol and scoring loop shared by all reward models.
 
-A reward model sees images as a saved PNG would hold them (8-bit RGB) and whole prompts, and gives
-one float32 number per image. A score that is not finite is an error, never a number.
+A reward model takes images as a PNG stores them (8-bit RGB) with their whole prompts, and returns
+one float32 number per image. A score that is not finite is an error.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
-from torch import Tensor
+from torch import Tensor, nn
 
 from g2rpo.config import StrictModel, nearest
 from g2rpo.errors import UserError
+from g2rpo.offload import on_device
 from g2rpo.rewards.question import QuestionConfig
 
 Images = Tensor | Sequence[Tensor]
@@ -22,29 +22,29 @@ Images = Tensor | Sequence[Tensor]
 
 
 def _as_text(value: object) -> object:
-    """A variant may look like a number, and YAML then reads it as one."""
+    """YAML reads variants such as 224 as numbers."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class RewardConfig(StrictModel):
-    """Which reward model to load, from where, and how many images it scores at a time."""
+    """Which reward model to load, from where, and its batch size."""
 
     model: str
     """Name in the registry (``g2rpo.rewards.registry.REWARDS``)."""
     source: str | None = None
-    """Folder or hub id of the weights; None means the published default of the model."""
+    """Folder or hub id of the weights; None is the published default of the model."""
     revision: str | None = None
-    """Hub revision (commit) of the weights; None means the newest."""
+    """Hub revision (commit) of the weights; None is the pinned one, else the newest."""
     variant: Annotated[str | None, BeforeValidator(_as_text)] = None
-    """Choice among a model's published variants or score scales; None means its default."""
+    """One of the model's published variants or score scales; None is its default."""
     batch_size: int = Field(default=32, ge=1)
-    """Images per forward pass; scores do not depend on it beyond float32 rounding."""
+    """Images per forward pass; affects scores only by float32 rounding."""
     question: QuestionConfig | None = None
-    """How a model that is asked in words is asked; for no other."""
+    """The question to a vision-language model; only for rewards that ask one."""
 
     @model_serializer(mode="wrap")
     def _without_an_absent_question(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Runs are named by a hash of this: those of the other models keep their names.
+        # Run names hash this dump: those of the other models must not change.
         fields: dict[str, Any] = handler(self)
         if self.question is None:
             fields.pop("question", None)
@@ -52,7 +52,7 @@ class RewardConfig(StrictModel):
 
 
 class RewardModel(Protocol):
-    """Anything that scores images against prompts."""
+    """A model that scores images against prompts."""
 
     @property
     def name(self) -> str:
@@ -76,31 +76,30 @@ class RewardModel(Protocol):
 
 
 def check_inputs(name: str, images: Images, prompts: Sequence[str]) -> None:
-    """Refuses anything but N uint8 RGB images with N non-empty prompts."""
+    """Raises :class:`UserError` unless there are N uint8 RGB images and N non-empty prompts."""
     if isinstance(prompts, str):
         raise UserError(f"{name}: prompts must be a list of strings, not one string")
     if isinstance(images, Tensor) and images.ndim != 4:
         raise UserError(f"{name}: images must be [N, H, W, 3], not {list(images.shape)}")
     for image in images[:1] if isinstance(images, Tensor) else images:
         if image.dtype != torch.uint8:
-            raise UserError(
-                f"{name}: images must be uint8 in 0..255, as a saved PNG holds them, "
-                f"not {image.dtype}"
-            )
+            raise UserError(f"{name}: images must be uint8 in 0..255, not {image.dtype}")
         if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
             raise UserError(
-                f"{name}: images must be [N, H, W, 3], or N of [H, W, 3] each; "
-                f"one is {list(image.shape)}"
+                f"{name}: images must be [N, H, W, 3], or N images of [H, W, 3]; "
+                f"got {list(image.shape)}"
             )
     if len(prompts) != len(images):
-        raise UserError(f"{name}: {len(images)} images but {len(prompts)} prompts; need one each")
+        raise UserError(
+            f"{name}: {len(images)} images but {len(prompts)} prompts; give one prompt per image"
+        )
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
-            raise UserError(f"{name}: prompt {index} is empty; every image needs a prompt")
+            raise UserError(f"{name}: prompt {index} is empty; give one prompt per image")
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> None:
-    """Refuses scores ``[N, columns]`` that are NaN or infinite, naming the first such prompt."""
+    """Raises :class:`UserError` for the first prompt with a NaN or infinity in ``[N, columns]``."""
     bad = (~torch.isfinite(scores)).any(1).nonzero().flatten().tolist()
     if bad:
         raise UserError(
@@ -124,17 +123,17 @@ def choose_variant(config: RewardConfig, valid: Sequence[str]) -> str:
 
 
 class BatchedReward(ABC):
-    """Base of the reward models: checks, batches, and verifies.
+    """Base of the reward models: checks the input, scores it in batches, checks the scores.
 
-    The work of a batch is in two parts: :meth:`prepare`, on the CPU and in any thread, so that it
-    can run ahead, and :meth:`evaluate`, on the device.
+    A batch is processed in two parts: :meth:`prepare`, on the CPU and in any thread, so that it can
+    run ahead, and :meth:`evaluate`, on the device.
     """
 
     name: ClassVar[str]
     part_names: tuple[str, ...] = ()
-    """What the score is made of, where a model answers several questions."""
+    """Names of the partial scores, where there are any."""
     template_hash: str | None = None
-    """SHA-256 of the question put to the model, where it is asked in words."""
+    """SHA-256 of the question, for vision-language models."""
 
     def __init__(
         self, device: torch.device | str, batch_size: int, version: str, weights_hash: str
@@ -143,6 +142,8 @@ class BatchedReward(ABC):
         self.batch_size = batch_size
         self.version = version
         self.weights_hash = weights_hash
+        self.offloaded = False
+        """Whether the networks are on the device only while they score (:meth:`offload`)."""
 
     @classmethod
     @abstractmethod
@@ -150,32 +151,39 @@ class BatchedReward(ABC):
         """Loads the model in evaluation mode and float32.
 
         Raises:
-            UserError: the weights are not there or do not fit, and how to get them.
+            UserError: the weights are missing or do not fit; says how to get them.
         """
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
-        """What :meth:`evaluate` needs of B checked images and prompts, on the CPU; thread-safe.
-
-        Images and prompts as they are, unless a subclass can do some of its work here.
-        """
+        """Preprocesses B checked images and prompts for :meth:`evaluate`; thread-safe."""
         return images, prompts
+
+    def networks(self) -> list[nn.Module]:
+        """The model's networks."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
+
+    def offload(self) -> None:
+        """Keeps the networks in CPU memory while :meth:`score` is not running."""
+        self.offloaded = True
+        for network in self.networks():
+            network.to("cpu")
 
     @abstractmethod
     def evaluate(self, prepared: Any) -> Tensor:
         """Scores ``[B]``, or ``[B, 1 + parts]`` with the score first where there are parts."""
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        """Whether each prompt is longer than what the model reads; the rest of it is cut off."""
+        """Whether each prompt is longer than the model's context, and so truncated."""
         return [False] * len(prompts)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of what :meth:`score_prepared` gives: the reward's own, then its parts'."""
+        """The columns of :meth:`score_prepared`: the reward's own, then its parts'."""
         return (self.name, *(f"{self.name}.{part}" for part in self.part_names))
 
     @torch.no_grad()
     def score_prepared(self, prepared: Any, prompts: Sequence[str]) -> Tensor:
-        """Float32 ``[B, columns]`` on the CPU, all finite, of one prepared batch."""
+        """Scores one prepared batch: float32 ``[B, columns]`` on the CPU, all finite."""
         scores = self.evaluate(prepared).float().cpu().reshape(len(prompts), len(self.columns))
         check_finite(self.name, scores, prompts)
         return scores
@@ -184,36 +192,9 @@ class BatchedReward(ABC):
         """See :meth:`RewardModel.score`."""
         check_inputs(self.name, images, prompts)
         scores = torch.empty(len(images), dtype=torch.float32)
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            prepared = self.prepare([image.cpu() for image in images[part]], prompts[part])
-            scores[part] = self.score_prepared(prepared, prompts[part])[:, 0]
+        with on_device(self.networks(), self.device, offloaded=self.offloaded):
+            for start in range(0, len(images), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                prepared = self.prepare([image.cpu() for image in images[part]], prompts[part])
+                scores[part] = self.score_prepared(prepared, prompts[part])[:, 0]
         return scores
-
-
-def once_each(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
-    """The distinct prompts in first-seen order, and the index ``[N]`` of each prompt in them.
-
-    A group of images shares its prompt, so encoding each distinct prompt once saves most of the
-    text tower's work.
-    """
-    positions: dict[str, int] = {}
-    index = [positions.setdefault(prompt, len(positions)) for prompt in prompts]
-    return list(positions), torch.tensor(index, dtype=torch.long)
-
-
-@dataclass(frozen=True)
-class PreparedPairs:
-    """A batch for a model of two towers.
-
-    ``pixels`` ``[B, 3, S, S]``; ``tokens`` of the distinct prompts, and ``index`` ``[B]`` of each
-    image's prompt in them.
-    """
-
-    pixels: Tensor
-    tokens: Any
-    index: Tensor
-
-    def to(self, device: torch.device) -> "PreparedPairs":
-        """The same on ``device``."""
-        return PreparedPairs(self.pixels.to(device), self.tokens.to(device), self.index.to(device))

@@ -16,7 +16,7 @@ from g2rpo.rewards.open_clip_reward import (
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import locate
 
-# Variant (input pixels) -> hub id and open_clip's name of the architecture.
+# Variant (input size in pixels) -> hub id and open_clip's name of the architecture.
 PUBLISHED = {
     "224": ("apple/DFN5B-CLIP-ViT-H-14", "ViT-H-14-quickgelu"),
     "378": ("apple/DFN5B-CLIP-ViT-H-14-378", "ViT-H-14-378-quickgelu"),
@@ -26,9 +26,9 @@ PUBLISHED = {
 class CLIPScore(OpenClipReward):
     """Cosine in [-1, 1], not multiplied by 100 or clipped at 0.
 
-    Without a ``source``, ``variant`` chooses the published input size, 224 (default) or 378. Any
-    other open_clip model is loaded by the folder or hub id that holds its
-    ``open_clip_config.json``; it has no variants.
+    Without a ``source``, ``variant`` selects the published input size, 224 (default) or 378. Any
+    other open_clip model is loaded from the folder or hub id with its ``open_clip_config.json``; it
+    has no variants.
     """
 
     name = "clip"
@@ -38,7 +38,7 @@ class CLIPScore(OpenClipReward):
         """Loads the model; see :meth:`BatchedReward.load`."""
         if config.source is not None:
             if config.variant is not None:
-                raise UserError(f"reward clip: a variant cannot be chosen of {config.source}")
+                raise UserError(f"reward clip: {config.source} has no variants; remove `variant`")
             files = clip_folder(config.source, config.revision)
             return cls(files, "cosine", device, config.batch_size)
         variant = choose_variant(config, tuple(PUBLISHED))

@@ -1,8 +1,8 @@
 """HPS v2: human preference score, a preference-tuned CLIP ViT-H-14 (arXiv 2306.09341).
 
 The score is the diagonal of ``image_features @ text_features.T`` with normalised features, as in
-hpsv2's ``score``. Its vendored model equals open_clip's, so open_clip with the published
-checkpoint is the same function, without a reload for every call.
+hpsv2's ``score``. That package vendors open_clip's model and reloads it for every call; here
+open_clip itself loads the published checkpoint once.
 """
 
 from pathlib import Path
@@ -22,10 +22,10 @@ CHECKPOINTS = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 
 
 class HPS(OpenClipReward):
-    """HPS v2.1 (default) or v2.0, chosen by ``variant``; around 0.2 to 0.4, higher is better.
+    """HPS v2.1 (default) or v2.0, selected by ``variant``; about 0.2 to 0.4, higher is better.
 
-    A ``source`` folder with ``open_clip_config.json`` is loaded as it describes itself, and has no
-    variants; any other source must hold the published checkpoint.
+    A ``source`` with an ``open_clip_config.json`` is loaded as described there and has no variants;
+    any other source must contain the published checkpoint.
     """
 
     name = "hps"
@@ -37,7 +37,7 @@ class HPS(OpenClipReward):
         version = choose_variant(config, tuple(CHECKPOINTS))
         if (Path(source) / CONFIG_FILE).is_file():
             if config.variant is not None:
-                raise UserError(f"reward hps: a variant cannot be chosen of {source}")
+                raise UserError(f"reward hps: {source} has no variants; remove `variant`")
             files, version = clip_folder(source), "custom"
         else:
             weights = locate(source, (CHECKPOINTS[version],), config.revision)

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from g2rpo.files import read_json, sha256_file
-from g2rpo.rewards.base import BatchedReward, PreparedPairs, RewardConfig, choose_variant
+from g2rpo.rewards.base import BatchedReward, RewardConfig, choose_variant
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
     PromptTokenizer,
@@ -42,8 +42,8 @@ PUBLISHED_VISION = {
 }
 MED_CONFIG, VISION_CONFIG = "med_config.json", "vision_config.json"
 WEIGHTS_FILES = ("image_reward.safetensors", "ImageReward.pt")
-# The package's constants: mean and deviation of the raw score on its own data, and the length
-# that prompts are cut at.
+# The package's constants: mean and standard deviation of the raw score on its own data, and the
+# length at which prompts are truncated.
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 
@@ -63,12 +63,12 @@ _PUBLISHED_KEYS = {
     "text.": (("text.", "blip.text_encoder."),),
     "head.": (("head.", "mlp.layers."),),
 }
-# In the published file, but not part of the score.
+# In the published file, but not needed for the score.
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
 def published_key(key: str) -> str:
-    """The published checkpoint's name of a parameter of :class:`ImageRewardNetwork`."""
+    """The name of an :class:`ImageRewardNetwork` parameter in the published checkpoint."""
     part = key[: key.index(".") + 1]
     for ours, theirs in _PUBLISHED_KEYS[part]:
         key = key.replace(ours, theirs, 1)
@@ -76,7 +76,7 @@ def published_key(key: str) -> str:
 
 
 class ImageRewardNetwork(nn.Module):
-    """Vision tower, text tower that attends to it, and a head on the first token."""
+    """A vision tower, a text tower with cross-attention to it, and a head on the first token."""
 
     def __init__(self, vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class ImageRewardNetwork(nn.Module):
                 attention_probs_dropout_prob=0.0,
                 bos_token_id=None,
                 sep_token_id=None,
-                is_decoder=True,  # which is what gives the text tower its cross-attention
+                is_decoder=True,  # adds the cross-attention
             ),
             add_pooling_layer=False,
         )
@@ -122,7 +122,7 @@ class ImageRewardNetwork(nn.Module):
         return tokens
 
     def read(self, image_tokens: Tensor, text: BatchEncoding) -> Tensor:
-        """The first token's vector ``[N, width]`` of prompts read in sight of encoded images."""
+        """The first token's vector ``[N, width]`` of prompts that attend to encoded images."""
         seen = torch.ones(image_tokens.shape[:2], dtype=torch.long, device=image_tokens.device)
         hidden: Tensor = self.text(
             input_ids=text.input_ids,
@@ -134,7 +134,7 @@ class ImageRewardNetwork(nn.Module):
         return hidden[:, 0]
 
     def forward(self, image_tokens: Tensor, text: BatchEncoding) -> Tensor:
-        """Rewards ``[N]`` of encoded images and tokenized prompts, one each, differentiable."""
+        """Rewards ``[N]`` of N encoded images and tokenized prompts, differentiable."""
         raw: Tensor = self.head(self.read(image_tokens, text)).squeeze(-1)
         return (raw - SCORE_MEAN) / SCORE_STD
 
@@ -150,14 +150,14 @@ class ImageRewardNetwork(nn.Module):
 
 
 def add_blip_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Adds to a BERT tokenizer the two tokens that BLIP's text tower knows beyond BERT's."""
+    """Adds the two tokens of BLIP's text tower to a BERT tokenizer."""
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return tokenizer
 
 
 class ImageReward(BatchedReward):
-    """ImageReward v1.0: about -2.3 to 2, mean 0 and deviation 1 on the authors' data."""
+    """ImageReward v1.0: about -2.3 to 2; zero mean and unit variance on the authors' data."""
 
     name = "image_reward"
 
@@ -186,15 +186,16 @@ class ImageReward(BatchedReward):
         choose_variant(config, ("v1.0",))
         return cls(config.source or PUBLISHED, config.revision, device, config.batch_size)
 
-    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> PreparedPairs:
-        """See :meth:`BatchedReward.prepare`; the text tower reads a prompt once for each image."""
-        index = torch.arange(len(prompts))
-        return PreparedPairs(self.preprocessing(images), self.tokenizer(prompts), index)
+    def prepare(
+        self, images: Sequence[Tensor], prompts: Sequence[str]
+    ) -> tuple[Tensor, BatchEncoding]:
+        """See :meth:`BatchedReward.prepare`."""
+        return self.preprocessing(images), self.tokenizer(prompts)
 
-    def evaluate(self, prepared: PreparedPairs) -> Tensor:
+    def evaluate(self, prepared: tuple[Tensor, BatchEncoding]) -> Tensor:
         """Rewards ``[B]``."""
-        pairs = prepared.to(self.device)
-        rewards: Tensor = self.network(self.network.encode_image(pairs.pixels), pairs.tokens)
+        pixels, tokens = (part.to(self.device) for part in prepared)
+        rewards: Tensor = self.network(self.network.encode_image(pixels), tokens)
         return rewards
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""Rewards that are the cosine between the image and text features of an open_clip model."""
+"""Rewards from the cosine of an open_clip model's image and text features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.files import read_json, sha256_file
-from g2rpo.rewards.base import PreparedPairs, once_each
 from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
@@ -25,8 +24,8 @@ from g2rpo.rewards.weights import (
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-# As ``hf_tokenizer_name``: the tokenizer's files lie beside the weights.
 TOKENIZER_BESIDE = "."
+"""As ``hf_tokenizer_name``: the tokenizer's files are next to the weights."""
 
 
 def build_clip(model_config: Mapping[str, Any]) -> open_clip.CLIP:
@@ -39,37 +38,35 @@ def build_clip(model_config: Mapping[str, Any]) -> open_clip.CLIP:
     return open_clip.CLIP(**arguments)
 
 
-class ClipTokenizer:
-    """Prompts to the token ids of an open_clip text tower, cut at its context length."""
+class ClipTokenizer(PromptTokenizer):
+    """Prompts to the token ids of an open_clip text tower, cut off at its context length."""
 
     def __init__(self, model_config: Mapping[str, Any], folder: Path) -> None:
         text = model_config["text_cfg"]
-        self.context_length, vocabulary = int(text["context_length"]), int(text["vocab_size"])
+        length, vocabulary = int(text["context_length"]), int(text["vocab_size"])
         name = text.get("hf_tokenizer_name")
-        self._hf: PromptTokenizer | None = None
         if name is None:
-            self._simple = open_clip.SimpleTokenizer(context_length=self.context_length)
+            self._simple = open_clip.SimpleTokenizer(context_length=length)
             check_vocabulary(str(folder), self._simple.vocab_size, vocabulary)
+            self.limit = length
             return
+        self._simple = None
         source = folder if name == TOKENIZER_BESIDE else name
         tokenizer = load_tokenizer(source)
         check_vocabulary(str(source), len(tokenizer), vocabulary)
-        self._hf = PromptTokenizer(tokenizer, self.context_length, "max_length")
+        super().__init__(tokenizer, length, "max_length")
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, prompts: Sequence[str]) -> Any:
         """Token ids ``[N, context_length]``."""
-        if self._hf is None:
-            ids: Tensor = self._simple(list(prompts))
-        else:
-            ids = self._hf([" ".join(prompt.split()) for prompt in prompts]).input_ids
-        return ids
+        if self._simple is not None:
+            return self._simple(list(prompts))
+        return super().__call__([" ".join(prompt.split()) for prompt in prompts]).input_ids
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        """See :meth:`BatchedReward.too_long`."""
-        if self._hf is None:
-            lengths = [len(self._simple.encode(prompt)) + 2 for prompt in prompts]
-            return [length > self.context_length for length in lengths]
-        return self._hf.too_long([" ".join(prompt.split()) for prompt in prompts])
+        """See :meth:`PromptTokenizer.too_long`."""
+        if self._simple is not None:
+            return [len(self._simple.encode(prompt)) + 2 > self.limit for prompt in prompts]
+        return super().too_long([" ".join(prompt.split()) for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def clip_folder(source: str, revision: str | None = None) -> ClipFiles:
 
 
 class OpenClipReward(ImageTower):
-    """Cosine of image and text features; the subclasses say which weights and preprocessing."""
+    """Cosine of image and text features; subclasses choose the weights and preprocessing."""
 
     def __init__(
         self, files: ClipFiles, version: str, device: torch.device | str, batch_size: int
@@ -106,24 +103,12 @@ class OpenClipReward(ImageTower):
         load_state(self.clip, read_weights(files.weights), files.weights)
         self.clip.to(self.device)
 
-    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> PreparedPairs:
-        """See :meth:`BatchedReward.prepare`."""
-        distinct, index = once_each(prompts)
-        return PreparedPairs(self.preprocessing(images), self.tokenizer(distinct), index)
-
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """See :meth:`ImageTower.encode_pixels`."""
         features: Tensor = self.clip.encode_image(pixels, True)
         return features
 
-    def evaluate(self, prepared: PreparedPairs) -> Tensor:
-        """Cosines ``[B]``."""
-        pairs = prepared.to(self.device)
-        image_features = self.encode_pixels(pairs.pixels)
-        text_features = self.clip.encode_text(pairs.tokens, True)
-        cosines: Tensor = (image_features * text_features[pairs.index]).sum(-1)
-        return cosines
-
-    def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        """See :meth:`BatchedReward.too_long`."""
-        return self.tokenizer.too_long(prompts)
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """See :meth:`ImageTower.encode_tokens`."""
+        features: Tensor = self.clip.encode_text(tokens, True)
+        return features

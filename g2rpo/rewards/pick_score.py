@@ -1,21 +1,20 @@
 """PickScore: a CLIP ViT-H-14 tuned on Pick-a-Pic preferences (arXiv 2305.01569).
 
-Several scales of one score are in use. The authors' model card gives the logit,
+Several scales of this score are in use. The authors' model card gives the logit,
 ``exp(logit_scale) * cosine`` (about 22 for a good image); Flow-GRPO's code divides it by 26; others
-take (logit - 18) / 8; the G2RPO paper's tables show about 0.226, which is the logit over its scale
-of 100, the cosine. The cosine is the default here, because it is what the reproduced tables hold.
+use (logit - 18) / 8. The G2RPO paper's tables show about 0.226: the logit divided by its scale of
+100, i.e. the cosine, which is therefore the default here.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import BatchEncoding, CLIPConfig, CLIPModel
 
 from g2rpo.files import read_json, sha256_file
-from g2rpo.rewards.base import PreparedPairs, RewardConfig, choose_variant, once_each
+from g2rpo.rewards.base import RewardConfig, choose_variant
 from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.weights import (
@@ -33,7 +32,7 @@ SCALES = ("cosine", "logit", "logit26", "normalised")
 
 
 def scale_of(name: str, logit_scale: float) -> tuple[float, float]:
-    """Factor and offset that turn a cosine into the score on the scale ``name``.
+    """Factor and offset from a cosine to the score on the scale ``name``.
 
     ``logit_scale`` is the model's own, about 100.
     """
@@ -46,7 +45,7 @@ def scale_of(name: str, logit_scale: float) -> tuple[float, float]:
 
 
 def read_preprocessing(path: Path) -> Preprocessing:
-    """The preprocessing that a ``preprocessor_config.json`` of a CLIP processor describes."""
+    """Reads the ``preprocessor_config.json`` of a CLIP processor."""
     config = read_json(path)
     size = config["crop_size"]
     pixels = size["height"] if isinstance(size, dict) else size
@@ -77,7 +76,7 @@ class PickScore(ImageTower):
     ) -> None:
         super().__init__(device, batch_size, f"v1-{scale}", sha256_file(weights))
         self.model = CLIPModel(CLIPConfig.from_dict(read_json(folder / "config.json")))
-        # Older files carry the position ids, which are constants.
+        # Older files contain the position ids, which are constants.
         constants = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
         load_state(self.model, read_weights(weights), weights, constants)
         self.model.to(self.device)
@@ -100,23 +99,10 @@ class PickScore(ImageTower):
                 locate(source, (file,), config.revision)
         return cls(folder, weights, scale, device, config.batch_size)
 
-    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> PreparedPairs:
-        """See :meth:`BatchedReward.prepare`."""
-        distinct, index = once_each(prompts)
-        return PreparedPairs(self.preprocessing(images), self.tokenizer(distinct), index)
-
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """See :meth:`ImageTower.encode_pixels`."""
         return image_features(self.model, pixels)
 
-    def evaluate(self, prepared: PreparedPairs) -> Tensor:
-        """Scores ``[B]`` at the chosen scale."""
-        pairs = prepared.to(self.device)
-        of_images = self.encode_pixels(pairs.pixels)
-        of_texts = text_features(self.model, pairs.tokens.input_ids, pairs.tokens.attention_mask)
-        cosines = (of_images * of_texts[pairs.index]).sum(-1)
-        return self.factor * cosines + self.offset
-
-    def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        """See :meth:`BatchedReward.too_long`."""
-        return self.tokenizer.too_long(prompts)
+    def encode_tokens(self, tokens: BatchEncoding) -> Tensor:
+        """See :meth:`ImageTower.encode_tokens`."""
+        return text_features(self.model, tokens.input_ids, tokens.attention_mask)

@@ -1,7 +1,7 @@
-"""From 8-bit RGB images to a vision tower's input, as each published model was given them.
+"""From 8-bit RGB images to a vision tower's input, exactly as each model was published.
 
-Two conventions are in use. Most models resize 8-bit images with Pillow; HPS's package resizes the
-float image and pads it. They differ by up to 0.2 after normalisation, so each is kept exactly.
+Most models resize 8-bit images with Pillow; HPS's package resizes the float image and pads it. The
+two differ by up to 0.2 after normalisation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ Resize = Literal["shortest", "squash", "longest_padded"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resizes to ``size`` x ``size`` pixels (bicubic), scales to 0..1 and normalises.
+    """Resizes to ``size`` x ``size`` pixels (bicubic), scales to [0, 1] and normalises.
 
     ``resize`` is one of:
 
@@ -48,13 +48,13 @@ class Preprocessing:
         return cls(size, resize, mean, tuple(config.get("std", OPENAI_DATASET_STD)))
 
     def __call__(self, images: Images) -> Tensor:
-        """float32 ``[N, 3, size, size]`` on the CPU, of N uint8 images of any sizes."""
+        """N uint8 images of any size to float32 ``[N, 3, size, size]`` on the CPU."""
         pixels = torch.stack([self._one(image) for image in images])
         normalised: Tensor = transforms.normalize(pixels, list(self.mean), list(self.std))
         return normalised
 
     def _one(self, image: Tensor) -> Tensor:
-        """float32 ``[3, size, size]`` in 0..1, as resizing leaves it, of uint8 ``[H, W, 3]``."""
+        """uint8 ``[H, W, 3]`` to float32 ``[3, size, size]``, not normalised."""
         padded = self.resize == "longest_padded"
         if not padded and tuple(image.shape[:2]) != (self.size, self.size):
             image = self._resize_8_bit(image)
@@ -72,7 +72,7 @@ class Preprocessing:
         height, width = pixels.shape[-2:]
         scale = self.size / max(height, width)
         if scale == 1.0:
-            # The package leaves such an image as it is; a non-square one cannot then be batched.
+            # The package neither resizes nor pads such an image, so cannot batch non-square ones.
             new_height, new_width = height, width
         else:
             new_height, new_width = round(height * scale), round(width * scale)

@@ -1,4 +1,4 @@
-"""What is asked of a vision-language model, of which server if any, and how scores are combined."""
+"""Configuration of a question: its template, its server, and the weights of its scores."""
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ ASPECTS = ("alignment", "coherence", "style")
 
 
 class AspectWeights(StrictModel):
-    """Weights of a mean over the aspects; only their proportions matter."""
+    """Relative weights of the aspects."""
 
     alignment: float = Field(default=0.0, ge=0)
     coherence: float = Field(default=0.0, ge=0)
@@ -21,7 +21,7 @@ class AspectWeights(StrictModel):
     @model_validator(mode="after")
     def _some_weight(self) -> "AspectWeights":
         if self.alignment + self.coherence + self.style <= 0:
-            raise ValueError("give at least one aspect a weight above 0")
+            raise ValueError("at least one aspect needs a weight above 0")
         return self
 
 
@@ -29,7 +29,7 @@ def _kind(value: object) -> str:
     return "AspectWeights" if isinstance(value, (Mapping, AspectWeights)) else "name"
 
 
-# With a discriminator a mistake is told of the one form that was meant.
+# With a discriminator, an error message is only about the form that was used.
 Aggregate = Annotated[
     Annotated[Literal["mean", "alignment", "coherence", "style"], Tag("name")]
     | Annotated[AspectWeights, Tag("AspectWeights")],
@@ -38,22 +38,22 @@ Aggregate = Annotated[
 
 
 class ServerConfig(StrictModel):
-    """An OpenAI-compatible server, e.g. ``vllm serve``, and how patiently it is asked."""
+    """An OpenAI-compatible server, e.g. ``vllm serve``."""
 
     url: str
-    """Its root, e.g. ``http://node7:8000``; a trailing ``/v1`` is the same."""
+    """Its root, e.g. ``http://node7:8000``; a trailing ``/v1`` is optional."""
     model: str = Field(min_length=1)
-    """The model as the server names it."""
+    """The model's name on the server."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the key; None where none is needed."""
+    """Name of the environment variable with the key; None if the server needs none."""
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """For connecting, and for each wait for an answer."""
+    """Per attempt."""
     retries: int = Field(default=5, ge=0)
-    """Further tries after a refused connection, a time-out or an answer of 408, 409, 429, 5xx."""
+    """Retries after a refused connection, a timeout or HTTP 408, 409, 429 and 5xx."""
     concurrency: int = Field(default=8, ge=1)
-    """Questions under way at a time, in each process."""
+    """Concurrent questions per process."""
 
-    # After all fields, so that an error shows no field's value: a URL may hold a password.
+    # Of the whole model, so that an error does not show the URL: it may contain a password.
     @model_validator(mode="after")
     def _plain_url(self) -> "ServerConfig":
         parts = urlsplit(self.url)
@@ -61,8 +61,8 @@ class ServerConfig(StrictModel):
             raise ValueError("url must be like http://host:8000")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
-                "url must hold no password, query or fragment; name the environment variable "
-                "of the key in api_key_env"
+                "url must not contain a password, query or fragment; put the key in an environment "
+                "variable and name it in api_key_env"
             )
         return self
 
@@ -72,31 +72,31 @@ class ServerConfig(StrictModel):
 
 
 class QuestionConfig(StrictModel):
-    """How a reward model that is asked in words is asked."""
+    """The question to a vision-language reward model."""
 
     template: str | None = None
-    """File with the question, ``{prompt}`` where the caption goes; ``own`` is the project's,
-    ``published`` the authors' (fetched with ``g2rpo weights fetch unified-reward-question``). None
-    means the ``question_template.txt`` that the model's folder brings."""
+    """File with the question, ``{prompt}`` in place of the caption. ``own`` is the project's,
+    ``published`` the authors' (fetched with ``g2rpo weights fetch unified-reward-question``), None
+    the ``question_template.txt`` in the model's folder."""
     template_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """What the template file must hash to."""
+    """The expected SHA-256 of the template file."""
     aggregate: Aggregate = "mean"
-    """The score made of the three aspects: their mean, one of them, or a weighted mean."""
+    """How the three aspects become one score: their mean, one of them, or a weighted mean."""
     max_answer_tokens: int = Field(default=4096, ge=1)
-    """The answer is cut off here; one that is cut before its scores is refused."""
+    """Answers are truncated here; one truncated before its scores is an error."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of a model in this process; None means float32 on the CPU and bfloat16 on CUDA."""
+    """Of a model in this process; None is float32 on the CPU and bfloat16 on CUDA."""
     server: ServerConfig | None = None
-    """Asks this server; None means a model in this process."""
+    """Uses this server; None is a model in this process."""
     cache: bool = True
-    """Whether well-formed answers are kept on disk and used again."""
+    """Whether well-formed answers are cached on disk."""
     cache_folder: str | None = None
-    """None means ``answers`` in ``G2RPO_CACHE``, which is ``~/.cache/g2rpo`` by default."""
+    """None is ``answers`` in ``G2RPO_CACHE``, by default ``~/.cache/g2rpo``."""
 
     @model_validator(mode="after")
     def _dtype_is_the_servers(self) -> "QuestionConfig":
         if self.server is not None and self.dtype is not None:
-            raise ValueError("dtype: a server chooses its own; remove it")
+            raise ValueError("dtype: has no effect with a server; remove it")
         return self
 
     def weights(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The reward models by name. Adding one is its file and one line here."""
+"""The reward models by name. A new one needs its own file and one line here."""
 
 from importlib import import_module
 from typing import cast
@@ -10,19 +10,19 @@ from g2rpo.errors import UserError
 from g2rpo.progress import without_library_bars
 from g2rpo.rewards.base import BatchedReward, RewardConfig
 
-# "module:Class", imported at first use: a run needs only the libraries of its own rewards.
+# "module:Class", imported at first use, so that a run needs only the libraries of its rewards.
 REWARDS: dict[str, str] = {
     "hps": "g2rpo.rewards.hps:HPS",
     "clip": "g2rpo.rewards.clip_score:CLIPScore",
     "pick_score": "g2rpo.rewards.pick_score:PickScore",
     "image_reward": "g2rpo.rewards.image_reward:ImageReward",
     "unified_reward": "g2rpo.rewards.unified_reward.reward:UnifiedReward",
-    "attributes": "g2rpo.rewards.attributes:AttributeJudge",
+    "attributes": "g2rpo.rewards.attributes:AttributeReward",
 }
 
 
 def check_reward_name(name: str) -> None:
-    """Raises :class:`UserError` naming the nearest registered reward when there is no ``name``."""
+    """Raises :class:`UserError` with the closest match unless ``name`` is registered."""
     if name not in REWARDS:
         raise UserError(f"unknown reward {name!r}; {nearest(name, REWARDS)}")
 
@@ -37,6 +37,6 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedRewa
     module, _, cls = REWARDS[config.model].partition(":")
     loader = getattr(import_module(module), cls)
     if config.question is not None and not loader.part_names:
-        raise UserError(f"reward {config.model}: it is not asked in words; remove `question`")
+        raise UserError(f"reward {config.model}: asks no question; remove `question`")
     with without_library_bars():
         return cast(BatchedReward, loader.load(config, device))

@@ -1,4 +1,4 @@
-"""Finding, reading and checking the files of a reward model: a local folder or a hub id.
+"""Finds, reads and checks the files of a reward model, in a folder or on the hub.
 
 Weights are read as safetensors or with ``torch.load(weights_only=True)``; nothing is unpickled.
 """
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.hub.fetch import fetch_first
 from g2rpo.hub.lock import revision_of
+from g2rpo.weights import check_shapes
 
 
 def locate(source: str, names: Sequence[str], revision: str | None = None) -> Path:
-    """The path of the first of ``names`` that ``source`` holds, fetched if ``source`` is a hub id.
+    """The path of the first of ``names`` in ``source``, downloaded if ``source`` is a hub id.
 
-    A hub id without a ``revision`` means the one that the catalogue or the lock file pins.
+    ``revision`` None is the one pinned by the catalogue or the lock file.
 
     Raises:
-        UserError: none of ``names`` is there or can be fetched, or it is not the file that the
-            catalogue or the lock file states; says which, and how to get it.
+        UserError: none of ``names`` is there or can be downloaded, or it is not the file in the
+            catalogue or the lock file; says how to get it.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -39,15 +40,16 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict that ``path`` holds, floating-point tensors as float32 on the CPU."""
+    """The state dict in ``path``, floating-point tensors as float32 on the CPU."""
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the two readers raise many kinds for a damaged file
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: cannot be read as weights ({line}); fetch it again") from None
+    except Exception as error:  # both readers raise many kinds for damaged files
+        raise UserError(
+            f"{path}: cannot read the weights ({reason(error)}); fetch it again"
+        ) from None
     state = state.get("state_dict", state)
     return {
         key: value.float() if value.is_floating_point() else value
@@ -61,27 +63,15 @@ def load_state(
 ) -> None:
     """Loads ``state`` into ``module``, then freezes it in evaluation mode.
 
-    ``ignored``: prefixes of keys that the file may hold beyond what the module needs.
+    ``ignored``: prefixes of keys in the file that the module does not need.
 
     Raises:
-        UserError: keys or shapes differ; ``path`` and the first difference are named.
+        UserError: keys or shapes differ; names ``path`` and the first difference.
     """
-    wanted = module.state_dict()
     given = {key: value for key, value in state.items() if not key.startswith(tuple(ignored))}
-    missing = sorted(wanted.keys() - given.keys())
-    extra = sorted(given.keys() - wanted.keys())
-    if missing or extra:
-        what = f"lacks {missing[0]!r}" if missing else f"has an unknown {extra[0]!r}"
-        raise UserError(
-            f"{path}: not the weights of this architecture: it {what} "
-            f"({len(missing)} keys missing, {len(extra)} unknown)"
-        )
-    for key, value in given.items():
-        if value.shape != wanted[key].shape:
-            raise UserError(
-                f"{path}: {key!r} has shape {list(value.shape)}, "
-                f"but the configuration needs {list(wanted[key].shape)}"
-            )
+    shapes = {key: value.shape for key, value in given.items()}
+    wanted = {key: value.shape for key, value in module.state_dict().items()}
+    check_shapes(shapes, wanted, str(path), "use the weights that belong to the configuration")
     module.load_state_dict(given)
     module.eval().requires_grad_(False)
 
@@ -89,20 +79,19 @@ def load_state(
 def load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     """The Hugging Face tokenizer at ``source`` (folder or hub id).
 
-    Offline, transformers can return a nearly empty tokenizer without a word: check the number of
-    its tokens with :func:`check_vocabulary`.
+    Offline, transformers may silently return an almost empty tokenizer: check its size with
+    :func:`check_vocabulary`.
     """
     pinned = None if Path(source).is_dir() else revision_of(str(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=pinned or "main")
     except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: cannot load its tokenizer ({line})") from None
+        raise UserError(f"{source}: cannot load the tokenizer ({reason(error)})") from None
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def check_vocabulary(source: str, found: int, expected: int) -> None:
-    """Raises :class:`UserError` when a tokenizer's size is not the text tower's."""
+    """Raises :class:`UserError` unless the tokenizer has the text tower's size."""
     if found != expected:
         raise UserError(
             f"{source}: the tokenizer has {found} tokens but the text model expects {expected}; "
@@ -111,13 +100,13 @@ def check_vocabulary(source: str, found: int, expected: int) -> None:
 
 
 class PromptTokenizer:
-    """A tokenizer that cuts prompts at ``limit`` tokens (marks included) and says which were."""
+    """A tokenizer that truncates prompts to ``limit`` tokens, special ones included."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, limit: int, padding: bool | str = True
     ) -> None:
         self.tokenizer, self.limit, self.padding = tokenizer, limit, padding
-        # A fast tokenizer keeps the last call's options in itself: one call at a time.
+        # Fast tokenizers are not thread-safe: they store the options of the last call.
         self._lock = threading.Lock()
 
     def __call__(self, prompts: Sequence[str]) -> BatchEncoding:

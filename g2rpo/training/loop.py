@@ -18,7 +18,6 @@ from g2rpo.policy.folder import resolve_source
 from g2rpo.policy.size import read_size
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardModel
-from g2rpo.rewards.offload import OffloadedReward
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training.advantages import TransitionAdvantages
@@ -127,9 +126,9 @@ class Trainer:
         device = self.accelerator.device
         models: dict[str, RewardModel] = {}
         for name, term in self.config.rewards.items():
-            model = load_reward(term.reward, device)
-            offload = self.config.execution.offload.rewards
-            models[name] = OffloadedReward(model, device) if offload else model
+            models[name] = model = load_reward(term.reward, device)
+            if self.config.execution.offload.rewards:
+                model.offload()
         return models
 
     def _engine(self, rewards: dict[str, RewardModel]) -> RolloutEngine:

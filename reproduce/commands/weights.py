@@ -177,7 +177,7 @@ def lock(
     and refused without --update.
     """
     from g2rpo.hub.lock import lock_path, read_lock, write_lock
-    from g2rpo.hub.status import implausible, lock_cached
+    from g2rpo.hub.status import lock_cached
 
     path = lock_path()
     artifacts = _select(names, profile, prompt_lists=True)
@@ -194,8 +194,4 @@ def lock(
         )
     if changes:
         write_lock(new, path)
-    for artifact in artifacts:
-        odd = implausible(artifact, new)
-        if odd is not None:
-            typer.echo(f"warning: {odd}; see {artifact.page}", err=True)
     typer.echo(f"{path}: {len(changes)} changes")

@@ -70,9 +70,7 @@ def checkpoint_provenance(config: CheckpointConfig) -> tuple[str, str]:
     if local_path(config) is not None:
         return files.label, sha256_files(files.weights, file_hash)
     digests = Digests()
-    return files.label, sha256_files(
-        files.weights, lambda file: digests.known(file) or digests.measure(file)
-    )
+    return files.label, sha256_files(files.weights, digests.of)
 
 
 @functools.lru_cache(maxsize=256)

@@ -40,4 +40,4 @@ def missing_weights(profile: "Profile") -> list[ArtifactState]:
 
 def fetch_advice(profile: str) -> str:
     """What to do where weights of the named profile are missing."""
-    return f"`g2rpo weights fetch --profile {profile}` where there is a network"
+    return f"`g2rpo weights fetch --profile {profile}` with network access"

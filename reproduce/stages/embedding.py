@@ -226,7 +226,7 @@ def _encoder(policy: PolicyConfig, device: torch.device, prompts: Sequence[str])
     dtype = getattr(torch, policy.dtype)
     encoders = TextEncoders(folder, dtype, device, policy.max_sequence_length)
     encoders.check_fit(folder, read_json(folder / "transformer" / "config.json"))
-    encoders.tell_truncated(prompts)
+    encoders.warn_of_truncated(prompts)
     return lambda prompt: row_of(encoders.encode_one(prompt), 0)
 
 

@@ -107,7 +107,7 @@ def test_attribute_reward_names_what_is_wrong(tmp_path: Path) -> None:
         load_reward(RewardConfig(model="attributes", source=str(tmp_path)), "cpu")
     shutil.copy(READER / "config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="cannot be read as weights"):
+    with pytest.raises(UserError, match="cannot read the weights"):
         load_reward(RewardConfig(model="attributes", source=str(tmp_path)), "cpu")
 
 

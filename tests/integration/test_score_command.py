@@ -279,7 +279,7 @@ def test_everything_found_is_scored_or_named(
     rows.to_csv(folder / "set.csv", index=False, sep=";", encoding="utf-16")
     code, printed, errors = run_here(monkeypatch, capsys, folder / "set.csv", *options)
     assert code == 0, errors
-    assert "images are read from 'image', prompts from 'prompt'; not read: 'text', 's" in printed
+    assert "images are read from 'image', prompts from 'prompt'; ignoring 'text', 's" in printed
     assert printed.splitlines()[-1] == "scored 4 of 4"
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("image")["score"]
     pd.testing.assert_series_equal(again, scores, rtol=1e-5)

@@ -1,12 +1,9 @@
-"""`g2rpo weights` as it is typed: exit codes, one line for a mistake, killed and started again."""
+"""`g2rpo weights` as it is typed: exit codes, and errors in one line."""
 
 import hashlib
 import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +12,8 @@ from fake_hub import FakeHub, serve, use_empty_caches
 
 from reproduce import cli
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 HPS = "HPS_v2.1_compressed.pt"
-CONTENT = random.Random(1).randbytes(6_000_000)
+CONTENT = random.Random(1).randbytes(600_000)
 
 
 @pytest.fixture
@@ -51,7 +47,7 @@ class Run:
         return code, captured.out, captured.err
 
 
-def test_list_fetch_lock_verify_and_mend(run: Run, hub: FakeHub) -> None:
+def test_list_fetch_lock_verify_and_fix(run: Run, hub: FakeHub) -> None:
     code, out, _ = run("weights", "list", "--profile", "flux-lora")
     assert code == 0
     assert "FLUX.1 [dev] Non-Commercial License" in out
@@ -95,7 +91,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run: Run, hub: FakeHub, tmp_path:
         (("fetch", "hps"), "unknown artifact 'hps'"),
         (("fetch", "flux-dev", "--mirror", hub.address), "hf auth login"),
         (("fetch", "hps-v2.1", "--mirror", str(tmp_path / "none")), "no such folder"),
-        (("fetch", "hps-v2.1", "--mirror", "http://127.0.0.1:9"), "cannot be reached"),
+        (("fetch", "hps-v2.1", "--mirror", "http://127.0.0.1:9"), "cannot reach"),
         (("fetch", "hps-v2.1", "--offline"), "--offline"),
         (("verify", "hps-v2.1"), "missing or altered files in hps-v2.1"),
     ]:
@@ -148,51 +144,3 @@ def test_a_profile_needs_the_variants_that_it_names(run: Run, hub: FakeHub, tmp_
 def test_a_profile_of_local_models_needs_nothing(run: Run, hub: FakeHub) -> None:
     code, _, err = run("weights", "fetch", "--profile", "mini", "--offline")
     assert (code, err) == (0, "profile mini needs no published weights\n")
-
-
-@pytest.mark.parametrize(
-    ("name", "repo", "file"),
-    [
-        ("hps-v2.1", "xswu/HPSv2", HPS),
-        (
-            "unified-reward-question",
-            "CodeGoat24/UnifiedReward",
-            "inference_qwen/image_generation/qwen_point_score_ACS_image_generation.py",
-        ),
-    ],
-)
-def test_a_killed_fetch_leaves_nothing_that_looks_whole(
-    run: Run, hub: FakeHub, tmp_path: Path, name: str, repo: str, file: str
-) -> None:
-    hub.add(repo, file, CONTENT)
-    hub.pause = 0.05  # 6 MB in 5 seconds
-    program = "from reproduce.commands.weights import app; app()"
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    fetch = ("fetch", name, "--mirror", hub.address)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *fetch],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 600
-        while hub.sent() < 1_500_000:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert hub.sent() < len(CONTENT)
-    assert not list(tmp_path.rglob(Path(file).name))
-    assert "missing" in run("weights", "list")[1].split(name, 1)[1].splitlines()[0]
-
-    hub.pause = 0.0
-    assert run("weights", *fetch)[0] == 0
-    found = list(tmp_path.rglob(Path(file).name))
-    assert [path.read_bytes() == CONTENT for path in found] == [True]
-    assert run("weights", "lock")[0] == run("weights", "verify", name)[0] == 0

@@ -24,18 +24,13 @@ Schedule = Literal["shifted", "flux_dynamic"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_flux(tmp_path_factory.mktemp("flux") / "pipeline")
+def policy(flux_folder: Path) -> FluxPolicy:
+    return load_policy(flux_folder)
 
 
 @pytest.fixture(scope="module")
-def policy(folder: Path) -> FluxPolicy:
-    return load_policy(folder)
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder: Path) -> FluxPipeline:
-    return load_pipeline(folder)
+def pipeline(flux_folder: Path) -> FluxPipeline:
+    return load_pipeline(flux_folder)
 
 
 def load_policy(folder: Path) -> FluxPolicy:
@@ -106,8 +101,8 @@ def unit_images(policy: FluxPolicy, latents: Tensor) -> Tensor:
 
 
 def test_encode_equals_encode_prompt(policy: FluxPolicy, pipeline: FluxPipeline) -> None:
-    # More prompts than one slice of the encoder holds, and one that is cut.
-    prompts = [f"{prompt} number {i}" for i in range(20) for prompt in PROMPTS] + ["long " * 40]
+    # One of them is truncated.
+    prompts = [f"{prompt} number {i}" for i in range(3) for prompt in PROMPTS] + ["long " * 40]
     with torch.no_grad():
         sequence, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=LENGTH)
     ours = policy.encode(prompts)
@@ -138,8 +133,8 @@ def test_same_image_as_the_pipeline(policy: FluxPolicy, pipeline: FluxPipeline) 
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_same_image_on_the_pipelines_own_grid(policy: FluxPolicy, folder: Path) -> None:
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+def test_same_image_on_the_pipelines_own_grid(policy: FluxPolicy, flux_folder: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(flux_folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     theirs = np.stack(pipeline_images(pipeline, policy, "np", "flux_dynamic"))
     ours = unit_images(policy, sample(policy, "flux_dynamic")).numpy()
@@ -175,9 +170,9 @@ def test_decoded_bytes_are_those_of_a_saved_png(policy: FluxPolicy, pipeline: Fl
 
 
 def test_export_is_a_pipeline_with_the_trained_transformer(
-    policy: FluxPolicy, folder: Path, tmp_path: Path
+    policy: FluxPolicy, flux_folder: Path, tmp_path: Path
 ) -> None:
-    trained = load_policy(folder)
+    trained = load_policy(flux_folder)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for parameter in trained.transformer.parameters():
@@ -190,23 +185,10 @@ def test_export_is_a_pipeline_with_the_trained_transformer(
     base = unit_images(policy, sample(policy)).numpy()
     assert np.abs(ours - base).mean() > 1e-2, "another transformer must give another image"
     for name in ("vae", "text_encoder", "text_encoder_2"):
-        files = sorted((folder / name).iterdir())
+        files = sorted((flux_folder / name).iterdir())
         assert files
         for file in files:
             assert (tmp_path / "exported" / name / file.name).read_bytes() == file.read_bytes()
-
-
-def test_fine_tuned_transformer_laid_over_the_base(
-    policy: FluxPolicy, folder: Path, tmp_path: Path
-) -> None:
-    trained = load_policy(folder)
-    with torch.no_grad():
-        trained.transformer.proj_out.weight.mul_(1.5)
-    trained.save_transformer(tmp_path / "transformer")
-    again = load_policy(folder)
-    again.load_transformer(tmp_path)
-    assert torch.equal(sample(again), sample(trained))
-    assert not torch.allclose(sample(again), sample(policy), atol=1e-2)
 
 
 def test_without_guidance_embedding_the_pipeline_still_agrees(tmp_path: Path) -> None:
@@ -217,7 +199,7 @@ def test_without_guidance_embedding_the_pipeline_still_agrees(tmp_path: Path) ->
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_guidance_reaches_the_transformer(policy: FluxPolicy, folder: Path) -> None:
+def test_guidance_reaches_the_transformer(policy: FluxPolicy, flux_folder: Path) -> None:
     config = policy.config.model_copy(update={"guidance_scale": 1.0})
     weaker = FluxPolicy.load(config, "cpu")
     conditioning: Conditioning = policy.encode(PROMPTS)
@@ -230,12 +212,12 @@ def test_guidance_reaches_the_transformer(policy: FluxPolicy, folder: Path) -> N
     assert difference.abs().max() > 1e-3
 
 
-def test_bfloat16_bytes_follow_diffusers_rounding(folder: Path, policy: FluxPolicy) -> None:
+def test_bfloat16_bytes_follow_diffusers_rounding(flux_folder: Path, policy: FluxPolicy) -> None:
     config = policy.config.model_copy(update={"dtype": "bfloat16"})
     half = FluxPolicy.load(config, "cpu")
     latents = sample(policy)
     decoded = half.decode(latents)
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    pipeline = FluxPipeline.from_pretrained(flux_folder, torch_dtype=torch.bfloat16)
     scaled = half.unpack(latents) / half.vae.config.scaling_factor + half.vae.config.shift_factor
     with torch.no_grad():
         raw = pipeline.vae.decode(scaled.bfloat16(), return_dict=False)[0]

@@ -30,7 +30,7 @@ def test_survivor_of_a_crashed_slurmd_publishes_nothing(
     place.wait_iteration(TRAIN, 2)
     assert cluster.fields(job)["NodeList"] == NODES[1 - NODES.index(node)]
     cluster.wait(lambda: not any(each.is_running() for each in survivors), "end of the survivor")
-    assert "has taken over from attempt 1, this process; it writes nothing more" in place.log(TRAIN)
+    assert "has taken over from attempt 1; this process stops writing" in place.log(TRAIN)
     first, second = place.attempts(TRAIN)
     assert (first.state, second.state) == ("failed", "running"), place.log(TRAIN)
     place.wait_iteration(TRAIN, 2)  # the successor goes on

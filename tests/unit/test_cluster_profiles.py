@@ -90,7 +90,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "flag of no type": ("extra: {nice: 1.5}", "extra.nice: "),
     "debug": ("kind: debug", "local with --jobs 1"),
     "nothing": ("# partition: gpu", "kind: slurm"),
-    "no mapping": ("- partition", "expected keys and values"),
+    "no mapping": ("- partition", "expected a mapping"),
 }
 
 

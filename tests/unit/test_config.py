@@ -155,7 +155,7 @@ def test_a_key_that_is_there_twice_names_its_line_and_a_merge_does_not_count(
 ) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("cells:\n  a: {x: 1}\n  b: {x: 2}\n  a: {x: 3}\n")
-    with pytest.raises(UserError, match="key 'a' is there twice, the second time in line 4"):
+    with pytest.raises(UserError, match="duplicate key 'a' in line 4"):
         load_yaml(file)
     file.write_text("a: &base {x: 1, y: 2}\nb: {<<: *base, x: 3}\nc: *base\n")
     assert load_yaml(file) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 2}}
@@ -266,9 +266,9 @@ def test_a_plain_training_configuration_is_valid() -> None:
             ["optimization.updates_per_iteration=3", "optimization.update_every=timestep"],
             ("optimization.updates_per_iteration", "optimization.update_every"),
         ),
-        (["optimization.optimizer_step=per_step"], ("it is now called 'update_every'",)),
-        (["advantage.fusion=mean"], ("it is now called 'granularity_reduction'",)),
-        (["continuations={fp8: true}"], ("it is now called 'approximate_rollout'",)),
+        (["optimization.optimizer_step=per_step"], ("it was renamed to 'update_every'",)),
+        (["advantage.fusion=mean"], ("it was renamed to 'granularity_reduction'",)),
+        (["continuations={fp8: true}"], ("it was renamed to 'approximate_rollout'",)),
         (["method.name=g2rp"], ("method.name", "'g2rp'", "'g2rpo'")),
         (["method=g2rpo"], ("method", "mapping with a name", "mix_grpo")),
         (["method.granularites=[1]"], ("method.granularites", "'granularities'")),

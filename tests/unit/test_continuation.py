@@ -301,7 +301,7 @@ def test_a_float8_layer_is_near_its_layer_in_every_dtype() -> None:
 
 
 def test_misuse_is_refused(policy: FluxPolicy) -> None:
-    with pytest.raises(UserError, match="no approximation"):
+    with pytest.raises(UserError, match="approximate_rollout is empty"):
         config_of()
     with pytest.raises(UserError, match="threshold"):
         config_of(step_cache={"threshold": 0})

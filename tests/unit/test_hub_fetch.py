@@ -89,9 +89,9 @@ def test_a_fetched_file_is_where_the_hub_library_looks(hub: FakeHub, tmp_path: P
         found = hf_hub_download(REPO, FILE, revision=revision, local_files_only=True)
         assert found == str(path)
     assert Path(snapshot_download(REPO, local_files_only=True)) == path.parents[1]
-    told: list[str] = []
-    fetch(artifact(), Lock(), FetchOptions(hub.address, tell=told.append))
-    assert told == ["tiny: deep/model.safetensors: cached"]
+    lines: list[str] = []
+    fetch(artifact(), Lock(), FetchOptions(hub.address, report=lines.append))
+    assert lines == ["tiny: deep/model.safetensors: cached"]
     assert hub.sent() == len(CONTENT)
 
 
@@ -113,7 +113,7 @@ def test_a_connection_that_is_always_cut_leaves_nothing(
     monkeypatch.setattr("time.sleep", lambda _: None)
     message = refused(lambda: get(artifact(kind=kind), hub.address))
     assert "tiny: deep/model.safetensors" in message
-    assert "stopped answering" in message and "run the same command again" in message
+    assert "stopped responding" in message and "run the same command again" in message
     hub.cut_after = []
     assert get(artifact(kind=kind), hub.address).read_bytes() == CONTENT
 
@@ -133,10 +133,10 @@ def test_what_killed_downloads_left_is_deleted_when_it_is_old(hub: FakeHub) -> N
     ("kind", "stated", "small", "sent", "said"),
     [
         ("model", {}, False, ALTERED, "is altered"),
-        ("model", {}, True, ALTERED, "is altered: its content is not what its name"),
-        ("model", {"sha256": "0" * 64}, False, CONTENT, "where 000000000000… is expected"),
+        ("model", {}, True, ALTERED, "is altered: its content does not match its blob name"),
+        ("model", {"sha256": "0" * 64}, False, CONTENT, ", expected 000000000000…"),
         ("model", {"size": 900_000}, False, CONTENT, "is truncated: 700000 of 900000 bytes"),
-        ("model", {"size": 900}, False, CONTENT, "is altered: 700000 bytes where 900 are"),
+        ("model", {"size": 900}, False, CONTENT, "is altered: 700000 bytes, expected 900"),
         ("model", {}, False, CONTENT[:1000], "should be of size 700000 but has size 1000"),
         ("dataset", {"sha256": "0" * 64}, False, CONTENT, "is altered"),
         ("github", {"sha256": SHA256}, False, ALTERED, "is altered"),
@@ -160,7 +160,7 @@ def test_an_altered_cached_file_is_fetched_again(hub: FakeHub, bad: bytes) -> No
     what = artifact(sha256=SHA256)
     path = get(what, hub.address)
     path.resolve().write_bytes(bad)
-    with pytest.raises(UserError, match=r"is altered.*fetch it again where there is a network"):
+    with pytest.raises(UserError, match=r"is altered.*fetch it again with network access"):
         get(what, hub.address, offline=True)
     assert get(what, hub.address).read_bytes() == CONTENT
 
@@ -225,11 +225,11 @@ def ask_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("gated 401", ("gated", "https://huggingface.co/owner/model", "`hf auth login`")),
         ("gated 403", ("gated", "https://huggingface.co/owner/model", "`hf auth login`")),
-        ("no repository", ("neither a folder here nor a repository", "correct the name")),
+        ("no repository", ("neither a local folder nor a repository", "correct the name")),
         ("no revision", ("no such revision", "https://huggingface.co/owner/model")),
-        ("offline", ("not in the cache and offline mode is on", "HF_HUB_OFFLINE")),
-        ("unreachable", ("cannot be reached", "check the network")),
-        ("broken", ("answers with an error", "500", "try again later")),
+        ("offline", ("not in the cache, and offline mode is on", "HF_HUB_OFFLINE")),
+        ("unreachable", ("cannot reach", "check the network")),
+        ("broken", ("returned an error", "500", "try again later")),
         ("full disk", ("disk of", "is full", "free some space")),
         ("read-only", ("Permission denied", "HF_HOME")),
     ],
@@ -275,10 +275,10 @@ def test_a_loader_says_which_setting_and_which_command(
     assert message.startswith("policy source 'owner/model' at policy.revision 'v9': ")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = refused(load_snapshot)
-    assert "; run `hf download owner/model` where there is a network" in message
-    assert message.endswith("or point `policy.source` at a folder that holds it")
+    assert "; run `hf download owner/model` with network access" in message
+    assert message.endswith("or set `policy.source` to a folder with the model")
     message = refused(lambda: fetch_first("xswu/HPSv2", ("a.pt", "b.pt"), None))
-    assert message.startswith("cannot get a.pt or b.pt of xswu/HPSv2: ")
+    assert message.startswith("cannot fetch a.pt or b.pt of xswu/HPSv2: ")
     assert "run `g2rpo weights fetch xswu/HPSv2` or `hf download xswu/HPSv2`" in message
 
 
@@ -309,7 +309,7 @@ def test_a_server_without_the_file_and_one_that_is_none(
     hub.files.clear()
     message = refused(lambda: get(what, hub.address))
     assert f"{hub.address} has no such file (404); see https://huggingface.co/owner" in message
-    assert f"{UNREACHABLE} cannot be reached" in refused(lambda: get(what, UNREACHABLE))
+    assert f"cannot reach {UNREACHABLE}" in refused(lambda: get(what, UNREACHABLE))
     assert "model.safetensors" in refused(lambda: get(what, "http://127.0.0.1:no-port"))
     assert "no such folder" in refused(lambda: get(what, "ftp://127.0.0.1"))
 
@@ -317,7 +317,7 @@ def test_a_server_without_the_file_and_one_that_is_none(
 def test_a_server_that_is_no_model_hub_is_told(hub: FakeHub) -> None:
     hub.headers = False
     message = refused(lambda: get(artifact(), hub.address))
-    assert f"{hub.address} does not answer like a model hub" in message
+    assert f"{hub.address} is not a model hub" in message
 
 
 @pytest.mark.parametrize("variable", [False, True])
@@ -326,7 +326,7 @@ def test_offline_never_asks_the_server(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", variable)
     message = refused(lambda: get(artifact(), hub.address, offline=not variable))
-    assert "not in the cache and offline mode is on" in message and "--mirror" in message
+    assert "not in the cache, and offline mode is on" in message and "--mirror" in message
     assert hub.log == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     path = get(artifact(), hub.address)
@@ -338,13 +338,13 @@ def test_offline_never_asks_the_server(
 
 def test_the_newest_is_not_taken_from_the_cache_where_the_hub_does_not_answer(hub: FakeHub) -> None:
     get(artifact(), hub.address)
-    with pytest.raises(UserError, match="cannot be reached"):
+    with pytest.raises(UserError, match="cannot reach"):
         fetch(artifact(), Lock(), FetchOptions(UNREACHABLE, newest=True))
 
 
 def test_a_loader_takes_the_first_file_that_there_is(as_the_hub: FakeHub) -> None:
     assert load_file().read_bytes() == CONTENT
-    with pytest.raises(UserError, match=r"cannot get a.bin or b.bin of owner/model: .*\(404\)"):
+    with pytest.raises(UserError, match=r"cannot fetch a.bin or b.bin of owner/model: .*\(404\)"):
         fetch_first(REPO, ("a.bin", "b.bin"), None)
     assert (load_snapshot() / FILE).read_bytes() == CONTENT
 
@@ -384,5 +384,5 @@ def test_what_is_wrong_in_a_folder_is_refused_by_name(folder: Path, tmp_path: Pa
         message = refused(lambda: get(what, folder))
         assert said in message and f"replace {file}" in message
     file.unlink()
-    assert f"the mirror has no {file}" in refused(lambda: get(what, folder))
+    assert f"no such file in the mirror: {file}" in refused(lambda: get(what, folder))
     assert "no such folder" in refused(lambda: get(what, tmp_path / "absent"))

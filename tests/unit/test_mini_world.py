@@ -153,10 +153,10 @@ def test_grammar_survives_json() -> None:
     ("text", "message"),
     [
         ("a red dog on black", "'dog' is not in the world's vocabulary"),
-        ("a red circle", "does not describe a whole scene"),
-        ("on black", "does not describe a whole scene"),
+        ("a red circle", "not a complete scene"),
+        ("on black", "not a complete scene"),
         ("red circle on black", "unexpected 'circle'"),
-        ("a red circle above on black", "does not describe a whole scene"),
+        ("a red circle above on black", "not a complete scene"),
         ("a red red circle on black", "unexpected 'red'"),
         ("a red circle on black on pink", "unexpected 'pink'"),
     ],

@@ -1,7 +1,7 @@
-"""What waits elsewhere comes for its work alone. The meta device stands for a GPU here."""
+"""Offloaded models are on the device only while they are used."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
@@ -9,55 +9,37 @@ from engine_runs import config_for, run_to, trained_weights
 from torch import Tensor, nn
 
 from g2rpo.offload import on_device
-from g2rpo.rewards.offload import OffloadedReward
+from g2rpo.rewards.base import BatchedReward, RewardConfig
 from g2rpo.training.loop import Trainer
 
 
-class Part:
-    def __init__(self) -> None:
-        self.network = nn.Linear(2, 2)
+class Evaluator(BatchedReward):
+    """A reward that fails, and records the moves of its network."""
 
-
-Part.__module__ = "g2rpo.rewards.part"
-
-
-class Judge:
-    """A reward with one network of its own and one in a part of it."""
-
-    name, version, weights_hash = "judge", "7", "abc"
+    name = "evaluator"
 
     def __init__(self) -> None:
+        super().__init__("cuda:0", 4, "7", "abc")
         self.tower = nn.Linear(2, 2)
-        self.part = Part()
-        self.seen: list[str] = []
+        self.moves: list[str] = []
+        self.tower.to = lambda device: self.moves.append(str(device))  # type: ignore[method-assign, assignment]
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.seen += [m.weight.device.type for m in (self.tower, self.part.network)]
-        if prompts[0] == "fail":
-            raise ValueError("as asked")
-        return torch.ones(len(images))
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
+        raise NotImplementedError
+
+    def evaluate(self, prepared: object) -> Tensor:
+        assert self.moves == ["cpu", "cuda:0"]
+        raise ValueError("as asked")
 
 
-def test_a_reward_is_on_its_device_while_it_scores() -> None:
-    judge = Judge()
-    devices: list[str] = []
-    for network in (judge.tower, judge.part.network):
-        network.to = lambda device, n=network: devices.append(str(device)) or n  # type: ignore[method-assign, misc]
-    offloaded = OffloadedReward(judge, torch.device("cuda:0"))
-    assert devices == ["cpu", "cpu"]
-    assert (offloaded.name, offloaded.version, offloaded.weights_hash) == ("judge", "7", "abc")
-    devices.clear()
+def test_a_reward_is_on_its_device_while_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    reward = Evaluator()
+    reward.offload()
     with pytest.raises(ValueError, match="as asked"):
-        _score_without_gpu(offloaded)
-    assert devices == ["cuda:0", "cuda:0", "cpu", "cpu"]
-
-
-def _score_without_gpu(offloaded: OffloadedReward) -> None:
-    original, torch.cuda.empty_cache = torch.cuda.empty_cache, lambda: None  # type: ignore[assignment]
-    try:
-        offloaded.score(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), ["fail"])
-    finally:
-        torch.cuda.empty_cache = original  # type: ignore[assignment]
+        reward.score(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), ["a cat"])
+    assert reward.moves == ["cpu", "cuda:0", "cpu"]
 
 
 def test_resident_models_are_not_moved() -> None:
@@ -78,7 +60,7 @@ def test_offloading_changes_no_number(smoke_assets: Path, tmp_path: Path) -> Non
         )
         (tmp_path / name).mkdir()
         trainer = Trainer(config, tmp_path / name)
-        assert isinstance(trainer.engine.rewards["hps"], OffloadedReward) == bool(offload)
+        assert trainer.engine.rewards["hps"].offloaded == bool(offload)  # type: ignore[attr-defined]
         run_to(trainer, 1)
         weights.append(trained_weights(trainer))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,4 +1,4 @@
-"""The policy's mistakes told in one line, its packing, and the independence of its batches."""
+"""The policy: errors in one line, packing, and independence of the batch."""
 
 import json
 import logging
@@ -13,7 +13,6 @@ from diffusers import FluxTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_flux import build_tiny_flux
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
@@ -23,20 +22,15 @@ from g2rpo.policy.conditioning import row_of
 PROMPTS = ["a red square", "a blue circle on the left", "", "two triangles"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_flux(tmp_path_factory.mktemp("flux") / "pipeline")
-
-
 @pytest.fixture
-def broken(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the pipeline folder for a test to damage."""
-    return Path(shutil.copytree(folder, tmp_path / "pipeline"))
+def broken(flux_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the pipeline flux_folder for a test to damage."""
+    return Path(shutil.copytree(flux_folder, tmp_path / "pipeline"))
 
 
 @pytest.fixture(scope="module")
-def policy(folder: Path) -> FluxPolicy:
-    return load(folder)
+def policy(flux_folder: Path) -> FluxPolicy:
+    return load(flux_folder)
 
 
 def load(source: Path | str, device: str = "cpu", **changes: object) -> FluxPolicy:
@@ -85,22 +79,18 @@ def test_missing_shard_is_named(broken: Path) -> None:
     assert "transformer/part-2.safetensors" in line and "part-1" not in line
 
 
-@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "text_encoder_2"])
-def test_truncated_weights(broken: Path, component: str) -> None:
-    weights = next((broken / component).glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    line = refusal(lambda: load(broken).encode(PROMPTS))
-    assert f"/{component}:" in line and "again" in line
-
-
-@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "text_encoder_2"])
-def test_absent_tensor_is_not_filled_with_random_numbers(broken: Path, component: str) -> None:
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+def test_damaged_weights(broken: Path, component: str) -> None:
     weights = next((broken / component).glob("*.safetensors"))
     tensors = load_file(weights)
     name = sorted(tensors)[len(tensors) // 2]
     del tensors[name]
     save_file(tensors, weights, metadata={"format": "pt"})
+    # The libraries would fill the tensor with random numbers.
     assert name.split(".")[-2] in refusal(lambda: load(broken).encode(PROMPTS))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    line = refusal(lambda: load(broken).encode(PROMPTS))
+    assert f"/{component}:" in line and "again" in line
 
 
 def test_tokenizer_of_another_model(broken: Path) -> None:
@@ -121,42 +111,31 @@ def test_hub_id_that_is_not_cached_while_offline() -> None:
 
 
 def test_hub_snapshot_is_loaded_like_a_folder(
-    monkeypatch: pytest.MonkeyPatch, folder: Path
+    monkeypatch: pytest.MonkeyPatch, flux_folder: Path
 ) -> None:
     asked = {}
 
     def fetch(source: str, **options: object) -> str:
         asked.update(options, source=source)
-        return str(folder)
+        return str(flux_folder)
 
     monkeypatch.setattr("g2rpo.hub.fetch.snapshot_download", fetch)
     loaded = load("owner/flux", revision="main")
-    assert loaded.folder == folder
+    assert loaded.folder == flux_folder
     assert (asked["source"], asked["revision"]) == ("owner/flux", "main")
     assert "transformer/*" in asked["allow_patterns"]
 
 
-@pytest.mark.parametrize("resolution", [8, 40, 719])
-def test_resolution_that_cannot_be_packed(folder: Path, resolution: int) -> None:
-    line = refusal(lambda: load(folder, resolution=resolution))
+def test_impossible_settings(flux_folder: Path) -> None:
+    line = refusal(lambda: load(flux_folder, resolution=40))
     assert "not divisible by 16" in line and "nearest" in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_cuda_asked_but_absent(folder: Path) -> None:
-    assert "no usable CUDA GPU" in refusal(lambda: load(folder, device="cuda"))
-
-
-def test_unknown_device(folder: Path) -> None:
-    assert "use cpu or cuda" in refusal(lambda: load(folder, device="gpu"))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("max_sequence_length", 513), ("resolution", 0), ("dtype", "float16"), ("guidance", 1.0)],
-)
-def test_configuration_out_of_range(folder: Path, key: str, value: object) -> None:
-    assert key in refusal(lambda: load(folder, **{key: value}))
+    for key, value in (
+        ("max_sequence_length", 513), ("resolution", 0), ("dtype", "float16"), ("guidance", 1.0),
+    ):  # fmt: skip
+        assert key in refusal(lambda key=key, value=value: load(flux_folder, **{key: value}))
+    assert "use cpu or cuda" in refusal(lambda: load(flux_folder, device="gpu"))
+    if not torch.cuda.is_available():
+        assert "no usable CUDA GPU" in refusal(lambda: load(flux_folder, device="cuda"))
 
 
 def test_transformer_of_another_architecture(policy: FluxPolicy, tmp_path: Path) -> None:
@@ -188,7 +167,9 @@ def test_export_does_not_overwrite_its_base(broken: Path) -> None:
 # Text
 
 
-def test_truncated_prompts_are_told(policy: FluxPolicy, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_prompts_are_reported(
+    policy: FluxPolicy, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="g2rpo"):
         policy.encode(PROMPTS)
         assert not caplog.records
@@ -196,8 +177,8 @@ def test_truncated_prompts_are_told(policy: FluxPolicy, caplog: pytest.LogCaptur
         policy.encode(["a circle", "a " + "blue " * 8 + "wheel", "a " + "blue " * 23 + "wheel"])
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert messages[0].startswith("2 of 3 prompts are longer than the 32 tokens of T5")
-    assert messages[1].startswith("1 of 3 prompts are longer than the 77 tokens of CLIP")
+    assert messages[0].startswith("2 of 3 prompts are truncated to the 32 tokens of T5")
+    assert messages[1].startswith("1 of 3 prompts are truncated to the 77 tokens of CLIP")
 
 
 def assert_same_bits(one: Conditioning, other: Conditioning) -> None:
@@ -232,10 +213,10 @@ class Remembered:
 
 
 def test_what_a_source_holds_is_not_encoded(
-    folder: Path, policy: FluxPolicy, caplog: pytest.LogCaptureFixture
+    flux_folder: Path, policy: FluxPolicy, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoded = policy.encode(PROMPTS)
-    reader = load(folder)
+    reader = load(flux_folder)
     reader.conditioning_source = Remembered(encoded, PROMPTS)
     assert_same_bits(reader.encode([*PROMPTS[::-1], PROMPTS[1]]), encoded.select([3, 2, 1, 0, 1]))
     assert reader._text_encoders is None
@@ -246,14 +227,6 @@ def test_what_a_source_holds_is_not_encoded(
         for _ in range(2):
             assert_same_bits(reader.encode(PROMPTS), encoded)
     assert [record.getMessage().split(" are")[0] for record in caplog.records] == ["2 of 4 prompts"]
-
-
-def test_released_text_encoders_are_read_again(folder: Path) -> None:
-    policy = load(folder)
-    first = policy.encode(PROMPTS)
-    policy.release_text_encoders()
-    assert policy._text_encoders is None
-    assert torch.equal(policy.encode(PROMPTS).prompt_embeds, first.prompt_embeds)
 
 
 def test_conditioning_selects_and_joins() -> None:
@@ -270,13 +243,13 @@ def test_conditioning_selects_and_joins() -> None:
 # Latents
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(batch=st.integers(0, 3), side=st.integers(1, 4), seed=st.integers(0, 2**16))
 def test_packing_is_inverted_and_keeps_patches(
-    folder: Path, policy: FluxPolicy, batch: int, side: int, seed: int
+    flux_folder: Path, policy: FluxPolicy, batch: int, side: int, seed: int
 ) -> None:
     config = policy.config.model_copy(update={"resolution": 16 * side})
-    sized = FluxPolicy(config, folder, policy.transformer, policy.vae)
+    sized = FluxPolicy(config, flux_folder, policy.transformer, policy.vae)
     assert sized.latent_shape == (16, 2 * side, 2 * side)
     shape = (batch, *sized.latent_shape)
     latents = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
@@ -304,8 +277,8 @@ def test_velocity_does_not_depend_on_the_batch(policy: FluxPolicy) -> None:
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
-def test_gradients_reach_the_transformer_only(folder: Path) -> None:
-    policy = load(folder)
+def test_gradients_reach_the_transformer_only(flux_folder: Path) -> None:
+    policy = load(flux_folder)
     conditioning = policy.encode(PROMPTS)
     latents = policy.pack(torch.randn(4, *policy.latent_shape)).requires_grad_()
     velocity = policy.velocity(latents, torch.full((4,), 0.6), conditioning)
@@ -326,8 +299,8 @@ def test_gradients_reach_the_transformer_only(folder: Path) -> None:
     assert not policy.decode(latents).requires_grad
 
 
-def test_wrapped_transformer_is_used_and_saved(folder: Path, tmp_path: Path) -> None:
-    policy = load(folder)
+def test_wrapped_transformer_is_used_and_saved(flux_folder: Path, tmp_path: Path) -> None:
+    policy = load(flux_folder)
     conditioning = policy.encode(PROMPTS[:1])
     latents, time = torch.randn(1, 4, 64), torch.tensor([0.5])
     with torch.no_grad():
@@ -357,8 +330,8 @@ def test_decoding_does_not_depend_on_the_slices(
     assert policy.decode(latents[:0]).shape == (0, 32, 32, 3)
 
 
-def test_bfloat16_parameters_leave_latents_in_float32(folder: Path) -> None:
-    policy = load(folder, dtype="bfloat16")
+def test_bfloat16_parameters_leave_latents_in_float32(flux_folder: Path) -> None:
+    policy = load(flux_folder, dtype="bfloat16")
     assert {p.dtype for p in policy.transformer.parameters()} == {torch.bfloat16}
     conditioning = policy.encode(PROMPTS[:2])
     velocity = policy.velocity(torch.randn(2, 4, 64), torch.tensor([0.9, 0.2]), conditioning)

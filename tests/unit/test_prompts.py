@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -48,6 +48,7 @@ def written(tmp_path: Path, name: str, text: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["set.csv", "set.jsonl"])
+@settings(max_examples=30)
 @given(prompts=sets())
 def test_csv_and_jsonl_give_back_what_was_written(name: str, prompts: list[Prompt]) -> None:
     assert through_a_file(name, prompts) == prompts
@@ -58,22 +59,21 @@ def is_plain(text: str) -> bool:
     return not set(text) & set("\r\n\ufeff\t\0[{,;|:-") and text.casefold() not in PROMPT_COLUMNS
 
 
+@settings(max_examples=30)
 @given(texts=st.lists(TEXTS.filter(is_plain), min_size=1))
 def test_txt_gives_back_the_texts_and_numbers_them(texts: list[str]) -> None:
     numbered = [Prompt(f"{number:06d}", text) for number, text in enumerate(texts)]
     assert through_a_file("set.txt", numbered) == numbered
 
 
-def test_txt_cannot_hold_a_line_break(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prompt 7 has a line break; write \.jsonl"):
-        write_prompts(tmp_path / "set.txt", [Prompt("7", "two\nlines")])
-    assert not (tmp_path / "set.txt").exists()
-
-
-def test_txt_is_not_written_where_it_would_be_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"header of a table.*write \.jsonl"):
-        write_prompts(tmp_path / "set.txt", [Prompt("0", "Prompt"), Prompt("1", "a cat")])
-    assert not (tmp_path / "set.txt").exists()
+def test_txt_is_not_written_if_it_cannot_be_read_back(tmp_path: Path) -> None:
+    for prompts, message in (
+        ([Prompt("7", "two\nlines")], r"prompt 7 has a line break; use \.jsonl"),
+        ([Prompt("0", "Prompt"), Prompt("1", "a cat")], r"header of a table.*use \.jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_prompts(tmp_path / "set.txt", prompts)
+        assert not (tmp_path / "set.txt").exists()
 
 
 def test_id_and_style_may_be_left_out(tmp_path: Path) -> None:
@@ -94,38 +94,37 @@ def test_id_and_style_may_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "prompt,id\nx,1\ny,1\n", r"line 3: the id '1' is that of line 2 too"),
+        ("a.csv", "prompt,id\nx,1\ny,1\n", r"line 3: duplicate id '1', also in line 2"),
         ("a.csv", "prompt,id\nx,\n", r"line 2: the id '' is empty"),
         ("a.csv", "prompt,id\nx,1\n  ,2\n", r"line 3: empty prompt"),
         ("a.csv", "prompt\nx\n\ny\n", r"line 3: empty prompt"),
         ("a.csv", "prompt,di\nx,1\n", r"unknown column 'di'; did you mean 'id'"),
         ("a.csv", "id\n1\n", r"no column 'prompt'; found 'id' \(separated by ','\)"),
-        ("a.csv", "prompt,prompt\nx,y\n", r"line 1: a column is there twice"),
-        ("a.csv", "prompt,id\na cat, a dog,1\n", r"line 2: 3 values .* double quotes"),
+        ("a.csv", "prompt,prompt\nx,y\n", r"line 1: duplicate column"),
+        ("a.csv", "prompt,id\na cat, a dog,1\n", r"line 2: 3 values.* double quotes"),
         ("a.csv", 'prompt\n"open\n', r"not valid CSV"),
         ("a.csv", "prompt\n", r"no prompts"),
-        ("a.csv", "", r"no column 'prompt'"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', r"line 2: not valid JSON"),
-        ("a.jsonl", '["x"]\n', r"line 1: expected an object"),
         ("a.jsonl", '{"prompt": "x", "id": 3}\n', r"line 1: id must be a string"),
         ("a.jsonl", '{"prompt": "x", "styel": "3"}\n', r"unknown column 'styel'.*'style'"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": " "}\n', r"line 2: empty prompt"),
         (
             "a.jsonl",
             '{"prompt": "x"}\n{"prompt": "y", "id": "000000"}\n',
-            r"line 2: the id '000000' is that of line 1 too",
+            r"line 2: duplicate id '000000', also in line 1",
         ),
-        ("a.jsonl", '{"prompt": "x", "id": "a/b"}\n', r"line 1: the id 'a/b' cannot name a file"),
-        ("a.jsonl", '{"prompt": "x", "id": "..\\\\b"}\n', r"cannot name a file"),
-        ("a.jsonl", '{"prompt": "x", "id": ".."}\n', r"cannot name a file"),
-        ("a.jsonl", '{"prompt": "x", "id": "a\\u0000b"}\n', r"cannot name a file"),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "id": "a/b"}\n',
+            r"line 1: the id 'a/b' is not a valid file name",
+        ),
+        ("a.jsonl", '{"prompt": "x", "id": ".."}\n', r"not a valid file name"),
+        ("a.jsonl", '{"prompt": "x", "id": "a\\u0000b"}\n', r"not a valid file name"),
         ("a.jsonl", json.dumps({"prompt": "x", "id": "ü" * 101}), r"longer than 200 bytes"),
         ("a.txt", "x\n\ny\n", r"line 2: empty prompt"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
+def test_errors_name_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = written(tmp_path, name, text)
     with pytest.raises(UserError, match=message) as error:
         read_prompts(path)
@@ -151,13 +150,13 @@ NAMED = [Prompt("q1", "a cat", "photo"), Prompt("q2", "yes: a, dog")]
         ("a.yaml", "- a cat\n- 'yes: a, dog'\n", CATS, ""),
         ("a.yml", 'prompts:\n- a cat\n- prompt: "yes: a, dog"\n', CATS, ""),
         ("a.csv", "\ufeffPrompts,Category\na cat,animals\n\"yes: a, dog\",x\n", CATS, "'category'"),
-        ("A.TSV", "Prompt\tNote\tX\na cat\tx\t\nyes: a, dog\ty\tz\n", CATS, "read: 'note', 'x'"),
-        ("a.csv", "text;seed\na cat;1\nyes: a, dog;2\n", CATS, "'text'; not read: 'seed'"),
+        ("A.TSV", "Prompt\tNote\tX\na cat\tx\t\nyes: a, dog\ty\tz\n", CATS, "ignoring 'note', 'x'"),
+        ("a.csv", "text;seed\na cat;1\nyes: a, dog;2\n", CATS, "'text'; ignoring 'seed'"),
         ("a.jsonl", '{"text": "a cat"}\n{"text": "yes: a, dog", "x": [1]}\n', CATS, "'text'"),
         ("a.json", '{"q1": {"prompt": "a cat", "style": "photo"}, "q2": "yes: a, dog"}', NAMED, ""),
         ("a.yaml", "q1: {prompt: a cat, style: photo}\nq2: 'yes: a, dog'\n", NAMED, ""),
         ("a.yaml", "seed: 3\nprompts:\n  q1: {prompt: a cat, style: photo}\n  q2: 'yes: a, dog'\n",
-         NAMED, "not read: 'seed'"),
+         NAMED, "ignoring 'seed'"),
     ],
 )  # fmt: skip
 def test_the_suffix_says_how_a_set_is_read(
@@ -193,29 +192,25 @@ def test_quotation_marks_of_a_published_tsv_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
-@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.csv", "a.yaml"])
-def test_marked_encodings_are_read(tmp_path: Path, name: str, encoding: str) -> None:
-    text = {".txt": "é 猫\n", ".json": '["é 猫"]', ".csv": "prompt\né 猫\n", ".yaml": "- é 猫\n"}
-    (tmp_path / name).write_text(text[Path(name).suffix], encoding=encoding)
-    assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["é 猫"]
+def test_marked_encodings_are_read(tmp_path: Path, encoding: str) -> None:
+    for name, text in (("a.txt", "é 猫\n"), ("a.json", '["é 猫"]'), ("a.csv", "prompt\né 猫\n")):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        assert [prompt.text for prompt in read_prompts(tmp_path / name)] == ["é 猫"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('["a cat", "a dog"]', "as JSON does; name it .json"),
-        ('[\n"a cat",\n"a dog"]', "as JSON does"),
-        ("['a cat']", "as JSON does"),
-        ("[a cat, a dog]", "as JSON does"),
-        ('{"prompt": "a cat"}\n', "as JSON does"),
-        ("{q1: a cat}", "as JSON does"),
-        ("prompt,id\na cat,1\n", "'prompt,id' is the header of a table; name it .csv"),
+        ('["a cat", "a dog"]', "like JSON; rename it to .json"),
+        ('[\n"a cat",\n"a dog"]', "like JSON"),
+        ("['a cat']", "like JSON"),
+        ('{"prompt": "a cat"}\n', "like JSON"),
+        ("prompt,id\na cat,1\n", "'prompt,id' is the header of a table; rename it to .csv"),
         ('"Prompts";"Category"\na cat;x\n', "header of a table"),
-        ("id,text\n1,a cat\n", "header of a table"),
         ("Prompt\na cat\n", "header of a table"),
-        ("Prompt\tNote\na cat\tx\na dog\ty\n", "most lines have tabs; name it .tsv"),
-        ("- a cat\n- a dog\n", "as YAML; name it .yaml"),
-        ("prompts:\n- a cat\n", "as YAML"),
+        ("Prompt\tNote\na cat\tx\na dog\ty\n", "most lines have tabs; rename it to .tsv"),
+        ("- a cat\n- a dog\n", "like YAML; rename it to .yaml"),
+        ("prompts:\n- a cat\n", "like YAML"),
         ("a cat\0\n", "NUL"),
     ],
 )
@@ -243,21 +238,19 @@ def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.md", "x", "and .md is not one; rename it to .txt .*, .csv, .tsv, .json, "),
-        ("prompts", "x", "and none is not one"),
+        ("a.md", "x", "unknown suffix .md; rename it to .txt .*, .csv, .tsv, .json, "),
+        ("prompts", "x", "no suffix; rename"),
         ("a.json", "{}", "no prompts|no column"),
-        ("a.json", "[]", "no column 'prompt'"),
         ("a.json", '"a cat"', "expected a list of rows"),
         ("a.json", '[["a cat"]]', "entry 1: expected an object"),
         ("a.json", '{"anime": ["a cat"]}', "entry 'anime': prompt must be a string"),
-        ("a.json", '{"prompt": "a cat", "id": "1"}', "'prompt' stands outside of a list"),
-        ("a.json", '{"prompts": ["a"], "text": ["b"]}', "'text' stands outside of a list"),
-        ("a.json", '{"q1": "a", "q1": "b"}', "key 'q1' is there 2 times"),
+        ("a.json", '{"prompt": "a cat", "id": "1"}', "'prompt' outside of a list"),
+        ("a.json", '{"prompts": ["a"], "text": ["b"]}', "'text' outside of a list"),
+        ("a.json", '{"q1": "a", "q1": "b"}', "duplicate key 'q1'"),
         ("a.json", '["a",\n"b"', "line 2: not valid JSON"),
         ("a.json", "[" * 100_000, "not valid JSON"),
         ("a.json", '["\\ud83d"]', "entry 1: the prompt is not valid Unicode"),
-        ("a.yaml", "q1: a\nq1: b\n", "key 'q1' is there twice"),
-        ("a.yaml", "[" * 100_000, "not valid YAML"),
+        ("a.yaml", "q1: a\nq1: b\n", "duplicate key 'q1'"),
         ("a.yaml", "- a\n- [b\n", "not valid YAML: .*line 2|not valid YAML: .*line 3"),
         ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat' .*quotes"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: no 'prompt'; found 'text'"),
@@ -303,6 +296,7 @@ def test_other_prompts_stay_apart() -> None:
     assert len({normalise(text) for text in texts}) == len(texts)
 
 
+@settings(max_examples=30)
 @given(sets(), sets())
 def test_overlap_is_symmetric_and_whole_with_itself(a: list[Prompt], b: list[Prompt]) -> None:
     assert overlap(a, b) == overlap(b, a)

@@ -296,7 +296,7 @@ def test_one_sided_answers_leave_room(results: Path, tmp_path: Path) -> None:
         ("other,ann,001,left", "line 2: an answer to the sheet 'other'"),
         ("SHEET,ann,001,left\nSHEET,ann,1,right", "line 3: ann answers pair 001 again"),
         ("SHEET,ann,001,", "ann has answered nothing"),
-        ("SHEET,ann", "line 2: 2 values where the header has 4"),
+        ("SHEET,ann", "line 2: 2 values, but the header has 4"),
         ("SHEET,ann,,left", "line 2: no pair ''"),
         ("SHEET,ann,001,left", "two pairs at least"),
         ('SHEET,ann,001,"left', "not valid CSV"),

@@ -254,23 +254,27 @@ def test_manifests_as_programs_write_them(tmp_path: Path, name: str, text: str |
             lines({"file_name": "0.png", "text": "a"}, {"text": "b", "prompt": "a"}),
             "line 2: .*'prompt' and 'text' differ",
         ),
-        ("m.jsonl", '{"image": "0.png", "prompt": "a", "prompt": "b"}', "line 1: .*'prompt' is th"),
+        (
+            "m.jsonl",
+            '{"image": "0.png", "prompt": "a", "prompt": "b"}',
+            "line 1: .*duplicate key 'prompt'",
+        ),
         ("m.jsonl", '{"image": "0.png", "prompt": "a", "Prompt": "b"}', "line 1: .*case or spaces"),
-        ("m.csv", "image,Prompt,prompt\n0.png,a,b\n", "line 1: a column is there twice: 'prompt'"),
+        ("m.csv", "image,Prompt,prompt\n0.png,a,b\n", "line 1: duplicate column 'prompt'"),
         ("m.csv", "Bild;Text\n0.png;a\n", r"no column 'image'; found 'bild', 'text' .*';'"),
         ("m.csv", "Bild|Worte\n0.png|a\n", r"no column 'image'; found 'bild\|worte' .*','"),
         ("m.csv", "image,prompt\n0.png,caf\xe9\n".encode("cp1252"), "line 2: not UTF-8.*1252"),
         ("m.csv", "image,prompt\n0.png,a cat\n".encode("utf-16-le"), "not UTF-8.*UTF-16"),
         ("m.json", '{"image": "0.png", "prompt": "a"}', "expected a list of rows"),
-        ("m.json", lines({"image": "0.png"}, {"image": "1.png"}), "line 2: .*per line is .jsonl"),
+        ("m.json", lines({"image": "0.png"}, {"image": "1.png"}), "line 2: .*rename it to .jsonl"),
         ("m.txt", "0.png a cat", r"\.csv or \.jsonl"),
         ("m.csv", "# my images\nimage,prompt\n0.png,a\n", "no column 'image'; found '# my images'"),
         ("m.csv", "0.png,a cat, asleep\n1.png,a dog\n", "no column 'image'; found '0.png'"),
         ("m.csv", "image,prompt\n\n", "no images to score for it has no rows"),
-        ("m.jsonl", '{"image": "0.png", "prompt": "a"},\n', "line 1: .*must be one whole object"),
+        ("m.jsonl", '{"image": "0.png", "prompt": "a"},\n', "line 1: .*must be a complete object"),
         ("m.json", "null", "expected a list of rows, found nothing"),
         ("m.csv", "image,prompt\na.png,a circle, on gray\n", "line 2: .*double quotes"),
-        ("m.csv", "image,prompt\na.png\n", "line 2: 1 values where the header has 2"),
+        ("m.csv", "image,prompt\na.png\n", "line 2: 1 values, but the header has 2"),
         ("m.jsonl", '{"image": "a.png", "prompt": "x"}\n{broken\n', "line 2: not valid JSON"),
         ("m.jsonl", "[1]\n", "line 1: expected an object"),
         ("m.yaml", "a: b", r"\.csv or \.jsonl"),
@@ -291,7 +295,7 @@ def test_a_row_without_the_column_that_is_read_is_bad(tmp_path: Path) -> None:
     assert source.bad == [("line 2", "m.jsonl, line 2: no 'image'")]
     (note,) = source.notes
     assert note.startswith("m.jsonl: images are read from 'image', prompts from 'prompt'; ")
-    assert note.endswith("; not read: 'file_name', 'text', 'seed'")
+    assert note.endswith("; ignoring 'file_name', 'text', 'seed'")
 
 
 def test_rows_that_no_file_can_stand_for_are_bad(tmp_path: Path) -> None:

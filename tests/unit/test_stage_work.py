@@ -200,7 +200,7 @@ def test_an_owner_that_does_not_end_is_named(piece: Any, monkeypatch: pytest.Mon
     monkeypatch.setenv("G2RPO_LEASE_WAIT_SECONDS", "0.2")
     lease = Lease.acquire(piece.lease.parent, piece.lease.name)
     try:
-        with pytest.raises(UserError, match="is being worked on by attempt 1"):
+        with pytest.raises(UserError, match="is locked by attempt 1"):
             perform(piece, Ranks())
     finally:
         lease.release("stopped")

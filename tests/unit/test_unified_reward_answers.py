@@ -71,7 +71,7 @@ GOOD = "Alignment Score: 4\nCoherence Score: 3\nStyle Score: 5\n"
         (GOOD.replace("4", "4/10"), "alignment is out of 10, not of 5"),
         (GOOD.replace("4", "4 out of 10"), "out of 10"),
         (GOOD.replace("4", "4 (out of 10)"), "out of 10"),
-        (GOOD.replace("Alignment Score", "Alignment Score (1-10)"), r"on the scale \(1-10\)"),
+        (GOOD.replace("Alignment Score", "Alignment Score (1-10)"), r"uses the scale \(1-10\)"),
         (GOOD + "Alignment: 3", "alignment is both 4 and 3"),
         (GOOD + "Alignment Score: none", "not a plain number"),
     ],

@@ -1,7 +1,8 @@
-"""UnifiedReward in this process: a tiny Qwen2.5-VL, random and taught, and its cache of answers."""
+"""UnifiedReward in this process: a tiny random Qwen2.5-VL, scripted answers, and the cache."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_vlm import CONTROL, Lesson, build_small_vlm, teach
+from small_vlm import CONTROL, build_small_vlm
 from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.question import QuestionConfig
 from g2rpo.rewards.registry import load_reward
-from g2rpo.rewards.unified_reward.cache import answer_key, default_folder
 from g2rpo.rewards.unified_reward.local import hash_files
-from g2rpo.rewards.unified_reward.reward import UnifiedReward
+from g2rpo.rewards.unified_reward.reward import UnifiedReward, answer_key, answers_folder
+from g2rpo.rewards.unified_reward.template import choose_template
 
 
 def plain(red: int, green: int, blue: int, height: int = 40, width: int = 40) -> Tensor:
@@ -30,16 +32,12 @@ def written(alignment: float, coherence: float, style: float) -> str:
     return "\n".join(f"{aspect} Score (1-5): {score:g}" for aspect, score in scores.items())
 
 
-# The first two differ in their image alone.
-LESSONS = [
-    Lesson(plain(220, 30, 30), "a red square", written(4.5, 3, 5)),
-    Lesson(plain(30, 30, 220, 60, 40), "a red square", written(1, 2.5, 4.5)),
-    Lesson(plain(30, 220, 30, 40, 80), "a much longer caption: a field", written(5, 1, 3)),
-]
-IMAGES = [lesson.image for lesson in LESSONS]
-PROMPTS = [lesson.prompt for lesson in LESSONS]
-TAUGHT = torch.tensor([[12.5, 4.5, 3, 5], [8, 1, 2.5, 4.5], [9, 5, 1, 3]])
-TAUGHT[:, 0] /= 3
+# The first two differ only in their images.
+IMAGES = [plain(220, 30, 30), plain(30, 30, 220, 60, 40), plain(30, 220, 30, 40, 80)]
+PROMPTS = ["a red square", "a red square", "a much longer caption: a field"]
+ANSWERS = [written(4.5, 3, 5), written(1, 2.5, 4.5), written(5, 1, 3)]
+EXPECTED = torch.tensor([[12.5, 4.5, 3, 5], [8, 1, 2.5, 4.5], [9, 5, 1, 3]])
+EXPECTED[:, 0] /= 3
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +47,39 @@ def _cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_small_vlm(tmp_path_factory.mktemp("random") / "vlm")
 
 
-@pytest.fixture(scope="module")
-def folder(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    taught = tmp_path_factory.mktemp("taught") / "vlm"
-    shutil.copytree(random_folder, taught)
-    teach(taught, LESSONS)
-    return taught
+class Scripted:
+    """A backend with known answers, which records the number of questions of each call."""
+
+    model, weights_hash = "scripted", "0" * 64
+
+    def __init__(self, config: QuestionConfig) -> None:
+        self.settings: dict[str, Any] = {"max_answer_tokens": config.max_answer_tokens}
+        self.asked: list[int] = []
+
+    def prepare(self, images: Sequence[Tensor], questions: Sequence[str]) -> list[str]:
+        return [
+            next(
+                answer
+                for known, prompt, answer in zip(IMAGES, PROMPTS, ANSWERS, strict=True)
+                if prompt in question and torch.equal(image, known)
+            )
+            for image, question in zip(images, questions, strict=True)
+        ]
+
+    def ask(self, inputs: list[str]) -> list[str]:
+        self.asked.append(len(inputs))
+        return inputs
+
+
+def scripted(**question: Any) -> tuple[UnifiedReward, Scripted]:
+    config = QuestionConfig.model_validate({"template": "own", **question})
+    backend = Scripted(config)
+    template = choose_template(config, "scripted")
+    return UnifiedReward(backend, template, config, "cpu", batch_size=32), backend
 
 
 def load(folder: Path, **question: Any) -> UnifiedReward:
@@ -79,11 +100,8 @@ def scores(reward: UnifiedReward, order: list[int]) -> Tensor:
 
 class TestGeneration:
     @pytest.mark.parametrize("penalty", [1.0, 1.5])
-    def test_batched_equals_single(
-        self, random_folder: Path, tmp_path: Path, penalty: float
-    ) -> None:
-        folder = tmp_path / "vlm"
-        shutil.copytree(random_folder, folder)
+    def test_batched_equals_single(self, folder: Path, tmp_path: Path, penalty: float) -> None:
+        folder = Path(shutil.copytree(folder, tmp_path / "vlm"))
         settings = json.loads((folder / "generation_config.json").read_text())
         # As published checkpoints have it; sampling must not come of it.
         settings |= {"repetition_penalty": penalty, "do_sample": True, "temperature": 1.5}
@@ -105,13 +123,13 @@ class TestGeneration:
             plainly = reward.prepare([image], [prompt]).inputs["input_ids"]
             assert set(row.tolist()) == set(plainly[0].tolist())
 
-    def test_answers_are_of_the_configured_length(self, random_folder: Path) -> None:
-        short = ask(load(random_folder, max_answer_tokens=3), IMAGES[:1], PROMPTS[:1])[0]
-        longer = ask(load(random_folder, max_answer_tokens=9), IMAGES[:1], PROMPTS[:1])[0]
+    def test_answers_are_of_the_configured_length(self, folder: Path) -> None:
+        short = ask(load(folder, max_answer_tokens=3), IMAGES[:1], PROMPTS[:1])[0]
+        longer = ask(load(folder, max_answer_tokens=9), IMAGES[:1], PROMPTS[:1])[0]
         assert longer.startswith(short.rstrip("\ufffd")) and len(longer) > len(short)
 
-    def test_prepare_is_thread_safe(self, random_folder: Path) -> None:
-        reward = load(random_folder, cache=False)
+    def test_prepare_is_thread_safe(self, folder: Path) -> None:
+        reward = load(folder, cache=False)
         orders = [[0], [1, 2], [2, 0, 1], [1]] * 4
 
         def one(order: list[int]) -> dict[str, Tensor]:
@@ -127,26 +145,21 @@ class TestGeneration:
 
 
 class TestScores:
-    def test_taught_scores_are_read(self, folder: Path) -> None:
-        reward = load(folder)
-        torch.testing.assert_close(scores(reward, [0, 1, 2]), TAUGHT, atol=1e-6, rtol=0)
+    def test_batches_and_order_do_not_matter(self) -> None:
+        reward, _ = scripted(cache=False)
+        order = [2, 0, 1, 1, 0]
+        together = scores(reward, order)
+        torch.testing.assert_close(together, EXPECTED[order], atol=1e-6, rtol=0)
+        reward.batch_size = 2
+        prompts = [PROMPTS[i] for i in order]
+        assert torch.equal(reward.score([IMAGES[i] for i in order], prompts), together[:, 0])
+        assert reward.score([], []).shape == (0,)
         assert reward.columns == (
             "unified_reward",
             "unified_reward.alignment",
             "unified_reward.coherence",
             "unified_reward.style",
         )
-
-    def test_batches_and_order_do_not_matter(self, folder: Path) -> None:
-        reward = load(folder, cache=False)
-        order = [2, 0, 1, 1, 0]
-        together = scores(reward, order)
-        torch.testing.assert_close(together, TAUGHT[order], atol=1e-6, rtol=0)
-        assert torch.equal(together, torch.cat([scores(reward, [i]) for i in order]))
-        reward.batch_size = 2
-        prompts = [PROMPTS[i] for i in order]
-        assert torch.equal(reward.score([IMAGES[i] for i in order], prompts), together[:, 0])
-        assert reward.score([], []).shape == (0,)
 
     @pytest.mark.parametrize(
         ("aggregate", "weights"),
@@ -157,28 +170,29 @@ class TestScores:
             ({"alignment": 3, "style": 1}, (0.75, 0, 0.25)),
         ],
     )
-    def test_aggregates(self, folder: Path, aggregate: Any, weights: tuple[float, ...]) -> None:
-        found = scores(load(folder, aggregate=aggregate), [0, 1, 2])
-        expected = [sum(w * float(s) for w, s in zip(weights, row[1:])) for row in TAUGHT]  # noqa: B905
-        torch.testing.assert_close(found[:, 0], torch.tensor(expected))
-        assert torch.equal(found[:, 1:], TAUGHT[:, 1:])
+    def test_aggregates(self, aggregate: Any, weights: tuple[float, ...]) -> None:
+        found = scores(scripted(aggregate=aggregate)[0], [0, 1, 2])
+        torch.testing.assert_close(found[:, 0], EXPECTED[:, 1:] @ torch.tensor(weights).float())
+        assert torch.equal(found[:, 1:], EXPECTED[:, 1:])
 
     def test_names_what_was_measured(self, folder: Path) -> None:
         reward = load(folder, aggregate="style")
-        assert reward.name == "unified_reward"
-        assert reward.version == "vlm-style"
+        assert (reward.name, reward.version) == ("unified_reward", "vlm-style")
         assert reward.weights_hash == hash_files(folder, ("model.safetensors",))
         assert len(reward.template_hash or "") == 64
         assert load(folder, template="own").template_hash != reward.template_hash
+        assert reward.backend.settings["dtype"] == "float32"
+        low = load(folder, dtype="bfloat16")
+        assert next(low.backend.network.parameters()).dtype == torch.bfloat16  # type: ignore[attr-defined]
 
-    def test_an_answer_without_scores_is_refused(self, random_folder: Path) -> None:
-        reward = load(random_folder, max_answer_tokens=300)
+    def test_an_answer_without_scores_is_refused(self, folder: Path) -> None:
+        reward = load(folder, max_answer_tokens=100)
         with pytest.raises(UserError, match="no score for") as caught:
             reward.score(IMAGES[:1], ["a red square"])
         message = str(caught.value)
         assert "'a red square'" in message and "\n" not in message
         assert len(message) < 200 + 350
-        assert not list(default_folder().rglob("*.json"))
+        assert not list(answers_folder().rglob("*.json"))
 
     def test_control_tokens_in_a_prompt_are_plain_text(self, folder: Path) -> None:
         reward, prompt = load(folder), " ".join(CONTROL)
@@ -192,50 +206,37 @@ class TestScores:
         ]
         assert prompt in tokenizer.decode(asked)
 
-    def test_precision_is_chosen(self, folder: Path) -> None:
-        assert load(folder).backend.settings["dtype"] == "float32"
-        low = load(folder, dtype="bfloat16")
-        assert next(low.backend.network.parameters()).dtype == torch.bfloat16  # type: ignore[attr-defined]
-        torch.testing.assert_close(scores(low, [0, 1, 2]), TAUGHT, atol=1e-6, rtol=0)
-
 
 class TestCache:
-    def test_a_known_answer_is_not_asked_again(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        first = scores(load(folder), [0, 1])
+    def test_a_known_answer_is_not_asked_again(self, tmp_path: Path) -> None:
+        first = scores(scripted()[0], [0, 1])
         assert len(list((tmp_path / "cache" / "g2rpo" / "answers").rglob("*.json"))) == 2
-        again = load(folder)
-        asked: list[int] = []
-        real = again.backend.ask
-
-        def counted(inputs: Any) -> list[str]:
-            asked.append(len(inputs["input_ids"]))
-            return real(inputs)
-
-        monkeypatch.setattr(again.backend, "ask", counted)
+        again, backend = scripted()
         assert torch.equal(scores(again, [1, 0]), first[[1, 0]])
-        assert asked == []
-        torch.testing.assert_close(scores(again, [1, 2, 0]), TAUGHT[[1, 2, 0]])
-        assert asked == [1]
+        assert backend.asked == []
+        torch.testing.assert_close(scores(again, [1, 2, 0]), EXPECTED[[1, 2, 0]])
+        assert backend.asked == [1]
 
-    def test_can_be_switched_off_and_moved(self, folder: Path, tmp_path: Path) -> None:
-        scores(load(folder, cache=False), [0])
+    def test_can_be_switched_off_and_moved(self, tmp_path: Path) -> None:
+        scores(scripted(cache=False)[0], [0])
         assert not (tmp_path / "cache").exists()
-        scores(load(folder, cache_folder=str(tmp_path / "mine")), [0])
+        scores(scripted(cache_folder=str(tmp_path / "mine"))[0], [0])
         assert len(list((tmp_path / "mine").rglob("*.json"))) == 1
         assert not (tmp_path / "cache").exists()
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"file/in: cannot cache answers .*cache_folder"):
+            scores(scripted(cache_folder=str(tmp_path / "file" / "in"))[0], [0])
 
-    def test_damaged_and_malformed_entries_are_asked_again(self, folder: Path) -> None:
-        scores(load(folder), [0])
-        entry = next(default_folder().rglob("*.json"))
+    def test_damaged_and_malformed_entries_are_asked_again(self) -> None:
+        scores(scripted()[0], [0])
+        entry = next(answers_folder().rglob("*.json"))
         whole = entry.read_text()
         for damage in ("", whole[:20], "[1]", '{"answer": 3}', '{"answer": "no scores"}'):
             entry.write_text(damage)
-            torch.testing.assert_close(scores(load(folder), [0]), TAUGHT[[0]])
+            torch.testing.assert_close(scores(scripted()[0], [0]), EXPECTED[[0]])
             assert entry.read_text() == whole
 
-    def test_a_key_is_of_all_that_an_answer_depends_on(self, folder: Path) -> None:
+    def test_a_key_covers_everything_that_affects_an_answer(self) -> None:
         image, asked = plain(1, 2, 3), {"model": "m", "template": "t", "settings": {"a": 1}}
         other = image.clone()
         other[0, 0, 0] = 2
@@ -248,47 +249,35 @@ class TestCache:
         }
         assert len(keys) == 4 + len(asked)
         assert answer_key(image.clone(), "p", dict(asked)) in keys
-        # A change of the question, the precision or a length is another key.
-        reward = load(folder)
-        changed = [
-            load(folder, template="own"),
-            load(folder, dtype="bfloat16"),
-            load(folder, max_answer_tokens=99),
-        ]
-        first = reward.prepare(IMAGES[:1], PROMPTS[:1]).keys
-        assert all(first != one.prepare(IMAGES[:1], PROMPTS[:1]).keys for one in changed)
-        # The aggregate is not: the same answer serves all of them.
-        assert first == load(folder, aggregate="style").prepare(IMAGES[:1], PROMPTS[:1]).keys
 
-    def test_a_folder_that_cannot_be_written_is_told(self, folder: Path, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match=r"file/in: answers cannot be kept .*cache_folder"):
-            scores(load(folder, cache_folder=str(tmp_path / "file" / "in")), [0])
+        def key(**question: Any) -> list[str]:
+            return scripted(**question)[0].prepare(IMAGES[:1], PROMPTS[:1]).keys
+
+        assert key() != key(max_answer_tokens=99)
+        assert key() == key(aggregate="style")  # the same answer has all aggregates
 
     def test_the_default_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        assert default_folder() == tmp_path / "cache" / "g2rpo" / "answers"
+        assert answers_folder() == tmp_path / "cache" / "g2rpo" / "answers"
         for value in ("", "relative"):
             monkeypatch.setenv("XDG_CACHE_HOME", value)
-            assert default_folder() == Path.home() / ".cache" / "g2rpo" / "answers"
+            assert answers_folder() == Path.home() / ".cache" / "g2rpo" / "answers"
         monkeypatch.setenv("G2RPO_CACHE", str(tmp_path / "own"))
-        assert default_folder() == tmp_path / "own" / "answers"
+        assert answers_folder() == tmp_path / "own" / "answers"
 
 
 class TestLoading:
-    def test_missing_files_are_named(self, random_folder: Path, tmp_path: Path) -> None:
+    def test_missing_files_are_named(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such folder"):
             load(tmp_path / "nowhere")
         with pytest.raises(UserError, match=r"has no config\.json"):
             load(tmp_path)
-        folder = tmp_path / "vlm"
-        shutil.copytree(random_folder, folder)
+        folder = Path(shutil.copytree(folder, tmp_path / "vlm"))
         (folder / "model.safetensors").unlink()
         with pytest.raises(UserError, match=r"has no \*\.safetensors"):
             load(folder)
 
-    def test_damaged_weights_are_refused(self, random_folder: Path, tmp_path: Path) -> None:
-        folder = tmp_path / "vlm"
-        shutil.copytree(random_folder, folder)
+    def test_damaged_weights_are_refused(self, folder: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(folder, tmp_path / "vlm"))
         weights = folder / "model.safetensors"
         whole = safetensors.torch.load_file(weights)
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -308,27 +297,23 @@ class TestLoading:
     @pytest.mark.parametrize(
         ("model_type", "told"),
         [
-            ("qwen3_vl", "not the weights of its configuration"),
+            ("qwen3_vl", "do not fit config"),
             ("bert", r"'bert'; .*question\.server"),
             ("llava_qwen", r"'llava_qwen'; .*question\.server"),
             (None, r"None; .*question\.server"),
         ],
     )
     def test_another_architecture_is_refused(
-        self, random_folder: Path, tmp_path: Path, model_type: str | None, told: str
+        self, folder: Path, tmp_path: Path, model_type: str | None, told: str
     ) -> None:
-        folder = tmp_path / "vlm"
-        shutil.copytree(random_folder, folder)
+        folder = Path(shutil.copytree(folder, tmp_path / "vlm"))
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
         with pytest.raises(UserError, match=told):
             load(folder)
 
-    def test_a_tokenizer_of_another_model_is_refused(
-        self, random_folder: Path, tmp_path: Path
-    ) -> None:
-        folder = tmp_path / "vlm"
-        shutil.copytree(random_folder, folder)
+    def test_a_tokenizer_of_another_model_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(folder, tmp_path / "vlm"))
         (folder / "tokenizer.json").unlink()
         with pytest.raises(UserError, match=r"tokeni[sz]er|processor"):
             load(folder)
@@ -338,7 +323,7 @@ class TestLoading:
     ) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         config = {"model": "unified_reward", "question": {"template": "own"}}
-        with pytest.raises(UserError, match=r"cannot get CodeGoat24/.*hf download"):
+        with pytest.raises(UserError, match=r"cannot fetch CodeGoat24/.*hf download"):
             load_reward(RewardConfig.model_validate(config), "cpu")
 
     def test_several_files_of_weights_have_one_hash(self, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from g2rpo.errors import UserError
 from g2rpo.hub.cache import repository_folder
 from g2rpo.hub.catalogue import catalogue
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.question import QuestionConfig, ServerConfig
+from g2rpo.rewards.question import ASPECTS, QuestionConfig, ServerConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.rewards.unified_reward.template import (
     OWN_FILE,
@@ -55,7 +55,7 @@ class TestTemplate:
         [
             ("Rate the image", r"no \{prompt\}"),
             ("scale: 5 to 1\n---\n{prompt}", "scale 5 to 1 is empty"),
-            ("scale: 1.2.3 to 5\n---\n{prompt}", "is no scale"),
+            ("scale: 1.2.3 to 5\n---\n{prompt}", "not a valid scale"),
         ],
     )
     def test_impossible_templates(self, tmp_path: Path, text: str, message: str) -> None:
@@ -63,10 +63,10 @@ class TestTemplate:
             Template.read(write(tmp_path, text))
 
     def test_files_that_cannot_be_read(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read .*No such file"):
+        with pytest.raises(UserError, match=r"nowhere\.txt: cannot read .*No such file"):
             Template.read(tmp_path / "nowhere.txt")
         (tmp_path / "latin.txt").write_bytes(b"\xe9 {prompt}")
-        with pytest.raises(UserError, match="must be UTF-8"):
+        with pytest.raises(UserError, match="not UTF-8"):
             Template.read(tmp_path / "latin.txt")
 
 
@@ -77,7 +77,7 @@ class TestChoice:
         good = QuestionConfig(template=str(path), template_sha256=digest)
         assert choose_template(good, "CodeGoat24/UnifiedReward-qwen-7b").sha256 == digest
         bad = QuestionConfig(template=str(path), template_sha256="0" * 64)
-        with pytest.raises(UserError, match=f"SHA-256 is {digest}, not the configured 0000"):
+        with pytest.raises(UserError, match=f"SHA-256 is {digest}, but .* is 0000"):
             choose_template(bad, "any")
 
     def test_the_model_may_bring_its_own(self, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ class TestChoice:
         [
             ({}, r"UnifiedReward-qwen-7b was trained .* set question\.template to 'published'"),
             ({"server": SERVER | {"model": "CodeGoat24/UnifiedReward-7b"}}, "its authors' quest"),
-            ({"server": SERVER}, "no question is known for some/model; set question.template"),
+            ({"server": SERVER}, "no default question for some/model; set question.template"),
         ],
     )
     def test_a_model_without_a_question_says_what_to_do(
@@ -112,19 +112,19 @@ class TestConfig:
             ({"aggregate": {"style": -1}}, "greater than or equal to 0"),
             ({"template_sha256": "abc"}, "template_sha256"),
             ({"dtype": "float16"}, "dtype"),
-            ({"dtype": "float32", "server": SERVER}, "a server chooses its own"),
+            ({"dtype": "float32", "server": SERVER}, "no effect with a server"),
             ({"server": SERVER | {"url": "host:8000"}}, "url must be like http"),
             ({"server": SERVER | {"concurrency": 0}}, "concurrency"),
             ({"server": SERVER | {"timeout_seconds": 0}}, "timeout_seconds"),
         ],
     )
-    def test_mistakes_are_told(self, question: dict[str, Any], message: str) -> None:
+    def test_mistakes_are_reported(self, question: dict[str, Any], message: str) -> None:
         with pytest.raises(UserError, match=message):
             validate(RewardConfig, {"model": "unified_reward", "question": question}, "x.yaml")
 
     def test_a_password_in_the_url_is_refused_and_not_shown(self) -> None:
         server = SERVER | {"url": "http://me:hunter2@host:8000"}
-        with pytest.raises(UserError, match="must hold no password") as caught:
+        with pytest.raises(UserError, match="must not contain a password") as caught:
             validate(RewardConfig, {"model": "x", "question": {"server": server}}, "x.yaml")
         assert "hunter2" not in str(caught.value)
 
@@ -136,7 +136,7 @@ class TestConfig:
         assert config.api() == "http://h:1/v1"
 
     def test_weights(self) -> None:
-        assert QuestionConfig().weights() == pytest.approx(dict.fromkeys(_aspects(), 1 / 3))
+        assert QuestionConfig().weights() == pytest.approx(dict.fromkeys(ASPECTS, 1 / 3))
         only = QuestionConfig(aggregate="style")
         assert only.weights() == {"alignment": 0, "coherence": 0, "style": 1}
         mixed = QuestionConfig.model_validate({"aggregate": {"alignment": 3, "style": 1}})
@@ -146,7 +146,7 @@ class TestConfig:
 
     def test_other_rewards_have_no_question(self) -> None:
         config = RewardConfig(model="hps", question=QuestionConfig())
-        with pytest.raises(UserError, match="hps: it is not asked in words"):
+        with pytest.raises(UserError, match="hps: asks no question"):
             load_reward(config, "cpu")
 
     def test_the_dump_of_other_rewards_is_what_it_was(self) -> None:
@@ -168,10 +168,6 @@ class TestConfig:
         same = {"template": str(moved), "server": elsewhere, "cache": False}
         assert question_inputs(QuestionConfig.model_validate(same)) == inputs
         assert question_inputs(QuestionConfig())["template"] is None
-
-
-def _aspects() -> tuple[str, ...]:
-    return ("alignment", "coherence", "style")
 
 
 def test_a_variant_or_a_source_beside_a_server_is_refused() -> None:
@@ -210,9 +206,9 @@ message = {"text": ("Look at the picture.\\n\\n" "- One: \\"A\\" {{x}}\\n" f"Now
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("x = 'no caption'", "0 texts with a caption"),
-            ("a = f'{prompt} one'\nb = f'{prompt} two'", "2 texts with a caption"),
-            ("a = (", "cannot be read as a script"),
+            ("x = 'no caption'", "found 0 questions"),
+            ("a = f'{prompt} one'\nb = f'{prompt} two'", "found 2 questions"),
+            ("a = (", "cannot be parsed"),
         ],
     )
     def test_what_is_no_question_is_refused(self, tmp_path: Path, text: str, message: str) -> None:

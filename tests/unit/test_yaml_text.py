@@ -46,8 +46,8 @@ def test_not_a_number() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: 2\na: 3\n", ("'a' is there twice", "line 3")),
-        ("{1: a, 01: b}", ("1 is there twice",)),
+        ("a: 1\nb: 2\na: 3\n", ("duplicate key 'a'", "line 3")),
+        ("{1: a, 01: b}", ("duplicate key 1",)),
         ("!!int 12:30", ("'12:30' in line 1 is not a valid int",)),
         ("!!bool yes", ("'yes'", "bool")),
         ("!!int 1_000", ("'1_000'", "int")),

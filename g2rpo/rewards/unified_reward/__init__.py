@@ -1,1 +1,1 @@
-"""UnifiedReward: a vision-language model that rates an image for its caption in words."""
+"""UnifiedReward: a vision-language model rates an image for its caption."""

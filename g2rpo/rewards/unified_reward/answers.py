@@ -1,9 +1,9 @@
-"""Reading scores out of an answer, or refusing it; a score is never guessed.
+"""Parses the scores in an answer, or rejects it; a score is never guessed.
 
-An aspect's score is its name, perhaps the word score or rating and the scale in parentheses, a
-colon or equals sign, and a number, perhaps with the scale's top: ``Alignment Score (1-5): 4.5``,
-``**style**: 4/5``, ``"coherence_score": 3``. Case, line breaks and Markdown do not matter. A
-decimal comma is refused: ``4,5`` may as well be two scores.
+A score is the aspect's name, optionally followed by the word score or rating and the scale in
+parentheses, then a colon or equals sign and a number, optionally with the scale's maximum:
+``Alignment Score (1-5): 4.5``, ``**style**: 4/5``, ``"coherence_score": 3``. Case, line breaks and
+Markdown are ignored. Decimal commas are rejected: ``4,5`` could be two scores.
 """
 
 import re
@@ -21,8 +21,8 @@ _STATEMENT = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-# After a number the line ends, or a sentence, a list's element or the next aspect begins; a digit
-# behind a comma, point or dash would make it another number or a range.
+# A number must be followed by the end of a line, sentence or list element, or by the next aspect. A
+# digit after a comma, point or dash would make it another number or a range.
 _VALUE = re.compile(
     rf"""(?P<value>[-+]?{_NUMBER})
     (?:\s{{0,4}}\(?\s{{0,4}}(?:/|out\s+of)\s{{0,4}}(?P<top>{_NUMBER})\)?)?
@@ -35,11 +35,11 @@ _NO_NUMBER = re.compile(r"[-+]?(?:nan|inf|infinity|n/a|none|null|unknown)(?![^\W
 
 
 class MalformedAnswerError(ValueError):
-    """An answer does not hold the scores; says why."""
+    """An answer does not state the scores; says why."""
 
 
 class Scores(NamedTuple):
-    """The three scores of an answer, each within the template's scale."""
+    """The three scores of an answer, on the template's scale."""
 
     alignment: float
     coherence: float
@@ -47,11 +47,11 @@ class Scores(NamedTuple):
 
 
 def read_scores(answer: str, low: float, high: float) -> Scores:
-    """The scores that ``answer`` states, each in [low, high].
+    """The scores in ``answer``, each in [low, high].
 
     Raises:
         MalformedAnswerError: a score is missing, not a number, out of range or on another scale,
-            or an aspect has two different ones.
+            or an aspect has two different scores.
     """
     found: dict[str, float] = {}
     for aspect, value in _statements(answer, low, high):
@@ -75,25 +75,25 @@ def well_formed(answer: str, low: float, high: float) -> bool:
 
 
 def _statements(answer: str, low: float, high: float) -> Iterator[tuple[str, float]]:
-    """Each aspect and number that ``answer`` states, in order."""
+    """Each (aspect, number) in ``answer``, in order."""
     for statement in _STATEMENT.finditer(answer):
         aspect = statement["aspect"].lower()
         number = _VALUE.match(answer, statement.end())
         if number is None:
             looks = _STARTS_LIKE_A_NUMBER.match(answer, statement.end())
-            # "Style: 3D rendering" is prose, "Style Score: 3D" is a score that cannot be read.
+            # "Style: 3D rendering" is prose, "Style Score: 3D" is a malformed score.
             if _NO_NUMBER.match(answer, statement.end()) or (looks and statement["word"]):
                 raise MalformedAnswerError(f"the score for {aspect} is not a plain number")
             continue
         scale = [float(bound) for bound in re.findall(_NUMBER, statement["scale"] or "")]
         if scale not in ([], [high], [low, high]):
-            raise MalformedAnswerError(f"{aspect} is on the scale ({statement['scale']})")
+            raise MalformedAnswerError(f"{aspect} uses the scale ({statement['scale']})")
         if number["top"] is not None and float(number["top"]) != high:
             raise MalformedAnswerError(f"{aspect} is out of {number['top']}, not of {high:g}")
         yield aspect, float(number["value"])
 
 
 def excerpt(text: str, limit: int = 200) -> str:
-    """The end of ``text``, where scores stand, in one line of at most ``limit`` characters."""
+    """The end of ``text``, where the scores are, as one line of at most ``limit`` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else "…" + line[1 - limit :]

@@ -1,4 +1,4 @@
-"""Questions to a vision-language model in this process, through transformers."""
+"""A vision-language model in this process, through transformers."""
 
 import threading
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.files import read_json, sha256_files
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.rewards.question import QuestionConfig
@@ -21,7 +21,7 @@ _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether ``source`` is no folder and is not written like one."""
+    """Whether ``source`` is neither a folder nor looks like a path."""
     path_like = source.startswith((".", "/", "~")) or source.count("/") > 1
     return not path_like and not Path(source).is_dir()
 
@@ -30,7 +30,7 @@ def model_folder(source: str, revision: str | None = None) -> Path:
     """The folder of ``source``, fetched if it is a hub id.
 
     Raises:
-        UserError: it is not there, or holds no config.json or safetensors file.
+        UserError: there is no such folder, or it has no config.json or safetensors file.
     """
     hub = is_hub_id(source)
     folder = fetch_snapshot(source, _FILES, revision) if hub else Path(source).expanduser()
@@ -43,12 +43,12 @@ def model_folder(source: str, revision: str | None = None) -> Path:
 
 
 def hash_files(folder: Path, patterns: Sequence[str]) -> str:
-    """One hash of the files in ``folder`` that fit, see :func:`g2rpo.files.sha256_files`."""
+    """One hash of the matching files in ``folder``, see :func:`g2rpo.files.sha256_files`."""
     return sha256_files(sorted({path for pattern in patterns for path in folder.glob(pattern)}))
 
 
 class LocalModel:
-    """Answers greedily, in batches padded on the left; an answer does not depend on its batch."""
+    """Answers greedily, in left-padded batches; an answer does not depend on its batch."""
 
     def __init__(
         self, folder: Path, name: str, config: QuestionConfig, device: torch.device
@@ -68,14 +68,14 @@ class LocalModel:
         self.processor = _load_processor(folder)
         tokenizer = self.processor.tokenizer
         vocabulary = self.network.config.get_text_config().vocab_size
-        # Published vocabularies are rounded up, so only a larger tokenizer is certainly another's.
+        # Published vocabularies are rounded up, so the sizes may differ a little.
         if not vocabulary // 2 <= len(tokenizer) <= vocabulary:
             check_vocabulary(str(folder), len(tokenizer), vocabulary)
         tokenizer.padding_side = "left"
-        # A repetition penalty also counts padding. The end of a turn is in every question, so
-        # padding with it changes nothing; the usual padding token would.
+        # A repetition penalty also counts padding. Every question contains the end-of-turn token,
+        # so padding with it changes nothing.
         tokenizer.pad_token = tokenizer.eos_token
-        # The checkpoint's own settings, but greedy and of bounded length.
+        # The checkpoint's own generation settings, but greedy and of bounded length.
         self.network.generation_config.update(
             do_sample=False,
             num_beams=1,
@@ -95,7 +95,7 @@ class LocalModel:
             picture = {"type": "image", "image": Image.fromarray(image.numpy())}
             content = [picture, {"type": "text", "text": question}]
             chats.append([{"role": "user", "content": content}])
-        # A fast tokenizer keeps the last call's options in itself: one call at a time.
+        # Fast tokenizers are not thread-safe: they store the options of the last call.
         with self._lock:
             return self.processor.apply_chat_template(
                 chats,
@@ -103,7 +103,7 @@ class LocalModel:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                sanitize_control_tokens=True,  # a prompt may hold text such as <|image_pad|>
+                sanitize_control_tokens=True,  # prompts may contain text such as <|image_pad|>
                 processor_kwargs={"padding": True},
             )
 
@@ -114,8 +114,8 @@ class LocalModel:
             tokens = self.network.generate(**inputs.to(self.device))
         except torch.OutOfMemoryError:
             raise UserError(
-                f"reward unified_reward: {self.device} ran out of memory while it answered "
-                f"{len(inputs['input_ids'])} questions; lower the reward's batch_size"
+                f"reward unified_reward: {self.device} ran out of memory with "
+                f"{len(inputs['input_ids'])} questions in a batch; lower the reward's batch_size"
             ) from None
         answers: list[str] = self.processor.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :],
@@ -129,7 +129,7 @@ def _load_network(folder: Path, dtype: str) -> Any:
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UserError(
-            f"{folder}: transformers knows no vision-language model of model_type {model_type!r}; "
+            f"{folder}: transformers has no vision-language model of model_type {model_type!r}; "
             "serve it with vLLM and set question.server"
         )
     try:
@@ -137,16 +137,15 @@ def _load_network(folder: Path, dtype: str) -> Any:
             folder,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are named below
+            ignore_mismatched_sizes=True,  # they are reported below
         )
     except Exception as error:  # damaged files raise many kinds
-        line = " ".join(str(error).split())
-        raise UserError(f"{folder}: cannot be loaded ({line[:300]}); fetch it again") from None
-    # transformers would go on with random weights in place of the missing ones.
+        raise UserError(f"{folder}: cannot be loaded ({reason(error)}); fetch it again") from None
+    # transformers would initialise missing weights at random.
     missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if missing:
         raise UserError(
-            f"{folder}: not the weights of its configuration: {missing[0]!r} is missing or has "
+            f"{folder}: the weights do not fit config.json: {missing[0]!r} is missing or has "
             f"another shape ({len(missing)} in all)"
         )
     return network.eval().requires_grad_(False)
@@ -156,5 +155,4 @@ def _load_processor(folder: Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: cannot load its processor ({line})") from None
+        raise UserError(f"{folder}: cannot load the processor ({reason(error)})") from None

@@ -1,18 +1,23 @@
 """UnifiedReward (arXiv 2503.05236): a vision-language model rates an image for its caption.
 
-It is asked for alignment, coherence and style, and answers in words, from which the scores are
-read. The model runs in this process or on a server; answers are kept on disk.
+Its textual answer states scores for alignment, coherence and style. The model runs in this process
+or on a server. Answers are cached on disk, one small file each: any file system can share them,
+where a database would need file locks that network file systems do not provide.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from g2rpo.errors import UserError
+from g2rpo.files import atomic_write_text
+from g2rpo.hub.cache import own_cache
 from g2rpo.rewards.base import BatchedReward, RewardConfig
 from g2rpo.rewards.question import ASPECTS, QuestionConfig
 from g2rpo.rewards.unified_reward.answers import (
@@ -22,16 +27,52 @@ from g2rpo.rewards.unified_reward.answers import (
     read_scores,
     well_formed,
 )
-from g2rpo.rewards.unified_reward.backend import Backend
-from g2rpo.rewards.unified_reward.cache import AnswerCache, answer_key, default_folder
 from g2rpo.rewards.unified_reward.template import Template, choose_template
 
 PUBLISHED = "CodeGoat24/UnifiedReward-qwen-7b"
+CACHE_VERSION = 1
+
+
+class Backend(Protocol):
+    """Answers questions about images: a model in this process, or a server."""
+
+    model: str
+    """The model's name."""
+    weights_hash: str
+    """SHA-256 of the weights, or ``server:<model>``."""
+    settings: dict[str, Any]
+    """Everything else that affects answers, as JSON values."""
+
+    def prepare(self, images: Sequence[Tensor], questions: Sequence[str]) -> Any:
+        """Preprocesses N uint8 images ``[H, W, 3]`` for :meth:`ask`; thread-safe, on the CPU."""
+        ...
+
+    def ask(self, inputs: Any) -> list[str]:
+        """The N answers.
+
+        Raises:
+            UserError: the model cannot answer; says why.
+        """
+        ...
+
+
+def answers_folder() -> Path:
+    """The default cache of answers."""
+    return own_cache() / "answers"
+
+
+def answer_key(image: Tensor, prompt: str, asked: dict[str, Any]) -> str:
+    """The SHA-256 of everything that affects an answer; ``asked``: model, template, settings."""
+    digest = hashlib.sha256()
+    head = {"version": CACHE_VERSION, "shape": list(image.shape), "prompt": prompt, "asked": asked}
+    digest.update(json.dumps(head, sort_keys=True).encode() + b"\n")
+    digest.update(image.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class PreparedQuestions:
-    """A batch of B questions; ``inputs`` are the backend's, of those without an answer."""
+    """A batch of B questions; ``inputs`` are the backend's, for those without a cached answer."""
 
     prompts: list[str]
     keys: list[str]
@@ -40,7 +81,7 @@ class PreparedQuestions:
 
 
 class UnifiedReward(BatchedReward):
-    """The mean (by default) of three scores on the question's scale, 1 to 5; higher is better."""
+    """The mean (by default) of three scores on the question's scale, usually 1 to 5."""
 
     name: ClassVar[str] = "unified_reward"
     part_names = ASPECTS
@@ -58,8 +99,9 @@ class UnifiedReward(BatchedReward):
         self.backend, self.template = backend, template
         self.template_hash = template.sha256
         self.weights = torch.tensor(list(config.weights().values()), dtype=torch.float64)
-        folder = Path(config.cache_folder).expanduser() if config.cache_folder else None
-        self.cache = AnswerCache(folder or default_folder()) if config.cache else None
+        named = config.cache_folder
+        folder = Path(named).expanduser() if named else answers_folder()
+        self.cache = folder if config.cache else None
         self._asked = {
             "model": backend.weights_hash,
             "template": template.sha256,
@@ -68,19 +110,19 @@ class UnifiedReward(BatchedReward):
 
     @classmethod
     def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
-        """Loads the model, or sets up its server, which is first spoken to at the first question.
+        """Loads the model, or sets up the client of its server without contacting it.
 
         Raises:
-            UserError: the weights, the template or the key are not there, and how to get them.
+            UserError: the weights, the template or the key is missing; says how to get it.
         """
         question = config.question or QuestionConfig()
         if config.variant is not None:
-            raise UserError("reward unified_reward: it has no variants; remove `variant`")
+            raise UserError("reward unified_reward: has no variants; remove `variant`")
         backend: Backend
         if question.server is not None:
             if config.source is not None or config.revision is not None:
                 raise UserError(
-                    "reward unified_reward: question.server chooses the model; remove `source` "
+                    "reward unified_reward: question.server selects the model; remove `source` "
                     "and `revision`"
                 )
             from g2rpo.rewards.unified_reward.server import ServerModel
@@ -99,7 +141,7 @@ class UnifiedReward(BatchedReward):
             )
 
             source = config.source or PUBLISHED
-            if is_hub_id(source):  # before 16 GB are fetched in vain
+            if is_hub_id(source):  # before downloading 16 GB
                 choose_template(question, source)
             folder = model_folder(source, config.revision)
             template = choose_template(question, source, folder)
@@ -107,8 +149,13 @@ class UnifiedReward(BatchedReward):
             backend = LocalModel(folder, name, question, torch.device(device))
         return cls(backend, template, question, device, config.batch_size)
 
+    def networks(self) -> list[nn.Module]:
+        """See :meth:`BatchedReward.networks`."""
+        network = getattr(self.backend, "network", None)
+        return [] if network is None else [network]
+
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> PreparedQuestions:
-        """See :meth:`BatchedReward.prepare`; looks up the answers that are known."""
+        """See :meth:`BatchedReward.prepare`; looks up cached answers."""
         pairs = list(zip(images, prompts, strict=True))
         keys = [answer_key(image, prompt, self._asked) for image, prompt in pairs]
         answers = [self._known(key) for key in keys]
@@ -123,24 +170,40 @@ class UnifiedReward(BatchedReward):
         """Scores ``[B, 4]``: the aggregate, alignment, coherence, style.
 
         Raises:
-            UserError: there is no answer, or one without all three scores; the prompt is named.
+            UserError: no answer, or one without all three scores; names the prompt.
         """
         given = iter([] if prepared.inputs is None else self.backend.ask(prepared.inputs))
         answers = [next(given) if answer is None else answer for answer in prepared.answers]
         if self.cache is not None:
-            # All before any is refused: the run that follows need not ask for these again.
+            # Before any answer is rejected: a rerun need not ask for the good ones again.
             for key, old, answer in zip(prepared.keys, prepared.answers, answers, strict=True):
                 if old is None and well_formed(answer, self.template.low, self.template.high):
-                    self.cache.put(key, answer)
+                    self._keep(key, answer)
         pairs = zip(prepared.prompts, answers, strict=True)
         parts = torch.tensor([self._read(*pair) for pair in pairs], dtype=torch.float64)
         return torch.cat([(parts @ self.weights)[:, None], parts], dim=1).float()
 
     def _known(self, key: str) -> str | None:
-        answer = self.cache.get(key) if self.cache is not None else None
-        if answer is None or not well_formed(answer, self.template.low, self.template.high):
+        if self.cache is None:
             return None
-        return answer
+        try:
+            answer = json.loads(self._path(key).read_bytes())["answer"]
+            return answer if well_formed(answer, self.template.low, self.template.high) else None
+        except (OSError, ValueError, LookupError, TypeError):  # missing or damaged
+            return None
+
+    def _keep(self, key: str, answer: str) -> None:
+        try:
+            atomic_write_text(self._path(key), json.dumps({"answer": answer}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.cache}: cannot cache answers ({error.strerror}); set "
+                "question.cache_folder to a writable folder, or question.cache: false"
+            ) from None
+
+    def _path(self, key: str) -> Path:
+        assert self.cache is not None
+        return self.cache / key[:2] / f"{key}.json"
 
     def _read(self, prompt: str, answer: str) -> Scores:
         try:
@@ -148,6 +211,6 @@ class UnifiedReward(BatchedReward):
         except MalformedAnswerError as error:
             raise UserError(
                 f"reward unified_reward: {error} for prompt {prompt!r} in the answer "
-                f"{excerpt(answer)!r}; check that question.template belongs to this model "
-                "and that question.max_answer_tokens does not cut answers off"
+                f"{excerpt(answer)!r}; check that question.template is this model's and that "
+                "question.max_answer_tokens does not truncate answers"
             ) from None

@@ -1,7 +1,6 @@
-"""Questions to an OpenAI-compatible server, such as vLLM, through the ``openai`` client.
+"""A vision-language model on an OpenAI-compatible server, such as vLLM, through ``openai``.
 
-The client tries again after failures that may pass, with growing delays, and does what a server
-asks for in ``Retry-After``.
+The client retries transient failures with exponential backoff and respects ``Retry-After``.
 """
 
 import asyncio
@@ -21,24 +20,24 @@ from g2rpo.errors import UserError
 from g2rpo.rewards.question import ServerConfig
 from g2rpo.rewards.unified_reward.answers import excerpt
 
-_TRIED_AGAIN = {408, 409, 429}
-"""Statuses below 500 after which the client tries again."""
+_RETRIED = {408, 409, 429}
+"""Statuses below 500 that the client retries."""
 
 
 class ServerModel:
-    """Asks a server, several questions at a time."""
+    """Asks a server several questions at a time."""
 
     def __init__(
         self, config: ServerConfig, max_answer_tokens: int, accept: Callable[[str], bool]
     ) -> None:
         """Args:
             config: the server.
-            max_answer_tokens: bound of an answer's length.
-            accept: whether an answer is well-formed; one that is not is asked for once more,
-                since servers batch by load and so do not always repeat an answer.
+            max_answer_tokens: maximum length of an answer.
+            accept: whether an answer is well-formed. If not, the question is asked once more:
+                answers of servers depend on how they batch requests.
 
         Raises:
-            UserError: the environment variable of the key is not set.
+            UserError: the environment variable with the key is not set.
         """
         self.config = config
         self.model = config.model
@@ -59,8 +58,8 @@ class ServerModel:
         return [_message(*pair) for pair in zip(images, questions, strict=True)]
 
     def ask(self, inputs: Sequence[ChatCompletionUserMessageParam]) -> list[str]:
-        """See :meth:`Backend.ask`; the first failure cancels the other questions."""
-        # An event loop of its own, in a thread: the caller's may be running one, as notebooks do.
+        """See :meth:`Backend.ask`; the first failure cancels the remaining questions."""
+        # An event loop in its own thread: the caller may be running one, as notebooks do.
         with start_blocking_portal() as portal:
             return portal.call(self._ask_all, inputs)
 
@@ -82,7 +81,7 @@ class ServerModel:
     def _client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
             base_url=self.config.api(),
-            api_key=self._key or "none",  # None would mean $OPENAI_API_KEY, of another server
+            api_key=self._key or "none",  # with None, openai would send $OPENAI_API_KEY
             timeout=self.config.timeout_seconds,
             max_retries=self.config.retries,
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
@@ -105,7 +104,7 @@ class ServerModel:
     async def _complete(
         self, client: openai.AsyncOpenAI, message: ChatCompletionUserMessageParam
     ) -> str | None:
-        """The text of one completion; None where the response holds none."""
+        """The text of one completion; None if the response has none."""
         failure: openai.APIError
         try:
             completion = await client.chat.completions.create(
@@ -117,37 +116,37 @@ class ServerModel:
             )
         except openai.APIError as error:
             failure = error
-        except ValueError:  # it cannot be decoded
+        except ValueError:  # not valid JSON
             return None
         else:
             return _text(completion)
-        # Not in the handler: the client's message, perhaps with the key, would be kept as context.
+        # Outside the handler, so that the client's error, perhaps with the key, is no context.
         raise UserError(f"{self.config.url}: {await self._reason(client, failure)}")
 
     async def _reason(self, client: openai.AsyncOpenAI, error: openai.APIError) -> str:
-        """Why there is no answer, and what to do about it."""
+        """Why there is no answer, and the fix."""
         if isinstance(error, openai.APITimeoutError):
-            reason = f"time-out of {self.config.timeout_seconds:g} s"
+            reason = f"timed out after {self.config.timeout_seconds:g} s"
         elif not isinstance(error, openai.APIStatusError):
-            reason = f"the connection was refused or broke off ({error.__cause__})"
+            reason = f"connection failed ({error.__cause__})"
         else:
             status = error.status_code
             reason = f"HTTP {status}: {self._clean(error.response.text)}"
             if status in (401, 403):
                 variable = self.config.api_key_env
                 fix = (
-                    "put the key into an environment variable and name it in api_key_env"
+                    "put the key in an environment variable and name it in api_key_env"
                     if variable is None
-                    else f"it does not accept the key in ${variable}"
+                    else f"the key in ${variable} was rejected"
                 )
-                return f"HTTP {status}, the server asks for a key; {fix}"
+                return f"HTTP {status}, the server requires a key; {fix}"
             if status == 404:
                 return await self._not_found(client)
-            if status < 500 and status not in _TRIED_AGAIN:
+            if status < 500 and status not in _RETRIED:
                 return reason
         return (
-            f"no answer after at most {self.config.retries + 1} tries: {reason}; check that the "
-            "server runs there, or raise question.server.retries or timeout_seconds"
+            f"no answer after {self.config.retries + 1} attempts: {reason}; check that the server "
+            "is running, or raise question.server.retries or timeout_seconds"
         )
 
     async def _not_found(self, client: openai.AsyncOpenAI) -> str:
@@ -156,18 +155,18 @@ class ServerModel:
             served = [model.id async for model in models]
         except (openai.APIError, ValueError, AttributeError, TypeError):  # as in _text
             return (
-                "HTTP 404, no OpenAI-compatible API is there; question.server.url must be the "
-                "server's root, e.g. http://host:8000"
+                "HTTP 404, not an OpenAI-compatible API; set question.server.url to the server's "
+                "root, e.g. http://host:8000"
             )
-        return f"HTTP 404 for the model {self.model!r}; it serves: {', '.join(served) or 'none'}"
+        return f"HTTP 404 for model {self.model!r}; served models: {', '.join(served) or 'none'}"
 
     def _clean(self, text: str) -> str:
-        """``text`` of the server, short and without the key."""
+        """``text`` from the server, shortened and without the key."""
         return excerpt(text.replace(self._key, "***") if self._key else text)
 
 
 def _message(image: Tensor, question: str) -> ChatCompletionUserMessageParam:
-    """One question: a uint8 image ``[H, W, 3]`` as a PNG, and the text."""
+    """One question: a uint8 image ``[H, W, 3]`` as a PNG, and its text."""
     buffer = io.BytesIO()
     Image.fromarray(image.numpy()).save(buffer, format="PNG", compress_level=1)  # fast
     url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -183,7 +182,7 @@ def _message(image: Tensor, question: str) -> ChatCompletionUserMessageParam:
 def _text(completion: ChatCompletion) -> str | None:
     try:
         text = completion.choices[0].message.content
-    except (AttributeError, LookupError, TypeError):  # the client does not check what it reads
+    except (AttributeError, LookupError, TypeError):  # the client does not validate responses
         return None
     return text if isinstance(text, str) else None
 
@@ -193,7 +192,7 @@ def _read_key(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise UserError(f"question.server.api_key_env: the environment has no ${variable}; set it")
+        raise UserError(f"question.server.api_key_env: ${variable} is not set")
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"question.server.api_key_env: ${variable} holds no usable key")
+        raise UserError(f"question.server.api_key_env: ${variable} is not a valid key")
     return key

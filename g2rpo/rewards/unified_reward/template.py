@@ -1,10 +1,10 @@
-"""The question: a text with ``{prompt}`` where the caption goes, and the scale of its scores.
+"""The question: a text with ``{prompt}`` in place of the caption, and the scale of its scores.
 
-A template file may start with a header, ``scale: 1 to 5`` and a line ``---``; without one the
-scale is 1 to 5. The hash is of the whole file, so that one number names all that is asked.
+A template file may start with the header ``scale: 1 to 5`` and a line ``---``; the default scale is
+1 to 5. Its hash covers the whole file.
 
-The authors' question is their text and no part of this project. It stands in an example script of
-theirs, which is fetched like weights; it is read from there as text, the script is never run.
+The authors' question is not part of this project. It is in one of their example scripts, which is
+fetched like weights and parsed; the script is never run.
 """
 
 import ast
@@ -50,15 +50,15 @@ class Template:
         """Reads a template file.
 
         Raises:
-            UserError: it is missing, not UTF-8, has no placeholder, or an impossible scale.
+            UserError: it is missing, not UTF-8, has no placeholder or an invalid scale.
         """
         try:
             data = path.read_bytes()
             text = data.decode()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read as a template ({error.strerror})") from None
+            raise UserError(f"{path}: cannot read the template ({error.strerror})") from None
         except UnicodeDecodeError:
-            raise UserError(f"{path}: a template must be UTF-8 text") from None
+            raise UserError(f"{path}: not UTF-8 text") from None
         low, high = 1.0, 5.0
         header = _HEADER.match(text)
         if header is not None:
@@ -66,20 +66,22 @@ class Template:
             try:
                 low, high = float(header[1]), float(header[2])
             except ValueError:
-                raise UserError(f"{path}: {header[0].splitlines()[0]!r} is no scale") from None
+                raise UserError(
+                    f"{path}: {header[0].splitlines()[0]!r} is not a valid scale"
+                ) from None
         if not low < high:
             raise UserError(f"{path}: the scale {low:g} to {high:g} is empty")
         if PLACEHOLDER not in text:
-            raise UserError(f"{path}: the template has no {PLACEHOLDER} where the caption goes")
+            raise UserError(f"{path}: no {PLACEHOLDER} for the caption")
         return cls(text, hashlib.sha256(data).hexdigest(), low, high)
 
 
 def choose_template(config: QuestionConfig, model: str, folder: Path | None = None) -> Template:
-    """The template that ``config`` names for ``model``, whose files are in ``folder`` if any.
+    """The template for ``model``, whose files are in ``folder`` if it is a local one.
 
     Raises:
-        UserError: none is named and the model brings none, it cannot be read, or it does not
-            hash to what the configuration says.
+        UserError: neither ``config`` nor the model has a template, it cannot be read, or its hash
+            is not the configured one.
     """
     if config.template == PUBLISHED:
         return _checked(published_question(published_script()), PUBLISHED, config)
@@ -92,13 +94,13 @@ def choose_template(config: QuestionConfig, model: str, folder: Path | None = No
     elif model.startswith(PUBLISHERS):
         raise UserError(
             f"reward unified_reward: {model} was trained on its authors' question, which is not "
-            f"part of this project; set question.template to {PUBLISHED!r} after "
-            f"`g2rpo weights fetch {QUESTION_ARTIFACT}`, or to a file of yours"
+            f"part of this project; run `g2rpo weights fetch {QUESTION_ARTIFACT}` and set "
+            f"question.template to {PUBLISHED!r}, or set it to a file"
         )
     else:
         raise UserError(
-            f"reward unified_reward: no question is known for {model}; set question.template to "
-            f"a file, or to {OWN!r} for the project's own question"
+            f"reward unified_reward: no default question for {model}; set question.template to a "
+            f"file, or to {OWN!r} for the project's own question"
         )
     return _checked(Template.read(path), str(path), config)
 
@@ -106,8 +108,8 @@ def choose_template(config: QuestionConfig, model: str, folder: Path | None = No
 def _checked(template: Template, where: str, config: QuestionConfig) -> Template:
     if config.template_sha256 not in (None, template.sha256):
         raise UserError(
-            f"{where}: the template's SHA-256 is {template.sha256}, not the configured "
-            f"{config.template_sha256}; fetch the right one or correct question.template_sha256"
+            f"{where}: the template's SHA-256 is {template.sha256}, but "
+            f"question.template_sha256 is {config.template_sha256}; fix one of them"
         )
     return template
 
@@ -116,7 +118,7 @@ def published_script() -> Path:
     """The authors' example script in the cache.
 
     Raises:
-        UserError: it has not been fetched, or is not what the catalogue or the lock file states.
+        UserError: it has not been fetched, or is not the one in the catalogue or the lock file.
     """
     (artifact,) = catalogue().select([QUESTION_ARTIFACT], ("reward",))
     (file,) = artifact.files
@@ -136,17 +138,17 @@ def published_script() -> Path:
 
 
 def published_question(script: Path) -> Template:
-    """The question in an example script: its one formatted text with the variable ``prompt``.
+    """The question in an example script: its only f-string with the variable ``prompt``.
 
-    Its hash is of the text as a template, so that it does not depend on the code around it.
+    The hash covers the question alone, not the code around it.
 
     Raises:
-        UserError: the script cannot be read, or does not hold exactly one such text.
+        UserError: the script cannot be parsed, or does not have exactly one such f-string.
     """
     try:
         tree = ast.parse(script.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{script}: cannot be read as a script ({error}); fetch it again") from None
+        raise UserError(f"{script}: cannot be parsed ({error}); fetch it again") from None
     texts = {
         text
         for node in ast.walk(tree)
@@ -154,15 +156,15 @@ def published_question(script: Path) -> Template:
     }
     if len(texts) != 1:
         raise UserError(
-            f"{script}: {len(texts)} texts with a caption where one is expected; save the question "
-            "as a file and set question.template to it"
+            f"{script}: found {len(texts)} questions, expected 1; save the right one as a file and "
+            "set question.template to it"
         )
     (text,) = texts
     return Template(text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _template_text(node: ast.JoinedStr) -> str | None:
-    """The text with the placeholder for ``{prompt}``, or None where it holds anything else."""
+    """The text with the placeholder for ``{prompt}``; None if it has other variables."""
     parts = []
     for value in node.values:
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
@@ -180,9 +182,9 @@ def _template_text(node: ast.JoinedStr) -> str | None:
 
 
 def question_inputs(config: QuestionConfig) -> dict[str, Any]:
-    """All of ``config`` that determines scores: the template by its hash, no addresses.
+    """The part of ``config`` that affects scores, with the template's hash.
 
-    A template that the model's folder brings is None here: it belongs to the folder's own hash.
+    None stands for the template in the model's folder, which the folder's own hash covers.
     """
     inputs = config.model_dump(mode="json", include={"aggregate", "max_answer_tokens", "dtype"})
     named = config.template is not None
