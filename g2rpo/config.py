@@ -9,12 +9,13 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import pydantic
-from pydantic_core import CoreSchema, ErrorDetails
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from g2rpo.errors import UserError
 from g2rpo.yaml_text import parse_yaml
@@ -51,11 +52,16 @@ class StrictModel(pydantic.BaseModel):
         _no_coercion(schema)
         return schema
 
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def concrete(cls, data: Any) -> type[Self]:
-        """The class to validate ``data`` with: a subclass if ``data`` names one."""
-        del data
-        return cls
+    def _only_known_keys(cls, data: Any) -> Any:
+        """Rejects an unknown key with a hint, before anything else is reported."""
+        known = {field.alias or name: field for name, field in cls.model_fields.items()}
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in known:
+                hint = _hint(str(key), known)
+                raise PydanticCustomError("unknown_key", "{hint}", {"key": str(key), "hint": hint})
+        return data
 
 
 RENAMED_KEYS = {
@@ -120,56 +126,30 @@ def _at(data: Any, location: Location) -> Any:
     return data
 
 
-def _field_names(model: type[pydantic.BaseModel], location: Location, data: Any) -> set[str]:
-    """The valid keys next to an unknown key of ``data``."""
-    places: list[tuple[Any, Any]] = [(model, data)]
-    for part in location[:-1]:
-        places = [inner for place in places for inner in _inside(*place, part)]
-    models = {option for annotation, value in places for option in _options(annotation, value)}
-    return {name for found in models for name in getattr(found, "model_fields", ())}
-
-
-def _options(annotation: Any, value: Any) -> list[Any]:
-    """The types that ``annotation`` allows for ``value``; unions and models are resolved."""
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _options(typing.get_args(annotation)[0], value)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [o for member in typing.get_args(annotation) for o in _options(member, value)]
+def _models(annotation: Any) -> Iterator[type[StrictModel]]:
+    """The configuration models that ``annotation`` allows."""
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
-        return [annotation.concrete(value)]
-    return [annotation]
+        yield annotation
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        for member in typing.get_args(annotation):
+            yield from _models(member)
 
 
-def _inside(annotation: Any, value: Any, part: int | str) -> list[tuple[Any, Any]]:
-    """The annotations and values one key deeper."""
-    inner = _at(value, (part,))
-    found: list[tuple[Any, Any]] = []
-    for option in _options(annotation, value):
-        if isinstance(option, type) and issubclass(option, pydantic.BaseModel):
-            if part in option.model_fields:
-                found.append((option.model_fields[str(part)].annotation, inner))
-            elif part in (option.__name__, _tag(option)):  # which member of a union it was
-                found.append((option, value))
-        elif typing.get_origin(option) in (dict, Mapping):
-            found.append((typing.get_args(option)[1], inner))
-        else:
-            found += [(element, inner) for element in typing.get_args(option)]
-    return found
-
-
-def _tag(model: type[pydantic.BaseModel]) -> str | None:
-    field = model.model_fields.get("name")
-    return None if field is None else str(field.default)
-
-
-def _first(error: pydantic.ValidationError) -> ErrorDetails:
-    """The error to report: a misspelt key rather than the missing one it causes."""
-    first, *others = error.errors(include_url=False)
-    if first["type"] == "missing":
-        for other in others:
-            if other["type"] == "extra_forbidden" and other["loc"][:-1] == first["loc"][:-1]:
-                return other
-    return first
+def _hint(key: str, known: Mapping[str, FieldInfo]) -> str:
+    """What the unknown ``key`` of a model with the fields ``known`` probably means."""
+    renamed = RENAMED_KEYS.get(key)
+    if renamed in known:
+        return f"it was renamed to {renamed!r}"
+    if key in REMOVED_KEYS:
+        return REMOVED_KEYS[key]
+    inner = [
+        f"{name}.{key}"
+        for name, field in known.items()
+        if any(key in model.model_fields for model in _models(field.annotation))
+    ]
+    if inner:
+        return f"did you mean {' or '.join(sorted(map(repr, inner)))}?"
+    return nearest(key, known)
 
 
 _FIXES = {
@@ -190,29 +170,16 @@ def _fix(kind: str, found: str | float | bool) -> str:
     return f"; write {found:.0f}" if isinstance(found, float) and found.is_integer() else ""
 
 
-def _hint(model: type[pydantic.BaseModel], location: Location, data: Any) -> str:
-    """What an unknown key probably means."""
-    key, names = str(location[-1]), _field_names(model, location, data)
-    renamed = RENAMED_KEYS.get(key)
-    if renamed in names:
-        return f"it was renamed to {renamed!r}"
-    if key in REMOVED_KEYS:
-        return REMOVED_KEYS[key]
-    inner = [f"{outer}.{key}" for outer in names if key in _field_names(model, (outer, key), data)]
-    if inner and len(location) == 1:
-        return f"did you mean {' or '.join(sorted(map(repr, inner)))}?"
-    return nearest(key, names)
-
-
-def _one_line(model: type[pydantic.BaseModel], error: pydantic.ValidationError, data: Any) -> str:
-    first = _first(error)
-    location = first["loc"]
+def _one_line(error: pydantic.ValidationError, data: Any) -> str:
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    location, peers = first["loc"], [first]
     key = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {_hint(model, location, data)}"
+    if first["type"] == "unknown_key":
+        key = ".".join(str(part) for part in (*location, first["ctx"]["key"]))
+        return f"unknown key {key!r}; {first['msg']}"
     if first["type"] == "missing":
         return f"missing key {key!r}"
-    errors, peers = error.errors(include_url=False), [first]
     found = first.get("input")
     if location and _at(data, location[:-1]) is found:
         # A union has one error per member, with the member's name as the last part of the location.
@@ -241,7 +208,7 @@ def validate(model: type[Model], data: Any, where: str) -> Model:
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        message = " ".join(_one_line(model, error, data).split())
+        message = " ".join(_one_line(error, data).split())
         raise UserError(f"{where}: {message}") from None
 
 

@@ -40,7 +40,7 @@ class Method(StrictModel):
 
     @classmethod
     def concrete(cls, data: Any) -> type[Self]:
-        """See :meth:`StrictModel.concrete`: the method that ``data`` names, where there is one."""
+        """The method that ``data`` names, or this class."""
         name = data.get("name") if isinstance(data, Mapping) else None
         if cls is not Method or name not in method_names():
             return cls
