@@ -409,7 +409,7 @@ def cell_of(**changes: Any) -> dict[str, Any]:
         ({"cells": {"a": {"method": "g2rpo"}}}, "train is empty"),
         (cell_of(train=["hps", "hps"]), "train names a reward twice"),
         (cell_of(sett={}), "'set'"),
-        (cell_of(tuned_as="x"), "now called 'learning_rate_key'"),
+        (cell_of(tuned_as="x"), "renamed to 'learning_rate_key'"),
         (cell_of(budget={"evaluations_of": "b"}), "no cell 'b'"),
         (cell_of(budget={"evaluations_of": "a"}), "without a budget of its own"),
         (cell_of(budget={}), "one of the two"),

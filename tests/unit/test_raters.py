@@ -163,8 +163,8 @@ def test_a_sheet_never_stands_without_its_key(
 @pytest.mark.parametrize(
     ("output", "told"),
     [
-        ("notes.md/s", "notes.md is no folder"),
-        ("notes.md/deep/s", "notes.md is no folder"),
+        ("notes.md/s", "notes.md is not a folder"),
+        ("notes.md/deep/s", "notes.md is not a folder"),
         (".", "name a new folder for the sheet, such as sheet"),
         ("..", "name a new folder for the sheet, such as ../sheet"),
         ("notes.md", "is there already"),
