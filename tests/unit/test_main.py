@@ -38,7 +38,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_it_is_made(
     file.touch()
     for output, told in (
         (tmp_path, f"is a folder; name a file, such as {tmp_path / 'report.html'}"),
-        (file / "below" / "page.html", f"{file} is no folder"),
+        (file / "below" / "page.html", f"{file} is not a folder"),
     ):
         arguments = ("report", "table3", "--profile", "mini", "--publish", "--output", str(output))
         assert refused(*arguments, capsys=capsys).startswith(f"error: {output}: {told}")
