@@ -14,7 +14,7 @@ CHECKPOINT = "benchmarks/mini_world/trained/g2rpo"
 def demo(
     caption: Annotated[
         str, typer.Argument(help="What to draw, in the words of the mini world.")
-    ] = "a large red square left of a small blue circle on yellow",
+    ] = "a white cross below a small green star on brown",
     images: Annotated[int, typer.Option(min=1, max=64, help="Images of each model.")] = 6,
     output: Annotated[Path, typer.Option("--output", "-o", help="The PNG.")] = Path("demo.png"),
 ) -> None:
@@ -36,7 +36,8 @@ def demo(
     except UserError as error:
         raise UserError(f"{error}; try 'a red ring on pink'") from None
     profile = load_profile("mini")
-    policy = FluxPolicy.load(profile.policy, "cpu")
+    base = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
+    policy = FluxPolicy.load(base, "cpu")
     grid = build_grid(profile.evaluation.grid, policy.image_tokens)
     prompts = [Prompt(f"demo-{number}", caption) for number in range(images)]
     pictures = {"Base": sample_ode(policy, prompts, grid, profile.evaluation.seed)}
