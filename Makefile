@@ -30,7 +30,7 @@ export IMAGE
 # The interpreter is the one found above, never a download.
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: help setup mini smoke test check-mini lint docs mini-world tuning clean \
+.PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
 	lock audit image sif check-image bench-speed bench-numerics bench-approximations \
@@ -113,12 +113,16 @@ $(DOCS_READY): uv.lock $(UV)
 	UV_PROJECT_ENVIRONMENT=$(DOCS) $(UV) sync --quiet --locked --only-group docs --python "$(PYTHON)"
 	@touch $@
 
-# A link or an anchor that leads nowhere, or a formula that cannot be read, is an error.
-docs: $(DOCS_READY) ## build the documentation into build/site (half a minute, no PyTorch needed)
+# Broken links, anchors and formulas are errors.
+docs: $(READY) $(DOCS_READY) ## build the documentation into build/site (half a minute)
 	rm -rf build/site
+	PYTHONPATH=. $(RUN)/python docs/generate.py
 	$(DOCS)/bin/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --jobs auto -c docs \
 		-d build/doctrees . build/site
 	@echo "build/site/index.html"
+
+readme: $(READY) ## write README's table and picture from the committed results
+	$(RUN)/python docs/readme.py
 
 lock: $(UV) ## write uv.lock from pyproject.toml (UPGRADE=1 or UPGRADE=NAME for newer versions)
 	$(UV) lock $(if $(UPGRADE),$(if $(filter 1,$(UPGRADE)),--upgrade,--upgrade-package $(UPGRADE)))

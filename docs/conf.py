@@ -1,7 +1,7 @@
-"""How Sphinx builds the site: `make docs` writes it to build/site, and warnings are errors.
+"""Sphinx configuration: `make docs` builds the site in build/site and treats warnings as errors.
 
-The source folder is the whole repository, so that README, changelog and committed results are pages
-too: what is linked in the repository is linked on the site.
+The source folder is the whole repository, so README, changelog and committed results are pages
+too, and links work in the repository and on the site. docs/generate.py writes docs/generated.
 """
 
 import sys
@@ -25,26 +25,36 @@ extensions = [
     "plain_attributes",
 ]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "docs/reference/**", "results/**/*.md"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "docs/generated/*.md",
+    "docs/reference/**",
+    "results/**/*.md",
+]
 exclude_patterns = [".*", "build", "data", "results/runs", "**/node_modules"]
-# Names that a package imports at first use, and tables that begin with a smaller heading.
+# Names that a package imports on first use, and tables that start with a lower heading.
 suppress_warnings = ["autoapi.python_import_resolution", "myst.header"]
 
-# Markdown as code forges show it: anchors of headings, $inline$ and ```math formulae.
+# Markdown as code forges render it: heading anchors, $inline$ and ```math formulas.
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 4
 html_math_renderer = "mathml"
 
-# The sections of the navigation. Of pages that are listed here, those that are there are shown; a
-# page of docs/ that is not listed stands in the last section.
+# The sections of the navigation. Listed pages are shown if they exist; any other page of docs/ is
+# in the last section.
 contents_sections = {
-    "Use": ["get_started", "experiments", "scoring", "mini_world", "faq"],
-    "What is computed": ["mathematics", "credit", "fidelity", "rewards", "unified_reward"],
-    "Runs and reports": ["comparing", "report", "papers", "statistics", "beyond_reward"],
-    "At size": ["cluster", "check", "containers", "training_at_size", "weights"],
-    "Inside": ["extending", "policy", "rollout", "speed", "API reference <reference/g2rpo/index>"],
-    "The project": ["README </README>", "/results/mini/README", "/CONTRIBUTING", "/CHANGELOG"],
+    "Use": ["get_started", "experiments", "measured", "results", "faq"],
+    "Images": ["scoring", "rewards", "weights"],
+    "Clusters": ["cluster", "containers", "flux"],
+    "Methods": ["extending", "mathematics", "fidelity", "statistics", "mini_world"],
+    "Reference": [
+        "generated/cli",
+        "generated/config",
+        "Python <reference/g2rpo/index>",
+    ],
+    "Project": ["README </README>", "/results/mini/README", "/CONTRIBUTING", "/CHANGELOG"],
 }
 
 html_theme = "furo"
@@ -54,8 +64,8 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_extra_path = ["extra"]
 
-# The library's modules, read without importing them: PyTorch need not be here. Those that an
-# extension or a reader of the mathematics meets; the rest is plumbing.
+# The modules that extensions use or the mathematics names; the rest is internal. They are parsed,
+# not imported, so Sphinx's environment needs no PyTorch.
 REFERENCE = {
     "g2rpo": {"config", "errors", "sampling", "seeds"},
     "data": {"prompts"},
@@ -78,7 +88,7 @@ REFERENCE = {
 }
 
 
-def _plumbing() -> list[str]:
+def _internal() -> list[str]:
     modules = (ROOT / "g2rpo").rglob("*.py")
     return [
         str(path)
@@ -89,9 +99,9 @@ def _plumbing() -> list[str]:
 
 
 autoapi_dirs = [str(ROOT / "g2rpo")]
-autoapi_ignore = _plumbing()
+autoapi_ignore = _internal()
 autoapi_root = "docs/reference"
 autoapi_add_toctree_entry = False
 autoapi_options = ["members", "undoc-members", "show-module-summary"]
 autoapi_member_order = "bysource"
-napoleon_use_ivar = True  # attributes are described where their class has them, and only there
+napoleon_use_ivar = True  # describe attributes in their class only

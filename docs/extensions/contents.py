@@ -1,8 +1,7 @@
-"""The navigation: sections of pages, added to the front page when it is read.
+"""Adds the navigation to the front page.
 
-Pages that are named are shown in their order, those that are not there left out. All others are
-found: a page of the documentation in a section of its own at the end, one of the committed results
-below the page that introduces them.
+Listed pages keep their order; missing ones are skipped. Unlisted pages of docs/ get a section at
+the end, and committed results are listed below results/mini/README.
 """
 
 import re
@@ -22,22 +21,22 @@ def _toctree(caption: str | None, entries: Iterable[str]) -> str:
 
 def _sections(app: Sphinx, front: str, listed: Mapping[str, list[str]]) -> str:
     folder = PurePosixPath(front).parent
-    found = app.project.docnames
+    names = app.project.docnames
     taken, text = {front}, ""
     for caption, entries in listed.items():
         shown = []
         for entry in entries:
             page, line = _resolved(entry, folder)
             taken.add(page)
-            if page in found:
+            if page in names:
                 shown.append(line)
         text += _toctree(caption, shown) if shown else ""
-    more = sorted(d for d in found if PurePosixPath(d).parent == folder and d not in taken)
+    more = sorted(d for d in names if PurePosixPath(d).parent == folder and d not in taken)
     return text + (_toctree("More", [f"/{page}" for page in more]) if more else "")
 
 
 def _resolved(entry: str, folder: PurePosixPath) -> tuple[str, str]:
-    """``page`` or ``title <page>``, from the front page's folder: the page, and its line."""
+    """The page that ``page`` or ``title <page>`` names from ``folder``, and its toctree line."""
     match = ENTRY.fullmatch(entry)
     assert match is not None, entry
     page = match["page"]
@@ -54,7 +53,7 @@ def _add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Registers ``contents_sections``: captions, and the pages below each."""
+    """Registers ``contents_sections``: captions and their pages."""
     app.add_config_value("contents_sections", {}, "env")
     app.connect("source-read", _add_contents)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

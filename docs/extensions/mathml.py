@@ -1,7 +1,6 @@
-"""Formulae as MathML, which browsers draw by themselves: no script, no fonts, no network.
+"""Renders formulas as MathML, so pages need no scripts, fonts or network.
 
-Docutils converts them while the pages are built; LaTeX that it cannot read is a warning, and so
-fails a strict build.
+LaTeX that docutils cannot convert is a warning, which fails a strict build.
 """
 
 from docutils import nodes
@@ -17,7 +16,7 @@ def _mathml(node: nodes.math | nodes.math_block, *, block: bool) -> str:
     try:
         return latex2mathml.tex2mathml(node.astext().strip(), as_block=block)
     except MathError as error:
-        logger.warning("formula cannot be read: %s", error, location=node, type="math")
+        logger.warning("cannot convert formula: %s", error, location=node, type="math")
         return f"<code>{node.astext()}</code>"
 
 

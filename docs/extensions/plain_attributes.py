@@ -1,8 +1,8 @@
-"""Descriptions of attributes are text: napoleon takes what is before a colon for a type."""
+"""Keeps attribute descriptions as text: napoleon would read words before a colon as a type."""
 
 from sphinx.application import Sphinx
 
-BEFORE_NAPOLEON = 400  # napoleon has the usual 500
+BEFORE_NAPOLEON = 400  # napoleon runs at 500
 
 
 def _keep_text(
@@ -10,10 +10,10 @@ def _keep_text(
 ) -> None:
     del app, name, obj, options
     if what in ("attribute", "data") and lines:
-        lines.insert(0, "")  # napoleon looks at the first line alone
+        lines.insert(0, "")  # napoleon parses only the first line
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Connects it."""
+    """Registers the hook."""
     app.connect("autodoc-process-docstring", _keep_text, priority=BEFORE_NAPOLEON)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -31,7 +31,7 @@ ALL_STEPS = "all"
 EXPLANATIONS = (
     (
         "Measured on the untrained policy, for every method's own rollout on the same prompts; "
-        "docs/credit.md has the definitions."
+        "docs/mathematics.md has the definitions."
     ),
     (
         "Share of variance: correlation of the rewards of two samples that share this step's noise "

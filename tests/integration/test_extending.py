@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, followed to the letter in a copy of the project."""
+"""The examples of README and docs/extending.md run as they are in a copy of the project."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(page: str, tmp_path: Path
         ignored = shutil.ignore_patterns("__pycache__", "assets")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
     shutil.copytree(ROOT / "results" / "paper", tmp_path / "results" / "paper")
-    files = FILE.findall(page)
+    files = FILE.findall((ROOT / "README.md").read_text()) + FILE.findall(page)
     assert len(files) == 8
     for name, text in files:
         assert not (tmp_path / name).exists()
@@ -58,7 +58,7 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(page: str, tmp_path: Path
     assert source.count(opening) == 1
     registry.write_text(source.replace(opening, opening + line))
 
-    table, policy, training, _ = COMMAND.findall(page)
+    _, table, policy, training, _ = COMMAND.findall(page)
     assert "First step only" in follow(*table, tmp_path)
     written = tmp_path / "results" / "runs" / "my-profile" / "my_table" / "my_table.md"
     assert "Colourfulness" in written.read_text()

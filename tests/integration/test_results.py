@@ -1,7 +1,6 @@
-"""The committed results: whole, what they say they are, and what README and profile say of them."""
+"""The committed results are complete, and profile and tables agree with them."""
 
 import json
-from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import pytest
@@ -76,23 +75,3 @@ def test_shipped_learning_rates_won_the_trials() -> None:
     assert {len(trials) for trials in means.values()} == {4}
     best = {method: max(trials, key=lambda rate: trials[rate]) for method, trials in means.items()}
     assert best == load_profile("mini").learning_rates
-
-
-def read_markdown_table(text: str) -> list[dict[str, str]]:
-    """The first table of a Markdown text, a dictionary for each row."""
-    from_table = dropwhile(lambda line: not line.startswith("|"), text.splitlines())
-    lines = takewhile(lambda line: line.startswith("|"), from_table)
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return [dict(zip(head, row, strict=True)) for row in rows]
-
-
-def test_the_readme_shows_the_committed_table() -> None:
-    """Every row, with some of its columns."""
-    committed = read_markdown_table((MINI / "table1" / "table1.md").read_text())
-    shown = read_markdown_table((ROOT / "README.md").read_text())
-    spec = load_experiment("table1").table_spec(load_profile("mini"))
-    assert len(shown) == len(committed) == len(spec.rows)
-    wanted = {column.label for column in spec.columns}
-    assert wanted <= shown[0].keys() <= committed[0].keys()
-    for row, whole in zip(shown, committed, strict=True):
-        assert row == {name: whole[name] for name in row}

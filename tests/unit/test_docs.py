@@ -1,8 +1,10 @@
-"""The Markdown of the repository: what it links, names and lists is there."""
+"""The documentation names links, commands and options that exist, and stays short."""
 
 import itertools
+import json
 import os
 import re
+import runpy
 import shlex
 import typing
 from collections.abc import Iterator
@@ -10,10 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pydantic
 import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.evaluation.protocol import EvaluationConfig
@@ -24,10 +28,8 @@ from g2rpo.training.config import TrainConfig
 from reproduce.cli import app
 from reproduce.experiment import ROOT, Hardware, load_experiment
 
-ELSEWHERE = "/mnt/"
-"""Paths of an example that are on nobody's machine."""
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-UNREAD = {"build", "data", "runs", "node_modules"}
+UNREAD = {"build", "data", "generated", "runs", "node_modules"}
 EXPERIMENTS = sorted((ROOT / "reproduce" / "experiments").glob("*.yaml"))
 PARSER = MarkdownIt("commonmark").enable("table")
 METHODS = [type(parse_method({"name": name})) for name in method_names()]
@@ -39,7 +41,7 @@ SECTIONS: dict[str, list[Any]] = {
     "question": [QuestionConfig],
     "checkpoint": [CheckpointConfig],
 }
-"""What a dotted key of a page may begin with, and the models in which it goes on."""
+"""The first part of a dotted key, and the models that have the rest."""
 
 
 def pages() -> Iterator[Path]:
@@ -86,14 +88,14 @@ def broken(page: Path) -> Iterator[str]:
             yield f"{page.relative_to(ROOT)}: {link}: no such heading"
 
 
-def test_links_and_anchors_lead_somewhere() -> None:
+def test_links_and_anchors_exist() -> None:
     found = list(pages())
     assert ROOT / "README.md" in found and ROOT / "docs" / "index.md" in found
     assert sum(len(list(links(page))) for page in found) > 100
     assert [fault for page in found for fault in broken(page)] == []
 
 
-def test_a_link_that_leads_nowhere_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_broken_links_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     page = tmp_path / "page.md"
     page.write_text(
@@ -185,45 +187,78 @@ def test_options_are_looked_up() -> None:
     assert not has_key(SECTIONS["grid"], ["steps", "more"])
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_the_catalogue_has_every_experiment(path: Path) -> None:
+def test_the_catalogue_has_every_experiment() -> None:
     catalogue = (ROOT / "docs" / "experiments.md").read_text()
-    cells = len(load_experiment(path.stem).cells)
-    assert f"\n## {path.stem}\n" in catalogue, f"{path.name} has no section in docs/experiments.md"
-    assert re.search(rf"^\| \[{path.stem}\]\(#{path.stem}\) \| {cells} \|", catalogue, re.MULTILINE)
+    for path in EXPERIMENTS:
+        cells = len(load_experiment(path.stem).cells)
+        row = rf"^\|.*`(?:make reproduce-)?{path.stem}`.*\| {cells} \|"
+        assert re.search(row, catalogue, re.MULTILINE), f"docs/experiments.md lacks {path.stem}"
+    listed = re.findall(r"`(?:make reproduce-)?([a-z0-9-]+)` \|", catalogue)
+    assert set(listed) <= {path.stem for path in EXPERIMENTS}
 
 
-def test_the_catalogue_has_no_other_experiments() -> None:
-    catalogue = (ROOT / "docs" / "experiments.md").read_text()
-    listed = set(re.findall(r"^\| \[([a-z0-9-]+)\]\(#", catalogue, re.MULTILINE))
-    assert listed == {path.stem for path in EXPERIMENTS}
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_page_starts_with_its_purpose_and_a_command(page: Path) -> None:
+    opening = page.read_text().split("\n## ")[0]
+    assert re.match(r"# .+\n\n[A-Z]", opening)
+    assert re.search(
+        r"^(?:\.venv/bin/)?(?:g2rpo|make|python) |`(?:g2rpo|make) ", opening, re.MULTILINE
+    )
 
 
-def comparisons() -> Iterator[tuple[Path, list[str]]]:
-    """The examples of `g2rpo compare`: the folder that each is called in, and its arguments."""
-    for token in PARSER.parse((ROOT / "docs" / "comparing.md").read_text(encoding="utf-8")):
-        folder = ROOT
-        for line in token.content.splitlines() if token.type == "fence" else ():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["cd"]:
-                folder /= words[1]
-            elif words[:2] == ["g2rpo", "compare"] and ELSEWHERE not in line:
-                yield folder, words[2:]
+def test_the_documentation_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+    assert sum(len(page.read_text().split()) for page in DOCS) <= 14_000
 
 
-@pytest.mark.parametrize(("folder", "arguments"), list(comparisons()))
+def test_the_generated_reference_has_every_command_and_key() -> None:
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    cli, config = generate["cli_page"](), generate["config_page"]()
+    for command in ("reproduce", "weights fetch", "check cluster"):
+        assert f"\n## g2rpo {command}\n" in cli
+    assert "| `--seeds` |" in cli
+    for name, annotation in TrainConfig.model_fields.items():
+        assert f"| `{name}` |" in config
+        for model in models(annotation.annotation):
+            assert model is Method or f"\n### {model.__name__}\n" in config
+    assert re.search(r"^\| `clip_range` \| float \| `0.0001` \| The ratio is clipped", config, re.M)
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    readme = runpy.run_path(str(ROOT / "docs" / "readme.py"))
+    text = (ROOT / "README.md").read_text()
+    assert readme["markdown"]() in text, "run `make readme`"
+    table = json.loads((ROOT / "results" / "mini" / "table1" / "table1.json").read_text())
+    for row in table["rows"]:
+        if row["trained_on"] in ([], ["hps"]):
+            line = re.escape(f"| {row['label']} | {row['scores']['hps']['mean']:.3f}")
+            assert re.search(rf"^{line}\b", text, re.MULTILINE)
+
+    picture = ROOT / "docs" / "pictures.png"
+    assert picture.stat().st_size <= 400_000
+    sheet = np.array(Image.open(readme["RESULTS"] / "pictures.png").convert("RGB"))
+    shown = np.array(Image.open(picture).convert("RGB"))
+    for prompt, (column, _) in itertools.product(range(4), enumerate(readme["rows"]())):
+        image = sheet[readme["tile_at"](prompt, column)].repeat(3, 0).repeat(3, 1)
+        top, left = 40 + 136 * prompt, 150 + 104 * column
+        assert np.array_equal(shown[top : top + 96, left : left + 96], image)
+
+
 def test_the_examples_of_comparisons_run_on_the_committed_results(
-    folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(folder)
-    # As a shell does.
-    names = [name for one in arguments for name in sorted(map(str, Path().glob(one))) or [one]]
-    done = CliRunner().invoke(app, ["compare", *names])
-    assert done.exit_code == 0, f"{arguments}: {done.exception}"
-    assert "Held-out" in done.stdout
-
-
-def test_examples_of_comparisons_are_found() -> None:
-    found = list(comparisons())
-    assert any(argument.endswith(".json") for _, arguments in found for argument in arguments)
-    assert any(folder == ROOT for folder, _ in found)
+    monkeypatch.chdir(ROOT / "results" / "mini" / "table1" / "cells")
+    examples = re.findall(
+        r"^g2rpo compare (.*json.*)$", (ROOT / "docs" / "results.md").read_text(), re.M
+    )
+    assert len(examples) == 2
+    for example in examples:
+        # The shell expands patterns.
+        names = [
+            name
+            for word in shlex.split(example)
+            for name in sorted(map(str, Path().glob(word))) or [word]
+        ]
+        done = CliRunner().invoke(app, ["compare", *names])
+        assert done.exit_code == 0, f"{example}: {done.exception}"
+        assert "Held-out" in done.stdout
