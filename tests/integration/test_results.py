@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from golden import EXPERIMENTS, MINI, cells_of, rendered
 
-from reproduce.experiment import ROOT, load_experiment, load_profile
+from reproduce.experiment import load_experiment, load_profile
 
 SEEDS = {1, 2, 3}
 
