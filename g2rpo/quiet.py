@@ -1,4 +1,4 @@
-"""Silences the libraries' warnings, so that logs have only our own lines."""
+"""Logging: our own messages at the chosen level, and no warnings from libraries."""
 
 import logging
 import os
@@ -7,6 +7,16 @@ import warnings
 from importlib import import_module
 
 LIBRARIES = ("diffusers", "transformers")
+PACKAGES = ("g2rpo", "reproduce", "benchmarks", "slurm")
+LEVEL_VARIABLE = "G2RPO_LOG_LEVEL"
+"""The level of our own messages; workers and jobs inherit it."""
+
+
+def log_level(level: str) -> None:
+    """Logs our own messages from ``level`` up, here and in the processes started from here."""
+    os.environ[LEVEL_VARIABLE] = level
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(level)
 
 
 def quiet_libraries() -> None:
@@ -22,3 +32,5 @@ def quiet_libraries() -> None:
             import_module(f"{library}.utils.logging").set_verbosity_error()
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if level := os.environ.get(LEVEL_VARIABLE):
+        log_level(level)

@@ -1,14 +1,17 @@
-"""The ``g2rpo`` command: one verb per stage, and ``reproduce`` for a whole experiment."""
+"""The ``g2rpo`` command line."""
 
 import sys
+from typing import Annotated
 
 import typer
 
 from g2rpo.errors import UserError
 from g2rpo.text import visible
 from reproduce.commands import (
+    catalogue,
     check,
     compare,
+    config,
     demo,
     embed,
     export,
@@ -19,49 +22,80 @@ from reproduce.commands import (
     render,
     report,
     run,
+    runs,
     stages,
     weights,
 )
-from reproduce.commands.config import config
 from slurm.distributed import exit_rank
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Train, sample, score and compare RL fine-tuning of flow-matching image models.",
-)
-app.add_typer(check.app, name="check")
-app.add_typer(weights.app, name="weights")
-app.add_typer(prompts.app, name="prompts")
-app.add_typer(raters.app, name="raters")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-for verb in (
-    run.reproduce,
-    run.plan,
-    config,
-    stages.train,
-    stages.sample,
-    stages.score,
-    render.render,
-    jobs.status,
-    jobs.logs,
-    jobs.cancel,
-    jobs.retry,
-    compare.runs,
-    compare.compare,
-    demo.demo,
-    embed.embed,
-    export.export,
-    report.report,
-):
-    app.command()(verb)
+RUN, RESULTS, INPUTS = "Run experiments", "Look at results", "Weights, prompts and this machine"
+COMMANDS = {
+    RUN: (
+        demo.demo, run.reproduce, run.plan, config.config, stages.train, stages.sample, stages.score,
+        embed.embed,
+    ),
+    "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),
+    RESULTS: (runs.runs, compare.compare, render.render, report.report, export.export),
+}  # fmt: skip
+for panel, functions in COMMANDS.items():
+    for function in functions:
+        app.command(rich_help_panel=panel)(function)
+app.command("list", rich_help_panel=RUN)(catalogue.list_bundled)
+app.add_typer(raters.app, name="raters", rich_help_panel=RESULTS)
+app.add_typer(weights.app, name="weights", rich_help_panel=INPUTS)
+app.add_typer(prompts.app, name="prompts", rich_help_panel=INPUTS)
+app.add_typer(check.app, name="check", rich_help_panel=INPUTS)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import version
+
+    import torch
+
+    from g2rpo.provenance import git_state
+
+    commit, dirty = git_state()
+    code = "" if commit is None else f" ({commit[:12]}{', modified' if dirty else ''})"
+    typer.echo(f"g2rpo {version('g2rpo')}{code}")
+    typer.echo(f"torch {torch.__version__}")
+    typer.echo(f"CUDA {torch.version.cuda or 'not available: CPU build of torch'}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log informational messages as well.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log errors only.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions of g2rpo, torch and CUDA, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Train, sample, score and compare RL fine-tuning of flow-matching image models."""
+    from g2rpo.quiet import log_level
+
+    if verbose and quiet:
+        raise typer.BadParameter("use --verbose or --quiet, not both")
+    if verbose or quiet:
+        log_level("INFO" if verbose else "ERROR")
 
 
 def main() -> None:
-    """Entry point: a mistake of the user's is one line and exit code 2, without a traceback.
+    """Entry point.
 
-    So is a file that cannot be read or written; other errors are bugs and keep their traceback.
+    A :class:`UserError`, or a file that cannot be read or written, prints one line and exits with
+    code 2. Any other exception is a bug and keeps its traceback.
     """
     from g2rpo.quiet import quiet_libraries
 
@@ -71,15 +105,15 @@ def main() -> None:
             quiet_libraries()
         app()
     except (UserError, UnicodeError, OSError) as error:
-        told = _refusal(error)
-        if told is None:
+        message = _one_line(error)
+        if message is None:
             raise
-        typer.echo(visible(f"error: {told}"), err=True)
+        typer.echo(visible(f"error: {message}"), err=True)
         sys.exit(2)
     except SystemExit as left:
-        # Typer makes an exit of an interruption.
+        # Typer turns an interrupt into an exit.
         if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
-            typer.echo("interrupted; run the same command to go on", err=True)
+            typer.echo("interrupted; run the same command to resume", err=True)
         elif note := locales.output_note():
             typer.echo(note, err=True)
         if left.code in (None, 0):
@@ -87,17 +121,17 @@ def main() -> None:
         raise
 
 
-def _refusal(error: Exception) -> str | None:
-    """The one line for an error that is the user's to solve; None for any other."""
+def _one_line(error: Exception) -> str | None:
+    """The message for an error that the user can fix; None for a bug."""
     if isinstance(error, UnicodeError):
         return locales.explain(error)
-    told = str(error)
+    message = str(error)
     if isinstance(error, OSError):
         path = error.filename if error.filename2 is None else error.filename2
         if path is None:
             return None
-        told = f"{path}: {' '.join((error.strerror or told).split())}"
-    return told + locales.locale_note(*sys.argv)
+        message = f"{path}: {' '.join((error.strerror or message).split())}"
+    return message + locales.locale_note(*sys.argv)
 
 
 if __name__ == "__main__":

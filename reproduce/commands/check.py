@@ -1,4 +1,4 @@
-"""``g2rpo check``: whether this machine, a cluster or an image can run the suite."""
+"""``g2rpo check``: check that this machine, a cluster or an image can run the suite."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 COLOURS = {"ok": "green", "note": "dim", "warning": "yellow", "failed": "red"}
 RequireGpu = Annotated[bool, typer.Option("--require-gpu", help="Fail without a usable GPU.")]
-Results = Annotated[Path, typer.Option("--results", help="Folder that runs will write to.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Only look; train and compute nothing.")]
+Results = Annotated[Path, typer.Option("--results", help="Results folder that runs will write to.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Skip checks that train or compute.")]
 
 
 class _MachineByDefault(typer.core.TyperGroup):
-    """``g2rpo check`` and ``g2rpo check --quick`` mean ``g2rpo check machine``."""
+    """Makes ``machine`` the default: ``g2rpo check --quick`` is ``g2rpo check machine --quick``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or (args[0].startswith("-") and args[0] not in ("--help", "-h")):
@@ -30,8 +30,8 @@ class _MachineByDefault(typer.core.TyperGroup):
 
 app = typer.Typer(
     cls=_MachineByDefault,
-    help="Can this machine, a cluster or an image run the suite? Without a word: this machine. "
-    "The last line is the verdict; exit code 2 where something must be fixed.",
+    help="Check this machine (the default), a cluster or an image. The last line is the verdict; "
+    "the exit code is 2 if something must be fixed.",
 )
 
 
@@ -39,8 +39,8 @@ app = typer.Typer(
 def machine(
     results: Results = Path("results"), require_gpu: RequireGpu = False, quick: Quick = False
 ) -> None:
-    """Look at devices, versions and folders, and run everything once on tiny models."""
-    from reproduce.checks.machine import check_machine  # imports torch: not for --help
+    """Check devices, versions and folders, and run every stage once on tiny models."""
+    from reproduce.checks.machine import check_machine
 
     conclude(check_machine(results, require_gpu=require_gpu, quick=quick))
 
@@ -49,18 +49,18 @@ def machine(
 def image(
     results: Results = Path("results"), require_gpu: RequireGpu = False, quick: Quick = False
 ) -> None:
-    """Check the container image that this runs in: as ``machine``, but more strictly.
+    """Check the container image this runs in: like ``machine``, but stricter.
 
-    Packages that are not the locked ones, or an unknown commit, fail: an image has no excuse.
+    Packages that differ from the lock file, or an unknown commit, are failures.
     """
-    from reproduce.checks.machine import check_machine  # imports torch: not for --help
+    from reproduce.checks.machine import check_machine
 
-    found = check_machine(results, require_gpu=require_gpu, quick=quick)
+    findings = check_machine(results, require_gpu=require_gpu, quick=quick)
     strict = ("packages", "code")
     conclude(
         [
             replace(one, word="failed") if one.what in strict and one.word == "warning" else one
-            for one in found
+            for one in findings
         ]
     )
 
@@ -69,18 +69,17 @@ def image(
 def cluster(
     name: Annotated[
         str,
-        typer.Option("--cluster", help="auto, slurm, local, a bundled profile, or a YAML."),
+        typer.Option("--cluster", help="auto, slurm, local, a bundled profile, or a YAML file."),
     ] = "auto",
     profile: Annotated[
-        str, typer.Option("--profile", help="The scale that is to run: smoke, mini, flux, a YAML.")
+        str, typer.Option("--profile", help="The profile to run: mini, flux, ... or a YAML file.")
     ] = "mini",
     results: Results = Path("results"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Submit no job: only ask SLURM, and look here.")
+        bool, typer.Option("--quick", help="Submit no job; only query SLURM and check here.")
     ] = False,
 ) -> None:
-    """Check that a cluster profile fits its cluster, with a tiny job that looks around there."""
-    # Imported here for start-up time: these load the catalogue and the experiments.
+    """Check that a cluster profile fits its cluster, using a tiny job."""
     from reproduce.checks.scale import case_of, check_weights
     from reproduce.experiment import load_profile
     from slurm.checks.cluster import check_cluster
@@ -95,10 +94,10 @@ def cluster(
 
 
 def conclude(findings: Sequence["Finding"], subject: str = "") -> None:
-    """Prints a table, nothing cut where it is not a terminal, and the verdict as the last line.
+    """Prints the findings as a table, and the verdict as the last line.
 
     Raises:
-        Exit: with code 2, something failed.
+        Exit: with code 2, if something failed.
     """
     measured = any(finding.seconds is not None for finding in findings)
     table = plain_table("", "what", "found", "how to fix it", *["seconds", "memory"] * measured)
@@ -112,8 +111,8 @@ def conclude(findings: Sequence["Finding"], subject: str = "") -> None:
     wide_console().print(table)
     failed = [finding.what for finding in findings if finding.word == "failed"]
     warnings = [finding.what for finding in findings if finding.word == "warning"]
-    verdict = f"failed, to fix: {', '.join(failed)}" if failed else "ready"
-    warned = f"; {len(warnings)} to look at: {', '.join(warnings)}" if warnings else ""
+    verdict = f"failed: {', '.join(failed)}" if failed else "ready"
+    warned = f"; warnings: {', '.join(warnings)}" if warnings else ""
     typer.echo(f"verdict: {subject}{verdict}{warned}")
     if failed:
         raise typer.Exit(2)

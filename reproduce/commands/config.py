@@ -1,4 +1,4 @@
-"""``g2rpo config``: what a cell is made of, and where each value comes from."""
+"""``g2rpo config``: the settings of a cell and where each comes from."""
 
 from typing import Annotated
 
@@ -18,7 +18,7 @@ def config(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print every setting of a cell as YAML, with the layer that each value comes from.
+    """Print every setting of a cell as YAML, with the layer it comes from.
 
     Later layers win: profile, preset, tuned rate, cell, -s, budget.
     """

@@ -1,4 +1,4 @@
-"""``g2rpo export``: what a run has trained, as diffusers has it."""
+"""``g2rpo export``: trained weights in the format of diffusers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +9,12 @@ from g2rpo.errors import UserError
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, as `g2rpo train` prints it.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder that is not there yet.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, as printed by `g2rpo train`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder that does not exist.")],
 ) -> None:
-    """Write a run's weights as a FluxPipeline folder, or as a LoRA file that FluxPipeline loads."""
+    """Export a run's weights as a FluxPipeline folder, or as a LoRA file for FluxPipeline."""
     from g2rpo.training.checkpoint.load import export_trained
 
     if output.exists():
-        raise UserError(f"{output}: is there already; export to another folder")
+        raise UserError(f"{output}: already exists; choose another --output")
     typer.echo(f"{output}: {export_trained(run, output)}")

@@ -1,4 +1,4 @@
-"""``g2rpo status``, ``logs``, ``cancel`` and ``retry``: what became of a submission."""
+"""``g2rpo status``, ``logs``, ``cancel`` and ``retry``: follow and control submissions."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[
     str | None,
-    typer.Argument(help="A submission, or an experiment for its latest; default: the latest."),
+    typer.Argument(help="A submission, or an experiment for its latest one; default: the latest."),
 ]
 OfSubmission = Annotated[
     str | None, typer.Option("--of", help="A submission or an experiment; default: the latest.")
@@ -29,14 +29,14 @@ OfSubmission = Annotated[
 def status(
     name: Name = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it live until all has ended.")
+        bool, typer.Option("--watch", help="Update until all stages have ended.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show every stage.")] = False,
     results: Results = Path("results"),
 ) -> None:
-    """Show every stage: its job, state, node, progress, ETA, restarts, and why it waits or failed.
+    """Show stages: job, state, node, progress, ETA, restarts, and why they wait or failed.
 
-    Works from any shell, also when the one that submitted is gone.
+    Works from any shell.
     """
     from reproduce.commands.run import follow_submission
     from reproduce.jobs.display import print_status
@@ -52,11 +52,11 @@ def status(
 def logs(
     stage: Annotated[str, typer.Argument(help="Part of a stage's name, e.g. train or hps/g2rpo.")],
     of: OfSubmission = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it grows.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines from the end.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines too.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Lines to print.")] = 50,
     results: Results = Path("results"),
 ) -> None:
-    """Print the log of a stage; of several that fit the failed one, else the latest to start."""
+    """Print the log of a stage; if several match, of one that failed or the latest to start."""
     from reproduce.jobs.display import shown_path
     from reproduce.jobs.launch import latest_submission
     from reproduce.jobs.status import read_status
@@ -107,14 +107,14 @@ def cancel(
     name: Name = None,
     results: Results = Path("results"),
 ) -> None:
-    """Cancel what waits or runs of a submission; what is done is kept, and can be gone on with."""
+    """Cancel the queued and running jobs of a submission; finished work is kept."""
     from reproduce.jobs.launch import submission_folders
     from slurm.submission import DamagedRecord, Submission
 
     folder = submission_folders(results / "runs", name)[-1]
     try:
         submission = Submission.load(folder)
-    except DamagedRecord:  # its jobs are known without
+    except DamagedRecord:  # SLURM knows its jobs
         _cancel_jobs(folder.name, results)
         return
     if submission.cluster.kind == "slurm":
@@ -124,7 +124,7 @@ def cancel(
 
 
 def _cancel_jobs(name: str, results: Path) -> None:
-    """Cancels the jobs of a submission, and names those that others still have."""
+    """Cancels the jobs of a submission, and lists other submissions that still have jobs."""
     from reproduce.jobs.stage_jobs import own_jobs
     from slurm.states import cancel_jobs, known_jobs
 
@@ -133,12 +133,13 @@ def _cancel_jobs(name: str, results: Path) -> None:
         mine = jobs.pop(name, [])
         cancel_jobs(mine)
     except UserError as error:
-        raise UserError(f"{name}: not cancelled: {error}; try again") from None
+        raise UserError(f"{name}: not cancelled: {error}; run the same command again") from None
     typer.echo(f"{name}: {len(mine)} jobs cancelled")
     place = "" if results == Path("results") else f" --results {results}"
     for other, theirs in jobs.items():
         typer.echo(
-            f"still queued: {len(theirs)} jobs of {other}; `g2rpo cancel {other}{place}` ends them"
+            f"still queued: {len(theirs)} jobs of {other}; cancel them with "
+            f"`g2rpo cancel {other}{place}`"
         )
 
 
@@ -149,25 +150,25 @@ def _stop_driver(submission: "Submission") -> None:
 
     attempt = latest_attempt(submission.folder / DRIVER)
     if attempt is None or attempt.record is None or not driver_lives(submission):
-        typer.echo(f"{submission.name}: nothing of it runs")
+        typer.echo(f"{submission.name}: not running")
         return
     owner = attempt.record.owner
     if owner.host != os.uname().nodename:
         raise UserError(
-            f"{submission.name} runs on {owner.host}, process {owner.pid}: cancel it there"
+            f"{submission.name} runs on {owner.host} as process {owner.pid}; cancel it there"
         )
-    os.kill(owner.pid, signal.SIGTERM)  # a process in the background may ignore INT
-    typer.echo(f"{submission.name}: asked to stop; what is done is kept")
+    os.kill(owner.pid, signal.SIGTERM)  # background processes may ignore SIGINT
+    typer.echo(f"{submission.name}: stopping; finished work is kept")
 
 
 def retry(
     name: Name = None,
     failed: Annotated[
-        bool, typer.Option("--failed", help="Only what failed, and what needs it.")
+        bool, typer.Option("--failed", help="Only failed stages and those that depend on them.")
     ] = False,
     results: Results = Path("results"),
 ) -> None:
-    """Submit again what a submission did not finish, as it was then, to the same cluster."""
+    """Submit the unfinished stages of a submission again, with the same inputs and cluster."""
     from reproduce.commands.run import run_again
     from reproduce.jobs.launch import latest_submission
 

@@ -1,4 +1,4 @@
-"""Commands under a locale that lacks characters: no traceback, and the locale is named."""
+"""Output and errors under a locale whose encoding lacks characters."""
 
 import io
 import sys
@@ -9,8 +9,8 @@ _escaped = False
 
 
 def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of file names as they are on disk, other characters as Python writes them."""
-    global _escaped  # noqa: PLW0603 - an error handler of codecs has no other memory
+    """Writes undecodable file names as their bytes, and escapes other characters."""
+    global _escaped  # noqa: PLW0603 - codecs error handlers have no other state
     if not isinstance(error, UnicodeEncodeError):
         raise error
     code = ord(error.object[error.start])
@@ -21,22 +21,22 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def escape_output() -> None:
-    """Has standard output escape characters that its encoding lacks."""
+    """Makes standard output escape characters that its encoding lacks."""
     register_error("g2rpo", _escape)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="g2rpo")
 
 
 def output_note() -> str:
-    """One line where characters were escaped; empty where none was."""
+    """One line if characters were escaped, else empty."""
     if not _escaped:
         return ""
     encoding = sys.stdout.encoding
-    return f"the locale's encoding, {encoding}, lacks characters that are shown as \\x..: {ADVICE}"
+    return f"the locale's encoding, {encoding}, lacks characters, shown as \\x..: {ADVICE}"
 
 
 def locale_note(*texts: str) -> str:
-    """What to add to an error about ``texts`` where the locale may be its cause; else empty."""
+    """What to add to an error about ``texts`` if the locale may be the cause, else empty."""
     encoding = sys.getfilesystemencoding()
     if encoding.startswith("utf") or all(text.isascii() for text in texts):
         return ""
@@ -44,7 +44,7 @@ def locale_note(*texts: str) -> str:
 
 
 def explain(error: UnicodeError) -> str | None:
-    """The line for an error of encoding or decoding; None where the locale is not the cause."""
+    """The message for an encoding error; None if the locale is not the cause."""
     note = locale_note("\u00e9")
     if not note or not isinstance(error, (UnicodeEncodeError, UnicodeDecodeError)):
         return None

@@ -1,4 +1,4 @@
-"""Command-line options that several verbs share, and what they stand for."""
+"""Options that several commands share."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +12,7 @@ from g2rpo.checksums import hashing_up_to
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
 from g2rpo.yaml_text import parse_yaml
+from reproduce.bundled import bundled_names
 
 if TYPE_CHECKING:
     from reproduce.experiment.layout import Layout
@@ -19,23 +20,26 @@ if TYPE_CHECKING:
     from slurm.cluster import Cluster
 
 ExperimentName = Annotated[
-    str, typer.Argument(help="table1, table2, table3, or the path of an experiment's YAML.")
+    str, typer.Argument(help=f"{', '.join(bundled_names('experiments'))}, or a YAML file.")
 ]
 CellKey = Annotated[str, typer.Argument(help="A cell of the experiment, e.g. hps/g2rpo.")]
 Seed = Annotated[int, typer.Option("--seed", help="Training seed.")]
-ProfileName = Annotated[str, typer.Option("--profile", help="smoke, mini, flux, or a YAML file.")]
+ProfileName = Annotated[
+    str,
+    typer.Option("--profile", help=f"{', '.join(bundled_names('profiles'))}, or a YAML file."),
+]
 Results = Annotated[
     Path,
-    typer.Option("--results", help="Folder for runs/ and, with --publish, for the tables."),
+    typer.Option("--results", help="Results folder, which contains runs/ and published tables."),
 ]
 Seeds = Annotated[
     str | None, typer.Option(help="Training seeds, e.g. 1,2,3; default: the profile's.")
 ]
 Publish = Annotated[
-    bool, typer.Option(help="Write tables to results/PROFILE instead of results/runs.")
+    bool, typer.Option(help="Write tables to RESULTS/PROFILE instead of RESULTS/runs.")
 ]
 PublishedCells = Annotated[
-    bool, typer.Option("--publish", help="Render the cells in results/PROFILE, not results/runs.")
+    bool, typer.Option("--publish", help="Render the cells in RESULTS/PROFILE, not RESULTS/runs.")
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -53,15 +57,15 @@ ClusterName = Annotated[
 
 
 def layout_of(results: Path, *, publish: bool = False) -> "Layout":
-    """Where things go below ``results``.
+    """The layout of the results folder.
 
     Raises:
-        UserError: it is no folder.
+        UserError: ``results`` is not a folder.
     """
     from reproduce.experiment.layout import Layout
 
     if results.exists() and not results.is_dir():
-        raise UserError(f"--results {results}: is no folder")
+        raise UserError(f"--results {results}: not a folder")
     return Layout(results / "runs", results if publish else results / "runs")
 
 
@@ -69,7 +73,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """The seeds of ``1,2,3``.
 
     Raises:
-        UserError: they are not integers, or one is there twice.
+        UserError: not integers, negative, or repeated.
     """
     try:
         seeds = tuple(parse_yaml(part) for part in text.split(","))
@@ -78,23 +82,23 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if not seeds or any(type(seed) is not int for seed in seeds):
         raise UserError(f"--seeds {text!r}: expected integers, e.g. 1,2,3")
     if min(seeds) < 0:
-        raise UserError(f"--seeds {text!r}: a seed is 0 or more")
+        raise UserError(f"--seeds {text!r}: seeds must not be negative")
     if len(set(seeds)) != len(seeds):
-        raise UserError(f"--seeds {text!r}: a seed is there twice")
+        raise UserError(f"--seeds {text!r}: repeated seed")
     return seeds
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks to be run.
+    """An experiment to run, as given on the command line.
 
     Attributes:
         experiment: name or path of the experiment.
         profile: name or path of the profile.
         cluster: name or path of the cluster profile.
-        seeds: as on the command line; None for the profile's.
-        results: folder of results.
-        publish: whether tables go beside the committed ones.
+        seeds: comma-separated seeds; None for the profile's.
+        results: the results folder.
+        publish: whether to write tables next to the committed ones.
         overrides: changes to the training configuration.
     """
 
@@ -107,10 +111,13 @@ class Request:
     overrides: Sequence[str] = ()
 
     def plan(self, *, runnable: bool) -> "tuple[Plan, Cluster]":
-        """The plan and the place, checked where it is to be run.
+        """The plan and the cluster.
+
+        Args:
+            runnable: also check that the plan can run on this machine or cluster.
 
         Raises:
-            UserError: what is asked for does not exist, is impossible, or cannot run there.
+            UserError: something does not exist, is invalid, or cannot run there.
         """
         from reproduce import experiment as experiments
         from reproduce.jobs import runner
@@ -130,9 +137,9 @@ class Request:
         if runnable:
             runner.check_memory(profile, cells)
         layout = layout_of(self.results, publish=self.publish)
-        # Whoever only looks, or submits from a login node, leaves large files to the jobs.
-        looks = not runnable or cluster.kind == "slurm"
-        with hashing_up_to() if looks else nullcontext():
+        # On a login node, verifying large files is left to the jobs.
+        light = not runnable or cluster.kind == "slurm"
+        with hashing_up_to() if light else nullcontext():
             plan = make_plan(loaded, profile, cells, layout)
         wanted = {stage.kind: stage.resources for stage in plan.todo.stages.values()}
         refuse_impossible(cluster, wanted, profile.hardware.evaluation_shares)

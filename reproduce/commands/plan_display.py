@@ -1,4 +1,4 @@
-"""``g2rpo plan`` for people: what there is to do, what it takes, and what is not there yet."""
+"""Prints a plan: what is left to do, what it costs, and which inputs are missing."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,10 +27,10 @@ KINDS = tuple(CLASSES)
 
 
 def stage_estimates(plan: Plan) -> dict[str, Estimate]:
-    """What every stage takes, by its name; of those that are done too.
+    """The estimated cost of every stage by name, finished ones included.
 
     Raises:
-        UserError: a prompt file is not there and nobody knows how many prompts it will have.
+        UserError: a prompt file is missing, so its number of prompts is unknown.
     """
     estimator = Estimator(plan.profile, speeds_of(plan.profile))
 
@@ -57,10 +57,10 @@ def stage_estimates(plan: Plan) -> dict[str, Estimate]:
 def wall_seconds(
     stages: Iterable[graph.Stage], seconds: Mapping[str, float], slots: int | None
 ) -> float:
-    """Seconds until the last of ``stages`` ends, each given after those that it depends on.
+    """Seconds until the last stage ends; ``stages`` are in order of their dependencies.
 
-    The longest chain of dependent stages, or the work of all on ``slots`` workers where that is
-    longer; None is as many workers as there are stages.
+    The longest chain of dependent stages, or the total work on ``slots`` workers if that is longer;
+    None is one worker per stage.
     """
     ends: dict[str, float] = {}
     work = 0.0
@@ -72,7 +72,7 @@ def wall_seconds(
 
 
 def print_plan(plan: Plan, cluster: Cluster, *, everything: bool = False) -> None:
-    """Prints the plan: a row per kind of stage, or with ``everything`` one per stage as well."""
+    """Prints one row per kind of stage, and with ``everything`` one row per stage."""
     console = wide_console()
     experiment, profile = plan.experiment, plan.profile
     head = f"{experiment.name}, profile {profile.name}: {len(plan.cells)} cells"
@@ -95,13 +95,13 @@ def _hours(seconds: float) -> str:
 
 
 def _needs(stages: Iterable[graph.Stage], estimates: Mapping[str, Estimate]) -> tuple[str, str]:
-    """Hours of devices and disk of ``stages``."""
+    """Device hours and disk space of ``stages``."""
     if not estimates:
         return "?", "?"
-    found = [estimates[stage.name] for stage in stages]
-    mark = "" if all(estimate.measured for estimate in found) else "~"
-    hours = _hours(sum(estimate.seconds * estimate.devices for estimate in found))
-    return f"{mark}{hours}", filesize.decimal(round(sum(estimate.disk_bytes for estimate in found)))
+    costs = [estimates[stage.name] for stage in stages]
+    mark = "" if all(cost.measured for cost in costs) else "~"
+    hours = _hours(sum(cost.seconds * cost.devices for cost in costs))
+    return f"{mark}{hours}", filesize.decimal(round(sum(cost.disk_bytes for cost in costs)))
 
 
 def _kind_table(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> object:
@@ -135,7 +135,7 @@ def _stage_table(plan: Plan, estimates: Mapping[str, Estimate]) -> object:
 
 def _notes(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> list[str]:
     if not plan.todo:
-        return ["nothing is left to do: everything is complete for this configuration"]
+        return ["nothing to do: everything is complete for this configuration"]
     if not estimates:
         return []
     speeds = speeds_of(plan.profile)
@@ -144,37 +144,35 @@ def _notes(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> l
         f"speeds: {speeds.hardware} (reproduce/jobs/speeds.yaml)",
     ]
     if cluster.gpu_type is not None and cluster.gpu_type.lower() not in speeds.hardware.lower():
-        notes.append(
-            f"the cluster's GPUs are {cluster.gpu_type}: hours and wall time are not theirs"
-        )
+        notes.append(f"the cluster has {cluster.gpu_type} GPUs, so hours and wall time will differ")
     if any(not estimates[name].measured for name in plan.todo.stages):
-        notes.append("~ is derived, not measured: see the sources there")
+        notes.append("~ marks estimates that are derived, not measured")
     return notes
 
 
 def _wall(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> str:
-    """The predicted wall time of what is left; without waiting for free nodes on a cluster."""
+    """The predicted wall time of the remaining stages, without queueing on a cluster."""
     slots = {"slurm": None, "local": Slots.found().count}.get(cluster.kind, 1)
     seconds = {name: estimate.seconds for name, estimate in estimates.items()}
     wall = wall_seconds(plan.todo.stages.values(), seconds, slots)
     if not plan.profile.hardware.gpus:
         wall += speeds_of(plan.profile).process.seconds
     text = f"{wall / 3600:.1f} h" if wall > 5400 else f"{wall / 60:.1f} min"
-    where = "where every job starts at once" if slots is None else f"with {slots} at a time"
+    where = "if every job starts at once" if slots is None else f"with {slots} at a time"
     return f"{text} {where}"
 
 
 def _missing_inputs(plan: Plan) -> list[str]:
-    """What has to be fetched before this can run, with the command."""
+    """The missing inputs, each with the command that fetches them."""
     prompts = plan.profile.prompts
     paths = (prompts.train, prompts.validation, prompts.test)
     absent = [path for path in paths if not Path(absolute(path)).exists()]
     lines = []
     if absent:
-        lines.append(f"not there yet: {', '.join(absent)}: `g2rpo prompts fetch` (docs/weights.md)")
+        lines.append(f"missing prompts: {', '.join(absent)}; run `g2rpo prompts fetch`")
     states = missing_weights(plan.profile)
     if names := [state.artifact.name for state in states if state.word != "altered"]:
         lines.append(
-            f"not fetched yet: {', '.join(names)}: `g2rpo weights fetch {' '.join(names)}`"
+            f"missing weights: {', '.join(names)}; run `g2rpo weights fetch {' '.join(names)}`"
         )
     return lines

@@ -16,15 +16,13 @@ from reproduce.commands.weights import (
     readable_size,
 )
 
-app = typer.Typer(
-    no_args_is_help=True, help="Prompt sets: fetching the published ones, checking your own."
-)
+app = typer.Typer(no_args_is_help=True, help="Fetch published prompt sets, and check your own.")
 EXAMPLES = 10
 
 
 @app.command("list")
 def list_prompts() -> None:
-    """Show the published prompt lists and whether they are cached. No network."""
+    """List published prompt sets and whether they are cached. Works offline."""
     from g2rpo.hub.lock import read_lock
     from g2rpo.hub.prompt_sets import SETS, artifact_named
     from g2rpo.hub.status import artifact_state
@@ -51,17 +49,17 @@ def list_prompts() -> None:
 @app.command()
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(help="hpdv2, hpsv2-benchmark; default: hpdv2.")
+        list[str] | None, typer.Argument(help="hpdv2 or hpsv2-benchmark; default: hpdv2.")
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Folder of the files; the profile flux reads this one.")
+        Path, typer.Option(help="Output folder; the flux profile reads the default one.")
     ] = Path("data/hpdv2"),
     mirror: Mirror = None,
     offline: Offline = False,
 ) -> None:
-    """Fetch published prompt lists, check them, and write them as the profile flux reads them.
+    """Fetch published prompt sets, verify them, and write them in the format of the flux profile.
 
-    400 validation prompts are held out of the training list, the same ones every time.
+    A fixed set of 400 validation prompts is held out of the training prompts.
     """
     from g2rpo.hub.lock import read_lock
     from g2rpo.hub.prompt_sets import fetch_benchmark, fetch_hpdv2
@@ -80,12 +78,12 @@ def fetch(
 def _describe(path: Path) -> None:
     from g2rpo.data.overlap import summarise
 
-    found = summarise(path)
+    summary = summarise(path)
     typer.echo(
         visible(
-            f"{path}: {found.prompts} prompt{'s' * (found.prompts != 1)} "
-            f"({found.distinct} distinct), {found.words} words, "
-            f"{found.bytes} bytes, SHA-256 {found.sha256}"
+            f"{path}: {summary.prompts} prompt{'s' * (summary.prompts != 1)} "
+            f"({summary.distinct} distinct), {summary.words} words, "
+            f"{summary.bytes} bytes, SHA-256 {summary.sha256}"
         )
     )
 
@@ -93,23 +91,23 @@ def _describe(path: Path) -> None:
 @app.command()
 def check(
     train: Annotated[Path, typer.Argument(help="Training prompts (.txt, .csv, .json, ...).")],
-    test: Annotated[Path, typer.Argument(help="Prompts that are held out.")],
+    test: Annotated[Path, typer.Argument(help="Held-out prompts.")],
 ) -> None:
-    """Count two sets, and show which prompts of one are in the other.
+    """Count the prompts of two sets, and show those in both.
 
-    Once literally, and once without case, width, punctuation and white space.
+    Compares them exactly, and again ignoring case, width, punctuation and white space.
     """
     from g2rpo.data.overlap import overlap
     from g2rpo.data.prompts import read_prompt_set
 
     first, second = read_prompt_set(train), read_prompt_set(test)
-    for path, found in ((train, first), (test, second)):
+    for path, read in ((train, first), (test, second)):
         _describe(path)
-        if found.note:
-            typer.echo(visible(found.note))
+        if read.note:
+            typer.echo(visible(read.note))
     shared = overlap(first.prompts, second.prompts)
     typer.echo(
-        f"in both: {len(shared.exact)} prompts exactly, {len(shared.normalised)} without case, "
+        f"in both: {len(shared.exact)} prompts exactly, {len(shared.normalised)} ignoring case, "
         "punctuation and white space"
     )
     for text in shared.normalised[:EXAMPLES]:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 Experiments = Annotated[
     list[str] | None,
-    typer.Argument(help="Experiments, e.g. table1 steps; default: all that have finished cells."),
+    typer.Argument(help="Experiments, e.g. table1 steps; default: all with finished cells."),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(help="The page; default: report.html beside the tables."),
+    typer.Option(help="HTML file to write; default: report.html next to the tables."),
 ]
 Megabytes = Annotated[
-    float, typer.Option("--limit", min=0.1, help="Largest size of the page, in MB.")
+    float, typer.Option("--limit", min=0.1, help="Maximum size of the page in MB.")
 ]
 
 
@@ -37,10 +37,10 @@ def report(
 ) -> None:
     """Write one HTML page with tables, curves, images, costs, configurations and provenance.
 
-    It opens from disk and asks no network. What is missing is shown as missing, with the reason.
+    The page is self-contained and opens offline. Missing results are listed with the reason.
     """
     from g2rpo.files import atomic_write_text
-    from reproduce.commands.render import no_table
+    from reproduce.commands.render import refuse_credit
     from reproduce.experiment import load_experiment, load_profile
     from reproduce.jobs.runner import build_assets
     from reproduce.report.chapter import finished_experiments, load_chapter
@@ -53,20 +53,17 @@ def report(
     build_assets(chosen)
     layout = layout_of(results, publish=publish)
     for name in experiments or ():
-        loaded = load_experiment(name)
-        if loaded.credit is not None:
-            command = f"g2rpo reproduce {name} --profile {profile}"
-            raise UserError(no_table(loaded, chosen, layout, command))
+        refuse_credit(load_experiment(name), f"g2rpo reproduce {name} --profile {profile}")
     names = experiments or finished_experiments(chosen, layout)
     if not names and not publish:
         layout, names = _committed(results, chosen)
     wanted = None if seeds is None else parse_seeds(seeds)
     chapters = [load_chapter(name, chosen, layout, wanted) for name in dict.fromkeys(names)]
     if not any(chapter.cells for chapter in chapters):
-        elsewhere = "" if publish else " (with --publish those of results/PROFILE are reported)"
+        elsewhere = "" if publish else ", or add --publish to report RESULTS/PROFILE"
         raise UserError(
             f"{layout.tables / chosen.name}: no finished cells; run `g2rpo reproduce "
-            f"{names[0] if names else 'table1'} --profile {profile}` first{elsewhere}"
+            f"{names[0] if names else 'table1'} --profile {profile}`{elsewhere}"
         )
     if output is None:
         folder = layout.tables / chosen.name
@@ -86,26 +83,26 @@ def report(
 
 
 def _check_output(output: Path) -> None:
-    """Asks whether the page can be written, before it is made.
+    """Checks that the page can be written, before it is made.
 
     Raises:
-        UserError: it is a folder, or there is no folder for it that may be written to.
+        UserError: ``output`` is a folder, or its folder is missing or not writable.
     """
     if output.is_dir():
-        raise UserError(f"{output}: is a folder; name a file, such as {output / 'report.html'}")
+        raise UserError(f"{output}: is a folder; give a file, e.g. {output / 'report.html'}")
     check_place(output)
 
 
 def _committed(results: Path, profile: "Profile") -> "tuple[Layout, list[str]]":
-    """Where nothing was run here: what is in ``results/PROFILE``."""
+    """The committed results in ``results/PROFILE``, used if nothing was run here."""
     from reproduce.report.chapter import finished_experiments
 
     layout = layout_of(results, publish=True)
     names = finished_experiments(profile, layout)
     if names:
         typer.echo(
-            f"no finished cells in {results / 'runs' / profile.name}: those in "
-            f"{layout.tables / profile.name} are reported",
+            f"no finished cells in {results / 'runs' / profile.name}; "
+            f"reporting {layout.tables / profile.name}",
             err=True,
         )
     return (layout if names else layout_of(results)), names

@@ -1,4 +1,4 @@
-"""``g2rpo reproduce`` and ``plan``: a whole experiment, wherever it runs."""
+"""``g2rpo reproduce`` and ``plan``: a whole experiment, on this machine or on SLURM."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Jobs = Annotated[
     int | None,
-    typer.Option(min=1, help="Stages at once on this machine; default: one per GPU, else core."),
+    typer.Option(min=1, help="Parallel stages on this machine; default: one per GPU, or per core."),
 ]
 
 
@@ -38,7 +38,7 @@ def reproduce(
     cluster: ClusterName = "auto",
     jobs: Jobs = None,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Return once it is submitted (see `g2rpo status`).")
+        bool, typer.Option("--detach", help="Return after submitting; follow with `g2rpo status`.")
     ] = False,
     results: Results = Path("results"),
     publish: Publish = False,
@@ -46,8 +46,8 @@ def reproduce(
 ) -> None:
     """Run every cell of an experiment, then write and print its table.
 
-    What is done already is not done again; interrupted, it goes on where it was. On SLURM it
-    submits, then follows: Ctrl-C or a closed shell leaves the jobs running.
+    Finished stages are skipped. If interrupted, run the same command to resume. On SLURM, jobs
+    are submitted and followed; they keep running after Ctrl-C or if the shell is closed.
     """
     request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
     plan, place = request.plan(runnable=True)
@@ -65,18 +65,18 @@ def plan(
     seeds: Seeds = None,
     cluster: ClusterName = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch scripts as SLURM would get them.")
+        bool, typer.Option("--dry-run", help="Print the batch scripts that would be submitted.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every stage.")] = False,
     results: Results = Path("results"),
     publish: Publish = False,
     overrides: Overrides = None,
 ) -> None:
-    """Show what would be run: stages, GPUs, hours and disk, and what is done already."""
+    """Show what would run: stages, GPUs, hours and disk, and what is already done."""
     request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
     from reproduce.experiment.fingerprint import absent_prompts_named
 
-    # The collector would only walk, again and again, what all lives until the end.
+    # Thousands of cells live until the end; collecting in between only costs time.
     gc.disable()
     with absent_prompts_named():
         made, place = request.plan(runnable=False)
@@ -95,7 +95,7 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
 
     if cluster.kind != "slurm":
         raise UserError(
-            f"--dry-run prints batch scripts, and cluster {cluster.name} has none: "
+            f"--dry-run prints batch scripts, which cluster {cluster.name} does not use; "
             "add --cluster slurm or a cluster profile"
         )
     folder = stage_jobs.submissions_folder(plan.layout.runs) / "SUBMISSION"
@@ -103,10 +103,10 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
     active: dict[str, str] = {}
     if has_slurm():
         try:
-            found = stage_jobs.active_stages(plan.layout.runs)
-            active = {stage: job.job for stage, job in found.items()}
+            jobs = stage_jobs.active_stages(plan.layout.runs)
+            active = {stage: job.job for stage, job in jobs.items()}
         except UserError as error:
-            typer.echo(f"as if no job ran: {error}", err=True)
+            typer.echo(f"assuming that no jobs are running: {error}", err=True)
     for script in scripts(submission, launch.left_to_submit(plan, active), active):
         typer.echo(f"# {', '.join(script.stages)}")
         typer.echo(script.text)
@@ -120,26 +120,26 @@ def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
         follow_submission(_submit(plan, cluster))
         return
     submission = launch.save_submission(plan, cluster)
-    # The table is written by this process, which prints it.
+    # This process writes the table at the end, because it also prints it.
     todo = plan.todo.without([plan.render.name])
     with LocalDisplay(submission, len(todo)) as display:
         launch.run_on_this_machine(submission, todo, jobs, display)
 
 
 def _submit(plan: "Plan", cluster: "Cluster") -> "Submission":
-    """Submits what has no job yet; the submission that now has the plan's stages."""
+    """Submits stages without a job; returns the submission that runs the plan."""
     from reproduce.jobs import launch
 
     submission = launch.submit_to_slurm(plan, cluster)
     if submission is None:
-        typer.echo("all that is left to do waits or runs already", err=True)
+        typer.echo("all remaining stages are already queued or running", err=True)
         return launch.latest_submission(plan.layout.runs, plan.experiment.name)
-    typer.echo(f"submitted {submission.name}: `g2rpo status --watch` follows it", err=True)
+    typer.echo(f"submitted {submission.name}; follow it with `g2rpo status --watch`", err=True)
     return submission
 
 
 def follow_submission(submission: "Submission") -> None:
-    """Shows a submission's state until nothing will happen any more."""
+    """Shows a submission's state until all its stages have ended."""
     from reproduce.jobs.display import StatusDisplay
 
     try:
@@ -147,8 +147,8 @@ def follow_submission(submission: "Submission") -> None:
             display.follow(submission)
     except KeyboardInterrupt:
         typer.echo(
-            "the jobs go on without this shell; `g2rpo status` shows them, `g2rpo cancel` ends "
-            "them, the same command follows them again",
+            "the jobs keep running; see `g2rpo status`, stop them with `g2rpo cancel`, or run the "
+            "same command to follow them again",
             err=True,
         )
         sys.exit(130)
@@ -162,14 +162,14 @@ def _detach(plan: "Plan", cluster: "Cluster") -> None:
         return
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
     log = launch.start_driver(plan.layout.runs, arguments)
-    typer.echo(f"runs in the background: `g2rpo status` shows it; its output: {log}", err=True)
+    typer.echo(f"running in the background; see `g2rpo status`; output: {log}", err=True)
 
 
 def run_again(submission: "Submission", *, only_failed: bool) -> None:
-    """Runs what a submission did not finish, from its own inputs, on its own cluster.
+    """Runs the unfinished stages of a submission, from its own inputs, on its own cluster.
 
     Raises:
-        UserError: nothing failed, or it cannot run.
+        UserError: nothing failed, or the plan cannot run.
     """
     from reproduce.jobs import runner
     from reproduce.jobs.plan import make_plan
@@ -191,7 +191,7 @@ def run_again(submission: "Submission", *, only_failed: bool) -> None:
 
 
 def _report(plan: "Plan") -> None:
-    """Writes and prints the table; cells that failed are an error."""
+    """Writes and prints the table; failed cells are an error."""
     from reproduce.stages.base import perform
     from slurm.distributed import Ranks
 
@@ -202,5 +202,5 @@ def _report(plan: "Plan") -> None:
         where = first.row if first.seed is None else f"{first.row}, seed {first.seed}"
         raise UserError(
             f"{len(gaps)} of {len(plan.cells)} cells failed; the first: {where}: {first.reason}; "
-            "run the same command to try them again"
+            "run the same command to retry"
         )

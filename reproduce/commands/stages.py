@@ -1,4 +1,4 @@
-"""``g2rpo train``, ``sample`` and ``score``: one stage of one cell, or the scores of any images."""
+"""``g2rpo train``, ``sample`` and ``score``: one stage of a cell, or scores of any images."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def _cell(
 
 
 def _perform(stage: "Stage") -> None:
-    """Does one stage under its lease, on the ranks that were launched."""
+    """Runs a stage under its lease, on the launched ranks."""
     from reproduce.stages.base import perform
     from slurm.distributed import join
 
@@ -56,7 +56,10 @@ def train(
     results: Results = Path("results"),
     overrides: Overrides = None,
 ) -> None:
-    """Train one cell, or resume it. Start it with `accelerate launch` for several ranks."""
+    """Train one cell, or resume its training.
+
+    For several ranks, start it with `accelerate launch -m reproduce.cli train ...`.
+    """
     from reproduce.stages.training import Train
 
     resolved = _cell(experiment, cell, profile, seed, overrides)
@@ -84,43 +87,41 @@ def sample(
 
 def score(
     source: Annotated[
-        str, typer.Argument(help="Folder of images, a manifest (.csv, .jsonl), or an experiment.")
+        str, typer.Argument(help="Image folder, manifest (.csv, .jsonl), or experiment.")
     ],
     cell: Annotated[
-        str | None, typer.Argument(help="The cell of the experiment whose images are scored.")
+        str | None, typer.Argument(help="Cell of the experiment whose images to score.")
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Prompt set (.txt, .csv, .json, ...) whose ids name a folder's images."),
+        typer.Option(help="Prompt set (.txt, .csv, .json, ...) for a folder's images."),
     ] = None,
     rewards: Annotated[
-        str | None, typer.Option(help="Rewards of the profile, e.g. hps,clip; default: all.")
+        str | None, typer.Option(help="Rewards, e.g. hps,clip; default: all of the profile.")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Scale; default: mini for a cell, flux for other images.")
+        str | None, typer.Option(help="Profile; default: mini for a cell, flux for other images.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the result; default: SOURCE-scores beside it.")
+        Path | None, typer.Option(help="Output folder; default: SOURCE-scores.")
     ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be scored, and list it.")
+        bool, typer.Option("--skip-bad", help="Skip images that cannot be scored, and list them.")
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at a time; halved where memory is short.")
+        int | None, typer.Option(min=1, help="Images per batch; halved on out-of-memory.")
     ] = None,
     seed: Seed = 1,
     results: Results = Path("results"),
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", "-s", help="A reward's setting, e.g. -s clip.variant=378; repeatable."
-        ),
+        typer.Option("--set", "-s", help="Reward setting, e.g. -s clip.variant=378; repeatable."),
     ] = None,
 ) -> None:
-    """Score images with reward models: any folder or manifest, or one cell of an experiment.
+    """Score images with reward models: a folder, a manifest, or one cell of an experiment.
 
-    Interrupted, the same command resumes where it stopped. Several GPUs: `accelerate launch -m
-    reproduce.cli score ...`.
+    If interrupted, run the same command to resume. For several GPUs, start it with `accelerate
+    launch -m reproduce.cli score ...`.
     """
     if cell is not None:
         for name, given in (
@@ -131,24 +132,26 @@ def score(
             ("--batch-size", batch_size),
         ):
             if given is not None:
-                raise UserError(f"{name} is for a folder or manifest, not for an experiment's cell")
+                raise UserError(f"{name} applies to a folder or manifest, not to a cell")
         _score_cell(_cell(source, cell, profile or "mini", seed, overrides), layout_of(results))
         return
     from reproduce import experiment as experiments
     from reproduce.jobs.runner import build_assets
-    from reproduce.stages import score_folder as judging
+    from reproduce.stages import score_folder
 
     chosen = experiments.load_profile(profile or "flux")
     build_assets(chosen)
     names = [name.strip() for name in (rewards or "").split(",") if name.strip()]
     if rewards is not None and not names:
-        raise UserError("--rewards names none; leave it out to score with all of the profile")
-    configs = judging.chosen_rewards(chosen, names, parse_overrides(overrides or []), batch_size)
-    if not source:  # as of a shell variable that is not set
-        raise UserError("the source is empty; name a folder of images or a manifest")
+        raise UserError("--rewards is empty; omit it to score with all rewards of the profile")
+    settings = parse_overrides(overrides or [])
+    configs = score_folder.chosen_rewards(chosen, names, settings, batch_size)
+    if not source:  # an unset shell variable
+        raise UserError("SOURCE is empty; give a folder of images or a manifest")
     path = Path(source)
-    request = judging.Request(path, prompts, output or judging.default_output(path), skip_bad)
-    judging.judge(request, configs)
+    output = output or score_folder.default_output(path)
+    request = score_folder.Request(path, prompts, output, skip_bad)
+    score_folder.score(request, configs)
 
 
 def _score_cell(cell: "ResolvedCell", layout: "Layout") -> None:
@@ -157,5 +160,5 @@ def _score_cell(cell: "ResolvedCell", layout: "Layout") -> None:
     _perform(Sample(layout, cell))
     stage = Score(layout, cell)
     _perform(stage)
-    stage.finish()  # where it was killed after the last share was scored
+    stage.finish()  # if killed after the last share was scored
     typer.echo(stage.folder / "scores.parquet")

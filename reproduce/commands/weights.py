@@ -13,25 +13,26 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Published weights: what a profile needs, fetching it, knowing that it is whole.",
+    help="List, fetch, verify and lock published weights.",
 )
 
 Names = Annotated[
-    list[str] | None, typer.Argument(help="Artifacts of `g2rpo weights list`, or owner/name.")
+    list[str] | None, typer.Argument(help="Artifacts from `g2rpo weights list`, or owner/name.")
 ]
 ProfileName = Annotated[
-    str | None, typer.Option("--profile", help="What this profile needs, e.g. flux or a YAML file.")
+    str | None,
+    typer.Option("--profile", help="The weights of a profile, e.g. flux or a YAML."),
 ]
 Mirror = Annotated[
     str | None,
     typer.Option(
         "--mirror",
         envvar="G2RPO_MIRROR",
-        help="A folder laid out owner/name/file, or the address of a hub-compatible server.",
+        help="A folder with files as owner/name/file, or the URL of a hub-compatible server.",
     ),
 ]
 Offline = Annotated[
-    bool, typer.Option("--offline", help="Never use the network (as HF_HUB_OFFLINE=1).")
+    bool, typer.Option("--offline", help="Do not use the network, like HF_HUB_OFFLINE=1.")
 ]
 
 
@@ -53,7 +54,7 @@ def _select(
 
 
 def readable_size(artifact: "Artifact") -> str:
-    """The size of an artifact for people; ``~`` where it is not exact."""
+    """The size of an artifact; ``~`` marks an estimate, ``?`` an unknown size."""
     from rich import filesize
 
     size, exact = artifact.size()
@@ -63,7 +64,7 @@ def readable_size(artifact: "Artifact") -> str:
 
 
 def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table on standard output; nothing is cut where it is not a terminal."""
+    """Prints a table on standard output."""
     from g2rpo.terminal import plain_table, wide_console
 
     table = plain_table(*columns)
@@ -74,7 +75,7 @@ def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> No
 
 @app.command("list")
 def list_weights(profile: ProfileName = None) -> None:
-    """Show what is published, who needs it, its licence, and whether it is cached. No network."""
+    """List published weights with size, licence, and whether they are cached. Works offline."""
     from g2rpo.hub.lock import read_lock
     from g2rpo.hub.status import artifact_state
 
@@ -90,7 +91,7 @@ def list_weights(profile: ProfileName = None) -> None:
 
 
 def fetch_options(mirror: str | None, *, offline: bool, newest: bool = False) -> "FetchOptions":
-    """Options of fetching that tell on standard error what is done."""
+    """Fetch options that report progress on standard error."""
     from g2rpo.hub.fetch import FetchOptions
 
     return FetchOptions(mirror, offline, newest, lambda line: typer.echo(line, err=True))
@@ -103,18 +104,18 @@ def fetch(
     mirror: Mirror = None,
     offline: Offline = False,
     newest: Annotated[
-        bool, typer.Option("--newest", help="Ask for the newest revision instead of the locked.")
+        bool, typer.Option("--newest", help="Fetch the newest revision instead of the locked one.")
     ] = False,
 ) -> None:
-    """Fetch weights and check them; what is cached whole is not fetched again.
+    """Fetch and verify weights; complete cached files are not fetched again.
 
-    Interrupted at any point, the same command fetches what is not there yet.
+    If interrupted, run the same command to resume.
     """
     from g2rpo.hub.fetch import fetch as fetch_artifact
     from g2rpo.hub.lock import read_lock
 
     if not names and profile is None:
-        raise UserError("name what to fetch, or give --profile (`g2rpo weights list` shows both)")
+        raise UserError("nothing to fetch; give names from `g2rpo weights list`, or --profile")
     lock = read_lock()
     options = fetch_options(mirror, offline=offline, newest=newest)
     artifacts = _select(names, profile)
@@ -122,7 +123,7 @@ def fetch(
     for artifact in artifacts:
         try:
             fetch_artifact(artifact, lock, options)
-        except UserError as error:  # a gated one must not keep the others away
+        except UserError as error:  # the others may still be fetched
             if len(artifacts) == 1:
                 raise
             failed.append(artifact.name)
@@ -132,15 +133,15 @@ def fetch(
     if failed:
         raise UserError(
             f"{len(failed)} of {len(artifacts)} artifacts were not fetched: {', '.join(failed)}; "
-            "the reasons are above; run the same command again once they are solved"
+            "fix the errors above and run the same command again"
         )
 
 
 @app.command()
 def verify(names: Names = None, profile: ProfileName = None) -> None:
-    """Read all cached files again and compare their hashes. No network.
+    """Read all cached files again and compare their hashes. Works offline.
 
-    Exit code 2 where a file is altered, or missing among those asked for.
+    The exit code is 2 if a file is altered, or a requested file is missing.
     """
     from g2rpo.hub.lock import read_lock
     from g2rpo.hub.status import file_state
@@ -168,13 +169,13 @@ def lock(
     names: Names = None,
     profile: ProfileName = None,
     update: Annotated[
-        bool, typer.Option("--update", help="Take over what differs from the lock file.")
+        bool, typer.Option("--update", help="Overwrite entries of the lock file that differ.")
     ] = False,
 ) -> None:
-    """Record revision and SHA-256 of what is cached, where the catalogue states none.
+    """Lock the revision and SHA-256 of cached files that the catalogue does not pin.
 
-    From then on the same revision is fetched and loaded. What differs from the lock file is told
-    and refused without --update.
+    Later fetches and loads use the locked revision. Files that differ from the lock file are an
+    error without --update.
     """
     from g2rpo.hub.lock import lock_path, read_lock, write_lock
     from g2rpo.hub.status import lock_cached
@@ -189,8 +190,8 @@ def lock(
     differing = [what for what, old, _ in changes if old is not None]
     if differing and not update:
         raise UserError(
-            f"{path}: {differing[0]} differs from what is locked ({len(differing)} in all), "
-            "nothing was written; fetch what is locked with `g2rpo weights fetch`, or add --update"
+            f"{path}: {differing[0]} differs from the locked file ({len(differing)} in total), "
+            "nothing was written; run `g2rpo weights fetch`, or add --update"
         )
     if changes:
         write_lock(new, path)

@@ -1,6 +1,6 @@
 """Experiments and profiles: which cells a table has, and how each is trained and evaluated."""
 
-from reproduce.experiment.bundled import HERE, ROOT, absolute
+from reproduce.bundled import HERE, ROOT, absolute
 from reproduce.experiment.cells import (
     Budget,
     CellConfig,

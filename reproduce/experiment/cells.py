@@ -13,8 +13,8 @@ from g2rpo.errors import UserError
 from g2rpo.methods.presets import method_label
 from g2rpo.policy import CheckpointConfig
 from g2rpo.rewards.registry import REWARDS
-from reproduce.experiment.bundled import FolderName, named_file
-from reproduce.experiment.profile import Profile
+from reproduce.bundled import named_file
+from reproduce.experiment.profile import FolderName, Profile
 from reproduce.experiment.table import (
     ColumnConfig,
     ColumnSpec,
@@ -182,5 +182,5 @@ def _column(column: ColumnConfig, profile: Profile, digits: int) -> ColumnSpec:
 
 def load_experiment(name: str) -> Experiment:
     """A bundled experiment by name, or a YAML file."""
-    data = load_yaml(named_file("experiments", name, "experiment"))
+    data = load_yaml(named_file("experiments", name))
     return validate(Experiment, data, f"experiment {name}")

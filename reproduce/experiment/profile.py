@@ -2,16 +2,20 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from benchmarks.evaluation.protocol import EvaluationConfig
+from benchmarks.evaluation.results import Name
 from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.methods.base import method_names
 from g2rpo.policy import PolicyConfig
 from g2rpo.rewards.base import RewardConfig
-from reproduce.experiment.bundled import FolderName, absolute, named_file
+from reproduce.bundled import absolute, named_file
 from reproduce.experiment.table import PaperColumn
+
+FolderName = Annotated[Name, StringConstraints(max_length=80)]
+"""The name of an experiment or a profile, which becomes the name of a folder."""
 
 
 class PromptSplits(StrictModel):
@@ -161,7 +165,7 @@ def load_profile(name: str) -> Profile:
 def _profile_data(name: str, below: tuple[str, ...]) -> dict[str, Any]:
     if name in below:
         raise UserError(f"profile {name} extends itself: {' -> '.join((*below, name))}")
-    data = load_yaml(named_file("profiles", name, "profile"))
+    data = load_yaml(named_file("profiles", name))
     extended = data.pop("extends", None)
     if extended is None:
         return data

@@ -16,7 +16,7 @@ from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
-from reproduce.experiment.bundled import absolute
+from reproduce.bundled import absolute
 from reproduce.experiment.cells import Budget, CellConfig, Experiment
 from reproduce.experiment.profile import Profile, PromptSplits
 

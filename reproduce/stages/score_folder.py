@@ -86,7 +86,7 @@ def chosen_rewards(
     }
 
 
-def judge(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame:
+def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame:
     """Scores, writes ``scores.parquet``, ``summary.csv`` and ``manifest.json``, prints a table.
 
     Started again it goes on where it was. Rewards that were scored there before stay in the

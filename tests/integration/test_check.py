@@ -50,4 +50,4 @@ def test_what_must_be_fixed_is_named_last_with_exit_code_2(tmp_path: Path) -> No
     assert lines["results"].startswith("failed ") and "cannot be written" in lines["results"]
     assert "train to table" not in lines
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("verdict: failed, to fix: GPU, results")
+    assert last.startswith("verdict: failed: GPU, results")

@@ -71,7 +71,7 @@ def test_people_are_asked_and_their_answers_read(pictures: Path) -> None:
     assert read.returncode == 0, read.stderr
     lines = [" ".join(line.split()) for line in read.stdout.splitlines()]
     assert lines[:2] == ["first: bright", "second: dark"]
-    assert lines[2].startswith("6 answers for the first, 2 for the second, 0 ties, 0 not given")
+    assert lines[2].startswith("6 answers for the first, 2 for the second, 0 ties, 0 missing")
     assert any(line.startswith("first preferred 0.750 ") for line in lines)
     assert any(line.startswith("ann, without ties 1.000 ") for line in lines)
     assert lines[-1].endswith("raters agree on 50%")

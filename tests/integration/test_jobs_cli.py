@@ -110,7 +110,7 @@ def test_submitted_watched_cancelled_and_retried(
         return here(folder, monkeypatch, capsys, *words)
 
     code, _, told = g2rpo("reproduce", "--detach", *ARGUMENTS, *SLOW)
-    assert code == 0 and "runs in the background" in told
+    assert code == 0 and "running in the background" in told
     until(lambda: words_of(folder).get(TRAIN) == "running", "training")
 
     code, shown, _ = g2rpo("status")
@@ -125,12 +125,12 @@ def test_submitted_watched_cancelled_and_retried(
     assert code == 2 and "has no log yet: it is waiting" in told
 
     code, shown, _ = g2rpo("cancel")
-    assert code == 0 and "asked to stop; what is done is kept" in shown
+    assert code == 0 and "stopping; finished work is kept" in shown
     until(lambda: driver_is_over(folder), "end of the driver")
     found = words_of(folder)
     assert found[TRAIN] == "interrupted"
     assert is_over(read_status(latest_submission(folder / "results/runs")))
-    assert g2rpo("cancel")[1].rstrip().endswith("nothing of it runs")
+    assert g2rpo("cancel")[1].rstrip().endswith("not running")
     code, _, told = g2rpo("retry", "--failed")
     assert code == 2 and "no stage failed" in told
 
@@ -144,7 +144,7 @@ def test_submitted_watched_cancelled_and_retried(
     finally:
         again.kill()
     assert again.returncode == 130
-    assert "interrupted; run the same command to go on" in told
+    assert "interrupted; run the same command to resume" in told
     training = next((folder / "results/runs").glob("mix_grpo-*/leases"))
     attempts = read_attempts(training, "train")
     assert [attempt.state for attempt in attempts] == ["stopped", "stopped"]
@@ -288,7 +288,7 @@ def test_on_slurm_every_command_tells_the_truth(
     (first / "submission.json").write_text('{"format": 2, "ti')
     (first / "jobs.jsonl").unlink()
     assert last("status") == "7 waiting"
-    assert "waits or runs already" in g2rpo(*submit)[2]
+    assert "already queued or running" in g2rpo(*submit)[2]
     assert queue.read_text().count("PENDING") == 7
 
     # What waits for a cancelled training is submitted again with it; the rest keeps its jobs.
@@ -300,7 +300,7 @@ def test_on_slurm_every_command_tells_the_truth(
     assert queue.read_text().count("PENDING") == 8  # both have their table's
     code, shown, _ = g2rpo("cancel")
     assert code == 0 and ": 4 jobs cancelled" in shown
-    assert f"still queued: 4 jobs of {first.name}; `g2rpo cancel {first.name}` ends them" in shown
+    assert f"4 jobs of {first.name}; cancel them with `g2rpo cancel {first.name}`" in shown
 
     # SLURM is away.
     command(

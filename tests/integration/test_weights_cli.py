@@ -86,7 +86,7 @@ def test_list_fetch_lock_verify_and_fix(run: Run, hub: FakeHub) -> None:
 def test_mistakes_are_one_line_and_exit_code_2(run: Run, hub: FakeHub, tmp_path: Path) -> None:
     hub.gated["black-forest-labs/FLUX.1-dev"] = 401
     for arguments, said in [
-        (("fetch",), "name what to fetch"),
+        (("fetch",), "nothing to fetch; give names"),
         (("fetch", "hps-v2.1", "--profile", "flux"), "not both"),
         (("fetch", "hps"), "unknown artifact 'hps'"),
         (("fetch", "flux-dev", "--mirror", hub.address), "hf auth login"),
@@ -121,7 +121,7 @@ def test_a_lock_that_differs_needs_update(run: Run, hub: FakeHub) -> None:
     code, out, err = run("weights", "lock")
     assert code == 2
     assert f"{HPS}: 000000000000… -> {sha256[:12]}…" in out
-    assert "differs from what is locked" in err and "--update" in err
+    assert "differs from the locked file" in err and "--update" in err
     assert lock.read_bytes() == before
     assert run("weights", "verify")[0] == 2
     assert run("weights", "lock", "--update")[0] == 0

@@ -119,7 +119,7 @@ def test_two_nodes_with_gpus_that_torch_does_not_see(check: Check) -> None:
     assert done.code == 2
     failed = [text.split("  ")[0] for word, text in done.lines if word == "failed"]
     assert sorted(failed) == ["GPUs on node1", "GPUs on node2"]
-    assert done.verdict.startswith("verdict: cluster here, profile scale: failed, to fix: GPUs")
+    assert done.verdict.startswith("verdict: cluster here, profile scale: failed: GPUs")
 
 
 def test_what_slurm_would_refuse(check: Check) -> None:

@@ -47,7 +47,7 @@ def test_two_submissions_at_once(cluster: Cluster, places: Callable[..., Workpla
     assert [code for code, _, _ in ends] == [0, 0], ends
     told = [error for _, _, error in ends]
     assert sum("submitted rows-" in text for text in told) == 1, told
-    assert sum("waits or runs already" in text for text in told) == 1, told
+    assert sum("already queued or running" in text for text in told) == 1, told
     _assert_each_stage_has_one_job(place)
     assert len(place.alive()) == 10  # 4 sample, 4 score, train, render
     lines = place.g2rpo("status").stdout.splitlines()
@@ -116,7 +116,7 @@ def test_following_shell_is_killed(cluster: Cluster, places: Callable[..., Workp
         interrupt(following)
     jobs = place.alive()
     done = place.g2rpo(*place.request("reproduce"))
-    assert "waits or runs already" in done.stderr
+    assert "already queued or running" in done.stderr
     assert "base" in done.stdout
     assert len(place.submissions()) == 1
     assert len(cluster.run("sacct", "-nXP", f"--jobs={','.join(jobs)}", "-oJobID").split()) == 3
@@ -157,5 +157,5 @@ def test_cancel_retry_and_scancel(cluster: Cluster, places: Callable[..., Workpl
     finally:
         retrying.kill()
     assert retrying.returncode == 130
-    assert "the jobs go on without this shell" in error
+    assert "the jobs keep running" in error
     assert len(place.alive()) == 6

@@ -114,11 +114,11 @@ def test_the_last_line_is_the_verdict(capsys: pytest.CaptureFixture[str]) -> Non
     conclude(findings)
     out = capsys.readouterr().out
     assert long in out and "1.2" in out and "2.0 GiB" in out
-    assert out.endswith("verdict: ready; 1 to look at: [c]\n")
+    assert out.endswith("verdict: ready; warnings: [c]\n")
     with pytest.raises(typer.Exit) as caught:
         conclude([*findings, Finding("failed", "d", "e", "f")], "cluster here: ")
     assert caught.value.exit_code == 2
-    verdict = "verdict: cluster here: failed, to fix: d; 1 to look at: [c]\n"
+    verdict = "verdict: cluster here: failed: d; warnings: [c]\n"
     assert capsys.readouterr().out.endswith(verdict)
     assert gibibytes(64 * 2**20) == "64 MiB"
 

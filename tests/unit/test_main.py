@@ -1,6 +1,7 @@
 """The entry point: what the file system refuses is one line, bugs keep their traceback."""
 
 import errno
+import logging
 import os
 import re
 import subprocess
@@ -9,9 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from g2rpo.files import atomic_write_text
+from g2rpo.methods.base import method_names
+from g2rpo.quiet import LEVEL_VARIABLE
+from g2rpo.rewards.registry import REWARDS
 from reproduce import cli
+from reproduce.bundled import bundled_names
 from reproduce.experiment import HERE
 
 
@@ -27,6 +34,53 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
     return told
 
 
+def printed(*arguments: str) -> str:
+    done = CliRunner(env={"COLUMNS": "400"}).invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_version_names_the_code_torch_and_cuda() -> None:
+    first, *rest = printed("--version").splitlines()
+    assert re.fullmatch(r"g2rpo \d+\.\d+\.\d+( \([0-9a-f]{12}(, modified)?\))?", first)
+    assert rest[0] == f"torch {torch.__version__}" and rest[1].startswith("CUDA ")
+
+
+def test_list_has_a_line_for_everything_bundled() -> None:
+    lines = [line.split() for line in printed("list").splitlines()[1:]]
+    assert all(len(words) > 2 for words in lines)
+    assert [words[1] for words in lines] == [
+        *bundled_names("experiments"), *bundled_names("profiles"), *method_names(), *REWARDS,
+    ]  # fmt: skip
+
+
+def test_help_names_every_command_and_experiment() -> None:
+    text = printed("--help")
+    for name in ("reproduce", "runs", "weights", "check", "--install-completion", "--quiet"):
+        assert name in text
+    assert all(name in printed("reproduce", "--help") for name in bundled_names("experiments"))
+
+
+def test_the_command_line_starts_without_a_model_library() -> None:
+    code = "import sys, reproduce.cli; print({'torch', 'pandas', 'diffusers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("option", "level"), [("-v", "INFO"), ("--quiet", "ERROR")])
+def test_the_log_level_is_handed_on_to_workers(
+    option: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LEVEL_VARIABLE, "WARNING")
+    try:
+        printed(option, "weights", "list")
+        assert os.environ[LEVEL_VARIABLE] == level
+        assert logging.getLogger("g2rpo.lease").getEffectiveLevel() == getattr(logging, level)
+    finally:
+        for package in ("g2rpo", "reproduce", "benchmarks", "slurm"):
+            logging.getLogger(package).setLevel(logging.NOTSET)
+
+
 def test_a_page_that_cannot_be_written_is_refused_before_it_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,7 +91,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_it_is_made(
     file = tmp_path / "file"
     file.touch()
     for output, told in (
-        (tmp_path, f"is a folder; name a file, such as {tmp_path / 'report.html'}"),
+        (tmp_path, f"is a folder; give a file, e.g. {tmp_path / 'report.html'}"),
         (file / "below" / "page.html", f"{file} is not a folder"),
     ):
         arguments = ("report", "table3", "--profile", "mini", "--publish", "--output", str(output))

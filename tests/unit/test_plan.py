@@ -106,7 +106,7 @@ def test_the_local_prediction_is_told(
     assert rows["in"][2:5] == ["10", "0", "10"]
     print_plan(plan_of(tmp_path), load_cluster("slurm"), everything=True)
     text = capsys.readouterr().out
-    assert "where every job starts at once" in text
+    assert "if every job starts at once" in text
     assert sum(line.startswith("sample ") for line in text.splitlines()) == 3 + 1
 
 
@@ -153,7 +153,7 @@ def test_the_paper_s_scale_is_planned_before_anything_is_fetched(
         plan = make_plan(experiment, profile, cells, layout)
         print_plan(plan, load_cluster("h100-apptainer"))
     text = capsys.readouterr().out
-    missing = next(line for line in text.splitlines() if line.startswith("not there yet"))
+    missing = next(line for line in text.splitlines() if line.startswith("missing prompts"))
     assert "train.txt" in missing and "g2rpo prompts fetch" in missing
     assert "g2rpo weights fetch" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("train "))

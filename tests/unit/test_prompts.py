@@ -326,7 +326,7 @@ def test_check_shows_counts_and_the_first_ten_examples(tmp_path: Path) -> None:
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert lines[0].startswith(f"{train}: 30 prompts (30 distinct), 60 words, ")
-    assert lines[2].startswith("in both: 0 prompts exactly, 12 without case")
+    assert lines[2].startswith("in both: 0 prompts exactly, 12 ignoring case")
     assert lines[3:] == [f"  {t}" for t in sorted(f"prompt {n}" for n in range(12))[:10]] + [
         "  … and 2 more"
     ]

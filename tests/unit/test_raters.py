@@ -221,7 +221,7 @@ def test_pictures_without_a_prompt_are_refused_or_left_out(results: Path) -> Non
     assert "--skip-bad" in str(refused.exception)
     made = CliRunner().invoke(app, [*arguments, "--skip-bad"])
     assert made.exit_code == 0, made.output
-    assert "2 pairs" in made.output and f"{first}: c is left out: no prompt" in made.output
+    assert "2 pairs" in made.output and f"{first}: skipped c: no prompt" in made.output
 
 
 Choose = Callable[[int, str], str]
@@ -356,7 +356,7 @@ def test_the_commands_make_and_read(results: Path, tmp_path: Path) -> None:
     path = write_answers(tmp_path / "a.csv", key, "ann", lambda i, _: "first" if i else "tie")
     shown = runner.invoke(app, ["raters", "read", str(key_path(output)), str(path)])
     assert shown.exit_code == 0, shown.output
-    assert "11 answers for the first, 0 for the second, 1 ties, 0 not given" in shown.output
+    assert "11 answers for the first, 0 for the second, 1 ties, 0 missing" in shown.output
     assert re.search(r"first preferred +0\.958 +0\.\d{3} to 1\.000 +12 pairs", shown.output)
 
 

@@ -187,11 +187,11 @@ def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
     assert "learning_rate 0.001" in row and "learning_rate 5e-05" not in shown.stdout
     assert "seed2" not in shown.stdout and "mix_grpo" not in shown.stdout
     for arguments, told in (
-        (["--state", "runing"], "states are done, running,"),
+        (["--state", "runing"], "valid: done, running,"),
         (["nothing"], "none of the 4 runs has 'nothing' in its name"),
         (["mixgrpo"], "did you mean 'mix_grpo'?"),
-        (["seed2", "mix"], "none of the 4 runs with 'seed2' with 'mix'"),
-        (["--state", "failed"], "none of the 4 runs is failed"),
+        (["seed2", "mix"], "none of the 4 runs matches 'seed2' and 'mix'"),
+        (["--state", "failed"], "none of the 4 runs matches state failed"),
     ):
         refused = CliRunner().invoke(app, ["runs", *arguments, *where])
         assert isinstance(refused.exception, UserError) and told in str(refused.exception)
