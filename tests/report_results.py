@@ -17,7 +17,8 @@ from benchmarks.evaluation.results import Cell, Provenance, cells_folder, save_c
 from g2rpo.data.prompts import read_prompts
 from g2rpo.training.previews import pictures_folder
 from reproduce.experiment import Profile, load_experiment, load_profile, resolve
-from reproduce.experiment.layout import Layout, evaluation_inputs, protocol_hash
+from reproduce.experiment.fingerprint import evaluation_inputs, protocol_hash
+from reproduce.experiment.layout import Layout
 from reproduce.report.chapter import Chapter, load_chapter
 from reproduce.stages.evaluation_files import preview_scores
 

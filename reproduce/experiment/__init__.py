@@ -1,4 +1,4 @@
-"""Experiments and profiles: which cells a table has, and how each is trained and evaluated."""
+"""Experiments and profiles: the cells of a table, and how each is trained and evaluated."""
 
 from reproduce.bundled import HERE, ROOT, absolute
 from reproduce.experiment.cells import (

@@ -1,4 +1,4 @@
-"""Experiments: which cells a table has, and what each changes of the profile."""
+"""Experiments: the cells of a table, and what each changes of the profile."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -26,45 +26,45 @@ from reproduce.experiment.table import (
 
 
 class Budget(StrictModel):
-    """Where a training ends, if not after its iterations: at a cost. One of the two is given."""
+    """A cost at which training ends, instead of after its iterations. Exactly one key is set."""
 
     evaluations_of: Key | None = None
-    """A cell of the experiment: as many iterations as its rollouts' velocity evaluations allow."""
+    """A cell of the experiment: train for as many iterations as fit its rollouts' NFE."""
     device_seconds: Literal["profile"] | float | None = None
-    """After the iteration that reaches so many device-seconds; ``profile`` is the profile's."""
+    """End after the iteration that reaches this many device-seconds; ``profile``: the profile's."""
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "Budget":
         if (self.evaluations_of is None) == (self.device_seconds is None):
-            raise ValueError("budget: give evaluations_of or device_seconds, one of the two")
+            raise ValueError("budget: set exactly one of evaluations_of and device_seconds")
         return self
 
 
 class CellConfig(StrictModel):
-    """One row of a table: what is trained or loaded, and what it changes of the profile."""
+    """One row of a table: what to train or load, and what it changes of the profile."""
 
     label: str | None = None
-    """What its row is called; null is the method's label, or "Base"."""
+    """Label of its row; null is the method's label, or "Base"."""
     group: str | None = None
-    """The heading of its row's group; null names the rewards that it is trained on."""
+    """Heading of its row's group; null names the training rewards."""
     paper: PaperKey | None = None
-    """Names the paper's row, where it has one."""
+    """The corresponding row of the paper, if any."""
     method: str | None = None
-    """The method's name; null is not trained here: the base, or a ``checkpoint``."""
+    """Name of the method; null if not trained here (the base, or a ``checkpoint``)."""
     checkpoint: CheckpointConfig | None = None
-    """Weights trained elsewhere, which take the place of the base's transformer."""
+    """Weights trained elsewhere, which replace the base's transformer."""
     train: tuple[str, ...] = ()
-    """The rewards it is trained on, by column name; of a checkpoint, as its authors state them."""
+    """Training rewards by column name; for a checkpoint, as stated by its authors."""
     preset: Literal["released", "matched"] | None = None
     """Overrides the experiment's preset."""
     learning_rate_key: str | None = None
-    """Key into the profile's learning rates; null is the method's name."""
+    """Key in the profile's ``learning_rates``; null is the method's name."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Changes to the training configuration."""
     budget_overrides: bool = False
-    """Whether the profile's ``budget_overrides`` is laid over its settings."""
+    """Whether to apply the profile's ``budget_overrides``."""
     budget: Budget | None = None
-    """Ends the training at a cost."""
+    """A cost at which training ends."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
     """Changes to the evaluation protocol."""
 
@@ -73,16 +73,16 @@ class CellConfig(StrictModel):
         if self.checkpoint is not None:
             if self.method is not None or self.set or self.preset or self.learning_rate_key:
                 raise ValueError(
-                    "a cell is trained (method) or loaded (checkpoint), not both: with a "
-                    "checkpoint leave out method, set, preset and learning_rate_key"
+                    "a cell is trained (method) or loaded (checkpoint), not both; with a "
+                    "checkpoint, remove method, set, preset and learning_rate_key"
                 )
             return self
         if self.method is None and (self.train or self.set or self.budget):
-            raise ValueError("the base (no method) takes neither train nor set nor budget")
+            raise ValueError("a cell without a method (the base) cannot have train, set or budget")
         if self.method is not None and not self.train:
-            raise ValueError("train is empty: name at least one reward")
+            raise ValueError("train is empty; name at least one reward")
         if len(set(self.train)) < len(self.train):
-            raise ValueError("train names a reward twice")
+            raise ValueError("train repeats a reward")
         return self
 
 
@@ -92,23 +92,23 @@ class Experiment(StrictModel):
     name: FolderName
     preset: Literal["released", "matched"] = "matched"
     policy: str | None = None
-    """Hub id of the base that its checkpoints belong to; None where any policy will do."""
+    """Hub id of the base that its checkpoints belong to; None for any policy."""
     cells: dict[Key, CellConfig] = Field(min_length=1)
     credit: CreditConfig | None = None
-    """Measures the credit of the cells' rollouts, in place of training and scoring them."""
+    """Measure the credit of the cells' rollouts instead of training and scoring them."""
     table: TableConfig
-    """What is shown; the rows are the cells."""
+    """What the table shows; its rows are the cells."""
 
     @property
     def trains(self) -> bool:
-        """Whether any of its cells is trained here."""
+        """Whether any cell is trained here."""
         return any(cell.method is not None for cell in self.cells.values())
 
     def table_spec(self, profile: Profile) -> TableSpec:
-        """The table under ``profile``, whose rewards are its columns unless it names others.
+        """The table under ``profile``; by default its columns are the profile's rewards.
 
         Raises:
-            UserError: a column is no reward, or rows of a group do not stand together; in one line.
+            UserError: a column is not a reward, or the rows of a group are not adjacent.
         """
         rewards = profile.rewards
         methods = {cell.method for cell in self.cells.values() if cell.method is not None}
@@ -117,8 +117,8 @@ class Experiment(StrictModel):
         for column in columns:
             if column.reward not in {*rewards, *REWARDS}:
                 raise UserError(
-                    f"{self.name}: table.columns shows {column.reward!r}, which is no reward of "
-                    f"the profile {profile.name}; {nearest(column.reward, rewards)}"
+                    f"{self.name}: table.columns: profile {profile.name} has no reward "
+                    f"{column.reward!r}; {nearest(column.reward, rewards)}"
                 )
         shared = self.table.model_dump(exclude={"name", "columns", "digits"})
         spec = {
@@ -150,7 +150,7 @@ class Experiment(StrictModel):
         if self.credit is not None:
             for key, cell in self.cells.items():
                 if cell.method is None:
-                    raise ValueError(f"credit is measured of methods, and cells.{key} has none")
+                    raise ValueError(f"credit needs a method, and cells.{key} has none")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -164,8 +164,8 @@ class Experiment(StrictModel):
                 raise ValueError(f"cells.{key}.budget.evaluations_of: no cell {wanted!r}; {hint}")
             if self.cells[wanted].method is None or self.cells[wanted].budget is not None:
                 raise ValueError(
-                    f"cells.{key}.budget.evaluations_of: {wanted!r} must be a cell that is trained "
-                    "without a budget of its own"
+                    f"cells.{key}.budget.evaluations_of: {wanted!r} must be a trained cell without "
+                    "a budget of its own"
                 )
         return self
 
@@ -181,6 +181,10 @@ def _column(column: ColumnConfig, profile: Profile, digits: int) -> ColumnSpec:
 
 
 def load_experiment(name: str) -> Experiment:
-    """A bundled experiment by name, or a YAML file."""
+    """Loads a bundled experiment by name, or a YAML file.
+
+    Raises:
+        UserError: no such experiment, or it is invalid.
+    """
     data = load_yaml(named_file("experiments", name))
     return validate(Experiment, data, f"experiment {name}")

@@ -1,11 +1,11 @@
-"""Run folders: their names, what they were made from, and whether they are complete.
+"""Hashes that name runs and evaluations.
 
-A run is named by a hash of its resolved configuration and of its inputs (prompt files, weights,
-algorithm version), not of the device, the ranks or the micro-batch.
+A run is named by a hash of its resolved configuration and its inputs (prompt files, weights,
+algorithm version), whatever the device, the number of ranks or the micro-batch.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,36 +23,44 @@ from g2rpo.provenance import file_hash, source_fingerprint
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.unified_reward.template import question_inputs
 from g2rpo.training.config import TrainConfig
+from reproduce.experiment.resolving import ResolvedCell
 from reproduce.settings import NOT_DETERMINING
 
 ALGORITHM_VERSION = 1
-"""Raised when the same configuration would give other weights or images than before."""
+"""Incremented when the same configuration gives different weights or images than before."""
+
+NOT_HASHED = {
+    "training": NOT_DETERMINING,
+    "policy": ("source", "revision"),
+    "reward": ("source", "revision", "batch_size"),
+    "evaluation": ("name",),
+}
+"""Settings that do not enter a hash: they do not change the result, or name files whose content is
+hashed instead."""
 
 
 def weights_name(config: PolicyConfig) -> str:
     """A hash that names the policy's weights."""
-    found = source_fingerprint(config.source, config.revision)
-    return found if isinstance(found, str) else content_hash(found)
+    weights = source_fingerprint(config.source, config.revision)
+    return weights if isinstance(weights, str) else content_hash(weights)
 
 
 def policy_inputs(config: PolicyConfig) -> dict[str, Any]:
-    """The policy's configuration with its weights in place of their path."""
-    settings = config.model_dump(mode="json", exclude={"source", "revision"})
+    """The policy's configuration with a hash of its weights."""
+    settings = config.model_dump(mode="json", exclude=set(NOT_HASHED["policy"]))
     return settings | {"weights": source_fingerprint(config.source, config.revision)}
 
 
 def reward_inputs(config: RewardConfig) -> dict[str, Any]:
-    """A reward's configuration with its weights in place of their path."""
-    settings = config.model_dump(
-        mode="json", exclude={"source", "revision", "batch_size", "question"}
-    )
+    """A reward's configuration with a hash of its weights."""
+    settings = config.model_dump(mode="json", exclude={"question", *NOT_HASHED["reward"]})
     if config.question is not None:
         settings["question"] = question_inputs(config.question)
     return settings | {"weights": source_fingerprint(config.source, config.revision)}
 
 
 def checkpoint_inputs(config: CheckpointConfig) -> str | dict[str, str | None]:
-    """What names the weights of a checkpoint: their hash, or their place on the hub."""
+    """The hash of a checkpoint's weights, or its place on the hub."""
     path = local_path(config)
     if path is None:
         return config.model_dump(mode="json") | {
@@ -60,12 +68,12 @@ def checkpoint_inputs(config: CheckpointConfig) -> str | dict[str, str | None]:
         }
     try:
         return sha256_files(files_at(path, str(path)).weights, file_hash)
-    except UserError:  # told where the cell is run, so that other cells are
+    except UserError:  # reported when the cell runs, so that other cells can run
         return config.model_dump(mode="json")
 
 
 def checkpoint_provenance(config: CheckpointConfig) -> tuple[str, str]:
-    """Where the files of a checkpoint came from, and the SHA-256 of the weights in them."""
+    """The origin of a checkpoint's files, and the SHA-256 of its weights."""
     files = find_checkpoint(config)
     if local_path(config) is not None:
         return files.label, sha256_files(files.weights, file_hash)
@@ -80,12 +88,12 @@ def _prompts_hash(path: Path, state: FileState | None) -> str:
     return sha256_file(path)
 
 
-_absent_prompts: ContextVar[bool] = ContextVar("absent prompts are named", default=False)
+_absent_prompts: ContextVar[bool] = ContextVar("absent_prompts", default=False)
 
 
 @contextmanager
 def absent_prompts_named() -> Iterator[None]:
-    """Lets runs be named, for a plan, whose prompt files are not there yet."""
+    """Allows runs to be named, for a plan, before their prompt files exist."""
     token = _absent_prompts.set(True)
     try:
         yield
@@ -94,10 +102,14 @@ def absent_prompts_named() -> Iterator[None]:
 
 
 def prompts_hash(path: Path) -> str:
-    """The SHA-256 of a prompt file; :class:`UserError` where it cannot be used."""
+    """The SHA-256 of a prompt file.
+
+    Raises:
+        UserError: the file is missing or invalid.
+    """
     if _absent_prompts.get() and not path.exists():
         return f"absent: {path}"
-    # Thousands of cells share a file: it is read again only where it has changed.
+    # Thousands of cells share a file, so it is only read again if it changed.
     return _prompts_hash(path, file_state(path))
 
 
@@ -107,8 +119,8 @@ FIRST_KEYS = {
     "update_every": "optimizer_step",
 }
 FIRST_VALUES = {"update_every": {"timestep": "per_step", "iteration": "per_iteration"}}
-"""What settings were called when the first runs were named. Hashes are of these names, so that
-runs are still found after a setting has been renamed."""
+"""Names of settings when the first runs were hashed. Hashes use them, so that renaming a setting
+does not rename existing runs."""
 
 
 def _first_named(settings: dict[str, Any]) -> dict[str, Any]:
@@ -121,16 +133,15 @@ def _first_named(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_inputs(config: TrainConfig) -> dict[str, Any]:
-    """All that determines the trained weights."""
-    settings = config.model_dump(
-        mode="json", exclude={"policy", "prompts", "rewards", *NOT_DETERMINING}
-    )
+    """Everything that determines the trained weights."""
+    apart = {"policy", "prompts", "rewards"}
+    settings = config.model_dump(mode="json", exclude=apart | set(NOT_HASHED["training"]))
     prompts = {"sha256": prompts_hash(Path(config.prompts.file)), "limit": config.prompts.limit}
     rewards = {
         name: {"weight": term.weight, "reward": reward_inputs(term.reward)}
         for name, term in config.rewards.items()
     }
-    # Weights that are computed with in bfloat16 were once stepped in it as well.
+    # Older versions also stepped bfloat16 weights in bfloat16.
     stepped = {"stepped_in": "float32"} if config.policy.dtype == "bfloat16" else {}
     return {
         **_first_named(settings),
@@ -143,7 +154,23 @@ def train_inputs(config: TrainConfig) -> dict[str, Any]:
 
 
 def train_run_name(config: TrainConfig) -> str:
-    """The folder name of a training run, readable and unique."""
+    """The readable, unique folder name of a training run."""
     rewards = "-".join(config.rewards)
     digest = content_hash(train_inputs(config))
     return f"{config.method.name}-{rewards}-seed{config.seed}-{digest}"
+
+
+def evaluation_inputs(cell: ResolvedCell) -> dict[str, Any]:
+    """Everything that determines the held-out images of a trained policy."""
+    protocol = cell.evaluation.model_dump(mode="json", exclude=set(NOT_HASHED["evaluation"]))
+    return {
+        "protocol": protocol,
+        "policy": policy_inputs(cell.policy),
+        "prompts": prompts_hash(Path(cell.evaluation_prompts)),
+        "algorithm_version": ALGORITHM_VERSION,
+    }
+
+
+def protocol_hash(inputs: Mapping[str, Any]) -> str:
+    """Names the protocol and prompts of :func:`evaluation_inputs`, whatever the policy."""
+    return content_hash({key: inputs[key] for key in ("protocol", "prompts")})

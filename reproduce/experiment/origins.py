@@ -1,4 +1,4 @@
-"""Every resolved value of a cell, with the layer that it comes from."""
+"""Every resolved value of a cell, with the layer it comes from."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ Keys = tuple[str, ...]
 
 
 def explain(resolver: Resolver, key: str, seed: int) -> list[str]:
-    """The lines of a cell's configuration as YAML, the layer of each value in a comment.
+    """The lines of a cell's configuration as YAML, with the layer of each value as a comment.
 
     Raises:
-        UserError: no such cell, or an impossible configuration; in one line.
+        UserError: no such cell, or an invalid configuration.
     """
     cell, profile = resolver.resolve(key, seed), resolver.profile
     rewards = judges(profile)
@@ -42,15 +42,15 @@ def explain(resolver: Resolver, key: str, seed: int) -> list[str]:
 def origins(layers: Sequence[Layer]) -> dict[Keys, str]:
     """The last layer that sets each value, by its keys.
 
-    As in :func:`g2rpo.config.merge`, what is no mapping takes the place of all that is below it.
+    As in :func:`g2rpo.config.merge`, a value that is not a mapping replaces everything below it.
     """
-    found: dict[Keys, str] = {}
+    known: dict[Keys, str] = {}
     for layer in layers:
         for keys in _leaves(layer.settings, ()):
-            for old in [old for old in found if old[: len(keys)] == keys[: len(old)]]:
-                del found[old]
-            found[keys] = layer.origin
-    return found
+            for old in [old for old in known if old[: len(keys)] == keys[: len(old)]]:
+                del known[old]
+            known[keys] = layer.origin
+    return known
 
 
 def _leaves(value: Any, keys: Keys) -> Iterator[Keys]:
@@ -62,7 +62,7 @@ def _leaves(value: Any, keys: Keys) -> Iterator[Keys]:
 
 
 def _lines(value: Any, known: Mapping[Keys, str], keys: Keys) -> Iterator[tuple[str, str]]:
-    """The lines of a section below ``keys``, each with the origin of its value."""
+    """The lines of a section below ``keys``, each with the layer of its value."""
     for name, inner in _items(value):
         below = (*keys, name)
         start = "  " * len(below) + f"{name}:"
@@ -78,7 +78,7 @@ def _lines(value: Any, known: Mapping[Keys, str], keys: Keys) -> Iterator[tuple[
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    """The fields of a model or a mapping; nothing of any other value."""
+    """The fields of a model or the items of a mapping; nothing for any other value."""
     if isinstance(value, BaseModel):
         yield from ((name, getattr(value, name)) for name in type(value).model_fields)
     elif isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Profiles: the scale at which an experiment runs, and what it needs."""
+"""Profiles: the scale at which an experiment runs, and the hardware it needs."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -19,7 +19,7 @@ FolderName = Annotated[Name, StringConstraints(max_length=80)]
 
 
 class PromptSplits(StrictModel):
-    """The three disjoint prompt files; relative paths are relative to the repository."""
+    """Three disjoint prompt files; relative paths are relative to the repository."""
 
     train: str
     validation: str
@@ -31,23 +31,23 @@ class PromptSplits(StrictModel):
         for split, file in self:
             if file in files:
                 raise ValueError(
-                    f"{split}: the same file as {files[file]}; the splits are disjoint"
+                    f"{split}: the same file as {files[file]}; the splits must be disjoint"
                 )
             files[file] = split
         return self
 
 
 class Hardware(StrictModel):
-    """What a profile needs to run."""
+    """The hardware a profile needs."""
 
     gpus: int = Field(0, ge=0)
     gpu_memory_gb: int = Field(0, ge=0)
     ranks: int | None = Field(None, ge=1)
-    """Processes of a training run; null is one per GPU, one without."""
+    """Processes of a training run; null is one per GPU, or one on a CPU."""
     evaluation_gpus: int | None = Field(None, ge=0)
-    """GPUs of one sampling or scoring job; null is one where training has any."""
+    """GPUs of one sampling or scoring job; null is one if training uses any."""
     evaluation_shares: int = Field(1, ge=1)
-    """Jobs that share the sampling, and the scoring, of one cell's prompts."""
+    """Jobs among which the sampling and the scoring of a cell's prompts are split."""
 
     @property
     def training_ranks(self) -> int:
@@ -61,64 +61,64 @@ class Hardware(StrictModel):
 
 
 class ProfileReward(RewardConfig):
-    """A reward model of the profile, and how a table shows its scores."""
+    """A reward model of the profile, and how tables show its scores."""
 
     label: str | None = None
-    """The heading of its column; null is its name in the profile."""
+    """Heading of its column; null is its name in the profile."""
     paper: PaperColumn | None = None
-    """The paper's column for the same reward, or the one whose role it takes."""
+    """The paper's column for the same reward, or for the one whose role it takes."""
 
     @property
     def config(self) -> RewardConfig:
-        """What is loaded; its source found from anywhere."""
-        given = RewardConfig.model_fields.keys() & self.model_fields_set
-        fields = {name: getattr(self, name) for name in given}
+        """The configuration of the reward model, with an absolute source."""
+        names = RewardConfig.model_fields.keys() & self.model_fields_set
+        fields = {name: getattr(self, name) for name in names}
         if self.source is not None:
             fields["source"] = absolute(self.source)
         return RewardConfig(**fields)
 
 
 class Profile(StrictModel):
-    """One scale: the policy, the prompts, the judges and what all methods share."""
+    """One scale: the policy, the prompts, the reward models and what all methods share."""
 
     name: FolderName
     description: str
     paper_model: bool = False
-    """Whether the policy is the paper's own, so that its figures may stand next to ours."""
+    """Whether the policy is the paper's, so that its numbers can be shown next to ours."""
     policy: PolicyConfig
     prompts: PromptSplits
     rewards: dict[str, ProfileReward] = Field(min_length=1)
-    """Every judge, by its column's name."""
+    """The reward models by column name."""
     validation_prompts: int = Field(64, ge=0)
-    """Validation prompts scored during training for the learning curves; 0 for none."""
+    """Validation prompts scored during training for learning curves; 0 for none."""
     validation_every: int = Field(10, ge=1)
     preview_prompts: int = Field(0, ge=0)
-    """Held-out prompts of which an image is kept now and then during training; 0 for none."""
+    """Held-out prompts sampled every ``preview_every`` iterations during training; 0 for none."""
     preview_every: int = Field(50, ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
-    """Sections of the training configuration that every method shares under ``matched``."""
+    """Training settings that all methods share under ``matched``."""
     method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What a method's own settings are at this scale under ``matched``, by method."""
+    """Settings of each method at this scale under ``matched``."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Tuned learning rates under ``matched``, by method or variant."""
     budget_overrides: dict[str, Any] = Field(default_factory=dict)
-    """What this scale cannot afford of a method's own run; laid over cells that ask for it."""
+    """Reductions of a method's released run to this scale, for cells that ask for them."""
     device_seconds: float | None = Field(None, gt=0)
-    """The budget of a study at equal device-seconds, over all of a training's devices."""
+    """Budget of compute-matched studies, in device-seconds over all devices of a run."""
     evaluation: EvaluationConfig
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1,)
     keep_images: int | None = Field(None, ge=0)
-    """Held-out images kept after scoring; null keeps all."""
+    """Number of held-out images kept after scoring; null keeps all."""
     hardware: Hardware = Hardware()
     build: str | None = None
-    """``module:function`` that builds the profile's files, called with the folder ``assets``."""
+    """``module:function`` that builds the profile's files in the folder ``assets``."""
     assets: str | None = None
 
     @field_validator("seeds")
     @classmethod
     def _once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(value)) < len(value):
-            raise ValueError("a seed is there twice")
+            raise ValueError("repeated seed")
         return value
 
     @model_validator(mode="after")
@@ -130,21 +130,21 @@ class Profile(StrictModel):
         for key in self.learning_rates:
             if not any(key == name or key.startswith(f"{name}_") for name in methods):
                 raise ValueError(
-                    f"learning_rates: {key!r} is neither a method nor METHOD_VARIANT; "
+                    f"learning_rates: {key!r} is not METHOD or METHOD_VARIANT; "
                     f"{nearest(key, methods)}"
                 )
         return self
 
     @property
     def engine(self) -> Literal["replicated", "sharded", "lora"]:
-        """How its training holds the policy: on every rank, sharded, or frozen under LoRA."""
+        """How training holds the policy: replicated on every rank, sharded, or frozen with LoRA."""
         if self.training.get("lora") is not None:
             return "lora"
         execution = self.training.get("execution") or {}
         return "sharded" if execution.get("sharding") == "fsdp2" else "replicated"
 
     def label(self, reward: str) -> str:
-        """What ``reward`` is called in tables."""
+        """The label of ``reward`` in tables."""
         known = self.rewards.get(reward)
         if known is not None and known.label is not None:
             return known.label
@@ -152,12 +152,12 @@ class Profile(StrictModel):
 
 
 def load_profile(name: str) -> Profile:
-    """A bundled profile by name, or a YAML file.
+    """Loads a bundled profile by name, or a YAML file.
 
-    A file with a key ``extends`` is laid over the profile that it names.
+    A file with the key ``extends`` is merged over the profile it names.
 
     Raises:
-        UserError: there is no such profile, or it is wrong; in one line.
+        UserError: no such profile, or it is invalid.
     """
     return validate(Profile, _profile_data(name, ()), f"profile {name}")
 

@@ -1,4 +1,4 @@
-"""From a cell, a profile and a seed to all that a run is."""
+"""Resolves a cell under a profile and a seed to a complete run configuration."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,21 +24,21 @@ from reproduce.experiment.profile import Profile, PromptSplits
 class ResolvedCell(StrictModel):
     """One cell at one seed, ready to run.
 
-    As JSON it is without its profile, which all cells of a submission share.
+    Its JSON leaves out the profile, which all cells of a submission share.
 
     Attributes:
-        key: its row.
-        seed: the training seed; None where nothing is trained.
-        preset: the preset it was resolved under; None where nothing is trained.
-        method: method name, ``base`` or ``checkpoint``.
-        train: the training configuration; None where nothing is trained.
-        policy: the policy to evaluate, at the protocol's resolution and guidance.
-        evaluation: the protocol.
+        key: the key of its row.
+        seed: the training seed; None if nothing is trained.
+        preset: the preset it was resolved under; None if nothing is trained.
+        method: name of the method, ``base`` or ``checkpoint``.
+        train: the training configuration; None if nothing is trained.
+        policy: the policy to evaluate, at the protocol's resolution and guidance scale.
+        evaluation: the evaluation protocol.
         evaluation_prompts: the held-out prompt file.
         profile: the profile.
-        train_rewards: the rewards behind the weights, by column name, as far as they are known.
-        checkpoint: weights trained elsewhere, for a cell that loads them.
-        credit: how the credit of its rollouts is measured, where that is what is asked.
+        train_rewards: the known training rewards of the weights, by column name.
+        checkpoint: weights trained elsewhere, if the cell loads them.
+        credit: how to measure the credit of its rollouts, if the experiment does.
     """
 
     key: str
@@ -56,44 +56,44 @@ class ResolvedCell(StrictModel):
 
     @property
     def name(self) -> str:
-        """Its name in files."""
+        """Its name in file names."""
         return cell_name(self.key, self.seed)
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Its name for people."""
         return self.key if self.seed is None else f"{self.key}, seed {self.seed}"
 
     @property
     def is_base(self) -> bool:
-        """Whether its weights are the base's own."""
+        """Whether its weights are the base's."""
         return self.train is None and self.checkpoint is None
 
     def held_out_prompts(self) -> list[Prompt]:
-        """The prompts that it is judged on."""
+        """The prompts it is evaluated on."""
         return read_prompts(Path(self.evaluation_prompts), self.evaluation.limit)
 
 
 LENGTHENED = 2
-"""How many times its iterations a training may have that ends at device-seconds."""
+"""Factor on the iterations of a run with a device-seconds budget: the budget must end it."""
 
 
 class Layer(NamedTuple):
-    """Settings, and where they come from. Of several layers the later ones win."""
+    """Settings and their origin; later layers win."""
 
     origin: str
     settings: Mapping[str, Any]
 
 
 def laid_together(layers: Sequence[Layer]) -> dict[str, Any]:
-    """The settings of all ``layers``."""
+    """The merged settings of ``layers``."""
     return merge({}, *(layer.settings for layer in layers))
 
 
 class Resolver:
     """Resolves the cells of one experiment under one profile.
 
-    An experiment may have thousands of cells at many seeds: each cell is validated once.
+    Each cell is validated once, whatever the number of seeds.
     """
 
     def __init__(
@@ -102,21 +102,21 @@ class Resolver:
         profile: Profile,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepares what all cells share.
+        """Prepares the settings that all cells share.
 
         Args:
-            experiment: whose cells.
-            profile: at which scale.
+            experiment: the experiment.
+            profile: the profile.
             overrides: changes to the training configuration of every cell.
 
         Raises:
-            UserError: the profile does not hold the policy that the experiment is about.
+            UserError: the experiment needs another policy than the profile has.
         """
         wanted = experiment.policy
         if wanted is not None and Path(wanted).name != Path(profile.policy.source).name:
             raise UserError(
-                f"{experiment.name} is about {wanted}, which profile {profile.name} does not hold "
-                f"({profile.policy.source}); use --profile flux"
+                f"{experiment.name} needs the policy {wanted}, but profile {profile.name} has "
+                f"{profile.policy.source}; use --profile flux"
             )
         self.experiment, self.profile, self.overrides = experiment, profile, overrides or {}
         self._policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
@@ -133,7 +133,7 @@ class Resolver:
         self._resolved: dict[str, ResolvedCell] = {}
 
     def resolve(self, key: str, seed: int) -> ResolvedCell:
-        """Everything that cell ``key`` at ``seed`` is, see :func:`resolve`."""
+        """Cell ``key`` at ``seed``, see :func:`resolve`."""
         known = self._resolved.get(key)
         if known is None:
             known = self._resolved[key] = self._resolve(key, seed)
@@ -148,10 +148,7 @@ class Resolver:
         if cell.method is not None:
             data = laid_together(self.training_layers(key, seed))
             train = validate(TrainConfig, data, self._where(key))
-        shown = {
-            "resolution": evaluation.resolution,
-            "guidance_scale": evaluation.guidance_scale,
-        }
+        at = {"resolution": evaluation.resolution, "guidance_scale": evaluation.guidance_scale}
         checkpoint = cell.checkpoint
         if checkpoint is not None:
             source = {"source": absolute(checkpoint.source)}
@@ -162,7 +159,7 @@ class Resolver:
             preset=None if train is None else cell.preset or self.experiment.preset,
             method=cell.method or ("base" if cell.checkpoint is None else "checkpoint"),
             train=train,
-            policy=self._policy.model_copy(update=shown),
+            policy=self._policy.model_copy(update=at),
             evaluation=evaluation,
             evaluation_prompts=self._prompts[evaluation.split],
             profile=self.profile,
@@ -181,14 +178,14 @@ class Resolver:
         return f"{self.experiment.name}, cell {key}"
 
     def evaluation_layers(self, key: str) -> list[Layer]:
-        """What the evaluation protocol of a cell is laid together from."""
+        """The layers of a cell's evaluation protocol."""
         return [
             Layer("profile", given(self.profile.evaluation)),
             Layer("cell", self._cell(key).evaluation),
         ]
 
     def training_layers(self, key: str, seed: int) -> list[Layer]:
-        """What the training configuration of a cell is laid together from."""
+        """The layers of a cell's training configuration."""
         cell, profile, where = self._cell(key), self.profile, self._where(key)
         assert cell.method is not None
         preset = cell.preset or self.experiment.preset
@@ -207,7 +204,7 @@ class Resolver:
             layers.append(Layer("profile's budget_overrides", profile.budget_overrides))
         layers += [Layer("cell", cell.set), Layer("-s", self.overrides)]
         if any("seed" in layer.settings for layer in layers):
-            raise UserError(f"{where}: seed: not a setting of a cell; give --seeds")
+            raise UserError(f"{where}: seed: not a setting of a cell; use --seeds")
         layers.append(Layer("--seed", {"seed": seed}))
         if cell.budget is not None:
             own = validate(TrainConfig, laid_together(layers), where)
@@ -215,7 +212,7 @@ class Resolver:
         return layers
 
     def _shared(self, key: str) -> dict[str, Any]:
-        """What the profile says of every training, outside its section ``training``."""
+        """The profile's settings for every training run, apart from its ``training`` section."""
         cell, profile = self._cell(key), self.profile
         for name in cell.train:
             if name not in self._rewards:
@@ -234,7 +231,7 @@ class Resolver:
                 "limit": profile.validation_prompts,
                 "every": profile.validation_every,
             }
-        if profile.preview_prompts:  # under the protocol that the cell is evaluated with
+        if profile.preview_prompts:  # sampled with the cell's evaluation protocol
             evaluation, limit = self._evaluation(key), profile.preview_prompts
             shared["pictures"] = {
                 "file": self._prompts[evaluation.split],
@@ -248,27 +245,27 @@ class Resolver:
         return shared
 
     def _rate(self, cell: CellConfig, where: str) -> float | None:
-        """The tuned learning rate of a cell; None where its method was not tuned."""
+        """The tuned learning rate of a cell; None if its method was not tuned."""
         rates, key = self.profile.learning_rates, cell.learning_rate_key
         if rates and key is not None and key not in rates:
             raise UserError(
-                f"{where}: learning_rate_key: profile {self.profile.name} has no learning rate of "
+                f"{where}: learning_rate_key: profile {self.profile.name} has no learning rate "
                 f"{key!r}; {nearest(key, rates)}"
             )
         return rates.get(key or str(cell.method))
 
     def _within(self, budget: Budget, own: TrainConfig, where: str) -> dict[str, Any]:
-        """The change to the training ``own`` that keeps it within ``budget``."""
+        """The change to the training configuration ``own`` that ends it at ``budget``."""
         seconds = budget.device_seconds
         if seconds == "profile":
             seconds = self.profile.device_seconds
             if seconds is None:
                 raise UserError(
-                    f"{where}: budget.device_seconds: profile {self.profile.name} names none; "
-                    "add device_seconds to the profile, or a number here"
+                    f"{where}: budget.device_seconds: profile {self.profile.name} has no "
+                    "device_seconds; add it to the profile, or give a number"
                 )
         if seconds is not None:
-            # The budget is to end it, not its iterations, and each of these is to stay what it was.
+            # The budget ends the run, not its iterations, which stay the same one by one.
             limits = {
                 "max_device_seconds": seconds,
                 "iterations": LENGTHENED * own.optimization.iterations,
@@ -298,7 +295,7 @@ class Resolver:
 
 
 def given(config: StrictModel) -> dict[str, Any]:
-    """What a file says of ``config``, without the defaults."""
+    """The explicitly set values of ``config``, without defaults."""
     return config.model_dump(mode="json", exclude_unset=True)
 
 
@@ -309,20 +306,20 @@ def resolve(
     seed: int,
     overrides: Mapping[str, Any] | None = None,
 ) -> ResolvedCell:
-    """Everything that cell ``key`` at ``seed`` is, under ``profile``.
+    """Resolves cell ``key`` at ``seed`` under ``profile``.
 
     Later layers win: the profile's shared training settings, the method's preset, the tuned
-    learning rate (``matched`` alone), the profile's ``budget_overrides``, the cell's own changes,
+    learning rate (``matched`` only), the profile's ``budget_overrides``, the cell's own changes,
     ``overrides``, the cell's budget.
 
     Raises:
-        UserError: no such cell, or an impossible configuration; in one line.
+        UserError: no such cell, or an invalid configuration.
     """
     return Resolver(experiment, profile, overrides).resolve(key, seed)
 
 
 def judges(profile: Profile) -> dict[str, RewardConfig]:
-    """Every reward of the profile, its source found."""
+    """The profile's reward models, with absolute sources."""
     return {name: reward.config for name, reward in profile.rewards.items()}
 
 
@@ -332,16 +329,14 @@ def expand(
     seeds: Sequence[int],
     overrides: Mapping[str, Any] | None = None,
 ) -> list[ResolvedCell]:
-    """All cells of an experiment: what is not trained once, the others at each seed.
+    """All cells of an experiment: trained ones at each seed, the others once.
 
     Raises:
-        UserError: a cell or the table is wrong.
+        UserError: a cell or the table is invalid.
     """
-    base = [key for key, cell in experiment.cells.items() if cell.method is None]
-    trained = [key for key, cell in experiment.cells.items() if cell.method is not None]
-    resolver = Resolver(experiment, profile, overrides)
-    resolved = [resolver.resolve(key, 0) for key in base]
+    resolver, cells = Resolver(experiment, profile, overrides), experiment.cells
+    resolved = [resolver.resolve(key, 0) for key in cells if cells[key].method is None]
     for seed in seeds:
-        resolved += [resolver.resolve(key, seed) for key in trained]
+        resolved += [resolver.resolve(key, seed) for key in cells if cells[key].method is not None]
     experiment.table_spec(profile)
     return resolved

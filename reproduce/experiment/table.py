@@ -1,4 +1,4 @@
-"""What a table shows: the ``table`` section of an experiment's YAML, and its rows and columns."""
+"""The ``table`` section of an experiment's YAML, and the rows and columns it resolves to."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from benchmarks.evaluation.results import Key, Name
 from g2rpo.config import StrictModel
 
 TableName = Literal["table1", "table2", "table3"]
-"""Of the paper."""
+"""A table of the paper."""
 PaperColumn = Literal["HPS", "CLIP", "PS", "IR", "UR"]
 
 CostColumn = Literal[
@@ -34,7 +34,7 @@ DEFAULT_COSTS: tuple[CostColumn, ...] = (
 
 
 class PaperKey(StrictModel):
-    """Names one row of one of the paper's tables; what is not given is not looked at."""
+    """Selects a row of one of the paper's tables; null keys match anything."""
 
     train: tuple[PaperColumn, ...] | None = None
     method: str | None = None
@@ -47,20 +47,20 @@ def _named(value: Any) -> Any:
 
 
 class ColumnConfig(StrictModel):
-    """One score column as a YAML has it: a reward's name alone, or with what is not its default."""
+    """One score column in YAML: the name of a reward, or a mapping."""
 
     reward: str
-    """The reward model's name, as in the score tables."""
+    """Name of the reward model, as in the scores."""
     label: str | None = None
-    """The heading; null is the label of the profile's reward."""
+    """Heading; null is the label of the profile's reward."""
     paper: PaperColumn | None = None
-    """The paper's column for the same reward, or the one whose role it takes; null as above."""
+    """The paper's column for the same role; null is the one of the profile's reward."""
     digits: int | None = Field(None, ge=0, le=6)
-    """Decimals shown; null is the table's."""
+    """Decimals; null is the table's."""
 
 
 class ColumnSpec(ColumnConfig):
-    """One score column, every choice made."""
+    """One score column, resolved."""
 
     label: str
     digits: int = Field(3, ge=0, le=6)
@@ -73,70 +73,70 @@ class RowSpec(StrictModel):
     """The row key of its cells."""
     label: str
     group: str = ""
-    """Rows of one group stand together and are compared; the heading of the group."""
+    """Heading of the group; rows of a group are adjacent and compared."""
     train: tuple[str, ...] = ()
-    """The rewards the row is trained on: its in-domain columns."""
+    """The training rewards: the row's in-domain columns."""
     paper: PaperKey | None = None
-    """Names the paper's row, where it has one."""
+    """The corresponding row of the paper, if any."""
 
 
 class TableConfig(StrictModel):
-    """The section ``table`` of an experiment's YAML. Its rows are the experiment's cells."""
+    """The ``table`` section of an experiment's YAML; its rows are the experiment's cells."""
 
     name: Name | None = None
-    """Stem of the rendered files; null is the experiment's name."""
+    """File stem; null is the experiment's name."""
     title: str
     """Heading and LaTeX caption."""
     columns: (
         Annotated[tuple[Annotated[ColumnConfig, BeforeValidator(_named)], ...], Field(min_length=1)]
         | None
     ) = None
-    """In order; null shows every reward of the profile."""
+    """Score columns in order; null shows every reward of the profile."""
     digits: int = Field(3, ge=0, le=6)
-    """Decimals of the columns."""
+    """Decimals of the score columns."""
     group_label: str = "Trained on"
-    """Heading of the column that names the groups."""
+    """Heading of the group column."""
     row_label: str = "Method"
-    """Heading of the column that names the rows."""
+    """Heading of the row column."""
     paper_table: TableName | None = None
-    """The paper's table whose figures are shown."""
+    """The paper's table whose numbers are shown."""
     costs: tuple[CostColumn, ...] = DEFAULT_COSTS
-    """The cost columns."""
+    """Cost columns in order."""
     focus: tuple[Key, ...] = ()
-    """Rows that a reading compares with each other row of their group."""
+    """Rows that the summary compares with each other row of their group."""
     baseline: Key | None = None
-    """The row that a reading compares the focus rows with as well."""
+    """A row that the summary also compares the focus rows with."""
     notes: tuple[str, ...] = ()
     """Sentences printed under the table."""
 
 
 class TableSpec(TableConfig):
-    """One table under one profile: its rows and columns with all that is shown of them."""
+    """One table under one profile, with its resolved rows and columns."""
 
     name: Name
     rows: tuple[RowSpec, ...] = Field(min_length=1)
-    """In order; the rows of a group next to each other."""
+    """Rows in order; the rows of a group are adjacent."""
     columns: tuple[ColumnSpec, ...] = Field(min_length=1)
     paper_model: bool = False
-    """Whether the policy is the paper's own, so that its figures may stand next to ours; those of
-    another policy stand in a block of their own."""
+    """Whether the policy is the paper's, so that its numbers are shown next to ours; otherwise they
+    are shown in a separate block."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":
         keys = [row.key for row in self.rows]
         if double := _first_double(keys):
-            raise ValueError(f"the row {double!r} is there twice")
+            raise ValueError(f"duplicate row {double!r}")
         if double := _first_double(name for name, _ in groupby(row.group for row in self.rows)):
-            raise ValueError(f"the rows of the group {double!r} do not stand together")
+            raise ValueError(f"the rows of group {double!r} are not adjacent")
         if double := _first_double(column.reward for column in self.columns):
-            raise ValueError(f"the reward {double!r} is shown twice")
+            raise ValueError(f"duplicate column {double!r}")
         if double := _first_double(self.costs):
-            raise ValueError(f"the cost column {double!r} is there twice")
+            raise ValueError(f"duplicate cost column {double!r}")
         for key in (*self.focus, *([self.baseline] if self.baseline else [])):
             if key not in keys:
-                raise ValueError(f"focus or baseline names {key!r}, which is no row")
+                raise ValueError(f"focus or baseline: no row {key!r}")
         if self.paper_table is None and any(row.paper for row in self.rows):
-            raise ValueError("rows name the paper's rows, but paper_table is not given")
+            raise ValueError("rows have `paper`, but paper_table is not given")
         return self
 
     def groups(self) -> tuple[tuple[str, tuple[RowSpec, ...]], ...]:

@@ -1,4 +1,4 @@
-"""The published weights that a profile needs, and which of them are not cached. No network."""
+"""The published weights a profile needs, and whether they are cached. No network."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def needed_weights(profile: "Profile") -> tuple[Artifact, ...]:
-    """The published artifacts that the profile's policy and rewards are loaded from."""
+    """The published artifacts of the profile's policy and rewards."""
     published = catalogue().select([], WEIGHTS)
     return tuple(artifact for artifact in published if _needs(profile, artifact))
 
@@ -28,16 +28,16 @@ def _needs(profile: "Profile", artifact: Artifact) -> bool:
 
 
 def weights_states(profile: "Profile") -> list[ArtifactState]:
-    """The state in the cache of each artifact that the profile needs."""
+    """The cache state of each artifact the profile needs."""
     lock = read_lock()
     return [artifact_state(artifact, lock) for artifact in needed_weights(profile)]
 
 
 def missing_weights(profile: "Profile") -> list[ArtifactState]:
-    """Those of the profile's weights that are not whole in the cache."""
+    """The profile's weights that are missing from the cache or incomplete."""
     return [state for state in weights_states(profile) if not state.is_whole]
 
 
 def fetch_advice(profile: str) -> str:
-    """What to do where weights of the named profile are missing."""
+    """How to fetch the weights of a profile."""
     return f"`g2rpo weights fetch --profile {profile}` with network access"

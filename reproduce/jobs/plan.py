@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from reproduce.experiment import Experiment, Profile, ResolvedCell
-from reproduce.experiment.layout import Layout, RememberedLayout
+from reproduce.experiment.layout import Layout
 from reproduce.stages.base import Stage
 from reproduce.stages.cells import cell_stages
 from reproduce.stages.embedding import Embed
@@ -53,7 +53,7 @@ def make_plan(
     experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
 ) -> Plan:
     """The plan of ``cells``: stages that several cells share are there once."""
-    remembered = RememberedLayout(layout.runs, layout.tables)
+    remembered = layout.remembering()
     embed = Embed(remembered, tuple(cells))
     render = Render(layout, experiment, profile, tuple(cells))
     stages: dict[str, Stage] = {embed.name: embed}

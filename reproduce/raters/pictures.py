@@ -9,7 +9,7 @@ import pandas as pd
 from benchmarks.evaluation.scoring.items import read_source, refuse_bad
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
-from reproduce.experiment.layout import protocol_hash
+from reproduce.experiment.fingerprint import protocol_hash
 from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,

@@ -18,8 +18,7 @@ from g2rpo.config import content_hash
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
 from reproduce.experiment import load_experiment, load_profile, resolve
-from reproduce.experiment.fingerprint import train_run_name
-from reproduce.experiment.layout import protocol_hash
+from reproduce.experiment.fingerprint import protocol_hash, train_run_name
 from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,

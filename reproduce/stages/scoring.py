@@ -25,7 +25,6 @@ from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import fingerprint, judges
-from reproduce.experiment.layout import evaluation_inputs
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, write_manifest
 from reproduce.stages.evaluation_files import DIVERSITY, EvaluationStage, preview_scores
 from reproduce.stages.sampling import device, write_frame
@@ -159,7 +158,7 @@ def merge_scores(stage: EvaluationStage) -> None:
         folder,
         {
             "stage": "score",
-            "inputs": evaluation_inputs(cell),
+            "inputs": fingerprint.evaluation_inputs(cell),
             "rewards": first["rewards"],
             "provenance": first["provenance"],
         },

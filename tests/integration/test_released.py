@@ -239,7 +239,7 @@ def test_the_published_weights_are_not_mixed_with_a_small_base(
 ) -> None:
     assert run(monkeypatch, "reproduce", "released", "--profile", "mini") == 2
     told = capsys.readouterr().err.strip()
-    assert "is about black-forest-labs/FLUX.1-dev" in told
+    assert "needs the policy black-forest-labs/FLUX.1-dev" in told
     assert "\n" not in told
 
 

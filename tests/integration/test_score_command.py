@@ -218,7 +218,7 @@ def test_mistakes_are_one_line(
         (["-s", "attributes.model=hps"], "change one of its settings"),
         (["-s", "attributes.batch_sise=3"], "batch_size"),
         (["--output", tmp_path / "file"], "cannot be written"),
-        (["--rewards", ","], "--rewards names none"),
+        (["--rewards", ","], "--rewards is empty"),
     ):
         code, _, errors = run_here(
             monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", *changes

@@ -45,7 +45,7 @@ def trained(cell: ResolvedCell) -> TrainConfig:
 def test_every_experiment_resolves_under_every_profile(experiment: str, profile: str) -> None:
     loaded, chosen = load_experiment(experiment), load_profile(profile)
     if loaded.policy is not None and loaded.policy != chosen.policy.source:
-        with pytest.raises(UserError, match=f"is about {loaded.policy}.*--profile flux"):
+        with pytest.raises(UserError, match=f"needs the policy {loaded.policy}.*--profile flux"):
             expand(loaded, chosen, [1])
         return
     cells = expand(loaded, chosen, [1, 2])
@@ -359,9 +359,9 @@ def test_a_variant_without_a_tuned_rate_is_refused_where_others_have_one() -> No
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("learning_rates: {g2rpoo: 1.0e-5}", "neither a method nor"),
+        ("learning_rates: {g2rpoo: 1.0e-5}", "is not METHOD or"),
         ("method_settings: {g2rpoo: {}}", "did you mean 'g2rpo'"),
-        ("seeds: [1, 1]", "seeds: a seed is there twice"),
+        ("seeds: [1, 1]", "seeds: repeated seed"),
         ("seeds: [-1]", r"seeds\.0"),
         ("seeds: []", "seeds"),
         ("name: ../x", "name"),
@@ -407,13 +407,13 @@ def cell_of(**changes: Any) -> dict[str, Any]:
     [
         ({"cells": {"a": {"train": ["hps"]}}}, "base"),
         ({"cells": {"a": {"method": "g2rpo"}}}, "train is empty"),
-        (cell_of(train=["hps", "hps"]), "train names a reward twice"),
+        (cell_of(train=["hps", "hps"]), "train repeats a reward"),
         (cell_of(sett={}), "'set'"),
         (cell_of(tuned_as="x"), "renamed to 'learning_rate_key'"),
         (cell_of(budget={"evaluations_of": "b"}), "no cell 'b'"),
         (cell_of(budget={"evaluations_of": "a"}), "without a budget of its own"),
-        (cell_of(budget={}), "one of the two"),
-        (cell_of(budget={"evaluations_of": "a", "device_seconds": 3}), "one of the two"),
+        (cell_of(budget={}), "exactly one of"),
+        (cell_of(budget={"evaluations_of": "a", "device_seconds": 3}), "exactly one of"),
         ({"table": {**SMALL_TABLE, "columns": 5}}, "table.columns"),
         ({"table": {**SMALL_TABLE, "rows": [{"key": "a"}]}}, "cells are the rows"),
         ({"name": "../../../evil"}, "name"),
@@ -434,7 +434,7 @@ def test_a_mistake_in_an_experiment_is_told_in_one_line(
 
 def test_a_profile_without_device_seconds_is_told_where_they_are_asked_for() -> None:
     profile = load_profile("mini").model_copy(update={"device_seconds": None})
-    with pytest.raises(UserError, match="profile mini names none"):
+    with pytest.raises(UserError, match="profile mini has no device_seconds"):
         resolve(load_experiment("equal-cost"), profile, "seconds/g2rpo", 1)
 
 
@@ -456,5 +456,5 @@ def test_a_column_without_a_reward_of_the_profile_is_refused_before_anything_run
     experiment = load_experiment("table1")
     table = experiment.table.model_copy(update={"columns": (ColumnConfig(reward="hsp"),)})
     wrong = experiment.model_copy(update={"table": table})
-    with pytest.raises(UserError, match="'hsp', which is no reward of the profile mini; did you"):
+    with pytest.raises(UserError, match="profile mini has no reward 'hsp'; did you"):
         expand(wrong, load_profile("mini"), (1,))

@@ -352,12 +352,12 @@ def test_cells_that_do_not_fit_the_table_are_refused(tmp_path: Path) -> None:
     [
         ({"columns": [COLUMNS[0] | {"labl": "HPS"}]}, "unknown key 'columns.0.labl'"),
         ({"costs": ["evaluations"]}, "costs.0"),
-        ({"focus": ["hps/g2rpoo"]}, "'hps/g2rpoo', which is no row"),
+        ({"focus": ["hps/g2rpoo"]}, "no row 'hps/g2rpoo'"),
         ({"paper_table": None}, "paper_table is not given"),
-        ({"rows": [TABLE1["rows"][0]] * 2, "focus": []}, "the row 'base' is there twice"),
+        ({"rows": [TABLE1["rows"][0]] * 2, "focus": []}, "duplicate row 'base'"),
         (
             {"rows": [TABLE1["rows"][i] for i in (0, 1, 6, 2)], "focus": []},
-            "the group 'HPS' do not stand together",
+            "group 'HPS' are not adjacent",
         ),
     ],
 )
