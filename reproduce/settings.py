@@ -1,4 +1,4 @@
-"""Settings laid flat, and which of them tell a run from the others of its method.
+"""Flattened settings, and those that distinguish a run from others of its method.
 
 Nothing here imports a model library: runs are listed on login nodes.
 """
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 NOT_DETERMINING = ("validation", "pictures", "checkpoints", "execution")
-"""Sections of a training configuration that do not change the trained weights."""
+"""Sections of the training configuration that do not change the trained weights."""
 
 
 def without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What runs share that are one method at several seeds."""
+    """The settings that runs of one method at several seeds have in common."""
     apart = ("seed", *NOT_DETERMINING)
     return {name: value for name, value in settings.items() if name not in apart}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys; text as it is, all else as JSON."""
+    """Nested mappings as dotted keys; strings as they are, other values as JSON."""
     if isinstance(value, Mapping) and (value or not prefix):
         return {
             key: text
@@ -30,14 +30,14 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def distinctions(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What tells each run from the others of its method and rewards, which its name holds too.
+    """The settings that distinguish each run from others of its method and rewards.
 
     Args:
-        settings: the training configuration of each run, by its name.
+        settings: the training configuration of each run by name.
 
     Returns:
-        For each run the settings, but for the seed, in which it is not like most of its kind, as
-        ``group_size 24, eta 0.3``; empty where it is like most in all of them.
+        For each run, the settings other than the seed that at most half of its kind share, e.g.
+        ``group_size 24, eta 0.3``; may be empty.
     """
     kinds: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for name, config in settings.items():
@@ -49,7 +49,7 @@ def distinctions(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _within(runs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """The distinctions of the runs of one kind: values that no more than half of them have."""
+    """The distinctions of runs of one kind: values that at most half of them have."""
     keys = dict.fromkeys(key for values in runs.values() for key in values)
     counts = {key: Counter(values.get(key) for values in runs.values()) for key in keys}
     names = _short(key for key, count in counts.items() if len(count) > 1)
@@ -64,7 +64,7 @@ def _within(runs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 
 def _short(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each dotted key, or all of it where two end alike."""
+    """The last part of each dotted key, or all of it if two keys end alike."""
     ends = {key: key.rsplit(".", 1)[-1] for key in keys}
     counts = Counter(ends.values())
     return {key: end if counts[end] == 1 else key for key, end in ends.items()}

@@ -14,11 +14,11 @@ from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,
     chosen_names,
-    damage_told,
     is_run,
     name_of,
     read_manifest,
     read_scored,
+    reporting_damage,
     run_folders,
 )
 
@@ -123,7 +123,7 @@ def _protocol(evaluation: Path) -> str | None:
     manifest = read_scored(evaluation)
     if manifest is None:
         return None
-    with damage_told(evaluation / MANIFEST):
+    with reporting_damage(evaluation / MANIFEST):
         return protocol_hash(manifest["inputs"])
 
 

@@ -1,7 +1,7 @@
-"""Runs as they are read: settings, scores, learning curve, cost and provenance.
+"""Reads runs: settings, scores, learning curve, cost and provenance.
 
-A run that was trained here has a folder in ``results/runs``. Of committed results only the cells
-are left; the settings of their runs are those of the experiment, where it still gives that run.
+A run trained here has a folder in ``results/runs``. Committed results only have cells; the settings
+of their runs come from the experiment, if it still resolves to that run.
 """
 
 import json
@@ -23,11 +23,11 @@ from reproduce.runs.folders import (
     EVALUATIONS,
     MANIFEST,
     chosen_names,
-    damage_told,
     is_run,
     name_of,
     read_manifest,
     read_settings,
+    reporting_damage,
     run_folders,
 )
 from reproduce.settings import without_seed
@@ -38,14 +38,14 @@ class Run:
     """One run.
 
     Attributes:
-        name: of its folder.
-        place: its folder, or the folder of its cells where only they are left.
-        cells: its scores, one cell for each evaluation protocol; of the base as well.
-        settings: its training configuration; None for the base, and where it is not known.
-        rows: its metrics, one for each iteration that was logged.
-        cost: what it took so far; None where that is not known.
-        provenance: commit, packages, weights and hardware; None before there is anything.
-        finished: whether nothing is left to train.
+        name: name of its folder.
+        place: its folder, or the folder of its cells if only they exist.
+        cells: its scores, one cell per evaluation protocol.
+        settings: its training configuration; None for the base, or if unknown.
+        rows: its metrics, one row per logged iteration.
+        cost: its training cost so far; None if unknown.
+        provenance: commit, packages, weights and hardware; None before anything is finished.
+        finished: whether training is finished.
     """
 
     name: str
@@ -59,16 +59,16 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """The training seed; None for a model without."""
+        """The training seed; None if nothing was trained."""
         if self.settings is not None:
             return int(self.settings["seed"])
         return self.cells[0].info.seed if self.cells else None
 
     @cached_property
     def without_seed(self) -> str:
-        """Names what it is but for its seed: runs that share it are one method at several seeds.
+        """Identifies a run up to its seed: runs that share it are one method at several seeds.
 
-        Where no settings are known, those of one row, folder and commit are taken for that.
+        Without settings, runs of the same row, folder and commit share it.
         """
         if self.settings is not None:
             return content_hash(without_seed(self.settings))
@@ -80,14 +80,14 @@ class Run:
 
 
 def cell_files(results: Path) -> dict[str, list[Path]]:
-    """The cells below ``results`` by the name of the run that they are of, cells of one table."""
-    found: dict[str, list[Path]] = {}
+    """The cell files below ``results``, by the name of their run."""
+    files: dict[str, list[Path]] = {}
     for pattern in ("*/*/cells/*.json", "runs/*/*/cells/*.json"):
         for path in sorted(results.glob(pattern)):
             name = _run_of(path)
             if name is not None:
-                found.setdefault(name, []).append(path)
-    return found
+                files.setdefault(name, []).append(path)
+    return files
 
 
 def _run_of(path: Path) -> str | None:
@@ -99,16 +99,15 @@ def _run_of(path: Path) -> str | None:
 
 
 def find_runs(parts: Iterable[str], results: Path) -> list[Run]:
-    """The runs that are named by their folders, their cells, or beginnings of their names.
+    """Finds runs by folder, cell file or name.
 
     Args:
-        parts: folders of runs, files of cells (``.json``), or beginnings of names in
-            ``results/runs`` or of runs that cells name; one with ``*``, ``?`` or ``[`` stands for
-            all names that match it.
-        results: the folder of results.
+        parts: run folders, cell files (``.json``), or unique prefixes of names of runs with a
+            folder or a cell; a part with ``*``, ``?`` or ``[`` selects all names that match it.
+        results: the results folder.
 
     Raises:
-        UserError: one is unknown, fits several runs, cannot be read, or is named twice.
+        UserError: a part is unknown, ambiguous, repeated, or cannot be read.
     """
     folders = {folder.name: folder for folder in run_folders(results / "runs")}
     cells: dict[str, list[Path]] | None = None
@@ -126,7 +125,7 @@ def find_runs(parts: Iterable[str], results: Path) -> list[Run]:
             runs = [_read(name, folders.get(name), cells.get(name, [])) for name in names]
         for run in runs:
             if run.name in found:
-                raise UserError(f"the run {run.name} is named twice")
+                raise UserError(f"run {run.name} is given twice")
             found[run.name] = run
     return list(found.values())
 
@@ -147,10 +146,10 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
 
     Args:
         folder: the run's folder.
-        evaluation: the one evaluation that is read; None reads all that are scored.
+        evaluation: the evaluation to read; None reads all scored ones.
 
     Raises:
-        UserError: a file of it is damaged; it is named.
+        UserError: a file of the run is damaged.
     """
     settings = read_settings(folder)
     manifest = read_manifest(folder) if settings is not None else None
@@ -174,7 +173,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
 
 
 def _provenance(place: Path, manifest: Mapping[str, Any]) -> Provenance:
-    with damage_told(place / MANIFEST):
+    with reporting_damage(place / MANIFEST):
         return Provenance.model_validate(manifest["provenance"])
 
 
@@ -184,10 +183,10 @@ def _cost(
     rows: tuple[Mapping[str, Any], ...],
     provenance: Provenance | None,
 ) -> Cost | None:
-    """What training took so far: all zero for the base, unknown for weights trained elsewhere."""
+    """The training cost so far: zero for the base, unknown for weights trained elsewhere."""
     names = [name for name in Cost.model_fields if name not in ("iterations", "device")]
     device = "unknown" if provenance is None else provenance.hardware.get("device", "unknown")
-    with damage_told(folder / (METRICS_FILE if manifest is None else MANIFEST)):
+    with reporting_damage(folder / (METRICS_FILE if manifest is None else MANIFEST)):
         counted: Mapping[str, Any] | None = rows[-1] if rows else None
         if manifest is not None:
             counted = manifest["progress"]
@@ -196,16 +195,16 @@ def _cost(
         if counted is None:
             return None
         iterations = counted["iteration"]
-        # The row before the first iteration has not all of them.
+        # The row before the first iteration lacks some of them.
         costs = {name: counted.get(name, 0) for name in names}
         return Cost(iterations=iterations, device=device, **costs)
 
 
 def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
-    """One evaluation of a run as a cell; its row is called as its method is."""
+    """One evaluation of a run as a cell; its row is named after its method."""
     settings, scored = run.settings, _provenance(evaluation, manifest)
     made = run.provenance or scored
-    with damage_told(evaluation / MANIFEST):
+    with reporting_damage(evaluation / MANIFEST):
         inputs = manifest["inputs"]
         asked = inputs["protocol"]
         method = run.name.split("-")[0] if settings is None else settings["method"]["name"]
@@ -231,17 +230,17 @@ def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
     path = evaluation / "scores.parquet"
     scores = read_frame(path)
     curve = None if settings is None else pd.DataFrame(run.rows)
-    with damage_told(path):
+    with reporting_damage(path):
         return Cell(info, scores, curve, metrics)
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """A Parquet file of a run.
+    """Reads a Parquet file of a run.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
-    with damage_told(path):
+    with reporting_damage(path):
         return pd.read_parquet(path)
 
 
@@ -249,13 +248,13 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def read_cells(name: str, paths: list[Path]) -> Run:
-    """The run of that ``name``, of which the cells at ``paths`` are left.
+    """The run called ``name``, from its cells at ``paths``.
 
     Raises:
         UserError: a cell is damaged.
     """
     cells: dict[str, Cell] = {}
-    for path in paths:  # the same cell may stand in several tables
+    for path in paths:  # several tables may contain the same cell
         cell = load_cell(path)
         cells.setdefault(cell.info.protocol.hash, cell)
     first = next(iter(cells.values()))
@@ -277,13 +276,13 @@ def _plain_rows(curve: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
-    """The training settings of a committed cell, where its experiment still gives that very run.
+    """The training settings of a committed cell, if its experiment still resolves to that run.
 
     Args:
         cell: the cell.
         path: its file, ``<profile>/<experiment>/cells/<name>.json``.
     """
-    if cell.info.seed is None or len(path.parts) < 4:  # copied to where no experiment is told
+    if cell.info.seed is None or len(path.parts) < 4:  # not in a results folder
         return None
     profile, experiment = path.parts[-4], path.parts[-3]
     try:

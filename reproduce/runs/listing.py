@@ -1,4 +1,4 @@
-"""What every run of a results folder is doing, from its files alone, and as a table.
+"""The state of every run of a results folder, from its files, and as a table.
 
 Nothing here imports a model library: runs are listed on login nodes.
 """
@@ -37,21 +37,21 @@ DIGITS = 4
 
 @dataclass(frozen=True)
 class RunState:
-    """One run as it stands.
+    """The state of one run.
 
     Attributes:
-        name: of its folder.
-        settings: its training configuration; empty where it has none, or a damaged one.
+        name: name of its folder.
+        settings: its training configuration; empty if it has none, or a damaged one.
         word: its state.
-        reason: why it failed or was stopped, or which of its files is damaged; may be empty.
-        done: iterations that are done; None where nothing is trained.
-        total: iterations in all.
-        remaining: seconds until it is trained, as it says itself; None where it does not run.
-        rewards: the last iteration's mean reward of each training reward.
-        validation: the last validation's mean of each.
-        evaluations: what became of its evaluations, in a few words.
-        node: where it runs or ran.
-        updated: when something of it last changed, in seconds since the epoch.
+        reason: why it failed or stopped, or which files are damaged; may be empty.
+        done: finished iterations; None if nothing is trained.
+        total: all iterations.
+        remaining: estimated seconds until it is trained; None if it is not running.
+        rewards: mean of each training reward in the last iteration.
+        validation: mean of each reward in the last validation.
+        evaluations: summary of its evaluations.
+        node: the node it runs or ran on.
+        updated: last change of its files, in seconds since the epoch.
     """
 
     name: str
@@ -69,21 +69,21 @@ class RunState:
 
 
 def read_run_states(runs_folder: Path) -> list[RunState]:
-    """The runs of a folder, the one that changed last first."""
+    """The runs of a folder, most recently changed first."""
     with hashing_up_to():
         states = [read_run_state(folder) for folder in run_folders(runs_folder)]
     return sorted(states, key=lambda state: (-state.updated, state.name))
 
 
 def read_run_state(folder: Path) -> RunState:
-    """What the run in ``folder`` is doing; one that has damaged files is not done."""
+    """The state of the run in ``folder``; a run with damaged files is not done."""
     damage: list[str] = []
     evaluations, evaluated_by = _evaluations(folder, damage)
     config: dict[str, Any] | None = _sound(read_settings, folder, {}, damage)
     if config is None:
         sound = evaluations and not damage
         word: Word = "running" if evaluated_by else ("done" if sound else "interrupted")
-        reason, updated = _told("", damage, folder), _changed(folder, folder / EVALUATIONS)
+        reason, updated = _reason("", damage, folder), _changed(folder, folder / EVALUATIONS)
         return RunState(folder.name, word, reason=reason, evaluations=evaluations, updated=updated)
     rows: list[dict[str, Any]] = _sound(read_metrics, folder / METRICS_FILE, [], damage)
     trained = _sound(read_trained, folder, None, damage) is not None
@@ -98,9 +98,9 @@ def read_run_state(folder: Path) -> RunState:
         name=folder.name,
         word=word,
         settings=config,
-        reason=_told(reason if word == "failed" or not damage else "", damage, folder),
+        reason=_reason(reason if word == "failed" or not damage else "", damage, folder),
         done=done,
-        total=done if word == "done" else planned,  # one that ends at a cost has fewer
+        total=done if word == "done" else planned,  # a budget may end it earlier
         remaining=record.progress.remaining_seconds if record and word == "running" else None,
         rewards=_last(rows, "reward/", "/mean"),
         validation=_last(rows, "validation/", ""),
@@ -113,7 +113,7 @@ def read_run_state(folder: Path) -> RunState:
 def _sound(
     read: Callable[[Path], Found], path: Path, otherwise: Other, damage: list[str]
 ) -> Found | Other:
-    """What ``read`` finds at ``path``; ``otherwise``, and a line of ``damage``, where it cannot."""
+    """What ``read`` returns for ``path``; on damage, ``otherwise`` and a new line in ``damage``."""
     try:
         return read(path)
     except (UserError, OSError) as error:
@@ -121,13 +121,13 @@ def _sound(
         return otherwise
 
 
-def _told(reason: str, damage: list[str], folder: Path) -> str:
+def _reason(reason: str, damage: list[str], folder: Path) -> str:
     files = (f"damaged: {one.replace(f'{folder}/', '')}" for one in damage)
     return "; ".join(part for part in (reason, *files) if part)
 
 
 def _evaluations(folder: Path, damage: list[str]) -> tuple[str, bool]:
-    """What became of the evaluations, and whether one runs."""
+    """A summary of the evaluations, and whether one is running."""
     places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
     scored = [place for place in places if _sound(read_scored, place, None, damage) is not None]
     texts = [f"{len(scored)} scored"] if scored else []
@@ -137,27 +137,27 @@ def _evaluations(folder: Path, damage: list[str]) -> tuple[str, bool]:
             continue
         alive = [a for a in _attempts(place / "leases") if is_alive(a) and a.record is not None]
         running = running or bool(alive)
-        said = [str(a.record.progress) for a in alive if a.record is not None]
-        texts.append(next((text for text in said if text), "running" if alive else "unfinished"))
+        reports = [str(a.record.progress) for a in alive if a.record is not None]
+        texts.append(next(filter(None, reports), "running" if alive else "unfinished"))
     return ", ".join(texts), running
 
 
 def _attempts(leases: Path) -> list[Attempt]:
     places = sorted(leases.iterdir()) if leases.is_dir() else []
-    found = (latest(leases, place.name) for place in places if place.is_dir())
-    return [attempt for attempt in found if attempt is not None]
+    attempts = (latest(leases, place.name) for place in places if place.is_dir())
+    return [attempt for attempt in attempts if attempt is not None]
 
 
 def _last(rows: list[dict[str, Any]], before: str, after: str) -> dict[str, float]:
-    """The values of the last row that has any, by what stands between ``before`` and ``after``."""
+    """The values of the last row with keys ``before`` NAME ``after``, by NAME."""
     for row in reversed(rows):
-        found = {
+        values = {
             key.removeprefix(before).removesuffix(after): float(value)
             for key, value in row.items()
             if key.startswith(before) and key.endswith(after)
         }
-        if found:
-            return found
+        if values:
+            return values
     return {}
 
 
@@ -173,7 +173,7 @@ def _changed(*paths: Path) -> float:
 
 
 def states_table(states: Sequence[RunState], known: Sequence[RunState]) -> Table:
-    """A row for each of ``states``, which are told apart from all the ``known`` of their method."""
+    """A row for each of ``states``, with the settings that distinguish it among ``known`` runs."""
     differs = distinctions({state.name: state.settings for state in known})
     columns = (
         "run", "state", "progress", "ETA", "last reward", "validation", "evaluations",

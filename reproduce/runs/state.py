@@ -1,4 +1,4 @@
-"""Where a piece of work stands: judged, for all who show it, from its outputs and last attempt."""
+"""The state of a unit of work, from its outputs and its latest attempt."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +20,23 @@ STYLES: dict[Word, str] = {
 
 
 def state_text(word: Word) -> Text:
-    """The word for a state in its colour."""
+    """A state in its colour."""
     return Text(word, STYLES[word])
 
 
 def latest_attempt(lease: Path) -> Attempt | None:
-    """The latest start of the work whose lease is at ``lease``; None where there was none."""
+    """The latest attempt under ``lease``; None if there was none."""
     return latest(lease.parent, lease.name)
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a piece of work stands.
+    """The state of a unit of work.
 
     Attributes:
-        word: in one word.
-        reason: why it is not done, in plain words; empty where it is, or runs.
-        attempt: its latest start, or None.
+        word: the state in one word.
+        reason: why it is not done; empty if it is done or running.
+        attempt: its latest attempt, or None.
     """
 
     word: Word
@@ -45,23 +45,23 @@ class State:
 
     @property
     def record(self) -> Record | None:
-        """What its latest start says of itself."""
+        """The record of its latest attempt."""
         return None if self.attempt is None else self.attempt.record
 
     @property
     def progress(self) -> WorkProgress:
-        """How far it says that it is; empty before it started."""
+        """Its reported progress; empty before it starts."""
         return WorkProgress() if self.record is None else self.record.progress
 
 
 def state_of(attempt: Attempt | None, *, done: bool, what: str = "it", since: float = 0.0) -> State:
-    """The state of a piece of work.
+    """The state of a unit of work.
 
     Args:
-        attempt: its latest start.
-        done: whether its outputs are there and undamaged.
-        what: it, in the reason.
-        since: how an attempt ended before that time is of no interest.
+        attempt: its latest attempt.
+        done: whether its outputs exist and are intact.
+        what: its name in the reason.
+        since: attempts that ended before this time (seconds since the epoch) are ignored.
     """
     if done:
         return State("done", "", attempt)
@@ -75,7 +75,7 @@ def state_of(attempt: Attempt | None, *, done: bool, what: str = "it", since: fl
     if record is not None and record.updated >= since:
         reason = record.reason or reason
         if record.state == "failed":
-            word, reason = "failed", record.reason or "no reason was told"
+            word, reason = "failed", record.reason or "no error recorded"
         elif record.state == "done":
-            reason = f"what {what} wrote is missing or damaged; `g2rpo reproduce` makes it again"
+            reason = f"outputs of {what} are missing or damaged; run `g2rpo reproduce` to make them again"
     return State(word, reason, attempt)

@@ -1,7 +1,7 @@
-"""What all stages have in common: a name, a lease, whether they are done, and their work.
+"""The base class of stages: name, lease, completeness and work.
 
-Nothing here or in the modules of the stages imports a model library before a stage runs: what is
-done is asked on login nodes, and diffusers and transformers take many seconds to import.
+The modules of the stages import no model library before a stage runs: plans are made on login
+nodes, and diffusers and transformers take many seconds to import.
 """
 
 import os
@@ -25,26 +25,26 @@ from slurm.graph import Needs
 
 @dataclass(frozen=True)
 class Stage(ABC):
-    """A piece of an experiment that is done whole, by one owner at a time.
+    """A unit of work of an experiment, done by one owner at a time.
 
     Attributes:
-        layout: where things are.
+        layout: paths of runs and tables.
     """
 
     layout: Layout
 
     kind: ClassVar[str]
-    """What sort of stage it is, in one word for people and cluster profiles."""
+    """The kind of stage, as shown to people and used in cluster profiles."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Names what it makes: the same for the same configuration and inputs."""
+        """Its unique name: the same for the same configuration and inputs."""
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """What people call it."""
+        """Its name for people."""
 
     @property
     @abstractmethod
@@ -53,46 +53,46 @@ class Stage(ABC):
 
     @classmethod
     def devices(cls, hardware: Hardware) -> Needs:
-        """What a stage of its kind runs on."""
+        """The devices that stages of this kind need."""
         del hardware
         return Needs()
 
     @property
     def array(self) -> str | None:
-        """Stages of one array job have the same; None for a job of its own."""
+        """The name of its array job; None for a separate job."""
         return None
 
     @property
     def payload(self) -> dict[str, Any]:
-        """What tells it from others of its kind in a submission; JSON."""
+        """JSON that identifies it among the stages of its kind in a submission."""
         return {}
 
     @classmethod
     @abstractmethod
     def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> Self:
-        """The stage of a submission that :attr:`payload` told."""
+        """The stage of a submission that :attr:`payload` identifies."""
 
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether its outputs are complete."""
 
     @abstractmethod
     def run(self) -> None:
-        """Does what is left; raises as :func:`perform` does."""
+        """Does the remaining work; raises like :func:`perform`."""
 
     def finish(self) -> bool:
-        """Does what is left when all stages of its kind are done; returns whether they are."""
+        """Combines the outputs of all shares once they are complete; returns whether they are."""
         return self.is_done()
 
     def state(self, since: float = 0.0, what: str = "it") -> State:
-        """Where it stands, see :func:`reproduce.runs.state.state_of`."""
+        """Its state, see :func:`reproduce.runs.state.state_of`."""
         attempt = latest_attempt(self.lease)
         return state_of(attempt, done=self.is_done(), what=what, since=since)
 
     def node(
         self, hardware: Hardware, needs: tuple[str, ...] = (), after: tuple[str, ...] = ()
     ) -> graph.Stage:
-        """The stage in the graph that is submitted, on the devices of a profile."""
+        """Its node in the submitted graph, with the devices of a profile."""
         return graph.Stage(
             name=self.name,
             kind=self.kind,
@@ -102,7 +102,7 @@ class Stage(ABC):
             after=after,
             resources=self.devices(hardware),
             array=self.array,
-            # Joined as text: thousands of paths take a second.
+            # Joining thousands of Path objects takes a second.
             lease=os.path.join(os.getcwd(), self.lease),  # noqa: PTH109, PTH118
         )
 
@@ -119,7 +119,7 @@ class CellStage(Stage):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Its name for people."""
         return self.cell.label
 
     @property
@@ -134,11 +134,11 @@ class CellStage(Stage):
 
 
 def perform(stage: Stage, ranks: Ranks) -> None:
-    """Runs ``stage`` under its lease, on all ranks; returns at once where it is done.
+    """Runs ``stage`` under its lease on all ranks; returns at once if it is done.
 
     Raises:
-        UserError: another process has the lease and keeps it too long, or the stage fails.
-        Stopped: the process was asked to stop; what is done is kept.
+        UserError: another process holds the lease for too long, or the stage fails.
+        Stopped: the process was asked to stop; finished work is kept.
     """
     lease, message = None, None
     if ranks.first and not stage.is_done():
@@ -146,7 +146,7 @@ def perform(stage: Stage, ranks: Ranks) -> None:
             lease = Lease.acquire(stage.lease.parent, stage.lease.name)
         except UserError as error:
             message = str(error)
-        if lease is not None and stage.is_done():  # the owner that was waited for has finished it
+        if lease is not None and stage.is_done():  # finished by the previous owner
             lease.release("done")
             lease = None
     decision = ranks.agree("run" if lease is not None else message)

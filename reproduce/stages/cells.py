@@ -1,4 +1,4 @@
-"""The stages of a cell, and whether it is finished."""
+"""The stages of a cell, and whether the cell is finished."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +13,7 @@ from reproduce.tables.notes import Gap
 
 
 def cell_stages(cell: ResolvedCell, layout: Layout) -> list[Sequence[Stage]]:
-    """The stages of a cell, those together that can run at once, each after the ones before."""
+    """The stages of a cell in order; those in one group can run at the same time."""
     if cell.credit is not None:
         return [[Credit(layout, cell)]]
     count = cell.profile.hardware.evaluation_shares
@@ -28,7 +28,7 @@ def cell_stages(cell: ResolvedCell, layout: Layout) -> list[Sequence[Stage]]:
 def finish_cells(
     cells: Iterable[ResolvedCell], layout: Layout
 ) -> tuple[list[ResolvedCell], list[Gap]]:
-    """The cells that are finished, their results put together, and why the others are not."""
+    """Merges the results of finished cells; returns those cells, and why the others are missing."""
     finished: list[ResolvedCell] = []
     gaps: list[Gap] = []
     for cell in cells:
@@ -44,7 +44,7 @@ def finish_cells(
 
 
 def finish_cell(cell: ResolvedCell, layout: Layout) -> str | None:
-    """Puts a cell's results together; why they are not all there, in one line, else None."""
+    """Merges a cell's results; returns why they are incomplete, else None."""
     last = cell_stages(cell, layout)[-1]
     if all(stage.is_done() for stage in last):
         last[0].finish()
@@ -53,9 +53,9 @@ def finish_cell(cell: ResolvedCell, layout: Layout) -> str | None:
 
 
 def why_not(cell: ResolvedCell, layout: Layout) -> str:
-    """Why a cell is not finished, in one line: the first of its stages that is not done."""
+    """Why a cell is not finished: the state of its first unfinished stage."""
     stages = [stage for several in cell_stages(cell, layout) for stage in several]
     left = next((stage for stage in stages if not stage.is_done()), None)
     if left is None:
-        return "its scores are not put together yet"
+        return "its scores are not merged yet"
     return left.state(what=left.kind).reason or f"{left.kind} is running"

@@ -1,7 +1,7 @@
-"""The stage that encodes prompts: once for all cells, before anything else is in memory.
+"""The stage that encodes the prompts of all cells once, before other models are loaded.
 
-T5-XXL alone is 9.5 GB. Its embeddings go to ``<runs>/embeddings/<hash>/``, named by the encoders,
-the length and the dtype; training and sampling read them there.
+T5-XXL alone takes 9.5 GB. The embeddings are cached in ``<runs>/embeddings/<hash>/``, named by the
+encoders, the sequence length and the dtype; training and sampling read them there.
 """
 
 import functools
@@ -51,7 +51,7 @@ class Embed(Stage):
 
     @functools.cached_property
     def name(self) -> str:
-        """Names the prompts and the encoders, whoever needs them."""
+        """A name for the prompts and encoders, whatever the experiment."""
         uses = {repr(use) for cell in self.cells for use in prompt_uses(cell)}
         return f"embed/{content_hash(sorted(uses))}"
 
@@ -62,7 +62,7 @@ class Embed(Stage):
 
     @classmethod
     def devices(cls, hardware: Hardware) -> Needs:
-        """One GPU, where there are any."""
+        """One GPU, if the profile has any."""
         return Needs(1, hardware.evaluation_devices)
 
     @classmethod
@@ -76,19 +76,19 @@ class Embed(Stage):
         return all(is_embedded(cell, self.layout) for cell in self.cells)
 
     def run(self) -> None:
-        """Encodes those that are not."""
+        """Encodes the missing prompts."""
         embed(self.cells, self.layout)
 
 
 @dataclass(frozen=True)
 class PromptUse:
-    """Prompts of a file that a stage will encode.
+    """The prompts of a file that a stage will encode.
 
     Attributes:
         file: the prompt file.
-        limit: the first so many prompts; None is all.
-        draws: (seed, iterations, prompts per iteration) of the training that draws from them; None
-            is every one.
+        limit: use only the first prompts; None is all.
+        draws: (seed, iterations, prompts per iteration) of the training run that draws from them;
+            None is every prompt.
     """
 
     file: Path
@@ -96,17 +96,17 @@ class PromptUse:
     draws: tuple[int, int, int] | None = None
 
     def read(self) -> tuple[str, ...]:
-        """The prompts, each once.
+        """The unique prompts.
 
         Raises:
-            UserError: the file cannot be used, or has too few prompts to draw from.
+            UserError: the file is invalid, or has too few prompts.
         """
         return _read(self, file_state(self.file))
 
 
 @functools.lru_cache(maxsize=256)
 def _read(use: PromptUse, state: FileState | None) -> tuple[str, ...]:
-    del state  # a changed file is another call
+    del state  # part of the cache key: the file may change
     prompts = read_prompts(use.file, use.limit)
     if use.draws is not None:
         seed, iterations, count = use.draws
@@ -128,9 +128,9 @@ def _training_uses(train: TrainConfig) -> Iterator[PromptUse]:
 
 
 def prompt_uses(cell: ResolvedCell) -> list[tuple[PolicyConfig, PromptUse]]:
-    """What a cell encodes, and with which policy's encoders.
+    """The prompts a cell encodes, with the policy whose encoders it uses.
 
-    Of the training prompts these are the ones that its iterations draw, which the seed decides.
+    Of the training prompts, only those that the iterations draw with the cell's seed.
     """
     uses = [(cell.policy, PromptUse(Path(cell.evaluation_prompts), cell.evaluation.limit))]
     if cell.train is not None:
@@ -139,7 +139,7 @@ def prompt_uses(cell: ResolvedCell) -> list[tuple[PolicyConfig, PromptUse]]:
 
 
 def cache_key(policy: PolicyConfig) -> CacheKey | None:
-    """What names the cache of a policy; None where its encoders are not on this machine yet."""
+    """The key of a policy's cache; None if its encoders are not on this machine yet."""
     encoders = text_fingerprint(policy.source, policy.revision)
     if encoders is None:
         return None
@@ -158,25 +158,23 @@ def _cache_folder(key: CacheKey, layout: Layout) -> Path:
 
 
 def prompts_by_policy(cells: Iterable[ResolvedCell]) -> list[tuple[PolicyConfig, list[str]]]:
-    """The prompts of ``cells``, each once for all policies with the same encoders."""
+    """The unique prompts of ``cells`` for each set of encoders."""
     uses: dict[tuple[object, ...], tuple[PolicyConfig, dict[PromptUse, None]]] = {}
     for cell in cells:
         for policy, use in prompt_uses(cell):
             same = (policy.source, policy.revision, policy.max_sequence_length, policy.dtype)
             uses.setdefault(same, (policy, {}))[1][use] = None
     return [
-        (policy, list(dict.fromkeys(text for use in found for text in use.read())))
-        for policy, found in uses.values()
+        (policy, list(dict.fromkeys(text for use in needed for text in use.read())))
+        for policy, needed in uses.values()
     ]
 
 
 def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
-    """Whether all prompts that the cell will encode are in the cache.
-
-    Reads indices and prompt files, each once while they do not change; no tensor, no network.
+    """Whether all prompts of a cell are in the cache. Reads no tensors; no network.
 
     Raises:
-        UserError: a prompt file cannot be used.
+        UserError: a prompt file is invalid.
     """
     for policy, use in prompt_uses(cell):
         key = cache_key(policy)
@@ -186,21 +184,20 @@ def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
 
 
 def embed(cells: Sequence[ResolvedCell], layout: Layout) -> list[Path]:
-    """Encodes the prompts of ``cells`` that are not in the cache; returns the caches' folders.
+    """Encodes the missing prompts of ``cells``; returns one cache folder per set of encoders.
 
-    There is one folder unless the cells' policies have different encoders. Only the text encoders
-    are loaded, only where a prompt is missing, and they are dropped at the end.
+    Loads only the text encoders, only if a prompt is missing, and frees them at the end.
 
     Raises:
-        UserError: the encoders cannot be loaded, a prompt file cannot be used, or the disk is full.
+        UserError: the encoders cannot be loaded, a prompt file is invalid, or the disk is full.
     """
     folders = []
     for policy, texts in prompts_by_policy(cells):
         size = read_size(resolve_source(policy.source, policy.revision))
         key = cache_key(policy)
-        assert key is not None  # the encoders are here now
+        assert key is not None  # the encoders were resolved above
         folder = _cache_folder(key, layout)
-        # For people; embeddings are found by the folder's name.
+        # For people; embeddings are found by the name of the folder.
         write_json(folder.with_suffix(".json"), key.model_dump(mode="json"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         load = functools.partial(_encoder, policy, device)
@@ -231,7 +228,7 @@ def _encoder(policy: PolicyConfig, device: torch.device, prompts: Sequence[str])
 
 
 def attach(policy: "FluxPolicy", layout: Layout) -> None:
-    """Lets ``policy`` read its text embeddings from the cache, where there is one for it."""
+    """Makes ``policy`` read its text embeddings from its cache, if it has one."""
     key = cache_key(policy.config)
     if key is not None and _cache_folder(key, layout).is_dir():
         policy.conditioning_source = _opened(_cache_folder(key, layout))

@@ -1,55 +1,212 @@
-"""The stages that evaluate a cell's policy: sampling held-out images and scoring them."""
+"""The stages that evaluate a cell's policy: sampling held-out images and scoring them.
 
-from dataclasses import dataclass
+Several jobs can each sample and score a share of the prompts. Each writes a document with the
+checksums of its files last. When all shares are scored, their scores are merged.
+"""
 
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from g2rpo.checksums import FILES
 from g2rpo.lease import Lease
-from reproduce.stages.evaluation_files import EvaluationStage
+from reproduce.experiment import Hardware, fingerprint, judges
+from reproduce.runs.folders import read_document, read_scored, sound
+from reproduce.stages.base import CellStage
+from reproduce.stages.inputs import Inputs
+from reproduce.stages.shares import WHOLE, Share
+from reproduce.stages.training import Train
+from slurm.graph import Needs
+
+DIVERSITY, DRIFT = "diversity.parquet", "drift.parquet"
+
+
+@dataclass(frozen=True)
+class EvaluationStage(CellStage):
+    """A stage for one share of a cell's held-out prompts.
+
+    Attributes:
+        share: the share of the prompts.
+    """
+
+    share: Share = WHOLE
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder of the evaluation."""
+        return self.layout.evaluation(self.cell)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """A name from the run, the evaluation and the share."""
+        return f"{self.kind}/{self.training.folder.name}/{self.folder.name}/{self.share}"
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        share = self.share
+        which = "" if share.count == 1 else f", {share.index + 1}/{share.count}"
+        return self.cell.label + which
+
+    @property
+    def lease(self) -> Path:
+        """The folder of its attempts."""
+        return self.folder / "leases" / f"{self.kind}-{self.share}"
+
+    @classmethod
+    def devices(cls, hardware: Hardware) -> Needs:
+        """One GPU, if the profile has any."""
+        return Needs(1, hardware.evaluation_devices)
+
+    @property
+    def array(self) -> str | None:
+        """The shares of a cell form an array job."""
+        return self.name.rpartition("/")[0] if self.share.count > 1 else None
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The file of its cell, and its share."""
+        return {**super().payload, "share": [self.share.index, self.share.count]}
+
+    @classmethod
+    def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> Self:
+        """The stage of a share of a submission."""
+        return cls(inputs.layout, inputs.cell(payload["cell"]), Share(*payload["share"]))
+
+    @property
+    def training(self) -> Train:
+        """The stage whose policy is evaluated."""
+        return Train(self.layout, self.cell)
+
+    @property
+    def images(self) -> Path:
+        """The folder of the scored images."""
+        return self.folder / "images"
+
+    @property
+    def further_images(self) -> Path:
+        """The folder of further images of the same prompts, to measure diversity."""
+        return self.folder / "diversity"
+
+    @property
+    def drift(self) -> Path:
+        """The file with the drift of the policy's velocities, measured by the first share."""
+        return self.folder / DRIFT
+
+    @property
+    def sampled_document(self) -> Path:
+        """The document that marks the sampling of the share complete."""
+        return self.folder / "shares" / f"{self.share}-images.json"
+
+    @property
+    def scored_document(self) -> Path:
+        """The document that marks the scoring of the share complete."""
+        return self.folder / "shares" / f"{self.share}.json"
+
+    @property
+    def scores(self) -> Path:
+        """The file with the scores of the share."""
+        return self.scored_document.with_suffix(".parquet")
+
+    def wanted_rewards(self) -> dict[str, Any]:
+        """The inputs of every reward model of the profile, by its name in tables."""
+        configs = judges(self.cell.profile).items()
+        return {name: fingerprint.reward_inputs(config) for name, config in configs}
+
+    def of_share(self, index: int, count: int) -> "EvaluationStage":
+        """The same stage for another share."""
+        return replace(self, share=Share(index, count))
+
+    def is_sampled(self) -> bool:
+        """Whether the images of the share exist, or existed and have been scored."""
+        # Most images are deleted once scored.
+        if self.is_scored() or self.has_images():
+            return True
+        # They may have been sampled with another number of shares.
+        names = (path.name for path in self.sampled_document.parent.glob("*-images.json"))
+        matches = (re.fullmatch(r"\d+-of-0*([1-9]\d*)-images\.json", name) for name in names)
+        counts = {int(match[1]) for match in matches if match}
+        return any(
+            all(self.of_share(index, count).has_images() for index in range(count))
+            for count in counts
+        )
+
+    def has_images(self) -> bool:
+        """Whether the images of exactly this share exist."""
+        read = functools.partial(read_document, sections=(FILES,))
+        return sound(read, self.sampled_document) is not None
+
+    def is_merged(self) -> bool:
+        """Whether every reward model of the profile has scored all images of the cell."""
+        return self._is_wanted(sound(read_scored, self.folder))
+
+    def is_scored(self) -> bool:
+        """Whether every reward model of the profile has scored the images of the share."""
+        # After a change of reward models, a rescored share is not merged with the others yet.
+        return self.is_merged() or self._is_wanted(self.share_manifest())
+
+    def share_manifest(self) -> dict[str, Any] | None:
+        """The manifest of the share's scores; None if missing or damaged."""
+        read = functools.partial(read_document, sections=("rewards", "provenance"))
+        return sound(read, self.scored_document)
+
+    def _is_wanted(self, manifest: dict[str, Any] | None) -> bool:
+        # Hash the reward models last: without scores, their weights may not be here yet.
+        return manifest is not None and manifest.get("rewards") == self.wanted_rewards()
 
 
 @dataclass(frozen=True)
 class Sample(EvaluationStage):
-    """Samples the held-out images of a share, and what else the policy is needed for."""
+    """Samples the held-out images of a share, and measures what else needs the policy."""
 
     kind = "sample"
 
     def is_done(self) -> bool:
-        """Whether its images are there, or were until they had been scored."""
+        """Whether its images exist, or existed and have been scored."""
         return self.training.is_recorded() and self.is_sampled()
 
     def run(self) -> None:
-        """Samples what is not there."""
-        from reproduce.stages.sampling import sample_share  # start-up time: model libraries
+        """Samples the missing images."""
+        from reproduce.stages.sampling import sample_share  # slow: model libraries
 
         sample_share(self)
 
 
 @dataclass(frozen=True)
 class Score(EvaluationStage):
-    """Scores the images of a share with every judge of the profile."""
+    """Scores the images of a share with every reward model of the profile."""
 
     kind = "score"
 
     def is_done(self) -> bool:
-        """Whether all of them are scored."""
+        """Whether all images of the share are scored."""
         return self.training.is_recorded() and self.is_scored()
 
     def run(self) -> None:
-        """Scores them; puts the scores of all shares together once they are there."""
-        from reproduce.stages.scoring import score_share  # start-up time: model libraries
+        """Scores the images; merges the scores of all shares once they exist."""
+        from reproduce.stages.scoring import score_share  # slow: model libraries
 
         score_share(self)
         self.finish()
 
     def finish(self) -> bool:
-        """Puts the scores together once all shares are scored; returns whether they are."""
+        """Merges the scores once all shares are scored; returns whether they are."""
         if self.is_merged():
             return True
         count = self.share.count
         if not all(self.of_share(index, count).is_scored() for index in range(count)):
             return False
-        from reproduce.stages.scoring import merge_scores  # start-up time: model libraries
+        from reproduce.stages.scoring import merge_scores  # slow: model libraries
 
         with Lease.acquire(self.folder / "leases", "finish"):
             if not self.is_merged():
                 merge_scores(self)
         return True
+
+
+def preview_scores(evaluation: Path, iteration: int) -> Path:
+    """The file with the scores of the preview images of an iteration of training."""
+    return evaluation / "pictures" / f"iteration-{iteration:06d}.parquet"

@@ -1,4 +1,4 @@
-"""What the stages of a submission are made from, as it was when they were submitted."""
+"""The inputs of a submission: experiment, profile and cells, as they were when submitted."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,14 +14,14 @@ from reproduce.experiment.layout import Layout
 
 
 class Inputs(StrictModel):
-    """The experiment and the profile of a submission; its cells are read one by one.
+    """The experiment and profile of a submission; cells are read one by one.
 
     Attributes:
-        folder: of the submission.
+        folder: folder of the submission.
         experiment: the experiment.
         profile: the profile.
-        runs: where the runs are.
-        tables: where the tables go.
+        runs: folder of the runs.
+        tables: folder of the tables.
     """
 
     folder: Path = Field(exclude=True)
@@ -32,21 +32,21 @@ class Inputs(StrictModel):
 
     @property
     def layout(self) -> Layout:
-        """Where things are."""
+        """The layout of runs and tables."""
         return Layout(self.runs, self.tables)
 
     @classmethod
     def load(cls, folder: Path) -> "Inputs":
-        """Reads what :meth:`save` wrote.
+        """Reads the inputs that :meth:`save` wrote.
 
         Raises:
-            UserError: it cannot be read by this version.
+            UserError: this version cannot read them.
         """
         path = folder / "inputs" / "experiment.json"
         return validate(cls, {**_read(path), "folder": folder}, str(path))
 
     def save(self, cells: Iterable[ResolvedCell]) -> None:
-        """Writes everything that jobs need, into the submission's folder."""
+        """Writes everything the jobs need into the submission's folder."""
         _write(self.folder / "inputs" / "experiment.json", self)
         for cell in cells:
             _write(self._cells / f"{cell.name}.json", cell)
@@ -59,19 +59,19 @@ class Inputs(StrictModel):
         """One cell of the submission, by the name of its file.
 
         Raises:
-            UserError: it cannot be read by this version.
+            UserError: this version cannot read it.
         """
         path = self._cells / file
         return validate(ResolvedCell, {**_read(path), "profile": self.profile}, str(path))
 
     def cells(self) -> list[ResolvedCell]:
-        """All cells of the submission, by row and seed."""
+        """All cells of the submission, sorted by row and seed."""
         cells = [self.cell(path.name) for path in sorted(self._cells.glob("*.json"))]
         return sorted(cells, key=lambda cell: (cell.key, cell.seed or 0))
 
 
 def _write(path: Path, model: StrictModel) -> None:
-    # Without any files a document is known to have a checksum of its own.
+    # An empty list of files makes the document carry a checksum of its own.
     write_document(path, {**model.model_dump(mode="json"), FILES: {}})
 
 

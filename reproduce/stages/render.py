@@ -1,4 +1,4 @@
-"""The last stage: collects the finished cells and writes the table, with gaps for the others."""
+"""The last stage: writes the table of the finished cells, with gaps for the others."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Render(Stage):
         experiment: the experiment.
         profile: the profile.
         cells: its cells.
-        gaps: the cells that the last run found no result of.
+        gaps: cells without a result in the last run.
     """
 
     experiment: Experiment
@@ -32,7 +32,7 @@ class Render(Stage):
 
     @property
     def name(self) -> str:
-        """Names the table, whichever cells are in it."""
+        """A name for the table, whatever its cells."""
         return f"render/{self.profile.name}/{self.experiment.name}"
 
     @property
@@ -54,19 +54,19 @@ class Render(Stage):
         return cls(inputs.layout, inputs.experiment, inputs.profile, cells)
 
     def is_done(self) -> bool:
-        """Never: what is in the table depends on when it is rendered."""
+        """Never: the table depends on when it is rendered."""
         return False
 
     def state(self, since: float = 0.0, what: str = "it") -> State:
-        """Where it stands: done, where it was rendered after ``since``."""
+        """Its state: done if it was rendered after ``since``."""
         attempt = latest_attempt(self.lease)
         record = None if attempt is None else attempt.record
         done = record is not None and record.state == "done" and record.updated >= since
         return state_of(attempt, done=done, what=what, since=since)
 
     def run(self) -> None:
-        """Renders what there is."""
-        from reproduce.tables.publish import publish_cells  # start-up time: draws figures
+        """Renders the finished cells."""
+        from reproduce.tables.publish import publish_cells  # slow: matplotlib
 
         finished, self.gaps[:] = finish_cells(self.cells, self.layout)
         publish_cells(self.experiment, self.profile, finished, self.gaps, self.layout)

@@ -1,4 +1,4 @@
-"""The entry point of jobs: one stage of a submission."""
+"""The entry point of jobs: runs one stage of a submission."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ CLASSES: dict[str, type[Stage]] = {
 
 
 def load_stage(inputs: Inputs, node: graph.Stage) -> Stage:
-    """The stage that is ``node`` in the graph of a submission."""
+    """The stage of ``node`` in the graph of a submission."""
     return CLASSES[node.kind].load(inputs, node.payload)
 
 
@@ -36,7 +36,8 @@ def run_stage(submission: Submission, node: graph.Stage, ranks: Ranks) -> None:
     for folder in (submission.folder, submission.jobs_folder):
         if folder.is_dir() and writable_by_others(folder):
             logger.warning(
-                "%s: jobs load code from it and others can write to it; run chmod go-w", folder
+                "%s: others can write to this folder of code for jobs; run `chmod go-w` on it",
+                folder,
             )
     os.chdir(submission.directory)
     perform(load_stage(Inputs.load(submission.folder), node), ranks)

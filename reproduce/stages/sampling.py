@@ -1,6 +1,7 @@
-"""Sampling a share of a cell's evaluation: its images, and what else the policy is needed for.
+"""Samples a share of a cell's evaluation.
 
-That is the further images of the same prompts, whose diversity is measured, and the drift.
+The policy samples the images to score and the further images of the same prompts that measure
+diversity, and its drift is measured.
 """
 
 import gc
@@ -25,25 +26,25 @@ from g2rpo.policy.flux import HybridSampling
 from g2rpo.training.checkpoint.load import load_trained
 from reproduce.runs.folders import IMAGES, MANIFEST, listed
 from reproduce.stages import embedding
-from reproduce.stages.evaluation_files import EvaluationStage
+from reproduce.stages.evaluation import EvaluationStage
 from reproduce.stages.training import keep_image
 
 logger = logging.getLogger(__name__)
 SAMPLING_BATCH = 64
 SAMPLING_PIXELS = 2**22
-"""Pixels sampled at once: four images of 1024x1024. The transformer's memory grows with it."""
+"""Pixels per batch: four images of 1024x1024. The transformer's memory grows with it."""
 
 
 def sample_share(stage: EvaluationStage) -> None:
-    """Samples what is not there of a share's images; with the first one, measures the drift.
+    """Samples the missing images of a share; the first share also measures the drift.
 
     Raises:
-        UserError: the cell has not been trained to its end, or what it trained is damaged.
+        UserError: the cell's training is unfinished or damaged.
     """
     cell, section = stage.cell, stage.cell.evaluation.diversity
     if not stage.training.is_done():
         raise UserError(
-            f"{cell.key}, seed {cell.seed}: not trained to its end, or damaged since; run "
+            f"{cell.key}, seed {cell.seed}: training is unfinished or its files are damaged; run "
             "`g2rpo train` on this cell first"
         )
     whole = cell.held_out_prompts()
@@ -72,7 +73,7 @@ def sample_share(stage: EvaluationStage) -> None:
 
 
 def sampling_batch(stage: EvaluationStage) -> int:
-    """Images, or velocities, at a time."""
+    """Images, or velocities, per batch."""
     return max(1, min(SAMPLING_BATCH, SAMPLING_PIXELS // stage.cell.policy.resolution**2))
 
 
@@ -84,7 +85,7 @@ def _base_policy(stage: EvaluationStage) -> FluxPolicy:
 
 
 def _trained_policy(stage: EvaluationStage) -> FluxPolicy:
-    """The policy to evaluate: the base, a given checkpoint, or the last (its EMA where kept)."""
+    """The policy to evaluate: the base, a given checkpoint, or the last one (its EMA, if kept)."""
     cell, policy = stage.cell, _base_policy(stage)
     hybrid = cell.evaluation.hybrid
     if hybrid is not None and not cell.is_base:
@@ -98,7 +99,7 @@ def _trained_policy(stage: EvaluationStage) -> FluxPolicy:
 
 
 def _prepare_reference(stage: EvaluationStage, prompts: Sequence[Prompt]) -> None:
-    """Makes the base's reference where it is not there; the base has left memory afterwards."""
+    """Computes the base's drift reference if it is missing, and frees the base."""
     cell, path = stage.cell, stage.layout.drift_reference(stage.cell)
     section = cell.evaluation.drift
     if section is None or cell.is_base:
@@ -132,18 +133,18 @@ def _measure_drift(stage: EvaluationStage, prompts: Sequence[Prompt], policy: Fl
 
 
 def _discard_damaged(stage: EvaluationStage, files: Sequence[Path]) -> None:
-    """Deletes, with a warning, what is damaged of the ``files`` of a share.
+    """Deletes damaged ``files`` of a share, with a warning.
 
-    What has no recorded checksum was written by a start that was interrupted: PNG files have
-    checksums of their own, others are made again.
+    Files without a recorded checksum come from an interrupted run: PNG files carry their own
+    checksums, other files are made again.
     """
     own = {Path(os.path.normpath(path)) for path in files}
     known: set[Path] = set()
     for document, section in ((stage.sampled_document, FILES), (stage.folder / MANIFEST, IMAGES)):
         recorded = listed(document, section)
         for path, problem in problems(document.parent, recorded):
-            if path in own and path.exists():  # other shares look after theirs
-                logger.warning("%s %s; it is made again", path, problem)
+            if path in own and path.exists():  # other shares check theirs
+                logger.warning("%s %s; making it again", path, problem)
                 remove(path)
         known.update(Path(os.path.normpath(document.parent / name)) for name in recorded)
     for path in sorted(own - known):
@@ -156,12 +157,12 @@ def _discard_damaged(stage: EvaluationStage, files: Sequence[Path]) -> None:
 
 
 def device() -> str:
-    """Where models are loaded to."""
+    """The device that models are loaded to."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def write_frame(frame: pd.DataFrame, path: Path) -> None:
-    """Writes a table as Parquet, in the place of a damaged one too."""
+    """Writes a table as Parquet, replacing any file."""
     remove(path)
     with atomic_path(path) as temporary:
         frame.to_parquet(temporary, index=False)

@@ -1,4 +1,4 @@
-"""Scores any folder or manifest of images with chosen reward models: ``g2rpo score``."""
+"""Scores a folder or manifest of images with reward models: ``g2rpo score``."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ from reproduce.runs.folders import MANIFEST, listed, write_manifest
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked to be scored.
+    """Images to score.
 
     Attributes:
         source: folder of images, or manifest.
         prompts: the prompt set of a folder.
-        output: folder of the results.
-        skip_bad: leaves out what cannot be scored, and lists it.
+        output: output folder.
+        skip_bad: skip images that cannot be scored, and list them.
     """
 
     source: Path
@@ -46,7 +46,7 @@ class Request:
 
 
 def default_output(source: Path) -> Path:
-    """Where the result goes unless told otherwise: beside the source, by its whole name."""
+    """The default output folder: ``SOURCE-scores`` next to the source."""
     whole = source.resolve()
     return whole.with_name(f"{whole.name}-scores")
 
@@ -57,12 +57,16 @@ def chosen_rewards(
     overrides: Mapping[str, Any],
     batch_size: int | None = None,
 ) -> dict[str, RewardConfig]:
-    """The rewards called ``names`` of ``profile`` (all where none is named), with ``overrides``.
+    """The reward models called ``names`` in ``profile``, with ``overrides``.
 
-    ``batch_size`` images are scored at a time; None leaves each reward's own.
+    Args:
+        profile: the profile.
+        names: names of rewards; empty for all.
+        overrides: changed settings by reward.
+        batch_size: images per batch; None for each reward's default.
 
     Raises:
-        UserError: the profile has no such reward, or an override does not fit.
+        UserError: the profile has no such reward, or an override is invalid.
     """
     known = judges(profile)
     for name in (*names, *overrides):
@@ -72,9 +76,11 @@ def chosen_rewards(
     configs = {name: known[name] for name in names or known}
     for name, changes in overrides.items():
         if name not in configs:
-            raise UserError(f"-s {name}: this reward is not scored; add it to --rewards")
+            raise UserError(f"-s {name}: not among the rewards to score; add it to --rewards")
         if not isinstance(changes, Mapping) or "model" in changes:
-            raise UserError(f"-s {name}: change one of its settings, e.g. -s {name}.batch_size=8")
+            raise UserError(
+                f"-s {name}: expected a setting of the reward, e.g. -s {name}.batch_size=8"
+            )
     size = {} if batch_size is None else {"batch_size": batch_size}
     return {
         name: validate(
@@ -87,13 +93,13 @@ def chosen_rewards(
 
 
 def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame:
-    """Scores, writes ``scores.parquet``, ``summary.csv`` and ``manifest.json``, prints a table.
+    """Writes ``scores.parquet``, ``summary.csv`` and ``manifest.json``, and prints a table.
 
-    Started again it goes on where it was. Rewards that were scored there before stay in the
-    result, where it was on the same images and prompts.
+    An interrupted run resumes. Scores of other rewards from an earlier run are kept if they are of
+    the same images and prompts.
 
     Raises:
-        UserError: something cannot be scored, in one line; what is scored is kept.
+        UserError: an image cannot be scored; finished scores are kept.
     """
     ranks = Ranks.launched()
     source = _read(request, ranks)
@@ -113,18 +119,16 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
             torch.cuda.empty_cache()
     scores = pd.concat(frames, ignore_index=True)
     if ranks.main:
-        earlier, left_out = _still_valid(old, scores)
+        earlier, dropped = _still_valid(old, scores)
         scores = pd.concat([*earlier, scores], ignore_index=True)
         _write(request, rewards, source, scorer, scores)
-        for name in left_out:
-            typer.echo(
-                visible(f"{name}: its earlier scores are of other images or prompts; left out")
-            )
+        for name in dropped:
+            typer.echo(visible(f"dropped earlier scores of {name}: other images or prompts"))
     return scores
 
 
 def _read(request: Request, ranks: Ranks) -> Source:
-    """What is scored; says which columns were read."""
+    """The images to score; prints which columns were read."""
     known = None if request.prompts is None else read_prompt_set(request.prompts)
     source = read_source(request.source, None if known is None else known.prompts)
     if known is not None and known.note:
@@ -136,9 +140,9 @@ def _read(request: Request, ranks: Ranks) -> Source:
 
 
 def _check_writable(output: Path) -> None:
-    """Before anything is loaded: whether the results can be written."""
+    """Checks that the results can be written, before anything is loaded."""
     if not is_unicode(str(output.absolute())):  # which Parquet cannot write to
-        raise UserError(f"{output}: its path is not UTF-8; choose another --output")
+        raise UserError(f"{output}: path is not UTF-8; choose another --output")
     try:
         (output / "journal").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -149,11 +153,11 @@ def _check_writable(output: Path) -> None:
         ) from None
     for name in ("scores.parquet", "summary.csv", "skipped.csv", "manifest.json"):
         if (output / name).is_dir():
-            raise UserError(f"{output / name}: a folder is in the way; choose another --output")
+            raise UserError(f"{output / name}: is a folder; choose another --output")
 
 
 def _earlier_scores(path: Path) -> pd.DataFrame | None:
-    """What an earlier run left; None where there is nothing."""
+    """The scores of an earlier run; None if there is none."""
     if not path.is_file():
         return None
     for damaged, problem in problems(path.parent, listed(path.with_name(MANIFEST), FILES)):
@@ -171,21 +175,21 @@ def _earlier_scores(path: Path) -> pd.DataFrame | None:
 def _still_valid(
     old: pd.DataFrame | None, scores: pd.DataFrame
 ) -> tuple[list[pd.DataFrame], list[str]]:
-    """Rows of other rewards that an earlier run left, and the rewards whose rows do not fit."""
+    """Earlier rows of other rewards, and the rewards whose rows no longer match."""
     if old is None:
         return [], []
     old = old[~old["reward"].isin(scores["reward"].unique())]
     what = ["id", "prompt", "image_sha256"]
-    about = list(COLUMNS[: COLUMNS.index("reward")])  # groups and styles may be others by now
+    about = list(COLUMNS[: COLUMNS.index("reward")])  # groups and styles may have changed
     now = scores[about].drop_duplicates("id")
-    kept, left_out = [], []
+    kept, dropped = [], []
     for reward, rows in old.groupby("reward", sort=False):
-        found = now.merge(rows[[*what, *COLUMNS[len(about) :]]], on=what)
-        if len(rows) == len(now) == len(found):
-            kept.append(found)
+        matched = now.merge(rows[[*what, *COLUMNS[len(about) :]]], on=what)
+        if len(rows) == len(now) == len(matched):
+            kept.append(matched)
         else:
-            left_out.append(str(reward))
-    return kept, left_out
+            dropped.append(str(reward))
+    return kept, dropped
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""Scoring a share of a cell's evaluation with every judge of the profile."""
+"""Scores a share of a cell's evaluation with every reward model of the profile."""
 
 import logging
 import os
@@ -26,23 +26,23 @@ from g2rpo.rewards.registry import load_reward
 from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import fingerprint, judges
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, write_manifest
-from reproduce.stages.evaluation_files import DIVERSITY, EvaluationStage, preview_scores
+from reproduce.stages.evaluation import DIVERSITY, EvaluationStage, preview_scores
 from reproduce.stages.sampling import device, write_frame
 
 logger = logging.getLogger(__name__)
 
 
 def score_share(stage: EvaluationStage) -> None:
-    """Scores the images of a share, which have been sampled.
+    """Scores the sampled images of a share.
 
     Raises:
-        UserError: they have not been sampled, or one is missing or damaged.
+        UserError: an image is missing or damaged.
     """
     cell = stage.cell
     if not stage.is_sampled():
         raise UserError(
-            f"{cell.key}, seed {cell.seed}: its images are not all there and undamaged; run "
-            "`g2rpo sample` on this cell first"
+            f"{cell.key}, seed {cell.seed}: images are missing or damaged; run `g2rpo sample` on "
+            "this cell first"
         )
     models = {name: load_reward(config, device()) for name, config in judges(cell.profile).items()}
     tower = _image_tower(stage, models)
@@ -71,10 +71,10 @@ def score_share(stage: EvaluationStage) -> None:
 
 
 def _image_tower(stage: EvaluationStage, models: Mapping[str, BatchedReward]) -> ImageTower | None:
-    """The judge whose features tell images apart; None where that is not measured.
+    """The reward model whose features measure diversity; None if it is not measured.
 
     Raises:
-        UserError: the protocol's judge has no image tower.
+        UserError: the protocol's reward model has no image tower.
     """
     section = stage.cell.evaluation.diversity
     if section is None:
@@ -83,17 +83,17 @@ def _image_tower(stage: EvaluationStage, models: Mapping[str, BatchedReward]) ->
     if not isinstance(model, ImageTower):
         valid = ", ".join(key for key, one in models.items() if isinstance(one, ImageTower))
         raise UserError(
-            f"evaluation.diversity.features: the judge {section.features!r} has no image tower; "
+            f"evaluation.diversity.features: reward model {section.features!r} has no image tower; "
             f"valid: {valid or 'none of the profile'}"
         )
     return model
 
 
 def _measure_diversity(stage: EvaluationStage, tower: ImageTower) -> Path:
-    """Measures the diversity of the images of all shares, which are there; returns the file.
+    """Measures the diversity of the images of all shares; returns the file.
 
     Raises:
-        UserError: one of them, which may be of another share, is damaged.
+        UserError: an image, possibly of another share, is missing or damaged.
     """
     section = stage.cell.evaluation.diversity
     assert section is not None
@@ -109,9 +109,9 @@ def _measure_diversity(stage: EvaluationStage, tower: ImageTower) -> Path:
 
 
 def _score_previews(stage: EvaluationStage, models: Mapping[str, BatchedReward]) -> list[Path]:
-    """Scores the images that training has kept, for those who look at them; no table has these.
+    """Scores the preview images of training, which no table uses; returns the files.
 
-    Damaged ones are left out. Returns the files of scores.
+    Damaged images are skipped.
     """
     train, run = stage.cell.train, stage.training.folder
     if train is None or train.pictures is None:
@@ -119,24 +119,21 @@ def _score_previews(stage: EvaluationStage, models: Mapping[str, BatchedReward])
     prompts = read_prompts(Path(train.pictures.file), train.pictures.limit)
     damaged = dict(problems(run, listed(run / MANIFEST, IMAGES)))
     for path, problem in damaged.items():
-        logger.warning("%s %s; it is left out", path, problem)
+        logger.warning("%s %s; skipping it", path, problem)
     outputs = []
     for iteration in pictured_iterations(run):
         folder = pictures_folder(run, iteration)
         output = preview_scores(stage.folder, iteration)
         paths = {prompt: Path(os.path.normpath(image_path(folder, prompt))) for prompt in prompts}
-        there = [p for p, path in paths.items() if path.exists() and path not in damaged]
-        if there:
-            score_images(models, there, folder, output)
+        intact = [p for p, path in paths.items() if path.exists() and path not in damaged]
+        if intact:
+            score_images(models, intact, folder, output)
             outputs.append(output)
     return outputs
 
 
 def merge_scores(stage: EvaluationStage) -> None:
-    """Puts the scores of all shares, which are there, together.
-
-    Afterwards only ``keep_images`` of the images are kept.
-    """
+    """Merges the scores of all shares, then deletes all but ``keep_images`` images."""
     cell, folder, diversity = stage.cell, stage.folder, stage.cell.evaluation.diversity
     count = stage.share.count
     parts = [stage.of_share(index, count) for index in range(count)]

@@ -1,4 +1,4 @@
-"""One of several equal parts of a stage's prompts: what one job of an array does."""
+"""A share of a stage's prompts: the work of one job of an array."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Element = TypeVar("Element")
 
 @dataclass(frozen=True)
 class Share:
-    """Every ``count``-th prompt from ``index`` on; by default all of them.
+    """Every ``count``-th prompt starting at ``index``; by default all prompts.
 
     Raises:
         ValueError: ``index`` is not one of 0..count-1.
@@ -23,12 +23,12 @@ class Share:
             raise ValueError(f"share {self.index} of {self.count}: count from 0")
 
     def of(self, whole: Sequence[Element]) -> Sequence[Element]:
-        """This share's elements of ``whole``, in their order."""
+        """This share's elements of ``whole``, in order."""
         return whole[self.index :: self.count]
 
     @property
     def first(self) -> bool:
-        """Whether it is the share that also does what there is one of."""
+        """Whether this share also does the work that is done once per cell."""
         return self.index == 0
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The stages that hold a trainer: training a cell's policy, and measuring its credit."""
+"""The stages that use a trainer: training a cell's policy, and measuring its credit."""
 
 import functools
 import logging
@@ -35,11 +35,11 @@ class _TrainerStage(CellStage):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Where its result is."""
+        """The folder of its result."""
 
     @property
     def name(self) -> str:
-        """Names the folder."""
+        """A name from its folder."""
         return f"{self.kind}/{self.folder.name}"
 
     @property
@@ -53,7 +53,7 @@ class _TrainerStage(CellStage):
         return Needs(hardware.training_ranks, hardware.gpus)
 
     def _trainer(self) -> "Trainer":
-        from g2rpo.training.loop import Trainer  # start-up time: a model library
+        from g2rpo.training.loop import Trainer  # slow: a model library
 
         assert self.cell.train is not None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,11 +64,11 @@ class _TrainerStage(CellStage):
     def _complete(
         self,
         trainer: "Trainer",
-        told: Mapping[str, Any],
+        result: Mapping[str, Any],
         files: Iterable[Path],
         images: Iterable[Path] = (),
     ) -> None:
-        """Writes the stage's manifest, with what is ``told`` of it."""
+        """Writes the stage's manifest with its ``result``."""
         assert self.cell.train is not None
         weights = {name: model.weights_hash for name, model in trainer.engine.rewards.items()}
         weights["policy"] = fingerprint.weights_name(self.cell.policy)
@@ -76,7 +76,7 @@ class _TrainerStage(CellStage):
             "stage": self.kind,
             "inputs": fingerprint.train_inputs(self.cell.train),
             "seed": self.cell.train.seed,
-            **told,
+            **result,
             "provenance": provenance(weights),
         }
         write_manifest(self.folder, manifest, files, images)
@@ -94,11 +94,11 @@ class Train(_TrainerStage):
         return self.layout.training(self.cell)
 
     def is_done(self) -> bool:
-        """Whether the cell needs no (more) training."""
+        """Whether the cell needs no more training."""
         return self.cell.train is None or sound(read_trained, self.folder) is not None
 
     def is_recorded(self) -> bool:
-        """Whether what tables tell of the training is there: all of it but its weights."""
+        """Whether everything but the weights exists: enough for tables."""
         return self.cell.train is None or sound(read_manifest, self.folder) is not None
 
     def run(self) -> None:
@@ -125,7 +125,7 @@ class Credit(_TrainerStage):
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Where its result is."""
+        """The folder of its result."""
         return self.layout.credit(self.cell)
 
     def is_done(self) -> bool:
@@ -134,7 +134,7 @@ class Credit(_TrainerStage):
 
     def run(self) -> None:
         """Measures it."""
-        from benchmarks.evaluation.credit import measure_credit  # start-up time: a model library
+        from benchmarks.evaluation.credit import measure_credit  # slow: a model library
 
         config = self.cell.credit
         assert config is not None and self.cell.train is not None
@@ -142,19 +142,19 @@ class Credit(_TrainerStage):
         measured = measure_credit(trainer, config, self.folder)
         if trainer.accelerator.is_main_process:
             credit = {"credit": config.model_dump(mode="json")}
-            told = {
+            result = {
                 "inputs": fingerprint.train_inputs(self.cell.train) | credit,
                 "rollouts": [rollout.document() for rollout in measured],
             }
-            self._complete(trainer, told, self.folder.glob("rollout-*.json"))
+            self._complete(trainer, result, self.folder.glob("rollout-*.json"))
 
 
 def keep_image(path: Path) -> bool:
-    """Whether an image is undamaged; else it is deleted, and named in a warning."""
-    from benchmarks.evaluation.held_out import image_problem  # start-up time: a model library
+    """Whether an image is intact; a damaged one is deleted with a warning."""
+    from benchmarks.evaluation.held_out import image_problem  # slow: a model library
 
     problem = image_problem(path)
     if problem is not None:
-        logger.warning("%s %s; it is deleted", path, problem)
+        logger.warning("%s %s; deleting it", path, problem)
         remove(path)
     return problem is None

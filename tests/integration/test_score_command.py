@@ -214,8 +214,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "file").write_text("in the way")
     for changes, message in (
         (["-s", "pick_score=logit"], "not scored"),
-        (["-s", "attributes=logit"], "change one of its settings"),
-        (["-s", "attributes.model=hps"], "change one of its settings"),
+        (["-s", "attributes=logit"], "expected a setting of the reward"),
+        (["-s", "attributes.model=hps"], "expected a setting of the reward"),
         (["-s", "attributes.batch_sise=3"], "batch_size"),
         (["--output", tmp_path / "file"], "cannot be written"),
         (["--rewards", ","], "--rewards is empty"),
@@ -229,7 +229,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "other").mkdir()
     pd.DataFrame({"reward": ["hps"], "score": [0.5]}).to_parquet(tmp_path / "other/scores.parquet")
     for output, message in (
-        (os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/out"), "its path is not UTF-8"),
+        (os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/out"), "path is not UTF-8"),
         (tmp_path / "other", "not written by `g2rpo score`; choose another --output"),
     ):
         code, _, errors = run_here(

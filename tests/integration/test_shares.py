@@ -151,7 +151,7 @@ def test_a_kill_before_the_shares_are_put_together_is_mended_by_the_table(
         evaluate(cell, layout, 2)
     perform(Sample(layout, base, Share(0, 2)), Ranks())
     assert not (layout.evaluation(cell) / "scores.parquet").exists()
-    assert why_not(cell, layout) == "its scores are not put together yet"
+    assert why_not(cell, layout) == "its scores are not merged yet"
     finished, gaps = gather(cells, layout)
     assert [one.info.row for one in finished] == ["hps/mix_grpo"]
     assert [(gap.row, gap.reason) for gap in gaps] == [("base", "sample has not run")]

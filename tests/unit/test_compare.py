@@ -54,10 +54,10 @@ def results(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("part", "told"),
     [
-        ("g2rpo-hps", "several runs: g2rpo-hps-seed1-aa, g2rpo-hps-seed2-bb; give more of it"),
+        ("g2rpo-hps", "several runs: g2rpo-hps-seed1-aa, g2rpo-hps-seed2-bb; use a longer prefix"),
         ("g2rpo-hps-sead1", "did you mean 'g2rpo-hps-seed1-aa'?"),
         ("mixgrpo", "did you mean 'mix_grpo-hps-seed1-cc'?"),
-        ("zzzz", "`g2rpo runs` lists them"),
+        ("zzzz", "list them with `g2rpo runs`"),
         ("", "no run ''"),
     ],
 )
@@ -71,7 +71,7 @@ def test_beginnings_whole_names_and_patterns_are_found() -> None:
     assert chosen_names("mix", NAMES) == ["mix_grpo-hps-seed1-cc"]
     assert chosen_names("g2rpo-hps-seed*", NAMES) == list(NAMES[:2])
     assert chosen_names("base", ("base", "base-2")) == ["base"]
-    with pytest.raises(UserError, match="there are no runs yet"):
+    with pytest.raises(UserError, match="no runs yet"):
         chosen_names("a", ())
 
 
@@ -83,7 +83,7 @@ def test_a_run_is_named_by_its_folder_too_and_a_path_is_not_taken_for_a_name(res
     for parts, told in (
         ([str(folder), "g2rpo-hps-seed1"], "named twice"),
         ([str(results / "elsewhere" / folder.name)], "no such run"),
-        ([str(results / "runs")], "is no folder of a run"),
+        ([str(results / "runs")], "not a run folder"),
     ):
         with pytest.raises(UserError, match=told):
             find_runs(parts, results)

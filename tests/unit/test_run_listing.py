@@ -50,7 +50,7 @@ def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
         ("running", False, "", "interrupted", "it was stopped"),
         ("stopped", False, "time limit", "interrupted", "time limit"),
         ("failed", False, "out of memory", "failed", "out of memory"),
-        ("failed", False, "", "failed", "no reason was told"),
+        ("failed", False, "", "failed", "no error recorded"),
     ],
 )
 def test_a_run_that_does_not_go_on_says_why(
