@@ -77,5 +77,5 @@ def state_of(attempt: Attempt | None, *, done: bool, what: str = "it", since: fl
         if record.state == "failed":
             word, reason = "failed", record.reason or "no error recorded"
         elif record.state == "done":
-            reason = f"outputs of {what} are missing or damaged; run `g2rpo reproduce` to make them again"
+            reason = f"outputs of {what} are missing or damaged; rerun `g2rpo reproduce`"
     return State(word, reason, attempt)
