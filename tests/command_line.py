@@ -1,4 +1,4 @@
-"""The command line as a user runs it, on a profile of the session's tiny models."""
+"""Runs the command line, on a profile of the session's tiny models."""
 
 import os
 import subprocess
@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from reproduce import cli
 from reproduce.experiment import HERE
 
 
 def g2rpo(
     folder: Path, *arguments: str, timeout: float = 600
 ) -> "subprocess.CompletedProcess[str]":
-    """Runs ``g2rpo`` in ``folder``."""
+    """Runs ``g2rpo`` in ``folder``, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "reproduce.cli", *arguments],
         cwd=folder,
@@ -24,6 +26,16 @@ def g2rpo(
         timeout=timeout,
         check=False,
     )
+
+
+def g2rpo_here(folder: Path, *arguments: str) -> int:
+    """Runs ``g2rpo`` in ``folder``, in this process: starting another takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["g2rpo", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    return int(left.value.code or 0)
 
 
 def small_profile_data(assets: Path) -> dict[str, Any]:

@@ -67,25 +67,34 @@ PROTOCOL = EvaluationConfig(
 )
 
 
+@pytest.fixture(scope="module")
+def sampled(
+    policy: FluxPolicy, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The images of all prompts."""
+    folder = tmp_path_factory.mktemp("sampled")
+    sample_images(policy, prompts, PROTOCOL, folder, batch=6)
+    return folder
+
+
 def pixels(folder: Path, prompt: Prompt) -> np.ndarray:
     return np.asarray(Image.open(image_path(folder, prompt))).astype(int)
 
 
 def test_images_do_not_depend_on_batch_order_or_company(
-    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
+    policy: FluxPolicy, prompts: list[Prompt], sampled: Path, tmp_path: Path
 ) -> None:
-    sample_images(policy, prompts, PROTOCOL, tmp_path / "whole", batch=6)
     sample_images(policy, prompts[::-1], PROTOCOL, tmp_path / "pairs", batch=2)
     sample_images(policy, prompts[3:4], PROTOCOL, tmp_path / "alone", batch=1)
     for prompt in prompts:
-        difference = np.abs(pixels(tmp_path / "whole", prompt) - pixels(tmp_path / "pairs", prompt))
+        difference = np.abs(pixels(sampled, prompt) - pixels(tmp_path / "pairs", prompt))
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.001
-    alone = np.abs(pixels(tmp_path / "alone", prompts[3]) - pixels(tmp_path / "whole", prompts[3]))
+    alone = np.abs(pixels(tmp_path / "alone", prompts[3]) - pixels(sampled, prompts[3]))
     assert alone.max() <= 1
     other = PROTOCOL.model_copy(update={"seed": 6})
     sample_images(policy, prompts[:1], other, tmp_path / "other", batch=1)
-    changed = pixels(tmp_path / "other", prompts[0]) - pixels(tmp_path / "whole", prompts[0])
+    changed = pixels(tmp_path / "other", prompts[0]) - pixels(sampled, prompts[0])
     assert np.abs(changed).mean() > 5
 
 
@@ -133,35 +142,32 @@ def test_an_interrupted_sampling_makes_only_what_is_missing(
 
 
 def test_scores_have_a_row_for_each_image_and_reward(
-    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
+    prompts: list[Prompt], sampled: Path, tmp_path: Path
 ) -> None:
-    sample_images(policy, prompts, PROTOCOL, tmp_path / "images")
     rewards = {"a": CountingReward(), "b": CountingReward("def")}
-    scores = score_images(rewards, prompts, tmp_path / "images", tmp_path / "scores.parquet")
+    scores = score_images(rewards, prompts, sampled, tmp_path / "scores.parquet")
     assert list(scores["reward"]) == ["a"] * 6 + ["b"] * 6
     assert scores["score"].dtype == np.float32
     for row in scores.itertuples():
-        image = Image.open(tmp_path / "images" / str(row.image))
+        image = Image.open(sampled / str(row.image))
         assert row.score == pytest.approx(np.asarray(image).mean(), abs=1e-3)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), scores)
 
 
 def test_styles_of_the_prompts_come_into_the_cell(
-    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
+    prompts: list[Prompt], sampled: Path, tmp_path: Path
 ) -> None:
     styled = [replace(p, style=("anime", "photo")[i % 2]) for i, p in enumerate(prompts)]
-    sample_images(policy, styled, PROTOCOL, tmp_path / "images")
     judge = {"a": CountingReward()}
-    scores = score_images(judge, styled, tmp_path / "images", tmp_path / "scores.parquet")
+    scores = score_images(judge, styled, sampled, tmp_path / "scores.parquet")
     cell = make_cell("base", seed=None, scores=scores)
     styles = dict(zip(cell.scores["prompt_id"], cell.scores["style"], strict=True))
     assert styles == {prompt.id: prompt.style for prompt in styled}
 
 
 def test_an_interrupted_scoring_keeps_what_a_reward_has_done(
-    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
+    prompts: list[Prompt], sampled: Path, tmp_path: Path
 ) -> None:
-    sample_images(policy, prompts, PROTOCOL, tmp_path / "images")
     first, second = CountingReward(), CountingReward("def")
 
     class Broken(CountingReward):
@@ -170,10 +176,10 @@ def test_an_interrupted_scoring_keeps_what_a_reward_has_done(
 
     output = tmp_path / "scores.parquet"
     with pytest.raises(UserError, match="out of order"):
-        score_images({"a": first, "b": Broken("def")}, prompts, tmp_path / "images", output)
+        score_images({"a": first, "b": Broken("def")}, prompts, sampled, output)
     assert not output.exists()
     again = CountingReward()
-    score_images({"a": again, "b": second}, prompts, tmp_path / "images", output)
+    score_images({"a": again, "b": second}, prompts, sampled, output)
     assert (first.asked, again.asked, second.asked) == (6, 0, 6)
     assert sorted(path.name for path in tmp_path.glob("scores*")) == ["scores.parquet"]
 

@@ -1,7 +1,5 @@
-"""Weights trained elsewhere, sampled and scored by the command that does it for published ones."""
+"""Weights trained elsewhere: sampled, scored and shown in a table."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +8,27 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from command_line import write_small_profile
+from command_line import g2rpo_here, small_profile_data, write_small_profile
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.evaluation.results import Cell, load_cells
 from g2rpo.data.prompts import read_prompts
+from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
 from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy, PolicyConfig
 from g2rpo.policy.flux import HybridSampling
 from g2rpo.sampling import sample_ode
-from reproduce import cli
-from reproduce.experiment import load_experiment, load_profile
+from reproduce.experiment import expand, load_experiment, load_profile
+from reproduce.experiment.layout import Layout
+from reproduce.stages.base import perform
+from reproduce.stages.render import Render
+from slurm.distributed import Ranks
 
 NAME = "diffusion_pytorch_model.safetensors"
 HYBRID = {"name": "hybrid", "hybrid": {"tuned_fraction": 0.5}}
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["g2rpo", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return int(stopped.value.code or 0)
 
 
 def moved(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -48,7 +43,9 @@ def moved(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sets of tuned weights in two layouts, an experiment on them, and the tiny profile."""
     place = tmp_path_factory.mktemp("released")
-    write_small_profile(place / "small.yaml", smoke_assets)
+    rewards = small_profile_data(smoke_assets)["rewards"]
+    rewards = {name: rewards[name] for name in ("hps", "clip")}
+    write_small_profile(place / "small.yaml", smoke_assets, rewards=rewards)
     transformer = smoke_assets / "policy" / "transformer"
     folder = place / "weights" / "checkpoint-300-0"
     folder.mkdir(parents=True)
@@ -79,13 +76,20 @@ def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def finished(workplace: Path) -> dict[str, Cell]:
+    profile, experiment = (
+        load(str(workplace / name))
+        for load, name in ((load_profile, "small.yaml"), (load_experiment, "mine.yaml"))
+    )
+    for row in experiment.cells:
+        code = g2rpo_here(workplace, "score", "mine.yaml", row, "--profile", "small.yaml")
+        assert code == (2 if row in ("ode/wrong", "ode/absent") else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
-        patch.setenv("OMP_NUM_THREADS", "1")  # as the samples below: sums have one order
-        code = run(patch, "reproduce", "mine.yaml", "--profile", "small.yaml", "--jobs", "2")
-    assert code == 2  # the two broken rows are gaps; the others are there
-    cells = load_cells(workplace / "results" / "runs" / "smoke" / "mine" / "cells")
-    return {cell.info.row: cell for cell in cells}
+        layout = Layout(Path("results/runs"), Path("results/runs"))
+        cells = tuple(expand(experiment, profile, (1,)))
+        perform(Render(layout, experiment, profile, cells), Ranks())
+    folder = workplace / "results" / "runs" / "smoke" / "mine" / "cells"
+    return {cell.info.row: cell for cell in load_cells(folder)}
 
 
 def policy_with(workplace: Path, weights: Path | None) -> FluxPolicy:
@@ -187,12 +191,10 @@ def test_the_table_shows_dashes_sources_and_gaps(
 def test_a_second_time_nothing_is_sampled_and_other_weights_are(
     workplace: Path,
     finished: dict[str, Cell],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(workplace)
     arguments = ("ode/single", "--profile", "small.yaml")
-    assert run(monkeypatch, "sample", "mine.yaml", *arguments) == 0
+    assert g2rpo_here(workplace, "sample", "mine.yaml", *arguments) == 0
     first = capsys.readouterr().out.strip()
     assert finished["ode/single"].info.runs["train"] in first
     experiment = yaml.safe_load((workplace / "mine.yaml").read_text())
@@ -201,7 +203,7 @@ def test_a_second_time_nothing_is_sampled_and_other_weights_are(
     )
     experiment["cells"]["ode/single"]["checkpoint"]["source"] = "other.safetensors"
     (workplace / "other.yaml").write_text(yaml.safe_dump(experiment))
-    assert run(monkeypatch, "sample", "other.yaml", *arguments) == 0
+    assert g2rpo_here(workplace, "sample", "other.yaml", *arguments) == 0
     second = capsys.readouterr().out.strip()
     assert first != second
     assert len(list(Path(second).glob("*.png"))) == 8
@@ -223,30 +225,32 @@ def test_the_published_weights_are_named_as_their_pages_name_them() -> None:
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_published_weights_are_refused_without_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        pytest.param(
+            "flux",
+            "error: profile flux needs a GPU of 80 GB",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        ("mini", "error: released needs the policy black-forest-labs/FLUX.1-dev"),
+    ],
+)
+def test_the_published_weights_need_a_gpu_and_their_base(
+    profile: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM either
-    assert run(monkeypatch, "reproduce", "released", "--profile", "flux") == 2
-    told = capsys.readouterr().err.strip()
-    assert told.startswith("error: profile flux needs a GPU of 80 GB")
-    assert "\n" not in told
-
-
-def test_the_published_weights_are_not_mixed_with_a_small_base(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "reproduce", "released", "--profile", "mini") == 2
-    told = capsys.readouterr().err.strip()
-    assert "needs the policy black-forest-labs/FLUX.1-dev" in told
-    assert "\n" not in told
+    assert g2rpo_here(tmp_path, "reproduce", "released", "--profile", profile) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(message) and "\n" not in line
 
 
 def test_a_cell_is_trained_or_loaded(tmp_path: Path, workplace: Path) -> None:
-    from g2rpo.errors import UserError
-
-    data = json.loads(json.dumps(yaml.safe_load((workplace / "mine.yaml").read_text())))
+    data = yaml.safe_load((workplace / "mine.yaml").read_text())
     data["cells"]["ode/single"]["method"] = "g2rpo"
     path = tmp_path / "both.yaml"
     path.write_text(yaml.safe_dump(data))

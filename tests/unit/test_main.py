@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import write_run
 from typer.testing import CliRunner
 
 from g2rpo.files import atomic_write_text
@@ -19,7 +20,6 @@ from g2rpo.quiet import LEVEL_VARIABLE
 from g2rpo.rewards.registry import REWARDS
 from reproduce import cli
 from reproduce.bundled import bundled_names
-from reproduce.experiment import HERE
 
 
 def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -29,9 +29,9 @@ def refused(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
         with pytest.raises(SystemExit) as left:
             cli.main()
     assert left.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    return told
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    return message
 
 
 def printed(*arguments: str) -> str:
@@ -90,12 +90,12 @@ def test_a_page_that_cannot_be_written_is_refused_before_it_is_made(
     monkeypatch.setattr("reproduce.jobs.runner.build_assets", computed)
     file = tmp_path / "file"
     file.touch()
-    for output, told in (
+    for output, message in (
         (tmp_path, f"is a folder; give a file, e.g. {tmp_path / 'report.html'}"),
         (file / "below" / "page.html", f"{file} is not a folder"),
     ):
         arguments = ("report", "table3", "--profile", "mini", "--publish", "--output", str(output))
-        assert refused(*arguments, capsys=capsys).startswith(f"error: {output}: {told}")
+        assert refused(*arguments, capsys=capsys).startswith(f"error: {output}: {message}")
 
 
 def test_a_path_that_the_file_system_refuses_is_one_line(
@@ -105,11 +105,11 @@ def test_a_path_that_the_file_system_refuses_is_one_line(
         f"{tmp_path}: Is a directory": tmp_path.read_text,
         f"{tmp_path / 'absent'}: No such file or directory": (tmp_path / "absent").read_text,
     }
-    for told, app in cases.items():
+    for message, app in cases.items():
         monkeypatch.setattr(cli, "app", app)
-        assert refused(capsys=capsys) == f"error: {told}\n"
+        assert refused(capsys=capsys) == f"error: {message}\n"
     (tmp_path / "target").mkdir()
-    # It is renamed to its name at last: the name is told, not the temporary file's.
+    # It is renamed to its name at last: the name is message, not the temporary file's.
     monkeypatch.setattr(cli, "app", lambda: atomic_write_text(tmp_path / "target", "text"))
     assert refused(capsys=capsys) == f"error: {tmp_path / 'target'}: Is a directory\n"
 
@@ -130,37 +130,28 @@ def test_other_errors_keep_their_traceback(
     assert raised.value is error
 
 
-def without_unicode(*arguments: str) -> "subprocess.CompletedProcess[bytes]":
-    """The command in a process whose locale has ASCII alone."""
+def without_unicode(*python: str) -> "subprocess.CompletedProcess[bytes]":
+    """Python in a process whose locale is ASCII."""
     plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONIOENCODING"}
     return subprocess.run(
-        [sys.executable, "-m", "reproduce.cli", *arguments],
-        env=environment | plain,
-        capture_output=True,
-        check=False,
+        [sys.executable, *python], env=environment | plain, capture_output=True, check=False
     )
 
 
 def test_a_locale_without_unicode_is_named_and_nothing_crashes(tmp_path: Path) -> None:
     folder = tmp_path / "caf\u00e9"
-    folder.mkdir()
-    title = "title: \u00dcbersicht \u03c3"
-    text = (HERE / "experiments" / "table3.yaml").read_text(encoding="utf-8")
-    shown, changes = re.subn("title: .*", title, text, count=1)
-    assert changes == 1
-    (folder / "shown.yaml").write_text(shown, encoding="utf-8")
-    profile = f"{{extends: mini, name: other, prompts: {{train: {folder}/absent.txt}}}}"
-    (folder / "other.yaml").write_text(profile, encoding="utf-8")
-
-    done = without_unicode("plan", str(folder / "shown.yaml"), "--all")
+    write_run(folder / "runs", "a")
+    write_run(folder / "runs", "b", method={"note": "\u00dcbersicht \u03c3"})
+    command = ("-m", "reproduce.cli", "runs", "--results")
+    done = without_unicode(*command, str(folder))
     assert (done.returncode, done.stderr.count(b"\n")) == (0, 1)
     assert rb"\xdcbersicht \u03c3" in done.stdout
     assert b"the locale's encoding, ascii, lacks characters" in done.stderr
+    opened = "from reproduce import cli; cli.app = lambda: open('caf\\u00e9'); cli.main()"
     for refused_words in (
-        ("plan", "table3", "--profile", str(folder / "other.yaml")),  # a path in a file
-        ("plan", str(folder / "absent.yaml")),  # a path on the command line
-        ("plan", "table3", "-s", "m\u00e9thod=1"),
+        ("-c", opened),  # a path in a file
+        (*command, str(folder / "absent")),  # a path on the command line
     ):
         done = without_unicode(*refused_words)
         assert done.returncode == 2
