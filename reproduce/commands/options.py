@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,59 +87,50 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-@dataclass(frozen=True)
-class Request:
-    """An experiment to run, as given on the command line.
+def plan_for(
+    experiment: str,
+    profile: str,
+    cluster: str,
+    seeds: str | None,
+    layout: "Layout",
+    overrides: Sequence[str],
+    *,
+    runnable: bool,
+) -> "tuple[Plan, Cluster]":
+    """The plan of an experiment and its cluster, from the arguments of a command.
 
-    Attributes:
+    Args:
         experiment: name or path of the experiment.
         profile: name or path of the profile.
         cluster: name or path of the cluster profile.
         seeds: comma-separated seeds; None for the profile's.
-        results: the results folder.
-        publish: whether to write tables next to the committed ones.
+        layout: paths of runs and tables.
         overrides: changes to the training configuration.
+        runnable: also check that the plan can run on this machine or cluster.
+
+    Raises:
+        UserError: something does not exist, is invalid, or cannot run there.
     """
+    from reproduce import experiment as experiments
+    from reproduce.jobs import runner
+    from reproduce.jobs.plan import make_plan
+    from slurm.checks.limits import refuse_impossible
+    from slurm.cluster import load_cluster
 
-    experiment: str
-    profile: str
-    cluster: str = "auto"
-    seeds: str | None = None
-    results: Path = Path("results")
-    publish: bool = False
-    overrides: Sequence[str] = ()
-
-    def plan(self, *, runnable: bool) -> "tuple[Plan, Cluster]":
-        """The plan and the cluster.
-
-        Args:
-            runnable: also check that the plan can run on this machine or cluster.
-
-        Raises:
-            UserError: something does not exist, is invalid, or cannot run there.
-        """
-        from reproduce import experiment as experiments
-        from reproduce.jobs import runner
-        from reproduce.jobs.plan import make_plan
-        from slurm.checks.limits import refuse_impossible
-        from slurm.cluster import load_cluster
-
-        profile = experiments.load_profile(self.profile)
-        loaded = experiments.load_experiment(self.experiment)
-        cluster = load_cluster(self.cluster, gpus=profile.hardware.gpus)
-        seeds = profile.seeds if self.seeds is None else parse_seeds(self.seeds)
-        if runnable:
-            runner.check_hardware(profile, loaded, cluster)
-        runner.build_assets(profile)
-        settings = parse_overrides(self.overrides)
-        cells = experiments.expand(loaded, profile, seeds, settings)
-        if runnable:
-            runner.check_memory(profile, cells)
-        layout = layout_of(self.results, publish=self.publish)
-        # On a login node, verifying large files is left to the jobs.
-        light = not runnable or cluster.kind == "slurm"
-        with hashing_up_to() if light else nullcontext():
-            plan = make_plan(loaded, profile, cells, layout)
-        wanted = {stage.kind: stage.resources for stage in plan.todo.stages.values()}
-        refuse_impossible(cluster, wanted, profile.hardware.evaluation_shares)
-        return plan, cluster
+    chosen = experiments.load_profile(profile)
+    loaded = experiments.load_experiment(experiment)
+    place = load_cluster(cluster, gpus=chosen.hardware.gpus)
+    numbers = chosen.seeds if seeds is None else parse_seeds(seeds)
+    if runnable:
+        runner.check_hardware(chosen, loaded, place)
+    runner.build_assets(chosen)
+    cells = experiments.expand(loaded, chosen, numbers, parse_overrides(overrides))
+    if runnable:
+        runner.check_memory(chosen, cells)
+    # On a login node, verifying large files is left to the jobs.
+    light = not runnable or place.kind == "slurm"
+    with hashing_up_to() if light else nullcontext():
+        plan = make_plan(loaded, chosen, cells, layout)
+    wanted = {stage.kind: stage.resources for stage in plan.todo.stages.values()}
+    refuse_impossible(place, wanted, chosen.hardware.evaluation_shares)
+    return plan, place

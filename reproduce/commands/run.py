@@ -15,9 +15,10 @@ from reproduce.commands.options import (
     Overrides,
     ProfileName,
     Publish,
-    Request,
     Results,
     Seeds,
+    layout_of,
+    plan_for,
 )
 
 if TYPE_CHECKING:
@@ -49,8 +50,10 @@ def reproduce(
     Finished stages are skipped. If interrupted, run the same command to resume. On SLURM, jobs
     are submitted and followed; they keep running after Ctrl-C or if the shell is closed.
     """
-    request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
-    plan, place = request.plan(runnable=True)
+    layout = layout_of(results, publish=publish)
+    plan, place = plan_for(
+        experiment, profile, cluster, seeds, layout, overrides or (), runnable=True
+    )
     if plan.todo and detach:
         _detach(plan, place)
         return
@@ -73,13 +76,15 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Show what would run: stages, GPUs, hours and disk, and what is already done."""
-    request = Request(experiment, profile, cluster, seeds, results, publish, overrides or ())
     from reproduce.experiment.fingerprint import absent_prompts_named
 
     # Thousands of cells live until the end; collecting in between only costs time.
     gc.disable()
     with absent_prompts_named():
-        made, place = request.plan(runnable=False)
+        layout = layout_of(results, publish=publish)
+        made, place = plan_for(
+            experiment, profile, cluster, seeds, layout, overrides or (), runnable=False
+        )
         if dry_run:
             _print_scripts(made, place)
             return

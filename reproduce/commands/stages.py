@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,34 +18,34 @@ from reproduce.commands.options import (
     layout_of,
 )
 
-if TYPE_CHECKING:
-    from reproduce.experiment import ResolvedCell
-    from reproduce.experiment.layout import Layout
-    from reproduce.stages.base import Stage
 
-
-def _cell(
-    experiment: str, key: str, profile: str, seed: int, overrides: list[str] | None
-) -> "ResolvedCell":
+def _perform(
+    kind: str,
+    experiment: str,
+    key: str,
+    profile: str,
+    seed: int,
+    results: Path,
+    overrides: list[str] | None,
+) -> Any:
+    """Runs one stage of a cell under its lease, on the launched ranks, and returns it."""
     from reproduce import experiment as experiments
     from reproduce.jobs.runner import build_assets, check_hardware
+    from reproduce.stages.base import perform
+    from reproduce.stages.run import CELL_STAGES
     from slurm.cluster import load_cluster
+    from slurm.distributed import join
 
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
     check_hardware(chosen, loaded, load_cluster("local"))
     build_assets(chosen)
     settings = parse_overrides(overrides or [])
-    return experiments.resolve(loaded, chosen, key, seed, settings)
-
-
-def _perform(stage: "Stage") -> None:
-    """Runs a stage under its lease, on the launched ranks."""
-    from reproduce.stages.base import perform
-    from slurm.distributed import join
-
+    cell = experiments.resolve(loaded, chosen, key, seed, settings)
+    stage = CELL_STAGES[kind](layout_of(results), cell)
     with join(int(os.environ.get("WORLD_SIZE", "1"))) as ranks:
         perform(stage, ranks)
+    return stage
 
 
 def train(
@@ -60,11 +60,7 @@ def train(
 
     For several ranks, start it with `accelerate launch -m reproduce.cli train ...`.
     """
-    from reproduce.stages.training import Train
-
-    resolved = _cell(experiment, cell, profile, seed, overrides)
-    stage = Train(layout_of(results), resolved)
-    _perform(stage)
+    stage = _perform("train", experiment, cell, profile, seed, results, overrides)
     typer.echo(stage.folder)
 
 
@@ -77,11 +73,7 @@ def sample(
     overrides: Overrides = None,
 ) -> None:
     """Sample the held-out images of one trained cell."""
-    from reproduce.stages.evaluation import Sample
-
-    resolved = _cell(experiment, cell, profile, seed, overrides)
-    stage = Sample(layout_of(results), resolved)
-    _perform(stage)
+    stage = _perform("sample", experiment, cell, profile, seed, results, overrides)
     typer.echo(stage.images)
 
 
@@ -133,7 +125,11 @@ def score(
         ):
             if given is not None:
                 raise UserError(f"{name} applies to a folder or manifest, not to a cell")
-        _score_cell(_cell(source, cell, profile or "mini", seed, overrides), layout_of(results))
+        arguments = (source, cell, profile or "mini", seed, results, overrides)
+        _perform("sample", *arguments)
+        stage = _perform("score", *arguments)
+        stage.finish()  # if killed after the last share was scored
+        typer.echo(stage.folder / "scores.parquet")
         return
     from reproduce import experiment as experiments
     from reproduce.jobs.runner import build_assets
@@ -152,13 +148,3 @@ def score(
     output = output or score_folder.default_output(path)
     request = score_folder.Request(path, prompts, output, skip_bad)
     score_folder.score(request, configs)
-
-
-def _score_cell(cell: "ResolvedCell", layout: "Layout") -> None:
-    from reproduce.stages.evaluation import Sample, Score
-
-    _perform(Sample(layout, cell))
-    stage = Score(layout, cell)
-    _perform(stage)
-    stage.finish()  # if killed after the last share was scored
-    typer.echo(stage.folder / "scores.parquet")

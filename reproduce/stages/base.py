@@ -119,17 +119,14 @@ class CellStage(Stage):
 
     @property
     def label(self) -> str:
-        """Its name for people."""
         return self.cell.label
 
     @property
     def payload(self) -> dict[str, Any]:
-        """The file of its cell."""
         return {"cell": f"{self.cell.name}.json"}
 
     @classmethod
     def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> Self:
-        """The stage of a cell of a submission."""
         return cls(inputs.layout, inputs.cell(payload["cell"]))
 
 

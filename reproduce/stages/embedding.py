@@ -57,26 +57,21 @@ class Embed(Stage):
 
     @property
     def lease(self) -> Path:
-        """The folder of its attempts."""
         return self.layout.runs / "embeddings" / "leases" / self.name.removeprefix("embed/")
 
     @classmethod
     def devices(cls, hardware: Hardware) -> Needs:
-        """One GPU, if the profile has any."""
         return Needs(1, hardware.evaluation_devices)
 
     @classmethod
     def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> "Embed":
-        """The stage of a submission."""
         del payload
         return cls(inputs.layout, tuple(inputs.cells()))
 
     def is_done(self) -> bool:
-        """Whether all prompts are encoded."""
         return all(is_embedded(cell, self.layout) for cell in self.cells)
 
     def run(self) -> None:
-        """Encodes the missing prompts."""
         embed(self.cells, self.layout)
 
 

@@ -41,39 +41,32 @@ class EvaluationStage(CellStage):
 
     @functools.cached_property
     def name(self) -> str:
-        """A name from the run, the evaluation and the share."""
         return f"{self.kind}/{self.training.folder.name}/{self.folder.name}/{self.share}"
 
     @property
     def label(self) -> str:
-        """Its name for people."""
         share = self.share
         which = "" if share.count == 1 else f", {share.index + 1}/{share.count}"
         return self.cell.label + which
 
     @property
     def lease(self) -> Path:
-        """The folder of its attempts."""
         return self.folder / "leases" / f"{self.kind}-{self.share}"
 
     @classmethod
     def devices(cls, hardware: Hardware) -> Needs:
-        """One GPU, if the profile has any."""
         return Needs(1, hardware.evaluation_devices)
 
     @property
     def array(self) -> str | None:
-        """The shares of a cell form an array job."""
         return self.name.rpartition("/")[0] if self.share.count > 1 else None
 
     @property
     def payload(self) -> dict[str, Any]:
-        """The file of its cell, and its share."""
         return {**super().payload, "share": [self.share.index, self.share.count]}
 
     @classmethod
     def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> Self:
-        """The stage of a share of a submission."""
         return cls(inputs.layout, inputs.cell(payload["cell"]), Share(*payload["share"]))
 
     @property
@@ -169,7 +162,6 @@ class Sample(EvaluationStage):
         return self.training.is_recorded() and self.is_sampled()
 
     def run(self) -> None:
-        """Samples the missing images."""
         from reproduce.stages.sampling import sample_share  # slow: model libraries
 
         sample_share(self)
@@ -182,18 +174,15 @@ class Score(EvaluationStage):
     kind = "score"
 
     def is_done(self) -> bool:
-        """Whether all images of the share are scored."""
         return self.training.is_recorded() and self.is_scored()
 
     def run(self) -> None:
-        """Scores the images; merges the scores of all shares once they exist."""
         from reproduce.stages.scoring import score_share  # slow: model libraries
 
         score_share(self)
         self.finish()
 
     def finish(self) -> bool:
-        """Merges the scores once all shares are scored; returns whether they are."""
         if self.is_merged():
             return True
         count = self.share.count

@@ -37,18 +37,15 @@ class Render(Stage):
 
     @property
     def label(self) -> str:
-        """The table's title."""
         return self.experiment.table.title
 
     @property
     def lease(self) -> Path:
-        """The folder of its attempts."""
         folder = self.layout.experiment(self.profile.name, self.experiment.name)
         return folder.resolve() / "leases" / "render"
 
     @classmethod
     def load(cls, inputs: Inputs, payload: Mapping[str, Any]) -> "Render":
-        """The stage of a submission."""
         del payload
         cells = tuple(inputs.cells())
         return cls(inputs.layout, inputs.experiment, inputs.profile, cells)
@@ -65,7 +62,6 @@ class Render(Stage):
         return state_of(attempt, done=done, what=what, since=since)
 
     def run(self) -> None:
-        """Renders the finished cells."""
         from reproduce.tables.publish import publish_cells  # slow: matplotlib
 
         finished, self.gaps[:] = finish_cells(self.cells, self.layout)

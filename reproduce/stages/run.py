@@ -4,7 +4,7 @@ import logging
 import os
 
 from g2rpo.files import writable_by_others
-from reproduce.stages.base import Stage, perform
+from reproduce.stages.base import CellStage, Stage, perform
 from reproduce.stages.embedding import Embed
 from reproduce.stages.evaluation import Sample, Score
 from reproduce.stages.inputs import Inputs
@@ -16,9 +16,10 @@ from slurm.submission import Submission
 
 logger = logging.getLogger(__name__)
 ENTRY = "reproduce.stages.run:run_stage"
-CLASSES: dict[str, type[Stage]] = {
-    stage.kind: stage for stage in (Embed, Train, Sample, Score, Credit, Render)
+CELL_STAGES: dict[str, type[CellStage]] = {
+    stage.kind: stage for stage in (Train, Sample, Score, Credit)
 }
+CLASSES: dict[str, type[Stage]] = {"embed": Embed, **CELL_STAGES, "render": Render}
 
 
 def load_stage(inputs: Inputs, node: graph.Stage) -> Stage:

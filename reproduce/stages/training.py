@@ -39,17 +39,14 @@ class _TrainerStage(CellStage):
 
     @property
     def name(self) -> str:
-        """A name from its folder."""
         return f"{self.kind}/{self.folder.name}"
 
     @property
     def lease(self) -> Path:
-        """The folder of its attempts."""
         return self.folder / "leases" / self.kind
 
     @classmethod
     def devices(cls, hardware: Hardware) -> Needs:
-        """All GPUs of the profile."""
         return Needs(hardware.training_ranks, hardware.gpus)
 
     def _trainer(self) -> "Trainer":
@@ -90,7 +87,6 @@ class Train(_TrainerStage):
 
     @functools.cached_property
     def folder(self) -> Path:
-        """The run folder."""
         return self.layout.training(self.cell)
 
     def is_done(self) -> bool:
@@ -102,7 +98,6 @@ class Train(_TrainerStage):
         return self.cell.train is None or sound(read_manifest, self.folder) is not None
 
     def run(self) -> None:
-        """Trains until the end."""
         assert self.cell.train is not None
         for note in self.cell.train.notes():
             logger.warning("%s: %s", self.cell.key, note)
@@ -125,15 +120,12 @@ class Credit(_TrainerStage):
 
     @functools.cached_property
     def folder(self) -> Path:
-        """The folder of its result."""
         return self.layout.credit(self.cell)
 
     def is_done(self) -> bool:
-        """Whether it is measured."""
         return sound(read_manifest, self.folder) is not None
 
     def run(self) -> None:
-        """Measures it."""
         from benchmarks.evaluation.credit import measure_credit  # slow: a model library
 
         config = self.cell.credit

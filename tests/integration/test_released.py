@@ -206,7 +206,7 @@ def test_a_second_time_nothing_is_sampled_and_other_weights_are(
     assert g2rpo_here(workplace, "sample", "other.yaml", *arguments) == 0
     second = capsys.readouterr().out.strip()
     assert first != second
-    assert len(list(Path(second).glob("*.png"))) == 8
+    assert len(list((workplace / second).glob("*.png"))) == 8
 
 
 def test_the_published_weights_are_named_as_their_pages_name_them() -> None:
