@@ -157,6 +157,10 @@ REFUSALS = {
         ["train", "two_rows.yaml", "hps/g2rpo", "-s", "optimization.learning_rat=1"],
         "learning_rate",
     ),
+    "renamed key": (
+        ["config", "two_rows.yaml", "hps/g2rpo", "-s", "optimization.optimizer_step=x"],
+        "called 'update_every'",
+    ),
     "unknown cell": (["train", "two_rows.yaml", "hps/g2rp"], "hps/g2rpo"),
     "not an assignment": (["train", "two_rows.yaml", "hps/g2rpo", "-s", "seed"], "key=value"),
     "missing prompts": (

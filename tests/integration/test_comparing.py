@@ -1,36 +1,13 @@
-"""Runs compared and people asked through the command line: what is printed, what is refused."""
+"""`g2rpo raters`: from two folders of images to a sheet, and from answers to a verdict."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import g2rpo_here
 from PIL import Image
-from run_folders import write_run
-
-from reproduce.experiment import ROOT
 
 PROMPTS = ("a cat", "a dog", "a bird", "a fish")
-
-
-def g2rpo(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "reproduce.cli", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=cwd, timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-
-
-def refused(*arguments: str | Path, cwd: Path) -> str:
-    """The one line that is said of a mistake."""
-    done = g2rpo(*arguments, cwd=cwd)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.fixture
@@ -60,16 +37,17 @@ def fill(sheet: Path, rater: str, wins: int) -> Path:
     return path
 
 
-def test_people_are_asked_and_their_answers_read(pictures: Path) -> None:
+def test_people_are_asked_and_their_answers_read(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sides = ("bright", "dark", "--prompts", "prompts.txt")
-    made = g2rpo("raters", "make", *sides, "-o", "sheet", cwd=pictures)
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.startswith("sheet/index.html: 4 pairs")
+    assert g2rpo_here(pictures, "raters", "make", *sides, "-o", "sheet") == 0
+    assert capsys.readouterr().out.startswith("sheet/index.html: 4 pairs")
     assert not list((pictures / "sheet").rglob("*key*"))
     answers = [fill(pictures / "sheet", rater, wins) for rater, wins in (("ann", 4), ("bob", 2))]
-    read = g2rpo("raters", "read", "sheet-key.json", *answers, cwd=pictures)
-    assert read.returncode == 0, read.stderr
-    lines = [" ".join(line.split()) for line in read.stdout.splitlines()]
+    read = ("raters", "read", "sheet-key.json", *map(str, answers))
+    assert g2rpo_here(pictures, *read) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == ["first: bright", "second: dark"]
     assert lines[2].startswith("6 answers for the first, 2 for the second, 0 ties, 0 missing")
     assert any(line.startswith("first preferred 0.750 ") for line in lines)
@@ -78,24 +56,8 @@ def test_people_are_asked_and_their_answers_read(pictures: Path) -> None:
 
     rest, _ = answers[1].read_text().rstrip().rsplit(",", 1)
     answers[1].write_text(f"{rest},lefft\n")
-    told = refused("raters", "read", "sheet-key.json", *answers, cwd=pictures)
-    assert "bob.csv, line 5: no answer" in told and "did you mean 'left'?" in told
-
-
-def test_runs_are_listed_and_compared(tmp_path: Path) -> None:
-    runs = tmp_path / "results" / "runs"
-    write_run(runs, "g2rpo-hps-seed1-aa", means={"hps": 0.72})
-    write_run(runs, "mix_grpo-hps-seed1-bb", means={"hps": 0.70}, method={"name": "mix_grpo"})
-    listed = g2rpo("runs", cwd=tmp_path)
-    assert listed.returncode == 0, listed.stderr
-    assert {line.split()[0] for line in listed.stdout.splitlines()[1:]} == {
-        "g2rpo-hps-seed1-aa",
-        "mix_grpo-hps-seed1-bb",
-    }
-    compared = g2rpo("compare", "mix", "g2rpo", cwd=tmp_path)
-    assert compared.returncode == 0, compared.stderr
-    lines = [line.split() for line in compared.stdout.splitlines()]
-    (delta,) = (line for line in lines if line[:1] == ["B"] and "+0.0200" in line)
-    assert delta[-3:] == ["checkpoint,", "seed", "1"] and "higher" in delta
-    told = refused("compare", "mixgrpo", "g2rpo", cwd=tmp_path)
-    assert "did you mean 'mix_grpo-hps-seed1-bb'?" in told
+    assert g2rpo_here(pictures, *read) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ")
+    assert "bob.csv, line 5: " in printed.err and "did you mean 'left'?" in printed.err
+    assert printed.err.count("\n") == 1

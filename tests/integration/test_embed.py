@@ -1,16 +1,14 @@
-"""Encoding once: the command, what the plan is told, and that nothing else changes by a bit."""
+"""Encoding prompts once: the command, what counts as encoded, and that results do not change."""
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from command_line import g2rpo_here, write_small_profile
 from safetensors.torch import load_file
 
 from g2rpo.config import parse_overrides
@@ -22,7 +20,6 @@ from g2rpo.sampling import sample_latents
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from reproduce.experiment import (
-    HERE,
     ResolvedCell,
     expand,
     load_experiment,
@@ -32,19 +29,10 @@ from reproduce.experiment import (
 from reproduce.experiment.layout import Layout
 from reproduce.stages import embedding
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture(scope="module")
 def profile(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke profile on the session's assets."""
-    data = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    for key in ("build", "assets"):
-        data.pop(key)
-    text = yaml.safe_dump(data).replace("results/runs/assets/smoke", str(smoke_assets))
-    path = tmp_path_factory.mktemp("profile") / "small.yaml"
-    path.write_text(text)
-    return path
+    return write_small_profile(tmp_path_factory.mktemp("profile") / "small.yaml", smoke_assets)
 
 
 def cell_of(profile: Path, key: str = "hps/g2rpo", *overrides: str, seed: int = 1) -> ResolvedCell:
@@ -56,16 +44,9 @@ def layout_of(results: Path) -> Layout:
     return Layout(results / "runs", results / "runs")
 
 
-def start(profile: Path, results: Path, *extra: str) -> "subprocess.Popen[str]":
-    command = ["embed", "table1", "--profile", str(profile), "--results", str(results), *extra]
-    return subprocess.Popen(
-        [sys.executable, "-m", "reproduce.cli", *command],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def embed(profile: Path, results: Path) -> int:
+    where = ("--profile", str(profile), "--results", str(results))
+    return g2rpo_here(results, "embed", "table1", *where)
 
 
 def states(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -77,16 +58,13 @@ def states(folder: Path) -> dict[str, tuple[int, bytes]]:
 def embedded(profile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder with the embeddings of table1 and nothing else."""
     results = tmp_path_factory.mktemp("embedded")
-    process = start(profile, results)
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    assert "embed prompts" in errors
-    (folder,) = map(Path, output.split())
-    assert folder.parent == results / "runs" / "embeddings"
+    assert embed(profile, results) == 0
     return results
 
 
-def test_the_command_encodes_once_what_every_cell_reads(profile: Path, embedded: Path) -> None:
+def test_the_command_encodes_once_what_every_cell_reads(
+    profile: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cells = expand(load_experiment("table1"), load_profile(str(profile)), [1])
     layout = layout_of(embedded)
     assert len(cells) > 5 and all(embedding.is_embedded(cell, layout) for cell in cells)
@@ -102,9 +80,9 @@ def test_the_command_encodes_once_what_every_cell_reads(profile: Path, embedded:
     assert 0 <= size - model_size(policy).embedding_bytes(policy) * len(texts) < header
 
     before = states(folder)
-    again = start(profile, embedded)
-    _, errors = again.communicate(timeout=600)
-    assert again.returncode == 0 and "embed prompts" not in errors
+    assert embed(profile, embedded) == 0
+    printed = capsys.readouterr()
+    assert printed.out.split() == [str(folder)] and "embed prompts" not in printed.err
     assert states(folder) == before
 
 

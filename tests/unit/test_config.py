@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import yaml
 from pydantic import Field
 
 from g2rpo.config import StrictModel, content_hash, load_yaml, merge, parse_overrides, validate
@@ -81,21 +80,17 @@ def test_an_unknown_key_names_the_nearest(data: Any, key: str, hint: str) -> Non
         ({"needed": 1, "until": [1]}, ("until: ", "'profile' or ")),
         ({"needed": 1, "leaf": 3}, ("leaf", "3")),
         ({"needed": 1, "rate": float("nan")}, ("rate", "finite")),
-        ({"needed": 1, "rate": float("inf")}, ("rate", "finite")),
         ({"needed": "two\nlines"}, ("needed",)),
         ({}, ("missing key 'needed'",)),
         ({"neded": 1}, ("unknown key 'neded'", "did you mean 'needed'?")),
         ([], ("dictionary",)),
         ({"needed": "x", "rate": "y"}, ("needed", "1 more")),
         ({"needed": True}, ("needed", "integer", "True")),
-        ({"needed": True, "rate": True}, (" needed: ", "integer (found True) (and 1 more)")),
         ({"needed": 10.0}, ("needed", "integer", "10.0; write 10")),
         ({"needed": "10"}, ("needed", "integer", "without quotes")),
-        ({"needed": "1_000"}, ("needed", "'1_000'", "without", "underscores")),
         ({"needed": 1, "rate": True}, ("rate", "number", "True")),
         ({"needed": 1, "rate": "2e-5"}, ("rate", "number", "without quotes")),
         ({"needed": 1, "flag": 1}, ("flag", "boolean", "1; write true or false")),
-        ({"needed": 1, "flag": "yes"}, ("flag", "boolean", "'yes'; write true or false")),
         ({"needed": 1, "pair": [1, True]}, ("pair.1", "integer", "True")),
         ({"needed": 1, "leaf": {"label": 12}}, ("leaf.label", "string", "12; put it in quotes")),
         ({"needed": 1, "until": True}, ("until: ", "'profile' or ", "number", "True")),
@@ -245,14 +240,12 @@ def test_a_plain_training_configuration_is_valid() -> None:
     ("overrides", "words"),
     [
         (["method.stochastic_steps=[15]"], ("method.stochastic_steps", "15", "0 to 14")),
-        (["method.stochastic_steps=[16]"], ("method.stochastic_steps", "16", "0 to 14")),
         (["grid.steps=8", "method.stochastic_steps=[3, 7]"], ("method.stochastic_steps", "0 to 6")),
         (["method.granularities=[1, 0]"], ("method.granularities", "0")),
         (["method.granularities=[]"], ("method.granularities", "empty")),
         (["rollout.group_size=1"], ("rollout.group_size", "2")),
         (["rewards.hps.reward.model=hsp"], ("rewards.hps.reward", "'hsp'", "'hps'")),
         (["rewards.hps.reward.modle=hps"], ("rewards.hps.reward", "modle", "'model'")),
-        (["rewards.hps.wieght=2"], ("rewards.hps.wieght", "'weight'")),
         (["rewards.hps.weight=0"], ("rewards.hps.weight", "greater than 0")),
         (
             ["method={name: dance_grpo}", "optimization.update_every=timestep"],
@@ -271,21 +264,15 @@ def test_a_plain_training_configuration_is_valid() -> None:
         (["continuations={fp8: true}"], ("it was renamed to 'approximate_rollout'",)),
         (["method.name=g2rp"], ("method.name", "'g2rp'", "'g2rpo'")),
         (["method=g2rpo"], ("method", "mapping with a name", "mix_grpo")),
-        (["method.granularites=[1]"], ("method.granularites", "'granularities'")),
         (["method.eta=-1"], ("method.eta", "greater than 0")),
         (["method={name: mix_grpo, windowsize: 3}"], ("method.windowsize", "'window_size'")),
         (["method={name: mix_grpo}", "grid.steps=2"], ("grid.steps", "MixGRPO")),
         (["method={name: dance_grpo}", "grid.steps=2"], ("method.trained_fraction",)),
         (["grid.steps=1"], ("grid.steps", "2")),
-        (["grid.stepz=8"], ("grid.stepz", "'steps'")),
         (["grid.timestep=exactly"], ("grid.timestep", "'exact'", "'truncated'")),
         (["optimization.betas=[0.9, 1.0]"], ("optimization.betas.1", "less than 1")),
         (["optimization.learning_rate=fast"], ("optimization.learning_rate", "number")),
-        (["optimization.learning_rate=.nan"], ("optimization.learning_rate", "finite")),
-        (["advantage.ddof=true"], ("advantage.ddof", "integer", "True")),
-        (["optimization.iterations=true"], ("optimization.iterations", "integer", "True")),
         (["optimization.iterations=1_000"], ("optimization.iterations", "without", "underscores")),
-        (["optimization.iterations=1:00"], ("optimization.iterations", "'1:00'")),
         (["optimization.iterations=1e3"], ("optimization.iterations", "write 1000")),
         (["advantage.combination=mean"], ("advantage.combination", "'sum'")),
         (["rollouts.group_size=4"], ("rollouts", "'rollout'")),
@@ -310,10 +297,3 @@ def test_coinciding_granularities_are_told_before_the_run() -> None:
     config = validate(TrainConfig, training("grid.steps=8"), "run")
     (note,) = config.notes()
     assert "step 3" in note
-
-
-def test_the_stored_configuration_is_the_same_run(tmp_path: Path) -> None:
-    config = validate(TrainConfig, training("method={name: mix_grpo, interval: null}"), "run")
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    assert validate(TrainConfig, load_yaml(file), "stored") == config

@@ -75,15 +75,3 @@ def test_what_is_printed_is_the_whole_configuration(profile: str) -> None:
     cell = resolve(load_experiment("choices"), loaded, "flow_grpo/kl", loaded.seeds[0])
     text = yaml.safe_load(printed("choices", "flow_grpo/kl", "--profile", profile))
     assert validate(TrainConfig, text["training"], "printed") == cell.train
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (("table1", "hps/g2rp"), "no cell 'hps/g2rp'; did you mean 'hps/g2rpo'?"),
-        (("table1", "hps/g2rpo", "-s", "optimization.iterations=x"), "optimization.iterations"),
-        (("table1", "hps/g2rpo", "-s", "optimization.optimizer_step=x"), "called 'update_every'"),
-    ],
-)
-def test_a_mistake_is_refused(arguments: tuple[str, ...], told: str) -> None:
-    assert told in str(CliRunner().invoke(app, ["config", *arguments]).exception)

@@ -67,8 +67,7 @@ def test_matched_cells_differ_only_in_what_is_the_method() -> None:
 
 def test_in_domain_columns_come_from_the_cells() -> None:
     rows = {row.key: row for row in load_experiment("table1").table_spec(load_profile("mini")).rows}
-    assert rows["base"].train == ()
-    assert rows["hps/g2rpo"].train == ("hps",)
+    assert (rows["base"].train, rows["hps/g2rpo"].train) == ((), ("hps",))
     assert rows["hps_clip/dance_grpo"].train == ("hps", "clip")
 
 
@@ -157,15 +156,6 @@ def test_a_profile_extends_another(tmp_path: Path) -> None:
         load_profile(str(mine))
 
 
-def test_one_prompt_is_no_evaluation(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("name: mine\nextends: mini\nevaluation: {limit: 1}\n")
-    with pytest.raises(UserError, match=r"evaluation\.limit: .*greater than or equal to 2"):
-        load_profile(str(mine))
-    mine.write_text("name: mine\nextends: mini\nevaluation: {limit: 2}\n")
-    assert load_profile(str(mine)).evaluation.limit == 2
-
-
 @pytest.mark.parametrize("name", ["flux-8gpu", "flux-lora", "flux-lora-40gb"])
 def test_the_profiles_of_flux_differ_in_their_engine_alone(name: str) -> None:
     other, flux = load_profile(name), load_profile("flux")
@@ -211,25 +201,19 @@ def test_what_a_run_has_not_leaves_its_name(local: Profile) -> None:
 
 def test_what_cells_share_does_not_mix_them() -> None:
     experiment, profile = load_experiment("table1"), load_profile("mini")
-    ways: list[dict[str, Any]] = [
-        {}, {"policy": {"dtype": "float64"}},
-        {"rewards": {"hps": {"weight": 2.0}, "clip": {"weight": 3.0}}},
-    ]  # fmt: skip
-    for overrides in ways[:2]:
+    for overrides in ({}, {"policy": {"dtype": "float64"}}):
         together = expand(experiment, profile, [1, 2], overrides)
-        alone = [
+        assert together == [
             resolve(experiment, profile, cell.key, cell.seed or 0, overrides) for cell in together
         ]
-        assert together == alone
         assert {trained(c).seed for c in together if c.train} == {1, 2}
-    both = resolve(experiment, profile, "hps_clip/g2rpo", 1, ways[2])
-    assert {name: term.weight for name, term in trained(both).rewards.items()} == {
-        "hps": 2.0, "clip": 3.0,
-    }  # fmt: skip
-    assert (
-        trained(both).rewards["hps"].reward
-        == trained(resolve(experiment, profile, "hps_clip/g2rpo", 1)).rewards["hps"].reward
+    weights = {"rewards": {"hps": {"weight": 2.0}, "clip": {"weight": 3.0}}}
+    plain, both = (
+        trained(resolve(experiment, profile, "hps_clip/g2rpo", 1, overrides)).rewards
+        for overrides in ({}, weights)
     )
+    assert {name: term.weight for name, term in both.items()} == {"hps": 2.0, "clip": 3.0}
+    assert both["hps"].reward == plain["hps"].reward
 
 
 def test_a_reward_that_is_not_registered_is_told_where_it_is_trained_on() -> None:
@@ -362,6 +346,7 @@ def test_a_variant_without_a_tuned_rate_is_refused_where_others_have_one() -> No
         ("learning_rates: {g2rpoo: 1.0e-5}", "is not METHOD or"),
         ("method_settings: {g2rpoo: {}}", "did you mean 'g2rpo'"),
         ("seeds: [1, 1]", "seeds: repeated seed"),
+        ("evaluation: {limit: 1}", r"evaluation\.limit: .*greater than or equal to 2"),
         ("seeds: [-1]", r"seeds\.0"),
         ("seeds: []", "seeds"),
         ("name: ../x", "name"),

@@ -61,12 +61,6 @@ def test_help_names_every_command_and_experiment() -> None:
     assert all(name in printed("reproduce", "--help") for name in bundled_names("experiments"))
 
 
-def test_the_command_line_starts_without_a_model_library() -> None:
-    code = "import sys, reproduce.cli; print({'torch', 'pandas', 'diffusers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
-
-
 @pytest.mark.parametrize(("option", "level"), [("-v", "INFO"), ("--quiet", "ERROR")])
 def test_the_log_level_is_handed_on_to_workers(
     option: str, level: str, monkeypatch: pytest.MonkeyPatch
