@@ -9,7 +9,7 @@ from reproduce.experiment.cells import (
 )
 from reproduce.experiment.origins import explain
 from reproduce.experiment.profile import Hardware, Profile, PromptSplits, load_profile
-from reproduce.experiment.resolving import ResolvedCell, Resolver, expand, judges, resolve
+from reproduce.experiment.resolving import ResolvedCell, Resolver, expand, resolve, reward_configs
 
 __all__ = [
     "HERE",
@@ -25,8 +25,8 @@ __all__ = [
     "absolute",
     "expand",
     "explain",
-    "judges",
     "load_experiment",
     "load_profile",
     "resolve",
+    "reward_configs",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from reproduce.experiment.resolving import Layer, Resolver, given, judges
+from reproduce.experiment.resolving import Layer, Resolver, given, reward_configs
 
 Keys = tuple[str, ...]
 
@@ -18,7 +18,7 @@ def explain(resolver: Resolver, key: str, seed: int) -> list[str]:
         UserError: no such cell, or an invalid configuration.
     """
     cell, profile = resolver.resolve(key, seed), resolver.profile
-    rewards = judges(profile)
+    rewards = reward_configs(profile)
     shown = {name: getattr(cell.evaluation, name) for name in ("resolution", "guidance_scale")}
     policy = [Layer("profile", given(profile.policy)), Layer("evaluation", shown)]
     sections: list[tuple[str, Any, Sequence[Layer]]] = [

@@ -120,7 +120,7 @@ class Resolver:
             )
         self.experiment, self.profile, self.overrides = experiment, profile, overrides or {}
         self._policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
-        self._rewards = {name: given(config) for name, config in judges(profile).items()}
+        self._rewards = {name: given(config) for name, config in reward_configs(profile).items()}
         self._prompts = {
             split: absolute(getattr(profile.prompts, split)) for split in PromptSplits.model_fields
         }
@@ -318,7 +318,7 @@ def resolve(
     return Resolver(experiment, profile, overrides).resolve(key, seed)
 
 
-def judges(profile: Profile) -> dict[str, RewardConfig]:
+def reward_configs(profile: Profile) -> dict[str, RewardConfig]:
     """The profile's reward models, with absolute sources."""
     return {name: reward.config for name, reward in profile.rewards.items()}
 

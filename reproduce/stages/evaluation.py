@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from g2rpo.checksums import FILES
 from g2rpo.lease import Lease
-from reproduce.experiment import Hardware, fingerprint, judges
+from reproduce.experiment import Hardware, fingerprint, reward_configs
 from reproduce.runs.folders import read_document, read_scored, sound
 from reproduce.stages.base import CellStage
 from reproduce.stages.inputs import Inputs
@@ -106,7 +106,7 @@ class EvaluationStage(CellStage):
 
     def wanted_rewards(self) -> dict[str, Any]:
         """The inputs of every reward model of the profile, by its name in tables."""
-        configs = judges(self.cell.profile).items()
+        configs = reward_configs(self.cell.profile).items()
         return {name: fingerprint.reward_inputs(config) for name, config in configs}
 
     def of_share(self, index: int, count: int) -> "EvaluationStage":

@@ -24,7 +24,7 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.terminal import literal, wide_console
 from g2rpo.text import visible
-from reproduce.experiment import Profile, judges
+from reproduce.experiment import Profile, reward_configs
 from reproduce.runs.folders import MANIFEST, listed, write_manifest
 
 
@@ -68,7 +68,7 @@ def chosen_rewards(
     Raises:
         UserError: the profile has no such reward, or an override is invalid.
     """
-    known = judges(profile)
+    known = reward_configs(profile)
     for name in (*names, *overrides):
         if name not in known:
             hint = nearest(name, known)

@@ -24,7 +24,7 @@ from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.image_tower import ImageTower
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.previews import pictured_iterations, pictures_folder
-from reproduce.experiment import fingerprint, judges
+from reproduce.experiment import fingerprint, reward_configs
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, write_manifest
 from reproduce.stages.evaluation import DIVERSITY, EvaluationStage, preview_scores
 from reproduce.stages.sampling import device, write_frame
@@ -44,7 +44,9 @@ def score_share(stage: EvaluationStage) -> None:
             f"{cell.key}, seed {cell.seed}: images are missing or damaged; run `g2rpo sample` on "
             "this cell first"
         )
-    models = {name: load_reward(config, device()) for name, config in judges(cell.profile).items()}
+    models = {
+        name: load_reward(config, device()) for name, config in reward_configs(cell.profile).items()
+    }
     tower = _image_tower(stage, models)
     prompts = stage.share.of(cell.held_out_prompts())
     score_images(models, prompts, stage.images, stage.scores)

@@ -20,7 +20,7 @@ from g2rpo.rewards.registry import load_reward
 from g2rpo.seeds import generator
 from g2rpo.text import csv_text, visible
 from reproduce.cli import main
-from reproduce.experiment import ROOT, judges, load_profile
+from reproduce.experiment import ROOT, load_profile, reward_configs
 
 SCORE = [sys.executable, "-m", "reproduce.cli", "score"]
 
@@ -82,7 +82,7 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     ranks = {path.name.split("-")[-1] for path in (tmp_path / "out" / "journal").iterdir()}
     assert ranks == {"rank0.jsonl", "rank1.jsonl"}
     prompts = pd.read_csv(gallery / "set.csv").set_index("id")["prompt"]
-    hps = load_reward(judges(load_profile("mini"))["hps"], "cpu")
+    hps = load_reward(reward_configs(load_profile("mini"))["hps"], "cpu")
     own = scores[scores["reward"] == "hps"].set_index("id")
     assert set(own["weights_hash"]) == {hps.weights_hash}
     for path in sorted(gallery.glob("q1*_*")):

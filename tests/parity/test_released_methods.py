@@ -22,13 +22,13 @@ from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.rollout import Rollout
-from reproduce.experiment import judges, load_experiment, load_profile, resolve
+from reproduce.experiment import load_experiment, load_profile, resolve, reward_configs
 
 SEED, CLIP_RANGE = 5, 1e-4
 CONTROL = 5e-3
 """How far apart each quantity is at least where eta is another by one percent."""
 EXPERIMENT, PROFILE = load_experiment("released-vs-matched"), load_profile("mini")
-JUDGES = judges(PROFILE)
+JUDGES = reward_configs(PROFILE)
 
 Quantities = dict[str, tuple[Tensor, Tensor]]
 """By name: values, and what they are measured from (of images and rewards, their group's mean)."""
