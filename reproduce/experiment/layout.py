@@ -33,7 +33,7 @@ class Layout:
     Attributes:
         runs: training runs and evaluations, by the hash of their inputs.
         tables: ``<profile>/<experiment>/`` with cells, tables and figures.
-        known: paths that are found already, by kind and cell; None to find each again.
+        known: remembered paths by kind and cell; None to compute each path again.
     """
 
     runs: Path

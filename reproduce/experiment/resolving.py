@@ -85,7 +85,7 @@ class Layer(NamedTuple):
     settings: Mapping[str, Any]
 
 
-def laid_together(layers: Sequence[Layer]) -> dict[str, Any]:
+def merged(layers: Sequence[Layer]) -> dict[str, Any]:
     """The merged settings of ``layers``."""
     return merge({}, *(layer.settings for layer in layers))
 
@@ -146,7 +146,7 @@ class Resolver:
         cell, evaluation = self._cell(key), self._evaluation(key)
         train = None
         if cell.method is not None:
-            data = laid_together(self.training_layers(key, seed))
+            data = merged(self.training_layers(key, seed))
             train = validate(TrainConfig, data, self._where(key))
         at = {"resolution": evaluation.resolution, "guidance_scale": evaluation.guidance_scale}
         checkpoint = cell.checkpoint
@@ -207,7 +207,7 @@ class Resolver:
             raise UserError(f"{where}: seed: not a setting of a cell; use --seeds")
         layers.append(Layer("--seed", {"seed": seed}))
         if cell.budget is not None:
-            own = validate(TrainConfig, laid_together(layers), where)
+            own = validate(TrainConfig, merged(layers), where)
             layers.append(Layer("budget", self._within(cell.budget, own, where)))
         return layers
 
@@ -282,7 +282,7 @@ class Resolver:
 
     def _evaluation(self, key: str) -> EvaluationConfig:
         where, rewards = f"{self._where(key)}: evaluation", self.profile.rewards
-        data = laid_together(self.evaluation_layers(key))
+        data = merged(self.evaluation_layers(key))
         evaluation = validate(EvaluationConfig, data, where)
         diversity = evaluation.diversity
         if diversity is not None and diversity.features not in rewards:

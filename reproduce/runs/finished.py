@@ -111,7 +111,7 @@ def find_runs(parts: Iterable[str], results: Path) -> list[Run]:
     """
     folders = {folder.name: folder for folder in run_folders(results / "runs")}
     cells: dict[str, list[Path]] | None = None
-    found: dict[str, Run] = {}
+    chosen: dict[str, Run] = {}
     for part in parts:
         given = Path(part)
         if given.is_dir() and is_run(given):
@@ -124,10 +124,10 @@ def find_runs(parts: Iterable[str], results: Path) -> list[Run]:
             names = chosen_names(name_of(given, results), {*folders, *cells})
             runs = [_read(name, folders.get(name), cells.get(name, [])) for name in names]
         for run in runs:
-            if run.name in found:
+            if run.name in chosen:
                 raise UserError(f"run {run.name} is given twice")
-            found[run.name] = run
-    return list(found.values())
+            chosen[run.name] = run
+    return list(chosen.values())
 
 
 def _read(name: str, folder: Path | None, cells: list[Path]) -> Run:
@@ -155,9 +155,9 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
     manifest = read_manifest(folder) if settings is not None else None
     rows = tuple(read_metrics(folder / METRICS_FILE))
     places = [evaluation] if evaluation is not None else sorted((folder / EVALUATIONS).glob("*"))
-    scored = {place: found for place in places if (found := read_manifest(place)) is not None}
+    scored = {at: one for at in places if (one := read_manifest(at)) is not None}
     made = {folder: manifest} if manifest is not None else scored
-    provenance = next((_provenance(place, found) for place, found in made.items()), None)
+    provenance = next((_provenance(at, one) for at, one in made.items()), None)
     run = Run(
         name=folder.name,
         place=folder,
@@ -168,7 +168,7 @@ def read_run(folder: Path, evaluation: Path | None = None) -> Run:
         provenance=provenance,
         finished=settings is None or manifest is not None,
     )
-    cells = tuple(_cell(run, place, found) for place, found in scored.items())
+    cells = tuple(_cell(run, at, one) for at, one in scored.items())
     return replace(run, cells=cells)
 
 
@@ -206,7 +206,7 @@ def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
     made = run.provenance or scored
     with reporting_damage(evaluation / MANIFEST):
         inputs = manifest["inputs"]
-        asked = inputs["protocol"]
+        protocol = inputs["protocol"]
         method = run.name.split("-")[0] if settings is None else settings["method"]["name"]
         info = CellInfo(
             row=method,
@@ -214,10 +214,10 @@ def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
             train_rewards=() if settings is None else tuple(settings["rewards"]),
             seed=None if settings is None else settings["seed"],
             protocol=Protocol(
-                name=f"{asked['split']}, {asked['grid']['steps']} steps",
+                name=f"{protocol['split']}, {protocol['grid']['steps']} steps",
                 hash=protocol_hash(inputs),
-                diversity=asked.get("diversity"),
-                drift=asked.get("drift"),
+                diversity=protocol.get("diversity"),
+                drift=protocol.get("drift"),
             ),
             runs={"train": run.name, "evaluation": evaluation.name},
             checkpoint_iteration=None if run.cost is None else run.cost.iterations,

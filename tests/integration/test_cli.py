@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from command_line import g2rpo, g2rpo_here, small_profile_data, write_small_profile
+from command_line import g2rpo_here, small_profile_data, write_small_profile
 from PIL import Image
 
 from benchmarks.evaluation.results import load_cells
@@ -134,15 +134,17 @@ def test_stage_by_stage_finds_the_same_run(
     assert _stamps(finished) == before
 
 
-def test_a_failed_cell_leaves_a_marked_gap_and_the_others(finished: Path, tmp_path: Path) -> None:
+def test_a_failed_cell_leaves_a_marked_gap_and_the_others(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(finished.parents[1], tmp_path, dirs_exist_ok=True)
     table = yaml.safe_load(yaml.safe_dump(TABLE))
     table["cells"]["hps/mix_grpo"]["set"] = {"optimization": {"learning_rate": 1e30}}
     (tmp_path / "failing.yaml").write_text(yaml.safe_dump(table))
-    done = g2rpo(tmp_path, "reproduce", "failing.yaml", "--profile", "small.yaml")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "1 of 3 cells failed" in done.stderr
+    assert g2rpo_here(tmp_path, "reproduce", "failing.yaml", "--profile", "small.yaml") == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert "1 of 3 cells failed" in errors
     output = tmp_path / "results" / "runs" / "smoke" / "two_rows"
     text = (output / "two_rows.md").read_text()
     assert "not finite" in text or "differs" in text
