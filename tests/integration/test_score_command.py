@@ -193,7 +193,7 @@ def test_mistakes_are_one_line(
     for arguments, message in (
         ([tmp_path / "nowhere", *options, "hps"], "no such folder of images or manifest"),
         (["nowhere", "--profile", "mini"], "no such folder of images or manifest"),
-        (["", "--profile", "mini"], "the source is empty"),
+        (["", "--profile", "mini"], "SOURCE is empty"),
         ([gallery, *options, "hsp"], "did you mean 'hps'"),
         ([gallery, *options, "hps"], "--prompts"),
     ):
@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(
     assert "two.png" in errors
     (tmp_path / "file").write_text("in the way")
     for changes, message in (
-        (["-s", "pick_score=logit"], "not scored"),
+        (["-s", "pick_score=logit"], "not among the rewards"),
         (["-s", "attributes=logit"], "expected a setting of the reward"),
         (["-s", "attributes.model=hps"], "expected a setting of the reward"),
         (["-s", "attributes.batch_sise=3"], "batch_size"),
@@ -239,7 +239,7 @@ def test_mistakes_are_one_line(
         assert message in errors.strip().splitlines()[-1]
     code, _, errors = run_here(monkeypatch, capsys, "table1", "base", "--rewards", "hps")
     assert code == 2
-    assert "--rewards is for a folder" in errors
+    assert "--rewards applies to a folder" in errors
     code, printed, errors = run_here(
         monkeypatch, capsys, broken, *options, "attributes", "--skip-bad"
     )

@@ -81,7 +81,7 @@ def test_a_run_is_named_by_its_folder_too_and_a_path_is_not_taken_for_a_name(res
         (found,) = find_runs([str(given)], where)
         assert found.name == folder.name and found.seed == 1
     for parts, told in (
-        ([str(folder), "g2rpo-hps-seed1"], "named twice"),
+        ([str(folder), "g2rpo-hps-seed1"], "given twice"),
         ([str(results / "elsewhere" / folder.name)], "no such run"),
         ([str(results / "runs")], "not a run folder"),
     ):
