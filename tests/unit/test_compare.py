@@ -216,7 +216,7 @@ def test_the_command_prints_scores_settings_and_cost(results: Path) -> None:
     assert any(line[:2] == ["method.name", "mix_grpo"] for line in lines)
 
 
-@pytest.mark.parametrize("width", [20, 80, 0])
+@pytest.mark.parametrize("width", [20, 0])
 @pytest.mark.parametrize(
     "arguments", [["compare", "mix*", "g2rpo*", "base"], ["runs"]], ids=lambda a: a[0]
 )

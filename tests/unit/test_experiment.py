@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import small_profile_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,7 +177,8 @@ def test_flux_tiny_takes_the_path_of_flux_on_the_cpu() -> None:
     assert tiny.training["execution"]["sharding"] == flux.training["execution"]["sharding"]
 
 
-def test_what_a_run_has_not_leaves_its_name(local: Profile) -> None:
+def test_what_a_run_has_not_leaves_its_name(smoke_assets: Path) -> None:
+    local = Profile.model_validate(small_profile_data(smoke_assets))
     plain = name_of(local)
     for setting in (
         {"lora": None}, {"approximate_rollout": None}, {"optimization": {"optimizer": "adamw"}},
@@ -226,22 +228,17 @@ def test_a_reward_that_is_not_registered_is_told_where_it_is_trained_on() -> Non
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture
-def local(smoke_assets: Path, tmp_path: Path) -> Profile:
-    """The smoke profile on a copy of the tiny models, so that a test may change them."""
-    shutil.copytree(smoke_assets, tmp_path / "assets")
-    data = yaml.safe_load((HERE / "profiles" / "smoke.yaml").read_text())
-    text = yaml.safe_dump(data).replace("results/runs/assets/smoke", str(tmp_path / "assets"))
-    return Profile.model_validate(yaml.safe_load(text))
-
-
 def name_of(profile: Profile, **changes: Any) -> str:
     cell = resolve(load_experiment("table1"), profile, "hps/g2rpo", 1, merge({}, changes))
     provenance._folder_hash.cache_clear()
     return runs.train_run_name(trained(cell))
 
 
-def test_the_run_name_depends_on_what_determines_the_weights(local: Profile) -> None:
+def test_the_run_name_depends_on_what_determines_the_weights(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(smoke_assets, tmp_path / "assets")
+    local = Profile.model_validate(small_profile_data(tmp_path / "assets"))
     name = name_of(local)
     assert name == name_of(local)
     assert name == name_of(local, execution={"rollout_micro_batch": 3, "device": "cpu"})
@@ -254,18 +251,13 @@ def test_the_run_name_depends_on_what_determines_the_weights(local: Profile) -> 
     assert name != name_of(local)
     prompts.write_text(lines)
     assert name == name_of(local)
-    config = Path(local.policy.source) / "transformer" / "config.json"
-    config.write_text(config.read_text() + " ")
-    assert name != name_of(local)
-
-
-def test_the_run_name_does_not_depend_on_where_the_files_lie(
-    local: Profile, tmp_path: Path
-) -> None:
-    name = name_of(local)
     (tmp_path / "assets").rename(tmp_path / "moved")
     text = local.model_dump_json().replace(str(tmp_path / "assets"), str(tmp_path / "moved"))
-    assert name == name_of(Profile.model_validate_json(text))
+    moved = Profile.model_validate_json(text)
+    assert name == name_of(moved)
+    config = Path(moved.policy.source) / "transformer" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert name != name_of(moved)
 
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:

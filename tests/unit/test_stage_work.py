@@ -62,19 +62,6 @@ def test_every_bundled_cell_survives_being_written(profile: str, tmp_path: Path)
     assert count > 60
 
 
-def test_the_order_of_rewards_is_kept() -> None:
-    profile = load_profile("mini")
-    experiment = load_experiment("table1")
-    key = next(key for key, cell in experiment.cells.items() if len(cell.train) > 1)
-    cell = next(cell for cell in expand(experiment, profile, (1,)) if cell.key == key)
-    assert cell.train is not None
-    turned = dict(reversed(list(cell.train.rewards.items())))
-    other = cell.train.model_copy(update={"rewards": turned})
-    found = written_and_read(cell.model_copy(update={"train": other}), profile).train
-    assert found is not None
-    assert list(found.rewards) == list(turned) != list(cell.train.rewards)
-
-
 def test_a_submission_s_inputs_are_what_was_planned(tmp_path: Path) -> None:
     profile, experiment = load_profile("mini"), load_experiment("table1")
     cells = expand(experiment, profile, (1, 2))
