@@ -10,7 +10,6 @@ import typer
 from g2rpo.checksums import hashing_up_to
 from g2rpo.config import parse_overrides
 from g2rpo.errors import UserError
-from g2rpo.yaml_text import parse_yaml
 from reproduce.bundled import bundled_names
 
 if TYPE_CHECKING:
@@ -72,17 +71,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """The seeds of ``1,2,3``.
 
     Raises:
-        UserError: not integers, negative, or repeated.
+        UserError: not non-negative integers, or repeated.
     """
-    try:
-        seeds = tuple(parse_yaml(part) for part in text.split(","))
-    except ValueError:
-        seeds = ()
-    if not seeds or any(type(seed) is not int for seed in seeds):
-        raise UserError(f"--seeds {text!r}: expected integers, e.g. 1,2,3")
-    if min(seeds) < 0:
-        raise UserError(f"--seeds {text!r}: seeds must not be negative")
-    if len(set(seeds)) != len(seeds):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise UserError(f"--seeds {text!r}: expected non-negative integers, e.g. 1,2,3")
+    seeds = tuple(map(int, parts))
+    if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text!r}: repeated seed")
     return seeds
 
