@@ -155,11 +155,10 @@ def test_shares_that_a_kill_left_unmerged_are_merged_by_the_table(
     def killed(*_: Any) -> None:
         raise RuntimeError("killed")
 
-    for function in ("prune_images", "shutil.rmtree"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"reproduce.stages.scoring.{function}", killed)
-            with pytest.raises(RuntimeError, match="killed"):
-                Score(layout, cell, Share(0, 2)).finish()
+    with monkeypatch.context() as patch:
+        patch.setattr("reproduce.stages.scoring.prune_images", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            Score(layout, cell, Share(0, 2)).finish()
     finished, gaps = gather(cells, layout)
     assert [one.info.row for one in finished] == ["hps/mix_grpo"]
     assert [(gap.row, gap.reason) for gap in gaps] == [("base", "sample has not run")]
@@ -167,7 +166,12 @@ def test_shares_that_a_kill_left_unmerged_are_merged_by_the_table(
     again, _ = gather(cells, layout)
     written = load_cells(layout.experiment("smoke", "t") / "cells")
     assert [one.info for one in again] == [one.info for one in written]
-    evaluate(base, layout, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("reproduce.stages.scoring.shutil.rmtree", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            evaluate(base, layout, 2)
+    assert Score(layout, base, Share(0, 2)).finish()
+    shutil.rmtree(layout.evaluation(base) / "shares")  # left behind, and no longer needed
     same_as_whole(base, runs, trained)
 
 
