@@ -33,8 +33,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 RUN, RESULTS, INPUTS = "Run experiments", "Look at results", "Weights, prompts and this machine"
 COMMANDS = {
     RUN: (
-        demo.demo, run.reproduce, run.plan, config.config, stages.train, stages.sample, stages.score,
-        embed.embed,
+        demo.demo, run.reproduce, run.plan, config.config, stages.train, stages.sample,
+        stages.score, embed.embed,
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),
     RESULTS: (runs.runs, compare.compare, render.render, report.report, export.export),
