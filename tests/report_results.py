@@ -20,7 +20,7 @@ from reproduce.experiment import Profile, load_experiment, load_profile, resolve
 from reproduce.experiment.fingerprint import evaluation_inputs, protocol_hash
 from reproduce.experiment.layout import Layout
 from reproduce.report.chapter import Chapter, load_chapter
-from reproduce.stages.evaluation import preview_scores
+from reproduce.stages.evaluation_files import preview_scores
 
 SEEDS = (1, 2, 3)
 ITERATIONS = 6

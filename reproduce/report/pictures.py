@@ -24,7 +24,7 @@ from reproduce.experiment.table import RowSpec
 from reproduce.report.chapter import Chapter
 from reproduce.runs.finished import read_frame
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, read_scored
-from reproduce.stages.evaluation import preview_scores
+from reproduce.stages.evaluation_files import preview_scores
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from g2rpo.policy.flux import HybridSampling
 from g2rpo.training.checkpoint.load import load_trained
 from reproduce.runs.folders import IMAGES, MANIFEST, listed
 from reproduce.stages import embedding
-from reproduce.stages.evaluation import EvaluationStage
+from reproduce.stages.evaluation_files import EvaluationStage
 from reproduce.stages.training import keep_image
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from g2rpo.rewards.registry import load_reward
 from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import fingerprint, reward_configs
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, write_manifest
-from reproduce.stages.evaluation import DIVERSITY, EvaluationStage, preview_scores
+from reproduce.stages.evaluation_files import DIVERSITY, EvaluationStage, preview_scores
 from reproduce.stages.sampling import device, write_frame
 
 logger = logging.getLogger(__name__)
