@@ -1,21 +1,22 @@
 """The embedding cache: what is written is what is read, whatever happens to process and disk."""
 
+import errno
 import logging
 import os
 import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tiny_flux import build_tiny_flux
 
 from g2rpo.checksums import hashing_up_to
+from g2rpo.data import embeddings
 from g2rpo.data.embeddings import CacheKey, EmbeddingCache, Rows, fill, prompts_per_shard
 from g2rpo.errors import UserError
 from g2rpo.policy import folder as policy_folder
@@ -331,51 +332,39 @@ def test_damage_in_a_folder_that_cannot_be_written(
 # A full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def wide_rows(prompt: str) -> dict[str, torch.Tensor]:
-    return {"prompt_embeds": torch.full((8192,), float(len(prompt)))}
-
-
-def test_a_disk_that_is_too_small_is_told_before_anything_is_loaded(small_disk: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     recorder = Recorder()
     with pytest.raises(UserError, match=r"disk is full .*GB needed.* free some space") as caught:
-        fill(EmbeddingCache(small_disk), prompts_of(100), recorder, 32768)
+        fill(EmbeddingCache(tmp_path), prompts_of(100), recorder, 32768)
     assert "\n" not in str(caught.value)
     assert recorder.loads == 0
 
 
-def test_a_disk_that_fills_up_keeps_the_shards_before(small_disk: Path) -> None:
-    prompts = prompts_of(20)
-    count = 0
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O (os error 28)")],
+)
+def test_a_disk_that_fills_up_keeps_the_finished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save = embeddings.save_file
 
-    def encoder(prompt: str) -> dict[str, torch.Tensor]:
-        nonlocal count
-        count += 1
-        if count == 11:  # another's file takes what the check before had found free
-            (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 40000))
-        return wide_rows(prompt)
+    def save_two(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        if len(shards(tmp_path)) == 2:
+            raise error
+        save(tensors, path, metadata)
 
+    cache = EmbeddingCache(tmp_path)
+    monkeypatch.setattr(embeddings, "save_file", save_two)
     with pytest.raises(UserError, match="disk is full") as caught:
-        fill(EmbeddingCache(small_disk), prompts, lambda _: encoder, 32768, 4)
+        fill(cache, prompts_of(20), Recorder(), PROMPT_BYTES, 4)
     assert "\n" not in str(caught.value)
-    cache = EmbeddingCache(small_disk)
-    assert cache.missing(prompts) == prompts[8:]
-    assert cache.read(prompts).keys() == set(prompts[:8])
-    assert not list(small_disk.glob(".*.tmp"))
-
-    (small_disk / "other").unlink()
-    assert fill(cache, prompts, lambda _: wide_rows, 32768, 4) == 12
-    assert cache.missing(prompts) == []
+    assert EmbeddingCache(tmp_path).missing(prompts_of(20)) == prompts_of(20)[8:]
+    assert not list(tmp_path.glob(".*.tmp"))
+    monkeypatch.undo()
+    assert fill(cache, prompts_of(20), Recorder(), PROMPT_BYTES, 4) == 12
+    assert_holds(cache, 20)

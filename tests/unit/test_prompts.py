@@ -107,6 +107,7 @@ def test_id_and_style_may_be_left_out(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', r"line 2: not valid JSON"),
         ("a.jsonl", '{"prompt": "x", "id": 3}\n', r"line 1: id must be a string"),
         ("a.jsonl", '{"prompt": "x", "styel": "3"}\n', r"unknown column 'styel'.*'style'"),
+        ("a.jsonl", '{"prompt": "x", "Prompt": "y"}\n', r"line 1: .*case or spaces"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": " "}\n', r"line 2: empty prompt"),
         (
             "a.jsonl",

@@ -88,33 +88,6 @@ def test_the_scale_is_the_templates() -> None:
     assert not well_formed(answer, 1, 5)
 
 
-scores = st.integers(10, 50).map(lambda tenths: tenths / 10)
-
-
-@st.composite
-def spelled(draw: st.DrawFn, aspect: str, value: float) -> str:
-    """One way to write that ``aspect`` has ``value``."""
-    name = draw(st.sampled_from([aspect, aspect.title(), aspect.upper()]))
-    word = draw(st.sampled_from(["", " Score", " score", "_score", " rating"]))
-    scale = draw(st.sampled_from(["", " (1-5)", " (1 to 5)", " (out of 5)"]))
-    mark = draw(st.sampled_from(["", "**", "_", "`"]))
-    colon = draw(st.sampled_from([":", ": ", " : ", " = ", ":\n", f"{mark}: "]))
-    number = draw(st.sampled_from([f"{value:g}", f"{value:.1f}", f"{value:.3f}"]))
-    top = draw(st.sampled_from(["", "/5", " / 5", " out of 5"]))
-    return f"{mark}{name}{word}{scale}{colon}{mark}{number}{top}{mark}"
-
-
-@given(st.data(), scores, scores, scores)
-def test_formatted_answers_round_trip(
-    data: st.DataObject, alignment: float, coherence: float, style: float
-) -> None:
-    written = Scores(alignment, coherence, style)
-    parts = [data.draw(spelled(a, v)) for a, v in zip(ASPECTS, written, strict=True)]
-    order = data.draw(st.permutations(parts))
-    between = data.draw(st.sampled_from(["\n", "\r\n", "\n\n- ", ", ", "; ", ".\n", " | "]))
-    assert read_scores(between.join(order), 1, 5) == written
-
-
 pieces = st.sampled_from(
     ["alignment", "Coherence", "style", " score", ":", "=", " ", "\n", "4", "5", ".", ",", "/",
      "-", "(", ")", "1-5", "nan", "*", "_"]
