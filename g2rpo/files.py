@@ -25,6 +25,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _set_default_mode(path: Path, mode: int) -> None:
+    """Gives a file or folder of :mod:`tempfile`, which is private, the default permissions."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
+
+
 _guards: list[Callable[[], None]] = []
 
 
@@ -74,10 +81,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-            # mkstemp creates private files; set the default permissions.
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            _set_default_mode(temporary, 0o666)
             check_publication()
             temporary.replace(path)
             _sync_folder(path.parent)
@@ -189,9 +193,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
     try:
         with _guards_first():
             _sync_tree(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o777 & ~umask)
+            _set_default_mode(temporary, 0o777)
             check_publication()
             if not path.is_dir():
                 path.unlink(missing_ok=True)
