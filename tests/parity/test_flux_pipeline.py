@@ -58,7 +58,7 @@ def noise_of(policy: FluxPolicy) -> Tensor:
 
 @torch.no_grad()
 def sample(policy: FluxPolicy, schedule: Schedule = "shifted") -> Tensor:
-    """Euler steps on a grid, the transformer told the exact time."""
+    """Euler steps on a grid, with exact timesteps."""
     config = GridConfig(steps=STEPS, schedule=schedule, timestep="exact")
     grid = build_grid(config, policy.image_tokens)
     conditioning = policy.encode(PROMPTS)

@@ -295,7 +295,7 @@ class TestLoading:
                 load(folder)
 
     @pytest.mark.parametrize(
-        ("model_type", "told"),
+        ("model_type", "message"),
         [
             ("qwen3_vl", "do not fit config"),
             ("bert", r"'bert'; .*question\.server"),
@@ -303,12 +303,12 @@ class TestLoading:
         ],
     )
     def test_another_architecture_is_refused(
-        self, folder: Path, tmp_path: Path, model_type: str | None, told: str
+        self, folder: Path, tmp_path: Path, model_type: str | None, message: str
     ) -> None:
         folder = Path(shutil.copytree(folder, tmp_path / "vlm"))
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             load(folder)
 
     def test_a_tokenizer_of_another_model_is_refused(self, folder: Path, tmp_path: Path) -> None:

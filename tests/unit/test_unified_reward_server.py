@@ -24,7 +24,7 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.rewards.unified_reward.reward import UnifiedReward
 
-MODEL, KEY = "judges/small", "sk-very-secret"
+MODEL, KEY = "raters/small", "sk-very-secret"
 SOON = {"Retry-After-Ms": "1"}
 
 
@@ -58,7 +58,7 @@ class FakeServer:
         self.answer: Callable[[dict[str, Any], int], Reply] = lambda body, number: good()
         self.requests: list[dict[str, Any]] = []
         self.authorizations: list[str | None] = []
-        self.models: list[str] | None = [MODEL, "judges/large"]
+        self.models: list[str] | None = [MODEL, "raters/large"]
         self.now = self.most = 0
         self.lock = threading.Lock()
         outer = self
@@ -206,8 +206,8 @@ class TestProtocol:
         assert asyncio.run(cell_of_a_notebook())[0, 0] == 4
 
     def test_the_key_is_sent(self, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("JUDGE_KEY", KEY)
-        scores(load(server.url, api_key_env="JUDGE_KEY"))
+        monkeypatch.setenv("VLM_KEY", KEY)
+        scores(load(server.url, api_key_env="VLM_KEY"))
         assert server.authorizations == [f"Bearer {KEY}"]
 
 
@@ -276,9 +276,9 @@ class TestRefusals:
         server.answer = lambda body, number: Reply(401, f"bad key {KEY}")
         with pytest.raises(UserError, match=r"HTTP 401, .* name it in api_key_env"):
             scores(load(server.url))
-        monkeypatch.setenv("JUDGE_KEY", KEY)
-        with pytest.raises(UserError, match=r"the key in \$JUDGE_KEY was rejected") as caught:
-            scores(load(server.url, api_key_env="JUDGE_KEY"))
+        monkeypatch.setenv("VLM_KEY", KEY)
+        with pytest.raises(UserError, match=r"the key in \$VLM_KEY was rejected") as caught:
+            scores(load(server.url, api_key_env="VLM_KEY"))
         assert KEY not in str(caught.value)
         assert len(server.requests) == 2
 
@@ -286,11 +286,11 @@ class TestRefusals:
     def test_a_key_that_is_not_there(
         self, server: FakeServer, monkeypatch: pytest.MonkeyPatch, value: str | None
     ) -> None:
-        monkeypatch.delenv("JUDGE_KEY", raising=False)
+        monkeypatch.delenv("VLM_KEY", raising=False)
         if value is not None:
-            monkeypatch.setenv("JUDGE_KEY", value)
-        with pytest.raises(UserError, match=r"\$JUDGE_KEY"):
-            load(server.url, api_key_env="JUDGE_KEY")
+            monkeypatch.setenv("VLM_KEY", value)
+        with pytest.raises(UserError, match=r"\$VLM_KEY"):
+            load(server.url, api_key_env="VLM_KEY")
 
     def test_the_key_is_never_shown(
         self,
@@ -299,16 +299,16 @@ class TestRefusals:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         caplog.set_level("DEBUG")
-        monkeypatch.setenv("JUDGE_KEY", KEY)
+        monkeypatch.setenv("VLM_KEY", KEY)
         for status in (400, 503):
             server.answer = lambda body, number, s=status: Reply(s, f"with {KEY}: no", SOON)  # type: ignore[misc]
             with pytest.raises(UserError, match=rf"HTTP {status}: with \*\*\*: no") as caught:
-                scores(load(server.url, api_key_env="JUDGE_KEY", retries=1))
+                scores(load(server.url, api_key_env="VLM_KEY", retries=1))
             assert KEY not in repr(caught.value) + repr(caught.value.__context__) + caplog.text
 
     def test_a_model_that_is_not_served(self, server: FakeServer) -> None:
         with pytest.raises(
-            UserError, match="model 'other'; served models: judges/small, judges/large"
+            UserError, match="model 'other'; served models: raters/small, raters/large"
         ):
             scores(load(server.url, model="other"))
         assert len(server.requests) == 1
