@@ -115,26 +115,25 @@ def _entries(shard: Path, state: FileState | None) -> dict[str, Entry]:
 
 @functools.lru_cache(maxsize=4096)
 def _check(shard: Path, state: FileState | None) -> None:
-    """Compares all entries of a shard with their hashes, one at a time."""
-    for entry in _entries(shard, state).values():
-        _read_rows(shard, [entry])
+    """Compares all entries of a shard with their hashes."""
+    for _ in _read_rows(shard, _entries(shard, state).values()):
+        pass
 
 
-def _read_rows(shard: Path, entries: Sequence[Entry]) -> list[Rows]:
-    """The tensors of ``entries``, all of ``shard``, compared with their hashes."""
+def _read_rows(shard: Path, entries: Iterable[Entry]) -> Iterator[Rows]:
+    """The tensors of ``entries``, all of ``shard``, each compared with its hash."""
     try:
         with safe_open(shard, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            # Copied, so that the mapped file is not kept open.
-            rows: list[Rows] = [
-                {name: part[e.row : e.row + 1][0].clone() for name, part in slices.items()}
-                for e in entries
-            ]
+            for entry in entries:
+                here = slice(entry.row, entry.row + 1)
+                # Copied, so that the mapped file is not kept open.
+                rows = {name: part[here][0].clone() for name, part in slices.items()}
+                if rows_digest(rows) != entry.digest:
+                    raise DamagedShardError("does not hold what was written")
+                yield rows
     except (OSError, SafetensorError, RuntimeError, IndexError) as error:
         raise DamagedShardError(f"cannot be read ({reason(error)})") from None
-    if any(rows_digest(row) != e.digest for row, e in zip(rows, entries, strict=True)):
-        raise DamagedShardError("does not hold what was written")
-    return rows
 
 
 class EmbeddingCache:
@@ -218,7 +217,7 @@ class EmbeddingCache:
         rows: dict[str, Rows] = {}
         for shard, entries in self._by_shard(prompts).items():
             try:
-                rows |= zip(entries, _read_rows(shard, list(entries.values())), strict=True)
+                rows |= zip(entries, _read_rows(shard, entries.values()), strict=True)
             except DamagedShardError as error:
                 self._ignore(shard, error)
                 with suppress(OSError):
@@ -289,7 +288,6 @@ def _write_shard(folder: Path, rows: Mapping[str, Rows], origin: Mapping[str, st
     names = next(iter(rows.values()))
     tensors = {name: torch.stack([row[name] for row in rows.values()]) for name in names}
     digests = {prompt: rows_digest(row) for prompt, row in rows.items()}
-    # ASCII: prompts may hold halves of surrogate pairs.
     header = json.dumps({"entries": digests, "origin": dict(origin)})
     try:
         remove(shard)
