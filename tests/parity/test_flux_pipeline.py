@@ -13,12 +13,12 @@ from tiny_flux import build_tiny_flux
 from torch import Tensor
 
 from g2rpo.flow.schedule import GridConfig, build_grid
-from g2rpo.policy import Conditioning, FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy import FluxPolicy, PolicyConfig, export_pipeline
 
 PROMPTS = ["a red circle above a small blue square", "two green triangles"]
 RESOLUTION = 64
 LENGTH = 48
-GUIDANCE = 3.5
+GUIDANCE = 2.0
 STEPS = 6
 Schedule = Literal["shifted", "flux_dynamic"]
 
@@ -142,18 +142,6 @@ def test_same_image_on_the_pipelines_own_grid(policy: FluxPolicy, flux_folder: P
     assert np.abs(ours - unit_images(policy, sample(policy)).numpy()).max() > 1e-2
 
 
-def test_velocities_are_of_realistic_size(policy: FluxPolicy) -> None:
-    conditioning = policy.encode(PROMPTS)
-    latents = policy.pack(noise_of(policy))
-    with torch.no_grad():
-        velocity = policy.velocity(latents, torch.tensor([0.9, 0.4]), conditioning)
-        swapped = policy.velocity(latents, torch.tensor([0.9, 0.4]), conditioning.select([1, 0]))
-        later = policy.velocity(latents, torch.tensor([0.5, 0.1]), conditioning)
-    assert velocity.std() >= 0.5
-    assert (velocity - swapped).abs().max() > 0.01, "the prompt must matter"
-    assert (velocity - later).abs().max() > 0.01, "the time must matter"
-
-
 def test_decoded_bytes_are_those_of_a_saved_png(policy: FluxPolicy, pipeline: FluxPipeline) -> None:
     saved = []
     for image in pipeline_images(pipeline, policy, "pil"):
@@ -197,19 +185,6 @@ def test_without_guidance_embedding_the_pipeline_still_agrees(tmp_path: Path) ->
     theirs = np.stack(pipeline_images(load_pipeline(folder), policy, "np"))
     ours = unit_images(policy, sample(policy)).numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
-
-
-def test_guidance_reaches_the_transformer(policy: FluxPolicy, flux_folder: Path) -> None:
-    config = policy.config.model_copy(update={"guidance_scale": 1.0})
-    weaker = FluxPolicy.load(config, "cpu")
-    conditioning: Conditioning = policy.encode(PROMPTS)
-    latents = policy.pack(noise_of(policy))
-    time = torch.tensor([0.7, 0.7])
-    with torch.no_grad():
-        difference = policy.velocity(latents, time, conditioning) - weaker.velocity(
-            latents, time, conditioning
-        )
-    assert difference.abs().max() > 1e-3
 
 
 def test_bfloat16_bytes_follow_diffusers_rounding(flux_folder: Path, policy: FluxPolicy) -> None:

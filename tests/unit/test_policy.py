@@ -6,12 +6,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from g2rpo.config import validate
@@ -241,25 +238,6 @@ def test_conditioning_selects_and_joins() -> None:
 
 
 # Latents
-
-
-@settings(max_examples=12, deadline=None)
-@given(batch=st.integers(0, 3), side=st.integers(1, 4), seed=st.integers(0, 2**16))
-def test_packing_is_inverted_and_keeps_patches(
-    flux_folder: Path, policy: FluxPolicy, batch: int, side: int, seed: int
-) -> None:
-    config = policy.config.model_copy(update={"resolution": 16 * side})
-    sized = FluxPolicy(config, flux_folder, policy.transformer, policy.vae)
-    assert sized.latent_shape == (16, 2 * side, 2 * side)
-    shape = (batch, *sized.latent_shape)
-    latents = torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
-    packed = sized.pack(latents)
-    assert packed.shape == (batch, side * side, 64)
-    assert torch.equal(sized.unpack(packed), latents)
-    for row in range(side):
-        for column in range(side):
-            patch = latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-            assert torch.equal(packed[:, row * side + column], patch.reshape(batch, 64))
 
 
 def test_velocity_does_not_depend_on_the_batch(policy: FluxPolicy) -> None:
