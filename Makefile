@@ -1,7 +1,7 @@
-# Targets are thin names for commands; every one that needs the environment sets it up first.
+# Short names for commands; targets that need .venv set it up first.
 # Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), DETACH=1 (return
-# once it is submitted), PUBLISH=1 (write tables to results/PROFILE), PYTHON (the interpreter of
-# .venv), IMAGE (the name of the image).
+# after submitting), PUBLISH=1 (write tables to results/PROFILE), PYTHON (the interpreter of .venv),
+# IMAGE (the image's name).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -20,11 +20,11 @@ READY := $(VENV)/.setup-done
 UV := .uv/bin/uv
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.setup-done
-# In the order in which they share trainings best.
+# In this order they share most trainings.
 STUDIES := table1 table2 table3 granularity eta fusion steps group equal-cost choices released-vs-matched credit
 PUBLISHED = $(if $(PUBLISH),--publish)
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
-# These scales read committed or freshly built weights only, so nothing may wait for a network.
+# These scales need no downloads, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 export IMAGE
 # The interpreter is the one found above, never a download.
@@ -37,12 +37,12 @@ export UV_PYTHON_DOWNLOADS := never
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-latex
 
-help: ## show this list
+help: ## list the targets
 	@echo "usage: make TARGET [PROFILE=...] [SEEDS=1,2,...]"
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)$$/\1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 		| while IFS='|' read -r name text; do printf '  %-29s %s\n' "$$name" "$$text"; done
 
-tuning: $(READY) ## the learning-rate trials behind the tuned settings (PROFILE=mini unless given)
+tuning: $(READY) ## run the learning-rate trials (PROFILE=mini by default)
 	$(OFFLINE) $(RUN)/g2rpo reproduce tuning --profile $(or $(PROFILE),mini) --seeds $(or $(SEEDS),101)
 
 setup: $(READY) ## install everything into .venv (a minute, 6 GB; TORCH_INDEX=URL for another build of torch)
@@ -70,36 +70,36 @@ else
 endif
 	@touch $@
 
-mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one seed, 2 CPU cores)
+mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one seed, 2 CPU cores, 7 minutes)
 	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile mini $(CHOICES)
 
-smoke: $(READY) ## the whole path on tiny random models, two minutes at most
+smoke: $(READY) ## run the whole pipeline on tiny random models (2 minutes)
 	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile smoke $(CHOICES)
 
-# In the order of their folders: by xdist's own, files with few but slow tests are left for the end.
-test: $(READY) ## run all tests, in two processes, and list the slowest
+# In the order of their folders: xdist's own order leaves files with few but slow tests for the end.
+test: $(READY) ## run the tests in two processes and list the slowest
 	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		--durations 20
 
 check-mini: $(READY) ## train, sample and score a committed cell of Table 1 again and compare (3 minutes)
 	$(OFFLINE) $(RUN)/python -m pytest -m mini tests/integration/test_mini_cell.py
 
-test-slurm: $(READY) ## the tests on a real SLURM cluster, in about ten minutes (root and Debian)
+test-slurm: $(READY) ## run the tests that need a SLURM cluster (10 minutes; root, Debian)
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm'
 
-test-slurm-core: $(READY) ## those of them that every change must pass, in four minutes
+test-slurm-core: $(READY) ## run the most important of them (4 minutes)
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm and core'
 
-test-latex: $(READY) ## compile every table with a real LaTeX, installed where it is missing (root and Debian)
+test-latex: $(READY) ## compile every table with LaTeX, installing it if needed (root, Debian)
 	PYTHON=$(RUN)/python tests/latex/run.sh
 
-test-browser: $(READY) ## the report in a headless Chromium (installs it on Debian as root); screenshots in build/
+test-browser: $(READY) ## test the report in headless Chromium, installing it if needed (root, Debian); screenshots in build/
 	PYTHON=$(RUN)/python tests/browser/run.sh
 
-slurm-up: ## bring up a SLURM cluster of two nodes on this machine (root and Debian)
+slurm-up: ## start a SLURM cluster of two nodes on this machine (root, Debian)
 	tests/slurm/cluster/up.sh
 
-slurm-down: ## take that cluster down
+slurm-down: ## stop that cluster
 	tests/slurm/cluster/down.sh
 
 lint: $(READY) ## check style, formatting, types and import layers
@@ -133,54 +133,54 @@ audit: $(UV) ## look up known vulnerabilities of the locked packages
 image: ## build the container image (IMAGE=g2rpo, BASE_IMAGE=...) with docker, podman or buildah
 	docker/build-image.sh $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE))
 
-sif: ## turn the image into build/g2rpo.sif for Apptainer
+sif: ## convert the image to build/g2rpo.sif for Apptainer
 	docker/build-sif.sh
 
-check-image: ## build the image on a Debian base and use it (root, no Docker engine needed; minutes, 20 GB)
+check-image: ## build and test the image on bare Debian, without a Docker engine (root; 20 GB)
 	docker/check-image.sh
 
 mini-world: $(READY) ## rebuild the mini world from its seed (about two hours)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world
 
-reproduce-table1: $(READY) ## the paper's Table 1, methods against each other (PROFILE=flux unless given)
-reproduce-table2: $(READY) ## the paper's Table 2, sets of granularities (PROFILE=flux unless given)
-reproduce-table3: $(READY) ## the paper's Table 3, inference steps (PROFILE=flux unless given)
-reproduce-released: $(READY) ## published checkpoints, sampled and scored, no training (PROFILE=flux unless given)
+reproduce-table1: $(READY) ## Table 1 of the paper: methods compared (PROFILE=flux by default)
+reproduce-table2: $(READY) ## Table 2 of the paper: sets of granularities (PROFILE=flux by default)
+reproduce-table3: $(READY) ## Table 3 of the paper: inference steps (PROFILE=flux by default)
+reproduce-released: $(READY) ## sample and score the published checkpoints, without training (PROFILE=flux by default)
 reproduce-steps: $(READY) ## study: which steps are stochastic
 reproduce-eta: $(READY) ## study: the noise level
-reproduce-fusion: $(READY) ## study: how the granularities become one advantage
+reproduce-fusion: $(READY) ## study: how granularities become one advantage
 reproduce-granularity: $(READY) ## study: further sets of granularities
 reproduce-group: $(READY) ## study: the group size
-reproduce-credit: $(READY) ## study: what a step's noise does to the reward, how clear its gradient is
-reproduce-equal-cost: $(READY) ## study: every method stopped at the same evaluations, or device-seconds
-reproduce-choices: $(READY) ## study: single choices of the methods' own codes
+reproduce-credit: $(READY) ## study: reward variance and gradient signal of each step
+reproduce-equal-cost: $(READY) ## study: all methods at equal NFE or device-seconds
+reproduce-choices: $(READY) ## study: one setting changed at a time
 reproduce-released-vs-matched: $(READY) ## study: each method's own settings against matched ones
 $(STUDIES:%=reproduce-%) reproduce-released:
 	$(RUN)/g2rpo reproduce $(@:reproduce-%=%) --profile $(or $(PROFILE),flux) $(CHOICES) $(PUBLISHED) \
 		$(if $(DETACH),--detach)
 
-# One after the other, whatever MAKEFLAGS say: they share trainings. A failed one stops no other.
-reproduce-all: $(READY) ## all tables and studies, one after the other (PROFILE=flux unless given)
+# Sequential even with -j, since they share trainings. A failure does not stop the others.
+reproduce-all: $(READY) ## run all tables and studies (PROFILE=flux by default)
 	@failed=; for study in $(STUDIES); do \
 		echo "== $$study"; \
 		$(MAKE) --no-print-directory reproduce-$$study || failed="$$failed $$study"; \
 	done; \
-	if [ -n "$$failed" ]; then echo "error: not finished:$$failed; run it again" >&2; exit 2; fi
+	if [ -n "$$failed" ]; then echo "error: not finished:$$failed; run the same command to resume" >&2; exit 2; fi
 
-plan: $(READY) ## what a table takes before it is run (TABLE=table1, PROFILE=flux, CLUSTER=auto unless given)
+plan: $(READY) ## show what a table costs (TABLE=table1, PROFILE=flux, CLUSTER=auto by default)
 	$(RUN)/g2rpo plan $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES)
 
-submit: $(READY) ## submit a table and return (TABLE=, PROFILE=, CLUSTER= as for plan)
+submit: $(READY) ## submit a table and return (variables as for plan)
 	$(RUN)/g2rpo reproduce $(or $(TABLE),table1) --profile $(or $(PROFILE),flux) $(CHOICES) --detach
 
-status: $(READY) ## where the stages of the latest submission stand
+status: $(READY) ## show the stages of the latest submission
 	$(RUN)/g2rpo status
 
-report: $(READY) ## one HTML page of all that is finished (PROFILE=mini unless given; TABLE=, SEEDS=, PUBLISH=1)
+report: $(READY) ## write one HTML page of everything finished (PROFILE=mini by default; TABLE=, SEEDS=, PUBLISH=1)
 	$(OFFLINE) $(RUN)/g2rpo report $(TABLE) --profile $(or $(PROFILE),mini) \
 		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(PUBLISH),--publish)
 
-check: $(READY) ## can this machine run the suite; with CLUSTER=, does the cluster fit (PROFILE=mini unless given)
+check: $(READY) ## check this machine, or with CLUSTER= a cluster (PROFILE=mini by default)
 	$(RUN)/g2rpo check $(if $(CLUSTER),cluster --cluster $(CLUSTER) --profile $(or $(PROFILE),mini),machine)
 
 bench-speed: $(READY) ## time one iteration: released code against ours (FLUX size on a GPU, else the mini world)
@@ -192,7 +192,7 @@ bench-numerics: $(READY) ## deviation of the ratio from 1 before an update, at F
 bench-approximations: $(READY) ## effect of approximate continuations on the mini world (about an hour)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.approximations
 
-clean: ## remove caches and build products; .venv and results/ stay
+clean: ## remove caches and build products, but not .venv and results/
 	rm -rf build dist .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . \( -name .venv -o -name .git -o -name results \) -prune -o -name __pycache__ -print0 \
 		| xargs -0 rm -rf

@@ -6,7 +6,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def default(value: object) -> str:
     return f"`{cell(text)}`"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """The lines of a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]

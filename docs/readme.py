@@ -32,7 +32,7 @@ def rows() -> list[dict[str, Any]]:
 
 def mean(row: dict[str, Any], *names: str) -> float:
     """The mean of a row's scores."""
-    return sum(row["scores"][name]["mean"] for name in names) / len(names)
+    return float(sum(row["scores"][name]["mean"] for name in names)) / len(names)
 
 
 def markdown() -> str:
