@@ -1,6 +1,7 @@
 """Generates the reference pages for `make docs`: command line and configuration."""
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -118,30 +119,44 @@ def shown(annotation: Any) -> str:
         return f"{getattr(origin, '__name__', origin)} of {', '.join(parts)}"
     name = getattr(annotation, "__name__", str(annotation))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[{name}](#{name.lower()})"
+        anchor = re.sub(r"[^\w -]", "", heading(annotation).lower()).replace(" ", "-")
+        return f"[{name}](#{anchor})"
     return {"NoneType": "null", "str": "text", "bool": "boolean"}.get(name, cell(name))
+
+
+def heading(model: type[BaseModel]) -> str:
+    """The heading of a model's section; models of one name are told apart by their package."""
+    if model is Method:
+        return "Methods"
+    same = [one for one in found(*(root for roots in ROOTS.values() for root in roots))
+            if one.__name__ == model.__name__]  # fmt: skip
+    package = model.__module__.rpartition(".")[0]
+    return model.__name__ if len(same) == 1 else f"{model.__name__} of {package}"
+
+
+@functools.cache
+def found(*roots: type[BaseModel]) -> tuple[type[BaseModel], ...]:
+    """The models that ``roots`` are made of, each once; methods have their own section."""
+    queue = list(roots)
+    taken: list[type[BaseModel]] = []
+    while queue:
+        model = queue.pop(0)
+        if model not in (*taken, Method):
+            taken.append(model)
+            queue += [one for f in model.model_fields.values() for one in models(f.annotation)]
+    return tuple(taken)
 
 
 def config_page() -> str:
     """One section per model, each linked from the field that holds it."""
     lines = ["# Configuration", "", INTRODUCTION, ""]
-    taken: set[type[BaseModel]] = {Method, BaseModel}
+    done: set[type[BaseModel]] = set()
     for title, roots in ROOTS.items():
         lines += [f"## {title}", ""]
-        queue = list(roots)
-        while queue:
-            model = queue.pop(0)
-            if model in taken:
-                continue
-            taken.add(model)
-            lines += section(model)
-            queue += [found for f in model.model_fields.values() for found in models(f.annotation)]
-    known = {model.__name__.lower() for model in taken}
-    return re.sub(
-        r"\[(\w+)\]\(#(\w+)\)",
-        lambda m: m[0] if m[2] in known - {"method"} else m[1],
-        "\n".join(lines),
-    )
+        for model in found(*roots):
+            lines += [] if model in done else section(model)
+            done.add(model)
+    return "\n".join(lines)
 
 
 def section(model: type[BaseModel]) -> list[str]:
@@ -150,7 +165,7 @@ def section(model: type[BaseModel]) -> list[str]:
     rows = [row(name, field, texts.get(name, "")) for name, field in model.model_fields.items()]
     summary = (inspect.getdoc(model) or "").split("\n\n")[0]
     head = ("key", "type", "default", "description")
-    return [f"### {model.__name__}", "", summary, "", *(table(head, rows) if rows else [])]
+    return [f"### {heading(model)}", "", summary, "", *(table(head, rows) if rows else [])]
 
 
 def row(name: str, field: FieldInfo, text: str) -> tuple[str, str, str, str]:

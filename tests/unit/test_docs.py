@@ -220,7 +220,7 @@ def test_the_generated_reference_has_every_command_and_key() -> None:
     for name, annotation in TrainConfig.model_fields.items():
         assert f"| `{name}` |" in config
         for model in models(annotation.annotation):
-            assert model is Method or f"\n### {model.__name__}\n" in config
+            assert model is Method or f"\n### {model.__name__}" in config
     assert re.search(r"^\| `clip_range` \| float \| `0.0001` \| The ratio is clipped", config, re.M)
 
 
