@@ -125,17 +125,17 @@ def shown(annotation: Any) -> str:
 
 
 def heading(model: type[BaseModel]) -> str:
-    """The heading of a model's section; models of one name are told apart by their package."""
+    """The heading of a model's section; models with the same name also show their package."""
     if model is Method:
         return "Methods"
-    same = [one for one in found(*(root for roots in ROOTS.values() for root in roots))
+    same = [one for one in reachable(*(root for roots in ROOTS.values() for root in roots))
             if one.__name__ == model.__name__]  # fmt: skip
     package = model.__module__.rpartition(".")[0]
     return model.__name__ if len(same) == 1 else f"{model.__name__} of {package}"
 
 
 @functools.cache
-def found(*roots: type[BaseModel]) -> tuple[type[BaseModel], ...]:
+def reachable(*roots: type[BaseModel]) -> tuple[type[BaseModel], ...]:
     """The models that ``roots`` are made of, each once; methods have their own section."""
     queue = list(roots)
     taken: list[type[BaseModel]] = []
@@ -153,7 +153,7 @@ def config_page() -> str:
     done: set[type[BaseModel]] = set()
     for title, roots in ROOTS.items():
         lines += [f"## {title}", ""]
-        for model in found(*roots):
+        for model in reachable(*roots):
             lines += [] if model in done else section(model)
             done.add(model)
     return "\n".join(lines)
