@@ -1,5 +1,5 @@
-"""Where work runs: graphs of stages on SLURM through submitit, or on this machine.
+"""Runs graphs of stages: on SLURM through submitit, or on this machine.
 
-Nothing here knows what a stage does: it is a name, what it needs, and a payload that the entry
-point named in the submission understands.
+This package does not know what a stage does: a stage is a name, its dependencies, and a payload for
+the entry point named in the submission.
 """

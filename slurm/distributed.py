@@ -1,7 +1,7 @@
-"""The ranks of one stage find each other: torch.distributed from submitit's environment.
+"""Joins the ranks of a stage through torch.distributed, from submitit's environment.
 
-What cannot work is told at once: torch itself waits for minutes where a host name does not resolve.
-When one rank leaves with an error, srun (or the local launcher) ends the others.
+Unresolvable host names and used ports are reported at once; torch itself would wait for minutes.
+If one rank fails, srun (or the local launcher) ends the others.
 """
 
 import logging
@@ -17,16 +17,16 @@ from typing import NoReturn
 from g2rpo.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: as long as the first one validates or saves alone."""
+"""How long a rank waits for the others, e.g. while the first one validates or saves alone."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its stage.
+    """The rank of this process and the number of ranks of its stage.
 
     Attributes:
-        rank: its number.
-        count: how many there are.
+        rank: from 0.
+        count: number of ranks.
     """
 
     rank: int = 0
@@ -34,26 +34,28 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes what there is one of."""
+        """Whether this is rank 0, which writes shared files."""
         return self.rank == 0
 
     def agree(self, message: str | None) -> str | None:
         """The first rank's ``message``, on all ranks."""
         if self.count == 1:
             return message
-        from accelerate.utils import broadcast_object_list  # takes seconds; one rank needs none
+        from accelerate.utils import (
+            broadcast_object_list,
+        )  # slow to import; one rank does not need it
 
-        found: list[str | None] = broadcast_object_list([message])
-        return found[0]
+        received: list[str | None] = broadcast_object_list([message])
+        return received[0]
 
 
 @contextmanager
 def join(expected: int) -> Iterator[Ranks]:
-    """Joins the process group of the stage, where it has several ranks, and leaves it again.
+    """Joins the process group of a stage with several ranks; leaves it on exit.
 
     Raises:
-        UserError: the ranks that were started are not those the stage needs, the first node's
-            name does not resolve, or its port is in use or not open in time.
+        UserError: wrong number of ranks, the first node's name does not resolve, or its port cannot
+            be opened.
     """
     if expected == 1:
         yield Ranks()
@@ -62,10 +64,10 @@ def join(expected: int) -> Iterator[Ranks]:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if count != expected:
-        raise UserError(f"{count} ranks were started for a stage of {expected}; submit it again")
-    launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun has opened the port itself
-    check_meeting_point(address, port, first=rank == 0 and not launched)
-    import torch  # only now: a mistake above is told without the seconds that torch takes
+        raise UserError(f"the stage needs {expected} ranks, {count} were started; submit it again")
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun has already opened the port
+    check_master(address, port, first=rank == 0 and not launched)
+    import torch  # slow to import: errors above come first
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
@@ -91,36 +93,36 @@ def exit_rank(code: int) -> NoReturn:
 
 
 def _export() -> None:
-    """Rank, world size and meeting point, from SLURM through submitit or as given already."""
+    """Exports rank, world size and master address, from SLURM through submitit unless set."""
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         return
     from submitit.helpers import TorchDistributedEnvironment
 
-    # What the cluster profile sets goes before what submitit finds. Which GPU a rank takes is
-    # accelerate's choice, by LOCAL_RANK.
+    # The cluster profile's MASTER_ADDR overrides submitit's; accelerate picks the GPU by
+    # LOCAL_RANK.
     given = {name: os.environ[name] for name in ("MASTER_ADDR",) if name in os.environ}
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     os.environ.update(given)
 
 
-def check_meeting_point(address: str, port: int, *, first: bool) -> None:
-    """Refuses an address that does not resolve and a port that cannot be used.
+def check_master(address: str, port: int, *, first: bool) -> None:
+    """Checks that the first rank's address resolves and its port can be opened.
 
     Args:
         address: the host of the first rank.
-        port: the port that the first rank opens.
+        port: the port the first rank listens on.
         first: whether this is the first rank.
 
     Raises:
-        UserError: one line that names the address and what to do.
+        UserError: names the address and the fix.
     """
     try:
         socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise UserError(
-            f"{socket.gethostname()} does not resolve the first node's name {address!r} "
-            f"({error.strerror}), so the ranks cannot meet: set MASTER_ADDR to an address that "
-            "all nodes reach (environment: of the cluster profile)"
+            f"{socket.gethostname()} cannot resolve the first node's name {address!r} "
+            f"({error.strerror}); set MASTER_ADDR under environment: in the cluster profile to an "
+            "address that all nodes can reach"
         ) from None
     if not first:
         return
@@ -130,7 +132,6 @@ def check_meeting_point(address: str, port: int, *, first: bool) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"port {port} of {socket.gethostname()} cannot be opened ({error.strerror}), so "
-                "the ranks cannot meet: set MASTER_PORT to a free one (environment: of the "
-                "cluster profile)"
+                f"cannot open port {port} on {socket.gethostname()} ({error.strerror}); set "
+                "MASTER_PORT under environment: in the cluster profile to a free port"
             ) from None

@@ -1,36 +1,38 @@
-"""The flags of sbatch: what a profile's ``extra`` may hold, and which keys stand for the others."""
+"""sbatch flags that a profile's ``extra`` may not set, and the key to use instead."""
 
 import re
 from collections.abc import Mapping
 
 FlagValue = str | int | bool
 
-_EACH_JOB = "the launcher sets it for each job; leave it out"
+_EACH_JOB = "the launcher sets it for each job; remove it"
 _GPUS = "set gpus_per_node, gpu_flag and gpu_type"
-_TASKS = "set gpus_per_node and tasks_per_node; a profile's hardware has the ranks"
-_MEMORY = "set memory_gb_per_task"
-_CPUS = "set cpus_per_task"
-_REQUEUE = "jobs are requeued until they are done; max_restarts limits how often"
-_ANSWER = "sbatch would not answer with the id of a job that runs; leave it out"
+_TASKS = "set gpus_per_node and tasks_per_node; the number of ranks is in a profile's hardware"
+_NODES = "every single-node job would take all of them; use exclude, constraint or reservation"
 OWN: Mapping[str, str] = {
     **dict.fromkeys(
         ("array", "comment", "dependency", "error", "input", "job-name", "kill-on-invalid-dep",
          "open-mode", "output"), _EACH_JOB
     ),
     **dict.fromkeys(
-        ("clusters", "help", "parsable", "quiet", "test-only", "usage", "version", "wait"), _ANSWER
+        ("clusters", "help", "parsable", "quiet", "test-only", "usage", "version", "wait"),
+        "it changes how sbatch answers; remove it",
     ),
-    **dict.fromkeys(("chdir", "wrap"), "jobs run the launcher's own script where it was started"),
+    **dict.fromkeys(("chdir", "wrap"), "jobs run the launcher's own script in its own folder"),
     **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node"), _TASKS),
     **dict.fromkeys(
         ("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "ntasks-per-gpu",
          "tres-per-task"), _GPUS
     ),
-    **dict.fromkeys(("mem", "mem-per-gpu"), _MEMORY),
-    **dict.fromkeys(("cpus-per-gpu", "cpus-per-task"), _CPUS),
-    **dict.fromkeys(("requeue", "no-requeue"), _REQUEUE),
+    **dict.fromkeys(("mem", "mem-per-gpu"), "set memory_gb_per_task"),
+    **dict.fromkeys(("cpus-per-gpu", "cpus-per-task"), "set cpus_per_task"),
+    **dict.fromkeys(
+        ("requeue", "no-requeue"), "jobs are requeued until done; set max_restarts to limit that"
+    ),
     **dict.fromkeys(("mail-type", "mail-user"), "set mail"),
-    **dict.fromkeys(("export", "export-file"), "set environment; a job has the submitter's too"),
+    **dict.fromkeys(
+        ("export", "export-file"), "set environment; jobs inherit the submitter's as well"
+    ),
     "time": "set minutes",
     "signal": "set signal_lead_seconds",
     "partition": "set partition and cpu_partition",
@@ -39,44 +41,24 @@ OWN: Mapping[str, str] = {
     "constraint": "set constraint",
     "exclusive": "set exclusive: true",
     "container": "set container",
-    "nodefile": "jobs of one node would take them all; use exclude, constraint or reservation",
+    "nodefile": _NODES,
 }  # fmt: skip
-"""What cannot be given in ``extra``, and what to do instead."""
-_PLAIN = frozenset({
-    "contiguous", "hold", "ignore-pbs", "overcommit", "reboot", "spread-job", "stepmgr",
-    "oversubscribe", "use-min-nodes", "verbose",
-})  # fmt: skip
-_EITHER = frozenset({
-    "get-user-env", "nice", "no-kill", "oom-kill-step", "propagate", "resv-ports",
-})  # fmt: skip
-_VALUED = frozenset({
-    "acctg-freq", "batch", "bb", "bbf", "begin", "cluster-constraint", "container-id", "core-spec",
-    "cores-per-socket", "cpu-freq", "deadline", "delay-boot", "distribution", "exclude", "extra",
-    "extra-node-info", "gid", "gpu-bind", "gpu-freq", "gres", "gres-flags", "hint", "licenses",
-    "mcs-label", "mem-bind", "mem-per-cpu", "mincpus", "network", "nodelist", "ntasks-per-core",
-    "ntasks-per-socket", "power", "prefer", "priority", "profile", "reservation", "segment",
-    "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time-min", "tmp", "uid",
-    "wait-all-nodes", "wckey",
-})  # fmt: skip
-"""Flags of sbatch (22.05 to 25.05) by whether they take a value."""
-KNOWN = frozenset(OWN) | _PLAIN | _EITHER | _VALUED
+"""By long name: what to do instead."""
 
 
 def refusal(name: str, value: FlagValue) -> str | None:
-    """Why a flag cannot stand in ``extra``, and what to do instead; None where it can.
+    """Why a flag is not allowed in ``extra``, and what to do instead; None if it is allowed.
+
+    Whether the flag exists and its value is valid is for sbatch to say.
 
     Args:
-        name: its long name, without the dashes in front.
+        name: its long name, without the leading dashes.
         value: as in the profile; true for a flag without a value.
     """
     if name in OWN:
         return OWN[name]
     if value is False or value == "":
-        return "leave it out, or give it a value"
-    if name in _PLAIN and value is not True:
-        return "it takes no value: write true"
-    if name in _VALUED and value is True:
-        return "it needs a value"
+        return "remove it, or give it a value"
     if name == "nodelist" and re.search(r"[,\[/]", str(value)):
-        return "jobs of one node would take them all; use exclude, constraint or reservation"
+        return _NODES
     return None

@@ -1,7 +1,7 @@
-"""A graph of stages: what each needs, what it runs on, and in which order."""
+"""A graph of stages: their dependencies, the devices they need, and their order."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -11,10 +11,10 @@ class Needs:
     """The devices that one stage runs on.
 
     Attributes:
-        ranks: processes, one per GPU where it has GPUs.
-        gpus: GPUs in all; 0 for a stage that runs on the CPU.
-        minutes: how long it is expected to take at most; None where that is not known.
-        memory_gb: main memory in all; None leaves it to the cluster profile.
+        ranks: processes, one per GPU if it has GPUs.
+        gpus: GPUs in total; 0 for a stage that runs on the CPU.
+        minutes: expected upper bound on the running time; None if unknown.
+        memory_gb: main memory in total, in GB; None leaves it to the cluster profile.
     """
 
     ranks: int = 1
@@ -25,19 +25,18 @@ class Needs:
 
 @dataclass(frozen=True)
 class Stage:
-    """One piece of work that is done whole or not at all, by one owner at a time.
+    """One unit of work: it completes as a whole or not at all, and has one owner at a time.
 
     Attributes:
         name: unique in the graph, and the same in every submission of the same work.
-        kind: what sort of work it is, e.g. ``train``.
-        label: what people call it, e.g. ``hps/g2rpo, seed 1``.
-        payload: what the entry point is given; JSON.
+        kind: the type of work, e.g. ``train``.
+        label: the name shown to users, e.g. ``hps/g2rpo, seed 1``.
+        payload: JSON for the entry point.
         needs: stages that must have succeeded before.
-        after: stages that must have ended before, whatever became of them.
+        after: stages that must have ended before, successfully or not.
         resources: the devices it runs on.
-        array: stages of one array job have the same; None for a job of its own.
-        lease: the folder of its lease, where its attempts and its progress are; a path that is
-            the same from everywhere.
+        array: shared by the stages of one array job; None for a job of its own.
+        lease: absolute path of its lease folder, which records its attempts and progress.
     """
 
     name: str
@@ -55,10 +54,10 @@ class Stage:
 
 
 class Graph:
-    """Stages by name, each after those that it depends on.
+    """Stages by name, each after its dependencies, otherwise in the order given.
 
     Raises:
-        ValueError: a name is there twice, a dependency is unknown, or they form a circle.
+        ValueError: duplicate name, unknown dependency, or dependency cycle.
     """
 
     def __init__(self, stages: Iterable[Stage]) -> None:
@@ -69,15 +68,17 @@ class Graph:
         for stage in listed:
             for other in (*stage.needs, *stage.after):
                 if other not in by_name:
-                    raise ValueError(f"{stage.name} depends on {other}, which is no stage")
+                    raise ValueError(f"{stage.name} depends on unknown stage {other}")
         sorter = TopologicalSorter({s.name: (*s.needs, *s.after) for s in listed})
         try:
-            order = list(sorter.static_order())
+            sorter.prepare()
         except CycleError as error:
-            raise ValueError(f"stages depend on each other: {error.args[1]}") from None
-        # Stable: among stages that could come next, as they were given.
-        rank = _depths(by_name, order)
-        self.stages = {s.name: s for s in sorted(listed, key=lambda stage: rank[stage.name])}
+            raise ValueError(f"dependency cycle: {' -> '.join(error.args[1])}") from None
+        position = {stage.name: index for index, stage in enumerate(listed)}
+        self.stages: dict[str, Stage] = {}
+        while ready := sorted(sorter.get_ready(), key=position.__getitem__):
+            self.stages |= {name: by_name[name] for name in ready}
+            sorter.done(*ready)
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -86,16 +87,14 @@ class Graph:
         return self.stages[name]
 
     def without(self, done: Iterable[str]) -> "Graph":
-        """The graph of what is left when the stages ``done`` have succeeded."""
+        """The graph that is left once the stages ``done`` have succeeded."""
         gone = set(done)
+
+        def left(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in names if name not in gone)
+
         return Graph(
-            Stage(
-                **{
-                    **vars(stage),
-                    "needs": tuple(name for name in stage.needs if name not in gone),
-                    "after": tuple(name for name in stage.after if name not in gone),
-                }
-            )
+            replace(stage, needs=left(stage.needs), after=left(stage.after))
             for stage in self.stages.values()
             if stage.name not in gone
         )
@@ -107,11 +106,3 @@ class Graph:
             if found.intersection(stage.needs):
                 found.add(stage.name)
         return found
-
-
-def _depths(stages: Mapping[str, Stage], order: Iterable[str]) -> dict[str, int]:
-    depths: dict[str, int] = {}
-    for name in order:
-        before = (*stages[name].needs, *stages[name].after)
-        depths[name] = 1 + max((depths[other] for other in before), default=0)
-    return depths

@@ -1,14 +1,14 @@
-"""The same graph on this machine: as many stages at once as there are devices.
+"""Runs a graph on this machine: one stage at a time per device.
 
-Without GPUs, workers are kept from stage to stage, since starting one takes seconds; with GPUs each
-stage has processes of its own, so that its memory is free again. A worker that dies loses its stage
-alone.
+Without GPUs, workers are reused across stages, since starting one takes seconds; with GPUs each
+stage gets new processes, so that its memory is released. A dead worker fails only its own stage.
 """
 
 import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -22,26 +22,26 @@ from typing import Any, Protocol
 
 from g2rpo.stop import StopRequest
 from slurm.graph import Graph, Stage
-from slurm.job import TERMINATED, import_function, run_stage
+from slurm.job import TERMINATED, run_stage
 from slurm.submission import Submission
 
 GRACE = 60.0
-"""Seconds that stages have to save what is done when the run is interrupted."""
+"""Seconds that interrupted stages have to save their progress."""
 _CONTEXT = multiprocessing.get_context("spawn")
 _PR_SET_PDEATHSIG = 1
 
 
 class Observer(Protocol):
-    """Is told what happens."""
+    """Callbacks for the events of a run."""
 
     def started(self, stage: Stage) -> None:
-        """A stage begins."""
+        """A stage has started."""
 
     def ended(self, stage: Stage, code: int) -> None:
-        """A stage ended with that exit code; 0 is success."""
+        """A stage has ended with an exit code; 0 is success."""
 
     def cancelled(self, stage: Stage, because: Stage) -> None:
-        """A stage cannot run, since one that it needs failed."""
+        """A stage cannot run, since one it needs has failed."""
 
     def waiting(self, running: Sequence[Stage]) -> None:
         """Called every second while stages run."""
@@ -49,11 +49,11 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Slots:
-    """What this machine has.
+    """The devices of this machine.
 
     Attributes:
-        count: stages of one rank that run at once.
-        gpus: the ids of its GPUs, one per slot; empty without.
+        count: single-rank stages that run at the same time.
+        gpus: GPU ids, one per slot; empty without GPUs.
         prepare: ``module:function`` called in each new process before its first stage.
     """
 
@@ -63,8 +63,8 @@ class Slots:
 
     @classmethod
     def found(cls, jobs: int | None = None, prepare: str | None = None) -> "Slots":
-        """One slot per GPU, else per core, eight at most; ``jobs`` where it is given."""
-        import torch  # takes seconds, and whoever only submits needs none
+        """One slot per GPU, else per core, at most eight; ``jobs`` if given."""
+        import torch  # slow to import; submitting does not need it
 
         if torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -76,7 +76,7 @@ class Slots:
 
 @contextmanager
 def interrupted_by_term() -> Iterator[None]:
-    """Within, TERM raises KeyboardInterrupt as INT does, which the background may ignore."""
+    """Makes SIGTERM raise KeyboardInterrupt, since background processes may ignore SIGINT."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -86,13 +86,7 @@ def interrupted_by_term() -> Iterator[None]:
 
 @dataclass
 class _Running:
-    """The processes of one stage.
-
-    Attributes:
-        stage: the stage.
-        slots: the slots it takes.
-        codes: exit codes of the ranks that have ended.
-    """
+    """A running stage: the slots it takes, its processes, and the exit codes of ended ranks."""
 
     stage: Stage
     slots: tuple[int, ...]
@@ -108,13 +102,13 @@ class _Process:
 
 
 class LocalRun:
-    """Runs the stages of a graph; a failed one cancels what needs it and nothing else.
+    """Runs the stages of a graph; a failed stage cancels only the stages that need it.
 
     Args:
         submission: a saved submission.
-        todo: the stages that are to do.
-        slots: what this machine has.
-        observer: is told what happens.
+        todo: the stages to run.
+        slots: the devices of this machine.
+        observer: receives the events.
     """
 
     def __init__(
@@ -128,24 +122,21 @@ class LocalRun:
         self._idle: dict[int, _Process] = {}
 
     def run(self) -> dict[str, int]:
-        """The exit code of every stage; :data:`TERMINATED` of those that were cancelled.
+        """Runs everything; returns the exit codes, :data:`TERMINATED` for cancelled stages.
 
         Raises:
-            KeyboardInterrupt: after INT or TERM, when the running stages have saved what is done.
+            KeyboardInterrupt: after INT or TERM, once the running stages have saved.
         """
         with interrupted_by_term():
-            return self._run()
-
-    def _run(self) -> dict[str, int]:
-        try:
-            while self._waiting or self._running:
-                self._cancel_hopeless()
-                while (stage := self._next()) is not None:
-                    self._start(stage)
-                if self._running:
-                    self._collect()
-        finally:
-            self._stop_all()
+            try:
+                while self._waiting or self._running:
+                    self._cancel_hopeless()
+                    while (stage := self._next()) is not None:
+                        self._start(stage)
+                    if self._running:
+                        self._collect()
+            finally:
+                self._stop_all()
         return self.outcome
 
     # What runs next
@@ -161,7 +152,7 @@ class LocalRun:
                 self.observer.cancelled(stage, self.graph[blocked[0]])
 
     def _next(self) -> Stage | None:
-        """The first stage that may run on what is free; later ones do not overtake a large one."""
+        """The first ready stage, if enough slots are free; later ones do not overtake it."""
         free = self._free()
         for stage in self._waiting:
             if any(name not in self.outcome for name in (*stage.needs, *stage.after)):
@@ -183,7 +174,7 @@ class LocalRun:
         slots = tuple(self._free()[: min(ranks, self.slots.count)])
         if ranks == 1:
             idle = self._idle.pop(slots[0], None)
-            if idle is not None and not idle.process.is_alive():  # killed while it waited
+            if idle is not None and not idle.process.is_alive():  # killed while idle
                 _dismiss([idle])
                 idle = None
             processes = [idle or self._spawn(self._environment(slots[0]))]
@@ -223,7 +214,7 @@ class LocalRun:
         return _Process(process, ours)
 
     def _collect(self) -> None:
-        """Waits a second for processes that are done with their stage."""
+        """Waits up to a second for processes to finish their stage."""
         by_connection = {
             process.connection: (running, process)
             for running in self._running
@@ -237,7 +228,7 @@ class LocalRun:
             running, process = by_connection[connection]  # type: ignore[index]
             running.codes.append(_answer(process))
             process.stage = None
-            if running.codes[-1]:  # the other ranks would wait for this one
+            if running.codes[-1]:  # the other ranks would wait for it forever
                 _end([other for other in running.processes if other.stage is not None])
             if len(running.codes) == len(running.processes):
                 self._finish(running)
@@ -248,7 +239,7 @@ class LocalRun:
         self.outcome[running.stage.name] = code
         (process, *_) = running.processes
         kept = len(running.processes) == 1 and not self.slots.gpus
-        # After a termination it is about to end.
+        # After a termination the process is about to exit.
         if kept and code != TERMINATED and process.process.is_alive():
             self._idle[running.slots[0]] = process
         else:
@@ -269,12 +260,12 @@ def _answer(process: _Process) -> int:
         code = process.process.exitcode or 1
         if code < 0:
             name = signal.Signals(-code).name
-            sys.stderr.write(f"the process of {process.stage} was ended by {name}\n")
+            sys.stderr.write(f"the process of {process.stage} was killed by {name}\n")
     return code
 
 
 def _end(processes: Sequence[_Process]) -> None:
-    """Asks processes to save and end, and makes sure that they do."""
+    """Asks processes to save and exit; kills those that do not."""
     for process in processes:
         if process.process.is_alive():
             process.process.terminate()
@@ -295,7 +286,7 @@ def _dismiss(processes: Sequence[_Process]) -> None:
 
 
 def _threads_of_each(workers: int) -> int:
-    """Of torch in each worker: what ``OMP_NUM_THREADS`` says, else a fair part of the cores."""
+    """Torch threads per worker: ``OMP_NUM_THREADS``, else an equal share of the cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked):
         return int(asked)
@@ -309,19 +300,21 @@ def _work(
     threads: int,
     environment: Mapping[str, str],
 ) -> None:
-    """The life of a worker: one stage after the other, until its parent hangs up."""
-    # When the parent is killed, the stage is asked to save and stop, not left running.
+    """Main function of a worker: runs stages until its parent closes the connection."""
+    # A killed parent makes the stage save and stop instead of leaving it running.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # killed before it could be asked for
+    if (
+        parent is not None and os.getppid() != parent.pid
+    ):  # the parent died before prctl took effect
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes an interruption on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent forwards interrupts
     os.environ.update(environment)
-    import torch  # the GPUs that it sees are those of the environment when it is imported
+    import torch  # reads CUDA_VISIBLE_DEVICES when imported
 
     torch.set_num_threads(threads)
     if prepare is not None:
-        import_function(prepare)()
+        pkgutil.resolve_name(prepare)()
     submission = Submission.load(folder)
     with StopRequest.handle_signals():
         while True:
@@ -338,7 +331,7 @@ def _work(
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Everything that is written to standard output and error goes to a file."""
+    """Redirects standard output and error, of subprocesses too, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = os.dup(1), os.dup(2)
     with path.open("a") as log:

@@ -1,4 +1,4 @@
-"""What SLURM says about jobs: squeue for those that live, sacct for those that ended."""
+"""Job states from SLURM: squeue for live jobs, sacct for ended ones."""
 
 import os
 import re
@@ -13,45 +13,46 @@ ACTIVE = {
     "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
 }  # fmt: skip
 TIMEOUT = 60
-"""Seconds that SLURM has to answer a question."""
+"""Time limit of SLURM commands, in seconds."""
 
 REASONS = {
-    "Resources": "waiting for free devices",
+    "Resources": "waiting for free nodes or GPUs",
     "Priority": "waiting behind jobs of higher priority",
-    "Dependency": "waiting for the stages that it needs",
-    "DependencyNeverSatisfied": "a stage that it needs has failed",
-    "BeginTime": "starts again in a moment: it was requeued",
-    "JobHeldUser": "held: release it with `scontrol release`",
+    "Dependency": "waiting for the stages it depends on",
+    "DependencyNeverSatisfied": "a stage it depends on has failed",
+    "BeginTime": "requeued, restarts shortly",
+    "JobHeldUser": "held; release it with `scontrol release`",
     "JobHeldAdmin": "held by an administrator",
-    "job_requeued_in_held_state": "held after it was requeued: `scontrol release` it",
-    "launch_failed_requeued_held": "held: its node failed to start it; `scontrol release` it",
-    "PartitionTimeLimit": "its time limit is above the partition's: lower `minutes`",
-    "PartitionNodeLimit": "it wants more nodes than the partition has",
-    "PartitionConfig": "it wants more than the partition allows",
+    "job_requeued_in_held_state": "requeued and held; release it with `scontrol release`",
+    "launch_failed_requeued_held": "held: failed to launch; release it with `scontrol release`",
+    "PartitionTimeLimit": "its time limit exceeds the partition's; lower `minutes`",
+    "PartitionNodeLimit": "it needs more nodes than the partition has",
+    "PartitionConfig": "it needs more than the partition allows",
     "PartitionDown": "its partition is down",
     "PartitionInactive": "its partition is inactive",
-    "ReqNodeNotAvail": "a node that it needs is down or reserved",
-    "NodeDown": "a node that it needs is down",
-    "BadConstraints": "no node fits its constraint",
-    "InvalidAccount": "its account is not valid: set `account`",
-    "InvalidQOS": "its qos is not valid: set `qos`",
-    "QOSMaxJobsPerUserLimit": "as many of your jobs run as the qos allows",
-    "QOSMaxGRESPerUser": "you use as many GPUs as the qos allows",
-    "QOSGrpGRES": "the qos has used up its GPUs",
-    "AssocGrpGRES": "your account has used up its GPUs",
-    "AssocMaxJobsLimit": "as many jobs run as your account allows",
+    "ReqNodeNotAvail": "a node it needs is down or reserved",
+    "NodeDown": "a node it needs is down",
+    "BadConstraints": "no node satisfies its constraint",
+    "InvalidAccount": "invalid account; set `account`",
+    "InvalidQOS": "invalid qos; set `qos`",
+    "QOSMaxJobsPerUserLimit": "you have reached the qos's limit of running jobs",
+    "QOSMaxGRESPerUser": "you have reached the qos's limit of GPUs",
+    "QOSGrpGRES": "the qos has reached its limit of GPUs",
+    "AssocGrpGRES": "your account has reached its limit of GPUs",
+    "AssocMaxJobsLimit": "your account has reached its limit of running jobs",
+    "QOSMaxWallDurationPerJobLimit": "its time limit exceeds the qos's; lower `minutes`",
     "AssocGrpCPUMinutesLimit": "your account has used up its time",
     "AssocGrpGRESMinutes": "your account has used up its GPU time",
-    "JobArrayTaskLimit": "waiting for other jobs of its array (array_parallelism)",
+    "JobArrayTaskLimit": "waiting for other tasks of its array (array_parallelism)",
 }
 ENDED = {
     "COMPLETED": "ended",
     "FAILED": "failed",
     "CANCELLED": "cancelled",
-    "TIMEOUT": "ran into its time limit before it could save and be requeued",
+    "TIMEOUT": "timed out before it could save and be requeued",
     "PREEMPTED": "preempted and not requeued",
     "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "out of main memory: raise memory_gb_per_task",
+    "OUT_OF_MEMORY": "out of memory; raise memory_gb_per_task",
     "BOOT_FAIL": "its node did not boot",
     "DEADLINE": "ended at its deadline",
     "REVOKED": "revoked",
@@ -64,10 +65,10 @@ class JobState:
 
     Attributes:
         job: its id, with the array index where it has one.
-        state: SLURM's word, e.g. ``PENDING``.
-        reason: SLURM's word for why it waits, or its exit code; may be empty.
-        node: where it runs or ran; empty while it waits.
-        comment: of its submission; empty where accounting keeps none.
+        state: SLURM's state, e.g. ``PENDING``.
+        reason: SLURM's reason for a pending job, or an exit code; may be empty.
+        node: where it runs or ran; empty while pending.
+        comment: the job's comment; empty if read from accounting.
     """
 
     job: str
@@ -78,32 +79,31 @@ class JobState:
 
     @property
     def active(self) -> bool:
-        """Whether it waits, runs, or will run again."""
+        """Whether it is pending, running, or will run again."""
         return self.state in ACTIVE
 
     @property
     def words(self) -> str:
-        """Why it is not running, in plain words; empty while it runs."""
+        """Why it is not running, in plain English; empty while it runs."""
         if self.state == "PENDING":
-            # squeue writes some with spaces, scontrol all with underscores.
-            known = self.reason.replace(" ", "_")
-            return REASONS.get(known, self.reason or "waiting")
+            # squeue writes some reasons with spaces.
+            return REASONS.get(self.reason.replace(" ", "_"), self.reason or "waiting")
         if self.active:
             return ""
         return ENDED.get(self.state, self.state.lower())
 
 
 def ask(*command: str, text: str = "", seconds: float | None = None, both: bool = False) -> str:
-    """What a command of SLURM prints.
+    """Runs a SLURM command and returns its output.
 
     Args:
         command: the command.
         text: its standard input.
-        seconds: how long it may take; :data:`TIMEOUT` by default.
-        both: whether standard error counts too: ``sbatch --test-only`` answers there.
+        seconds: its time limit; :data:`TIMEOUT` by default.
+        both: return standard error as well: ``sbatch --test-only`` answers there.
 
     Raises:
-        UserError: it is missing, fails, or does not answer in time.
+        UserError: the command is missing, fails, or times out.
     """
     seconds = TIMEOUT if seconds is None else seconds
     try:
@@ -115,36 +115,36 @@ def ask(*command: str, text: str = "", seconds: float | None = None, both: bool 
             errors="replace",
             timeout=seconds,
             check=False,
-            # The indices of a long array are printed whole.
+            # SLURM_BITSTR_LEN=0: never abbreviate the indices of a long array.
             env=os.environ | {"SLURM_TIME_FORMAT": "standard", "SLURM_BITSTR_LEN": "0"},
         )
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]} was not found: run this where SLURM's commands are"
+            f"{command[0]} not found; run this on a machine with SLURM's commands"
         ) from None
     except OSError as error:
         raise UserError(f"{command[0]} cannot be run: {error.strerror or error}") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within {seconds:g} s") from None
     if done.returncode:
-        told = error_of(done.stderr) or f"exit code {done.returncode}"
-        raise UserError(f"{command[0]} failed: {told}")
+        message = error_of(done.stderr) or f"exit code {done.returncode}"
+        raise UserError(f"{command[0]} failed: {message}")
     return done.stdout + done.stderr if both else done.stdout
 
 
 def error_of(text: str) -> str:
-    """The error in what a command wrote, without what the site has it say before."""
+    """The error message in a command's output, without a site's notices before it."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     first = next((number for number, line in enumerate(lines) if "error" in line), 0)
     return " ".join(lines[first:])[:300]
 
 
 def _elements(job: str) -> list[str]:
-    """The jobs that an id stands for: several where it has a range, as in ``21_[0,2-8:2%4]``."""
-    found = _RANGE.fullmatch(job)
-    if found is None:
+    """The jobs of an id, which may hold ranges of array tasks, as in ``21_[0,2-8:2%4]``."""
+    match = _RANGE.fullmatch(job)
+    if match is None:
         return [job]
-    array, ranges = found.groups()
+    array, ranges = match.groups()
     jobs = []
     for one in ranges.split(","):
         numbers = _INDICES.fullmatch(one)
@@ -160,10 +160,10 @@ _INDICES = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
 def known_jobs() -> dict[str, JobState]:
-    """This user's jobs that wait or run, or ended lately, by id; every task of an array alone.
+    """This user's pending, running and recently ended jobs, by id; array tasks individually.
 
     Raises:
-        UserError: squeue is missing or does not answer.
+        UserError: squeue is missing, fails, or times out.
     """
     fields = "%i|%T|%r|%N|%k"
     output = ask(
@@ -182,14 +182,14 @@ def known_jobs() -> dict[str, JobState]:
 
 
 def ended_jobs(jobs: Iterable[str], listed: Mapping[str, JobState]) -> dict[str, JobState]:
-    """How jobs ended, by id: as accounting says, else squeue, as far as either knows them.
+    """How jobs ended, by id: from accounting, else from squeue; unknown jobs are absent.
 
-    A task that was cancelled while its array waited is in no list any more: where SLURM knows its
-    array, that is what became of it.
+    SLURM drops a task that was cancelled while its array was pending from every list: if it still
+    knows the array, a missing task counts as cancelled.
 
     Args:
         jobs: the ids.
-        listed: what squeue lists (:func:`known_jobs`).
+        listed: the jobs that squeue lists (:func:`known_jobs`).
     """
     wanted = set(jobs)
     if not wanted:
@@ -209,12 +209,12 @@ def ended_jobs(jobs: Iterable[str], listed: Mapping[str, JobState]) -> dict[str,
 
 
 def array_of(job: str) -> str:
-    """The id of a task's array; of a job that is none, its own."""
+    """The id of a task's array; for other jobs, their own id."""
     return job.partition("_")[0]
 
 
 def _accounts(ids: set[str]) -> dict[str, JobState]:
-    """What accounting says; nothing where there is none, or it does not answer."""
+    """Job states from accounting; empty if accounting is disabled or does not answer."""
     fields = "JobID,State,ExitCode,NodeList"
     try:
         output = ask(
@@ -230,7 +230,7 @@ def _accounts(ids: set[str]) -> dict[str, JobState]:
         if len(parts) != 4 or not parts[1].strip():
             continue
         name, state, code, node = parts
-        # A line for a range may be older than that of one of its tasks.
+        # A task's own line may be newer than the line of its range.
         kept = ranges if "[" in name else found
         for job in _elements(name):
             kept[job] = JobState(job, state.split()[0], code, "" if "None" in node else node)
@@ -238,10 +238,10 @@ def _accounts(ids: set[str]) -> dict[str, JobState]:
 
 
 def cancel_jobs(jobs: Iterable[str]) -> None:
-    """Cancels jobs; those that have ended are left out.
+    """Cancels jobs; those that have already ended are skipped.
 
     Raises:
-        UserError: scancel is missing or refuses.
+        UserError: scancel is missing or fails.
     """
     ids = list(jobs)
     if not ids:

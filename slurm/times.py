@@ -1,4 +1,4 @@
-"""Times as SLURM reads and writes them."""
+"""Reads times in SLURM's formats."""
 
 import re
 from typing import Any
@@ -9,16 +9,19 @@ _TIME = re.compile(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?( sec| mi
 def seconds_of(text: str, *, alone: int = 1) -> int | None:
     """A time as SLURM writes it, ``days-hours:minutes:seconds`` or ``30 sec``, in seconds.
 
-    ``M:S`` are minutes and seconds, ``D-H:M`` days, hours and minutes. None: no time, or no limit.
+    ``M:S`` is minutes and seconds; ``D-H:M`` is days, hours and minutes.
 
     Args:
         text: the time.
-        alone: the seconds of a unit where it is one number.
+        alone: seconds per unit of a single number.
+
+    Returns:
+        None if it is not a time, or is no limit.
     """
-    found = _TIME.fullmatch(text.strip())
-    if found is None:
+    match = _TIME.fullmatch(text.strip())
+    if match is None:
         return None
-    days, *rest, unit = found.groups()
+    days, *rest, unit = match.groups()
     numbers = [int(part) for part in rest if part is not None]
     if days is None and len(numbers) == 1:
         return numbers[0] * {" sec": 1, " min": 60}.get(unit, alone)
@@ -29,12 +32,12 @@ def seconds_of(text: str, *, alone: int = 1) -> int | None:
 
 
 def minutes_of(value: Any) -> Any:
-    """A time limit as sbatch's ``--time`` has it, in whole minutes, begun ones counted.
+    """A time limit in the formats of sbatch's ``--time``, rounded up to whole minutes.
 
-    What is no text comes back as it is.
+    Values that are not text are returned unchanged.
 
     Raises:
-        ValueError: it is no time.
+        ValueError: not a time.
     """
     if not isinstance(value, str):
         return value
@@ -42,7 +45,7 @@ def minutes_of(value: Any) -> Any:
     seconds = None if " " in text else seconds_of(text, alone=60)
     if seconds is None or any(int(part) > 59 for part in re.findall(r":([0-9]+)", text)):
         raise ValueError(
-            "expected minutes, or a time as sbatch has it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or "
-            "D-HH:MM:SS"
+            "expected minutes, or a time in sbatch's formats: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM "
+            "or D-HH:MM:SS"
         )
     return -(-seconds // 60)

@@ -15,7 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.stop import Stopped, StopRequest
 from slurm.cluster import Cluster
 from slurm.distributed import Ranks
-from slurm.graph import Graph, Stage
+from slurm.graph import Stage
 from slurm.submission import Submission
 
 ENTRY = "stage_functions:run"
@@ -36,7 +36,7 @@ def saved_submission(
         entry=ENTRY,
         directory=folder,
         cluster=cluster or Cluster(name="local", kind="local"),
-        graph=Graph(stages),
+        stages=tuple(stages),
         created=time.time(),
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def saved_submission(
 
 
 def told(submission: Submission) -> list[list[str]]:
-    """What stages told, in order: event, stage, process id, ..."""
+    """The events of stages, in order: event, stage, process id, ..."""
     path = submission.folder / "events"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -77,7 +77,7 @@ def run(submission: Submission, stage: Stage, ranks: Ranks) -> None:
 
 def _simple(action: str, submission: Submission, stage: Stage) -> None:
     if action == "user error":
-        raise UserError("a mistake that can be mended")
+        raise UserError("a mistake that can be fixed")
     if action == "full disk":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/results/x")
     if action == "out of memory":

@@ -1,4 +1,4 @@
-"""What a scale needs of the place where it is to run: devices, files, weights, disk."""
+"""What a profile needs where it runs: devices, files, weights, disk."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from reproduce.experiment import ROOT, load_profile
 from reproduce.experiment.weights import fetch_advice, weights_states
 from reproduce.stages.run import CLASSES
-from slurm.checks.finding import Case, Finding, listed
+from slurm.checks.finding import Case, Finding, Question, listed
 from slurm.cluster import Cluster
 from slurm.graph import Needs
 
@@ -15,29 +15,31 @@ if TYPE_CHECKING:
     from reproduce.experiment import Profile
 
 DISK_GB = {"replicated": 1.0, "lora": 50.0, "sharded": 300.0}
-"""Free space that is worth a warning, by engine. A checkpoint to resume all of FLUX.1 from (12 G
-parameters and AdamW's two moments in float32) is about 144 GB; two are there at times."""
+"""Free space below which there is a warning, by engine. A full checkpoint of FLUX.1 (12 billion
+parameters and AdamW's two moments in float32) is about 144 GB; at times there are two."""
 
 
 def case_of(profile: "Profile", cluster: Cluster, results: Path, cached: Sequence[str]) -> Case:
-    """What a cluster is checked for.
+    """The case to check.
 
     Args:
-        profile: the scale.
+        profile: the profile.
         cluster: the cluster profile.
         results: the folder that jobs write to.
-        cached: published weights that the profile needs and that are cached here.
+        cached: the profile's published weights that are cached here.
     """
     return Case(
         cluster,
         needs_by_kind(profile),
         results,
         shares=profile.hardware.evaluation_shares,
-        gpu_memory_gb=profile.hardware.gpu_memory_gb,
-        disk_gb=DISK_GB[profile.engine],
-        modules=("reproduce.stages.scoring", "g2rpo.training.loop"),
-        files=_needed_files(profile),
-        artifacts=tuple(cached),
+        question=Question(
+            modules=("reproduce.stages.scoring", "g2rpo.training.loop"),
+            files=tuple(map(str, _needed_files(profile))),
+            artifacts=tuple(cached),
+            gpu_memory_gb=profile.hardware.gpu_memory_gb,
+            disk_gb=DISK_GB[profile.engine],
+        ),
     )
 
 
@@ -47,8 +49,8 @@ def needs_by_kind(profile: "Profile") -> dict[str, Needs]:
 
 
 def _needed_files(profile: "Profile") -> tuple[Path, ...]:
-    """The prompt files, and the folders of weights that are no published ones."""
-    if profile.build is not None:  # it makes its own when it runs
+    """The prompt files, and folders of unpublished weights."""
+    if profile.build is not None:  # builds its own files when it runs
         return ()
     prompts = profile.prompts
     sources = [profile.policy.source, *(config.source for config in profile.rewards.values())]
@@ -58,12 +60,12 @@ def _needed_files(profile: "Profile") -> tuple[Path, ...]:
 
 
 def check_weights(profile: str) -> tuple[Finding, list[str]]:
-    """Whether the published weights of a profile are cached here, and the names of those."""
+    """Whether a profile's published weights are cached here, and the names of those that are."""
     states = weights_states(load_profile(profile))
     cached = [state.artifact.name for state in states if state.is_whole]
     absent = [f"{state.artifact.name} ({state.word})" for state in states if not state.is_whole]
     if absent:
-        found = f"{len(cached)} of {len(states)} cached here; not {listed(absent)}"
+        found = f"{len(cached)} of {len(states)} cached here; missing: {listed(absent)}"
         return Finding("failed", "weights", found, fetch_advice(profile)), cached
-    found = f"all {len(states)} cached here" if states else "no published ones are needed"
+    found = f"all {len(states)} cached here" if states else "the profile needs no published weights"
     return Finding("ok", "weights", found), cached

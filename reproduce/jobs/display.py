@@ -1,4 +1,4 @@
-"""How plans, running stages and their states are shown: tables and lines, live on a terminal."""
+"""Shows stages and their states: tables and lines, live on a terminal."""
 
 import time
 from collections import Counter
@@ -18,20 +18,20 @@ from slurm.graph import Stage
 from slurm.submission import Submission
 
 SHOWN = 40
-"""Rows of a status table before the quiet ones are left out."""
+"""Rows of a status table above which inactive stages are hidden."""
 
 
 # States
 
 
 def summary(statuses: Sequence[StageStatus]) -> str:
-    """How many stages are in which state."""
+    """The number of stages in each state."""
     counts = Counter(str(status.word) for status in statuses)
     return ", ".join(f"{counts[word]} {word}" for word in STYLES if counts[word])
 
 
 def status_table(statuses: Sequence[StageStatus], *, everything: bool = False) -> Table:
-    """A row per stage; of a large submission those that are done or wait are only counted."""
+    """A row per stage; in large submissions, done and waiting stages are only counted."""
     rows = list(statuses)
     if not everything and len(rows) > SHOWN:
         lively = [status for status in rows if status.word not in ("done", "waiting", "cancelled")]
@@ -52,12 +52,12 @@ def status_table(statuses: Sequence[StageStatus], *, everything: bool = False) -
             _remark(status),
         )
     if len(rows) < len(statuses):
-        table.add_row("…", f"{len(statuses) - len(rows)} more: --all shows them")
+        table.add_row("…", f"{len(statuses) - len(rows)} more (show them with --all)")
     return table
 
 
 def _remark(status: StageStatus) -> str:
-    """Why it is not done, with its log, or what it says of itself."""
+    """The reason and log of a failure, or the progress note of a running stage."""
     if status.word in ("failed", "interrupted"):
         log = "" if status.log is None else f"; log: {shown_path(status.log)}"
         return status.reason + log
@@ -65,7 +65,7 @@ def _remark(status: StageStatus) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """``path`` relative to here where it is below."""
+    """``path``, relative if it is inside the current folder."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -75,7 +75,7 @@ def shown_path(path: Path) -> str:
 def print_status(
     submission: Submission, statuses: Sequence[StageStatus], *, everything: bool = False
 ) -> None:
-    """The whole state of a submission on standard output."""
+    """Prints the state of a submission."""
     console = wide_console()
     console.print(literal(f"{submission.title}: {submission.name}"))
     console.print(status_table(statuses, everything=everything))
@@ -83,7 +83,7 @@ def print_status(
 
 
 class _LiveDisplay:
-    """Something live on a terminal, lines elsewhere."""
+    """A live display on a terminal, lines elsewhere."""
 
     def __init__(self) -> None:
         self.console = wide_console(stderr=True)
@@ -112,8 +112,8 @@ class StatusDisplay(_LiveDisplay):
         self._words: dict[str, str] = {}
 
     def follow(self, submission: Submission) -> None:
-        """Shows the state of a submission until nothing will happen any more."""
-        for statuses in readings(submission, lambda line: self._print(f"{line}; trying again")):
+        """Shows the state of a submission until every stage has ended."""
+        for statuses in readings(submission, lambda line: self._print(f"{line}; retrying")):
             if self._live is not None:
                 table = status_table(statuses)
                 table.caption = literal(summary(statuses))
@@ -122,9 +122,9 @@ class StatusDisplay(_LiveDisplay):
             for status in statuses:
                 if self._words.get(status.stage.name) != status.word:
                     self._words[status.stage.name] = status.word
-                    self._tell(status)
+                    self._log(status)
 
-    def _tell(self, status: StageStatus) -> None:
+    def _log(self, status: StageStatus) -> None:
         head = f"{time.strftime('%H:%M:%S')} {status.stage}"
         job = f" (job {status.job})" if status.job else ""
         remark = _remark(status)
@@ -135,11 +135,11 @@ class StatusDisplay(_LiveDisplay):
 
 
 class LocalDisplay(_LiveDisplay):
-    """Says what a run on this machine does: a line for each stage that ends, live ones below.
+    """Shows a run on this machine: a line per ended stage, with running stages below.
 
     Args:
-        submission: what is run.
-        total: stages that are to run.
+        submission: the submission.
+        total: number of stages to run.
     """
 
     def __init__(self, submission: Submission, total: int) -> None:
@@ -150,11 +150,11 @@ class LocalDisplay(_LiveDisplay):
         self._begun: dict[str, float] = {}
 
     def started(self, stage: Stage) -> None:
-        """A stage begins."""
+        """A stage has started."""
         self._begun[stage.name] = time.monotonic()
 
     def ended(self, stage: Stage, code: int) -> None:
-        """A stage ended."""
+        """A stage has ended."""
         took = time.monotonic() - self._begun.pop(stage.name)
         if code == 0:
             self._say(stage, f"finished in {duration(took)}")
@@ -170,7 +170,7 @@ class LocalDisplay(_LiveDisplay):
         self._say(stage, f"cancelled: {because} failed")
 
     def waiting(self, running: Sequence[Stage]) -> None:
-        """Stages run: shows how far they are."""
+        """Shows the progress of running stages."""
         if self._live is not None:
             self._live.update(_running_table(running), refresh=True)
         elif time.monotonic() - self._last > 60:

@@ -1,4 +1,4 @@
-"""Starting a plan: on SLURM, on this machine, or in this process."""
+"""Starts a plan: on SLURM, on this machine, or in this process."""
 
 import contextlib
 import logging
@@ -30,26 +30,26 @@ from slurm.submission import DamagedRecord, Submission, list_submissions, new_fo
 logger = logging.getLogger(__name__)
 PREPARE = "reproduce.jobs.launch:prepare_worker"
 LOOKS = 3
-"""How often SLURM is looked at again where a job ends between a look and sbatch."""
+"""How often submitting is tried if a job ends between squeue and sbatch."""
 DRIVER = "driver"
 """The lease of the process that runs a submission on this machine."""
 
 
 def prepare_worker() -> None:
-    """What a worker on this machine does before its first stage."""
+    """Prepares a worker process on this machine."""
     from g2rpo.progress import ProgressReport
     from g2rpo.quiet import quiet_libraries
 
     quiet_libraries()
     ProgressReport.bars = False
-    git_state()  # of the code as it was imported, not as it is when the stage ends
+    git_state()  # records the code as imported, not as it is when the stage ends
 
 
 def new_submission(plan: Plan, cluster: Cluster, folder: Path) -> Submission:
-    """The submission of ``plan``; it is not saved."""
+    """The submission of ``plan``, not saved yet."""
     container = cluster.container
     if container.kind != "none":
-        # Relative paths of experiments and profiles begin here, and tables may go elsewhere.
+        # Relative paths in experiments start here, and tables may be elsewhere.
         places = (Path.cwd(), plan.layout.tables.absolute())
         mounts = dict.fromkeys((*container.mounts, *map(str, places)))
         container = container.model_copy(update={"mounts": tuple(mounts)})
@@ -60,14 +60,14 @@ def new_submission(plan: Plan, cluster: Cluster, folder: Path) -> Submission:
         entry=ENTRY,
         directory=Path.cwd(),
         cluster=cluster,
-        graph=plan.graph,
+        stages=tuple(plan.graph.stages.values()),
         created=time.time(),
         done=plan.done,
     )
 
 
 def save_submission(plan: Plan, cluster: Cluster) -> Submission:
-    """Writes a submission of ``plan``, with all that its jobs need to know."""
+    """Writes a submission of ``plan``, with everything its jobs need."""
     parent = submissions_folder(plan.layout.runs)
     folder = new_folder(parent, f"{plan.experiment.name}-{plan.profile.name}")
     submission = new_submission(plan, cluster, folder)
@@ -84,7 +84,7 @@ def save_submission(plan: Plan, cluster: Cluster) -> Submission:
 
 
 def left_to_submit(plan: Plan, active: Collection[str]) -> list[Stage]:
-    """The stages that are to do and have no job; the table again where any other is."""
+    """The stages to run that have no job; the table again if there is any other."""
     left = set(plan.todo.stages) - set(active)
     if left - {plan.render.name}:
         left.add(plan.render.name)
@@ -92,12 +92,12 @@ def left_to_submit(plan: Plan, active: Collection[str]) -> list[Stage]:
 
 
 def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
-    """Submits what is neither done nor waiting or running already; None where that is nothing.
+    """Submits stages that are not done, pending or running; returns None if there are none.
 
     Raises:
-        UserError: SLURM does not answer or refuses a job, or another submission is under way.
+        UserError: SLURM does not answer or rejects a job, or another submission is in progress.
     """
-    # Two at once would both submit the same stages.
+    # Two processes would submit the same stages twice.
     with Lease.acquire(submissions_folder(plan.layout.runs), "lease"), hashing_up_to():
         for _ in range(LOOKS - 1):
             with contextlib.suppress(submit.DependencyGone):
@@ -109,8 +109,8 @@ def _submit_rest(plan: Plan, cluster: Cluster) -> Submission | None:
     try:
         active = active_stages(plan.layout.runs)
     except UserError as error:
-        raise UserError(f"nothing was submitted: {error}; run the same command again") from None
-    # Asked after SLURM: a job that has ended since the plan was made has left its stage done.
+        raise UserError(f"nothing submitted: {error}; run the same command again") from None
+    # Checked after asking SLURM: a job may have completed its stage since the plan was made.
     ended = {name for name in plan.todo.stages if name not in active}
     plan = replace(plan, done=plan.done | {n for n in ended if plan.stages[n].is_done()})
     hopeless = hopeless_stages(plan, active)
@@ -127,14 +127,14 @@ def _submit_rest(plan: Plan, cluster: Cluster) -> Submission | None:
 def run_on_this_machine(
     submission: Submission, todo: Graph, jobs: int | None, observer: Observer
 ) -> None:
-    """Runs stages; one that fails stops what needs it and nothing else.
+    """Runs stages; a failed stage cancels only the stages that need it.
 
-    With ``jobs`` of 1, and unless one has several ranks, they run in this process, one after the
-    other, so that a debugger works; the first error ends it.
+    With ``jobs=1`` and only single-rank stages, they run one by one in this process, so that a
+    debugger works; the first error is raised.
 
     Raises:
-        KeyboardInterrupt: interrupted; the running stages have saved what is done.
-        Exception: whatever a stage raises in this process.
+        KeyboardInterrupt: interrupted; the running stages have saved.
+        Exception: any error of a stage in this process.
     """
     alone = jobs == 1 and all(stage.resources.ranks == 1 for stage in todo.stages.values())
     with Lease.acquire(submission.folder, DRIVER):
@@ -157,10 +157,10 @@ def _run_in_this_process(submission: Submission, todo: Graph, observer: Observer
 
 
 def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
-    """Starts ``g2rpo`` with ``arguments`` in the background, where no closed shell ends it.
+    """Starts ``g2rpo`` with ``arguments`` in the background; it survives a closed shell.
 
     Returns:
-        the file that its output goes to, once its submission is there.
+        its log file, once its submission exists.
 
     Raises:
         UserError: it ended before that.
@@ -180,14 +180,14 @@ def start_driver(runs_folder: Path, arguments: Sequence[str]) -> Path:
         )
     while set(list_submissions(folder)) <= before:
         if process.poll() is not None:
-            told = log.read_text(errors="replace").splitlines()
-            raise UserError(f"it did not start: {told[-1] if told else log}")
+            lines = log.read_text(errors="replace").splitlines()
+            raise UserError(f"the background run did not start: {lines[-1] if lines else log}")
         time.sleep(0.2)
     return log
 
 
 def submission_folders(runs_folder: Path, name: str | None = None) -> list[Path]:
-    """The folders of all submissions of an experiment, or of that name, or of all; latest last.
+    """The folders of submissions, by experiment or by submission name if given; latest last.
 
     Raises:
         UserError: there is none.
@@ -198,15 +198,15 @@ def submission_folders(runs_folder: Path, name: str | None = None) -> list[Path]
     if wanted:
         return wanted
     if not folders:
-        raise UserError(f"{parent}: nothing was submitted; `g2rpo reproduce --detach` does that")
+        raise UserError(f"{parent}: no submissions; start one with `g2rpo reproduce --detach`")
     hint = nearest(str(name), (folder.name for folder in folders[-10:]))
     raise UserError(f"no submission {name!r}; {hint}")
 
 
 def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
-    """The latest submission, of an experiment or of all; or the one of that name.
+    """The latest submission, by experiment or by submission name if given.
 
-    One whose record and its copy are damaged is left out with a warning.
+    A damaged one is skipped with a warning.
 
     Raises:
         UserError: there is none.
@@ -216,8 +216,8 @@ def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
         try:
             return Submission.load(folder)
         except DamagedRecord as error:
-            logger.warning("%s; left out", error)
+            logger.warning("%s; skipped", error)
     raise UserError(
-        f"{folders[-1]}: its record is damaged; the same `g2rpo reproduce` takes over its jobs, "
-        f"`g2rpo cancel {folders[-1].name}` ends them"
+        f"{folders[-1]}: damaged record; the same `g2rpo reproduce` takes over its jobs, "
+        f"`g2rpo cancel {folders[-1].name}` cancels them"
     )

@@ -21,9 +21,9 @@ class Plan:
         experiment: the experiment.
         profile: the profile.
         cells: its cells at all seeds.
-        layout: where things are.
+        layout: the folders of runs and tables.
         graph: the stages as they are submitted.
-        stages: what each of them does, by its name.
+        stages: the work of each stage, by name.
         render: the last stage, which writes the table.
         done: the stages whose outputs are complete.
     """
@@ -39,12 +39,12 @@ class Plan:
 
     @cached_property
     def todo(self) -> Graph:
-        """The stages that are left; empty where only the table would be rendered again."""
+        """The stages to run; empty if only the table would be rendered again."""
         todo = self.graph.without(self.done)
         return Graph(()) if set(todo.stages) <= {self.render.name} else todo
 
     def only(self, names: Collection[str]) -> "Plan":
-        """The same plan with nothing to do but the stages ``names`` and the rendering."""
+        """The same plan, restricted to the stages ``names`` and the rendering."""
         left = self.graph.stages.keys() - set(names) - {self.render.name}
         return replace(self, done=self.done | left)
 
@@ -52,7 +52,7 @@ class Plan:
 def make_plan(
     experiment: Experiment, profile: Profile, cells: Sequence[ResolvedCell], layout: Layout
 ) -> Plan:
-    """The plan of ``cells``: stages that several cells share are there once."""
+    """The plan of ``cells``; stages shared by several cells appear once."""
     remembered = layout.remembering()
     embed = Embed(remembered, tuple(cells))
     render = Render(layout, experiment, profile, tuple(cells))
@@ -70,7 +70,7 @@ def make_plan(
         last |= dict.fromkeys(before)
     stages[render.name] = render
     made = Graph([*nodes, render.node(profile.hardware, after=tuple(last))])
-    # Whether all prompts are encoded takes longest to find out, and is asked only if it matters.
+    # Checking the embeddings is slowest, so it is skipped if no stage needs them.
     done = {name for name, stage in stages.items() if stage is not embed and stage.is_done()}
     done |= not_needed(made, done)
     if embed.name not in done and embed.is_done():
@@ -79,8 +79,8 @@ def make_plan(
 
 
 def not_needed(stages: Graph, done: Collection[str]) -> set[str]:
-    """Stages that are not done but made only for stages that are."""
-    *_, last = stages.stages  # the rendering, for which all others are made
+    """Stages that only stages which are done depend on."""
+    *_, last = stages.stages  # the rendering, which depends on all others
     wanted = {last}
     for stage in reversed(stages.stages.values()):
         if stage.name == last or (stage.name in wanted and stage.name not in done):

@@ -1,6 +1,6 @@
-"""What a profile needs before its stages can run: devices, and files that it makes itself."""
+"""What a profile needs before its stages can run: devices, and files it builds itself."""
 
-import importlib
+import pkgutil
 from collections.abc import Sequence
 
 import torch
@@ -13,51 +13,47 @@ from g2rpo.training.memory import GIB, check_fits
 from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
 from slurm.cluster import Cluster, has_slurm
 
-MEND = "PROFILE=mini runs the same experiment here"
+SMALLER = "run the same experiment here with --profile mini"
 
 
 def check_hardware(profile: Profile, experiment: Experiment, cluster: Cluster) -> None:
-    """Refuses a profile that this version or the chosen place cannot run.
+    """Checks that this machine has the GPUs of a profile, or sbatch.
 
-    Sampling and scoring alone take one GPU, however many the training takes.
+    Without training, one GPU is enough.
 
     Raises:
-        UserError: one line that names what is missing and how to mend it.
+        UserError: names what is missing and the fix.
     """
     if cluster.kind == "slurm":
         if not has_slurm():
             raise UserError(
-                f"cluster {cluster.name} needs SLURM and sbatch is not on this machine's path; "
-                f"submit where it is, or use CLUSTER=local; {MEND}"
+                f"cluster {cluster.name} needs sbatch, which is not on the path; submit from a "
+                f"login node, or use --cluster local; or {SMALLER}"
             )
-    else:
-        _check_this_machine(profile, experiment)
-
-
-def _check_this_machine(profile: Profile, experiment: Experiment) -> None:
+        return
     needs = profile.hardware
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not experiment.trains:
         if found < min(1, needs.gpus):
             raise UserError(
                 f"profile {profile.name} needs a GPU of {needs.gpu_memory_gb} GB or more to sample "
-                "and this machine shows none; run it where there is one"
+                "and this machine has none; run it on a machine with a GPU"
             )
         return
     if found < needs.gpus:
         raise UserError(
             f"profile {profile.name} needs {needs.gpus} GPUs of {needs.gpu_memory_gb} GB or more "
-            f"and this machine shows {found}, and no SLURM was found or asked for; {MEND}"
+            f"and this machine has {found}; use a SLURM cluster (--cluster), or {SMALLER}"
         )
 
 
 def check_memory(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
-    """Refuses, before anything is submitted or loaded, a training that its GPUs cannot hold.
+    """Rejects trainings that do not fit in GPU memory, before anything is submitted or loaded.
 
-    Where the base's files are not here, that is left to the job, which looks before it loads.
+    If the base model is not on this machine, the job checks before loading it.
 
     Raises:
-        UserError: one line that says what it needs and what would fit.
+        UserError: states the memory needed and what would fit.
     """
     needs = profile.hardware
     if not needs.gpus or not needs.gpu_memory_gb:
@@ -82,8 +78,7 @@ def _size_here(policy: PolicyConfig) -> ModelSize | None:
 
 
 def build_assets(profile: Profile) -> None:
-    """Builds the files of a profile that makes its own."""
+    """Builds the files of a profile that has a build step."""
     if profile.build is None or profile.assets is None:
         return
-    module, _, name = profile.build.partition(":")
-    importlib.import_module(module).__dict__[name](ROOT / profile.assets)
+    pkgutil.resolve_name(profile.build)(ROOT / profile.assets)

@@ -1,4 +1,4 @@
-"""The jobs of a results folder in SLURM: which stage each runs, for whichever submission."""
+"""The SLURM jobs of a results folder: which stage each one runs, across all submissions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,17 +10,11 @@ from reproduce.stages.inputs import Inputs
 from reproduce.stages.run import load_stage
 from slurm import states
 from slurm.states import JobState, array_of
-from slurm.submission import (
-    OtherVersion,
-    Submission,
-    job_groups,
-    list_submissions,
-    read_comment,
-)
+from slurm.submission import Submission, job_groups, list_submissions, read_comment
 
 
 def submissions_folder(runs_folder: Path) -> Path:
-    """Where submissions are kept."""
+    """The folder of all submissions."""
     return runs_folder / "submissions"
 
 
@@ -31,7 +25,7 @@ class StageJob:
     Attributes:
         job: its id, with the array index where it has one.
         comment: names its submission, see :func:`slurm.submission.job_comment`.
-        state: what SLURM says of it; None where it knows nothing, or was not asked.
+        state: its state in SLURM; None if SLURM does not know it or was not asked.
     """
 
     job: str
@@ -45,26 +39,26 @@ class StageJob:
 
     @property
     def active(self) -> bool:
-        """Whether it waits, runs, or will run again."""
+        """Whether it is pending, running, or will run again."""
         return self.state is not None and self.state.active
 
     @property
     def waiting(self) -> bool:
-        """Whether it has not started, or waits to start again."""
+        """Whether it is pending, for its first start or a restart."""
         return self.state is not None and self.state.state == "PENDING"
 
     def precedes(self, other: "StageJob") -> bool:
-        """Whether ``other`` tells more of the stage: it is alive, or was submitted later."""
+        """Whether ``other`` represents the stage better: it is active, or newer."""
         mine, others = ((j.active, int(array_of(j.job))) for j in (self, other))
         return mine <= others
 
 
 def own_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, list[str]]:
-    """The jobs of a results folder that wait or run, by the name of their submission.
+    """The pending and running jobs of a results folder, by submission.
 
     Args:
-        runs_folder: where its runs are.
-        known: what squeue lists (:func:`slurm.states.known_jobs`).
+        runs_folder: its folder of runs.
+        known: the jobs that squeue lists (:func:`slurm.states.known_jobs`).
     """
     parent = submissions_folder(runs_folder)
     found: dict[str, list[str]] = {}
@@ -77,15 +71,15 @@ def own_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, list
 
 
 def stage_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, StageJob]:
-    """The job of each stage of a results folder, whichever submission it belongs to.
+    """The job of each stage of a results folder, from any submission.
 
-    That is one that waits or runs, else the latest. Jobs are known by the comment that they were
-    submitted with, so neither a shell that was killed right after sbatch, nor a damaged record, nor
-    ids that a new cluster gives again can mislead.
+    A pending or running job if there is one, else the latest. Jobs are identified by their comment,
+    so a shell killed right after sbatch, a damaged record, or job ids that a new cluster reuses do
+    no harm.
 
     Args:
-        runs_folder: where its runs are.
-        known: what squeue lists (:func:`slurm.states.known_jobs`); empty where it does not answer.
+        runs_folder: its folder of runs.
+        known: the jobs that squeue lists (:func:`slurm.states.known_jobs`); empty if unreachable.
     """
     parent = submissions_folder(runs_folder)
     groups: dict[str, tuple[str, ...]] = {}
@@ -93,15 +87,14 @@ def stage_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, St
     for folder in list_submissions(parent):
         for group in job_groups(folder):
             groups[group.comment] = group.stages
-            jobs = ((stage, group.job_of(stage)) for stage in group.stages)
-            found |= {stage: StageJob(job, group.comment) for stage, job in jobs if job is not None}
+            found |= {s: StageJob(group.job_of(s), group.comment) for s in group.stages}
     for job, state in known.items():
         named = read_comment(state.comment)
         stages = groups.get(state.comment, ())
         if not stages and named is not None and (parent / named[0]).is_dir():
             stages = named[1]
         index = job.partition("_")[2] if len(stages) > 1 else "0"
-        # What is left of an array whose tasks were cancelled one by one has no index any more.
+        # An array whose tasks were cancelled one by one is left as an id without an index.
         if not index.isdecimal() or int(index) >= len(stages):
             continue
         stage, made = stages[int(index)], StageJob(job, state.comment, state)
@@ -111,9 +104,9 @@ def stage_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, St
 
 
 def with_ends(jobs: Mapping[str, StageJob], known: Mapping[str, JobState]) -> dict[str, StageJob]:
-    """``jobs`` with how those ended that neither wait nor run; ``known`` is what squeue lists."""
+    """``jobs`` with the final state of those that have ended; ``known`` is what squeue lists."""
     comments = {array_of(job): state.comment for job, state in known.items()}
-    # An id that was given again says nothing of the job that had it before.
+    # A reused id says nothing about the job that had it before.
     asked = {
         job.job
         for job in jobs.values()
@@ -127,7 +120,7 @@ def with_ends(jobs: Mapping[str, StageJob], known: Mapping[str, JobState]) -> di
 
 
 def active_stages(runs_folder: Path) -> dict[str, StageJob]:
-    """The jobs that wait or run for stages of this results folder, by stage.
+    """The pending and running jobs of this results folder, by stage.
 
     Raises:
         UserError: SLURM does not answer.
@@ -137,11 +130,10 @@ def active_stages(runs_folder: Path) -> dict[str, StageJob]:
 
 
 def hopeless_stages(plan: Plan, active: Mapping[str, StageJob]) -> set[str]:
-    """The stages of ``plan`` whose job waits for one that failed, was cancelled, or never came.
+    """The stages of ``plan`` whose pending job depends on a failed, cancelled or missing one.
 
-    SLURM cancels such a job in its own time, or lets it run where it has forgotten the other, so
-    until then it looks as if it would still do its stage. One whose submission cannot be read any
-    more would fail when it starts.
+    SLURM cancels such a job eventually, or runs it once it has forgotten the other job. A pending
+    job whose submission cannot be read is included as well: it would fail when it starts.
     """
     parent, done = submissions_folder(plan.layout.runs), plan.done
     waiting = {n: job for n, job in active.items() if n in plan.todo.stages and job.waiting}
@@ -152,8 +144,6 @@ def hopeless_stages(plan: Plan, active: Mapping[str, StageJob]) -> set[str]:
         try:
             submission = Submission.load(folder)
             inputs = Inputs.load(folder)
-        except OtherVersion:  # its jobs run the code that wrote it
-            continue
         except UserError:
             hopeless |= mine
             continue

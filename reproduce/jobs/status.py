@@ -1,6 +1,6 @@
-"""Where every stage of a submission stands, from what is on disk and what SLURM says.
+"""The state of every stage of a submission, from its run folders and from SLURM.
 
-Nothing is asked of the process that submitted it, so this works when that is gone.
+It does not depend on the process that submitted it.
 """
 
 import re
@@ -35,7 +35,7 @@ class StageStatus(State):
         stage: the stage.
         job: its SLURM job, or empty.
         node: where it runs or ran.
-        log: the file that its output goes to, where there is one.
+        log: its log file, if it exists.
     """
 
     stage: Stage
@@ -45,17 +45,17 @@ class StageStatus(State):
 
     @property
     def restarts(self) -> int:
-        """How often it was started again."""
+        """How often it was restarted."""
         return 0 if self.attempt is None else self.attempt.number - 1
 
     @property
     def started(self) -> float:
-        """When its latest start was, in seconds since the epoch; 0 where it has not started."""
+        """Its latest start, in seconds since the epoch; 0 if it has not started."""
         return 0.0 if self.record is None else self.record.started
 
     @property
     def share_done(self) -> float | None:
-        """How much of it is done, 0..1, while that is known."""
+        """The fraction that is done, 0..1; None if unknown."""
         if self.word == "done":
             return 1.0
         progress = self.progress
@@ -65,7 +65,7 @@ class StageStatus(State):
 
     @property
     def remaining(self) -> float | None:
-        """Seconds until it is done, as its own progress says."""
+        """Estimated seconds until it is done; None if unknown."""
         return self.progress.remaining_seconds if self.word == "running" else None
 
 
@@ -75,9 +75,9 @@ def read_status(
     """The state of every stage, in the order of the graph.
 
     Args:
-        submission: the submission; its stages may be done by jobs of another one.
-        trouble: called with one line when SLURM does not answer; the states are then those of the
-            run folders. None raises the error instead.
+        submission: the submission; jobs of other submissions may run its stages.
+        trouble: called with one line if SLURM does not answer; states then come from the run
+            folders alone. None raises the error instead.
 
     Raises:
         UserError: the submission cannot be read, or SLURM does not answer.
@@ -85,18 +85,18 @@ def read_status(
     jobs, reached = _jobs(submission, trouble)
     inputs, stages = Inputs.load(submission.folder), submission.graph.stages
     with hashing_up_to():
-        found = {
+        on_disk = {
             name: load_stage(inputs, stage).state(submission.created)
             for name, stage in stages.items()
         }
-    done = {name for name, state in found.items() if state.word == "done"}
+    done = {name for name, state in on_disk.items() if state.word == "done"}
     for name in not_needed(submission.graph, done):
-        found[name] = replace(found[name], word="done", reason="")
+        on_disk[name] = replace(on_disk[name], word="done", reason="")
     driven = submission.cluster.kind != "slurm" and driver_lives(submission)
     read: dict[str, StageStatus] = {}
     for name, stage in stages.items():
         job = jobs.get(name)
-        state = found[name]
+        state = on_disk[name]
         if state.word not in ("done", "running"):
             state = _unfinished(state, job, [read[other] for other in stage.needs], reached, driven)
         read[name] = _status(submission, stage, state, job)
@@ -104,7 +104,7 @@ def read_status(
 
 
 def driver_lives(submission: Submission) -> bool:
-    """Whether a process on this machine runs the submission."""
+    """Whether a process is running the submission on its machine."""
     attempt = latest_attempt(submission.folder / DRIVER)
     return attempt is not None and attempt.record is not None and is_alive(attempt)
 
@@ -112,7 +112,7 @@ def driver_lives(submission: Submission) -> bool:
 def _jobs(
     submission: Submission, trouble: Callable[[str], None] | None
 ) -> tuple[dict[str, StageJob], bool]:
-    """The job of each stage that has one, and whether SLURM, where it is needed, has answered."""
+    """The job of each stage that has one, and whether SLURM answered, if needed."""
     if submission.cluster.kind != "slurm":
         return {}, True
     known: Mapping[str, JobState] = {}
@@ -122,7 +122,7 @@ def _jobs(
     except UserError as error:
         if trouble is None:
             raise
-        trouble(f"SLURM not reachable ({error}); this is what the run folders say")
+        trouble(f"SLURM not reachable ({error}); showing the state of the run folders")
         reached = False
     found = stage_jobs(submission.folder.parent.parent, known)
     mine = {stage: job for stage, job in found.items() if stage in submission.graph.stages}
@@ -132,14 +132,14 @@ def _jobs(
 def _unfinished(
     state: State, job: StageJob | None, needs: Iterable[StageStatus], reached: bool, driven: bool
 ) -> State:
-    """The state of a stage that is neither done nor running, with what SLURM says of its job.
+    """The state of a stage that is neither done nor running, including its job's.
 
     Args:
-        state: what its folder says.
+        state: its state in the run folder.
         job: its job.
         needs: the stages that it needs.
-        reached: whether SLURM, where it is needed, has answered.
-        driven: whether a process on this machine runs the stages one by one.
+        reached: whether SLURM answered, if needed.
+        driven: whether a local process runs the stages.
     """
     said = None if job is None else job.state
     lost = next((other for other in needs if other.word in ("failed", "cancelled")), None)
@@ -155,10 +155,10 @@ def _unfinished(
     elif said is not None:
         word, reason = _job_end(said)
     elif driven:
-        word, reason = "waiting", "waiting for the stages that it needs or a free device"
+        word, reason = "waiting", "waiting for the stages it needs or a free device"
     else:
         word = "interrupted"
-        reason = "SLURM does not know its job any more" if job else reason or "it was stopped"
+        reason = "SLURM no longer knows its job" if job else reason or "it was stopped"
     return replace(state, word=word, reason=reason)
 
 
@@ -168,8 +168,8 @@ def _status(
     said, record = None if job is None else job.state, state.record
     log = _log(submission, stage, job)
     reason = state.reason
-    told = record is not None and record.state == "failed" and record.updated >= submission.created
-    if state.word == "failed" and not told and log is not None:
+    own = record is not None and record.state == "failed" and record.updated >= submission.created
+    if state.word == "failed" and not own and log is not None:
         reason = _last_error(log) or reason
     return StageStatus(
         state.word,
@@ -185,19 +185,19 @@ def _status(
 def _log(submission: Submission, stage: Stage, job: StageJob | None) -> Path | None:
     path = submission.local_log(stage.name)
     if job is not None:
-        owner = replace(submission, folder=submission.folder.with_name(job.submission))
-        path = owner.jobs_folder / f"{job.job}_0_log.out"
+        folder = submission.folder.with_name(job.submission)
+        path = folder / submission.jobs_folder.name / f"{job.job}_0_log.out"
     return path if path.exists() else None
 
 
 def _job_end(job: JobState) -> tuple[Word, str]:
-    """What SLURM says of the end of a job."""
+    """The state of a stage whose job has ended."""
     if job.state == "CANCELLED":
         return "cancelled", "its job was cancelled"
     if job.state == "COMPLETED":
-        return "failed", "its job ended but its outputs are not there"
+        return "failed", "its job completed, but its outputs are missing"
     if job.state == "FAILED" and job.reason.startswith(f"{REQUEUE}:"):
-        return "interrupted", "it was stopped in time, and SLURM did not requeue its job"
+        return "interrupted", "it stopped in time, but SLURM did not requeue its job"
     code = f" (exit code {job.reason})" if job.state == "FAILED" and ":" in job.reason else ""
     return "failed", job.words + code
 
@@ -206,7 +206,7 @@ _ERROR = re.compile(r"^(error: .*|[\w.]*(Error|Exception)\b.*)$")
 
 
 def _last_error(log: Path) -> str | None:
-    """The last line of a log that names an error: why a job failed before it could say so."""
+    """The last error line of a log, for jobs that failed before they could record a reason."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -215,17 +215,16 @@ def _last_error(log: Path) -> str | None:
 
 
 def is_over(statuses: Iterable[StageStatus]) -> bool:
-    """Whether nothing will happen any more."""
+    """Whether every stage has ended."""
     return all(status.word in OVER for status in statuses)
 
 
 def readings(
     submission: Submission, trouble: Callable[[str], None], every: float = 10.0
 ) -> Iterator[list[StageStatus]]:
-    """Reads the status again and again until nothing will happen any more.
+    """Yields the status repeatedly until every stage has ended.
 
-    SLURM may not answer for a while: ``trouble`` is told, and it is waited for, never taken for an
-    end.
+    While SLURM does not answer, ``trouble`` is called and polling continues.
     """
     while True:
         try:

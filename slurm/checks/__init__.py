@@ -1,1 +1,1 @@
-"""``g2rpo check cluster``: whether a cluster profile fits the cluster that it describes."""
+"""``g2rpo check cluster``: whether a cluster profile fits its cluster."""

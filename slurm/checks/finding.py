@@ -1,10 +1,11 @@
-"""What a check says, and what a check of a cluster is given."""
+"""The input and the output of checks: cases, questions to a process, findings."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from g2rpo.config import StrictModel
 from slurm.cluster import Cluster
 from slurm.graph import Needs
 
@@ -16,12 +17,12 @@ class Finding:
     """One line of a report.
 
     Attributes:
-        word: ``note`` is how things are, ``warning`` costs time or work, ``failed`` must be fixed.
-        what: what was looked at.
-        found: what is there, or what is wrong.
-        fix: how to fix it; empty where nothing has to be.
-        seconds: how long the check took, where that says something.
-        memory: the most memory that it took, in bytes.
+        word: ``note`` is information, ``warning`` costs time or work, ``failed`` must be fixed.
+        what: what was checked.
+        found: the result, or what is wrong.
+        fix: how to fix it; empty if there is nothing to fix.
+        seconds: how long the check took, if that is informative.
+        memory: peak memory of the check, in bytes.
     """
 
     word: Word
@@ -30,6 +31,28 @@ class Finding:
     fix: str = ""
     seconds: float | None = None
     memory: int | None = None
+
+
+class Question(StrictModel):
+    """What a process must find where it runs.
+
+    Attributes:
+        modules: Python modules to import.
+        files: absolute paths of files that must exist.
+        artifacts: published weights that must be cached, by name.
+        gpus: whether the process has a GPU.
+        gpu_memory_gb: required memory of each GPU.
+        disk_gb: free space, in GB, below which there is a warning.
+        several: whether stages have several ranks, which must reach each other; None skips this.
+    """
+
+    modules: tuple[str, ...] = ("g2rpo",)
+    files: tuple[str, ...] = ()
+    artifacts: tuple[str, ...] = ()
+    gpus: bool = False
+    gpu_memory_gb: int = 0
+    disk_gb: float = 1.0
+    several: bool | None = None
 
 
 def _silent(_line: str) -> None:
@@ -43,52 +66,44 @@ class Case:
     Attributes:
         cluster: the cluster profile.
         wanted: the devices of each kind of stage.
-        results: the folder that jobs write to; absolute.
+        results: the folder that jobs write to.
         shares: jobs of the largest array.
-        gpu_memory_gb: memory that each GPU must have.
-        disk_gb: free space below which the results folder is too small.
-        modules: what Python must import in a job.
-        files: what must be there in a job; absolute paths.
-        artifacts: published weights that must be cached there, by name.
+        question: what a job must find on its node.
         quick: submit no job.
-        tell: called with a line before something that takes a while.
+        tell: called with a progress message before slow checks.
     """
 
     cluster: Cluster
     wanted: Mapping[str, Needs]
     results: Path
     shares: int = 1
-    gpu_memory_gb: int = 0
-    disk_gb: float = 1.0
-    modules: tuple[str, ...] = ("g2rpo",)
-    files: tuple[Path, ...] = ()
-    artifacts: tuple[str, ...] = ()
+    question: Question = field(default_factory=Question)
     quick: bool = False
     tell: Callable[[str], None] = _silent
 
     @property
     def groups(self) -> dict[Needs, tuple[str, ...]]:
-        """The kinds of stages that take the same devices."""
-        found: dict[Needs, tuple[str, ...]] = {}
+        """The kinds of stages by the devices they need."""
+        groups: dict[Needs, tuple[str, ...]] = {}
         for kind, needs in self.wanted.items():
-            found[needs] = (*found.get(needs, ()), kind)
-        return found
+            groups[needs] = (*groups.get(needs, ()), kind)
+        return groups
 
     @property
     def partitions(self) -> dict[str | None, tuple[str, ...]]:
-        """The kinds of stages of each partition; None is the site's default."""
-        found: dict[str | None, tuple[str, ...]] = {}
+        """The kinds of stages by partition; None is the site's default."""
+        partitions: dict[str | None, tuple[str, ...]] = {}
         for kind, needs in self.wanted.items():
             name = self.cluster.partition_of(needs)
-            found[name] = (*found.get(name, ()), kind)
-        return found
+            partitions[name] = (*partitions.get(name, ()), kind)
+        return partitions
 
 
 def listed(words: Iterable[str], most: int = 4) -> str:
-    """Words with commas between them; of many, the first ones and how many more there are."""
-    found = list(words)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(found[:most]) + more
+    """Words separated by commas; of many, the first ones and the number of others."""
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
 
 
 def counted(number: int, word: str) -> str:

@@ -1,7 +1,7 @@
-"""A tiny real job: what only a node can tell.
+"""A tiny real job, for what can only be checked on a node.
 
-The job gets the same flags, setup lines and container as a stage does, but one rank and one GPU a
-node and a few minutes. What it writes must be seen here: that is how stages tell of their work.
+It has the flags, setup lines and container of a stage, but one rank and one GPU per node, and a few
+minutes. Its files must be visible here: that is how stages report their progress.
 """
 
 import shlex
@@ -16,36 +16,36 @@ from pydantic import TypeAdapter
 
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
-from slurm.batch import Batch, python_command, script, setup, srun_arguments
+from slurm.batch import Batch, python_command, setup, srun_arguments
 from slurm.checks.finding import Case, Finding
-from slurm.checks.probe import ANSWERS, QUESTION, Question
+from slurm.checks.probe import ANSWERS, QUESTION
 from slurm.cluster import Cluster
 from slurm.graph import Needs, Stage
 from slurm.states import JobState, ask, cancel_jobs, known_jobs
 
 START_SECONDS = 120
-"""How long the trial job may wait for devices."""
+"""How long the trial job may be pending."""
 RUN_SECONDS = 300
-"""How long it may run: importing from a busy file server takes its time."""
+"""How long it may run: imports from a busy file server are slow."""
 SEEN_SECONDS = 30
-"""How long a file may take to be seen here: file servers' clients remember what was not there."""
+"""How long a file may take to appear here: NFS clients cache missing names."""
 WRITTEN, LOG = "written", "log.txt"
 _FINDINGS = TypeAdapter(list[Finding])
 
 
 def stage_script(cluster: Cluster, kind: str, needs: Needs, results: Path) -> str:
-    """The batch script of a kind of stage, as it would be submitted."""
+    """The batch script of a kind of stage, exactly as it would be submitted."""
     stage = Stage(name=f"{kind}/check", kind=kind, label="check", resources=needs)
-    return script(cluster, Batch("g2rpo/check", (stage,)), results / "check", results)
+    return Batch(cluster, results / "check", results, "g2rpo/check", (stage,)).script
 
 
 def trials(case: Case, folder: Path, usable: Mapping[str | None, int]) -> Iterator[Finding]:
-    """One trial job for each partition that stages run in.
+    """Runs one trial job in each partition.
 
     Args:
-        case: what is checked.
-        folder: a folder inside of the results folder.
-        usable: how many nodes of each partition jobs can start on.
+        case: the case.
+        folder: a folder inside the results folder.
+        usable: number of usable nodes by partition.
     """
     done: set[str | None] = set()
     for needs in sorted(case.groups, key=lambda needs: (-needs.gpus, -needs.ranks)):
@@ -56,50 +56,45 @@ def trials(case: Case, folder: Path, usable: Mapping[str | None, int]) -> Iterat
         label = "trial job" if name is None else f"trial job in {name}"
         nodes = min(2, usable[name], case.cluster.nodes(needs))
         if not nodes:
-            found = "not submitted: no node of the partition could run it"
-            yield Finding("warning", label, found, "fix what the other lines say")
+            found = "not submitted: the partition has no usable node"
+            yield Finding("warning", label, found, "fix the other lines first")
             continue
         place = folder / str(len(done))
         place.mkdir()
         try:
             yield from _run(case, place, Needs(nodes, nodes if needs.gpus else 0), label)
         except UserError as error:
-            yield Finding("failed", label, str(error), "fix what the other lines say")
+            yield Finding("failed", label, str(error), "fix the other lines first")
 
 
 def _run(case: Case, folder: Path, needs: Needs, label: str) -> Iterator[Finding]:
-    """Submits the job, waits for it, and says what it found; the job is gone afterwards."""
-    question = Question(
-        modules=case.modules,
-        files=tuple(map(str, case.files)),
-        artifacts=case.artifacts,
-        gpus=needs.gpus > 0,
-        gpu_memory_gb=case.gpu_memory_gb,
-        disk_gb=case.disk_gb,
-        several=any(each.ranks > 1 for each in case.wanted.values()),
-    )
+    """Submits the job, waits for it, reports its findings, and cancels what is left of it."""
+    several = any(each.ranks > 1 for each in case.wanted.values())
+    question = case.question.model_copy(update={"gpus": needs.gpus > 0, "several": several})
     atomic_write_text(folder / QUESTION, question.model_dump_json())
-    case.tell(f"{label}: submitting, and waiting for {START_SECONDS} s at most ...")
-    told = ask("sbatch", "--parsable", "--chdir=/", text=_script(case, folder, needs))
-    job = told.strip().splitlines()[-1].split(";")[0]
+    case.tell(f"{label}: submitted, waiting up to {START_SECONDS} s ...")
+    answer = ask("sbatch", "--parsable", "--chdir=/", text=_script(case, folder, needs))
+    job = answer.strip().splitlines()[-1].split(";")[0]
     try:
         state = _wait(job)
     finally:
         cancel_jobs([job])
     if state.state in ("COMPLETED", "FAILED", "RUNNING", "COMPLETING", "TIMEOUT"):
-        yield from _told(case, folder, needs, state)
+        yield from _report(case, folder, needs, state)
         return
-    when = f"did not start within {START_SECONDS} s" if state.active else f"{state.node} cut it off"
-    yield Finding("warning", label, f"{when}: {state.words}; nothing was seen there", "try again")
+    when = f"did not start within {START_SECONDS} s" if state.active else f"lost on {state.node}"
+    yield Finding(
+        "warning", label, f"{when}: {state.words}; nothing was checked there", "try again"
+    )
 
 
 def _script(case: Case, folder: Path, needs: Needs) -> str:
-    """The job: a stage's own flags but for output and time, then the probe."""
+    """The job script: a stage's flags except output and time, then the probe."""
     cluster = case.cluster
     memory = cluster.memory_gb_per_task
     small = cluster.model_copy(
         update={
-            # A small job starts soon; importing torch takes no more.
+            # A small job starts sooner.
             "cpus_per_task": min(2, cluster.cpus_per_task),
             "memory_gb_per_task": memory and min(8, memory),
             "gpus_per_node": 1,
@@ -121,7 +116,7 @@ def _script(case: Case, folder: Path, needs: Needs) -> str:
     run = shlex.join([*output, *srun_arguments(small, case.results)])
     python = python_command(small, case.results, gpus=needs.gpus > 0)
     kind = cluster.container.kind
-    runtime = f'command -v {kind} || {{ echo "error: {kind} was not found"; exit 1; }}'
+    runtime = f'command -v {kind} || {{ echo "error: {kind} not found"; exit 1; }}'
     lines = [
         "#!/bin/bash",
         *flags,
@@ -138,11 +133,11 @@ def _script(case: Case, folder: Path, needs: Needs) -> str:
 
 
 def _wait(job: str) -> JobState:
-    """The job when it has ended, or when its time is over."""
+    """Waits until the job has ended or its time is up; returns its state."""
     begun = time.monotonic()
     started: float | None = None
     while True:
-        state = known_jobs().get(job, JobState(job, "COMPLETED"))  # SLURM forgets jobs in time
+        state = known_jobs().get(job, JobState(job, "COMPLETED"))  # SLURM forgets ended jobs
         now = time.monotonic()
         if not state.active:
             return state
@@ -154,26 +149,26 @@ def _wait(job: str) -> JobState:
         time.sleep(0.5)
 
 
-def _told(case: Case, folder: Path, needs: Needs, state: JobState) -> Iterator[Finding]:
+def _report(case: Case, folder: Path, needs: Needs, state: JobState) -> Iterator[Finding]:
     node = state.node or "a node"
     shared = f"the folder {case.results}"
     if not _appears(folder, WRITTEN, 1, SEEN_SECONDS):
         yield Finding(
             "failed",
             shared,
-            f"cannot be written to on {node}, or what is written there is not seen here",
-            "--results: a folder of a file system that all nodes share",
+            f"not writable on {node}, or files written there do not appear here",
+            "pass --results on a file system that all nodes share",
         )
         return
-    yield Finding("ok", shared, f"written to on {node}, seen here")
-    # A rank that has written a log and no answer has failed.
+    yield Finding("ok", shared, f"written on {node}, visible here")
+    # A rank with a log and no answer has failed.
     _appears(folder, "*-*.t*", needs.ranks, SEEN_SECONDS)
     if not _appears(folder, ANSWERS, needs.ranks, 3):
         yield Finding(
             "failed",
             "Python in a job",
-            f"{state.state.lower()} on {node}: {_last_words(folder) or 'nothing was written'}",
-            "setup: or container: of the profile must make the project's Python start",
+            f"{state.state.lower()} on {node}: {_last_words(folder) or 'no output'}",
+            "change setup: or container: so that the project's Python starts",
         )
     elif case.cluster.container.kind != "none":
         container = case.cluster.container
@@ -183,10 +178,10 @@ def _told(case: Case, folder: Path, needs: Needs, state: JobState) -> Iterator[F
 
 
 def _appears(folder: Path, pattern: str, count: int, seconds: float) -> bool:
-    """Whether so many files that are not empty are seen in time."""
+    """Whether ``count`` non-empty files appear in time."""
     deadline = time.monotonic() + seconds
     while True:
-        # Listing the folder has a file server's client look again.
+        # Listing the folder makes an NFS client ask the server again.
         if sum(path.stat().st_size > 0 for path in folder.glob(pattern)) >= count:
             return True
         if time.monotonic() > deadline:
@@ -198,19 +193,19 @@ def _last_words(folder: Path) -> str:
     for path in (*sorted(folder.glob("log-*.txt")), folder / LOG):
         if path.exists():
             lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-            told = [line for line in lines if line and not line.startswith("srun: error: ")]
-            wrong = [line for line in told if "error" in line.lower()]
-            if told:
-                return (wrong or told)[-1][:300]
+            lines = [line for line in lines if line and not line.startswith("srun: error: ")]
+            if lines:
+                errors = [line for line in lines if "error" in line.lower()]
+                return (errors or lines)[-1][:300]
     return ""
 
 
 @contextmanager
 def trial_folder(results: Path) -> Iterator[Path]:
-    """A folder inside of ``results`` that is gone afterwards, as are folders made for it.
+    """A temporary folder inside ``results``; parents created for it are removed as well.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     made = [folder for folder in (results, *results.parents) if not folder.exists()]
     results.mkdir(parents=True, exist_ok=True)

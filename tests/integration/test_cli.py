@@ -173,7 +173,7 @@ REFUSALS = {
         ["train", "two_rows.yaml", "hps/g2rpo", "-s", "policy.source=./absent"],
         "absent",
     ),
-    "paper scale": (["reproduce", "table1", "--profile", "flux"], "PROFILE=mini"),
+    "paper scale": (["reproduce", "table1", "--profile", "flux"], "--profile mini"),
     "bad seeds": (
         ["reproduce", "two_rows.yaml", "--profile", "small.yaml", "--seeds", "1,x"],
         "--seeds",

@@ -105,7 +105,7 @@ def check(
 def test_a_profile_that_fits_is_all_ok(check: Check, cluster: Cluster) -> None:
     done = check(cpu_partition="high", account="root", qos="normal")
     assert (done.code, done.words()) == (0, {"ok"}), done
-    assert "seen here" in done.line(f"the folder {check.results}")[1]
+    assert "visible here" in done.line(f"the folder {check.results}")[1]
     assert "g2rpo.training.loop" in done.line("Python on node")[1]
     assert "resolves" in done.line("names on node")[1]
     # Nothing is left: no job, no folder.
@@ -126,15 +126,15 @@ def test_what_slurm_would_refuse(check: Check) -> None:
     scale = check.profile(gpus=16)
     done = check("--quick", "--profile", scale, partition="mian")
     assert done.code == 2
-    assert "did you mean 'main'?" in done.line("sbatch takes train")[1]
+    assert "did you mean 'main'?" in done.line("sbatch accepts train")[1]
     done = check("--quick", "--profile", scale, gpus_per_node=8)
     assert done.code == 2
-    word, text = done.line("sbatch takes train")
-    assert "2 nodes with gpu:2, 4 CPUs, 8 GB: set gpus_per_node" in text
+    word, text = done.line("sbatch accepts train")
+    assert "2 nodes with gpu:2, 4 CPUs, 8 GB; change gpus_per_node" in text
     assert word == "failed" and "Requested node configuration is not available" in text
     done = check("--quick", "--profile", scale)
-    assert "--nodes=8" in done.line("sbatch takes train")[1]
-    assert done.line("sbatch takes embed, sample, score")[0] == "ok"
+    assert "--nodes=8" in done.line("sbatch accepts train")[1]
+    assert done.line("sbatch accepts embed, sample, score")[0] == "ok"
 
 
 def test_nodes_that_are_drained(check: Check, cluster: Cluster) -> None:
@@ -144,7 +144,7 @@ def test_nodes_that_are_drained(check: Check, cluster: Cluster) -> None:
     assert done.code == 2
     assert done.line("nodes of main")[0] == "warning"
     assert "node2 (drained: fan is broken)" in done.line("nodes of main")[1]
-    assert "usable are 1 node with" in done.line("sbatch takes train")[1]
+    assert "usable: 1 node with" in done.line("sbatch accepts train")[1]
     cluster.run("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=power")
     done = check()
     assert done.code == 2
@@ -172,13 +172,13 @@ def test_a_results_folder_that_nodes_do_not_share(check: Check) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         check=False,
     )
     done = examination(ran.returncode, ran.stdout, ran.stderr)
     assert done.code == 2
     word, text = done.line(f"the folder {check.results}")
-    assert word == "failed" and "cannot be written to on node" in text
+    assert word == "failed" and "not writable on node" in text
     assert "a file system that all nodes share" in text
 
 
@@ -190,7 +190,7 @@ def test_jobs_whose_python_does_not_start(check: Check) -> None:
     # On nodes without podman the shell does not find it; this machine may have it.
     absent = ["command() { false; }"]
     done = check(container={"kind": "podman", "image": "no-such-image"}, setup=absent)
-    assert "podman was not found" in done.line("Python in a job")[1]
+    assert "podman not found" in done.line("Python in a job")[1]
     assert done.code == 2
 
 
@@ -203,5 +203,5 @@ def test_a_trial_that_does_not_start_is_a_warning(
     found = check_cluster(Case(ClusterProfile(**GOOD), {"train": Needs()}, check.results))
     told = [each for each in found if each.what == "trial job in main"]
     assert [each.word for each in told] == ["warning"]
-    assert "did not start within 3 s: waiting for free devices" in told[0].found
+    assert "did not start within 3 s: waiting for free nodes or GPUs" in told[0].found
     assert cluster.run("squeue", "--noheader", "--format=%i") == blocking

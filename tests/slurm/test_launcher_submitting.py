@@ -51,7 +51,7 @@ def test_two_submissions_at_once(cluster: Cluster, places: Callable[..., Workpla
     _assert_each_stage_has_one_job(place)
     assert len(place.alive()) == 10  # 4 sample, 4 score, train, render
     lines = place.g2rpo("status").stdout.splitlines()
-    assert sum("held: release it" in line for line in lines) >= 3, lines
+    assert sum("held; release it" in line for line in lines) >= 3, lines
 
 
 def test_submitting_shell_is_killed_after_a_job_nobody_noted(

@@ -76,7 +76,10 @@ def submission_of(stages: list[Stage], settings: dict[str, Any]) -> Submission:
     cluster = validate(Cluster, {"name": "test", **settings}, "test")
     folder = RESULTS / "submissions" / "table1-flux"
     known = Graph([ACTIVE, *stages])
-    return Submission(folder, "a title", "module:run", Path("/"), cluster, known, 0.0)
+    return Submission(
+        folder=folder, title="a title", entry="module:run", directory=Path("/"), cluster=cluster,
+        stages=tuple(known.stages.values()), created=0.0,
+    )  # fmt: skip
 
 
 def text_of(name: str) -> str:

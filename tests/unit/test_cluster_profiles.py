@@ -1,12 +1,10 @@
 """The bundled cluster profiles: each is valid, and together they show every setting."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from g2rpo.config import StrictModel, load_yaml, validate
@@ -50,8 +48,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "name of a variable": ('environment: {"HF HOME": /a}', "environment"),
     "name of a flag": ('extra: {"reservation\\n#SBATCH --uid": 0}', "extra"),
     "flag set by itself": ("extra: {dependency: 'afterok:1'}", "dependency"),
-    "image without a kind": ("container: {image: x.sif}", "needs a kind: apptainer"),
-    "short flag": ("extra: {p: gpu}", "extra: 'p': write a flag's long name"),
+    "image without a kind": ("container: {image: x.sif}", "needs kind: apptainer"),
+    "short flag": ("extra: {p: gpu}", "extra: 'p': use the flag's long name"),
     "flag without anything": ("extra: {reservation: }", "extra.reservation: input should be"),
     "no image": ("container: {kind: apptainer}", "image"),
     "no such container": ("container: {kind: docker, image: x}", "container"),
@@ -68,22 +66,13 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "memory in MB": ("memory_gb_per_task: 120000", "memory_gb_per_task"),
     "empty partition": ('partition: ""', "partition: must not be empty"),
     "number for an account": ("account: 0123", "put it in quotes"),
-    "partitions with spaces": ("partition: gpu, gpu2", "partition: must not be empty or hold sp"),
+    "partitions with spaces": ("partition: gpu, gpu2", "partition: must not be empty or contain"),
     "count in a GPU type": ("gpu_type: a100:8", "gpu_type"),
-    "dashes of a flag": ("extra: {--reservation: x}", "without the dashes"),
-    "flag twice": ("extra: {time-min: 60, time_min: 60}", "twice"),
-    "memory twice": ("{memory_gb_per_task: 1, extra: {mem_per_cpu: 8G}}", "memory_gb_per_task"),
+    "dashes of a flag": ("extra: {--reservation: x}", "without leading dashes"),
+    "flag twice": ("extra: {time-min: 60, time_min: 60}", "the same flag"),
     "GPUs as gres": ('extra: {gres: "tmp:1,gpu:a100:2"}', "gpus_per_node"),
     "gres beside gres": ('{gpu_flag: gres, extra: {gres: "tmp:1"}}', "gpu_flag"),
-    "shared and exclusive": ("{exclusive: true, extra: {oversubscribe: true}}", "exclusive"),
     "nodes for jobs of one": ('extra: {nodelist: "n[01-04]"}', "exclude, constraint or reserv"),
-    "least time above a limit": ("extra: {time-min: 01:00:00}", "time-min"),
-    "least time below the lead": ("extra: {time-min: 5}", "time-min"),
-    "value of a plain flag": ('extra: {hold: "yes"}', "hold cannot be set here: it takes no value"),
-    "flag without its value": (
-        "extra: {reservation: true}",
-        "reservation cannot be set here: it n",
-    ),
     "flag that is off": ("extra: {hold: false}", "hold"),
     "text for a list": ("setup: module load cuda", "write a list"),
     "number for a variable": ("environment: {OMP_NUM_THREADS: 8}", "put it in quotes"),
@@ -95,21 +84,17 @@ MISTAKES: dict[str, tuple[str, str]] = {
 
 
 MISTAKES |= {
-    f"extra: {flag}": (f"extra: {{{flag}: 1}}", f"{flag} cannot be set here: {instead}")
+    f"extra: {flag}": (f"extra: {{{flag}: 1}}", f"{flag} is not allowed: {instead}")
     for flag, instead in {
         "time": "set minutes", "signal": "set signal_lead_seconds", "mem": "set memory_gb_per_task",
-        "cpus-per-task": "set cpus_per_task", "gpus_per_node": "set gpus_per_node",
-        "nodes": "set gpus_per_node and tasks_per_node", "partition": "set partition",
-        "account": "set account", "qos": "set qos", "constraint": "set constraint",
-        "exclusive": "set exclusive", "mail-user": "set mail", "export": "set environment",
-        "requeue": "jobs are requeued", "output": "the launcher", "open_mode": "the launcher",
-        "wrap": "jobs run", "wait": "sbatch would not",
+        "gpus_per_node": "set gpus_per_node",
+        "requeue": "jobs are requeued", "open_mode": "the launcher",
     }.items()
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_in_a_profile_is_told_in_one_line(case: str, tmp_path: Path) -> None:
+def test_a_mistake_in_a_profile_is_one_line(case: str, tmp_path: Path) -> None:
     text, named = MISTAKES[case]
     path = tmp_path / "site.yaml"
     path.write_text(text)
@@ -143,93 +128,39 @@ def test_flags_that_may_be_given(tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(
         "{partition: 'gpu,gpu2', extra: {nice: true, hold: true, nodelist: n1, mem-per-cpu: 8G, "
-        "gres: 'tmp:1', begin: 16:00, time-min: 00:20:00, wckey: no, licenses: 'a:1', "
-        "reservation: 2026-01, oversubscribe: true}}"
+        "gres: 'tmp:1', begin: 16:00, time-min: 00:20:00, wckey: no, reservation: 2026-01}}"
     )
     extra = load_cluster(str(path)).extra
-    # Times, dates and words of a site are text, as sbatch takes them.
+    # Times, dates and a site's words stay text.
     assert (extra["begin"], extra["time-min"]) == ("16:00", "00:20:00")
     assert (extra["wckey"], extra["reservation"]) == ("no", "2026-01")
 
 
-@pytest.fixture
-def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Gives a command of SLURM that answers with a text, whatever it is asked."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def give(name: str, script: str) -> None:
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-
-    return give
-
-
-def planned(profile: Path, *words: str) -> Result:
-    return CliRunner().invoke(
-        app, ["plan", "table3", "--profile", "flux", "--cluster", str(profile), *words]
-    )
-
-
-@pytest.mark.parametrize(
-    ("partition", "found"),
-    [
-        ("main", "asks for 1440 minutes, partition main allows 480; set minutes: {train: 480}"),
-        ("high", None),
-        ("main,high", None),
-        ("nowhere", None),
-    ],
-)
 def test_a_limit_above_the_partition_s_own_is_refused_by_the_plan(
-    answering: Callable[[str, str], None], tmp_path: Path, partition: str, found: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded = Path(__file__).parent / "slurm_recorded"
-    text = (recorded / "partitions.txt").read_text()
-    (tmp_path / "partitions").write_text(text.replace("MaxTime=UNLIMITED", "MaxTime=8:00:00", 1))
-    answering(
-        "scontrol",
-        f'[ "$2" = config ] && echo "AccountingStorageType = accounting_storage/none" || '
-        f'cat "{tmp_path / "partitions"}"',
+    recorded = Path(__file__).parent / "slurm_recorded" / "partitions.txt"
+    text = recorded.read_text().replace("MaxTime=UNLIMITED", "MaxTime=8:00:00", 1)
+    (tmp_path / "partitions").write_text(text)
+    scontrol, profile = tmp_path / "scontrol", tmp_path / "site.yaml"
+    scontrol.write_text(
+        f"#!/bin/sh\n[ \"$2\" = config ] && echo 'MaxArraySize = 8' || cat {tmp_path}/partitions\n"
     )
-    profile = tmp_path / "site.yaml"
-    profile.write_text(f"partition: {partition}\n")
-    done = planned(profile)
-    if found is None:
-        assert done.exit_code == 0, done.exception
-        return
-    assert isinstance(done.exception, UserError)
-    assert found in str(done.exception)
-    profile.write_text("partition: main\nminutes: {train: 08:00:00}\n")
-    assert planned(profile).exit_code == 0
-    answering("scontrol", '[ "$2" = config ] && echo "MaxArraySize = 8"; exit 0')
-    done = planned(profile)
-    assert "MaxArraySize allows 7 jobs, a cell is shared by 8" in str(done.exception)
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
+    def planned(settings: str) -> str:
+        profile.write_text(settings)
+        words = ["plan", "table3", "--profile", "flux", "--cluster", str(profile)]
+        return str(CliRunner().invoke(app, words).exception)
 
-def test_a_flag_that_sbatch_does_not_know_is_refused_by_the_plan(
-    answering: Callable[[str, str], None], tmp_path: Path
-) -> None:
-    profile = tmp_path / "site.yaml"
-    for command in ("scontrol", "sbatch"):
-        answering(command, "exit 1")
-    for extra, hint in (("reservatoin: x", "'reservation'"), ("lustre: true", "plug-ins")):
-        profile.write_text(f"extra: {{{extra}}}\n")
-        for words in ((), ("--dry-run",)):
-            done = planned(profile, *words)
-            assert isinstance(done.exception, UserError)
-            assert "sbatch has no such flag" in str(done.exception)
-            assert hint in str(done.exception)
-    answering("sbatch", "echo '      --lustre   Give each job its folder.'")
-    assert planned(profile).exit_code == 0
-
-
-def test_ranks_that_do_not_fill_nodes_are_refused_by_the_plan(tmp_path: Path) -> None:
-    profile = tmp_path / "site.yaml"
-    profile.write_text("gpus_per_node: 6\n")
-    done = planned(profile, "--dry-run")
-    assert isinstance(done.exception, UserError)
-    assert "16 ranks do not fill nodes of 6" in str(done.exception)
+    assert "allows 480; set minutes: {train: 480}" in planned("partition: main\n")
+    array = "MaxArraySize allows 7 jobs, a cell has 8 shares"
+    for settings in ("partition: high\n", "partition: main\nminutes: {train: 08:00:00}\n"):
+        assert array in planned(settings)
+    assert "16 ranks do not fill nodes of 6" in planned("gpus_per_node: 6\n")
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    assert planned("partition: main\n") == "None"
 
 
 def test_ranks_fill_nodes_or_are_refused() -> None:
@@ -237,9 +168,8 @@ def test_ranks_fill_nodes_or_are_refused() -> None:
     assert (cluster.nodes(Needs(8, 8)), cluster.tasks(Needs(8, 8))) == (2, 4)
     assert (cluster.nodes(Needs(3, 3)), cluster.tasks(Needs(3, 3))) == (1, 3)
     assert (cluster.nodes(Needs(2)), cluster.tasks(Needs(2))) == (1, 2)
-    with pytest.raises(UserError, match="6 ranks do not fill nodes of 4") as told:
+    with pytest.raises(UserError, match="6 ranks do not fill nodes of 4; set gpus_per_node"):
         cluster.tasks(Needs(6, 6))
-    assert "gpus_per_node" in str(told.value) and "\n" not in str(told.value)
 
 
 @pytest.fixture

@@ -79,9 +79,9 @@ def test_why_jobs_wait_in_words(commands: Path) -> None:
     answering(commands, "squeue", SQUEUE)
     words = {job: state.words for job, state in states.known_jobs().items()}
     assert words["101"] == words["102_1"] == ""
-    assert words["102_2"].startswith("waiting for other jobs of its array")
-    assert words["103"] == "waiting for the stages that it needs"
-    assert words["104"] == "a node that it needs is down or reserved"
+    assert words["102_2"].startswith("waiting for other tasks of its array")
+    assert words["103"] == "waiting for the stages it depends on"
+    assert words["104"] == "a node it needs is down or reserved"
     assert words["105"] == "waiting behind jobs of higher priority"
     assert "scontrol release" in words["106"]
     assert "requeued" in words["107"]
@@ -104,7 +104,7 @@ def test_ended_jobs_as_accounting_has_them(commands: Path) -> None:
     # The range names some of the others. The rest SLURM has forgotten, as it does with tasks that
     # are cancelled while their array waits.
     assert set(ended.values()) == {"CANCELLED"} and found["102_9"].node == ""
-    assert "time limit" in found["103"].words
+    assert "timed out" in found["103"].words
     assert "memory_gb_per_task" in found["104"].words
     assert found["105"].words == "its node failed"
     assert "preempted" in found["106"].words
@@ -135,9 +135,9 @@ def test_a_missing_command_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="squeue was not found: run this where SLURM's"):
+    with pytest.raises(UserError, match="squeue not found; run this on a machine"):
         states.known_jobs()
-    with pytest.raises(UserError, match="scancel was not found"):
+    with pytest.raises(UserError, match="scancel not found"):
         states.cancel_jobs(["1"])
     assert states.ended_jobs(["1"], {}) == {}
 

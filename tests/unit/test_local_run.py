@@ -122,7 +122,7 @@ def test_workers_are_kept_and_a_killed_one_is_replaced(finished: Finished) -> No
 def test_what_a_stage_prints_goes_to_its_log(finished: Finished) -> None:
     text = finished.submission.local_log("printing").read_text()
     assert sorted(text.splitlines()) == ["to standard error", "to standard output"]
-    assert "a mistake that can be mended" in finished.submission.local_log("bad").read_text()
+    assert "a mistake that can be fixed" in finished.submission.local_log("bad").read_text()
 
 
 def test_nothing_is_left_running(finished: Finished) -> None:
@@ -254,7 +254,7 @@ def test_the_running_stage_saves_before_it_ends(
     assert [words[:3] for words in told(run.submission)] == [
         ["begin", "work", pid], ["saved", "work", pid],
     ]  # fmt: skip
-    assert "what is done is kept" in run.submission.local_log("work").read_text()
+    assert "progress is saved" in run.submission.local_log("work").read_text()
 
 
 def test_a_worker_that_is_left_alone_while_it_starts_does_nothing(

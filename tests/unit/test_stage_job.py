@@ -3,7 +3,6 @@
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from stage_functions import saved_submission, told
 from g2rpo.errors import UserError
 from slurm import distributed, job
 from slurm.cluster import Cluster
-from slurm.distributed import check_meeting_point, join
+from slurm.distributed import check_master, join
 from slurm.graph import Stage
 from slurm.job import REQUEUE, TERMINATED, requeue_marker, run_stage
 from slurm.submission import Submission
@@ -21,7 +20,7 @@ ACTIONS = (
     "nothing", "user error", "full disk", "out of memory", "bug", "stop", "stop and resume",
 )  # fmt: skip
 
-FULL = "error: /results/x: the disk or quota is full; free space and run the same command"
+FULL = "error: /results/x: disk full or quota exceeded; free some space and run the same command"
 NO_MEMORY = "error: out of memory on the GPU (CUDA out of memory. Tried to allocate 20 GiB)"
 
 
@@ -43,12 +42,12 @@ def submission(tmp_path: Path) -> Submission:
     ("action", "code", "line"),
     [
         ("nothing", 0, ""),
-        ("user error", 2, "error: a mistake that can be mended"),
+        ("user error", 2, "error: a mistake that can be fixed"),
         ("full disk", 2, FULL),
         ("out of memory", 2, NO_MEMORY),
     ],
 )  # fmt: skip
-def test_what_can_be_mended_is_one_line(
+def test_an_error_that_can_be_fixed_is_one_line(
     submission: Submission, action: str, code: int, line: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run_stage(submission.folder, action) == code
@@ -78,7 +77,7 @@ def test_outside_of_slurm_a_stop_is_a_termination(
     submission.jobs_folder.mkdir()
     for action in ("stop", "stop and resume"):
         assert run_stage(submission.folder, action) == TERMINATED
-        assert capfd.readouterr().err.strip() == "stopped: a reason; what is done is kept"
+        assert capfd.readouterr().err.strip() == "stopped: a reason; progress is saved"
     assert list(submission.jobs_folder.iterdir()) == []
 
 
@@ -148,42 +147,23 @@ def test_another_number_of_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="2 ranks were started for a stage of 4"), join(4):
+    with pytest.raises(UserError, match="the stage needs 4 ranks, 2 were started"), join(4):
         raise AssertionError
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A port that somebody listens on."""
+def test_an_address_that_cannot_be_used_is_an_error_at_once() -> None:
+    with pytest.raises(UserError, match=r"cannot resolve .*'no-such-node.invalid'.*MASTER_ADDR"):
+        check_master("no-such-node.invalid", 29500, first=False)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        yield taken.getsockname()[1]
-
-
-def test_a_name_that_does_not_resolve_is_told_at_once() -> None:
-    with pytest.raises(UserError) as refused:
-        check_meeting_point("no-such-node.invalid", 29500, first=False)
-    message = str(refused.value)
-    assert "'no-such-node.invalid'" in message and "MASTER_ADDR" in message
-    assert "\n" not in message
-
-
-def test_a_port_in_use_is_told_by_the_rank_that_opens_it(port: int) -> None:
-    with pytest.raises(UserError) as refused:
-        check_meeting_point("127.0.0.1", port, first=True)
-    message = str(refused.value)
-    assert f"port {port}" in message and "MASTER_PORT" in message and "\n" not in message
-    check_meeting_point("127.0.0.1", port, first=False)
-
-
-def test_a_free_port_stays_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        free = probe.getsockname()[1]
-    check_meeting_point("localhost", free, first=True)
-    with socket.socket() as probe:
-        probe.bind(("", free))
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot open port {port} .*MASTER_PORT"):
+            check_master("127.0.0.1", port, first=True)
+        check_master("127.0.0.1", port, first=False)
+    check_master("localhost", port, first=True)
+    with socket.socket() as probe:  # it was left free
+        probe.bind(("", port))
 
 
 def _in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

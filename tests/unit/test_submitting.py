@@ -185,7 +185,7 @@ def test_a_job_that_slurm_forgot_between_is_looked_for_again(
 
     slurm.accident = accident
     if times == 99:
-        with pytest.raises(UserError, match=r"SLURM did not take .*dependency problem") as told:
+        with pytest.raises(UserError, match=r"cannot submit .*dependency problem") as told:
             submit_to_slurm(plan, CLUSTER)
         assert "\n" not in str(told.value) and len(slurm.stages()) == 1
         return
@@ -198,6 +198,6 @@ def test_an_sbatch_that_gives_no_id_is_one_line(
     slurm: Slurm, plan: Plan, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "sbatch", lambda _: answer)
-    with pytest.raises(UserError, match="sbatch gave no job id") as told:
+    with pytest.raises(UserError, match="sbatch returned no job id") as told:
         submit_to_slurm(plan, CLUSTER)
     assert "\n" not in str(told.value)

@@ -38,14 +38,14 @@ again=
 [ "$code" = 140 ] && again=yes
 deadline=$((SECONDS + 1800))
 answer() {
-  local pause=1 told
-  until told=$(timeout 60 "$@" 2>&1); do
-    [ "$?" = 127 ] || [[ "$told" = *"nvalid job id"* ]] && break
+  local pause=1 reply
+  until reply=$(timeout 60 "$@" 2>&1); do
+    [ "$?" = 127 ] || [[ "$reply" = *"nvalid job id"* ]] && break
     [ "$SECONDS" -lt "$deadline" ] || break
     sleep "$pause"
     pause=$((pause < 16 ? 2 * pause : 30))
   done
-  echo "$told"
+  echo "$reply"
 }
 if [ "$code" = 143 ]; then
   details=$(answer scontrol show job --oneliner "$job")
