@@ -1,8 +1,8 @@
 #!/bin/bash
-# Builds the image on a Debian base, without a registry and without a Docker engine, and uses it as
-# a researcher would. Needs root and apt; the 20 GB it takes meanwhile are removed at the end.
-# usage: docker/check-image.sh [FOLDER]     the list of packages (SBOM) is copied to FOLDER
-# Variables: KEEP_STORAGE=1 keeps images and layers for the next time.
+# Builds the image on a Debian base, without a registry or a Docker engine, and tests it. Needs root
+# and apt; uses 20 GB, which are removed at the end.
+# usage: docker/check-image.sh [FOLDER]     copies the list of packages (SBOM) to FOLDER
+# Variables: KEEP_STORAGE=1 keeps images and layers for the next run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUTPUT=$(realpath -m "${1:-build/image}")
@@ -10,11 +10,11 @@ ROOT=${TMPDIR:-/tmp}/g2rpo-check-image
 BASE=localhost/debian-base:bookworm
 IMAGE=localhost/g2rpo:check
 STORAGE=(--root "$ROOT/storage" --runroot "$ROOT/run" --storage-driver overlay)
-CALLER=12345 # any user that the image does not know
+CALLER=12345 # a user that the image does not know
 REVISION=$(git rev-parse HEAD)
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "SKIPPED: make check-image needs root and apt; NOTHING WAS CHECKED" >&2
+    echo "SKIPPED: make check-image needs root and apt; nothing was checked" >&2
     exit 0
 fi
 
@@ -43,7 +43,7 @@ install_tools() {
 build_base() {
     if buildah "${STORAGE[@]}" inspect --type image "$BASE" >/dev/null 2>&1; then return; fi
     local mirror container
-    # The mirror that this machine installs from.
+    # The mirror of this machine.
     mirror=$(awk '/^URIs:/ { print $2; exit }' /etc/apt/sources.list.d/debian.sources \
         2>/dev/null || true)
     mmdebstrap --quiet --variant=minbase bookworm "$ROOT/base.tar" \
@@ -74,30 +74,30 @@ build_image() {
         || fail "the image does not build: $(tail -n 30 "$ROOT/build.log")"
 }
 
-# Without a network, and without health checks, which podman leaves to systemd.
+# Without network, and without health checks, which podman leaves to systemd.
 run() {
     podman "${STORAGE[@]}" --runtime runc --cgroup-manager cgroupfs run --rm --network none \
         --no-healthcheck \
         --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --shm-size 1g "$@"
 }
 
-# refused STATUS TEXT OPTIONS... IMAGE WORD...: one line with TEXT, and that exit code.
+# refused STATUS TEXT OPTIONS... IMAGE WORD...: exits with STATUS and one line that contains TEXT.
 refused() {
-    local wanted=$1 text=$2 status=0 told
+    local wanted=$1 text=$2 status=0 output
     shift 2
-    told=$(run "$@" 2>&1) || status=$?
-    [ "$status" = "$wanted" ] || fail "exit code $status instead of $wanted: $*: $told"
-    [[ $told == *"$text"* ]] || fail "no word of '$text': $*: $told"
-    [ "$(wc -l <<< "$told")" = 1 ] || fail "more than one line: $*: $told"
+    output=$(run "$@" 2>&1) || status=$?
+    [ "$status" = "$wanted" ] || fail "exit code $status instead of $wanted: $*: $output"
+    [[ $output == *"$text"* ]] || fail "'$text' is missing: $*: $output"
+    [ "$(wc -l <<< "$output")" = 1 ] || fail "more than one line: $*: $output"
 }
 
 use_image() {
-    local results=$ROOT/results told status
+    local results=$ROOT/results output status
     say "docker run IMAGE"
-    told=$(run "$IMAGE") || fail "g2rpo check: $told"
-    echo "$told"
-    [[ $(tail -n 1 <<< "$told") == "verdict: ready"* ]] || fail "the check ends without its verdict"
-    [[ $told == *"all as locked"* ]] || fail "packages are not the locked ones"
+    output=$(run "$IMAGE") || fail "g2rpo check: $output"
+    echo "$output"
+    [[ $(tail -n 1 <<< "$output") == "verdict: ready"* ]] || fail "the check has no verdict"
+    [[ $output == *"all as locked"* ]] || fail "packages differ from the lock"
     say "a table, by a user of another uid, on a read-only image"
     rm -rf "$results" && mkdir -p "$results" && chown "$CALLER:$CALLER" "$results"
     run --user "$CALLER:$CALLER" --read-only --volume "$results:/work/results" \
@@ -107,18 +107,18 @@ use_image() {
     [ -z "$(find "$results" ! -uid "$CALLER")" ] || fail "files of another owner in the folder"
     grep -q "$REVISION" "$results"/runs/smoke/table1/cells/*.json \
         || fail "results do not name the commit"
-    say "words that it does not know, and folders that cannot be written"
-    refused 2 "unknown word 'tabel1'" "$IMAGE" tabel1
-    refused 2 "make lint is for a checkout" "$IMAGE" lint
+    say "unknown commands, and folders without write permission"
+    refused 2 "unknown command 'tabel1'" "$IMAGE" tabel1
+    refused 2 "make lint needs a checkout" "$IMAGE" lint
     chown root:root "$results" && chmod 755 "$results"
     mkdir -p "$ROOT/closed"
-    refused 2 "cannot be written by uid $CALLER" --user "$CALLER:$CALLER" \
+    refused 2 "uid $CALLER cannot write to" --user "$CALLER:$CALLER" \
         --volume "$ROOT/closed:/work/results" "$IMAGE" smoke
     status=0
-    told=$(run "$IMAGE" check --quick --require-gpu) || status=$?
-    [ "$status" = 2 ] && [[ $(tail -n 1 <<< "$told") == *"failed"*"GPU"* ]] \
-        || fail "a required GPU that is missing: exit code $status: $told"
-    say "the other words"
+    output=$(run "$IMAGE" check --quick --require-gpu) || status=$?
+    [ "$status" = 2 ] && [[ $(tail -n 1 <<< "$output") == *"failed"*"GPU"* ]] \
+        || fail "a required GPU that is missing: exit code $status: $output"
+    say "the other commands"
     run "$IMAGE" health
     [[ $(run "$IMAGE" help) == *reproduce-table1* ]] || fail "help does not list the targets"
     [ "$(run "$IMAGE" bash -c 'id -u')" = 1000 ] || fail "bash does not run as user 1000"
@@ -133,7 +133,7 @@ print(getpass.getuser(), pathlib.Path.home())')" = "g2rpo /home/g2rpo" ] || fail
 
 inspect_image() {
     local found wanted
-    say "the caller's secrets in layers and configuration"
+    say "secrets of the caller in layers and configuration"
     # A file that a later layer deletes is still in an earlier one: all of them are in what is saved.
     found=$(podman "${STORAGE[@]}" save "$IMAGE" \
         | { LC_ALL=C grep -czaFf "$ROOT/secrets" || [ $? = 1 ]; })
@@ -155,7 +155,7 @@ inspect_image() {
 use_on_slurm() {
     local status=0
     if [ ! -x .venv/bin/python ]; then
-        echo "SKIPPED: no .venv (make setup), so NO JOB RAN IN THE IMAGE ON SLURM" >&2
+        echo "SKIPPED: no .venv (make setup): no SLURM job ran in the image" >&2
         return
     fi
     G2RPO_CONTAINER_IMAGE=$IMAGE G2RPO_CONTAINER_STORAGE=$ROOT PYTHON=.venv/bin/python \
@@ -177,4 +177,4 @@ use_image
 inspect_image
 say "jobs in the image, on SLURM"
 use_on_slurm
-say "all of the image is right"
+say "the image passed all checks"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# What `docker run IMAGE WORD ...` means: a verb of g2rpo, a target of make, or a program.
+# Runs the first word of `docker run IMAGE WORD ...`: a g2rpo command, a make target, or a program.
 set -euo pipefail
 
 CODE=/opt/g2rpo
@@ -11,7 +11,7 @@ fail() {
     exit 2
 }
 
-# Targets of the Makefile that run the suite; the others are for a checkout of the code.
+# Only Makefile targets that run the suite are allowed; the others need a checkout.
 is_target() {
     grep -qE "^$1:.*## " "$CODE/Makefile"
 }
@@ -25,20 +25,20 @@ runs_here() {
 
 need_results() {
     mkdir -p "$RESULTS/runs" 2>/dev/null && [ -w "$RESULTS/runs" ] || fail \
-        "$RESULTS cannot be written by uid $(id -u); mount a folder of yours, made before:" \
+        "uid $(id -u) cannot write to $RESULTS; create a folder and mount it:" \
         "mkdir -p results, then -v \"\$PWD/results:/work/results\" --user \"\$(id -u):\$(id -g)\""
 }
 
 run_target() {
     need_results
-    # The packages are here already: there is nothing to set up before a target.
+    # The packages are installed, so nothing has to be set up first.
     exec make --no-print-directory --file "$CODE/Makefile" VENV=/opt/venv READY= "$@"
 }
 
 usage() {
-    echo "usage: docker run [OPTIONS] IMAGE [WORD ...]      without a word: check image"
-    echo "  a verb of g2rpo:    $(tr '\n' ' ' < "$VERBS")"
-    echo "  a target of make, with PROFILE=... and SEEDS=...:"
+    echo "usage: docker run [OPTIONS] IMAGE [WORD ...]      default: check image"
+    echo "  a g2rpo command:    $(tr '\n' ' ' < "$VERBS")"
+    echo "  a make target, with PROFILE=... and SEEDS=...:"
     sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)$/\1|\2/p' "$CODE/Makefile" \
         | while IFS='|' read -r name text; do
             if runs_here "$name"; then printf '    %-18s %s\n' "$name" "$text"; fi
@@ -46,14 +46,14 @@ usage() {
     echo "  a program:          bash, python, accelerate, nvidia-smi, ..."
 }
 
-# Cheap, since it runs every few minutes beside a training: the disk and the GPUs still answer.
+# Cheap, since it runs every few minutes during training: checks disk space and GPUs.
 health() {
     need_results
     local free
     free=$(df --output=avail -k "$RESULTS" | tail -n 1)
     [ "$free" -gt 102400 ] || fail "$RESULTS: less than 100 MiB free"
     if [ -e /dev/nvidiactl ] && command -v nvidia-smi >/dev/null; then
-        nvidia-smi -L >/dev/null || fail "the GPUs do not answer"
+        nvidia-smi -L >/dev/null || fail "the GPUs do not respond"
     fi
 }
 
@@ -70,11 +70,11 @@ if grep -qxF -e "$word" "$VERBS"; then
     [ "$word" != reproduce ] || need_results
     exec g2rpo "$@"
 elif is_target "$word"; then
-    runs_here "$word" || fail "make $word is for a checkout of the code, not for the image"
+    runs_here "$word" || fail "make $word needs a checkout, it does not run in the image"
     run_target "$@"
 elif [ "${word#-}" != "$word" ]; then
     exec g2rpo "$@"
 elif [ -n "$(type -P -- "$word")" ]; then
     exec "$@"
 fi
-fail "unknown word '$word'; \`docker run IMAGE help\` lists verbs and targets"
+fail "unknown command '$word'; list commands with \`docker run IMAGE help\`"

@@ -1,1 +1,1 @@
-"""What ``g2rpo check`` looks at on one machine, one file for each kind of thing."""
+"""The checks of ``g2rpo check`` on one machine, one file per topic."""

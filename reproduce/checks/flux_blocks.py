@@ -1,8 +1,8 @@
-"""One double and one single block of FLUX.1-dev's shape, forward and backward on every GPU.
+"""Runs one double and one single block of FLUX.1-dev's shape, forward and backward, on every GPU.
 
-Random weights, bfloat16, gradient checkpointing, 720x720 pixels and 512 text tokens: what training
-at the paper's scale runs, short of its depth. It has a process of its own, since an illegal memory
-access leaves a CUDA context of no further use.
+Random weights, bfloat16, gradient checkpointing, 720x720 pixels and 512 text tokens: the paper's
+training except for its depth. It runs in its own process, since an illegal memory access leaves an
+unusable CUDA context.
 """
 
 import json
@@ -21,12 +21,12 @@ from slurm.checks.finding import Finding
 
 NAME = "FLUX blocks"
 LIMIT = 300
-"""Seconds for all GPUs."""
+"""Time limit for all GPUs, in seconds."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the two blocks and of their input; FLUX.1-dev's at 720x720 unless told otherwise."""
+    """Sizes of the two blocks and their input; defaults are FLUX.1-dev's at 720x720."""
 
     heads: int = 24
     head_width: int = 128
@@ -69,10 +69,10 @@ def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str,
 
 
 def run_blocks(device: torch.device, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Forward and backward; returns the norm of the gradient.
+    """Runs forward and backward; returns the norm of the gradient.
 
-    Attention is flash attention by name: with cuDNN's, which torch may choose by itself, the
-    backward under gradient checkpointing has failed at this length.
+    Forces flash attention: with cuDNN's attention, which torch may choose, the backward pass under
+    gradient checkpointing has failed at this sequence length.
 
     Raises:
         ValueError: an output or a gradient is zero or not finite.
@@ -88,7 +88,7 @@ def run_blocks(device: torch.device, shape: Shape, dtype: torch.dtype = torch.bf
     norm = float(norms.norm())
     for what, value in (("output", float(output.detach().float().std())), ("gradient", norm)):
         if not 0 < value < float("inf"):
-            raise ValueError(f"the {what} is {'not finite' if value else 'zero'}")
+            raise ValueError(f"{what} is {'not finite' if value else 'zero'}")
     return norm
 
 
@@ -107,22 +107,22 @@ def _measure(index: int) -> dict[str, Any]:
 
 
 def check_blocks() -> Finding:
-    """:func:`run_blocks` on every GPU, in a process of its own."""
+    """Runs :func:`run_blocks` on every GPU, in a separate process."""
     started = time.monotonic()
     output, problem = run_module(["reproduce.checks.flux_blocks"], Path.cwd(), LIMIT)
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return judge(lines, problem, time.monotonic() - started)
+    return summarize(lines, problem, time.monotonic() - started)
 
 
-def judge(measured: list[dict[str, Any]], problem: str, seconds: float) -> Finding:
-    """One finding over all GPUs."""
+def summarize(measured: list[dict[str, Any]], problem: str, seconds: float) -> Finding:
+    """One finding for all GPUs."""
     problems = [f"GPU {line['gpu']}: {line['error']}" for line in measured if "error" in line]
     problems += [problem] if problem else []
     memory = max((line["memory"] for line in measured if "memory" in line), default=None)
     if problems or not measured:
         return Finding(
-            "failed", NAME, "; ".join(problems) or "nothing was measured",
-            "try a newer driver; check with nvidia-smi that nobody else uses the GPU",
+            "failed", NAME, "; ".join(problems) or "no measurement",
+            "try a newer driver; check with nvidia-smi that the GPU is not in use",
             seconds, memory,
         )  # fmt: skip
     slowest = max(line["seconds"] for line in measured)

@@ -25,14 +25,14 @@ LOCK = REPOSITORY / "uv.lock"
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICE = Path("/dev/nvidiactl")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-"""Where processes of one machine exchange tensors: NCCL's ranks and loaders of data."""
+"""Where NCCL ranks and data loaders on one machine exchange tensors."""
 SHOWN = ("torch", "diffusers", "transformers", "accelerate")
 BFLOAT16 = (8, 0)
-"""Compute capability from which on the tensor cores multiply bfloat16."""
+"""Lowest compute capability with bfloat16 tensor cores."""
 
 
 def check_machine(results: Path, *, require_gpu: bool, quick: bool) -> list[Finding]:
-    """Looks at everything, and unless ``quick`` runs everything once on tiny models."""
+    """Runs all checks; unless ``quick``, also trains and scores tiny models once."""
     devices = find_devices()
     absent = missing_weights(load_profile("flux"))
     size = sum(state.artifact.size()[0] or 0 for state in absent)
@@ -54,14 +54,14 @@ def check_machine(results: Path, *, require_gpu: bool, quick: bool) -> list[Find
 
 @dataclass(frozen=True)
 class Devices:
-    """What is known of the GPUs.
+    """The GPUs of this machine.
 
     Attributes:
-        names: one for each usable GPU, its memory in it.
+        names: name and memory of each usable GPU.
         capabilities: compute capability of each.
-        driver: the loaded driver's version; None where there is none.
-        visible: whether the driver's device files are here (in a container: were passed on).
-        error: why torch cannot use what is there.
+        driver: version of the loaded driver; None without one.
+        visible: whether the driver's device files exist (in a container: were passed on).
+        error: why torch cannot use the GPUs.
     """
 
     names: tuple[str, ...] = ()
@@ -72,13 +72,13 @@ class Devices:
 
 
 def find_devices() -> Devices:
-    """Asks the driver and torch; never raises."""
+    """Queries the driver and torch; never raises."""
     names, capabilities, error, driver = [], [], "", None
     try:
         for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            names.append(f"{found.name}, {gibibytes(found.total_memory)}")
-            capabilities.append((found.major, found.minor))
+            gpu = torch.cuda.get_device_properties(index)
+            names.append(f"{gpu.name}, {gibibytes(gpu.total_memory)}")
+            capabilities.append((gpu.major, gpu.minor))
         if not names and DEVICE.exists():
             torch.cuda.init()
     except (RuntimeError, AssertionError) as problem:
@@ -91,46 +91,45 @@ def find_devices() -> Devices:
 
 
 def check_devices(devices: Devices, *, required: bool) -> Finding:
-    """Whether the GPUs can be used; without one it is a note unless one is ``required``."""
+    """Whether the GPUs are usable; having none fails only if one is ``required``."""
     driver = devices.driver or "of unknown version"
     if devices.names:
         counts = {name: devices.names.count(name) for name in devices.names}
         text = "; ".join(f"{count} x {name}" for name, count in counts.items())
         text += f"; driver {driver}"
         if min(devices.capabilities) < BFLOAT16:
-            fix = "too old for fast bfloat16; the profile flux needs capability 8.0 or newer"
+            fix = "too old for fast bfloat16; profile flux needs compute capability 8.0 or higher"
             return Finding("warning", "GPU", text, fix)
         return Finding("ok", "GPU", text)
     if devices.visible:
-        text = f"driver {driver} is here and torch cannot use it "
-        text += f"({devices.error or 'it shows no device'})"
+        text = f"torch cannot use driver {driver} ({devices.error or 'it shows no device'})"
         fix = f"install a driver for CUDA {torch.version.cuda} or newer; check CUDA_VISIBLE_DEVICES"
         return Finding("failed", "GPU", text, fix)
     word: Word = "failed" if required else "note"
     if devices.driver is not None:
-        text = f"driver {driver} is loaded, but no device is passed on to here"
+        text = f"driver {driver} is loaded, but no device is visible here"
         fix = "docker: --gpus all; podman: --device nvidia.com/gpu=all; Apptainer: --nv"
         return Finding(word, "GPU", text, fix)
-    fix = "the profiles smoke and mini need none, flux and flux-lora do"
-    return Finding(word, "GPU", "none", "run it where there is one" if required else fix)
+    fix = "profiles smoke and mini need none, flux and flux-lora do"
+    return Finding(word, "GPU", "none", "run it on a machine with a GPU" if required else fix)
 
 
 def _memory() -> int:
-    """Bytes that this process may use, a container's limit counted in."""
+    """Bytes of memory available to this process, including a container's limit."""
     memory = int(psutil.virtual_memory().total)
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             memory = min(memory, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # no limit, or none that is written there
+        except (OSError, ValueError):  # no limit, or another cgroup version
             continue
     return memory
 
 
 def check_memory(cores: int, memory: int) -> Finding:
-    """The mini profile's workers take about a gibibyte each."""
+    """Whether there is memory for the mini profile, whose workers use about 1 GiB each."""
     text = f"{cores} cores, {gibibytes(memory)} of memory"
     if memory < 4 * 2**30:
-        fix = "give it 4 GiB or more, or run with `--jobs 1`"
+        fix = "provide 4 GiB or more, or run with `--jobs 1`"
         return Finding("warning", "machine", text, fix)
     return Finding("ok", "machine", text)
 
@@ -160,7 +159,7 @@ def _installed_versions() -> dict[str, str]:
 
 
 def check_packages(locked: Mapping[str, str], installed: Mapping[str, str]) -> Finding:
-    """Whether the installed packages are the locked ones, from which the results were measured."""
+    """Whether the installed packages are the locked ones, which the results were made with."""
     text = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}"
     if torch.cuda.is_available():
         text += f", cuDNN {torch.backends.cudnn.version()}"
@@ -181,12 +180,12 @@ def check_packages(locked: Mapping[str, str], installed: Mapping[str, str]) -> F
 
 
 def _check_code() -> Finding:
-    """Whether results made here can name the commit that made them."""
+    """Whether results made here can record their commit."""
     commit, changed = git_state()
     if commit is None:
         fix = "run from a git checkout, or from an image that `make image` built"
-        return Finding("warning", "code", "commit unknown, so that results cannot name it", fix)
-    state = ", with changes that are not committed" if changed else ""
+        return Finding("warning", "code", "unknown commit: results cannot record it", fix)
+    state = ", with uncommitted changes" if changed else ""
     return Finding("note" if changed else "ok", "code", f"commit {commit[:12]}{state}")
 
 
@@ -195,11 +194,11 @@ def _size(folder: Path) -> int:
 
 
 def check_shared_memory(size: int, gpus: int) -> Finding:
-    """Docker gives a container 64 MiB, too little for NCCL between several GPUs."""
+    """Whether there is shared memory for NCCL: Docker's default of 64 MiB is too little."""
     text = f"{gibibytes(size)} in {SHARED_MEMORY}"
     if size >= 2**30:
         return Finding("ok", "shared memory", text)
     if gpus < 2:
-        return Finding("note", "shared memory", f"{text}; enough for one process")
-    fix = "give the container 1 GiB or more (--shm-size 8g, or --ipc host)"
+        return Finding("note", "shared memory", f"{text}, enough for one process")
+    fix = "give the container at least 1 GiB (--shm-size 8g, or --ipc host)"
     return Finding("warning", "shared memory", text, fix)

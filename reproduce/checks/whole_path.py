@@ -1,4 +1,4 @@
-"""Trains, samples, scores and tables tiny random models, as a user's command does it."""
+"""Trains, samples and scores tiny random models, up to a table, through the command line."""
 
 import csv
 import math
@@ -20,7 +20,7 @@ from slurm.checks.finding import Finding
 
 NAME = "train to table"
 LIMIT = 600
-"""Seconds; it takes about 20 on two cores."""
+"""Time limit in seconds; it takes about 20 on two cores."""
 EXPERIMENT: dict[str, Any] = {
     "name": "check",
     "cells": {"base": {}, "hps/g2rpo": {"method": "g2rpo", "train": ["hps"]}},
@@ -33,44 +33,40 @@ EXPERIMENT: dict[str, Any] = {
 
 
 def check_whole_path() -> Finding:
-    """Runs the smoke profile on two cells in a temporary folder, in a process of its own."""
+    """Runs the smoke profile on two cells in a temporary folder, in a separate process."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="g2rpo-check-") as name:
         folder = Path(name)
         _write_inputs(folder)
-        problem = _run(folder) or _problem_of_table(folder / "results" / "runs" / "smoke" / "check")
+        command = ["reproduce", "check.yaml", "--profile", "profile.yaml", "--jobs", "1"]
+        _, problem = run_module(["reproduce.cli", *command], folder, LIMIT)
+        problem = problem or _problem_of_table(folder / "results" / "runs" / "smoke" / "check")
     seconds = time.monotonic() - started
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     if problem:
         return Finding(
             "failed", NAME, problem,
-            "`g2rpo reproduce table1 --profile smoke` shows all that it says", seconds, memory,
+            "run `g2rpo reproduce table1 --profile smoke` for the full output", seconds, memory,
         )  # fmt: skip
-    text = "the smoke profile trains, samples, scores and prints a table"
+    text = "profile smoke trains, samples, scores and prints a table"
     return Finding("ok", NAME, text, "", seconds, memory)
 
 
 def _write_inputs(folder: Path) -> None:
-    """The smoke profile with its files in ``folder``, and an experiment of two cells."""
+    """Writes the smoke profile, with its files in ``folder``, and an experiment of two cells."""
     profile = load_yaml(HERE / "profiles" / "smoke.yaml")
     text = dump_yaml(profile).replace(str(profile["assets"]), str(folder / "assets"))
     (folder / "profile.yaml").write_text(text)
     (folder / "check.yaml").write_text(dump_yaml(EXPERIMENT))
 
 
-def _run(folder: Path) -> str:
-    """What went wrong, in one line; empty where nothing did."""
-    command = ["reproduce.cli", "reproduce", "check.yaml", "--profile", "profile.yaml"]
-    return run_module([*command, "--jobs", "1"], folder, LIMIT)[1]
-
-
 def run_module(command: list[str], folder: Path, limit: int) -> tuple[str, str]:
-    """Runs a module of this project; its output, and what went wrong, in one line.
+    """Runs a module of this project; returns its output and a one-line error, empty if none.
 
     Args:
         command: the module and its arguments.
-        folder: where it runs.
-        limit: seconds.
+        folder: the working directory.
+        limit: time limit in seconds.
     """
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     try:
@@ -88,15 +84,15 @@ def run_module(command: list[str], folder: Path, limit: int) -> tuple[str, str]:
     problem = ""
     if done.returncode < 0:
         reason = signal.Signals(-done.returncode).name
-        problem = f"stopped by {reason}" + (" (out of memory?)" if reason == "SIGKILL" else "")
+        problem = f"killed by {reason}" + (" (out of memory?)" if reason == "SIGKILL" else "")
     elif done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         problem = f"exit code {done.returncode}: {lines[-1].removeprefix('error: ')}"
     return done.stdout, problem
 
 
-def _problem_of_table(folder: Path) -> str | None:
-    """What is wrong with the table in ``folder``: two rows of finite scores are right."""
+def _problem_of_table(folder: Path) -> str:
+    """The problem of the table in ``folder``, which must have two rows of finite scores."""
     try:
         with (folder / "check.csv").open(newline="") as file:
             rows = {row["row"]: row for row in csv.DictReader(file)}
@@ -104,5 +100,5 @@ def _problem_of_table(folder: Path) -> str | None:
             float(rows[key][name]) for key in ("base", "hps/g2rpo") for name in ("hps", "clip")
         ]
     except (OSError, KeyError, ValueError) as error:
-        return f"its table cannot be read ({type(error).__name__}: {error})"
-    return None if all(map(math.isfinite, values)) else "its table has scores that are not finite"
+        return f"cannot read its table ({type(error).__name__}: {error})"
+    return "" if all(map(math.isfinite, values)) else "its table contains non-finite scores"

@@ -1,7 +1,7 @@
-"""What each stage of a plan will take, without loading a model.
+"""The cost of each stage of a plan, computed without loading a model.
 
-A stage is a table of parts: how many velocity evaluations, images and so on (from the
-configuration), times the seconds that each takes on the profile's machine (``speeds.yaml``).
+A stage is a list of parts: counts of velocity evaluations, images and so on (from the
+configuration), times the seconds of each on the profile's machine (``speeds.yaml``).
 """
 
 import functools
@@ -25,16 +25,16 @@ from reproduce.jobs.speeds import Seconds, Speeds
 from reproduce.stages.shares import WHOLE, Share
 
 PNG_BYTES_PER_PIXEL = 1.9
-"""Assumed; 1.5 (1024x1024) and 1.9 (32x32) were seen for smooth images with a little noise."""
+"""Assumed; 1.5 (1024x1024) and 1.9 (32x32) were measured for smooth images with some noise."""
 SCORE_BYTES = 40
-"""Of one score in Parquet with its journal, assumed."""
+"""Per score in Parquet, including its journal; assumed."""
 LOG_BYTES = 4096
-"""Of one iteration's metrics, in JSON and for TensorBoard, assumed."""
+"""Per iteration of metrics, in JSON and TensorBoard; assumed."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """So many of one thing, one after the other, and the seconds of each."""
+    """A count of one operation, done sequentially, and the seconds of each."""
 
     what: str
     count: float
@@ -44,13 +44,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage will take.
+    """The cost of a stage.
 
     Attributes:
         parts: what it does.
-        devices: GPUs, or cores where there are none, that it holds.
-        disk_bytes: at most at a time.
-        limit: seconds after which it ends anyway.
+        devices: the GPUs it holds, or cores if it has none.
+        disk_bytes: peak disk usage.
+        limit: seconds after which it ends in any case.
     """
 
     parts: tuple[Part, ...]
@@ -60,16 +60,16 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """From its start to its end, without waiting for devices."""
+        """Running time, without queueing."""
         return min(self.limit, sum(part.count * part.seconds for part in self.parts))
 
     @property
     def measured(self) -> bool:
-        """Whether all of the seconds come from measured speeds."""
+        """Whether all seconds come from measured speeds."""
         return all(part.measured for part in self.parts if part.count)
 
     def count(self, what: str) -> float:
-        """How many of one thing, in all parts."""
+        """The count of one operation, over all parts."""
         return sum(part.count for part in self.parts if part.what == what)
 
 
@@ -77,16 +77,16 @@ class Estimate:
 class Estimator:
     """The estimates of the stages of one profile.
 
-    Those that need a prompt file raise :class:`UserError` where it is not here and not known.
+    Methods raise :class:`UserError` if a prompt file is missing and not a published list.
     """
 
     profile: Profile
     speeds: Speeds
 
     def train(self, config: TrainConfig) -> Estimate:
-        """A whole training run: what its ranks share, and what is done while the others wait."""
+        """A training run: what its ranks share, and what one does while the others wait."""
         counts, total = training_counts(config), config.optimization.iterations
-        speeds, ranks, policy = self.speeds, self.profile.hardware.training_ranks, config.policy
+        speeds, hardware, policy = self.speeds, self.profile.hardware, config.policy
         of_base = counts.training_forwards - counts.training_backwards
         texts = total * config.rollout.prompts_per_iteration if speeds.text_in_training else 0
         shared = [
@@ -99,38 +99,28 @@ class Estimator:
         alone = [
             *self._started("train"),
             self._part("iteration", total, speeds.iteration),
-            *self._validated(config),
-            *self._previews(config),
             self._part("gigabyte", checkpoint * written / 1e9, speeds.gigabyte),
         ]
-        limit = config.optimization.max_device_seconds
+        if (validation := config.validation) is not None:
+            images = min(validation.limit, prompt_count(Path(validation.file)))
+            images *= validations(validation, total)
+            alone += self._sampled(policy, images * config.grid.steps, images)
+            alone += self._scored(images, _rewards(config))
+        if (pictures := config.pictures) is not None and pictures.iterations(total):
+            images = min(pictures.limit, prompt_count(Path(pictures.file)))
+            images *= len(pictures.iterations(total))
+            shown = policy.model_copy(update={"resolution": pictures.resolution})
+            alone += self._sampled(shown, images * pictures.grid.steps, images)
+        limit, ranks = config.optimization.max_device_seconds, hardware.training_ranks
         return Estimate(
             (*(replace(part, count=part.count / ranks) for part in shared), *alone),
-            self.profile.hardware.gpus or ranks,
+            hardware.gpus or ranks,
             kept * checkpoint + LOG_BYTES * total,
             math.inf if limit is None else limit / ranks,
         )
 
-    def _validated(self, config: TrainConfig) -> list[Part]:
-        validation = config.validation
-        if validation is None:
-            return []
-        images = min(validation.limit, prompt_count(Path(validation.file)))
-        images *= validations(validation, config.optimization.iterations)
-        sampled = self._sampled(config.policy, images * config.grid.steps, images)
-        return [*sampled, *self._scored(images, _rewards(config))]
-
-    def _previews(self, config: TrainConfig) -> list[Part]:
-        pictures = config.pictures
-        if pictures is None or not pictures.iterations(config.optimization.iterations):
-            return []
-        images = min(pictures.limit, prompt_count(Path(pictures.file)))
-        images *= len(pictures.iterations(config.optimization.iterations))
-        policy = config.policy.model_copy(update={"resolution": pictures.resolution})
-        return self._sampled(policy, images * pictures.grid.steps, images)
-
     def credit(self, config: TrainConfig, credit: CreditConfig) -> Estimate:
-        """The measurement of a method's credit: groups for each step's share, and gradients."""
+        """A credit measurement: groups for the share of each step, and gradients."""
         counts, hardware = training_counts(config), self.profile.hardware
         tree = config.method.rollout_tree(replace(config.shape, group_size=credit.samples), 0)
         pairs = [tree, *(credited_to(tree, step) for step in recorded_steps(tree))]
@@ -147,12 +137,12 @@ class Estimator:
             *self._scored(images, _rewards(config)),
         ]
         ranks = hardware.training_ranks
-        # Not measured: the first iteration's rollout stands for those of all.
+        # Not measured: the first iteration's rollout stands for all of them.
         shared = (replace(part, count=part.count / ranks, measured=False) for part in parts)
         return Estimate(tuple(shared), hardware.gpus or ranks, LOG_BYTES)
 
     def sample(self, cell: ResolvedCell, share: Share = WHOLE) -> Estimate:
-        """The sampling of one share of a cell's held-out prompts."""
+        """Sampling one share of a cell's held-out prompts."""
         config, total = cell.evaluation, held_out_count(cell)
         prompts = images = len(share.of(range(total)))
         if config.diversity is not None:
@@ -170,7 +160,7 @@ class Estimator:
         return self._evaluation(parts, images * PNG_BYTES_PER_PIXEL * config.resolution**2)
 
     def score(self, cell: ResolvedCell, share: Share = WHOLE) -> Estimate:
-        """The scoring of one share of a cell's images by every reward model of the profile."""
+        """Scoring one share of a cell's images with every reward model of the profile."""
         total, rewards = held_out_count(cell), self.profile.rewards
         images = len(share.of(range(total)))
         models = [config.model for config in rewards.values()]
@@ -182,7 +172,7 @@ class Estimator:
         return self._evaluation(parts, images * len(models) * SCORE_BYTES)
 
     def embed(self, cells: Iterable[ResolvedCell]) -> Estimate:
-        """The text embeddings of all that is sampled: drawn in training, validation, held out."""
+        """Embedding all prompts: those drawn in training, validation and held-out prompts."""
         files: set[str] = set()
         drawn: dict[tuple[str, int], int] = {}
         for cell in cells:
@@ -203,7 +193,7 @@ class Estimator:
         return self._evaluation(parts, prompts * model_size(policy).embedding_bytes(policy))
 
     def render(self) -> Estimate:
-        """Tables, statistics and figures of one experiment, on the CPU."""
+        """The tables, statistics and figures of one experiment, on the CPU."""
         return Estimate(tuple(self._started("render")))
 
     def _evaluation(self, parts: Iterable[Part], disk_bytes: float) -> Estimate:
@@ -240,34 +230,34 @@ def _rewards(config: TrainConfig) -> list[str]:
 
 
 def held_out_count(cell: ResolvedCell) -> int:
-    """How many prompts a cell is evaluated on."""
-    found, limit = prompt_count(Path(cell.evaluation_prompts)), cell.evaluation.limit
-    return found if limit is None else min(limit, found)
+    """The number of prompts a cell is evaluated on."""
+    count, limit = prompt_count(Path(cell.evaluation_prompts)), cell.evaluation.limit
+    return count if limit is None else min(limit, count)
 
 
 def prompt_count(path: Path) -> int:
-    """Prompts in a file; of a published list that is not here yet, as the catalogue has it.
+    """The number of prompts in a file; from the catalogue for a published list not fetched yet.
 
     Raises:
-        UserError: the file is not here and is no published list.
+        UserError: the file does not exist and is not a published list.
     """
     if path.exists():
         return _count(path, path.stat().st_mtime_ns)
     published = _published_counts().get("/".join(path.parts[-2:]))
     if published is None:
-        raise UserError(f"{path}: no such prompt file, so what it will take cannot be told")
+        raise UserError(f"{path}: no such prompt file")
     return published
 
 
 @functools.lru_cache(maxsize=256)
 def _count(path: Path, changed: int) -> int:
-    del changed  # a changed file is another call
+    del changed  # part of the cache key
     return len(read_prompts(path))
 
 
 @functools.cache
 def _published_counts() -> Mapping[str, int]:
-    """By the last folder and name that ``g2rpo prompts`` writes a list to."""
+    """By the last folder and the name that ``g2rpo prompts`` writes a list to."""
     sizes = {name: artifact_named(name).prompts or 0 for name in ("hpdv2-train", "hpdv2-test")}
     return {
         "hpdv2/train.txt": sizes["hpdv2-train"] - VALIDATION_PROMPTS,
@@ -277,10 +267,10 @@ def _published_counts() -> Mapping[str, int]:
 
 
 def checkpoint_disk(config: TrainConfig) -> tuple[int, int, int]:
-    """Bytes of one checkpoint, how many there are at most at a time, how many are written.
+    """Bytes of one checkpoint, the most that exist at a time, and the number written.
 
-    A checkpoint has what is trained, AdamW's two moments, and twice the weights where EMA is kept,
-    all in float32 at least.
+    A checkpoint has the trained weights, AdamW's two moments, and with EMA two more copies of the
+    weights, all in float32 at least.
     """
     size = model_size(config.policy)
     trained = size.parameters if config.lora is None else size.lora_parameters(config.lora)

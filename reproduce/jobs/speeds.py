@@ -1,4 +1,4 @@
-"""How fast the parts of a stage are: a typed view of ``speeds.yaml``."""
+"""The speeds of the parts of a stage: a typed view of ``speeds.yaml``."""
 
 import functools
 from pathlib import Path
@@ -12,54 +12,54 @@ SPEEDS = Path(__file__).with_name("speeds.yaml")
 
 
 class Seconds(StrictModel):
-    """How long one thing takes."""
+    """The seconds that one operation takes."""
 
     seconds: float = Field(ge=0)
     source: str
     """Where it was measured, or how it was derived."""
     estimated: bool = False
-    """Whether it was derived or assumed, not measured."""
+    """Whether it was derived or assumed instead of measured."""
 
 
 class Speeds(StrictModel):
-    """The speeds of one kind of machine with one size of policy; times are of one device."""
+    """The speeds of one machine type and policy size; times are per device."""
 
     name: str
     hardware: str
-    """The machine, in words."""
+    """Description of the machine."""
     profiles: tuple[str, ...]
-    """The profiles that it stands for."""
+    """The profiles it applies to."""
     operations: float = Field(gt=0)
-    """Floating-point operations of the velocity evaluation that was measured."""
+    """Floating-point operations of the measured velocity evaluation."""
     resolution: int = Field(gt=0)
-    """Of the images that were measured."""
+    """Resolution of the measured images."""
     evaluation: Seconds
-    """One velocity of one latent."""
+    """One velocity evaluation of one latent."""
     training_state: Seconds
-    """Forward and backward of one state."""
+    """Forward and backward pass of one state."""
     decode: Seconds
-    """One image."""
+    """Decoding one image."""
     image_file: Seconds
-    """One PNG."""
+    """Writing one PNG."""
     text: Seconds
-    """One prompt encoded."""
+    """Encoding one prompt."""
     text_in_training: bool
-    """Whether an iteration encodes its prompts; else they were encoded before."""
+    """Whether an iteration encodes its prompts, instead of reading embeddings."""
     score: dict[str, Seconds] = Field(min_length=1)
-    """One image, by reward model."""
+    """Scoring one image, by reward model."""
     iteration: Seconds
-    """What else an iteration takes, however many devices share it."""
+    """Overhead of an iteration, independent of the number of devices."""
     start: dict[str, Seconds]
-    """Of a stage, by kind."""
+    """Start-up of a stage, by kind."""
     process: Seconds
-    """Of a new process, where ``start`` does not have it."""
+    """Start-up of a process, if not included in ``start``."""
     gigabyte: Seconds
-    """Of checkpoints written."""
+    """Writing one gigabyte of checkpoints."""
     stands_in: bool = False
-    """Whether it is used for a profile that it was not measured for."""
+    """Whether it is used for a profile it was not measured for."""
 
     def score_of(self, model: str) -> Seconds:
-        """Of one image by ``model``; of the slowest where nobody timed it."""
+        """Scoring one image with ``model``; the slowest model's time if not measured."""
         if model in self.score:
             return self.score[model]
         slowest = max(self.score.values(), key=lambda each: each.seconds)
@@ -77,7 +77,7 @@ def all_speeds() -> tuple[Speeds, ...]:
 
 
 def speeds_of(profile: Profile) -> Speeds:
-    """The speeds of a profile; of the nearest machine where it has none of its own."""
+    """The speeds of a profile, or those of the most similar machine."""
     by_profile = {name: speeds for speeds in all_speeds() for name in speeds.profiles}
     if profile.name in by_profile:
         return by_profile[profile.name]

@@ -47,7 +47,7 @@ def test_what_must_be_fixed_is_named_last_with_exit_code_2(tmp_path: Path) -> No
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     lines = lines_of(done.stdout)
-    assert lines["results"].startswith("failed ") and "cannot be written" in lines["results"]
+    assert lines["results"].startswith("failed ") and "cannot write to" in lines["results"]
     assert "train to table" not in lines
     last = done.stdout.splitlines()[-1]
     assert last.startswith("verdict: failed: GPU, results")

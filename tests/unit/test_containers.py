@@ -174,7 +174,7 @@ def test_results_that_cannot_be_written_are_one_line(image: Path) -> None:
     for words in (["smoke"], ["reproduce", "table1"]):
         done = enter(image, *words)
         assert done.returncode == 2
-        assert "cannot be written" in done.stderr and done.stderr.count("\n") == 1
+        assert "cannot write to" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_help_lists_the_targets_that_run_in_the_image(image: Path) -> None:

@@ -72,11 +72,6 @@ def test_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # The images of a cell that is scored are not needed any more.
     assert {done.split("/")[0] for done in plan.done} == {"train", "sample", "score"}
     assert all(done.split("/")[1] == name for done in plan.done)
-
-
-def test_with_everything_done_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(Score, "is_done", lambda _: True)
     plan = plan_of(tmp_path)
     assert len(plan.todo) == 0
@@ -111,31 +106,25 @@ def test_the_local_prediction_is_told(
 
 
 def planned(rows: int, folder: Path) -> float:
-    """Plans and prints an experiment of so many rows at four seeds; the seconds that it takes."""
+    """Plans and prints an experiment of so many rows; returns the CPU seconds."""
     cells: dict[str, Any] = {"base": {}, "hps/a": CELLS["hps/a"]}
     for number in range(rows - 2):
-        rate = 1e-5 * (1 + (number + 0.5) / 1000)
-        settings = {"optimization": {"learning_rate": rate}}
+        settings = {"optimization": {"learning_rate": 1e-5 * (1 + (number + 0.5) / 1000)}}
         cells[f"hps/c{number}"] = {"method": "g2rpo", "train": ["hps"], "set": settings}
     experiment, profile = small_plan.experiment_of(cells), load_profile("mini")
     started = time.process_time()
-    resolved = expand(experiment, profile, (1, 2, 3, 4))
+    resolved = expand(experiment, profile, (1,))
     plan = make_plan(experiment, profile, resolved, Layout(folder / "runs", folder / "runs"))
     print_plan(plan, load_cluster("local"))
     took = time.process_time() - started
-    assert len(plan.cells) == 4 * (rows - 1) + 1
-    assert kinds(plan)["train"] == 4 * (rows - 1)
+    assert kinds(plan)["train"] == rows - 1
     return took
 
 
-def test_planning_time_is_proportional_to_the_number_of_cells(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    planned(10, tmp_path)  # what is read once
+def test_planning_time_is_proportional_to_the_number_of_cells(tmp_path: Path) -> None:
+    planned(10, tmp_path)  # fills caches
     few, many = planned(100, tmp_path), planned(1000, tmp_path)
-    told = capsys.readouterr().out
-    assert "397 cells" in told and "3997 cells" in told
-    assert many < 40 * few  # 10 in proportion; what looks at all pairs would be at 100
+    assert many < 40 * few  # 10 if linear; comparing all pairs would be 100
 
 
 def test_the_paper_s_scale_is_planned_before_anything_is_fetched(
@@ -161,13 +150,10 @@ def test_the_paper_s_scale_is_planned_before_anything_is_fetched(
     assert not plan.done
 
 
-def test_every_kind_of_stage_has_a_time_limit_and_devices() -> None:
+def test_every_kind_of_stage_has_a_time_limit_devices_and_an_estimate(tmp_path: Path) -> None:
     cluster, wanted = load_cluster("h100-apptainer"), needs_by_kind(load_profile("flux"))
     assert set(wanted) == set(KINDS)
     assert all(cluster.time_limit(kind) >= 1 for kind in KINDS)
-
-
-def test_estimates_are_there_for_every_stage(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     estimates = stage_estimates(plan)
     assert estimates.keys() == plan.graph.stages.keys()
