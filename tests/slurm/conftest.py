@@ -11,7 +11,7 @@ import pytest
 from harness import Cluster, ClusterNotPossibleError
 from launcher import Workplace
 
-TEST_SECONDS = 1800
+TEST_SECONDS = 3600
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The command line at work on the cluster: a folder, its tiny experiment, and what became of it."""
+"""The command line on the cluster: a folder, its tiny experiment, and its results."""
 
 import os
 import re
@@ -161,9 +161,8 @@ class Workplace:
         found = {}
         for group in job_groups(chosen.folder):
             for name in group.stages:
-                stage, job = chosen.graph[name], group.job_of(name)
-                if job is not None:
-                    found[f"{stage.kind} {stage.label}"] = job
+                stage = chosen.graph[name]
+                found[f"{stage.kind} {stage.label}"] = group.job_of(name)
         return found
 
     def job(self, start: str, submission: Submission | None = None) -> str:

@@ -1,6 +1,6 @@
-"""Jobs inside of the project's own image, on SLURM: submitted, requeued from outside, finished.
+"""SLURM jobs inside the project's own image: submitted, requeued from outside, completed.
 
-Needs the image that ``docker/check-image.sh`` builds, and is run by it.
+Run by ``docker/check-image.sh``, which builds the image.
 """
 
 import json
@@ -35,7 +35,7 @@ EXPERIMENT = {
 
 
 def _engine(folder: Path) -> dict[str, str]:
-    """The variables by which podman finds the image, and runs without systemd."""
+    """Variables that make podman find the image and run without systemd."""
     storage = Path(os.environ[STORAGE])
     (folder / "storage.conf").write_text(
         f'[storage]\ndriver = "overlay"\ngraphroot = "{storage}/storage"\n'
@@ -71,10 +71,10 @@ def _profile(folder: Path, environment: dict[str, str]) -> None:
 
 
 def _inside(*command: str) -> str:
-    """What a command says in the image."""
+    """The output of a command in the image."""
     words = ["podman", "run", "--rm", "--no-healthcheck", "--entrypoint", "", os.environ[IMAGE]]
     done = subprocess.run(
-        [*words, *command], capture_output=True, text=True, timeout=60, check=False
+        [*words, *command], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -87,7 +87,7 @@ def _g2rpo(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=220,
+        timeout=900,
         check=False,
     )
 
@@ -105,29 +105,22 @@ def test_jobs_run_in_the_image_and_survive_a_requeue(
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "results" / "runs"
 
-    def trained() -> bool:
-        found = list(runs.glob("g2rpo-*/checkpoints/iteration-*"))
-        return len(found) > 0
-
-    def job() -> str:
-        output = cluster.run("squeue", "--noheader", "--name=g2rpo-train", "--format=%i")
-        return output.split()[0]
-
-    number = job()
-    cluster.wait(trained, "checkpoint of the training")
+    number = cluster.run("squeue", "--noheader", "--name=g2rpo-train", "--format=%i").split()[0]
+    checkpoints = "g2rpo-*/checkpoints/iteration-*"
+    cluster.wait(lambda: list(runs.glob(checkpoints)), "checkpoint of the training")
     cluster.requeue(number)
     cluster.wait(lambda: list(runs.glob("g2rpo-*/manifest.json")), "end of the training")
     table = runs / "smoke" / "contained" / "contained.md"
     cluster.wait(table.exists, "table")
     assert int(cluster.fields(number)["Restarts"]) >= 1
     assert len(list(runs.glob("g2rpo-*/leases/train/*.json"))) >= 2
-    told = _g2rpo(tmp_path, "status")
-    assert told.returncode == 0, told.stderr
-    assert "failed" not in told.stdout
+    status = _g2rpo(tmp_path, "status")
+    assert status.returncode == 0, status.stderr
+    assert "failed" not in status.stdout
     scripts = [path.read_text() for path in (runs / "submissions").glob("*/jobs/*_submission.sh")]
     assert scripts and all("podman run" in script for script in scripts)
     (manifest,) = runs.glob("g2rpo-*/manifest.json")
-    # Only in the image does the interpreter come from Debian.
+    # Only the image uses Debian's interpreter.
     python = json.loads(manifest.read_text())["provenance"]["hardware"]["python"]
     inside = _inside("python3", "-c", "import platform; print(platform.python_version())")
     assert python == inside

@@ -1,4 +1,4 @@
-"""How SLURM tells a job to end, and how the launcher's batch script has it start again."""
+"""The signals that SLURM sends to a job, and how the batch script requeues it."""
 
 import time
 from collections.abc import Callable
@@ -24,22 +24,6 @@ def ranks(folder: Path, event: str, restarts: int = 0) -> list[int]:
     """The ranks that an event happened to in one start of the job."""
     found = [line["rank"] for line in events(folder, event) if line["restarts"] == restarts]
     return sorted(set(found))
-
-
-@pytest.mark.core
-def test_usr2_starts_the_same_pickle_again(cluster: Cluster, folder: Path) -> None:
-    job = start(cluster, Signalled(folder, value=7))
-    after = cluster.submit("true", f"--dependency=afterok:{job.job_id}")
-    cluster.scancel(job.job_id, "USR2")
-    cluster.wait(lambda: cluster.state(job.job_id) == "PENDING", "requeued job")
-    assert cluster.fields(job.job_id)["Restarts"] == "1"
-    assert cluster.fields(after)["Reason"] == "Dependency"
-    assert cluster.wait_ended(job.job_id) == "COMPLETED"
-    assert cluster.wait_ended(after) == "COMPLETED"
-    assert [line["value"] for line in events(folder, "start")] == [7, 7]
-    assert [line["restarts"] for line in events(folder, "start")] == [0, 1]
-    assert job.result() == 7
-    cluster.wait_attempts(job.job_id, ["REQUEUED", "COMPLETED"])
 
 
 def test_task_of_an_array_starts_again_alone(cluster: Cluster, folder: Path) -> None:
@@ -72,13 +56,8 @@ def _preempted(cluster: Cluster, job: str) -> None:
     cluster.preempt()
 
 
-@pytest.mark.parametrize(
-    "cause",
-    [
-        _by_hand,
-        pytest.param(_preempted, marks=pytest.mark.core),
-    ],
-)
+@pytest.mark.core
+@pytest.mark.parametrize("cause", [_by_hand, _preempted])
 def test_every_rank_gets_usr2(
     cluster: Cluster, folder: Path, cause: Callable[[Cluster, str], None]
 ) -> None:
@@ -88,7 +67,7 @@ def test_every_rank_gets_usr2(
     assert cluster.wait_ended(job.job_id) == "COMPLETED"
     assert ranks(folder, "SIGTERM") == []
     assert ranks(folder, "leave") == ranks(folder, "end", restarts=1) == [0, 1, 2, 3]
-    # Also when a job was preempted: it had gone before SLURM took it away.
+    # A preempted job, too, exits before SLURM kills it.
     cluster.wait_attempts(job.job_id, ["REQUEUED", "COMPLETED"])
 
 

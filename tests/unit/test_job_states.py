@@ -1,4 +1,4 @@
-"""What SLURM's commands say of jobs, from recorded answers."""
+"""Job states, from recorded answers of SLURM's commands."""
 
 from pathlib import Path
 
@@ -126,31 +126,8 @@ def test_a_task_that_no_list_has_was_cancelled_where_its_array_is_known(commands
     )
 
 
-def test_without_accounting_nothing_is_known_of_ended_jobs(commands: Path) -> None:
-    command(commands, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    assert states.ended_jobs(["1"], {}) == states.ended_jobs([], {}) == {}
-
-
-def test_a_missing_command_is_told_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="squeue not found; run this on a machine"):
-        states.known_jobs()
-    with pytest.raises(UserError, match="scancel not found"):
-        states.cancel_jobs(["1"])
-    assert states.ended_jobs(["1"], {}) == {}
-
-
-def test_a_command_that_hangs_is_given_up(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "TIMEOUT", 0.3)
-    command(commands, "squeue", "exec sleep 30")
-    with pytest.raises(UserError, match=r"squeue did not answer within 0\.3 s"):
-        states.known_jobs()
-
-
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "error"),
     [
         ("printf 'slurm_load_jobs error:\\nUnable to contact' >&2; exit 1",
          "squeue failed: slurm_load_jobs error: Unable to contact"),
@@ -158,13 +135,23 @@ def test_a_command_that_hangs_is_given_up(commands: Path, monkeypatch: pytest.Mo
          "squeue failed: slurm_load_jobs error: no"),
         ("printf 'out of order\\377' >&2; exit 3", "squeue failed: out of order\ufffd"),
         ("exit 7", "squeue failed: exit code 7"),
+        ("exec sleep 60", "squeue did not answer within 1 s"),
+        (None, "squeue not found; run this on a machine with SLURM's commands"),
     ],
 )  # fmt: skip
-def test_a_refusal_is_told_in_one_line(commands: Path, body: str, told: str) -> None:
-    command(commands, "squeue", body)
-    with pytest.raises(UserError) as refused:
+def test_a_failed_command_is_one_line(
+    commands: Path, monkeypatch: pytest.MonkeyPatch, body: str | None, error: str
+) -> None:
+    if body is None:
+        monkeypatch.setenv("PATH", str(commands))
+    else:
+        command(commands, "squeue", body)
+    if "answer" in error:
+        monkeypatch.setattr(states, "TIMEOUT", 1)
+    with pytest.raises(UserError) as raised:
         states.known_jobs()
-    assert str(refused.value) == told
+    assert str(raised.value) == error
+    assert states.ended_jobs(["1"], {}) == {}  # no accounting either
 
 
 def test_jobs_that_are_gone_are_cancelled_without_ado(commands: Path) -> None:

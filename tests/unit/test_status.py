@@ -1,4 +1,4 @@
-"""The word for every stage, from lease files and jobs alone."""
+"""The state of every stage, from lease files and jobs alone."""
 
 import os
 import time
@@ -29,7 +29,7 @@ GONE = Owner.this_process().model_copy(update={"process_start": 1.0})
 
 
 class Site:
-    """A submission of a base and one training, and a SLURM that says what it is told to."""
+    """A submission of a base and one training, and a SLURM with given jobs."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.plan = small_plan(folder)
@@ -94,7 +94,7 @@ TRAIN, SAMPLE, SCORE = (f"{kind} hps/a" for kind in ("train", "sample", "score")
 EMBED, RENDER = "embed all prompts", "render A table"
 
 
-def test_jobs_that_wait_or_start(site: Callable[[str], Site]) -> None:
+def test_live_jobs(site: Callable[[str], Site]) -> None:
     here = site("slurm")
     here.job(EMBED, "1", "RUNNING")
     here.job(TRAIN, "2", "PENDING", "Dependency")
@@ -105,12 +105,14 @@ def test_jobs_that_wait_or_start(site: Callable[[str], Site]) -> None:
     assert here.word(SCORE) == ("interrupted", "it has not run")
     found = here.read()
     assert (found[TRAIN].job, found[EMBED].node) == ("2", "node07")
-
-
-def test_a_running_stage_says_how_far_it_is(site: Callable[[str], Site]) -> None:
-    here = site("slurm")
+    # A requeued job is not running, and neither is one that was killed without a word.
+    here.job(TRAIN, "2", "PENDING", "BeginTime")
+    here.attempt(TRAIN, "stopped", reason="the time limit is near", owner=GONE)
+    word, reason = here.word(TRAIN)
+    assert word == "waiting" and "requeued" in reason
+    here.attempt(TRAIN, "running", owner=GONE)
+    assert here.word(TRAIN)[0] == "waiting"
     here.job(TRAIN, "2", "RUNNING")
-    here.attempt(TRAIN, "stopped", owner=GONE)
     progress = WorkProgress(description="training", done=15, total=30, remaining_seconds=90)
     here.attempt(TRAIN, "running", number=2, progress=progress)
     status = here.read()[TRAIN]
@@ -118,18 +120,7 @@ def test_a_running_stage_says_how_far_it_is(site: Callable[[str], Site]) -> None
     assert status.remaining == 90 and status.started > 0
 
 
-def test_a_requeued_job_is_not_running(site: Callable[[str], Site]) -> None:
-    here = site("slurm")
-    here.job(TRAIN, "2", "PENDING", "BeginTime")
-    here.attempt(TRAIN, "stopped", reason="the time limit is near", owner=GONE)
-    word, reason = here.word(TRAIN)
-    assert word == "waiting" and "requeued" in reason
-    # Killed without a word: its owner is gone, whatever its file says.
-    here.attempt(TRAIN, "running", owner=GONE)
-    assert here.word(TRAIN)[0] == "waiting"
-
-
-def test_what_failed_says_why_and_cancels_what_needs_it(site: Callable[[str], Site]) -> None:
+def test_a_failure_has_its_reason_and_cancels_what_needs_it(site: Callable[[str], Site]) -> None:
     here = site("slurm")
     here.job(TRAIN, "2", "FAILED", "2:0")
     here.job(SAMPLE, "3", "CANCELLED")
@@ -147,13 +138,12 @@ def test_what_failed_says_why_and_cancels_what_needs_it(site: Callable[[str], Si
         ("FAILED", "1:0", "failed", "failed (exit code 1:0)"),
         ("TIMEOUT", "0:0", "failed", "timed out before"),
         ("OUT_OF_MEMORY", "0:125", "failed", "memory_gb_per_task"),
-        ("NODE_FAIL", "", "failed", "its node failed"),
         ("CANCELLED", "0:0", "cancelled", "its job was cancelled"),
         ("COMPLETED", "0:0", "failed", "its outputs are missing"),
         ("FAILED", "85:0", "interrupted", "SLURM did not requeue its job"),
     ],
 )
-def test_jobs_that_ended_without_a_word(
+def test_jobs_that_ended_without_a_record(
     site: Callable[[str], Site], state: str, reason: str, word: str, told: str
 ) -> None:
     here = site("slurm")
@@ -173,9 +163,15 @@ def test_a_job_that_slurm_has_forgotten(site: Callable[[str], Site]) -> None:
     here = site("slurm")
     here.submitted(TRAIN, "2")
     assert here.word(TRAIN) == ("interrupted", "SLURM no longer knows its job")
-    # The id was given to somebody else's job.
+    # Its id was reused for another job.
     here.known["2"] = JobState("2", "RUNNING", comment="another submission")
     assert here.word(TRAIN)[0] == "interrupted"
+    # An array whose tasks were cancelled before they started has no indices left.
+    comment = here.submitted("sample base+score base", "21")
+    here.known = {"21_0": JobState("21_0", "PENDING", "JobHeldUser", "", comment)}
+    assert here.word("score base") == ("cancelled", "its job was cancelled")
+    here.known = {"21": JobState("21", "CANCELLED", "JobHeldUser", "", comment)}
+    assert here.word("sample base")[0] == here.word("score base")[0] == "cancelled"
 
 
 def test_a_failure_of_an_earlier_submission_is_over(site: Callable[[str], Site]) -> None:
@@ -223,7 +219,7 @@ def test_on_this_machine_stages_wait_while_the_driver_lives(site: Callable[[str]
     assert here.word(TRAIN)[0] == "interrupted"
 
 
-def test_the_table_counts_and_tells(site: Callable[[str], Site]) -> None:
+def test_the_table(site: Callable[[str], Site]) -> None:
     here = site("slurm")
     here.job(TRAIN, "2", "FAILED", "1:0")
     statuses = list(here.read().values())
@@ -234,7 +230,7 @@ def test_the_table_counts_and_tells(site: Callable[[str], Site]) -> None:
     assert status_table(many, everything=True).row_count == len(many)
 
 
-def test_following_outlives_a_slurm_that_does_not_answer(
+def test_following_survives_a_slurm_that_does_not_answer(
     site: Callable[[str], Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = site("slurm")
@@ -282,14 +278,6 @@ def test_a_job_is_known_whatever_was_noted_of_it(site: Callable[[str], Site], re
     assert stages[0] not in left and stages[1] in left
 
 
-def test_what_has_a_job_is_not_submitted_again(site: Callable[[str], Site]) -> None:
-    here = site("slurm")
-    everything = set(here.plan.todo.stages)
-    assert left_to_submit(here.plan, everything) == []
-    left = left_to_submit(here.plan, everything - {here.names["score base"]})
-    assert [stage.kind for stage in left] == ["score", "render"]
-
-
 def test_a_later_submission_shows_what_the_jobs_of_an_earlier_one_do(
     site: Callable[[str], Site],
 ) -> None:
@@ -319,24 +307,7 @@ def test_a_later_submission_shows_what_the_jobs_of_an_earlier_one_do(
     assert here.word(TRAIN)[0] == "waiting"
 
 
-def test_tasks_that_were_cancelled_before_they_started(site: Callable[[str], Site]) -> None:
-    here = site("slurm")
-    comment = here.submitted("sample base+score base", "21")
-    # As long as SLURM knows another task, one that it does not know was cancelled.
-    here.known = {"21_0": JobState("21_0", "PENDING", "JobHeldUser", "", comment)}
-    assert here.word("score base") == ("cancelled", "its job was cancelled")
-    here.known = {"21": JobState("21", "CANCELLED", "JobHeldUser", "", comment)}
-    assert here.word("sample base")[0] == here.word("score base")[0] == "cancelled"
-    # Accounting has a whole range of them, and may have an old one.
-    here.known = {}
-    here.accounts = {"21": JobState("21_[0-1%1]", "PENDING")}
-    assert here.word("score base")[0] == "cancelled"
-    # The id is somebody else's now.
-    here.known = {"21_0": JobState("21_0", "PENDING", comment="another")}
-    assert here.word("score base")[0] == "interrupted"
-
-
-def test_without_slurm_the_run_folders_speak(
+def test_without_slurm_states_come_from_the_run_folders(
     site: Callable[[str], Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = site("slurm")
