@@ -92,7 +92,11 @@ class Batch:
         Raises:
             UserError: submitit rejects the profile, or ranks do not fill its nodes.
         """
-        return self._executor().text(self.command)
+        return self.script_of(self.command)
+
+    def script_of(self, command: str) -> str:
+        """The batch script with another command, on the same resources; see :attr:`script`."""
+        return self._executor().text(command)
 
     def submit(self) -> str:
         """Submits the stages; returns the id of the job or array. Raises as :attr:`script`."""

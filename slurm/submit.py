@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -19,19 +18,6 @@ ARRAY = 64
 
 class DependencyGone(UserError):  # noqa: N818 - an event, not a mistake of the caller
     """A job that others depend on has just ended, and SLURM no longer knows it."""
-
-
-@dataclass(frozen=True)
-class Script:
-    """The batch script of some stages, exactly as it would be submitted.
-
-    Attributes:
-        stages: their names, by array index.
-        text: the script; jobs that do not exist yet are stage names in angle brackets.
-    """
-
-    stages: tuple[str, ...]
-    text: str
 
 
 def batches(todo: Iterable[Stage]) -> Iterator[tuple[Stage, ...]]:
@@ -65,20 +51,25 @@ def dependency(stages: Sequence[Stage], job_of: Mapping[str, str]) -> str | None
 
 def scripts(
     submission: Submission, todo: Iterable[Stage], active: Mapping[str, str]
-) -> list[Script]:
+) -> list[tuple[tuple[str, ...], str]]:
     """The batch scripts of ``todo``, exactly as :func:`submit` would submit them.
+
+    Jobs that do not exist yet are stage names in angle brackets.
 
     Args:
         submission: the submission, saved or not.
         todo: the stages to submit.
         active: the jobs of pending and running stages, by stage.
+
+    Returns:
+        the names of the stages of each script, by array index, and its text.
     """
     job_of = dict(active)
     made = []
     for number, stages in enumerate(batches(todo), start=1):
         batch = _batch(submission, stages, str(number), job_of)
         names = tuple(stage.name for stage in stages)
-        made.append(Script(names, batch.script))
+        made.append((names, batch.script))
         job_of |= dict.fromkeys(names, f"<{_shown(stages)}>")
     return made
 

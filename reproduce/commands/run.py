@@ -112,9 +112,9 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
             active = {stage: job.job for stage, job in jobs.items()}
         except UserError as error:
             typer.echo(f"assuming that no jobs are running: {error}", err=True)
-    for script in scripts(submission, launch.left_to_submit(plan, active), active):
-        typer.echo(f"# {', '.join(script.stages)}")
-        typer.echo(script.text)
+    for stages, text in scripts(submission, launch.left_to_submit(plan, active), active):
+        typer.echo(f"# {', '.join(stages)}")
+        typer.echo(text)
 
 
 def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:

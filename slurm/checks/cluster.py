@@ -1,79 +1,41 @@
 """Checks a cluster profile: SLURM tests the batch scripts, the rest is what it does not report."""
 
-import os
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-
-import psutil
 
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from slurm.checks import limits
-from slurm.checks.finding import Case, Finding, counted, listed
+from slurm.checks.finding import Case, Finding, Word, listed
 from slurm.checks.limits import SECONDS, Site
 from slurm.checks.probe import files, look_around
 from slurm.checks.trial import stage_script, trial_folder, trials
 from slurm.graph import Needs
 from slurm.states import ask
 
-_UNUSABLE = re.compile(r"^down|drain|fail|error|future|inval|unknown|no_respond|reboot")
-
-
-@dataclass(frozen=True)
-class Node:
-    """One node as sinfo shows it; state ``idle*`` means that it does not respond."""
-
-    name: str
-    state: str
-    gpus: str
-    cpus: str
-    memory_mb: str
-    features: str
-    reason: str
-
-    def usable(self, *, reserved: bool) -> bool:
-        """Whether jobs can start there now or later; ``reserved``: also on reserved nodes."""
-        if "*" in self.state or _UNUSABLE.search(self.state.rstrip("~#!%$@^-")):
-            return False
-        return reserved or not re.match("reserved|maint", self.state)
-
-    @property
-    def trouble(self) -> str:
-        """Its name and why it cannot be used."""
-        return f"{self.name} ({self.state}{'' if self.reason == 'none' else f': {self.reason}'})"
-
-    @property
-    def shape(self) -> str:
-        """Its resources, e.g. ``gpu:2, 4 CPUs, 8 GB``."""
-        memory = float(re.sub(r"\D", "", self.memory_mb) or 0) / 1024
-        parts = [re.sub(r"\([^)]*\)", "", self.gpus), f"{self.cpus} CPUs", f"{memory:.0f} GB"]
-        return ", ".join(part for part in (*parts, self.features) if part and part != "(null)")
+_UNUSABLE = re.compile(r"[*]|^down|drain|fail|error|future|inval|unknown|no_respond|reboot")
 
 
 def check_cluster(case: Case) -> list[Finding]:
     """Checks a cluster profile against the cluster; problems are findings, never exceptions."""
     case = replace(case, results=case.results.absolute())
     if case.cluster.kind != "slurm":
-        return [*_this_machine(case), *_folder(case, {})]
+        return list(_folder(case, set()))
     findings: list[Finding] = []
-    usable: dict[str | None, int] = {}
+    usable: set[str | None] = set()
     try:
         site = Site.read()
         ask("squeue", "--me", "--noheader")
         name, version = site.config.get("ClusterName"), site.config.get("SLURM_VERSION")
         findings.append(Finding("ok", "SLURM", f"cluster {name} answers, version {version}"))
-        reserved = "reservation" in case.cluster.extra  # reserved nodes may be its own
-        good: dict[str | None, list[Node]] = {}
         for partition in case.partitions:
-            nodes = nodes_of(site, partition)
-            good[partition] = [node for node in nodes if node.usable(reserved=reserved)]
-            usable[partition] = len(good[partition])
-            findings += _nodes(partition or ",".join(site.names(None)), nodes, good[partition])
-        for needs, kinds in case.groups.items():
-            findings.append(_verdict(case, site, needs, kinds, good))
+            if names := ",".join(site.names(partition)):  # sbatch reports an unknown partition
+                nodes = _nodes(names)
+                findings.append(nodes)
+                usable |= {partition} if nodes.word != "failed" else set()
+        findings += [_verdict(case, site, needs, kinds) for needs, kinds in case.groups.items()]
         for check in (limits.times, limits.arrays, limits.memory, limits.preemption):
             findings += check(case, site)
         findings.append(_accounting())
@@ -84,42 +46,31 @@ def check_cluster(case: Case) -> list[Finding]:
     return [*findings, *_image(case), *here, *_folder(case, usable)]
 
 
-def nodes_of(site: Site, partition: str | None) -> list[Node]:
-    """The nodes of a profile's ``partition``.
+def _nodes(partition: str) -> Finding:
+    """The nodes of a partition by state: sbatch does not say why it has none to offer.
 
     Raises:
         UserError: SLURM does not answer.
     """
-    names = site.names(partition)
-    if not names:
-        return []
-    shown = ("--noheader", "--Node", "--format=%N|%T|%G|%c|%m|%f|%E", f"-p{','.join(names)}")
-    rows = [line.split("|", 6) for line in ask("sinfo", *shown, seconds=SECONDS).splitlines()]
-    return list({row[0]: Node(*map(str.strip, row)) for row in rows if len(row) == 7}.values())
+    shown = ("--noheader", f"--partition={partition}", "--format=%N|%T|%G, %c CPUs, %m MB|%E")
+    rows = [line.split("|") for line in ask("sinfo", *shown, seconds=SECONDS).splitlines()]
+    rows = [list(map(str.strip, row)) for row in rows if len(row) == 4]
+    bad = [row for row in rows if _UNUSABLE.search(row[1])]
+    found = "; ".join(
+        f"{names} {state} ({reason if _UNUSABLE.search(state) else shape})"
+        for names, state, shape, reason in rows
+    ).replace("(null), ", "")
+    what, fix = (
+        f"nodes of {partition}",
+        "administrator: `scontrol update NodeName=... State=RESUME`",
+    )
+    if bad or not rows:
+        word: Word = "warning" if len(bad) < len(rows) else "failed"
+        return Finding(word, what, found or "none", fix)
+    return Finding("ok", what, found)
 
 
-def _nodes(partition: str, nodes: list[Node], good: list[Node]) -> Iterator[Finding]:
-    """The usable nodes of a partition: sbatch does not say why it has none to offer."""
-    what = f"nodes of {partition}"
-    bad = [node for node in nodes if node not in good]
-    if bad:
-        yield Finding(
-            "warning" if good else "failed",
-            what,
-            f"{len(good)} of {len(nodes)} usable; not {listed(node.trouble for node in bad)}",
-            f"administrator: `scontrol update NodeName={bad[0].name} State=RESUME`",
-        )
-    elif nodes:  # sbatch reports an unknown partition
-        yield Finding("ok", what, f"{counted(len(nodes), 'node')}, all usable")
-
-
-def _verdict(
-    case: Case,
-    site: Site,
-    needs: Needs,
-    kinds: tuple[str, ...],
-    usable: dict[str | None, list[Node]],
-) -> Finding:
+def _verdict(case: Case, site: Site, needs: Needs, kinds: tuple[str, ...]) -> Finding:
     """The answer of ``sbatch --test-only`` to the batch script of some kinds of stage."""
     what = f"sbatch accepts {listed(kinds, 8)}"
     kind = max(kinds, key=case.cluster.time_limit)
@@ -133,15 +84,13 @@ def _verdict(
     except UserError as error:
         flags = r"^#SBATCH (--(?:nodes|ntasks|gpus|gres|cpus|mem|partition|constraint)\S*)"
         found = f"{error}; requested {' '.join(re.findall(flags, text, re.MULTILINE))}"
-        partition = case.cluster.partition_of(needs)
-        return Finding("failed", what, found, _fix(str(error).lower(), site, partition, usable))
+        fix = _fix(str(error).lower(), site, case.cluster.partition_of(needs))
+        return Finding("failed", what, found, fix)
     start = re.search(r"to start at .*", answer)
     return Finding("ok", what, f"would {start[0][3:]}" if start else "yes")
 
 
-def _fix(
-    error: str, site: Site, partition: str | None, usable: dict[str | None, list[Node]]
-) -> str:
+def _fix(error: str, site: Site, partition: str | None) -> str:
     """The profile keys to change if SLURM rejects a batch script."""
     if "account" in error:
         return "set account: (`sacctmgr show association user=$USER` lists yours)"
@@ -149,11 +98,9 @@ def _fix(
         return f"set qos: to one of {listed(sorted(site.qos), 8)}"
     if "partition" in error:
         return f"set partition: {nearest(partition or '', site.partitions)}"
-    shapes = Counter(node.shape for node in usable[partition])
-    have = "; ".join(f"{counted(n, 'node')} with {shape}" for shape, n in shapes.items())
     return (
-        f"usable: {have or 'no nodes'}; change gpus_per_node, gpu_type, cpus_per_task, "
-        "memory_gb_per_task or constraint to match, or use fewer ranks"
+        "change gpus_per_node, gpu_type, cpus_per_task, memory_gb_per_task or constraint to what "
+        "the nodes have, or use fewer ranks"
     )
 
 
@@ -179,28 +126,7 @@ def _image(case: Case) -> Iterator[Finding]:
         yield Finding("ok", "image", image)
 
 
-def _this_machine(case: Case) -> Iterator[Finding]:
-    """Whether this machine has the devices and the memory of each kind of stage."""
-    import torch  # slow to import; checking a cluster does not need it
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for needs, kinds in case.groups.items():
-        what = f"devices of {listed(kinds, 8)}"
-        if needs.gpus > count:
-            found = f"needs {counted(needs.gpus, 'GPU')}, torch sees {count}"
-            fix = "run it on a machine with GPUs, or use a smaller profile (mini needs none)"
-            yield Finding("failed", what, found, fix)
-        else:
-            yield Finding("ok", what, f"needs {needs.gpus} of {counted(count, 'GPU')}")
-    memory = psutil.virtual_memory().total / 2**30
-    wanted = max((needs.memory_gb or 0 for needs in case.wanted.values()), default=0)
-    found = f"{memory:.0f} GiB; {counted(os.cpu_count() or 1, 'CPU')}"
-    fix = f"needs {wanted} GB: use a larger machine, or a cluster (--cluster)"
-    good = memory >= wanted
-    yield Finding("ok" if good else "failed", "memory", found, "" if good else fix)
-
-
-def _folder(case: Case, usable: dict[str | None, int]) -> Iterator[Finding]:
+def _folder(case: Case, usable: set[str | None]) -> Iterator[Finding]:
     """The results folder here, and as jobs see it."""
     what = f"the folder {case.results}"
     try:

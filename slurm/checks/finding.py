@@ -104,8 +104,3 @@ def listed(words: Iterable[str], most: int = 4) -> str:
     words = list(words)
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
-
-
-def counted(number: int, word: str) -> str:
-    """``1 node``, ``2 nodes``."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
-from slurm.batch import Batch, python_command, setup, srun_arguments
+from slurm.batch import Batch, python_command
 from slurm.checks.finding import Case, Finding
 from slurm.checks.probe import ANSWERS, QUESTION
 from slurm.cluster import Cluster
@@ -29,7 +29,8 @@ RUN_SECONDS = 300
 """How long it may run: imports from a busy file server are slow."""
 SEEN_SECONDS = 30
 """How long a file may take to appear here: NFS clients cache missing names."""
-WRITTEN, LOG = "written", "log.txt"
+LOGS = "*_log.*"
+"""SLURM itself writes them, before anything of the profile runs."""
 _FINDINGS = TypeAdapter(list[Finding])
 
 
@@ -39,13 +40,13 @@ def stage_script(cluster: Cluster, kind: str, needs: Needs, results: Path) -> st
     return Batch(cluster, results / "check", results, "g2rpo/check", (stage,)).script
 
 
-def trials(case: Case, folder: Path, usable: Mapping[str | None, int]) -> Iterator[Finding]:
+def trials(case: Case, folder: Path, usable: Collection[str | None]) -> Iterator[Finding]:
     """Runs one trial job in each partition.
 
     Args:
         case: the case.
         folder: a folder inside the results folder.
-        usable: number of usable nodes by partition.
+        usable: the partitions that have usable nodes.
     """
     done: set[str | None] = set()
     for needs in sorted(case.groups, key=lambda needs: (-needs.gpus, -needs.ranks)):
@@ -54,13 +55,13 @@ def trials(case: Case, folder: Path, usable: Mapping[str | None, int]) -> Iterat
             continue
         done.add(name)
         label = "trial job" if name is None else f"trial job in {name}"
-        nodes = min(2, usable[name], case.cluster.nodes(needs))
-        if not nodes:
+        if name not in usable:
             found = "not submitted: the partition has no usable node"
             yield Finding("warning", label, found, "fix the other lines first")
             continue
         place = folder / str(len(done))
         place.mkdir()
+        nodes = min(2, case.cluster.nodes(needs))
         try:
             yield from _run(case, place, Needs(nodes, nodes if needs.gpus else 0), label)
         except UserError as error:
@@ -73,8 +74,8 @@ def _run(case: Case, folder: Path, needs: Needs, label: str) -> Iterator[Finding
     question = case.question.model_copy(update={"gpus": needs.gpus > 0, "several": several})
     atomic_write_text(folder / QUESTION, question.model_dump_json())
     case.tell(f"{label}: submitted, waiting up to {START_SECONDS} s ...")
-    answer = ask("sbatch", "--parsable", "--chdir=/", text=_script(case, folder, needs))
-    job = answer.strip().splitlines()[-1].split(";")[0]
+    job = ask("sbatch", "--parsable", "--chdir=/", text=_script(case, folder, needs))
+    job = job.strip().splitlines()[-1].split(";")[0]
     try:
         state = _wait(job)
     finally:
@@ -83,53 +84,30 @@ def _run(case: Case, folder: Path, needs: Needs, label: str) -> Iterator[Finding
         yield from _report(case, folder, needs, state)
         return
     when = f"did not start within {START_SECONDS} s" if state.active else f"lost on {state.node}"
-    yield Finding(
-        "warning", label, f"{when}: {state.words}; nothing was checked there", "try again"
-    )
+    found = f"{when}: {state.words}; nothing was checked there"
+    yield Finding("warning", label, found, "try again")
 
 
 def _script(case: Case, folder: Path, needs: Needs) -> str:
-    """The job script: a stage's flags except output and time, then the probe."""
-    cluster = case.cluster
-    memory = cluster.memory_gb_per_task
+    """The batch script of a small, short stage that runs the probe."""
+    cluster, memory = case.cluster, case.cluster.memory_gb_per_task
     small = cluster.model_copy(
         update={
-            # A small job starts sooner.
             "cpus_per_task": min(2, cluster.cpus_per_task),
             "memory_gb_per_task": memory and min(8, memory),
             "gpus_per_node": 1,
             "tasks_per_node": 1,
             "exclusive": False,
             "mail": None,
+            "max_restarts": 0,
             "signal_lead_seconds": 1,
             "minutes": cluster.minutes.model_copy(update={"render": 10}),
         }
     )
-    other = ("--output=", "--error=", "--open-mode=", "--requeue", "--signal=")
-    flags = [
-        line
-        for line in stage_script(small, "render", needs, case.results).splitlines()
-        if line.startswith("#SBATCH ") and not line.split()[1].startswith(other)
-    ]
-    place, log = shlex.quote(str(folder)), shlex.quote(str(folder / LOG))
-    output = ("srun", "--unbuffered", "--output", str(folder / "log-%t.txt"))
-    run = shlex.join([*output, *srun_arguments(small, case.results)])
+    stage = Stage("render/check", "render", "check", resources=needs)
     python = python_command(small, case.results, gpus=needs.gpus > 0)
-    kind = cluster.container.kind
-    runtime = f'command -v {kind} || {{ echo "error: {kind} not found"; exit 1; }}'
-    lines = [
-        "#!/bin/bash",
-        *flags,
-        "#SBATCH --output=/dev/null",
-        "#SBATCH --no-requeue",
-        f"hostname 2>/dev/null >{place}/{WRITTEN} || exit 1",
-        f"exec >>{log} 2>&1",
-        *setup(small, folder),
-        *([runtime] if kind in ("apptainer", "podman") else []),
-        "export SUBMITIT_EXECUTOR=slurm",
-        f"{run} {python} -m slurm.checks.probe {place}",
-    ]
-    return "\n".join(lines) + "\n"
+    batch = Batch(small, folder, case.results, "g2rpo/check", (stage,))
+    return batch.script_of(f"{python} -m slurm.checks.probe {shlex.quote(str(folder))}")
 
 
 def _wait(job: str) -> JobState:
@@ -152,7 +130,7 @@ def _wait(job: str) -> JobState:
 def _report(case: Case, folder: Path, needs: Needs, state: JobState) -> Iterator[Finding]:
     node = state.node or "a node"
     shared = f"the folder {case.results}"
-    if not _appears(folder, WRITTEN, 1, SEEN_SECONDS):
+    if not _appears(folder, LOGS, 1, SEEN_SECONDS):
         yield Finding(
             "failed",
             shared,
@@ -161,9 +139,7 @@ def _report(case: Case, folder: Path, needs: Needs, state: JobState) -> Iterator
         )
         return
     yield Finding("ok", shared, f"written on {node}, visible here")
-    # A rank with a log and no answer has failed.
-    _appears(folder, "*-*.t*", needs.ranks, SEEN_SECONDS)
-    if not _appears(folder, ANSWERS, needs.ranks, 3):
+    if not _appears(folder, ANSWERS, needs.ranks, SEEN_SECONDS):
         yield Finding(
             "failed",
             "Python in a job",
@@ -178,11 +154,11 @@ def _report(case: Case, folder: Path, needs: Needs, state: JobState) -> Iterator
 
 
 def _appears(folder: Path, pattern: str, count: int, seconds: float) -> bool:
-    """Whether ``count`` non-empty files appear in time."""
+    """Whether ``count`` files appear in time."""
     deadline = time.monotonic() + seconds
     while True:
         # Listing the folder makes an NFS client ask the server again.
-        if sum(path.stat().st_size > 0 for path in folder.glob(pattern)) >= count:
+        if len(list(folder.glob(pattern))) >= count:
             return True
         if time.monotonic() > deadline:
             return False
@@ -190,14 +166,12 @@ def _appears(folder: Path, pattern: str, count: int, seconds: float) -> bool:
 
 
 def _last_words(folder: Path) -> str:
-    for path in (*sorted(folder.glob("log-*.txt")), folder / LOG):
-        if path.exists():
-            lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
-            lines = [line for line in lines if line and not line.startswith("srun: error: ")]
-            if lines:
-                errors = [line for line in lines if "error" in line.lower()]
-                return (errors or lines)[-1][:300]
-    return ""
+    """The last error in the job's logs, else their last line."""
+    texts = [path.read_text(errors="replace") for path in sorted(folder.glob(LOGS))]
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("srun: error:", "submitit"))] or lines
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [""])[-1][:300]
 
 
 @contextmanager

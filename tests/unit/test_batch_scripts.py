@@ -85,7 +85,7 @@ def submission_of(stages: list[Stage], settings: dict[str, Any]) -> Submission:
 def text_of(name: str) -> str:
     stages, settings = CASES[name]
     made = scripts(submission_of(stages, settings), stages, {"active": "4711"})
-    text = "\n\n".join(f"# {', '.join(script.stages)}\n{script.text}" for script in made) + "\n"
+    text = "\n\n".join(f"# {', '.join(stages)}\n{text}" for stages, text in made) + "\n"
     # The interpreter first: it may be inside of the repository.
     return text.replace(sys.executable, "PYTHON").replace(str(REPOSITORY), "REPOSITORY")
 
@@ -122,8 +122,8 @@ def test_a_long_array_is_submitted_in_parts() -> None:
     share = replace(SHARES[2], needs=(), after=())
     shares = [replace(share, name=f"sample/a/{index:03d}") for index in range(130)]
     made = scripts(submission_of(shares, {}), shares, {})
-    assert [len(script.stages) for script in made] == [64, 64, 2]
-    assert [name for script in made for name in script.stages] == [s.name for s in shares]
+    assert [len(stages) for stages, _ in made] == [64, 64, 2]
+    assert [name for stages, _ in made for name in stages] == [s.name for s in shares]
 
 
 AWAY = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1'
