@@ -1,4 +1,4 @@
-"""The cluster as tests use it: jobs, their states and processes, and the accidents of nodes."""
+"""The cluster for tests: jobs, their states and processes, and failures of nodes."""
 
 import fcntl
 import os
@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,7 +24,7 @@ cluster."""
 
 COMMAND_SECONDS = 300
 WAIT_SECONDS = 600
-"""Many times what anything here takes: it only ends what would hang, on the busiest machine too."""
+"""Far more than anything here takes, even on a busy machine: it only ends what would hang."""
 ENDED = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -39,30 +38,11 @@ ENDED = {
 
 
 class ClusterNotPossibleError(Exception):
-    """This machine cannot have a cluster; the message is the line that says why."""
+    """This machine cannot run a cluster; the message says why."""
 
 
 class DeadlineError(AssertionError):
-    """Something did not happen in time; the message holds what SLURM knows."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a job as accounting keeps it; a requeued job has several.
-
-    Attributes:
-        job: the id, with the array index of an array's task.
-        state: e.g. ``COMPLETED``, or ``CANCELLED by 0``.
-        exit_code: ``code:signal`` of the batch script.
-        nodes: the nodes it ran on.
-        reason: why it did not start, where it did not.
-    """
-
-    job: str
-    state: str
-    exit_code: str
-    nodes: str
-    reason: str
+    """Something did not happen in time; the message includes SLURM's state."""
 
 
 class Cluster:
@@ -241,23 +221,14 @@ class Cluster:
         """The job's state as the controller has it now, e.g. ``PENDING``."""
         return self.fields(job)["JobState"]
 
-    def attempts(self, job: str) -> list[Attempt]:
-        """Every start of a job, the oldest first; the tasks of an array come in turn."""
-        columns = "JobID,State,ExitCode,NodeList,Reason"
-        text = self.run(
-            *("sacct", "--duplicates", "--allocations", "--noheader", "--parsable2"),
-            *("--jobs", job, "--format", columns),
-        )
-        return [Attempt(*line.split("|")) for line in text.splitlines()]
-
     def job_states(self, job: str) -> list[str]:
-        """The state of every start of a job, the oldest first."""
-        return [attempt.state for attempt in self.attempts(job)]
+        """The state of every start of a job in accounting, the oldest first."""
+        shown = ("--duplicates", "--allocations", "--noheader", "--parsable2", "--format=State")
+        return self.run("sacct", *shown, f"--jobs={job}").splitlines()
 
-    def wait_attempts(self, job: str, states: list[str]) -> list[Attempt]:
+    def wait_states(self, job: str, states: list[str]) -> None:
         """Waits until accounting, which lags, has these states for the job's starts."""
         self.wait(lambda: self.job_states(job) == states, f"accounting of job {job} as {states}")
-        return self.attempts(job)
 
     def wait_running(self, job: str) -> None:
         """Waits until the job runs."""

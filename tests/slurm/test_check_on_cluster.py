@@ -152,14 +152,6 @@ def test_nodes_that_are_drained(check: Check, cluster: Cluster) -> None:
     assert "not submitted" in done.line("trial job in main")[1]
 
 
-def test_a_results_folder_that_cannot_be_written_here(check: Check) -> None:
-    check.results = check.folder / "here.yaml" / "results"
-    done = check()
-    assert done.code == 2
-    word, text = done.line(f"the folder {check.results}")
-    assert word == "failed" and "Not a directory" in text
-
-
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed")
 def test_a_results_folder_that_nodes_do_not_share(check: Check) -> None:
     # A disk that this command alone sees, mounted over the place that nodes know.

@@ -34,4 +34,4 @@ def test_job_of_a_dead_node_starts_on_another(cluster: Cluster, folder: Path) ->
     cluster.wait(lambda: _ticks(folder, _other(node)), "second start on the other node")
     assert _ticks(folder, node)[-1]["time"] < died
     assert cluster.fields(job.job_id)["Restarts"] == "1"
-    cluster.wait_attempts(job.job_id, ["NODE_FAIL", "RUNNING"])
+    cluster.wait_states(job.job_id, ["NODE_FAIL", "RUNNING"])

@@ -68,7 +68,7 @@ def test_every_rank_gets_usr2(
     assert ranks(folder, "SIGTERM") == []
     assert ranks(folder, "leave") == ranks(folder, "end", restarts=1) == [0, 1, 2, 3]
     # A preempted job, too, exits before SLURM kills it.
-    cluster.wait_attempts(job.job_id, ["REQUEUED", "COMPLETED"])
+    cluster.wait_states(job.job_id, ["REQUEUED", "COMPLETED"])
 
 
 def test_preemption_by_sigterm_alone(cluster: Cluster, folder: Path) -> None:

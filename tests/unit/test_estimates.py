@@ -1,4 +1,4 @@
-"""Seconds, bytes and wall times that a plan tells before anything is run."""
+"""Seconds, bytes and wall times that a plan predicts."""
 
 import json
 from pathlib import Path
