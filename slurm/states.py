@@ -26,36 +26,22 @@ REASONS = {
     "job_requeued_in_held_state": "requeued and held; release it with `scontrol release`",
     "launch_failed_requeued_held": "held: failed to launch; release it with `scontrol release`",
     "PartitionTimeLimit": "its time limit exceeds the partition's; lower `minutes`",
-    "PartitionNodeLimit": "it needs more nodes than the partition has",
-    "PartitionConfig": "it needs more than the partition allows",
-    "PartitionDown": "its partition is down",
-    "PartitionInactive": "its partition is inactive",
     "ReqNodeNotAvail": "a node it needs is down or reserved",
-    "NodeDown": "a node it needs is down",
     "BadConstraints": "no node satisfies its constraint",
     "InvalidAccount": "invalid account; set `account`",
     "InvalidQOS": "invalid qos; set `qos`",
-    "QOSMaxJobsPerUserLimit": "you have reached the qos's limit of running jobs",
-    "QOSMaxGRESPerUser": "you have reached the qos's limit of GPUs",
-    "QOSGrpGRES": "the qos has reached its limit of GPUs",
-    "AssocGrpGRES": "your account has reached its limit of GPUs",
-    "AssocMaxJobsLimit": "your account has reached its limit of running jobs",
     "QOSMaxWallDurationPerJobLimit": "its time limit exceeds the qos's; lower `minutes`",
-    "AssocGrpCPUMinutesLimit": "your account has used up its time",
-    "AssocGrpGRESMinutes": "your account has used up its GPU time",
     "JobArrayTaskLimit": "waiting for other tasks of its array (array_parallelism)",
 }
+"""SLURM's reasons in plain English, where that adds something."""
 ENDED = {
     "COMPLETED": "ended",
-    "FAILED": "failed",
-    "CANCELLED": "cancelled",
     "TIMEOUT": "timed out before it could save and be requeued",
     "PREEMPTED": "preempted and not requeued",
     "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "out of memory; raise memory_gb_per_task",
     "BOOT_FAIL": "its node did not boot",
     "DEADLINE": "ended at its deadline",
-    "REVOKED": "revoked",
 }
 
 

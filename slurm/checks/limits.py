@@ -191,35 +191,26 @@ def preemption(case: Case, site: Site) -> Iterator[Finding]:
     """Whether a preempted job can save, and is requeued."""
     kind = site.config.get("PreemptType", "").removeprefix("preempt/")
     lead, signal = case.cluster.signal_lead_seconds, "preempt_send_user_signal"
-    signalled = signal in site.config.get("SlurmctldParameters", "").lower()
     qos = site.qos.get(case.cluster.qos or "normal", {}) if kind == "qos" else {}
     for name in dict.fromkeys(part for each in case.partitions for part in site.names(each)):
-        common = (site.partitions[name].get("PreemptMode"), site.config.get("PreemptMode"), "OFF")
-        mode = next(
-            mode for mode in (qos.get("PreemptMode"), *common) if mode not in (None, "cluster")
-        )
-        row = qos or site.partitions[name]
+        row, what = qos or site.partitions[name], f"preemption in {name}"
+        mode = row.get("PreemptMode", "cluster")
+        mode = (site.config.get("PreemptMode", "OFF") if mode == "cluster" else mode).upper()
         grace = seconds_of(row.get("GraceTime", "")) or 0
-        what, lost = f"preemption in {name}", "work since the last checkpoint is lost"
-        if kind in ("", "none", "(null)") or mode.upper() in ("OFF", "GANG"):
+        found = fix = ""
+        if kind in ("", "none", "(null)") or mode in ("OFF", "GANG"):
             yield Finding("ok", what, "off")
-        elif "CANCEL" in mode.upper():
-            yield Finding(
-                "warning", what, "preempted jobs are cancelled and not restarted",
-                "run the same command again, or use a partition or qos without preemption",
-            )  # fmt: skip
-        elif "REQUEUE" in mode.upper() and not signalled:
-            yield Finding(
-                "warning", what, f"preempted jobs are requeued without a signal to save; {lost}",
-                f"site administrator: set SlurmctldParameters={signal} and GraceTime; or lower "
-                "checkpoints.every_minutes",
-            )  # fmt: skip
-        elif "REQUEUE" in mode.upper() and grace < lead:
-            yield Finding(
-                "warning", what,
-                f"preempted jobs have {grace} s (GraceTime) to save, less than "
-                f"signal_lead_seconds ({lead}); if that is too short, {lost}",
-                f"site administrator: set GraceTime={lead}; or lower signal_lead_seconds",
-            )  # fmt: skip
-        else:
-            yield Finding("ok", what, f"{mode.lower()}, {grace} s to save")
+            continue
+        if "CANCEL" in mode:
+            found = "preempted jobs are cancelled and not restarted"
+            fix = "run the same command again, or use a partition or qos without preemption"
+        elif "REQUEUE" in mode and signal not in site.config.get("SlurmctldParameters", "").lower():
+            found = "preempted jobs lose the work since their last checkpoint: no signal to save"
+            fix = f"administrator: set {signal} and GraceTime; or lower checkpoints.every_minutes"
+        elif "REQUEUE" in mode and grace < lead:
+            found = (
+                f"preempted jobs have {grace} s (GraceTime) to save, signal_lead_seconds: {lead}"
+            )
+            fix = f"administrator: set GraceTime={lead}; or lower signal_lead_seconds"
+        found = found or f"{mode.lower()}, {grace} s to save"
+        yield Finding("warning" if fix else "ok", what, found, fix)

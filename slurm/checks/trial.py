@@ -5,7 +5,6 @@ minutes. Its files must be visible here: that is how stages report their progres
 """
 
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -176,20 +175,13 @@ def _last_words(folder: Path) -> str:
 
 @contextmanager
 def trial_folder(results: Path) -> Iterator[Path]:
-    """A temporary folder inside ``results``; parents created for it are removed as well.
+    """A temporary folder inside ``results``, which is created if it does not exist.
 
     Raises:
         OSError: it cannot be created.
     """
-    made = [folder for folder in (results, *results.parents) if not folder.exists()]
     results.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=results, prefix=".check-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for each in made:
-            try:
-                each.rmdir()
-            except OSError:
-                break
+    with tempfile.TemporaryDirectory(
+        dir=results, prefix=".check-", ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name)

@@ -108,9 +108,9 @@ def test_a_profile_that_fits_is_all_ok(check: Check, cluster: Cluster) -> None:
     assert "visible here" in done.line(f"the folder {check.results}")[1]
     assert "g2rpo.training.loop" in done.line("Python on node")[1]
     assert "resolves" in done.line("names on node")[1]
-    # Nothing is left: no job, no folder.
+    # Nothing is left: no job, no files.
     assert cluster.run("squeue", "--noheader") == ""
-    assert not check.results.exists()
+    assert not list(check.results.iterdir())
 
 
 def test_two_nodes_with_gpus_that_torch_does_not_see(check: Check) -> None:

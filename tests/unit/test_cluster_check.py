@@ -78,7 +78,7 @@ def test_a_profile_that_fits_and_nodes_that_do_not_work(
     assert line(found, "SLURM").found == "cluster g2rpo answers, version 22.05.8"
     assert line(found, "nodes of main").found.startswith("node1 idle (gpu:2, 4 CPUs, 8000 MB); ")
     assert line(found, "sbatch accepts train").found.startswith("would start at 2026-11-29")
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "results").iterdir())
     answers["sinfo"] = recorded
     nodes = line(quick(tmp_path), "nodes of main")
     assert nodes.word == "warning"
@@ -172,10 +172,9 @@ def test_a_slurm_that_is_missing_or_does_not_answer_is_a_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    case = Case(Cluster(), TRAIN, tmp_path / "a" / "b")
+    case = Case(Cluster(), TRAIN, tmp_path / "results")
     found = line(check_cluster(case), "SLURM")
     assert found.word == "failed" and found.found.startswith("scontrol not found")
-    assert not list(tmp_path.iterdir())
     (tmp_path / "scontrol").write_text(
         "#!/bin/sh\necho a notice\necho error: no contact >&2\nexit 1\n"
     )
