@@ -2,10 +2,11 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
@@ -172,12 +173,12 @@ class LocalDisplay(_LiveDisplay):
     def waiting(self, running: Sequence[Stage]) -> None:
         """Shows the progress of running stages."""
         if self._live is not None:
-            self._live.update(_running_table(running), refresh=True)
+            lines = (_running_line(stage) or f"  {stage}: starting" for stage in running)
+            self._live.update(Group(*map(literal, lines)), refresh=True)
         elif time.monotonic() - self._last > 60:
             self._last = time.monotonic()
             for stage in running:
-                line = _running_line(stage)
-                if line:
+                if line := _running_line(stage):
                     self._print(line)
 
     def _say(self, stage: Stage, what: str) -> None:
@@ -202,12 +203,3 @@ def _running_line(stage: Stage) -> str:
     eta = "" if left is None else f", ETA {duration(left)}"
     share = f"{progress.done}/{progress.total}"
     return f"  {stage}: {share}{eta}  {progress.note}".rstrip()
-
-
-def _running_table(running: Iterable[Stage]) -> Table:
-    table = plain_table("")
-    table.show_header = False
-    for stage in running:
-        line = _running_line(stage) or f"  {stage}: starting"
-        table.add_row(line)
-    return table

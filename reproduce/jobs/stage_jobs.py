@@ -47,10 +47,10 @@ class StageJob:
         """Whether it is pending, for its first start or a restart."""
         return self.state is not None and self.state.state == "PENDING"
 
-    def precedes(self, other: "StageJob") -> bool:
-        """Whether ``other`` represents the stage better: it is active, or newer."""
-        mine, others = ((j.active, int(array_of(j.job))) for j in (self, other))
-        return mine <= others
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """Of two jobs of a stage, the higher one represents it: the active one, else the newer."""
+        return self.active, int(array_of(self.job))
 
 
 def own_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, list[str]]:
@@ -98,8 +98,7 @@ def stage_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, St
         if not index.isdecimal() or int(index) >= len(stages):
             continue
         stage, made = stages[int(index)], StageJob(job, state.comment, state)
-        if stage not in found or found[stage].precedes(made):
-            found[stage] = made
+        found[stage] = max(made, found.get(stage, made), key=lambda each: each.rank)
     return found
 
 
