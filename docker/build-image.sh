@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds the image with docker, podman or buildah, whichever is there.
+# Builds the image with docker, podman or buildah.
 # usage: docker/build-image.sh [options of `build`, e.g. --build-arg BASE_IMAGE=debian:bookworm-slim]
 # Variables: IMAGE (its name), ENGINE (the command that builds).
 set -euo pipefail
@@ -13,15 +13,15 @@ find_engine() {
     elif command -v buildah >/dev/null; then
         echo buildah
     else
-        echo "error: no docker with a running engine, no podman and no buildah here; install" \
-            "one of them (Debian, Ubuntu: apt-get install buildah)" >&2
+        echo "error: found no running docker, podman or buildah; install one of them" \
+            "(Debian, Ubuntu: apt-get install buildah)" >&2
         exit 2
     fi
 }
 
 read -ra engine <<< "${ENGINE:-$(find_engine)}"
 [ "${#engine[@]}" -gt 0 ] || exit 2
-# The image cannot ask git: it is told the commit, and whether the code differs from it.
+# The image has no git: pass it the commit, and whether the code differs from it.
 revision=$(git rev-parse HEAD 2>/dev/null || true)
 if [ -n "$revision" ] && [ -n "$(git status --porcelain -- . ':(exclude)results' ':(exclude)docs')" ]; then
     revision=$revision-dirty

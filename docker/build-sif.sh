@@ -1,7 +1,7 @@
 #!/bin/bash
-# Turns the built image into one file for Apptainer or SingularityCE.
+# Converts the built image to one file for Apptainer or SingularityCE.
 # usage: docker/build-sif.sh [FILE.sif]
-# Variables: IMAGE (the image that is turned into it; `make image` builds it).
+# Variables: IMAGE (the image to convert; build it with `make image`).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SIF=${1:-build/g2rpo.sif}
@@ -14,7 +14,7 @@ fail() {
 }
 
 builder=$(command -v apptainer || command -v singularity) \
-    || fail "neither apptainer nor singularity is here; install one of them, or build where it is"
+    || fail "found no apptainer or singularity; install one, or build on a machine that has it"
 mkdir -p build
 trap 'rm -f "$ARCHIVE"' EXIT
 rm -f "$ARCHIVE"
@@ -25,7 +25,7 @@ elif command -v podman >/dev/null && podman image exists "$IMAGE"; then
 elif command -v buildah >/dev/null && buildah inspect --type image "$IMAGE" >/dev/null 2>&1; then
     buildah push "$IMAGE" "docker-archive:$ARCHIVE"
 else
-    fail "there is no image $IMAGE; \`make image\` builds it"
+    fail "no image $IMAGE; build it with \`make image\`"
 fi
 "$builder" build --force "$SIF" docker/g2rpo.def
 echo "$SIF"

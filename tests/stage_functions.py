@@ -44,13 +44,13 @@ def saved_submission(
     return submission
 
 
-def told(submission: Submission) -> list[list[str]]:
+def events_of(submission: Submission) -> list[list[str]]:
     """The events of stages, in order: event, stage, process id, ..."""
     path = submission.folder / "events"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _tell(submission: Submission, *words: object) -> None:
+def _record(submission: Submission, *words: object) -> None:
     with (submission.folder / "events").open("a") as file:
         file.write(" ".join(str(word) for word in words) + "\n")
 
@@ -63,16 +63,16 @@ def _wait_for(path: Path) -> None:
 
 def run(submission: Submission, stage: Stage, ranks: Ranks) -> None:
     """The entry point: does ``payload["do"]``."""
-    _tell(submission, "begin", stage.name, os.getpid(), ranks.rank, ranks.count)
+    _record(submission, "begin", stage.name, os.getpid(), ranks.rank, ranks.count)
     action = str(stage.payload.get("do", "nothing"))
     _simple(action, submission, stage)
     if action == "meet, then fail on the second rank":
         found = ranks.agree(f"from {ranks.rank}")
-        _tell(submission, "agreed", ranks.rank, found)
+        _record(submission, "agreed", ranks.rank, found)
         if ranks.rank == 1:
             time.sleep(0.5)  # the first one is done by then
             raise UserError("the second rank")
-    _tell(submission, "end", stage.name, os.getpid(), ranks.rank)
+    _record(submission, "end", stage.name, os.getpid(), ranks.rank)
 
 
 def _simple(action: str, submission: Submission, stage: Stage) -> None:
@@ -106,27 +106,27 @@ def _work_on(submission: Submission, stage: Stage) -> None:
             time.sleep(0.02)
     except Stopped:
         time.sleep(0.3)
-        _tell(submission, "saved", stage.name, os.getpid())
+        _record(submission, "saved", stage.name, os.getpid())
         raise
 
 
 class Listener:
-    """An observer that notes what it is told."""
+    """An observer that records all events."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, ...]] = []
+        self.events: list[tuple[str, ...]] = []
 
     def started(self, stage: Stage) -> None:
-        """Notes it."""
-        self.told.append(("started", stage.name))
+        """Records it."""
+        self.events.append(("started", stage.name))
 
     def ended(self, stage: Stage, code: int) -> None:
-        """Notes it."""
-        self.told.append(("ended", stage.name, str(code)))
+        """Records it."""
+        self.events.append(("ended", stage.name, str(code)))
 
     def cancelled(self, stage: Stage, because: Stage) -> None:
-        """Notes it."""
-        self.told.append(("cancelled", stage.name, because.name))
+        """Records it."""
+        self.events.append(("cancelled", stage.name, because.name))
 
     def waiting(self, running: Sequence[Stage]) -> None:
         """Says nothing."""

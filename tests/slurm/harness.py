@@ -139,7 +139,7 @@ class Cluster:
 
     @contextmanager
     def option(self, line: str, replacement: str) -> Iterator[None]:
-        """A line of slurm.conf is another while the block runs; the daemons are told.
+        """Replaces a line of slurm.conf while the block runs, and reconfigures the daemons.
 
         Raises:
             ValueError: there is no such line.
@@ -263,7 +263,7 @@ class Cluster:
 
     def node_state(self, node: str) -> str:
         """The state of a node, e.g. ``idle`` or ``down*`` (the star: it does not answer)."""
-        # Of one node alone, a controller that was started again goes on telling the old state.
+        # Asked about one node alone, a restarted controller keeps reporting the old state.
         text = self.run("sinfo", "--noheader", "-N", "--partition=main", "-o", "%N %T")
         return dict(line.split() for line in text.splitlines())[node]
 
@@ -312,7 +312,7 @@ class Cluster:
 
     @contextmanager
     def controller_away(self) -> Iterator[None]:
-        """No controller answers while the block runs; jobs and their processes go on."""
+        """Stops the controller while the block runs; jobs and their processes continue."""
         process = psutil.Process(int((self.root / "run" / "slurmctld.pid").read_text()))
         # A killed one forgets the last seconds, and starts jobs again that run.
         self.run("scontrol", "shutdown", "slurmctld")

@@ -190,7 +190,7 @@ def test_a_trial_that_does_not_start_is_a_warning(
     blocking = cluster.submit("sleep 300", "--nodes=2", "--exclusive")
     cluster.wait_running(blocking)
     found = check_cluster(Case(ClusterProfile(**GOOD), {"train": Needs()}, check.results))
-    told = [each for each in found if each.what == "trial job in main"]
-    assert [each.word for each in told] == ["warning"]
-    assert "did not start within 3 s: waiting for free nodes or GPUs" in told[0].found
+    trials = [each for each in found if each.what == "trial job in main"]
+    assert [each.word for each in trials] == ["warning"]
+    assert "did not start within 3 s: waiting for free nodes or GPUs" in trials[0].found
     assert cluster.run("squeue", "--noheader", "--format=%i") == blocking

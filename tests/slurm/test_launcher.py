@@ -53,11 +53,11 @@ def test_experiment_with_a_requeued_and_a_failing_cell(
         place.wait_iteration(GOOD, attempt=1)
         good = place.job(GOOD)
         cluster.scancel(good, "USR2")
-        code, table, told = wait_exit(following)
+        code, table, error = wait_exit(following)
     finally:
         following.kill()
-    assert code == 2, told
-    assert "1 of 2 cells failed; the first: hps/broken, seed 1" in told
+    assert code == 2, error
+    assert "1 of 2 cells failed; the first: hps/broken, seed 1" in error
     assert [a.state for a in place.attempts(GOOD)] == ["stopped", "done"], place.log(GOOD)
     assert cluster.fields(good)["Restarts"] == "1"
     assert cluster.state(place.job(BROKEN)) == "FAILED"

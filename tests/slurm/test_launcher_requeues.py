@@ -1,4 +1,4 @@
-"""A training that is interrupted again and again ends as if it had not been."""
+"""A training that is interrupted repeatedly ends with identical weights."""
 
 from collections.abc import Callable
 
@@ -66,7 +66,7 @@ def test_training_requeued_three_times_gives_the_same_weights(
     for name in place.alive():
         cluster.scancel(name)
     states = [attempt.state for attempt in place.attempts(TRAIN)]
-    # From outside there is no time to save: the last checkpoint is gone on from.
+    # A requeue from outside leaves no time to save: it resumes from the last checkpoint.
     assert states[0] == states[2] == "stopped", states
 
     again = Workplace(tmp_path_factory.mktemp("local"), cluster, place.assets, ("hps/g2rpo",))

@@ -45,9 +45,9 @@ def test_two_submissions_at_once(cluster: Cluster, places: Callable[..., Workpla
     both = [place.start(*place.request("reproduce", "--detach")) for _ in range(2)]
     ends = [wait_exit(process) for process in both]
     assert [code for code, _, _ in ends] == [0, 0], ends
-    told = [error for _, _, error in ends]
-    assert sum("submitted rows-" in text for text in told) == 1, told
-    assert sum("already queued or running" in text for text in told) == 1, told
+    errors = [error for _, _, error in ends]
+    assert sum("submitted rows-" in text for text in errors) == 1, errors
+    assert sum("already queued or running" in text for text in errors) == 1, errors
     _assert_each_stage_has_one_job(place)
     assert len(place.alive()) == 10  # 4 sample, 4 score, train, render
     lines = place.g2rpo("status").stdout.splitlines()
@@ -84,8 +84,8 @@ def test_one_task_of_an_array_is_cancelled(
     scores = [place.job(f"score base, {share}/2") for share in (1, 2)]
     cluster.scancel(second)  # no list of SLURM has it any more
     lines = place.g2rpo("status").stdout.splitlines()
-    (told,) = (line for line in lines if line.split()[:3] == ["sample", "base,", "2/2"])
-    assert "cancelled" in told and "its job was cancelled" in told
+    (second_share,) = (line for line in lines if line.split()[:3] == ["sample", "base,", "2/2"])
+    assert "its job was cancelled" in second_share
 
     place.cluster_profile()
     again = place.start(*place.request("reproduce"))
@@ -95,10 +95,10 @@ def test_one_task_of_an_array_is_cancelled(
         waits = cluster.fields(place.job("score base, 1/2"))["Dependency"]
         assert f"afterok:{first}(" in waits and f"{array_of(second)}_*" not in waits, waits
         cluster.run("scontrol", "release", first)
-        code, table, told = wait_exit(again)
+        code, table, error = wait_exit(again)
     finally:
         again.kill()
-    assert code == 0 and "base" in table, told
+    assert code == 0 and "base" in table, error
     # Those that waited for the cancelled task are gone: SLURM may have forgotten them too.
     ended = {state for job in scores for state in cluster.job_states(job)}
     assert all(state.startswith("CANCELLED") for state in ended), ended

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import stage_functions
-from stage_functions import Listener, saved_submission, told
+from stage_functions import Listener, events_of, saved_submission
 
 from g2rpo.errors import UserError
 from reproduce.jobs import launch
@@ -45,7 +45,7 @@ STAGES = (
 
 
 def named(submission: Submission, event: str) -> list[str]:
-    return [words[1] for words in told(submission) if words[0] == event]
+    return [words[1] for words in events_of(submission) if words[0] == event]
 
 
 class Finished:
@@ -82,15 +82,15 @@ def test_each_stage_has_its_own_outcome(finished: Finished) -> None:
 
 
 def test_a_failure_cancels_what_needs_it_and_nothing_else(finished: Finished) -> None:
-    cancelled = {words[1:] for words in finished.listener.told if words[0] == "cancelled"}
+    cancelled = {words[1:] for words in finished.listener.events if words[0] == "cancelled"}
     assert cancelled == {
         ("needs-bad", "bad"), ("needs-needs-bad", "needs-bad"), ("needs-killed", "killed"),
     }  # fmt: skip
     begun = set(named(finished.submission, "begin"))
     assert begun == set(finished.outcome) - {name for name, _ in cancelled}
-    ended = {words[1]: int(words[2]) for words in finished.listener.told if words[0] == "ended"}
+    ended = {words[1]: int(words[2]) for words in finished.listener.events if words[0] == "ended"}
     assert ended == {name: finished.outcome[name] for name in begun}
-    events = [(words[0], words[1]) for words in told(finished.submission)]
+    events = [(words[0], words[1]) for words in events_of(finished.submission)]
     for earlier, later in (("first", "second"), ("second", "third")):
         assert events.index(("end", earlier)) < events.index(("begin", later))
     for earlier in ("bad", "killed", "pair"):
@@ -98,16 +98,16 @@ def test_a_failure_cancels_what_needs_it_and_nothing_else(finished: Finished) ->
 
 
 def test_the_ranks_of_a_stage_meet_and_all_must_succeed(finished: Finished) -> None:
-    words = [line for line in told(finished.submission) if line[0] == "agreed"]
+    words = [line for line in events_of(finished.submission) if line[0] == "agreed"]
     assert sorted(line[1] for line in words) == ["0", "1"]
     assert all(line[2:] == ["from", "0"] for line in words)
-    begun = [line for line in told(finished.submission) if line[:2] == ["begin", "pair"]]
+    begun = [line for line in events_of(finished.submission) if line[:2] == ["begin", "pair"]]
     assert sorted(line[3:] for line in begun) == [["0", "2"], ["1", "2"]]
     assert len({line[2] for line in begun}) == 2
 
 
 def test_workers_are_reused_and_a_killed_one_is_replaced(finished: Finished) -> None:
-    single = [w for w in told(finished.submission) if w[0] == "begin" and w[1] != "pair"]
+    single = [w for w in events_of(finished.submission) if w[0] == "begin" and w[1] != "pair"]
     killed = next(words[2] for words in single if words[1] == "killed")
     assert [words[1] for words in single if words[2] == killed][-1] == "killed"
     assert 2 <= len({words[2] for words in single}) <= 3
@@ -165,7 +165,7 @@ def test_with_one_job_stages_run_in_this_process_until_one_fails(
     with pytest.raises(error):
         launch.run_on_this_machine(submission, submission.graph, 1, Listener())
     here = str(os.getpid())
-    assert [words[:3] for words in told(submission)] == [
+    assert [words[:3] for words in events_of(submission)] == [
         ["begin", "a", here], ["end", "a", here], ["begin", "bad", here],
     ]  # fmt: skip
 
@@ -221,7 +221,7 @@ class Ended:
         if self.early:
             _until(lambda: bool(self._workers()), "worker")
         else:
-            _until(lambda: bool(told(self.submission)), "stage")
+            _until(lambda: bool(events_of(self.submission)), "stage")
         self.workers = self._workers()
         self.process.send_signal(self.number)
         self.code = self.process.wait(timeout=600)
@@ -247,7 +247,7 @@ def test_the_running_stage_saves_before_it_ends(
     assert run.code == code
     assert len(run.workers) == 1
     pid = str(run.workers[0].pid)
-    assert [words[:3] for words in told(run.submission)] == [
+    assert [words[:3] for words in events_of(run.submission)] == [
         ["begin", "work", pid], ["saved", "work", pid],
     ]  # fmt: skip
     assert "progress is saved" in run.submission.local_log("work").read_text()
@@ -257,4 +257,4 @@ def test_a_worker_that_is_left_alone_while_it_starts_does_nothing(
     ended: dict[str, Ended],
 ) -> None:
     assert ended["early"].workers
-    assert told(ended["early"].submission) == []
+    assert events_of(ended["early"].submission) == []

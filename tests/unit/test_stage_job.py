@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stage_functions import saved_submission, told
+from stage_functions import events_of, saved_submission
 
 from g2rpo.errors import UserError
 from slurm import distributed, job
@@ -52,7 +52,9 @@ def test_an_error_that_can_be_fixed_is_one_line(
 ) -> None:
     assert run_stage(submission.folder, action) == code
     assert capfd.readouterr().err.strip() == line
-    assert [words[0] for words in told(submission)] == (["begin"] if code else ["begin", "end"])
+    assert [words[0] for words in events_of(submission)] == (
+        ["begin"] if code else ["begin", "end"]
+    )
 
 
 def test_a_bug_has_its_traceback(submission: Submission, capfd: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +70,7 @@ def test_what_is_no_submission_fails_without_a_stage(
     assert run_stage(tmp_path / "absent", "nothing") == 2
     assert capfd.readouterr().err.count("\n") == 1
     assert run_stage(submission.folder, "no such stage") == 1
-    assert told(submission) == []
+    assert events_of(submission) == []
 
 
 def test_outside_of_slurm_a_stop_is_a_termination(
@@ -130,7 +132,7 @@ def test_the_command_of_a_job_does_its_stage(
     with pytest.raises(SystemExit) as left:
         job.main()
     assert left.value.code == code
-    (begun, *_) = told(submission)
+    (begun, *_) = events_of(submission)
     assert begun[1:3] == (["user", "error"] if code else ["nothing", str(os.getpid())])
 
 
