@@ -22,14 +22,15 @@ def check_cluster(case: Case) -> list[Finding]:
     """Checks a cluster profile against the cluster; problems are findings, never exceptions."""
     case = replace(case, results=case.results.absolute())
     if case.cluster.kind != "slurm":
-        return list(_folder(case, set()))
+        return list(_folder(case))
     findings: list[Finding] = []
-    usable: set[str | None] = set()
+    usable: set[str | None] | None = None
     try:
         site = Site.read()
         ask("squeue", "--me", "--noheader")
         name, version = site.config.get("ClusterName"), site.config.get("SLURM_VERSION")
         findings.append(Finding("ok", "SLURM", f"cluster {name} answers, version {version}"))
+        usable = set()
         for partition in case.partitions:
             if names := ",".join(site.names(partition)):  # sbatch reports an unknown partition
                 nodes = _nodes(names)
@@ -126,8 +127,8 @@ def _image(case: Case) -> Iterator[Finding]:
         yield Finding("ok", "image", image)
 
 
-def _folder(case: Case, usable: set[str | None]) -> Iterator[Finding]:
-    """The results folder here, and as jobs see it."""
+def _folder(case: Case, usable: set[str | None] | None = None) -> Iterator[Finding]:
+    """The results folder here, and as jobs see it; ``usable``: partitions with usable nodes."""
     what = f"the folder {case.results}"
     try:
         with trial_folder(case.results) as folder:
@@ -138,7 +139,7 @@ def _folder(case: Case, usable: set[str | None]) -> Iterator[Finding]:
                 yield from look_around(case.question.model_copy(update=here), folder, "here")
             elif case.quick:
                 yield Finding("ok", what, "writable here; not checked in a job (--quick)")
-            elif usable:
+            elif usable is not None:
                 yield from trials(case, folder, usable)
     except OSError as error:
         found = f"not writable ({error.strerror})"

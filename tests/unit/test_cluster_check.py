@@ -85,6 +85,8 @@ def test_a_profile_that_fits_and_nodes_that_do_not_work(
     assert nodes.found.endswith("node2 drained (fan is broken)")
     answers["sinfo"] = recorded.replace("idle", "idle*")  # it does not respond
     assert line(quick(tmp_path), "nodes of main").word == "failed"
+    found = check_cluster(replace(case(), results=tmp_path / "results"))
+    assert line(found, "trial job").found == "not submitted: the partition has no usable node"
 
 
 @pytest.mark.parametrize(
