@@ -77,7 +77,6 @@ REFERENCE = {
         *(
             "advantages",
             "config",
-            "granularity_reduction",
             "loop",
             "metrics",
             "objective",

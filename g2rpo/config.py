@@ -64,6 +64,11 @@ class StrictModel(pydantic.BaseModel):
         return data
 
 
+def unhashed(default: Any, **constraints: Any) -> Any:
+    """A field that is left out of dumps while it has its default, so that old hashes stay valid."""
+    return pydantic.Field(default, exclude_if=lambda value: value == default, **constraints)
+
+
 RENAMED_KEYS = {
     "continuations": "approximate_rollout",
     "fusion": "granularity_reduction",

@@ -29,8 +29,8 @@ from g2rpo.stop import Stopped
 from g2rpo.training.batch import TrainingBatch, training_batch
 from g2rpo.training.collective import of_all_ranks, sum_over_ranks
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.engine import build_weights
 from g2rpo.training.loop import Trainer
+from g2rpo.training.weights import build_weights
 
 
 def config_for(assets: Path, **changes: Any) -> TrainConfig:
@@ -235,7 +235,7 @@ def out_of_memory(assets: Path, folder: Path) -> dict[str, Any]:
     return {
         "rows": rows,
         "away": relative(weights[1], weights[0], start),
-        "resumed_with": resumed.updater.size.states,
+        "resumed_with": resumed.sizes.training.states,
     }
 
 

@@ -4,7 +4,7 @@ import functools
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -61,18 +61,21 @@ class Method(StrictModel):
         """The SDE coefficient g at each of the T steps."""
         raise NotImplementedError
 
-    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
-        """The rollout of one prompt in ``iteration`` (counted from 0)."""
+    def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
+        """The rollout of one prompt in an iteration of ``phase``."""
         raise NotImplementedError
 
-    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """What :meth:`rollout_tree` depends on in ``iteration``: equal keys mean equal trees.
+    def phase(self, shape: RolloutShape, iteration: int) -> int:
+        """What the tree depends on in ``iteration`` (counted from 0); by default on nothing.
 
-        By default every iteration has a tree of its own. It is for counting beforehand what a
-        run will cost.
+        Iterations of the same phase have the same tree, which is built once to count its cost.
         """
-        del shape
-        return iteration
+        del shape, iteration
+        return 0
+
+    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+        """The rollout of one prompt in ``iteration`` (counted from 0)."""
+        return self.tree(shape, self.phase(shape, iteration))
 
     def with_resolved_schedule(self, shape: RolloutShape) -> Self:
         """The same method with what it derives from the planned iterations written out.
@@ -93,28 +96,15 @@ class Method(StrictModel):
         return recorded
 
 
-def rollout_key(method: Method) -> Callable[[RolloutShape, int], Hashable]:
-    """The method's key, unless a derived class has another tree and the key of its base."""
-
-    def owner(name: str) -> type:
-        return next(kind for kind in type(method).__mro__ if name in vars(kind))
-
-    if issubclass(owner("rollout_key"), owner("rollout_tree")):
-        return method.rollout_key
-    return functools.partial(Method.rollout_key, method)
-
-
 def iterations_by_rollout(method: Method, shape: RolloutShape) -> dict[int, int]:
-    """How many iterations have which rollout, by the first of them."""
-    key_of = rollout_key(method)
-    first: dict[Hashable, int] = {}
-    found: Counter[int] = Counter()
+    """The number of iterations with each rollout, by the first iteration that has it."""
+    if type(method).phase is Method.phase:
+        return {0: shape.iterations}
+    first: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     for iteration in range(shape.iterations):
-        key = key_of(shape, iteration)
-        if key is None:  # the same in every iteration
-            return {0: shape.iterations}
-        found[first.setdefault(key, iteration)] += 1
-    return dict(found)
+        counts[first.setdefault(method.phase(shape, iteration), iteration)] += 1
+    return dict(counts)
 
 
 def method_names() -> list[str]:

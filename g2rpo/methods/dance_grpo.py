@@ -1,6 +1,6 @@
 """DanceGRPO: noise at every step, a random part of the steps trained (arXiv 2505.07818)."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -40,14 +40,8 @@ class DanceGRPO(Method):
         """Constant: eta."""
         return constant_diffusion(self.eta, sigmas)
 
-    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.rollout_key`: the same in every iteration."""
-        del shape, iteration
-        return None
-
-    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
         """G stochastic lines; the image is x_0 predicted from the last node's state."""
-        del iteration
         tree = RolloutTree(shape.steps)
         root = tree.initial(sample=0)
         states = [root] * shape.group_size

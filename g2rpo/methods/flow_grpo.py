@@ -1,6 +1,6 @@
 """Flow-GRPO: noise at every step, all but the last trained (arXiv 2505.05470)."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -23,14 +23,8 @@ class FlowGRPO(Method):
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
 
-    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.rollout_key`: the same in every iteration."""
-        del shape, iteration
-        return None
-
-    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
         """G stochastic lines down to the image; the last step's noise is part of the image."""
-        del iteration
         tree = RolloutTree(shape.steps)
         if self.shared_initial_noise:
             states = [tree.initial(sample=0)] * shape.group_size

@@ -1,6 +1,6 @@
 """G2RPO: singular stochastic sampling and multi-granularity advantages (arXiv 2510.01982)."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
@@ -86,14 +86,8 @@ class G2RPO(Method):
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
 
-    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.rollout_key`: the same in every iteration."""
-        del shape, iteration
-        return None
-
-    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
         """The anchor, its branches and their continuations."""
-        del iteration
         tree = RolloutTree(shape.steps)
         anchor = [tree.initial(sample=0)]
         last = shape.steps if self.log_anchor_reward else max(self.steps_of(shape.steps))

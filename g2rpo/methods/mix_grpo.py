@@ -1,6 +1,6 @@
 """MixGRPO: noise inside a sliding window of steps, ODE outside (arXiv 2507.21802)."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field
@@ -35,16 +35,17 @@ class MixGRPO(Method):
         """See :meth:`Method.with_resolved_schedule`: the interval."""
         return self.model_copy(update={"interval": self.moves_every(shape)})
 
-    def window(self, shape: RolloutShape, iteration: int) -> tuple[int, ...]:
-        """The stochastic steps of ``iteration`` (counted from 0)."""
+    def phase(self, shape: RolloutShape, iteration: int) -> int:
+        """The first step of the window."""
         # The released schedule never trains the last two transitions. The window starts at 0,
         # stride, 2 stride, ... below that, so the last positions hold fewer steps than the others,
         # and goes back to 0 after them; a stride of 0 leaves one position.
-        trainable = shape.steps - 2
-        interval = self.moves_every(shape)
-        positions = -(-trainable // self.stride) if self.stride else 1
-        start = iteration // interval % positions * self.stride
-        return tuple(range(start, min(start + self.window_size, trainable)))
+        positions = -(-(shape.steps - 2) // self.stride) if self.stride else 1
+        return iteration // self.moves_every(shape) % positions * self.stride
+
+    def window(self, shape: RolloutShape, start: int) -> range:
+        """The stochastic steps while the window is at ``start``."""
+        return range(start, min(start + self.window_size, shape.steps - 2))
 
     def check(self, shape: RolloutShape) -> list[str]:
         """See :meth:`Method.check`."""
@@ -58,14 +59,10 @@ class MixGRPO(Method):
         """Flow form: eta sqrt(sigma / (1 - sigma)); used inside the window only."""
         return flow_diffusion(self.eta, sigmas)
 
-    def rollout_key(self, shape: RolloutShape, iteration: int) -> Hashable:
-        """See :meth:`Method.rollout_key`: where the window is."""
-        return self.window(shape, iteration)
-
-    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
         """ODE shared by the group up to the window, SDE inside it, ODE after it."""
         tree = RolloutTree(shape.steps)
-        window = set(self.window(shape, iteration))
+        window = self.window(shape, phase)
         states = [tree.initial(sample=0)] * shape.group_size
         for step in range(shape.steps):
             if step in window:

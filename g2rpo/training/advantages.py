@@ -3,18 +3,20 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, unhashed
 from g2rpo.flow.rollout_tree import Group
-from g2rpo.training.granularity_reduction import (
-    GranularityReduction,
-    granularity_weights,
-    reduced_rewards,
-)
+
+GranularityReduction = Literal["sum", "mean", "inverse_variance", "best_of", "reward_mean"]
+"""``sum``: of the granularities' advantages (the paper). ``mean``: their mean, the sum without its
+larger scale. ``inverse_variance``: their sum, each weighted by the inverse variance of its rewards
+in the group; the weights of a step sum to the number of its granularities, so that equal variances
+are ``sum``. ``best_of``: each sample's best reward over the granularities, then normalised.
+``reward_mean``: each sample's mean reward over them, then normalised."""
 
 # Rewards are float32: a spread of a few of its rounding errors is no difference between images.
 EQUAL_REWARDS_TOLERANCE = 8 * torch.finfo(torch.float32).eps
@@ -36,18 +38,8 @@ class AdvantageConfig(StrictModel):
     """``sum``: weighted sum of each reward's advantages (G2RPO, DanceGRPO). ``normalized_weights``:
     the same with weights that sum to 1 (MixGRPO). ``sum_of_rewards``: rewards are summed before
     they are normalised (Flow-GRPO)."""
-    granularity_reduction: GranularityReduction = "sum"
+    granularity_reduction: GranularityReduction = unhashed("sum")
     """How the granularities of a step become one advantage; ``sum`` is the paper's."""
-
-    @model_serializer(mode="wrap")
-    def _without_the_usual_reduction(
-        self, handler: SerializerFunctionWrapHandler
-    ) -> dict[str, Any]:
-        # Runs are named by a hash of this: those before there was a choice keep their names.
-        fields: dict[str, Any] = handler(self)
-        if self.granularity_reduction == "sum":
-            fields.pop("granularity_reduction", None)
-        return fields
 
 
 @dataclass(frozen=True)
@@ -108,6 +100,69 @@ def normalize(
     centered = torch.where(none, torch.zeros_like(values), values - mean)
     scale = torch.where(equal & (std + config.epsilon == 0), torch.ones_like(std), std)
     return Normalized(centered / (scale + config.epsilon), equal.squeeze(-1))
+
+
+def reduced_rewards(
+    rewards: torch.Tensor,
+    steps: Sequence[int | None],
+    reduction: Literal["best_of", "reward_mean"],
+) -> torch.Tensor:
+    """One group for each step, in float64.
+
+    Args:
+        rewards: [P, number of groups, G].
+        steps: the step that each group credits.
+        reduction: the rule.
+
+    Returns:
+        [P, number of different steps, G], in the order in which the steps come first.
+    """
+    values = rewards.to(torch.float64)
+    reduced = []
+    for step in dict.fromkeys(steps):
+        part = values[:, _places(steps, step)]
+        reduced.append(part.amax(dim=1) if reduction == "best_of" else part.mean(dim=1))
+    return torch.stack(reduced, dim=1)
+
+
+def granularity_weights(
+    rewards: torch.Tensor,
+    steps: Sequence[int | None],
+    reduction: Literal["mean", "inverse_variance"],
+    ddof: int,
+    equal: torch.Tensor,
+) -> torch.Tensor:
+    """What each group's advantages are multiplied with before those of a step are summed.
+
+    Args:
+        rewards: [P, number of groups, G].
+        steps: the step that each group credits.
+        reduction: the rule.
+        ddof: delta degrees of freedom of the variance.
+        equal: [P, number of groups], groups whose rewards are equal: they tell nothing and get
+            no weight.
+
+    Returns:
+        [P, number of groups, 1] float64.
+    """
+    values = rewards.to(torch.float64)
+    variance = values.var(dim=-1, correction=ddof)
+    precision = torch.where(equal, torch.zeros_like(variance), 1.0 / variance)
+    weights = torch.ones_like(variance)
+    for step in dict.fromkeys(steps):
+        places = _places(steps, step)
+        if reduction == "mean":
+            weights[:, places] = 1.0 / len(places)
+            continue
+        part = precision[:, places]
+        total = part.sum(dim=1, keepdim=True)
+        share = part / torch.where(total > 0, total, torch.ones_like(total))
+        weights[:, places] = share * len(places)
+    return weights[..., None]
+
+
+def _places(steps: Sequence[int | None], step: int | None) -> list[int]:
+    return [place for place, other in enumerate(steps) if other == step]
 
 
 @dataclass(frozen=True)

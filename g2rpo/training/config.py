@@ -7,13 +7,11 @@ from pydantic import (
     BeforeValidator,
     Field,
     SerializeAsAny,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, unhashed
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig
 from g2rpo.methods.base import Method, RolloutShape, parse_method
@@ -73,10 +71,10 @@ class OptimizationConfig(StrictModel):
     """The optimiser, the objective and how an iteration is split into updates."""
 
     iterations: int = Field(300, ge=1, le=1_000_000_000)
-    max_device_seconds: float | None = Field(None, gt=0)
+    max_device_seconds: float | None = unhashed(None, gt=0)
     """Ends the run sooner: after the iteration in which the device-seconds of all ranks reach this.
     What it ends with depends on the machine; null leaves it to ``iterations``."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit"] = unhashed("adamw")
     """``adamw_8bit`` keeps AdamW's two moments in 8 bits (torchao), a quarter of their memory."""
     learning_rate: float = Field(2e-6, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -96,16 +94,6 @@ class OptimizationConfig(StrictModel):
     """Exponential moving average of the weights, used for evaluation; null keeps none."""
     ratio_tolerance: float = Field(2e-5, gt=0)
     """How far the ratio may be from 1 before the first update; beyond it the run stops."""
-
-    @model_serializer(mode="wrap")
-    def _without_the_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Runs are named by a hash of this: those before there was a choice keep their names.
-        fields: dict[str, Any] = handler(self)
-        if self.max_device_seconds is None:
-            fields.pop("max_device_seconds", None)
-        if self.optimizer == "adamw":
-            fields.pop("optimizer", None)
-        return fields
 
 
 class CheckpointConfig(StrictModel):
@@ -198,27 +186,18 @@ class TrainConfig(StrictModel):
     """The in-domain rewards, by the name of their column."""
     grid: GridConfig = GridConfig()
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = unhashed(None)
     """Trains adapters; null trains the transformer's own weights."""
-    approximate_rollout: ContinuationConfig | None = None
+    approximate_rollout: ContinuationConfig | None = unhashed(None)
     """Approximations of what no log-probability depends on; null computes everything exactly."""
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     validation: ValidationConfig | None = None
-    pictures: PicturesConfig | None = None
+    pictures: PicturesConfig | None = unhashed(None)
     """Images that are kept of the steps between base and end; null keeps none."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     execution: ExecutionConfig = ExecutionConfig()
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Runs are named by a hash of this: those without adapters and approximations keep theirs.
-        fields: dict[str, Any] = handler(self)
-        for name in ("lora", "approximate_rollout", "pictures"):
-            if getattr(self, name) is None:
-                fields.pop(name, None)
-        return fields
 
     @property
     def shape(self) -> RolloutShape:

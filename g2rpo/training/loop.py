@@ -1,4 +1,4 @@
-"""The training loop: rollout, advantages, update, progress, metrics; and checkpoints."""
+"""The training loop: rollout, advantages, updates, metrics and checkpoints."""
 
 import math
 import time
@@ -28,17 +28,14 @@ from g2rpo.training.checkpoint.load import resume
 from g2rpo.training.checkpoint.save import CheckpointWriter
 from g2rpo.training.checkpoint.state import TrainingState
 from g2rpo.training.collective import (
-    RankStatus,
     make_accelerator,
     of_all_ranks,
     raise_on_all_ranks,
     start_trackers,
     sum_over_ranks,
-    sync_ranks,
 )
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.continuation import ContinuationPolicy
-from g2rpo.training.engine import build_optimizer, build_weights
 from g2rpo.training.memory import check_fits
 from g2rpo.training.metrics import (
     METRICS_FILE,
@@ -50,16 +47,17 @@ from g2rpo.training.metrics import (
 from g2rpo.training.previews import save_previews
 from g2rpo.training.rollout import Rollout, RolloutEngine
 from g2rpo.training.update import Updater, UpdateStatistics
-from g2rpo.training.validation import is_due, validation_rewards
+from g2rpo.training.validation import validation_rewards
+from g2rpo.training.weights import build_optimizer, build_weights
 
 
 class Trainer:
-    """Trains one policy; resumes from the newest sound checkpoint of its run folder.
+    """Trains one policy, resuming from the newest undamaged checkpoint of its run folder.
 
     Attributes:
         config: the run's configuration.
         run: the run folder (``metrics.jsonl``, ``checkpoints/``).
-        progress: iterations done and cost so far.
+        progress: iterations done and their cost.
     """
 
     def __init__(
@@ -70,16 +68,16 @@ class Trainer:
         accelerator: Accelerator | None = None,
         rewards: dict[str, RewardModel] | None = None,
     ) -> None:
-        """Loads policy and rewards.
+        """Loads the policy and the reward models.
 
         Args:
             config: the run's configuration.
-            run: its folder; made if it is not there.
+            run: its folder; created if missing.
             accelerator: made from ``config`` by default.
-            rewards: reward models to use in place of the configured ones (for one's own).
+            rewards: custom reward models to use in place of the configured ones.
 
         Raises:
-            UserError: something that the configuration names cannot be found or loaded.
+            UserError: something named in the configuration cannot be found or loaded.
         """
         self.config, self.run = config, run
         self.accelerator = accelerator or make_accelerator(config, run)
@@ -88,34 +86,31 @@ class Trainer:
         self.weights = build_weights(config, self.accelerator)
         self.policy = self.weights.policy
         self.grid = build_grid(config.grid, self.policy.image_tokens)
-        self.sizes = BatchSizes(config.execution, self.policy, run, lambda: self.weights.waits)
+        self.sizes = BatchSizes(config.execution, self.weights, run)
         self.engine = self._engine(self._load_rewards() if rewards is None else rewards)
         optimizer = build_optimizer(config.optimization, self.weights.parameters)
         decay = config.optimization.ema_decay
         self.ema = None if decay is None else EMAModel(self.weights.parameters, decay=decay)
         state = TrainingState(config, run, self.weights, optimizer, self.ema)
         self.optimizer, self.checkpoints = optimizer, CheckpointWriter(state)
-        # Before a checkpoint is read: the base of the KL is the policy that was not trained yet.
-        self.updater = Updater(config, self.weights, optimizer, self.sizes.training)
-        background = self.checkpoints.background
-        self.progress = resume(state, None if background is None else background.group)
-        self.sizes.rollout.lower(self.progress.rollout_micro_batch)
-        self.sizes.decode.lower(self.progress.decode_images)
-        self.sizes.training.lower(self.progress.training_micro_batch)
+        # Before a checkpoint is read: the KL's reference is the untrained policy.
+        self.updater = Updater(config, self.weights, optimizer, self.sizes)
+        self.progress = resume(state, self.checkpoints.group)
+        self.sizes.restore(self.progress)
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
 
     def _check(self) -> None:
-        """Refuses what cannot be trained here, before anything is loaded."""
+        """Rejects what cannot be trained here before anything is loaded."""
         config, ranks = self.config, self.accelerator.num_processes
         if len(set(of_all_ranks(self.accelerator, str(self.run.resolve())))) > 1:
             raise UserError(
-                f"{self.run}: the ranks have different run folders, so their inputs differ; let "
-                "them see the same files, and start again once those are all there"
+                f"{self.run}: the ranks have different run folders, so their inputs differ; make "
+                "the same files visible to all of them and start again"
             )
         if config.rollout.prompts_per_iteration % ranks:
             raise UserError(
-                f"rollout.prompts_per_iteration {config.rollout.prompts_per_iteration} cannot be "
-                f"shared by {ranks} ranks: use a multiple of {ranks}"
+                f"rollout.prompts_per_iteration={config.rollout.prompts_per_iteration} is not "
+                f"divisible by {ranks} ranks; use a multiple of {ranks}"
             )
         if self.accelerator.device.type == "cuda":
             _, total = torch.cuda.mem_get_info(self.accelerator.device)
@@ -152,7 +147,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether no iteration is left; the same on all ranks, whose counters are."""
+        """Whether no iteration is left (the same on all ranks, as their counters are)."""
         settings, spent = self.config.optimization, self.progress.device_seconds
         limit = settings.max_device_seconds
         return self.progress.iteration >= settings.iterations or (
@@ -161,7 +156,7 @@ class Trainer:
 
     @property
     def expected_iterations(self) -> int:
-        """Iterations that the run will have, as far as their cost so far tells."""
+        """Iterations that the run will have, estimated from their cost so far."""
         settings, progress = self.config.optimization, self.progress
         limit, spent = settings.max_device_seconds, progress.device_seconds
         if limit is None or spent == 0:
@@ -175,13 +170,12 @@ class Trainer:
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
 
     def train(self) -> Progress:
-        """Runs the iterations that are left and returns the counters.
+        """Runs the remaining iterations and returns the counters.
 
         Raises:
-            UserError: a reward, loss or gradient is not finite, the ratio before an update is
-                not 1, or the run folder cannot be written. The last checkpoint stays intact.
-            Stopped: on all ranks, where a stop was asked for on any and iterations are left; a
-                checkpoint of those that are done has been written.
+            UserError: a reward, loss or gradient is not finite, the ratio before the first update
+                is not 1, or the run folder cannot be written. The last checkpoint stays intact.
+            Stopped: on all ranks, after a checkpoint, if any rank was asked to stop.
             StoppedAlone: memory ran out on this rank, which the others wait for.
         """
         self._saved_at = time.monotonic()
@@ -195,7 +189,7 @@ class Trainer:
             self.accelerator.end_training()
             raise
         except UserError:
-            self.checkpoints.finish()  # what was begun before is sound
+            self.checkpoints.finish()  # a checkpoint started before the error is sound
             raise
         self.accelerator.end_training()
         return self.progress
@@ -214,7 +208,7 @@ class Trainer:
                 self._between_iterations()
 
     def _open_log(self) -> MetricsLog | None:
-        """The first rank's metrics, with a validation before the first iteration."""
+        """Opens the first rank's metrics; validates before the first iteration."""
         log = None
         with raise_on_all_ranks(self.accelerator), writing(self.run, METRICS_FILE):
             if self.accelerator.is_main_process:
@@ -227,7 +221,7 @@ class Trainer:
         return log
 
     def _record(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
-        """Writes the row of an iteration on the first rank."""
+        """Writes an iteration's row on the first rank."""
         with raise_on_all_ranks(self.accelerator), writing(self.run, METRICS_FILE):
             if log is not None:
                 log.append(row)
@@ -235,40 +229,40 @@ class Trainer:
                 self.accelerator.log(values, step=row["iteration"])
 
     def _between_iterations(self) -> None:
-        """All ranks together write a checkpoint that is due, or stop.
+        """Writes a checkpoint if one is due, and stops if asked to, on all ranks together.
 
-        Near a time limit SLURM signals the ranks at slightly different moments. Each only notes the
-        request (:mod:`g2rpo.stop`); here, between two iterations, all of them agree to save and
-        stop, and ``Stopped.resume`` has the batch script requeue the job.
+        Near a time limit SLURM signals the ranks at slightly different moments. Each only records
+        the request (:mod:`g2rpo.stop`); here, between two iterations, all of them agree to save and
+        stop. With ``Stopped.resume`` the batch script requeues the job.
         """
-        config, done = self.config.checkpoints, self.progress.iteration
-        last = self.finished
+        config, done, last = self.config.checkpoints, self.progress.iteration, self.finished
         minutes = config.every_minutes
         due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         due = due and self.accelerator.is_main_process  # the ranks' clocks differ
-        own = RankStatus(StopRequest.requested(), due, self.checkpoints.written)
-        status = sync_ranks(self.accelerator, own)
-        wanted = status.due or status.stop is not None or done % config.every == 0 or last
+        own = (StopRequest.requested(), due, self.checkpoints.written)
+        stops, dues, written = zip(*of_all_ranks(self.accelerator, own), strict=True)
+        # If any rank is to resume, all of them are.
+        stop = max(filter(None, stops), key=lambda reason: reason.resume, default=None)
+        wanted = any(dues) or stop is not None or done % config.every == 0 or last
         if wanted and done > self._saved:
             self.save()
-        if status.written or status.stop is not None or last:
+        if all(written) or stop is not None or last:
             self.checkpoints.finish()
-        if status.stop is not None and not last:
-            raise Stopped(status.stop.text, status.stop.resume)
+        if stop is not None and not last:
+            raise Stopped(stop.text, stop.resume)
 
     def validate(self) -> dict[str, float]:
-        """Mean in-domain rewards on the validation prompts, where they are due now.
+        """Mean in-domain rewards on the validation prompts if a validation is due, else nothing.
 
         Their cost is not part of the run's counters.
         """
         config = self.config.validation
-        done = self.progress.iteration
-        if config is None or not is_due(config, done, last=self.finished):
+        if config is None or (self.progress.iteration % config.every and not self.finished):
             return {}
         return validation_rewards(config, self.engine, self.weights, self.sizes.rollout)
 
     def local_prompts(self) -> list[Prompt]:
-        """This rank's prompts of the coming iteration."""
+        """This rank's prompts of the next iteration."""
         chosen = prompts_of_iteration(
             self.prompts,
             self.config.rollout.prompts_per_iteration,
@@ -293,12 +287,12 @@ class Trainer:
         return self._metrics(sums, updates, advantages)
 
     def rollout(self, prompts: list[Prompt]) -> Rollout:
-        """Draws and scores this rank's samples of the coming iteration."""
+        """Draws and scores this rank's samples of the next iteration."""
         iteration = self.progress.iteration
         tree = self.config.method.rollout_tree(self.config.shape, iteration)
         with raise_on_all_ranks(self.accelerator), self.weights.rollout():
             rollout = self.engine.run(tree, prompts, iteration)
-        self.sizes.share(self.accelerator)
+        self.sizes.share_rollout()
         return rollout
 
     def advantages(self, rollout: Rollout) -> TransitionAdvantages:
@@ -306,14 +300,15 @@ class Trainer:
         accelerator, config = self.accelerator, self.config
         if config.advantage.normalizer != "global_std" or accelerator.num_processes == 1:
             return rollout_advantages(rollout, config)
-        # Only this normaliser looks beyond a group: it needs the rewards of all ranks.
-        own = {name: rollout.group_rewards(name) for name in config.rewards}
-        device = accelerator.device
-        every = {name: accelerator.gather(value.to(device)).cpu() for name, value in own.items()}
-        found = rollout_advantages(rollout, config, every)
+        # Only this normaliser looks beyond a group, so it needs the rewards of all ranks.
+        rewards = {
+            name: accelerator.gather(rollout.group_rewards(name).to(accelerator.device)).cpu()
+            for name in config.rewards
+        }
+        advantages = rollout_advantages(rollout, config, rewards)
         count = len(rollout.conditioning)
         local = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
-        return replace(found, by_step=tuple(values[local] for values in found.by_step))
+        return replace(advantages, by_step=tuple(values[local] for values in advantages.by_step))
 
     def _count(
         self,
@@ -329,12 +324,7 @@ class Trainer:
         approximations = self.config.approximate_rollout
         cached = approximations is not None and approximations.step_cache is not None
         self.progress.advance(sums, step_cache=cached)
-        if self.sizes.training.reduced:
-            self.progress.training_micro_batch = self.sizes.training.states
-        if self.sizes.rollout.reduced:
-            self.progress.rollout_micro_batch = self.sizes.rollout.states
-        if self.sizes.decode.reduced:
-            self.progress.decode_images = self.sizes.decode.states
+        self.sizes.record(self.progress)
         return sums
 
     def _metrics(

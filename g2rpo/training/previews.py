@@ -18,8 +18,8 @@ from g2rpo.sampling import sample_ode
 from g2rpo.training.checkpoint.folder import writing
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import PicturesConfig, TrainConfig
-from g2rpo.training.engine import TrainedWeights
 from g2rpo.training.validation import shared_prompts
+from g2rpo.training.weights import TrainedWeights
 
 PIXELS_AT_ONCE = 2**21
 """Pixels sampled together: two images of 1024x1024, beside the weights and optimiser states."""

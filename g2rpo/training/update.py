@@ -1,4 +1,4 @@
-"""The optimiser steps of one iteration, and the loss that they minimise."""
+"""The optimiser steps of one iteration and the loss that they minimise."""
 
 import contextlib
 import math
@@ -13,23 +13,23 @@ from g2rpo.errors import UserError
 from g2rpo.flow.transition import log_prob, per_state, transition_mean
 from g2rpo.policy import FluxPolicy
 from g2rpo.training.batch import TrainingBatch, split_updates
-from g2rpo.training.batch_sizes import TrainingBatchSize
+from g2rpo.training.batch_sizes import BatchSizes
 from g2rpo.training.collective import raise_on_all_ranks
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.engine import TrainedWeights
 from g2rpo.training.objective import clipped_objective, transition_kl
+from g2rpo.training.weights import TrainedWeights
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a batch and what it is made of.
+    """The loss of a batch and its terms.
 
     Attributes:
-        loss: the sum over the batch's transitions, times its weight: of a whole update, the mean.
+        loss: the sum over the batch's transitions, times its weight: the mean for a whole update.
         log_prob: of each transition under the policy, [N].
-        ratio: exp(log_prob - that of the rollout), [N].
-        clipped: whether the ratio lies outside of the clip range, [N] bool.
-        kl: KL to the base, summed over transitions; None where it has no weight.
+        ratio: exp(log_prob - log_prob at the rollout), [N].
+        clipped: whether the ratio is outside the clip range, [N] bool.
+        kl: KL to the base, summed over transitions; None without a KL penalty.
     """
 
     loss: Tensor
@@ -45,11 +45,11 @@ def loss(
     config: TrainConfig,
     reference: FluxPolicy | None = None,
 ) -> Loss:
-    """The clipped objective of ``batch`` under ``policy``, with the KL to the base if it counts.
+    """The clipped objective of ``batch`` under ``policy``, with the KL penalty if configured.
 
     Args:
-        policy: what is trained.
-        batch: a whole update, or a micro-batch of it.
+        policy: the trained policy.
+        batch: a whole update or a micro-batch of it.
         config: clip range and weight of the KL.
         reference: the frozen base; by default the policy without its adapters.
     """
@@ -78,15 +78,15 @@ def loss(
 
 @dataclass
 class UpdateStatistics:
-    """What one update measured on this rank.
+    """Measurements of one update on this rank.
 
     Attributes:
         loss: before the update.
         gradient_norm: before clipping, over all ranks.
         ratio_deviation: largest ``|ratio - 1|``.
-        clipped: transitions whose ratio lay outside of the clip range.
+        clipped: transitions whose ratio was outside the clip range.
         transitions: transitions trained.
-        kl: summed KL to the base over transitions.
+        kl: KL to the base, summed over transitions.
         forwards: states that went through a training forward (and, with a KL, the base's).
         backwards: states that went through a backward.
     """
@@ -100,17 +100,17 @@ class UpdateStatistics:
     forwards: int = 0
     backwards: int = 0
 
-    def add(self, part: TrainingBatch, found: Loss) -> None:
-        """Adds a micro-batch, whose loss has gone through its backward."""
-        self.loss += float(found.loss.detach())
-        # A NaN must trip the ratio check, and max() of Python would drop it.
-        deviation = (found.ratio - 1.0).abs().max()
+    def add(self, part: TrainingBatch, terms: Loss) -> None:
+        """Adds a micro-batch after its backward."""
+        self.loss += float(terms.loss.detach())
+        # A NaN must trip the ratio check, but Python's max() may drop it.
+        deviation = (terms.ratio - 1.0).abs().max()
         worst = torch.maximum(deviation, deviation.new_tensor(self.ratio_deviation))
         self.ratio_deviation = float(worst)
-        self.clipped += int(found.clipped.sum())
+        self.clipped += int(terms.clipped.sum())
         self.transitions += len(part)
-        self.kl += 0.0 if found.kl is None else float(found.kl.detach())
-        self.forwards += len(part.states) * (1 if found.kl is None else 2)
+        self.kl += 0.0 if terms.kl is None else float(terms.kl.detach())
+        self.forwards += len(part.states) * (1 if terms.kl is None else 2)
         self.backwards += len(part.states)
 
 
@@ -119,9 +119,9 @@ class Updater:
 
     Attributes:
         config: the run's configuration.
-        weights: the trained weights of ``policy``.
+        weights: the trained weights.
         optimizer: their optimiser.
-        size: states per training forward, halved where memory runs out.
+        sizes: states per training forward, halved when memory runs out.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class Updater:
         config: TrainConfig,
         weights: TrainedWeights,
         optimizer: torch.optim.Optimizer,
-        size: TrainingBatchSize,
+        sizes: BatchSizes,
     ) -> None:
         self.config, self.weights, self.policy = config, weights, weights.policy
-        self.accelerator, self.optimizer, self.size = weights.accelerator, optimizer, size
-        # Under adapters the base is there already: it is the transformer without them.
+        self.accelerator, self.optimizer, self.sizes = weights.accelerator, optimizer, sizes
+        # With adapters the base is the transformer without them.
         penalised = config.optimization.kl_coefficient > 0
         self._reference = weights.reference() if penalised and config.lora is None else None
 
@@ -143,62 +143,61 @@ class Updater:
         """Takes all optimiser steps of one iteration.
 
         Raises:
-            UserError: the ratio before the first update is not 1, or a loss or gradient is not
-                finite. Every rank raises together, before the weights change.
+            UserError: on all ranks, before the weights change, if the ratio before the first update
+                is not 1, or a loss or gradient is not finite.
         """
         updates: list[UpdateStatistics] = []
         for part in split_updates(batch, self.config.optimization):
-            found = self.backward(part)
+            update = self.backward(part)
             if not updates:
-                self._check_ratio(found.ratio_deviation, iteration)
-            self._step(found, prompts, iteration)
-            updates.append(found)
+                self._check_ratio(update.ratio_deviation, iteration)
+            self._step(update, prompts, iteration)
+            updates.append(update)
         return updates
 
     def backward(self, update: TrainingBatch) -> UpdateStatistics:
-        """The gradient of ``update``, averaged over ranks; what it measured on this rank.
+        """Computes the gradient of ``update``, averaged over ranks; returns this rank's statistics.
 
-        Where memory runs out on any rank, all of them do it again from the start in smaller
-        micro-batches; what the failed attempt measured is forgotten.
+        If memory runs out on any rank, all of them start again with smaller micro-batches, and the
+        statistics of the failed attempt are dropped.
         """
         while True:
-            found: UpdateStatistics | None = None
+            statistics: UpdateStatistics | None = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                found = self._accumulate(update)
-            done = found is not None
-            if self.size.done_by_all(self.accelerator, done, sharded=self.weights.sharded):
-                assert found is not None
+                statistics = self._accumulate(update)
+            if self.sizes.share_training(statistics is not None):
+                assert statistics is not None
                 self.weights.reduce_gradients()
-                return found
+                return statistics
             self.weights.drop_gradients()
 
     def _accumulate(self, update: TrainingBatch) -> UpdateStatistics:
-        """Backwards through all micro-batches of ``update``."""
+        """Runs forward and backward over all micro-batches of ``update``."""
         statistics = UpdateStatistics()
-        for part in update.split(self.size.states):
-            found = loss(self.policy, part, self.config, self._reference)
-            found.loss.backward()
-            statistics.add(part, found)
+        for part in update.split(self.sizes.training.states):
+            terms = loss(self.policy, part, self.config, self._reference)
+            terms.loss.backward()
+            statistics.add(part, terms)
         return statistics
 
     def _check_ratio(self, deviation: float, iteration: int) -> None:
-        """Refuses a training forward that does not repeat the rollout's.
+        """Rejects a training forward that differs from the rollout's.
 
-        Before the first update the policy is still the one that was rolled out, so the ratio is 1
-        but for rounding. Where it is not, every later ratio is wrong in the same silent way.
+        Before the first update the policy is still that of the rollout, so the ratio is 1 up to
+        rounding. If it is not, every later ratio is silently wrong in the same way.
         """
         tolerance = self.config.optimization.ratio_tolerance
         with raise_on_all_ranks(self.accelerator):
             if not deviation <= tolerance:
                 raise UserError(
                     f"iteration {iteration + 1}: the importance ratio before the first update "
-                    f"differs from 1 by {deviation:.2e}, more than optimization.ratio_tolerance "
-                    f"{tolerance:g}: the training forward does not repeat the rollout's (dtype, "
-                    "dropout, attention backend or changed weights)"
+                    f"differs from 1 by {deviation:.2e}, more than optimization.ratio_tolerance="
+                    f"{tolerance:g}; the training forward does not match the rollout's (check "
+                    "dtype, dropout, attention backend and changed weights)"
                 )
 
     def _step(self, update: UpdateStatistics, prompts: Sequence[Prompt], iteration: int) -> None:
-        """Clips the gradient and takes one optimiser step, if all of it is finite."""
+        """Clips the gradient and takes one optimiser step if both loss and gradient are finite."""
         update.gradient_norm = self.weights.clip_gradients(self.config.optimization.max_grad_norm)
         with raise_on_all_ranks(self.accelerator):
             if not (math.isfinite(update.loss) and math.isfinite(update.gradient_norm)):
@@ -206,9 +205,9 @@ class Updater:
                 texts = ", ".join(repr(prompt.text) for prompt in prompts)
                 raise UserError(
                     f"iteration {iteration + 1}: the {what} is not finite (loss {update.loss:g}, "
-                    f"gradient norm {update.gradient_norm:g}) on the prompts {texts} with the "
-                    f"rewards {', '.join(self.config.rewards)}; lower optimization.learning_rate; "
-                    "the last checkpoint is intact"
+                    f"gradient norm {update.gradient_norm:g}) for the prompts {texts} and the "
+                    f"rewards {', '.join(self.config.rewards)}; lower optimization.learning_rate "
+                    "(the last checkpoint is intact)"
                 )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""In-domain rewards on the validation prompts, shared by the ranks."""
+"""In-domain rewards on the validation prompts, which the ranks share."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.sampling import sample_ode
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import ValidationConfig
-from g2rpo.training.engine import TrainedWeights
 from g2rpo.training.rollout import RolloutEngine
+from g2rpo.training.weights import TrainedWeights
 
 
 def shared_prompts(prompts: list[Prompt], rank: int, ranks: int) -> tuple[list[Prompt], int]:
     """A rank's prompts, and how many of them count.
 
-    All ranks have equally many, so that they make the same forwards: a rank that would have fewer
-    repeats the last prompt.
+    All ranks get the same number, so that they make the same forwards: a rank with fewer prompts
+    repeats the last one.
     """
     mine = prompts[rank::ranks]
     number = -(-len(prompts) // ranks)
@@ -28,10 +28,10 @@ def shared_prompts(prompts: list[Prompt], rank: int, ranks: int) -> tuple[list[P
 def validation_rewards(
     config: ValidationConfig, engine: RolloutEngine, weights: TrainedWeights, micro_batch: BatchSize
 ) -> dict[str, float]:
-    """The mean of each reward over the prompts, on every rank. Images are by ODE on the grid.
+    """The mean of each reward over the prompts, on every rank; images are sampled by ODE.
 
     Raises:
-        UserError: on all ranks, where a reward fails on any.
+        UserError: on all ranks, if a reward fails on any of them.
     """
     accelerator: Accelerator = weights.accelerator
     prompts = read_prompts(Path(config.file), config.limit)
@@ -52,8 +52,3 @@ def validation_rewards(
         )
         for name in scores
     }
-
-
-def is_due(config: ValidationConfig | None, done: int, *, last: bool) -> bool:
-    """Whether there is a validation after ``done`` iterations, the last of which may be done."""
-    return config is not None and (done % config.every == 0 or last)

@@ -33,7 +33,7 @@ from g2rpo.training.checkpoint.folder import (
     saved_iterations,
 )
 from g2rpo.training.checkpoint.load import export_trained, load_trained
-from g2rpo.training.engine import build_weights
+from g2rpo.training.weights import build_weights
 
 LORA = {"rank": 4, "alpha": 8}
 
@@ -167,7 +167,7 @@ def test_memory_that_runs_out_on_a_sharded_rank_ends_the_run_to_be_resumed(
     config = config_for(smoke_assets, execution=execution)
     resumed = trainer_for(config, later / "out_of_memory_sharded" / "run")
     assert resumed.progress.iteration == 1
-    assert resumed.updater.size.states == 2
+    assert resumed.sizes.training.states == 2
 
 
 def test_memory_that_runs_out_is_told_once_and_ends_at_a_single_state(
@@ -246,7 +246,7 @@ def test_a_half_written_sharded_checkpoint_is_never_read(
     part.write_bytes(part.read_bytes()[:-100])
     assert trainer_for(config, tmp_path).progress.iteration == 1
     assert not list((tmp_path / "checkpoints").glob(".*"))
-    trainer.checkpoints.background._pending.future.exception()  # type: ignore[union-attr]
+    trainer.checkpoints._pending.future.exception()  # type: ignore[union-attr]
 
 
 def test_a_run_can_change_between_whole_and_sharded_checkpoints(
@@ -313,7 +313,7 @@ def test_what_cannot_be_is_told_in_one_line(smoke_assets: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="no checkpoint"):
         load_trained(FluxPolicy.load(config_for(smoke_assets).policy, "cpu"), tmp_path)
     config = config_for(smoke_assets, lora=LORA, execution={"sharding": "fsdp2"})
-    with pytest.raises(UserError, match="does not go with lora"):
+    with pytest.raises(UserError, match="not supported with lora"):
         trainer_for(config, tmp_path)
     if not _has_torchao():
         packed = config_for(smoke_assets, optimization={"optimizer": "adamw_8bit"})

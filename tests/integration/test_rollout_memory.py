@@ -10,9 +10,10 @@ import torch
 from engine_runs import config_for, exhausted_memory, on_two_ranks, trainer_for
 from torch import Tensor
 
+from g2rpo.batching import BatchSize
 from g2rpo.errors import UserError
 from g2rpo.policy.decoding import decode_size
-from g2rpo.training.batch_sizes import LARGEST, RolloutBatchSize, fitting_states, state_bytes
+from g2rpo.training.batch_sizes import LARGEST, fitting_states, state_bytes
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_auto_takes_what_fits(smoke_assets: Path, tmp_path: Path) -> None:
     assert fitting_states(trainer.policy, 0) == 1
     assert fitting_states(trainer.policy, 13 * one) == 10
     assert fitting_states(trainer.policy, 10_000 * one) == LARGEST
-    size = RolloutBatchSize(4, tmp_path)
+    size = BatchSize(4)
     for states, reduced in ((None, False), (8, False), (3, True)):
         size.lower(states)
         assert size.reduced == reduced

@@ -9,10 +9,10 @@ import torch
 from g2rpo.flow.rollout_tree import Group
 from g2rpo.training.advantages import (
     AdvantageConfig,
+    GranularityReduction,
     group_advantages,
     transition_advantages,
 )
-from g2rpo.training.granularity_reduction import GranularityReduction
 
 GROUPS = [Group((), step, granularity) for step in (0, 2) for granularity in (1, 2, 3)]
 STEPS = (0, 2)

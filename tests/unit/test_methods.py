@@ -158,7 +158,8 @@ def test_mix_grpo_window_slides_and_rolls_back(
             if start >= steps - 2:  # past the last trainable step
                 start = 0
         window = [step for step in range(start, start + size) if step < steps - 2]
-        found = method.window(RolloutShape(steps, 4, 10_000), iteration)
+        shape = RolloutShape(steps, 4, 10_000)
+        found = method.window(shape, method.phase(shape, iteration))
         assert list(found) == window
         assert window
 
@@ -168,7 +169,7 @@ def test_mix_grpo_window_slides_and_rolls_back(
 )
 def test_mix_grpo_matched_interval_is_a_twelfth(iterations: int, interval: int) -> None:
     method, shape = mix_grpo.MixGRPO(interval=None), RolloutShape(25, 12, iterations)
-    starts = [method.window(shape, iteration)[0] for iteration in range(iterations)]
+    starts = [method.phase(shape, iteration) for iteration in range(iterations)]
     assert starts == [iteration // interval for iteration in range(iterations)]
     assert max(starts) == (11 if iterations >= 12 else iterations - 1)
 

@@ -1,6 +1,6 @@
-"""The folders of checkpoints: complete or absent, with checksums; runs resume from the newest.
+"""The folders of checkpoints: complete or absent, with checksums. Runs resume from the newest.
 
-Nothing here imports a model library: runs are listed on login nodes.
+Nothing here imports a model library, since runs are listed on login nodes.
 """
 
 import errno
@@ -27,32 +27,33 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"iteration-(\d{6})")
 FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
-"""safetensors tells an error of the system by its text alone."""
+"""safetensors reports a system error only by its text."""
 CHECKPOINTS = "checkpoints"
 """The folder of a run's checkpoints."""
+SHARDS = "shards"
+"""The folder of a sharded checkpoint that holds every rank's part."""
 STATE = "state.json"
 """The file that completes a checkpoint."""
 COUNTED = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
-"""The whole-number costs of :class:`Progress`."""
+"""The integer costs of :class:`Progress`."""
 
 
 @dataclass
 class Progress:
-    """How far a run is, and what it has cost so far over all ranks.
+    """How far a run is, and its cost so far over all ranks.
 
     Attributes:
         iteration: iterations done.
-        rollout_evaluations: velocity evaluations in rollouts.
+        rollout_evaluations: velocity evaluations (NFE) in rollouts.
         training_forwards: states that went through a training forward.
         training_backwards: states that went through a backward.
-        images_scored: images that reward models were asked about (each image once).
+        images_scored: images scored by reward models (each image counts once).
         device_seconds: seconds times ranks.
-        training_micro_batch: states per training forward, where memory ran out and it had to be
-            made smaller than configured; else None.
+        training_micro_batch: states per training forward, if running out of memory has reduced it
+            below the configured size; else None.
         rollout_micro_batch: the same for states per velocity evaluation in rollouts.
         decode_images: the same for images decoded at once.
-        reused_evaluations: those of the velocity evaluations that a step cache answered; None
-            where there is none.
+        reused_evaluations: velocity evaluations answered by a step cache; None without one.
     """
 
     iteration: int = 0
@@ -67,7 +68,7 @@ class Progress:
     reused_evaluations: int | None = None
 
     def advance(self, sums: Mapping[str, float], *, step_cache: bool) -> None:
-        """Counts one more iteration, whose cost over all ranks ``sums`` holds by field."""
+        """Counts one more iteration with the costs ``sums`` over all ranks, by field."""
         self.iteration += 1
         for name in COUNTED:
             setattr(self, name, getattr(self, name) + round(sums[name]))
@@ -79,7 +80,7 @@ class Progress:
 
 
 def checkpoint_folder(run: Path, iteration: int) -> Path:
-    """Where the checkpoint after ``iteration`` iterations is kept."""
+    """The folder of the checkpoint after ``iteration`` iterations."""
     return run / CHECKPOINTS / f"iteration-{iteration:06d}"
 
 
@@ -90,17 +91,17 @@ def saved_iterations(run: Path) -> list[int]:
 
 
 def problem(folder: Path, part: slice = slice(None)) -> str | None:
-    """What is wrong with a checkpoint, in a few words that name the file; None where nothing is.
+    """What is wrong with a checkpoint, in a few words that name the file; None if it is sound.
 
     Args:
         folder: the checkpoint.
-        part: of its files, in the order of their names, for ranks that share the reading.
+        part: which of its files to check, ordered by name, so that ranks can share the work.
     """
     try:
         state = read_state(folder)
         files = dict(sorted(state[FILES].items())[part])
         found = next(problems(folder, files), None)
-        for metadata in folder.glob("*/.metadata"):  # a pickle, which is not loaded unchecked
+        for metadata in folder.glob("*/.metadata"):  # a pickle: never load it unchecked
             entry = state[FILES].get(os.path.relpath(metadata, folder))
             if not isinstance(entry, dict):
                 return f"{os.path.relpath(metadata, folder)} has no recorded SHA-256"
@@ -112,9 +113,9 @@ def problem(folder: Path, part: slice = slice(None)) -> str | None:
 
 
 def latest_checkpoint(run: Path, check: Callable[[Path], str | None] = problem) -> Path | None:
-    """The newest undamaged checkpoint, or None; damaged ones are named in a warning.
+    """The newest undamaged checkpoint, or None; a warning names each damaged one.
 
-    ``check`` is :func:`problem`, or does it on several ranks.
+    ``check`` is :func:`problem`, or its counterpart over several ranks.
     """
     damaged = False
     for iteration in reversed(saved_iterations(run)):
@@ -123,18 +124,18 @@ def latest_checkpoint(run: Path, check: Callable[[Path], str | None] = problem) 
         if found is None:
             return folder
         damaged = True
-        logger.warning("%s: %s; looking for the checkpoint before it", folder, found)
+        logger.warning("%s: %s; trying the checkpoint before it", folder, found)
     if damaged:
-        logger.warning("%s: no undamaged checkpoint is left; training starts over", run)
+        logger.warning("%s: no undamaged checkpoint left; training starts over", run)
     return None
 
 
 def write_state(
     folder: Path, progress: Progress, measured: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:
-    """Completes a checkpoint: its counters, and the checksums of its files.
+    """Completes a checkpoint with its counters and the checksums of its files.
 
-    ``measured`` are those that are known already (:func:`g2rpo.checksums.checksums_of`).
+    ``measured`` are the checksums already known (:func:`g2rpo.checksums.checksums_of`).
     """
     files = dict(measured or {})
     known = {folder / name for name in files}
@@ -143,7 +144,7 @@ def write_state(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What :func:`write_state` wrote.
+    """Reads what :func:`write_state` wrote.
 
     Raises:
         OSError: it cannot be read.
@@ -158,9 +159,9 @@ def read_progress(folder: Path) -> Progress:
 
 
 def prune(run: Path, config: "CheckpointConfig", newest: int | None = None) -> None:
-    """Deletes the checkpoints that are not kept, where this process may.
+    """Deletes the checkpoints that are not kept, if this process still holds the lease.
 
-    Those after ``newest``, which was just written, are damaged ones of an earlier start.
+    Those after ``newest``, which was just written, are damaged leftovers of an earlier start.
     """
     iterations = saved_iterations(run)
     kept = config.kept([i for i in iterations if newest is None or i <= newest])
@@ -169,42 +170,41 @@ def prune(run: Path, config: "CheckpointConfig", newest: int | None = None) -> N
 
 
 def remove_unfinished(run: Path) -> None:
-    """Deletes what a killed write left beside the checkpoints, where this process may.
+    """Deletes what killed writes left beside the checkpoints, if this process holds the lease.
 
-    That of a process which has lost its lease and writes on can go too: it finds its temporary
-    folder gone, and may not publish. A successor's cannot be hit: what was listed before the guards
-    were asked is older than any successor.
+    The temporary folder of a process that has lost its lease may go too: it may not publish anyway.
+    A successor's is safe: the folders were listed before the lease was checked.
     """
     for leftover in sorted((run / CHECKPOINTS).glob(".iteration-*.tmp")):
         _delete(leftover)
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a folder that was listed before; a part that cannot go now goes another time."""
+    """Deletes a folder; parts that cannot be deleted now are deleted another time."""
     check_publication()
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        logger.warning("%s cannot be deleted altogether", folder)
+        logger.warning("%s: cannot be deleted completely", folder)
 
 
 @contextmanager
 def writing(run: Path, what: str) -> Iterator[None]:
-    """Around a write of ``what`` into the run folder: an error of the disk becomes one line.
+    """Turns a disk error while writing ``what`` into the run folder into a one-line error.
 
     Raises:
-        UserError: it could not be written; the checkpoints before it are as they were.
+        UserError: it cannot be written; earlier checkpoints stay intact.
     """
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         text = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         full = any(word in str(error) for word in FULL_DISK)
-        fix = "free space there (or raise the quota)" if full else "fix that"
+        fix = "free space or raise the quota" if full else "fix that"
         saved = saved_iterations(run)
         rest = "there is no checkpoint yet, so training starts over"
         if saved:
-            rest = f"{checkpoint_folder(run, saved[-1]).name} is intact, and training resumes there"
+            rest = f"{checkpoint_folder(run, saved[-1]).name} is intact, so training resumes there"
         raise UserError(
-            f"{run}: {what} cannot be written ({text}); {fix} and run the same command again: "
-            f"{rest}"
+            f"{run}: {what} cannot be written ({text}); {fix} and run the same command again "
+            f"({rest})"
         ) from error

@@ -1,7 +1,6 @@
-"""Reads checkpoints: to resume a training, to sample from what it trained, to export that.
+"""Reads checkpoints to resume a training, to sample from trained weights, or to export them.
 
-Complete and sharded checkpoints are read alike, whichever the run writes now, at any number of
-ranks.
+Complete and sharded checkpoints are read at any number of ranks, whichever kind the run writes now.
 """
 
 import logging
@@ -24,8 +23,8 @@ from g2rpo.files import atomic_folder
 from g2rpo.policy import FluxPolicy, PolicyConfig, export_pipeline
 from g2rpo.policy.checkpoint import copy_whole
 from g2rpo.policy.export import write_checksums
-from g2rpo.training.checkpoint.async_checkpoint import SHARDS, reason_of
 from g2rpo.training.checkpoint.folder import (
+    SHARDS,
     Progress,
     checkpoint_folder,
     latest_checkpoint,
@@ -35,6 +34,7 @@ from g2rpo.training.checkpoint.folder import (
     saved_iterations,
     writing,
 )
+from g2rpo.training.checkpoint.save import reason_of
 from g2rpo.training.checkpoint.state import TrainingState
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.metrics import METRICS_FILE, restore_metrics
@@ -43,17 +43,17 @@ logger = logging.getLogger(__name__)
 
 
 def resume(state: TrainingState, group: Any = None) -> Progress:
-    """Restores the newest undamaged checkpoint, if there is one, with its metrics.
+    """Restores the newest undamaged checkpoint, if any, with its metrics.
 
     Args:
-        state: what is restored.
+        state: the state to restore.
         group: the process group that reads sharded weights; None reads in each process alone.
 
     Returns:
         How far the run is.
 
     Raises:
-        UserError: a checkpoint cannot be read, or is of other weights than are trained now.
+        UserError: a checkpoint cannot be read, or holds weights other than those trained now.
     """
     ranks = state.accelerator
 
@@ -80,12 +80,12 @@ def resume(state: TrainingState, group: Any = None) -> Progress:
         state.ema.optimization_step = int(average_steps)
     state.weights.updated()
     progress = read_progress(folder)
-    logger.info("resuming after iteration %d", progress.iteration)
+    logger.info("resuming from iteration %d", progress.iteration)
     return progress
 
 
 def _read_whole(state: TrainingState, folder: Path) -> Tensor | None:
-    """Reads a complete checkpoint; how many steps its average has, where there is one."""
+    """Reads a complete checkpoint; returns the number of EMA steps, if it has an EMA."""
     with state.weights.exact():
         if state.config.lora is None:
             state.weights.policy.load_transformer(folder / "transformer")
@@ -104,18 +104,20 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; delete this checkpoint to use the one before") from None
+        raise UserError(
+            f"{path}: missing; delete this checkpoint to use the one before it"
+        ) from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); delete this checkpoint to use the one before"
+            f"{path}: cannot be read ({error}); delete this checkpoint to use the one before it"
         ) from None
 
 
 def _read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
-    """Fills ``tensors`` from a sharded checkpoint, whatever number of ranks wrote it.
+    """Fills ``tensors`` from a sharded checkpoint, however many ranks wrote it.
 
-    Its metadata is a pickle, so it has been compared with its checksums before (:func:`problem`).
-    Sharded tensors get this rank's part; what else the checkpoint holds is left out.
+    Its metadata is a pickle, whose checksum has been verified before (:func:`problem`). Sharded
+    tensors get this rank's part; everything else in the checkpoint is ignored.
     """
     try:
         load_distributed(
@@ -127,30 +129,30 @@ def _read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None)
     except (CheckpointException, RuntimeError, ValueError, OSError, KeyError) as error:
         raise UserError(
             f"{folder}: cannot be read ({reason_of(error)}); delete this checkpoint to use the one "
-            "before"
+            "before it"
         ) from None
 
 
 def load_trained(policy: FluxPolicy, run: Path) -> Path:
-    """Lays what ``run`` has trained over ``policy``, which is of its base: the average, where kept.
+    """Loads what ``run`` has trained into ``policy``, its base: the EMA if there is one.
 
     Args:
-        policy: without adapters; of a run with adapters it gets them.
-        run: a run folder, of complete, sharded or LoRA checkpoints.
+        policy: without adapters; they are added if the run trained adapters.
+        run: a run folder with complete, sharded or LoRA checkpoints.
 
     Returns:
-        The checkpoint that was read: the newest.
+        The checkpoint that was read, the newest.
 
     Raises:
-        UserError: there is none, or it is damaged or of another base.
+        UserError: there is none, or it is damaged or belongs to another base.
     """
     iterations = saved_iterations(run)
     if not iterations:
         raise UserError(f"{run}: no checkpoint; train this cell first")
     checkpoint = checkpoint_folder(run, iterations[-1])
-    found = problem(checkpoint)
-    if found is not None:  # the one before it would be of another policy than the run's
-        raise UserError(f"{checkpoint}: {found}; train this cell again, which repairs it")
+    damage = problem(checkpoint)
+    if damage is not None:  # the checkpoint before it holds another policy than the run's result
+        raise UserError(f"{checkpoint}: {damage}; train this cell again to repair it")
     if (checkpoint / SHARDS).is_dir():
         saved = FileSystemReader(checkpoint / SHARDS).read_metadata().state_dict_metadata
         kind = "ema" if "ema.optimization_step" in saved else "weights"
@@ -162,20 +164,20 @@ def load_trained(policy: FluxPolicy, run: Path) -> Path:
             if folder.is_dir():
                 load(folder)
                 return checkpoint
-    raise UserError(f"{checkpoint}: holds no weights; delete this checkpoint")
+    raise UserError(f"{checkpoint}: no weights found; delete this checkpoint")
 
 
 def export_trained(run: Path, output: Path) -> str:
-    """Writes what ``run`` has trained as diffusers has it, in the policy's dtype.
+    """Writes what ``run`` has trained in diffusers' format, in the policy's dtype.
 
-    Full fine-tuning gives a FluxPipeline folder, adapters a LoRA file that
-    ``FluxPipeline.load_lora_weights`` loads over the base.
+    Full fine-tuning gives a FluxPipeline folder, LoRA a file for
+    ``FluxPipeline.load_lora_weights``.
 
     Returns:
         What was written, in words.
 
     Raises:
-        UserError: ``run`` is no run folder or has no checkpoint, or ``output`` holds its base.
+        UserError: ``run`` is not a run folder or has no checkpoint, or ``output`` holds its base.
     """
     path = run / "config.json"
     try:
@@ -184,7 +186,7 @@ def export_trained(run: Path, output: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); is it a run folder?") from None
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); train this cell again") from None
-    # The base alone: the other settings of an older version's run may have other names.
+    # Only the base is validated: other settings may have other names in runs of older versions.
     policy = FluxPolicy.load(validate(PolicyConfig, settings.get("policy"), str(path)), "cpu")
     checkpoint = load_trained(policy, run)
     if policy.has_lora:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: trained weights, their average and the optimiser's states, by name."""
+"""What a checkpoint holds: trained weights, their EMA and the optimiser's states, by name."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,19 +15,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from g2rpo.policy.checkpoint import copy_whole
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.engine import TrainedWeights
+from g2rpo.training.weights import TrainedWeights
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What is trained, as it changes in place.
+    """Everything needed to resume a run; it changes in place.
 
     Attributes:
         config: the run's configuration.
         run: the run folder.
         weights: the trained weights.
         optimizer: their optimiser.
-        ema: their running average; None where none is kept.
+        ema: their exponential moving average, if kept.
     """
 
     config: TrainConfig
@@ -43,7 +43,7 @@ class TrainingState:
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """The running average of each parameter, by name."""
+        """The EMA of each parameter, by name."""
         if self.ema is None:
             return {}
         names = [name for name, _ in self.weights.named]
@@ -51,7 +51,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside of the block the trained weights are their running average."""
+        """Within the block, the trained weights are their EMA."""
         assert self.ema is not None
         self.ema.store(self.weights.parameters)
         self.ema.copy_to(self.weights.parameters)
@@ -69,7 +69,7 @@ class TrainingState:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a sharded checkpoint holds; shared with what is trained."""
+        """The tensors of a sharded checkpoint, which share memory with the trained ones."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.weights.named}
         tensors |= {f"optimizer.{name}": state for name, state in self.optimizer_states().items()}
         if self.ema is not None:
@@ -79,9 +79,9 @@ class TrainingState:
 
     @torch.no_grad()
     def fill_optimizer(self, tensors: Mapping[str, Tensor] | None) -> None:
-        """Makes the states of all parameters, and fills them from ``<state>.<name>`` where given.
+        """Creates the states of all parameters and fills them from ``<state>.<name>``, if given.
 
-        A parameter without a state in ``tensors`` keeps none.
+        A parameter without a state in ``tensors`` gets none.
         """
         _make_states(self.optimizer)
         if tensors is None:
@@ -96,7 +96,7 @@ class TrainingState:
 
     @torch.no_grad()
     def repack_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies ``optimizer.<state>.<name>``, sharded as they are, into states that are packed."""
+        """Copies ``optimizer.<state>.<name>`` into 8-bit states, which are sharded alike."""
         for name, parameter in self.weights.named:
             for key, value in self.optimizer.state[parameter].items():
                 target, given = value, tensors[f"optimizer.{key}.{name}"]
@@ -107,10 +107,10 @@ class TrainingState:
 
 
 def _unpacked(value: Tensor) -> Tensor:
-    """A state as an ordinary tensor; of an 8-bit one, a float32 copy.
+    """A state as an ordinary tensor; for an 8-bit state, a float32 copy.
 
-    Packed again, most of it gives the same 8 bits; blocks whose largest entry is negative do not,
-    since the 8-bit numbers reach 1 but not -1.
+    Quantising it again mostly gives the same 8 bits, except in blocks whose largest entry is
+    negative: the 8-bit numbers reach 1 but not -1.
     """
     if not isinstance(value, DTensor):
         return value.dequantize() if _is_packed(value) else torch.as_tensor(value)
@@ -131,7 +131,7 @@ def _is_packed(value: Any) -> bool:
 
 
 def _make_states(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every parameter the states of an optimiser that has not moved anything."""
+    """Gives every parameter the states of an optimiser that has not taken a step."""
     groups = optimizer.param_groups
     rates = [float(group["lr"]) for group in groups]
     for group in groups:
