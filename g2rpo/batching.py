@@ -42,7 +42,7 @@ class BatchSize:
         """``compute(states)``; if memory runs out, again with half as many.
 
         Raises:
-            UserError: a single state does not fit.
+            UserError: a size of 1 does not fit.
         """
         while True:
             try:
@@ -56,7 +56,7 @@ class BatchSize:
         """Halves the size after running out of memory, with a warning.
 
         Raises:
-            UserError: it is 1 already.
+            UserError: the size is already 1.
         """
         if self.states == 1:
             hint = f"; {self.hint}" if self.hint else ""
@@ -66,7 +66,7 @@ class BatchSize:
             torch.cuda.empty_cache()
         smaller = self.states // 2
         if warn:
-            text = "out of memory: %s continues with %d %ss at a time, not %d"
+            text = "out of memory in %s: retrying with %d %ss at a time instead of %d"
             logger.warning(text, self.what, smaller, self.unit, self.states)
         self.lower(smaller)
 

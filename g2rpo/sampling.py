@@ -1,4 +1,4 @@
-"""Deterministic sampling of a policy by ODE, from noise that is named by prompt and image."""
+"""Deterministic ODE sampling of a policy, with noise keyed by prompt and image."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ from g2rpo.seeds import gaussian
 def evaluation_noise(policy: FluxPolicy, seed: int, prompt: Prompt, image: int = 0) -> Tensor:
     """The packed initial noise of a held-out prompt's image, [tokens, channels].
 
-    It depends on (seed, prompt id, image index) alone: not on the batch, the ranks or the
-    policy's weights. Image 0 is the one that is scored; its noise is named without an index.
+    It depends only on (seed, prompt id, image index), not on batch, ranks or weights. Image 0 is
+    the scored one; its key has no index.
     """
     key = (prompt.id, image) if image else (prompt.id,)
     drawn = gaussian(policy.latent_shape, seed, "evaluation-noise", *key)
@@ -36,8 +36,8 @@ def sample_latents(
 ) -> Tensor:
     """The packed latents at sigma = 0 of one image per prompt, by Euler steps along ``grid``.
 
-    Where the policy has a ``handover``, that one's base takes the later steps. The noise is named
-    by ``seed``, the prompts' ids and ``image``. [P, tokens, channels] on the policy's device.
+    If the policy has a ``handover``, its base takes the later steps. The noise is keyed by
+    ``seed``, prompt id and ``image``. Returns [P, tokens, channels] on the policy's device.
     """
     conditioning = policy.encode([prompt.text for prompt in prompts])
     latents = torch.stack([evaluation_noise(policy, seed, prompt, image) for prompt in prompts])
@@ -47,7 +47,7 @@ def sample_latents(
 
 
 def _stretches(policy: FluxPolicy, grid: SigmaGrid) -> list[tuple[FluxPolicy, SigmaGrid]]:
-    """Which policy takes which steps of ``grid``, in order; none of them is empty."""
+    """The policies with their non-empty stretches of ``grid``, in order."""
     if policy.handover is None:
         return [(policy, grid)]
     after = min(policy.handover.tuned_steps, grid.steps)
@@ -73,7 +73,7 @@ def _walk(
         return policy.velocity(latents, times, conditioning.select(prompt_of))
 
     def first_latents(prompt: int, sample: int, step: int) -> Tensor:
-        del sample, step  # one sample a prompt, and an ODE draws nothing after the start
+        del sample, step  # one sample per prompt, and an ODE only needs initial noise
         return start[prompt]
 
     settings = SweepSettings((0.0,) * grid.steps, micro_batch=batch, device=policy.device)

@@ -1,8 +1,8 @@
-"""Counter-based random draws: what is drawn depends on its key alone.
+"""Counter-based random numbers: each draw depends only on its key.
 
 Every draw is named by (experiment seed, stream, key...). The name is hashed with BLAKE2b to the
 128-bit key of a Philox generator, so prompt order, initial noise and step noise are the same for
-every method, number of ranks and batch size, and nothing depends on the order of the draws.
+every method, number of ranks and batch size, whatever the order of the draws.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ def generator(seed: int, stream: str, *key: int | str) -> np.random.Generator:
     Args:
         seed: the experiment's (or the evaluation's) seed.
         stream: what is drawn, e.g. ``"initial-noise"``.
-        key: the counters that tell this draw from the others of its stream.
+        key: the counters that distinguish this draw within its stream.
     """
-    # A NumPy integer or string is the same key as Python's. repr() keeps 1 and "1" apart and
-    # cannot be confused by separators inside strings.
+    # NumPy integers and strings give the same key as Python's. repr() distinguishes 1 and "1" and
+    # is not confused by separators within strings.
     parts = (str(part) if isinstance(part, str) else operator.index(part) for part in key)
     name = repr((operator.index(seed), str(stream), *parts)).encode()
     digest = hashlib.blake2b(name, digest_size=16).digest()

@@ -70,7 +70,7 @@ class StopRequest:
 
     @classmethod
     def clear(cls) -> None:
-        """Forgets the request."""
+        """Clears the request."""
         cls._reason = None
 
     @classmethod

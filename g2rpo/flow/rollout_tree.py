@@ -1,9 +1,10 @@
-"""The states of one prompt's rollout: which exist, how each is reached, what each is for.
+"""The states of one prompt's rollout: how each is reached and what it is used for.
 
-A rollout is a tree of trajectories over one sigma grid. It is described here as data, without
-tensors, and is the same for every prompt of an iteration; :mod:`g2rpo.flow.sweep` walks it.
+A rollout is a tree of trajectories over one sigma grid. It is described as data, without tensors,
+and is the same for every prompt of an iteration; :mod:`g2rpo.flow.sweep` walks it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 
@@ -13,9 +14,9 @@ class State:
 
     Attributes:
         node: index into the grid; T holds images (sigma = 0).
-        parent: the state it is reached from, or None for initial noise.
-        sample: for initial noise, whose noise it is; for an SDE step, whose step noise drives it;
-            None for an ODE step.
+        parent: the state it is reached from; None for initial noise.
+        sample: the sample whose initial noise it is or whose step noise drives it; None for an ODE
+            step.
     """
 
     node: int
@@ -25,12 +26,12 @@ class State:
 
 @dataclass(frozen=True)
 class Group:
-    """Images that are compared with one another: one state (at node T) per sample.
+    """Images whose rewards are compared: one state (at node T) per sample.
 
     Attributes:
-        images: state of each of the G samples.
+        images: the state of each of the G samples.
         step: the stochastic step that this group credits; None credits every trained step.
-        granularity: the granularity of its continuations, where the method has one.
+        granularity: the granularity of its continuations, if the method has one.
     """
 
     images: tuple[int, ...]
@@ -45,9 +46,9 @@ class RolloutTree:
     Attributes:
         steps: T of the grid.
         states: all states; an index into this list names one.
-        recorded: SDE states whose transition is kept for training, in order.
-        groups: the groups of images whose rewards are compared.
-        logged_images: image states scored only for the log (e.g. the anchor's own image).
+        recorded: SDE states whose transitions are kept for training, in order.
+        groups: the groups of images.
+        logged_images: image states scored only for the log (e.g. the anchor's image).
     """
 
     steps: int
@@ -58,13 +59,13 @@ class RolloutTree:
     _ode_states: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def initial(self, sample: int) -> int:
-        """Initial noise at node 0 with the noise of ``sample``."""
+        """The initial noise of ``sample``, at node 0."""
         return self._add(State(0, None, sample))
 
     def ode(self, source: int, target: int) -> int:
         """The state at node ``target`` reached from ``source`` by one ODE step.
 
-        Asked twice, it is the same state: continuations share what they have in common.
+        Repeated calls return the same state, so continuations share common steps.
         """
         if not self.states[source].node < target <= self.steps:
             raise ValueError(f"no step from node {self.states[source].node} to {target}")
@@ -74,44 +75,49 @@ class RolloutTree:
         return self._ode_states[key]
 
     def sde(self, source: int, sample: int, *, record: bool) -> int:
-        """The next node's state reached from ``source`` with the step noise of ``sample``."""
+        """The state at the next node reached from ``source`` with the step noise of ``sample``."""
         state = self._add(State(self.states[source].node + 1, source, sample))
         if record:
             self.recorded.append(state)
         return state
 
     def follow(self, source: int, nodes: tuple[int, ...]) -> int:
-        """The image reached from ``source`` by ODE steps through ``nodes`` and then to sigma 0."""
+        """The image reached from ``source`` by ODE steps through ``nodes`` to sigma 0."""
         for node in (*nodes, self.steps):
             source = self.ode(source, node)
         return source
 
     @property
     def images(self) -> list[int]:
-        """Every distinct image state, in the order in which it was made."""
-        wanted = {image for group in self.groups for image in group.images}
-        wanted.update(self.logged_images)
-        return sorted(wanted)
+        """All distinct image states, in order of creation."""
+        return sorted(
+            {image for group in self.groups for image in group.images}.union(self.logged_images)
+        )
 
     @property
     def velocity_evaluations(self) -> int:
-        """Velocity evaluations that one walk costs per prompt: one per state that is left."""
+        """Velocity evaluations (NFE) of one walk per prompt: one per state with successors."""
         return len({state.parent for state in self.states if state.parent is not None})
 
     @property
     def policy_states(self) -> set[int]:
-        """States whose velocity decides a recorded transition or a logged image.
+        """The ancestors of recorded transitions and logged images.
 
-        They are those that such a state is reached from, back to the initial noise. The others are
-        continuations: no log-probability depends on their velocities.
+        The other states are continuations: no log-prob depends on their velocities.
         """
-        found: set[int] = set()
-        for end in (*self.recorded, *self.logged_images):
-            source = self.states[end].parent
-            while source is not None and source not in found:
-                found.add(source)
-                source = self.states[source].parent
-        return found
+        ends = (*self.recorded, *self.logged_images)
+        sources = (self.states[end].parent for end in ends)
+        return self.with_ancestors(source for source in sources if source is not None)
+
+    def with_ancestors(self, states: Iterable[int]) -> set[int]:
+        """``states`` and all states they are reached from."""
+        kept: set[int] = set()
+        for end in states:
+            state: int | None = end
+            while state is not None and state not in kept:
+                kept.add(state)
+                state = self.states[state].parent
+        return kept
 
     def _add(self, state: State) -> int:
         self.states.append(state)
@@ -119,19 +125,14 @@ class RolloutTree:
 
 
 def recorded_steps(tree: RolloutTree) -> list[int]:
-    """The stochastic steps whose transitions are kept, ascending."""
+    """The stochastic steps whose transitions are recorded, ascending."""
     return sorted({tree.states[state].node - 1 for state in tree.recorded})
 
 
 def credited_to(tree: RolloutTree, step: int) -> RolloutTree:
-    """The part of ``tree`` that credits ``step``: its groups, and what their images come from."""
+    """The part of ``tree`` that credits ``step``: its groups and the ancestors of their images."""
     groups = [group for group in tree.groups if group.step in (None, step)]
-    kept: set[int] = set()
-    for image in {image for group in groups for image in group.images}:
-        state: int | None = image
-        while state is not None and state not in kept:
-            kept.add(state)
-            state = tree.states[state].parent
+    kept = tree.with_ancestors(image for group in groups for image in group.images)
     place = {state: index for index, state in enumerate(sorted(kept))}
     part = RolloutTree(tree.steps)
     for index in place:

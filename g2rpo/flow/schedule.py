@@ -1,4 +1,4 @@
-"""The grid of noise levels that a trajectory walks, from noise (sigma = 1) to image (sigma = 0)."""
+"""The grid of noise levels of a trajectory, from noise (sigma = 1) to image (sigma = 0)."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from g2rpo.config import StrictModel
 
 
 class GridConfig(StrictModel):
-    """Which sigmas are visited, and which time the transformer is told there."""
+    """The sigmas of the grid and the times given to the transformer."""
 
     steps: int = Field(16, ge=2)
     """Denoising steps T (released flag ``--sampling_steps 16``)."""
     schedule: Literal["shifted", "flux_dynamic"] = "shifted"
-    """``shifted``: one shift whatever the size, as all these methods train. ``flux_dynamic``:
-    FluxPipeline's own grid, whose shift grows with the number of image tokens."""
+    """``shifted``: the same shift at every resolution, as all these methods train.
+    ``flux_dynamic``: FluxPipeline's grid, whose shift grows with the number of image tokens."""
     shift: float = Field(3.0, gt=0)
     """Time shift s of the ``shifted`` schedule (released flag ``--shift 3``)."""
     timestep: Literal["exact", "truncated"] = "truncated"
-    """``truncated`` tells the transformer int(1000 sigma)/1000, as the released code does."""
+    """``truncated`` gives the transformer int(1000 sigma)/1000, as the released code does."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SigmaGrid:
 
     Attributes:
         sigmas: T + 1 noise levels, float64.
-        timesteps: T + 1 times in [0, 1] that the transformer is given (the last is never used).
+        timesteps: T + 1 transformer times in [0, 1] (the last is never used).
     """
 
     sigmas: tuple[float, ...]
@@ -43,9 +43,9 @@ class SigmaGrid:
         return len(self.sigmas) - 1
 
     def stretch(self, first: int, last: int) -> "SigmaGrid":
-        """The steps ``first`` to ``last`` - 1 alone, with the same floating-point levels.
+        """The steps ``first`` to ``last`` - 1 only, with identical floating-point levels.
 
-        It begins below sigma = 1 and ends above 0 unless it holds the grid's own ends.
+        It starts below sigma = 1 and ends above 0 unless it includes the grid's ends.
         """
         return SigmaGrid(self.sigmas[first : last + 1], self.timesteps[first : last + 1])
 
@@ -57,15 +57,15 @@ def shifted_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     """
     u = np.linspace(1.0, 0.0, steps + 1)
     inner = (shift * u / (1.0 + (shift - 1.0) * u))[1:-1]
-    # A shift below 1/2 would round sigma_0 to beside 1, where 1 / (1 - sigma) is meaningless.
+    # A shift below 1/2 would round sigma_0 away from 1, where 1 / (1 - sigma) is meaningless.
     return (1.0, *(float(sigma) for sigma in inner), 0.0)
 
 
 def truncated_times(steps: int, shift: float) -> tuple[float, ...]:
-    """int(1000 sigma) / 1000, in the float32 arithmetic in which the released code computes it.
+    """int(1000 sigma) / 1000, in the float32 arithmetic of the released code.
 
-    The grid is torch's: its float32 ``linspace`` is not the rounded float64 one, and one unit in
-    the last place moves the truncation (e.g. at T = 7, 13, 14 or 50 with shift 3).
+    torch's float32 ``linspace`` differs from the rounded float64 one, and a difference in the last
+    place changes the truncation (e.g. at T = 7, 13, 14 or 50 with shift 3).
     """
     u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32, device="cpu")
     sigmas = shift * u / (1.0 + (shift - 1.0) * u)
@@ -85,7 +85,7 @@ def flux_dynamic_sigmas(steps: int, image_tokens: int) -> tuple[float, ...]:
 
 
 def build_grid(config: GridConfig, image_tokens: int) -> SigmaGrid:
-    """The grid that ``config`` describes for latents of ``image_tokens`` packed tokens."""
+    """The grid of ``config`` for latents of ``image_tokens`` packed tokens."""
     if config.schedule == "flux_dynamic":
         sigmas = flux_dynamic_sigmas(config.steps, image_tokens)
         times = tuple(int(1000 * sigma) / 1000 for sigma in sigmas)

@@ -1,10 +1,10 @@
 """The rollout engine: one walk over the sigma grid for all trajectories of all prompts.
 
-At each node every live state is gathered, its velocity is evaluated once in micro-batches, and
-each of its departures (ODE or SDE, to the next node or a strided one) is taken. What trajectories
-share is therefore computed once, and every evaluation runs in a batch; the mathematics is that of
-one trajectory at a time. The host never waits for the device on the way: nothing is read back, and
-what is sent there (noise, indices) goes through page-locked memory.
+At each node the velocities of all live states are evaluated once, in micro-batches, and each state
+takes all its steps (ODE or SDE, to the next node or a strided one). States shared by trajectories
+are computed once and all evaluations are batched; the mathematics is that of one trajectory at a
+time. The host never waits for the device: nothing is read back, and noise and indices are sent
+through pinned memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ Noise = Callable[[int, int, int], torch.Tensor]
 """(prompt index, sample, step) -> standard normal noise [...]; step -1 is the initial noise."""
 
 Key = tuple[int, int]
-"""Names a state of the walk: (prompt index, state of the tree)."""
+"""A state of the walk: (prompt index, state of the tree)."""
 
 INITIAL_NOISE = -1
 
 
 class Continuations(Protocol):
-    """An approximate velocity, for the states that no log-probability depends on."""
+    """An approximate velocity for states that no log-prob depends on."""
 
     def __call__(
         self,
@@ -41,19 +41,19 @@ class Continuations(Protocol):
         prompts: torch.Tensor,
         keys: Sequence[Key],
     ) -> torch.Tensor:
-        """As :data:`Velocity`; ``keys`` say which states the rows are."""
+        """As :data:`Velocity`; ``keys`` are the states of the rows."""
 
     def passed(self, node: int) -> None:
-        """Says that every state of ``node`` has been evaluated, for good."""
+        """Called when all states of ``node`` have been evaluated."""
 
 
 @dataclass(frozen=True)
 class Velocities:
-    """What evaluates the states.
+    """The velocities of a walk.
 
     Attributes:
         exact: the policy's velocity.
-        continuations: in its place for all but ``RolloutTree.policy_states``, where there are any.
+        continuations: if given, used for all states but ``RolloutTree.policy_states``.
     """
 
     exact: Velocity
@@ -62,17 +62,17 @@ class Velocities:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """The stochastic transitions of one grid step, as training needs them.
+    """The stochastic transitions of one grid step, recorded for training.
 
     Attributes:
         step: k, from sigma_k to sigma_{k+1}.
-        time: what the model is given as sigma_k.
+        time: the model's time at sigma_k.
         transition: its law.
-        sources: the S distinct states x_k left, [P, S, ...].
-        source_of: for each of the N transitions, which source it leaves, [N] int64.
-        samples: for each transition, its sample index.
+        sources: the S distinct source states x_k, [P, S, ...].
+        source_of: the source of each of the N transitions, [N] int64.
+        samples: the sample index of each transition.
         next_latents: x_{k+1}, rounded to the storage dtype, [P, N, ...].
-        log_prob: the log-probability under the rollout policy, [P, N].
+        log_prob: log-prob under the rollout policy, [P, N].
     """
 
     step: int
@@ -87,13 +87,13 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a walk over the grid leaves behind.
+    """The result of a walk over the grid.
 
     Attributes:
         images: latents at sigma = 0 of ``tree.images``, [P, I, ...].
         recorded: the recorded stochastic transitions, by ascending step.
-        velocity_evaluations: velocity evaluations over all P prompts.
-        states: the latents of every state of the tree, [P, states, ...], where they were kept.
+        velocity_evaluations: velocity evaluations (NFE) over all P prompts.
+        states: the latents of every state of the tree, [P, states, ...], if kept.
     """
 
     images: torch.Tensor
@@ -108,10 +108,10 @@ class SweepSettings:
 
     Attributes:
         diffusion: the coefficient g of the SDE at each of the T steps.
-        micro_batch: states per velocity evaluation batch; halved where memory runs out.
-        dtype: storage dtype of latents; x' is rounded to it before its log-prob is taken.
-        device: where the latents live.
-        keep_states: returns all states; otherwise a node's latents go when the walk has left it.
+        micro_batch: states per velocity evaluation batch; halved when memory runs out.
+        dtype: storage dtype of latents; x' is rounded to it before its log-prob is computed.
+        device: the device of the latents.
+        keep_states: returns all states; otherwise latents are freed when the walk has passed them.
     """
 
     diffusion: tuple[float, ...]
@@ -136,13 +136,13 @@ def sweep(
         tree: the states, the same for every prompt.
         grid: sigmas and model times.
         prompts: P.
-        velocity: the policy's velocity for a batch of states, with an approximation beside it.
+        velocity: the policy's velocity for a batch of states, possibly with an approximation.
         noise: standard normal noise for (prompt, sample, step).
         settings: diffusion coefficients, batching, storage.
 
     Raises:
-        UserError: memory is too small for a single state. Where it is too small for a batch, the
-            node's evaluations are done again in smaller ones, and the walk continues.
+        UserError: memory is too small for a single state. If it is too small for a batch, the
+            node is evaluated again in smaller batches.
     """
     if tree.steps != grid.steps:
         raise ValueError(f"the tree has {tree.steps} steps, the grid {grid.steps}")
@@ -151,7 +151,7 @@ def sweep(
 
 
 class _Walk:
-    """The latents that are alive, [P, ...] for each state, on their way through the grid."""
+    """The live latents of a walk, [P, ...] for each state."""
 
     def __init__(
         self,
@@ -179,9 +179,9 @@ class _Walk:
         for index, state in enumerate(self.tree.states):
             if state.parent is not None:
                 departures[self.tree.states[state.parent].node].append(index)
-        # Steps lead to later nodes only, so in this order all states of a node are there before
-        # any of them is left. Each is evaluated once, however many leave it (G branches leave one
-        # anchor state), and those of all prompts and granularities share their batches.
+        # Steps only lead to later nodes, so all states of a node exist before any of them is left.
+        # Each is evaluated once, however many steps leave it (G branches leave one anchor state),
+        # and all prompts and granularities share batches.
         for node, leaving in enumerate(departures):
             if leaving:
                 self._leave(node, leaving)
@@ -194,7 +194,7 @@ class _Walk:
         )
 
     def _leave(self, node: int, leaving: list[int]) -> None:
-        """Evaluates the states that ``leaving`` come from, and takes all their departures."""
+        """Evaluates the parents of ``leaving`` and takes the steps to ``leaving``."""
         sources = list(dict.fromkeys(self._parent(state) for state in leaving))
         latents = self._stack(sources)
         velocities = self._evaluate(latents, node, sources)
@@ -228,7 +228,7 @@ class _Walk:
         return torch.stack([self.latents[state] for state in states], dim=1)
 
     def _draw(self, states: Sequence[int], step: int) -> torch.Tensor:
-        """The noise that drives ``states``, [P, len(states), ...]; a sample's is drawn once."""
+        """The noise that drives ``states``, [P, len(states), ...], drawn once per sample."""
         samples = [s for s in (self.tree.states[state].sample for state in states) if s is not None]
         rows = []
         for prompt in range(self.prompts):
@@ -248,8 +248,8 @@ class _Walk:
         for places, evaluate in ((exact, self._exactly), (others, continuations)):
             if places:
                 chosen = [sources[place] for place in places]
-                found = self._in_batches(evaluate, _select(latents, places), node, chosen)
-                velocities.index_copy_(1, indices(places, latents.device), found)
+                part = self._in_batches(evaluate, _select(latents, places), node, chosen)
+                velocities.index_copy_(1, indices(places, latents.device), part)
         continuations.passed(node)
         return velocities
 
@@ -274,7 +274,7 @@ class _Walk:
         flat = latents.flatten(0, 1)
         keys = [(prompt, state) for prompt in range(self.prompts) for state in states]
         prompt_of = torch.arange(self.prompts, device=flat.device).repeat_interleave(len(states))
-        # In bfloat16 a time would keep eight bits.
+        # In bfloat16 a time would keep only eight bits.
         precision = torch.promote_types(flat.dtype, torch.float32)
         times = flat.new_full((len(flat),), self.grid.timesteps[node], dtype=precision)
 
@@ -295,7 +295,7 @@ class _Walk:
         latents: torch.Tensor,
         velocities: torch.Tensor,
     ) -> torch.Tensor:
-        """``states`` at the next node, each reached by an SDE step from the one at its place."""
+        """``states`` at the next node, each reached by an SDE step from its place."""
         sigmas = self.grid.sigmas
         transition = Transition(sigmas[node], sigmas[node + 1], self.settings.diffusion[node])
         laws = [transition] * (latents.shape[0] * latents.shape[1])

@@ -55,7 +55,7 @@ def constant_diffusion(eta: float, sigmas: Sequence[float]) -> tuple[float, ...]
 def flow_diffusion(eta: float, sigmas: Sequence[float]) -> tuple[float, ...]:
     """g = eta sqrt(sigma / (1 - sigma)) at each of the T steps (Flow-GRPO, MixGRPO, G2RPO).
 
-    Where sigma = 1 the denominator uses sigma_1 instead, as the released code does.
+    At sigma = 1 the denominator uses sigma_1 instead, as the released code does.
     """
     first_below_one = sigmas[1]
     return tuple(
@@ -80,8 +80,7 @@ def transition_mean(
         velocity: v [B, ...], in the dtype of ``latents``.
         transitions: B laws, one per state.
 
-    Rollout and training both come through here, so that equal velocities give equal means to the
-    last bit.
+    Rollout and training both use this function, so equal velocities give bit-identical means.
     """
     latents_weight = per_state([t.latents_weight for t in transitions], latents)
     velocity_weight = per_state([t.velocity_weight for t in transitions], latents)
@@ -97,8 +96,8 @@ def log_prob(next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) 
         std: broadcastable to [B, ...], positive.
 
     Returns:
-        [B]. All released codes take the mean over dimensions, the papers write the full density;
-        the clip range 1e-4 only makes sense with the mean.
+        [B]. All released codes take the mean over dimensions where the papers write the full
+        density; the clip range 1e-4 only makes sense with the mean.
     """
     error = next_latents.detach() - mean
     density = -(error**2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)

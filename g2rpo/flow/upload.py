@@ -1,4 +1,4 @@
-"""Small tensors on their way to the device, without making the host wait for it."""
+"""Copies small tensors to the device without making the host wait."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,9 @@ import torch
 def to_device(
     tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """A CPU tensor on ``device``; on a GPU it goes through page-locked memory.
+    """A CPU tensor on ``device``, copied to a GPU through pinned memory.
 
-    A copy from ordinary memory would wait until everything that was asked of the GPU before is
-    done.
+    A copy from pageable memory would wait for all work queued on the GPU.
     """
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -19,5 +18,5 @@ def to_device(
 
 
 def indices(places: Sequence[int], device: torch.device) -> torch.Tensor:
-    """``places`` as an int64 tensor on ``device``; as an index, a list would be awaited."""
+    """``places`` as an int64 tensor on ``device``; indexing with a list blocks the host."""
     return to_device(torch.tensor(places, dtype=torch.int64), device)

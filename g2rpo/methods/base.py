@@ -1,4 +1,4 @@
-"""What every method says of itself: its rollout, what it trains, and how it is found by name."""
+"""The interface of a method (its rollout and its trained steps) and the registry by name."""
 
 import functools
 import importlib
@@ -21,7 +21,7 @@ class RolloutShape:
     Attributes:
         steps: denoising steps T.
         group_size: samples per group G.
-        iterations: training iterations planned in all.
+        iterations: planned training iterations.
     """
 
     steps: int
@@ -30,10 +30,10 @@ class RolloutShape:
 
 
 class Method(StrictModel):
-    """The part of a method that is the method itself; its fields are its configuration.
+    """Base class of methods; its fields are the method's configuration.
 
-    A method is a file in :mod:`g2rpo.methods` with a class derived from this one whose ``name`` is
-    that of the file. The training loop knows methods through these members alone.
+    A method is a file in :mod:`g2rpo.methods` with a subclass whose ``name`` is that of the file.
+    The training loop uses only these members.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Method(StrictModel):
         return next(kind for kind in kinds if kind.model_fields["name"].default == name)
 
     def check(self, shape: RolloutShape) -> list[str]:
-        """Refuses impossible combinations and returns notes that the user should see.
+        """Rejects impossible combinations and returns notes for the user.
 
         Raises:
             ValueError: one line that names the key and the fix.
@@ -66,9 +66,9 @@ class Method(StrictModel):
         raise NotImplementedError
 
     def phase(self, shape: RolloutShape, iteration: int) -> int:
-        """What the tree depends on in ``iteration`` (counted from 0); by default on nothing.
+        """The phase of ``iteration`` (counted from 0), on which the tree depends.
 
-        Iterations of the same phase have the same tree, which is built once to count its cost.
+        By default all iterations are in one phase and have the same tree.
         """
         del shape, iteration
         return 0
@@ -78,9 +78,9 @@ class Method(StrictModel):
         return self.tree(shape, self.phase(shape, iteration))
 
     def with_resolved_schedule(self, shape: RolloutShape) -> Self:
-        """The same method with what it derives from the planned iterations written out.
+        """A copy with everything derived from the planned iterations written out.
 
-        A run that may end sooner or later than planned then does the same in each iteration.
+        A run with another number of iterations then does the same in each of them.
         """
         del shape
         return self
@@ -88,9 +88,9 @@ class Method(StrictModel):
     def trained_steps(
         self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]
     ) -> Sequence[int]:
-        """Which of the recorded steps are trained for one (prompt id, sample): all by default.
+        """The recorded steps trained for one (prompt id, sample); all by default.
 
-        The number of them is the same for every sample of an iteration.
+        Every sample of an iteration trains the same number of steps.
         """
         del seed, iteration, key
         return recorded
@@ -108,7 +108,7 @@ def iterations_by_rollout(method: Method, shape: RolloutShape) -> dict[int, int]
 
 
 def method_names() -> list[str]:
-    """The names of all methods: the files of this package."""
+    """The names of all methods, the files of this package."""
     return list(_names(tuple(g2rpo.methods.__path__)))
 
 
@@ -121,11 +121,11 @@ def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def parse_method(value: Any) -> Method:
-    """Builds a method from its configuration mapping, found by its ``name``.
+    """Builds a method from its configuration mapping, by its ``name``.
 
     Raises:
-        UserError: no name, or no such method (the nearest is named).
-        pydantic.ValidationError: a wrong field.
+        UserError: no name, or an unknown method (with the closest match).
+        pydantic.ValidationError: a field is invalid.
     """
     if isinstance(value, Method):
         return value
@@ -137,16 +137,16 @@ def parse_method(value: Any) -> Method:
     return Method.concrete(value).model_validate(value)
 
 
-def check_steps(name: str, chosen: Sequence[int], steps: int, last: int) -> None:
-    """Refuses stochastic steps outside 0..last, repeated ones, or none at all.
+def check_steps(name: str, chosen: Sequence[int], last: int) -> None:
+    """Rejects an empty list of steps, repeated steps and steps outside 0..last.
 
     Raises:
         ValueError: one line.
     """
     if not chosen:
-        raise ValueError(f"{name} is empty: name at least one step")
+        raise ValueError(f"{name} is empty; give at least one step")
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"{name} names a step twice: {list(chosen)}")
+        raise ValueError(f"{name} repeats a step: {list(chosen)}")
     for step in chosen:
         if not 0 <= step <= last:
-            raise ValueError(f"{name} has step {step}: with {steps} steps use 0 to {last}")
+            raise ValueError(f"{name}: step {step} is out of range; use 0 to {last}")

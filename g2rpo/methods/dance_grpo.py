@@ -1,4 +1,4 @@
-"""DanceGRPO: noise at every step, a random part of the steps trained (arXiv 2505.07818)."""
+"""DanceGRPO: noise at every step, a random subset of steps trained (arXiv 2505.07818)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,7 +14,7 @@ from g2rpo.seeds import permutation
 class DanceGRPO(Method):
     """G trajectories from shared initial noise, all steps stochastic with constant g = eta.
 
-    The reward is that of the x_0 prediction of the last step; the last transition is never trained.
+    The last step's x_0 prediction is rewarded; the last transition is never trained.
     """
 
     name: Literal["dance_grpo"] = "dance_grpo"
@@ -31,8 +31,8 @@ class DanceGRPO(Method):
         """See :meth:`Method.check`."""
         if self.trained_count(shape.steps) < 1:
             raise ValueError(
-                f"method.trained_fraction {self.trained_fraction} trains none of the "
-                f"{shape.steps - 1} trainable steps: raise it"
+                f"method.trained_fraction={self.trained_fraction} trains none of the "
+                f"{shape.steps - 1} trainable steps; increase it"
             )
         return []
 
@@ -53,6 +53,6 @@ class DanceGRPO(Method):
     def trained_steps(
         self, recorded: Sequence[int], seed: int, iteration: int, key: tuple[str, int]
     ) -> Sequence[int]:
-        """A fresh random subset of the recorded steps for each sample."""
+        """A new random subset of the recorded steps for each sample."""
         order = permutation(len(recorded), seed, "trained-steps", iteration, *key)
         return sorted(recorded[index] for index in order[: self.trained_count(len(recorded) + 1)])

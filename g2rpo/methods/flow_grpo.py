@@ -11,20 +11,20 @@ from g2rpo.methods.base import Method, RolloutShape
 
 
 class FlowGRPO(Method):
-    """G trajectories, all steps stochastic in the Flow form; the image is the final x itself."""
+    """G trajectories, all steps stochastic in the Flow form; the image is the final x."""
 
     name: Literal["flow_grpo"] = "flow_grpo"
     eta: float = Field(0.7, gt=0)
     """Noise level (the released code's ``noise_level 0.7``)."""
     shared_initial_noise: bool = True
-    """The released code draws initial noise for each sample; a matched comparison shares it."""
+    """The released code draws initial noise per sample; the matched comparison shares it."""
 
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
 
     def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
-        """G stochastic lines down to the image; the last step's noise is part of the image."""
+        """G stochastic trajectories to the image, which includes the last step's noise."""
         tree = RolloutTree(shape.steps)
         if self.shared_initial_noise:
             states = [tree.initial(sample=0)] * shape.group_size

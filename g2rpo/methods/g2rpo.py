@@ -12,7 +12,7 @@ from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.base import Method, RolloutShape, check_steps
 
 NamedSteps = Literal["first_half", "last_half", "all", "every_second", "first", "middle", "last"]
-"""Sets of stochastic steps on any grid; the step before the image is never one of them."""
+"""Sets of stochastic steps for any grid; the last step is never one of them."""
 
 
 def named_steps(name: NamedSteps, steps: int) -> tuple[int, ...]:
@@ -30,21 +30,21 @@ def named_steps(name: NamedSteps, steps: int) -> tuple[int, ...]:
 
 
 class G2RPO(Method):
-    """One deterministic anchor per prompt; at each step of M, G branches with noise at that step.
+    """One deterministic anchor per prompt, and G branches with noise at each step of M.
 
-    Every branch is finished by ODE at each granularity, and its advantages are summed.
+    Every branch is continued by ODE at each granularity, and their advantages are summed.
     """
 
     name: Literal["g2rpo"] = "g2rpo"
     eta: float = Field(0.7, gt=0)
     """Noise level of the stochastic step (released flag ``--eta 0.7``)."""
     stochastic_steps: tuple[int, ...] | NamedSteps | None = None
-    """The set M of stochastic steps: indices from 0, or a name (:data:`NamedSteps`); null is the
+    """The set M of stochastic steps: indices from 0 or a name (:data:`NamedSteps`); null is the
     first half of the grid, as in the paper."""
     granularities: tuple[int, ...] = (1, 2, 3)
     """The set of granularities; (1,) is "without MGAI"."""
     log_anchor_reward: bool = True
-    """Also scores the anchor's own image, for the log alone (as the released code does)."""
+    """Also scores the anchor's image, only for the log (as the released code does)."""
 
     @field_validator("stochastic_steps", mode="before")
     @classmethod
@@ -52,8 +52,8 @@ class G2RPO(Method):
         names = get_args(NamedSteps)
         if isinstance(value, str) and value not in names:
             raise ValueError(
-                f"method.stochastic_steps: no set of steps {value!r}; {nearest(value, names)} "
-                "(or name the steps, e.g. [0, 1, 2])"
+                f"method.stochastic_steps: unknown name {value!r}; {nearest(value, names)} "
+                "(or list the steps, e.g. [0, 1, 2])"
             )
         return value
 
@@ -63,20 +63,18 @@ class G2RPO(Method):
         return named_steps(chosen, steps) if isinstance(chosen, str) else chosen
 
     def check(self, shape: RolloutShape) -> list[str]:
-        """See :meth:`Method.check`; notes granularities that coincide."""
+        """See :meth:`Method.check`; the notes name granularities that coincide."""
         chosen = self.steps_of(shape.steps)
-        check_steps("method.stochastic_steps", chosen, shape.steps, shape.steps - 2)
+        check_steps("method.stochastic_steps", chosen, shape.steps - 2)
         if not self.granularities:
-            raise ValueError("method.granularities is empty: name at least one, e.g. [1]")
-        for granularity in self.granularities:
-            if granularity < 1:
-                raise ValueError(
-                    f"method.granularities has {granularity}: "
-                    "a granularity is a stride of 1 or more"
-                )
+            raise ValueError("method.granularities is empty; give at least one, e.g. [1]")
+        if min(self.granularities) < 1:
+            raise ValueError(
+                f"method.granularities: {min(self.granularities)} is not a stride; use 1 or more"
+            )
         return [
-            f"at stochastic step {step} the granularities {first} and {second} visit the same "
-            "nodes: that trajectory is evaluated once and counts twice in the advantage"
+            f"at stochastic step {step}, granularities {first} and {second} visit the same nodes; "
+            "that trajectory is evaluated once and counts twice in the advantage"
             for step, first, second in coinciding_granularities(
                 chosen, self.granularities, shape.steps
             )
@@ -96,8 +94,8 @@ class G2RPO(Method):
         if self.log_anchor_reward:
             tree.logged_images.append(anchor[-1])
         for step in sorted(self.steps_of(shape.steps)):
-            # All branches leave the anchor's own state, so the sweep evaluates its velocity once
-            # for the anchor and the G branches (the released code does it again for each sample).
+            # All branches leave the anchor's state, so the sweep evaluates its velocity once for
+            # the anchor and the G branches (the released code does so for each sample).
             branches = [
                 tree.sde(anchor[step], sample, record=True) for sample in range(shape.group_size)
             ]

@@ -1,4 +1,4 @@
-"""MixGRPO: noise inside a sliding window of steps, ODE outside (arXiv 2507.21802)."""
+"""MixGRPO: noise in a sliding window of steps, ODE outside (arXiv 2507.21802)."""
 
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -11,10 +11,10 @@ from g2rpo.methods.base import Method, RolloutShape
 
 
 class MixGRPO(Method):
-    """G trajectories from shared initial noise, stochastic and trained inside the window only.
+    """G trajectories from shared initial noise, stochastic and trained in the window only.
 
     The window is [c, min(c + size, T - 2)); c starts at 0, moves by ``stride`` every ``interval``
-    iterations and starts again at 0 when it has passed the last trainable step.
+    iterations, and returns to 0 after the last trainable step.
     """
 
     name: Literal["mix_grpo"] = "mix_grpo"
@@ -25,7 +25,7 @@ class MixGRPO(Method):
     stride: int = Field(1, ge=0)
     """How far the window moves; 0 keeps it frozen at the first steps."""
     interval: int | None = Field(25, ge=1)
-    """Iterations between two moves; null is a twelfth of all iterations, as 25 is of 300."""
+    """Iterations between two moves; null is a twelfth of the iterations, as 25 is of 300."""
 
     def moves_every(self, shape: RolloutShape) -> int:
         """Iterations between two moves of the window."""
@@ -39,7 +39,7 @@ class MixGRPO(Method):
         """The first step of the window."""
         # The released schedule never trains the last two transitions. The window starts at 0,
         # stride, 2 stride, ... below that, so the last positions hold fewer steps than the others,
-        # and goes back to 0 after them; a stride of 0 leaves one position.
+        # and returns to 0 after them; a stride of 0 leaves one position.
         positions = -(-(shape.steps - 2) // self.stride) if self.stride else 1
         return iteration // self.moves_every(shape) % positions * self.stride
 
@@ -51,16 +51,16 @@ class MixGRPO(Method):
         """See :meth:`Method.check`."""
         if shape.steps < 3:
             raise ValueError(
-                f"grid.steps {shape.steps} leaves MixGRPO no trainable step: use 3 or more"
+                f"grid.steps={shape.steps} leaves MixGRPO no trainable step; use 3 or more"
             )
         return []
 
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
-        """Flow form: eta sqrt(sigma / (1 - sigma)); used inside the window only."""
+        """Flow form: eta sqrt(sigma / (1 - sigma)); used in the window only."""
         return flow_diffusion(self.eta, sigmas)
 
     def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
-        """ODE shared by the group up to the window, SDE inside it, ODE after it."""
+        """ODE shared by the group before the window, SDE in it, ODE after it."""
         tree = RolloutTree(shape.steps)
         window = self.window(shape, phase)
         states = [tree.initial(sample=0)] * shape.group_size

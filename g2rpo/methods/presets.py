@@ -1,7 +1,7 @@
-"""The presets of the methods: settings of a training, as :class:`TrainConfig` takes them.
+"""Presets of the methods: training settings in the form of :class:`TrainConfig`.
 
-Each method has a YAML beside its module. ``released`` is what its own code does; ``matched`` is the
-method itself, where everything else is to be the same for all methods.
+Each method has a YAML next to its module. ``released`` follows its released code; ``matched`` holds
+only the method, for comparisons where everything else is the same for all methods.
 """
 
 from pathlib import Path
@@ -17,23 +17,23 @@ def load_preset(method: str, preset: str) -> dict[str, Any]:
 
     Args:
         method: the name of a method, or the path of a YAML with presets.
-        preset: its section.
+        preset: the name of the preset.
 
     Raises:
-        UserError: there is no such method or section.
+        UserError: unknown method or preset.
     """
     data = _presets(method)
     sections = {name: section for name, section in data.items() if isinstance(section, dict)}
     if preset not in sections:
-        raise UserError(f"presets of {method}: no section {preset!r}; {nearest(preset, sections)}")
+        raise UserError(f"no preset {preset!r} for {method}; {nearest(preset, sections)}")
     return sections[preset]
 
 
 def method_label(method: str) -> str:
-    """What tables call a method: the ``label`` beside its presets.
+    """The ``label`` of a method in tables.
 
     Raises:
-        UserError: there is no such method.
+        UserError: unknown method.
     """
     return str(_presets(method).get("label", method))
 
@@ -43,5 +43,5 @@ def _presets(method: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = Path(__file__).with_name(f"{method}.yaml")
         if not path.exists():
-            raise UserError(f"no method preset {method!r}; {nearest(method, method_names())}")
+            raise UserError(f"no method {method!r}; {nearest(method, method_names())}")
     return load_yaml(path)

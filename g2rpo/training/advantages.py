@@ -1,4 +1,9 @@
-"""From the rewards of a group's images to the advantages of its stochastic transitions."""
+"""Advantages of stochastic transitions, from the rewards of their groups' images.
+
+The paper sums the normalised advantages of a step's granularities (arXiv 2510.01982,
+multi-granularity advantage integration). The other reductions are alternatives to compare it with:
+two weight the granularities' advantages, two reduce the rewards before normalising once.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,13 +17,13 @@ from g2rpo.config import StrictModel, unhashed
 from g2rpo.flow.rollout_tree import Group
 
 GranularityReduction = Literal["sum", "mean", "inverse_variance", "best_of", "reward_mean"]
-"""``sum``: of the granularities' advantages (the paper). ``mean``: their mean, the sum without its
-larger scale. ``inverse_variance``: their sum, each weighted by the inverse variance of its rewards
-in the group; the weights of a step sum to the number of its granularities, so that equal variances
-are ``sum``. ``best_of``: each sample's best reward over the granularities, then normalised.
+"""``sum`` or ``mean`` of the granularities' advantages (the paper: ``sum``).
+``inverse_variance``: their sum, each weighted by the inverse variance of its rewards in the group;
+the weights of a step sum to the number of its granularities, so equal variances give ``sum``.
+``best_of``: each sample's best reward over the granularities, then normalised.
 ``reward_mean``: each sample's mean reward over them, then normalised."""
 
-# Rewards are float32: a spread of a few of its rounding errors is no difference between images.
+# Rewards are float32: a spread of a few rounding errors is not a difference between images.
 EQUAL_REWARDS_TOLERANCE = 8 * torch.finfo(torch.float32).eps
 
 
@@ -39,16 +44,16 @@ class AdvantageConfig(StrictModel):
     the same with weights that sum to 1 (MixGRPO). ``sum_of_rewards``: rewards are summed before
     they are normalised (Flow-GRPO)."""
     granularity_reduction: GranularityReduction = unhashed("sum")
-    """How the granularities of a step become one advantage; ``sum`` is the paper's."""
+    """How the advantages of a step's granularities are combined; the paper uses ``sum``."""
 
 
 @dataclass(frozen=True)
 class Normalized:
-    """Advantages of one reward and which groups had none.
+    """Advantages of one reward.
 
     Attributes:
         values: [..., G] float64.
-        equal: [...] bool, the groups whose rewards are equal up to rounding (advantages 0).
+        equal: [...] bool, groups whose rewards are equal up to rounding (advantages 0).
     """
 
     values: torch.Tensor
@@ -69,15 +74,15 @@ def normalize(
     """(r - mean) / (std + epsilon) over the last dimension, in float64.
 
     Args:
-        rewards: [..., G]; with ``global_std`` all of it is the batch whose std is taken.
+        rewards: [..., G]; ``global_std`` takes the std over all of them.
         config: normaliser, ddof and epsilon.
-        magnitude: [..., G], the size at which the rewards were rounded; theirs by default, more
-            where they are sums whose terms may cancel.
-        present: [..., G] bool, for groups of unequal size: which rewards count. The others may
-            hold anything and get advantage 0, as does a group of one.
+        magnitude: [..., G], the magnitude at which the rewards were rounded: their own by default,
+            larger if they are sums whose terms may cancel.
+        present: [..., G] bool, which rewards count in groups of unequal size. The others may have
+            any value and get advantage 0, as does a group of one.
 
-    A group whose rewards are equal up to float32 rounding gets advantage 0: computed naively,
-    rounding noise divided by epsilon would give advantages in the hundreds.
+    A group whose rewards are equal up to float32 rounding gets advantage 0; otherwise rounding
+    noise divided by epsilon would give advantages in the hundreds.
     """
     values = rewards.to(torch.float64)
     if present is None:
@@ -107,7 +112,7 @@ def reduced_rewards(
     steps: Sequence[int | None],
     reduction: Literal["best_of", "reward_mean"],
 ) -> torch.Tensor:
-    """One group for each step, in float64.
+    """Reduces the rewards to one group per step, in float64.
 
     Args:
         rewards: [P, number of groups, G].
@@ -115,7 +120,7 @@ def reduced_rewards(
         reduction: the rule.
 
     Returns:
-        [P, number of different steps, G], in the order in which the steps come first.
+        [P, number of distinct steps, G], in order of first appearance.
     """
     values = rewards.to(torch.float64)
     reduced = []
@@ -132,15 +137,14 @@ def granularity_weights(
     ddof: int,
     equal: torch.Tensor,
 ) -> torch.Tensor:
-    """What each group's advantages are multiplied with before those of a step are summed.
+    """The weight of each group's advantages in the sum over a step's groups.
 
     Args:
         rewards: [P, number of groups, G].
         steps: the step that each group credits.
         reduction: the rule.
         ddof: delta degrees of freedom of the variance.
-        equal: [P, number of groups], groups whose rewards are equal: they tell nothing and get
-            no weight.
+        equal: [P, number of groups] bool, groups whose rewards are equal; they get weight 0.
 
     Returns:
         [P, number of groups, 1] float64.
@@ -167,7 +171,7 @@ def _places(steps: Sequence[int | None], step: int | None) -> list[int]:
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """Advantages of every group, not yet summed over the groups that credit a step.
+    """Advantages of every group, before they are summed over the groups that credit a step.
 
     Attributes:
         values: [P, number of groups, G] float64.
@@ -190,7 +194,7 @@ def group_advantages(
         rewards: for each reward model, [P, number of groups, G].
         weights: for each reward model, its weight.
         config: normalisation and combination.
-        groups: which step each group credits, for a reduction that weights the groups of a step.
+        groups: the groups, for a reduction that weights the groups of a step.
     """
     zero_std_groups = {}
     values = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float64)
@@ -210,7 +214,7 @@ def group_advantages(
 def _terms(
     rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], config: AdvantageConfig
 ) -> list[tuple[str, torch.Tensor, float, torch.Tensor | None]]:
-    """What is normalised by itself: name, rewards, weight, and the size of their rounding."""
+    """The terms normalised separately: name, rewards, weight, and the magnitude of rounding."""
     if config.combination == "sum_of_rewards":
         terms = torch.stack([weights[name] * r.double() for name, r in rewards.items()])
         return [("sum", terms.sum(0), 1.0, terms.abs().sum(0))]
@@ -223,7 +227,7 @@ def step_advantages(
 ) -> torch.Tensor:
     """The advantages of the transitions of one step, [P, G]: summed over its groups, clamped.
 
-    A group without a step credits every step; one with a step credits that step alone, so G2RPO
+    A group without a step credits every step; one with a step credits only that step, so G2RPO
     sums over its granularities (paper: multi-granularity advantage integration).
     """
     credited = [index for index, group in enumerate(groups) if group.step in (None, step)]
@@ -250,7 +254,7 @@ def transition_advantages(
     steps: Sequence[int],
     config: AdvantageConfig,
 ) -> TransitionAdvantages:
-    """From the rewards of all groups to the advantages of the transitions of ``steps``.
+    """The advantages of the transitions of ``steps``, from the rewards of all groups.
 
     Args:
         rewards: for each reward model, [P, number of groups, G].
@@ -266,6 +270,6 @@ def transition_advantages(
             for n, r in rewards.items()
         }
         groups = [Group((), step) for step in dict.fromkeys(credited)]
-    found = group_advantages(rewards, weights, config, groups)
-    by_step = [step_advantages(found.values, groups, step, config.clip) for step in steps]
-    return TransitionAdvantages(tuple(by_step), found.zero_std_groups)
+    of_groups = group_advantages(rewards, weights, config, groups)
+    by_step = [step_advantages(of_groups.values, groups, step, config.clip) for step in steps]
+    return TransitionAdvantages(tuple(by_step), of_groups.zero_std_groups)

@@ -1,4 +1,4 @@
-"""What a rollout teaches: its stochastic transitions with their advantages, as training data."""
+"""Training data: the stochastic transitions of a rollout with their advantages."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from g2rpo.training.rollout import Rollout
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """N trained transitions that leave U distinct states.
+    """N trained transitions from U distinct states.
 
     Samples that share a state (all of a G2RPO group share x_k) share its training forward.
 
@@ -28,12 +28,12 @@ class TrainingBatch:
         prompts: prompt index of each state, [U] int64.
         steps: grid step of each state, length U.
         transitions: the law of each state's transition, length U.
-        state_of: which state each transition leaves, [N] int64.
+        state_of: the source state of each transition, [N] int64.
         samples: sample index of each transition, [N] int64.
         next_latents: x_{k+1}, [N, ...].
-        log_prob: under the rollout policy, as stored at the rollout, [N].
+        log_prob: under the rollout policy, stored at the rollout, [N].
         advantage: [N] float64.
-        weight: of each transition in the loss of its update, whose transitions' mean it is.
+        weight: of each transition in the loss, which is the mean over its update.
     """
 
     conditioning: Conditioning
@@ -53,12 +53,12 @@ class TrainingBatch:
         return len(self.state_of)
 
     def update(self, members: Tensor) -> "TrainingBatch":
-        """The update that takes the mean over the transitions ``members`` alone."""
+        """The update over the transitions ``members`` only."""
         part = self._part(torch.unique(self.state_of[members]), members)
         return replace(part, weight=1.0 / len(members))
 
     def split(self, size: int) -> Iterator["TrainingBatch"]:
-        """Micro-batches of at most ``size`` states, with all the transitions that leave them."""
+        """Micro-batches of at most ``size`` states, with all their transitions."""
         for states in torch.split(torch.arange(len(self.states)), size):
             yield self._part(states, torch.nonzero(torch.isin(self.state_of, states)).flatten())
 
@@ -85,8 +85,8 @@ def rollout_advantages(
     """The advantages of a rollout's transitions.
 
     Args:
-        rollout: says which step each group credits.
-        config: weights of the rewards, normalisation and combination.
+        rollout: the rollout, whose groups credit steps.
+        config: reward weights, normalisation and combination.
         rewards: [P, groups, G] by name; the rollout's own by default.
     """
     if rewards is None:
@@ -107,7 +107,7 @@ def training_batch(
     Args:
         rollout: of ``prompts``.
         prompts: P prompts.
-        config: the method chooses the trained steps; rewards and advantages are combined by it.
+        config: chooses the trained steps and how advantages are combined.
         advantages: by step, [P, G]; :func:`rollout_advantages` by default.
     """
     if advantages is None:
@@ -129,44 +129,44 @@ def collect_transitions(
     trained: Sequence[Sequence[Sequence[int]]],
     conditioning: Conditioning,
 ) -> TrainingBatch:
-    """Flattens the recorded steps, keeping the transitions that are trained.
+    """Flattens the recorded steps and keeps the trained transitions.
 
     Args:
         recorded: the rollout's stochastic steps, with P prompts and N transitions each.
         advantages: for each recorded step, [P, G].
-        trained: for each prompt and sample, the steps that are trained.
+        trained: for each prompt and sample, the trained steps.
         conditioning: of the P prompts.
     """
     # One entry for each (step, prompt) with a trained transition.
-    found: list[tuple[RecordedStep, int, list[int], list[int], Tensor]] = []
+    rows: list[tuple[RecordedStep, int, list[int], list[int], Tensor]] = []
     for step, advantage in zip(recorded, advantages, strict=True):
         for prompt in range(len(step.sources)):
             kept = [n for n, g in enumerate(step.samples) if step.step in trained[prompt][g]]
             if kept:
                 used = sorted({int(step.source_of[n]) for n in kept})
-                found.append((step, prompt, kept, used, advantage))
+                rows.append((step, prompt, kept, used, advantage))
     state_of: list[int] = []
     states = 0
-    for step, _, kept, used, _ in found:
+    for step, _, kept, used, _ in rows:
         state_of += [states + used.index(int(step.source_of[n])) for n in kept]
         states += len(used)
     like = recorded[0].sources
     return TrainingBatch(
         conditioning=conditioning,
-        states=torch.cat([step.sources[p, used] for step, p, _, used, _ in found]),
+        states=torch.cat([step.sources[p, used] for step, p, _, used, _ in rows]),
         times=like.new_tensor(
-            [step.time for step, _, _, used, _ in found for _ in used],
+            [step.time for step, _, _, used, _ in rows for _ in used],
             dtype=torch.promote_types(like.dtype, torch.float32),
         ),
-        prompts=torch.tensor([p for _, p, _, used, _ in found for _ in used]),
-        steps=tuple(step.step for step, _, _, used, _ in found for _ in used),
-        transitions=tuple(step.transition for step, _, _, used, _ in found for _ in used),
+        prompts=torch.tensor([p for _, p, _, used, _ in rows for _ in used]),
+        steps=tuple(step.step for step, _, _, used, _ in rows for _ in used),
+        transitions=tuple(step.transition for step, _, _, used, _ in rows for _ in used),
         state_of=torch.tensor(state_of),
-        samples=torch.tensor([step.samples[n] for step, _, kept, _, _ in found for n in kept]),
-        next_latents=torch.cat([step.next_latents[p, kept] for step, p, kept, _, _ in found]),
-        log_prob=torch.cat([step.log_prob[p, kept] for step, p, kept, _, _ in found]),
+        samples=torch.tensor([step.samples[n] for step, _, kept, _, _ in rows for n in kept]),
+        next_latents=torch.cat([step.next_latents[p, kept] for step, p, kept, _, _ in rows]),
+        log_prob=torch.cat([step.log_prob[p, kept] for step, p, kept, _, _ in rows]),
         advantage=torch.cat(
-            [value[p, [step.samples[n] for n in kept]] for step, p, kept, _, value in found]
+            [value[p, [step.samples[n] for n in kept]] for step, p, kept, _, value in rows]
         ),
         weight=1.0 / len(state_of),
     )
@@ -175,8 +175,8 @@ def collect_transitions(
 def split_updates(batch: TrainingBatch, config: OptimizationConfig) -> list[TrainingBatch]:
     """The optimiser steps of one iteration, in order.
 
-    With ``update_every: iteration`` a loss averages over samples, prompts and trained steps; with
-    ``timestep`` there is one update per trained step, which averages over samples and prompts.
+    With ``update_every: iteration`` the loss is the mean over samples, prompts and trained steps;
+    with ``timestep`` there is one update per trained step, with the mean over samples and prompts.
     """
     if config.update_every == "timestep":
         step_of = torch.tensor(batch.steps)[batch.state_of]

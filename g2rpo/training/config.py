@@ -1,4 +1,4 @@
-"""What a training run is: one typed object, stored with the run and hashed into its name."""
+"""The configuration of a training run, stored with the run and hashed into its name."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -39,11 +39,11 @@ class PromptsConfig(StrictModel):
     file: str
     """Text file with one prompt per line."""
     limit: int | None = Field(None, ge=1)
-    """Uses the first so many prompts; null uses all."""
+    """Uses only the first ``limit`` prompts; null uses all."""
 
 
 class TrainingReward(StrictModel):
-    """A reward that is trained on."""
+    """A training reward."""
 
     reward: RewardConfig
     weight: float = Field(1.0, gt=0)
@@ -59,7 +59,7 @@ class TrainingReward(StrictModel):
 
 
 class RolloutConfig(StrictModel):
-    """How many samples an iteration draws."""
+    """The number of samples per iteration."""
 
     group_size: int = Field(12, ge=2)
     """Samples per group G; a group of 1 has no advantage."""
@@ -68,12 +68,12 @@ class RolloutConfig(StrictModel):
 
 
 class OptimizationConfig(StrictModel):
-    """The optimiser, the objective and how an iteration is split into updates."""
+    """The optimiser, the objective and the updates of an iteration."""
 
     iterations: int = Field(300, ge=1, le=1_000_000_000)
     max_device_seconds: float | None = unhashed(None, gt=0)
-    """Ends the run sooner: after the iteration in which the device-seconds of all ranks reach this.
-    What it ends with depends on the machine; null leaves it to ``iterations``."""
+    """Ends the run early, after the iteration in which the device-seconds of all ranks reach this.
+    The result then depends on the machine; null sets no limit."""
     optimizer: Literal["adamw", "adamw_8bit"] = unhashed("adamw")
     """``adamw_8bit`` keeps AdamW's two moments in 8 bits (torchao), a quarter of their memory."""
     learning_rate: float = Field(2e-6, gt=0)
@@ -84,32 +84,32 @@ class OptimizationConfig(StrictModel):
     clip_range: float = Field(1e-4, gt=0)
     """The ratio is clipped to 1 +- this (released flag ``--clip_range 1e-4``)."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Weight of the KL to the frozen base, per trained step; 0 leaves the base out of memory."""
+    """Weight of the KL to the frozen base, per trained step; with 0 the base is not loaded."""
     update_every: Literal["iteration", "timestep"] = "iteration"
-    """``iteration``: losses of all trained steps are averaged, then one update.
-    ``timestep``: one update for each trained step, its loss undivided (released HPS script)."""
+    """``iteration``: one update on the mean loss of all trained steps.
+    ``timestep``: one update per trained step, with its loss undivided (released HPS script)."""
     updates_per_iteration: int = Field(1, ge=1)
-    """With ``iteration``: the samples of each group are split into so many updates in turn."""
+    """With ``iteration``: the samples of each group are split into this many updates."""
     ema_decay: float | None = Field(None, ge=0, lt=1)
-    """Exponential moving average of the weights, used for evaluation; null keeps none."""
+    """Decay of the weights' EMA, which is used for evaluation; null keeps none."""
     ratio_tolerance: float = Field(2e-5, gt=0)
-    """How far the ratio may be from 1 before the first update; beyond it the run stops."""
+    """Largest deviation of the ratio from 1 before the first update; beyond it the run stops."""
 
 
 class CheckpointConfig(StrictModel):
-    """When checkpoints are written and which are kept (the last one always is)."""
+    """When checkpoints are written and which are kept."""
 
     every: int = Field(50, ge=1)
     """Iterations between two checkpoints."""
     every_minutes: float | None = Field(30.0, gt=0)
-    """One is written as well when so many minutes have passed since the last; null: none is."""
+    """Also writes one when this many minutes have passed since the last; null disables this."""
     keep_last: int = Field(2, ge=1)
-    """At least two are kept whatever this says: if the last is damaged, the one before is used."""
+    """Never fewer than two are kept: if the last is damaged, the one before it is used."""
     keep_every: int | None = Field(None, ge=1)
-    """Checkpoints at multiples of this are kept for good."""
+    """Checkpoints at multiples of this are always kept."""
 
     def kept(self, iterations: Sequence[int]) -> set[int]:
-        """Those of ``iterations``, which are ascending, whose checkpoints are kept."""
+        """Those of the ascending ``iterations`` whose checkpoints are kept."""
         last = set(iterations[-max(2, self.keep_last) :])
         every = self.keep_every
         return {i for i in iterations if i in last or (every is not None and i % every == 0)}
@@ -118,59 +118,59 @@ class CheckpointConfig(StrictModel):
 class ValidationConfig(StrictModel):
     """In-domain rewards on fixed prompts and noise during training, for learning curves.
 
-    Training samples differ between methods (where the noise is, which image is scored), so only
-    this is comparable. It changes nothing of the training.
+    Training samples are not comparable between methods (they differ in where the noise is and which
+    image is scored); these are. Training itself is unaffected.
     """
 
     file: str
     limit: int = Field(64, ge=1)
     every: int = Field(10, ge=1)
-    """Iterations between two validations; there is one before the first iteration as well."""
+    """Iterations between two validations; there is also one before the first iteration."""
     seed: int = 1223627
 
 
 class PicturesConfig(StrictModel):
-    """Images of fixed prompts and noise during training, to be looked at.
+    """Preview images of fixed prompts and noise during training.
 
-    They are not scored in training and change nothing of it.
+    They are not scored in training, which is unaffected.
     """
 
     file: str
     limit: int = Field(8, ge=1)
-    """Uses the first so many prompts."""
+    """Uses the first ``limit`` prompts."""
     every: int = Field(50, ge=1)
-    """Iterations between two."""
+    """Iterations between two previews."""
     seed: int = 1223627
     grid: GridConfig = GridConfig()
     resolution: int = Field(gt=0)
     guidance_scale: float = Field(3.5, ge=0)
 
     def iterations(self, total: int) -> range:
-        """After which of ``total`` iterations; the ends are the evaluation's."""
+        """The iterations with previews, out of ``total``; base and result have evaluations."""
         return range(self.every, total, self.every)
 
 
 class ExecutionConfig(StrictModel):
-    """Where and in which batches a run executes; not part of its name."""
+    """Device, batch sizes and kernels of a run; not part of its name."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rollout_micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """States per velocity evaluation in the rollout; ``auto`` estimates how many fit. Halved where
+    """States per velocity evaluation in the rollout; ``auto`` estimates how many fit. Halved when
     memory runs out."""
     training_micro_batch: int = Field(32, ge=1)
-    """States per training forward and backward; halved where memory runs out."""
+    """States per training forward and backward; halved when memory runs out."""
     sharding: Literal["replicated", "fsdp2"] = "replicated"
-    """``fsdp2``: weights, gradients and optimiser states are shared by the ranks."""
+    """``fsdp2`` shards weights, gradients and optimiser states over the ranks."""
     rollout_weights: Literal["auto", "gathered", "sharded"] = "auto"
-    """With ``fsdp2``: gathered once a rollout, or at each forward; ``auto`` where they fit."""
+    """With ``fsdp2``: gather once per rollout or at every forward; ``auto`` gathers if they fit."""
     gradient_checkpointing: bool = False
-    """Computes activations again in the backward instead of keeping them."""
+    """Recomputes activations in the backward pass instead of keeping them."""
     compile: bool = False
-    """Compiles the transformer's blocks, which takes about a minute at FLUX's size."""
+    """Compiles the transformer's blocks (about a minute at FLUX's size)."""
     attention: Attention = "auto"
-    """The attention kernel of rollout and training; ``auto`` is one whose backward works."""
+    """The attention kernel of rollout and training; ``auto`` takes one that has a backward."""
     overlap_rewards: bool = True
-    """On a GPU, scores images while the next ones are decoded."""
+    """On a GPU, scores images while the next ones are being decoded."""
     offload: OffloadConfig = OffloadConfig()
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics are logged besides ``metrics.jsonl``, through accelerate."""
@@ -183,19 +183,19 @@ class TrainConfig(StrictModel):
     policy: PolicyConfig
     prompts: PromptsConfig
     rewards: dict[str, TrainingReward] = Field(min_length=1)
-    """The in-domain rewards, by the name of their column."""
+    """The in-domain rewards, by column name."""
     grid: GridConfig = GridConfig()
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
     lora: LoraConfig | None = unhashed(None)
     """Trains adapters; null trains the transformer's own weights."""
     approximate_rollout: ContinuationConfig | None = unhashed(None)
-    """Approximations of what no log-probability depends on; null computes everything exactly."""
+    """Approximates what no log-prob depends on; null computes everything exactly."""
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     optimization: OptimizationConfig = OptimizationConfig()
     validation: ValidationConfig | None = None
     pictures: PicturesConfig | None = unhashed(None)
-    """Images that are kept of the steps between base and end; null keeps none."""
+    """Preview images between base and result; null keeps none."""
     checkpoints: CheckpointConfig = CheckpointConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -213,27 +213,27 @@ class TrainConfig(StrictModel):
             and self.lora is None
         ):
             raise ValueError(
-                "approximate_rollout.merged_lora needs lora: there is nothing to merge"
+                "approximate_rollout.merged_lora needs lora: there are no adapters to merge"
             )
         updates = self.optimization.updates_per_iteration
         if self.rollout.group_size % updates:
             raise ValueError(
-                f"optimization.updates_per_iteration {updates} does not divide "
-                f"rollout.group_size {self.rollout.group_size}"
+                f"optimization.updates_per_iteration={updates} does not divide "
+                f"rollout.group_size={self.rollout.group_size}"
             )
         if updates > 1 and self.optimization.update_every == "timestep":
             raise ValueError(
-                "optimization.updates_per_iteration splits samples only with "
+                "optimization.updates_per_iteration above 1 needs "
                 "optimization.update_every: iteration"
             )
         random_subset = type(self.method).trained_steps is not Method.trained_steps
         if random_subset and self.optimization.update_every == "timestep":
             raise ValueError(
-                f"optimization.update_every: timestep does not go with {self.method.name}, "
-                "which trains other steps for each sample; use iteration"
+                f"optimization.update_every: timestep is not supported with {self.method.name}, "
+                "which trains different steps for each sample; use iteration"
             )
         return self
 
     def notes(self) -> list[str]:
-        """What a user should know about this configuration before it runs."""
+        """Notes on this configuration for the user."""
         return self.method.check(self.shape)

@@ -1,8 +1,8 @@
-"""Declared approximations of the velocity, for continuations alone.
+"""Approximate velocities for continuations.
 
-A trajectory after its last stochastic step has no log-probability. Its velocities decide rewards,
-but no ratio, so they may be computed on other weights or less often. Everything else (the anchor,
-the states that recorded transitions leave, training, validation, sampling) stays exact.
+After its last stochastic step a trajectory has no log-prob. Its velocities affect rewards but no
+ratio, so they may be computed with other weights or less often. Everything else (the anchor, the
+source states of recorded transitions, training, validation, sampling) stays exact.
 """
 
 import contextlib
@@ -27,27 +27,28 @@ from g2rpo.policy.kernels import compile_blocks, is_compiled
 from g2rpo.training.step_cache import CachedBlocks, StepCache
 
 Refresh = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
-"""A layer's current weight, and what takes it over."""
+"""Returns a layer's current weight, and sets the twin's."""
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
 class ContinuationPolicy:
-    """A policy's approximate twin; shares with it all weights that are not approximated."""
+    """A policy's approximate twin, which shares all weights that are not approximated."""
 
     def __init__(self, policy: FluxPolicy, config: ContinuationConfig) -> None:
         """Prepares the twin of ``policy``.
 
         Raises:
-            UserError: ``merged_lora`` without adapters, or weights that are sharded.
+            UserError: ``merged_lora`` without adapters, or sharded weights.
         """
         exact, twin = policy.transformer, _same_weights(policy.transformer)
         if any(isinstance(p.data, torch.distributed.tensor.DTensor) for p in exact.parameters()):
             raise UserError(
-                "approximate_rollout: not with sharded weights; use execution.sharding: replicated"
+                "approximate_rollout is not supported with sharded weights; use "
+                "execution.sharding=replicated"
             )
         self.config, self._refreshes = config, _approximate(exact, twin, config)
         if config.merged_lora and not self._refreshes:
-            raise UserError("approximate_rollout.merged_lora: there are no adapters; it needs lora")
+            raise UserError("approximate_rollout.merged_lora needs lora")
         if any(is_compiled(module) for module in exact.modules()):
             compile_blocks(twin)
         self._blocks: CachedBlocks | None = None
@@ -63,10 +64,10 @@ class ContinuationPolicy:
     def rollout(
         self, tree: RolloutTree, conditioning: Conditioning
     ) -> Iterator["RolloutContinuations"]:
-        """The velocities of one walk over ``tree``, on the policy's current weights."""
+        """The velocities of one walk over ``tree`` with the policy's current weights."""
         with torch.no_grad():
-            for weight, take_over in self._refreshes:
-                take_over(weight())
+            for weight, refresh in self._refreshes:
+                refresh(weight())
         if self._blocks is None or self.config.step_cache is None:
             yield RolloutContinuations(self.policy, conditioning)
             return
@@ -100,18 +101,18 @@ class RolloutContinuations:
 
     @property
     def reused(self) -> int:
-        """Velocities so far for which blocks were skipped."""
+        """Velocities for which blocks have been skipped so far."""
         return 0 if self.cache is None else len(self.cache.reused)
 
 
 def _same_weights(module: nn.Module) -> nn.Module:
-    """Another tree of modules over the very same parameters and buffers, not compiled."""
+    """A copy of ``module`` that shares its parameters and buffers and is not compiled."""
     shared: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, shared)
 
 
 def _approximate(exact: nn.Module, twin: nn.Module, config: ContinuationConfig) -> list[Refresh]:
-    """Replaces the layers of ``twin`` that ``config`` approximates; gives their refreshes."""
+    """Replaces the layers of ``twin`` that ``config`` approximates; returns their refreshes."""
     refreshes: list[Refresh] = []
     for name, layer in exact.named_modules():
         merged = isinstance(layer, LoraLinear) and config.merged_lora
@@ -134,12 +135,12 @@ def _approximate(exact: nn.Module, twin: nn.Module, config: ContinuationConfig) 
 
 
 def _merged_weight(layer: LoraLinear) -> Tensor:
-    """In the adapters' dtype, at least float32."""
+    """The weight with its adapters merged, in their dtype, at least float32."""
     delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
     merged: Tensor = layer.get_base_layer().weight + delta
     return merged
 
 
 def _is_projection(name: str) -> bool:
-    """Whether a linear layer of that name multiplies tokens within a block."""
+    """Whether a linear layer of this name multiplies tokens within a block."""
     return name.startswith(BLOCKS) and "norm" not in name and ".lora_" not in name

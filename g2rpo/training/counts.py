@@ -1,4 +1,4 @@
-"""What a training run computes, counted from its rollout trees before anything is loaded."""
+"""Counts what a training run computes, from its rollout trees, before anything is loaded."""
 
 import bisect
 import functools
@@ -9,7 +9,7 @@ from g2rpo.methods.base import Method, RolloutShape, iterations_by_rollout
 from g2rpo.training.config import TrainConfig, ValidationConfig
 
 DRAWS = 256
-"""Groups that a random choice of trained steps is averaged over."""
+"""Groups over which a random choice of trained steps is averaged."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class TrainingCounts:
     """The counters of a whole run, over all ranks.
 
     Attributes:
-        rollout_evaluations: velocity evaluations in rollouts.
+        rollout_evaluations: velocity evaluations (NFE) in rollouts.
         training_forwards: states that go through a training forward (and, with a KL, the base's).
-        training_backwards: states that go through a backward. An average where each sample trains
-            a random part of its steps and samples share states; else exact, as the others are.
+        training_backwards: states that go through a backward. Exact, except when each sample trains
+            a random part of its steps and samples share states: then it is an average.
         images_scored: images decoded and scored in rollouts.
     """
 
@@ -42,9 +42,10 @@ def training_counts(config: TrainConfig) -> TrainingCounts:
 
 
 def iterations_within(config: TrainConfig, evaluations: int) -> int:
-    """The most iterations whose rollouts take no more velocity evaluations; 1 at the least.
+    """The most iterations whose rollouts take at most ``evaluations`` (NFE); at least 1.
 
-    A method that plans over its iterations, as MixGRPO's window does, plans for each number tried.
+    A method whose schedule depends on the planned iterations, as MixGRPO's window does, is
+    scheduled anew for each number tried.
     """
     method, prompts = config.method, config.rollout.prompts_per_iteration
 
@@ -58,12 +59,12 @@ def iterations_within(config: TrainConfig, evaluations: int) -> int:
     most = 1
     while cost(2 * most) <= evaluations:
         most *= 2
-    # What is left to choose from: most is possible, twice as many is not.
+    # ``most`` iterations fit, twice as many do not.
     return most - 1 + bisect.bisect_right(range(most, 2 * most), evaluations, key=cost) or 1
 
 
 def validations(config: ValidationConfig | None, iterations: int) -> int:
-    """How often a run validates: before the first iteration, at its interval, and at the end."""
+    """Number of validations: before the first iteration, at the interval, and at the end."""
     return 0 if config is None else 1 - (-iterations // config.every)
 
 
@@ -71,7 +72,7 @@ def validations(config: ValidationConfig | None, iterations: int) -> int:
 def _counts_of_prompt(
     kind: type[Method], settings: str, shape: RolloutShape, samples: int | None
 ) -> tuple[int, int, float]:
-    """Evaluations, images and trained states of one prompt an iteration, over all iterations."""
+    """Evaluations, images and trained states over all iterations, with one prompt per iteration."""
     method = kind.model_validate_json(settings)
     evaluations, images, states = 0, 0, 0.0
     for iteration, count in iterations_by_rollout(method, shape).items():
@@ -85,9 +86,9 @@ def _counts_of_prompt(
 def _mean_trained_states(
     method: Method, tree: RolloutTree, group_size: int, samples: int | None
 ) -> float:
-    """States that go through a forward, each once in every update that needs it, on average."""
+    """Average number of states that go through a forward, counted once in each update."""
     steps = recorded_steps(tree)
-    transitions = []  # step and sample of each, and what its forward is known by
+    transitions = []  # step, sample, and the key of the forward
     for index in tree.recorded:
         state = tree.states[index]
         assert state.sample is not None
@@ -99,7 +100,7 @@ def _mean_trained_states(
         trained = [method.trained_steps(steps, 0, 0, key) for key in keys]
         total += len({key for step, sample, key in transitions if step in trained[sample]})
         if all(len(chosen) == len(steps) for chosen in trained):
-            return total / (draw + 1)  # nothing is left to chance
+            return total / (draw + 1)  # nothing is random
     return total / DRAWS
 
 

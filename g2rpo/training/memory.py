@@ -1,9 +1,9 @@
-"""How much of a GPU's memory a training run needs, told before anything is loaded.
+"""Estimates the GPU memory of a training run before anything is loaded.
 
-What is stored for every parameter is counted exactly. Activations are counted in units of one
-block's output (tokens times width): 12.5 of them for each block under LoRA, from 34.0 GiB against
-24.6 GiB measured on FLUX.1-dev at 720x720 without and with checkpointing, and 18 with full
-fine-tuning, which keeps the inputs of all linear layers (by counting, not measured).
+Storage per parameter is counted exactly. Activations are counted in units of one block's output
+(tokens times width): 12.5 per block with LoRA, from 34.0 GiB against 24.6 GiB measured on
+FLUX.1-dev at 720x720 without and with gradient checkpointing, and 18 with full fine-tuning, which
+keeps the inputs of all linear layers (counted, not measured).
 """
 
 import functools
@@ -17,17 +17,17 @@ from g2rpo.training.config import TrainConfig
 
 GIB = 2**30
 LORA_UNITS, FULL_UNITS = 12.5, 18.0
-"""Activations kept for a block's backward, in block outputs, without checkpointing."""
+"""Activations kept for a block's backward, in block outputs, without gradient checkpointing."""
 WORKING_BYTES = 4 * GIB
-"""Allowance for latents, decoding, kernels' workspaces and fragmentation; not measured."""
+"""Margin for latents, decoding, kernel workspaces and fragmentation; not measured."""
 USABLE = 0.97
-"""Of a GPU's memory; the rest is the driver's and the context's."""
+"""Share of a GPU's memory; driver and context take the rest."""
 RANKS = (2, 4, 8, 16, 32, 64)
-"""Numbers of GPUs that are tried when something is to fit."""
+"""Numbers of GPUs tried to find a configuration that fits."""
 
 
 def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, float]:
-    """Bytes of each GPU that a run of ``config`` on ``ranks`` of them needs, by what they hold."""
+    """Bytes per GPU that a run of ``config`` on ``ranks`` GPUs needs, by purpose."""
     computed = DTYPE_BYTES[config.policy.dtype]
     master = max(computed, 4)
     shared = ranks if config.execution.sharding == "fsdp2" else 1
@@ -36,7 +36,7 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
     moment = 1 if settings.optimizer == "adamw_8bit" else master
     parts: dict[str, float] = {}
     if shared > 1:
-        # The block at work and the next, gathered, and the gradient of one.
+        # The current and the next block, gathered, and one block's gradient.
         parts["gathered blocks"] = 3 * computed * size.largest_block
         parts["weights"] = master * size.parameters / shared
     else:
@@ -51,10 +51,10 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
         parts["frozen base"] = (master if shared > 1 else computed) * trained / shared
     parts["activations"] = _activation_bytes(config, size)
     if shared > 1 and config.execution.rollout_weights == "gathered":
-        # Not at the same time as a backward's activations.
+        # Never at the same time as a backward's activations.
         beside = parts["activations"] + parts["gathered blocks"]
         parts["gathered for rollouts"] = max(0.0, computed * size.parameters - beside)
-    if computed * size.parameters > GIB:  # what is small has small working memory too
+    if computed * size.parameters > GIB:  # small models need little working memory
         parts["working memory"] = WORKING_BYTES
     if not config.execution.offload.rewards:
         sources = [term.reward.source for term in config.rewards.values()]
@@ -65,7 +65,7 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
 def _activation_bytes(config: TrainConfig, size: ModelSize) -> float:
     unit = size.tokens(config.policy) * size.width * DTYPE_BYTES[config.policy.dtype]
     kept = FULL_UNITS if config.lora is None else LORA_UNITS
-    # With checkpointing: every block's input, and one block that is computed again.
+    # With gradient checkpointing: every block's input, and one block that is recomputed.
     checkpointed = config.execution.gradient_checkpointing
     units = size.blocks + kept if checkpointed else size.blocks * kept
     return config.execution.training_micro_batch * units * unit
@@ -73,7 +73,7 @@ def _activation_bytes(config: TrainConfig, size: ModelSize) -> float:
 
 @functools.cache
 def weights_bytes(source: Path) -> int:
-    """The bytes of all weight files below ``source``, which is a folder or one file."""
+    """The size in bytes of the weight files in ``source``, a folder or a file."""
     if source.is_file():
         return source.stat().st_size
     suffixes = (".safetensors", ".bin", ".pt", ".pth")
@@ -81,7 +81,7 @@ def weights_bytes(source: Path) -> int:
 
 
 def _changes(config: TrainConfig, ranks: int) -> Iterator[tuple[str, TrainConfig, int]]:
-    """Changes that need less memory, mildest first, with their ranks."""
+    """Changes that need less memory, least invasive first, with their number of ranks."""
     offload = config.execution.offload.model_copy(update={"rewards": True})
     yield "execution.offload.rewards=true", _with(config, "execution", offload=offload), ranks
     small = _with(config, "execution", training_micro_batch=1)
@@ -108,10 +108,10 @@ def _with(config: TrainConfig, section: str, **changes: object) -> TrainConfig:
 def check_fits(
     config: TrainConfig, size: ModelSize, ranks: int, available: float
 ) -> dict[str, float]:
-    """:func:`gpu_bytes`, where they fit into ``available`` bytes of each GPU.
+    """Checks that :func:`gpu_bytes` fit into ``available`` bytes per GPU, and returns them.
 
     Raises:
-        UserError: they do not; with what would.
+        UserError: they do not fit; names the changes that would.
     """
     parts = gpu_bytes(config, size, ranks)
     need = sum(parts.values())
@@ -126,7 +126,7 @@ def check_fits(
             fitting.append(f"{setting} ({less / GIB:.1f} GiB)")
         tried.append((changed, count))
     raise UserError(
-        f"this run needs about {need / GIB:.1f} GiB of each GPU, which has "
-        f"{available / GIB:.1f} GiB (largest: {shown} GiB); what would fit: "
+        f"this run needs about {need / GIB:.1f} GiB per GPU, but the GPUs have "
+        f"{available / GIB:.1f} GiB (largest: {shown} GiB); use "
         + ("; or ".join(fitting) or "GPUs with more memory")
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from g2rpo.errors import UserError
 from g2rpo.files import append_jsonl, atomic_write_bytes, atomic_write_text, remove
 
-if TYPE_CHECKING:  # states are read on login nodes, without the model libraries
+if TYPE_CHECKING:  # metrics are read on login nodes, without the model libraries
     from g2rpo.training.batch import TrainingBatch
     from g2rpo.training.rollout import Rollout
     from g2rpo.training.update import UpdateStatistics
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 MEASURED = ("reward/", "validation/")
-"""With what the names of measured values begin."""
+"""Prefixes of measured values."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out.
+    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is ignored.
 
     Raises:
-        UserError: another line is no JSON object with a whole-number iteration, or a measured
-            value is no number; with the file and the line's number.
+        UserError: another line is not a JSON object with an integer ``iteration``, or a measured
+            value is not a finite number; names the file and the line number.
     """
     if not path.exists():
         return []
@@ -41,16 +41,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if row is None:
             if number == lines[-1][0]:
                 break
-            raise _damage(path, number, "no JSON object with a whole-number iteration")
+            raise _damage(path, number, "not a JSON object with an integer iteration")
         for name, value in row.items():
             if name.startswith(MEASURED) and not _is_finite(value):
-                raise _damage(path, number, f"{name} is no number")
+                raise _damage(path, number, f"{name} is not a number")
         rows.append(row)
     return rows
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """The row that ``line`` holds; None where it is damaged."""
+    """The row in ``line``; None if it is damaged."""
     try:
         row: Any = json.loads(line.decode())
     except ValueError:
@@ -64,20 +64,20 @@ def _is_finite(value: Any) -> bool:
 
 def _damage(path: Path, number: int, what: str) -> UserError:
     return UserError(
-        f"{path}, line {number}: {what}; remove that line, or the run's folder to train again"
+        f"{path}, line {number}: {what}; delete that line, or the run folder to train again"
     )
 
 
 class MetricsLog:
     """Appends rows to ``metrics.jsonl``.
 
-    On resuming, rows after the checkpoint's iteration are dropped: their iterations run again.
+    On resume, rows after the checkpoint's iteration are dropped, since those iterations run again.
 
     Attributes:
-        empty: whether nothing was kept of an earlier start.
+        empty: whether there were no rows from an earlier start.
 
     Raises:
-        UserError: the file is damaged elsewhere than at its end; it stays as it is.
+        UserError: the file is damaged before its last line; it is left unchanged.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
@@ -87,20 +87,20 @@ class MetricsLog:
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes one iteration's row, where this process may (:mod:`g2rpo.files`)."""
+        """Writes one iteration's row, if this process holds the lease (:mod:`g2rpo.files`)."""
         append_jsonl(self.path, [row])
 
 
 def keep_metrics(run: Path, checkpoint: Path) -> None:
-    """Copies the metrics so far into a checkpoint that is being written."""
+    """Copies the metrics so far into a checkpoint being written."""
     if (run / METRICS_FILE).exists():
         shutil.copyfile(run / METRICS_FILE, checkpoint / METRICS_FILE)
 
 
 def restore_metrics(run: Path, checkpoint: Path | None) -> None:
-    """Puts the metrics back as they were at ``checkpoint``, or at the start where that is None.
+    """Restores the metrics of ``checkpoint``; deletes them if that is None.
 
-    Checkpoints of older versions have none; then the file stays as it is.
+    Checkpoints of older versions hold no metrics; the file is then left unchanged.
     """
     path = run / METRICS_FILE
     if checkpoint is None:
@@ -110,13 +110,13 @@ def restore_metrics(run: Path, checkpoint: Path | None) -> None:
         return
     kept = (checkpoint / METRICS_FILE).read_bytes()
     if not path.is_file() or not path.read_bytes().startswith(kept):
-        logger.warning("%s is missing or damaged; restored from %s", path, checkpoint.name)
+        logger.warning("%s: missing or damaged; restored from %s", path, checkpoint.name)
         remove(path)
     atomic_write_bytes(path, kept)
 
 
 class PhaseClock:
-    """The wall time of one iteration and of its phases, which follow each other.
+    """The wall time of one iteration and of its consecutive phases.
 
     Attributes:
         phases: seconds by phase.
@@ -127,7 +127,7 @@ class PhaseClock:
         self.phases: dict[str, float] = {}
 
     def end(self, phase: str, seconds: float | None = None) -> None:
-        """Ends a phase now, or says that it took ``seconds`` of what has gone by."""
+        """Ends a phase now, or after ``seconds`` of the time since the last one."""
         if seconds is None:
             seconds = time.perf_counter() - self._last
         self.phases[phase] = seconds
@@ -142,7 +142,7 @@ class PhaseClock:
 def iteration_sums(
     rollout: "Rollout", batch: "TrainingBatch", updates: Sequence["UpdateStatistics"]
 ) -> dict[str, float]:
-    """What one rank contributes to the costs and the row of an iteration; summed over ranks."""
+    """One rank's share of an iteration's costs and metrics, to be summed over ranks."""
     sums = {
         "rollout_evaluations": rollout.velocity_evaluations,
         "reused_evaluations": rollout.reused_evaluations,
@@ -172,7 +172,7 @@ def iteration_sums(
 def iteration_row(
     sums: Mapping[str, float], ranks: int, rewards: Iterable[str]
 ) -> dict[str, float]:
-    """Means over ranks, transitions and groups from the sums over all ranks.
+    """Means over ranks, transitions and groups, from the sums over all ranks.
 
     Raises:
         UserError: the mean of a reward is not finite.
@@ -193,8 +193,6 @@ def iteration_row(
             anchor = sums[f"{name}/logged_sum"] / sums[f"{name}/logged_count"]
             means[f"reward/{name}/anchor"] = anchor
         if not all(math.isfinite(value) for value in means.values()):
-            raise UserError(
-                f"reward {name} has values too large to average: check that reward model"
-            )
+            raise UserError(f"reward {name}: values too large to average; check that reward model")
         row |= means
     return row

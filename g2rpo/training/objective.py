@@ -12,7 +12,7 @@ class ObjectiveTerms:
     Attributes:
         loss: max(-A rho, -A clip(rho)) [N].
         ratio: rho = exp(log_prob - old_log_prob) [N].
-        clipped: whether the ratio lies outside of the clip range [N] bool.
+        clipped: whether the ratio is outside the clip range [N] bool.
     """
 
     loss: torch.Tensor
@@ -29,8 +29,8 @@ def clipped_objective(
     """PPO's clipped surrogate, as a loss.
 
     Args:
-        log_prob: under the policy being trained, [N].
-        old_log_prob: stored at the rollout, [N].
+        log_prob: under the current policy, [N].
+        old_log_prob: under the rollout policy, [N].
         advantage: [N].
         clip_range: c (released flag ``--clip_range 1e-4``).
     """

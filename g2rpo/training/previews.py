@@ -1,8 +1,8 @@
-"""Images of a few fixed prompts during training, to be looked at: the steps between base and end.
+"""Preview images of a few fixed prompts during training.
 
-Under the evaluation's own protocol (prompts, noise, grid, resolution, guidance), so that they stand
-in one row with the held-out images of the base and of the trained policy. They change nothing of
-the training, and an image that is there is not sampled again.
+They use the evaluation's protocol (prompts, noise, grid, resolution, guidance), so they can be
+compared with the held-out images of the base and of the trained policy. Training is unaffected, and
+existing images are not sampled again.
 """
 
 import re
@@ -27,30 +27,30 @@ _FOLDER = re.compile(r"iteration-(\d{6})")
 
 
 def pictures_folder(run: Path, iteration: int) -> Path:
-    """Where the images after ``iteration`` iterations are, as ``<prompt id>.png``."""
+    """The folder of the previews after ``iteration`` iterations, ``<prompt id>.png``."""
     return run / "images" / f"iteration-{iteration:06d}"
 
 
 def pictured_iterations(run: Path) -> list[int]:
-    """The iterations that have images, ascending."""
+    """The iterations that have previews, ascending."""
     found = (_FOLDER.fullmatch(path.name) for path in (run / "images").glob("iteration-*"))
     return sorted(int(match.group(1)) for match in found if match)
 
 
 def save_previews(config: TrainConfig, run: Path, weights: TrainedWeights, done: int) -> None:
-    """Samples and writes the images that are due and not there yet; all ranks call it together.
+    """Samples and writes the previews that are due and missing. All ranks call it together.
 
-    Called before the iteration that follows, so that a run that was stopped in between still gets
-    them, from the checkpoint it goes on from.
+    Called at the start of the next iteration, so that a run stopped in between still gets them when
+    it resumes.
 
     Args:
         config: the run's configuration.
         run: the run folder.
-        weights: the policy as it is now; the ranks share the prompts.
+        weights: the current policy; the ranks share the prompts.
         done: iterations done.
 
     Raises:
-        UserError: on all ranks, where an image cannot be written or the prompts cannot be read.
+        UserError: on all ranks, if an image cannot be written or the prompts cannot be read.
     """
     wanted = config.pictures
     if wanted is None or done not in wanted.iterations(config.optimization.iterations):
@@ -69,7 +69,7 @@ def save_previews(config: TrainConfig, run: Path, weights: TrainedWeights, done:
 
 
 def _sampled(config: PicturesConfig, weights: TrainedWeights, prompts: list[Prompt]) -> Tensor:
-    """uint8 [P, H, W, 3] on the CPU, by the current weights at the protocol's resolution."""
+    """Images of the current weights at the protocol's resolution, uint8 [P, H, W, 3] on the CPU."""
     policy = weights.policy.at(config.resolution, config.guidance_scale)
     grid = build_grid(config.grid, policy.image_tokens)
     batch = max(1, min(len(prompts), PIXELS_AT_ONCE // config.resolution**2))

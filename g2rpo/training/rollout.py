@@ -1,4 +1,4 @@
-"""One iteration's rollout: prompts in; scored images and stochastic transitions out."""
+"""One iteration's rollout: from prompts to scored images and stochastic transitions."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,18 +30,18 @@ from g2rpo.training.scoring import score_slices
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one rollout of P prompts left behind.
+    """The result of one rollout of P prompts.
 
     Attributes:
-        iteration: which it is, counted from 0.
+        iteration: counted from 0.
         tree: the states of each prompt.
         conditioning: of the P prompts.
         recorded: the stochastic transitions.
-        rewards: for each reward, the score of every distinct image, [P, I] float32.
-        velocity_evaluations: how many it took, over the P prompts.
-        reused_evaluations: how many of them a step cache answered, without most of the blocks.
-        sampling_seconds: wall time until the last latent was there, before decoding and scoring.
-        states: the latents of every state of ``tree``, [P, states, ...], where they are kept.
+        rewards: for each reward, the scores of all distinct images, [P, I] float32.
+        velocity_evaluations: the number of velocity evaluations (NFE) over the P prompts.
+        reused_evaluations: those answered by a step cache, without most of the blocks.
+        sampling_seconds: wall time of sampling, without decoding and scoring.
+        states: the latents of every state of ``tree``, [P, states, ...], if kept.
     """
 
     iteration: int
@@ -56,14 +56,16 @@ class Rollout:
 
     def group_rewards(self, name: str) -> Tensor:
         """The rewards of every group, [P, groups, G]."""
-        place = {state: index for index, state in enumerate(self.tree.images)}
-        rows = [[place[image] for image in group.images] for group in self.tree.groups]
-        return self.rewards[name][:, torch.tensor(rows)]
+        return self._rewards_of(name, [group.images for group in self.tree.groups])
 
     def logged_rewards(self, name: str) -> Tensor:
-        """The rewards of the images that are scored for the log alone, [P, images]."""
-        place = {state: index for index, state in enumerate(self.tree.images)}
-        return self.rewards[name][:, [place[image] for image in self.tree.logged_images]]
+        """The rewards of the images that are only logged, [P, images]."""
+        return self._rewards_of(name, [self.tree.logged_images])[:, 0]
+
+    def _rewards_of(self, name: str, rows: Sequence[Sequence[int]]) -> Tensor:
+        column = {state: index for index, state in enumerate(self.tree.images)}
+        columns = [[column[image] for image in row] for row in rows]
+        return self.rewards[name][:, torch.tensor(columns, dtype=torch.int64)]
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ class RolloutEngine:
         rewards: the reward models by column name.
         grid: sigmas and times.
         settings: diffusion coefficients and batching of the sweep.
-        seed: the experiment's seed, which names all noise.
-        continuations: the policy's approximate twin, where there is one.
-        decode: images decoded at once; None is a number of pixels.
-        overlap: scores images while the next ones are decoded, on a GPU.
+        seed: the experiment's seed, which determines all noise.
+        continuations: the policy's approximate twin, if any.
+        decode: images decoded at once; None fixes the number of pixels instead.
+        overlap: on a GPU, scores images while the next ones are being decoded.
     """
 
     policy: FluxPolicy
@@ -91,7 +93,7 @@ class RolloutEngine:
     overlap: bool = False
 
     def noise(self, prompts: Sequence[Prompt], iteration: int) -> Noise:
-        """The noise of an iteration's rollout: each draw is named, whichever others are drawn."""
+        """The noise of an iteration's rollout, where no draw depends on another."""
 
         def draw(prompt: int, sample: int, step: int) -> Tensor:
             stream = "initial-noise" if step == INITIAL_NOISE else "step-noise"
@@ -113,11 +115,11 @@ class RolloutEngine:
         Args:
             tree: the states of each prompt.
             prompts: P prompts.
-            iteration: names the noise, and is told in errors.
-            noise: takes the place of :meth:`noise`.
+            iteration: the key of the noise, also named in errors.
+            noise: used in place of :meth:`noise`.
 
         Raises:
-            UserError: a reward is not finite; names iteration, prompt and reward.
+            UserError: a reward is not finite; names the iteration, prompt and reward.
         """
         started = time.perf_counter()
         conditioning = self.policy.encode([prompt.text for prompt in prompts])
@@ -130,7 +132,7 @@ class RolloutEngine:
         with nullcontext() if twin is None else twin.rollout(tree, conditioning) as continuations:
             velocities = Velocities(velocity, continuations)
             swept = sweep(tree, self.grid, len(prompts), velocities, drawn, self.settings)
-        if self.policy.device.type == "cuda":  # the walk has only queued its last evaluations
+        if self.policy.device.type == "cuda":  # the last evaluations are only queued
             torch.cuda.synchronize(self.policy.device)
         sampled = time.perf_counter() - started
         slices = self.policy.decode_slices(swept.images.flatten(0, 1), self.decode)
@@ -161,7 +163,7 @@ class RolloutEngine:
                 prompt = texts[int((~torch.isfinite(values)).nonzero()[0])]
                 raise UserError(
                     f"iteration {iteration + 1}: reward {name} is not finite for the prompt "
-                    f"{prompt!r}: check that reward model; the last checkpoint is intact"
+                    f"{prompt!r}; check that reward model (the last checkpoint is intact)"
                 )
             scores[name] = values.view(len(prompts), per_prompt)
         return scores

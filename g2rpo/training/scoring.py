@@ -1,9 +1,9 @@
-"""Scoring of images while others are still being decoded.
+"""Scores images while others are still being decoded.
 
-What a reward model prepares on the CPU (resizing, tokens) is prepared in threads as soon as a batch
-of images is there. On a GPU the batches may also be evaluated at once, in a stream of their own, in
-the shadow of the next decode. Batches are the ones that ``score`` would make of all images, so the
-scores are the same numbers.
+Threads do the CPU work of reward models (resizing, tokens) as soon as a batch of images is decoded.
+On a GPU the batches may also be evaluated right away, in a stream of their own, while the next
+images are decoded. The batches are those that ``score`` makes of all images, so the scores are the
+same numbers.
 """
 
 import functools
@@ -31,10 +31,9 @@ def score_slices(
 
     Args:
         rewards: the reward models by column name.
-        slices: the images, uint8 [n, H, W, 3] on the CPU, as they come.
+        slices: the images, uint8 [n, H, W, 3] on the CPU, in order.
         prompts: of the N images.
-        overlap: evaluates batches while the next images are decoded; for a GPU, since a CPU has
-            nothing to spare meanwhile.
+        overlap: evaluates batches while the next images are decoded; only useful on a GPU.
 
     Raises:
         UserError: as :meth:`RewardModel.score`.
@@ -70,13 +69,13 @@ def score_slices(
                 for name, model in rewards.items()
             }  # fmt: skip
         except BaseException:
-            for pool in (preparing, evaluating):  # what has not begun
+            for pool in (preparing, evaluating):  # drops the tasks that have not started
                 pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def in_batches(model: RewardModel) -> bool:
-    """Whether the model is prepared and evaluated in batches, and does not score in its own way."""
+    """Whether the model prepares and evaluates in batches, and does not override ``score``."""
     return isinstance(model, BatchedReward) and type(model).score is BatchedReward.score
 
 
@@ -85,12 +84,12 @@ def _evaluate(
 ) -> Tensor:
     inputs = prepared.result()
     stream = aside and model.device.type == "cuda"
-    # The scores are copied to the CPU within the stream, which waits for it.
+    # Copying the scores to the CPU within the stream waits for the stream.
     with torch.cuda.stream(_side_stream(model.device)) if stream else nullcontext():
         return model.score_prepared(inputs, prompts)[:, 0]
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream in which rewards are evaluated on ``device``, always the same one."""
+    """The stream in which rewards are evaluated on ``device``."""
     return torch.cuda.Stream(device)

@@ -1,13 +1,13 @@
-"""A step cache: where a block stack changes little along a trajectory, what it added is reused.
+"""A step cache: reuses the residual of the block stack when it changes little along a trajectory.
 
-The transformer's blocks turn the embedded tokens h into h + r. At a state whose predecessor on the
-trajectory has a remembered r, and whose signal (below) differs from the one remembered with it by
-less than a threshold, r is taken from there and the blocks are not run. The decision is a state's
-own, so it does not depend on the batch; it costs one small read from the device per batch.
+The transformer's blocks turn the embedded tokens h into h + r. If the predecessor of a state has a
+cached r, and the state's signal (below) differs from the cached one by less than a threshold, that
+r is reused and the blocks are skipped. Each state decides on its own, so the result does not depend
+on the batch; the decision costs one small read from the device per batch.
 
-diffusers' ``enable_cache`` is not used: its first-block cache keeps one residual per cache context
+diffusers' ``enable_cache`` does not fit: its first-block cache keeps one residual per cache context
 and decides once for a whole batch, and its other caches count the calls of a context. The states of
-a batch here belong to trajectories of different lengths, strides and pasts.
+a batch here belong to trajectories of different lengths, strides and histories.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ from g2rpo.flow.upload import indices
 from g2rpo.policy.config import StepCacheConfig
 
 Entry = tuple[Tensor, Tensor]
-"""Of an evaluated state: its signal and what the blocks added."""
+"""The signal of an evaluated state and the residual of its blocks."""
 
 
 class StepCache:
-    """The memory of one walk over a rollout tree.
+    """The cache of one walk over a rollout tree.
 
     Attributes:
-        keys: the states of the batch that is evaluated next.
-        reused: the states that were answered from memory.
-        entries: what is remembered of those that others will be reached from.
+        keys: the states of the next batch.
+        reused: the states answered from the cache.
+        entries: the cached states that others will be reached from.
     """
 
     def __init__(self, config: StepCacheConfig, tree: RolloutTree) -> None:
@@ -39,7 +39,7 @@ class StepCache:
         self.keys: Sequence[Key] = ()
         self.reused: set[Key] = set()
         self.entries: dict[Key, Entry] = {}
-        # The last node at which a state that was reached from each state is itself evaluated.
+        # For each state, the last node at which one of its successors is evaluated.
         self._last_use: dict[int, int] = {}
         for state in tree.states:
             if state.parent is not None and state.node < tree.steps:
@@ -47,32 +47,32 @@ class StepCache:
                 self._last_use[state.parent] = max(last, state.node)
 
     def before(self) -> dict[int, Entry]:
-        """What is remembered of the states that those of the batch were reached from, by place."""
-        found = {}
+        """The cached entries of the batch's predecessors, by place in the batch."""
+        entries = {}
         for place, (prompt, state) in enumerate(self.keys):
             parent = self.tree.states[state].parent
             if parent is not None and (prompt, parent) in self.entries:
-                found[place] = self.entries[prompt, parent]
-        return found
+                entries[place] = self.entries[prompt, parent]
+        return entries
 
     def keep(self, place: int, entry: Entry, *, reused: bool) -> None:
-        """Remembers ``entry`` for a state of the batch, if another one will be reached from it."""
+        """Caches ``entry`` for a state of the batch if another one will be reached from it."""
         key = self.keys[place]
         (self.reused.add if reused else self.reused.discard)(key)
         if key[1] in self._last_use:
             self.entries[key] = entry
 
     def passed(self, node: int) -> None:
-        """Forgets what no node after ``node`` can use."""
+        """Drops what no node after ``node`` can use."""
         for key in [key for key in self.entries if self._last_use[key[1]] <= node]:
             del self.entries[key]
 
 
 class CachedBlocks(nn.Module):
-    """All blocks of the transformer as one, with a :class:`StepCache` between them.
+    """All blocks of the transformer as one, skipped when a :class:`StepCache` has their residual.
 
     Attributes:
-        cache: the memory of the walk that is under way.
+        cache: the cache of the current walk.
     """
 
     cache: StepCache
@@ -90,7 +90,7 @@ class CachedBlocks(nn.Module):
         image_rotary_emb: Any = None,
         joint_attention_kwargs: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """A FLUX block's arguments and results; the text's result is of no use to what follows."""
+        """Takes a FLUX block's arguments; of its results, the text's is not used afterwards."""
         shared = (image_rotary_emb, joint_attention_kwargs)
         text, image = encoder_hidden_states, hidden_states
         rest = list(self.blocks)
@@ -118,7 +118,7 @@ class CachedBlocks(nn.Module):
         return encoder_hidden_states, result
 
     def _unchanged(self, signal: Tensor, known: dict[int, Entry]) -> dict[int, Entry]:
-        """Those of ``known`` whose state has nearly the signal that is remembered."""
+        """Those of ``known`` whose state has nearly the cached signal."""
         if not known:
             return {}
         before = torch.stack([remembered for remembered, _ in known.values()])

@@ -69,7 +69,7 @@ def test_a_short_rollout_says_so_once_and_has_the_same_noise(
             rolled[name] = trainer.rollout(prompts)
             rolled[name] = trainer.rollout(prompts)
     told = [record.message for record in caplog.records if "out of memory" in record.message]
-    assert told == ["out of memory: the rollout continues with 4 states at a time, not 8"]
+    assert told == ["out of memory in the rollout: retrying with 4 states at a time instead of 8"]
     assert rolled["short"].velocity_evaluations == rolled["enough"].velocity_evaluations
     for one, two in zip(rolled["enough"].recorded, rolled["short"].recorded, strict=True):
         # The noise is (x' - mean) / std: the same but for the rounding of the mean.

@@ -265,7 +265,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         load_experiment("tabel1")
     with pytest.raises(UserError, match="smoke"):
         load_profile("smok")
-    with pytest.raises(UserError, match="no section 'tuned'"):
+    with pytest.raises(UserError, match="no preset 'tuned'"):
         load_preset("g2rpo", "tuned")
 
 

@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_before_it_is_submitted(
         runner.check_memory(profile, cells)
     assert str(caught.value).startswith("hps/")
     assert "profile smoke: this run needs about" in str(caught.value)
-    assert "has 80.0 GiB" in str(caught.value)
+    assert "GPUs have 80.0 GiB" in str(caught.value)
     lora = {"lora": {}, "execution": {"training_micro_batch": 1}}
     runner.check_memory(profile, expand(load_experiment("table1"), profile, (1, 2), lora))
     absent = profile.model_copy(
@@ -122,14 +122,14 @@ def test_what_does_not_fit_is_told_with_what_would(
     assert "lora={}" in message
 
     large = config(smoke_assets, lora={}, execution={"training_micro_batch": 16})
-    with pytest.raises(UserError, match=r"what would fit: execution.training_micro_batch=1"):
+    with pytest.raises(UserError, match=r"; use execution.training_micro_batch=1"):
         check_fits(large, FLUX_DEV, 1, 79 * GIB)
     monkeypatch.setattr("g2rpo.training.memory.weights_bytes", lambda _: 10 * GIB)
     rewards = config(
         smoke_assets, lora={}, rewards={"hps": {"reward": {"model": "hps", "source": "here"}}}
     )
     assert check_fits(rewards, FLUX_DEV, 1, 79 * GIB)["reward models"] == 10 * GIB
-    with pytest.raises(UserError, match=r"would fit: execution\.offload\.rewards=true"):
+    with pytest.raises(UserError, match=r"; use execution\.offload\.rewards=true"):
         check_fits(rewards, FLUX_DEV, 1, 50 * GIB)
     with pytest.raises(UserError, match="GPUs with more memory"):
         check_fits(rewards, FLUX_DEV, 1, 10 * GIB)

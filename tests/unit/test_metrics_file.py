@@ -37,7 +37,7 @@ def test_a_damaged_line_among_others_is_told_and_nothing_is_rewritten(
     for read in (read_metrics, lambda path: MetricsLog(path, 4)):
         with pytest.raises(UserError) as error:
             read(path)
-        assert str(error.value).startswith(f"{path}, line 2: no JSON object with")
+        assert str(error.value).startswith(f"{path}, line 2: not a JSON object with")
         assert "\n" not in str(error.value)
     assert path.read_bytes() == before
 
@@ -63,5 +63,5 @@ def test_rows_after_the_checkpoint_are_dropped_and_empty_lines_are_nothing(tmp_p
 @pytest.mark.parametrize("value", ["null", '"0.2"', "NaN", "true", "[]"])
 def test_a_reward_that_is_no_number_is_told(tmp_path: Path, value: str) -> None:
     line = f'{{"iteration": 2, "reward/hps/mean": {value}}}'.encode()
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: reward/hps/mean is no number"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: reward/hps/mean is not a number"):
         read_metrics(written(tmp_path, LINES[0], line))
