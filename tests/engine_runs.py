@@ -1,12 +1,6 @@
-"""Small training runs on one or two CPU ranks, and what several ranks find out together.
-
-Run under ``torch.distributed.run`` with a scenario's name and a folder, it writes the findings of
-the first rank to ``<folder>/<scenario>.json``.
-"""
+"""Small training runs on one or two CPU ranks, and scenarios of two ranks."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from training_runs import trainer_for
+from two_ranks import on_two_ranks
 
 from g2rpo.config import merge
 from g2rpo.data.prompts import Prompt
@@ -118,15 +113,20 @@ def exhausted_memory(
         del policy.velocity
 
 
-def on_two_ranks(scenarios: str, assets: Path, folder: Path) -> int:
-    """Runs scenarios one after the other in two processes; the exit code."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        __file__, scenarios, str(assets), str(folder),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    return subprocess.run(command, env=environment, timeout=600, check=False).returncode
+def find(assets: Path, folder: Path, *names: str) -> int:
+    """Runs scenarios one after the other on two ranks; the exit code.
+
+    What the first rank finds goes to ``<folder>/<scenario>.json``.
+    """
+    return on_two_ranks(_find, assets, folder, names)
+
+
+def _find(assets: Path, folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        own = SCENARIOS[name](assets, folder if name.endswith("leg") else folder / name)
+        if Accelerator(cpu=True).is_main_process:
+            (folder / f"{name}.json").write_text(json.dumps(own))
 
 
 # Scenarios: what two ranks find.
@@ -311,14 +311,21 @@ def last_leg(assets: Path, folder: Path) -> dict[str, Any]:
     return _leg(assets, folder, 3)
 
 
-def leg_config(assets: Path) -> TrainConfig:
+def leg_config(assets: Path, sharding: str = "fsdp2") -> TrainConfig:
     # In float64: Adam turns the rounding of a tiny gradient into a step of the learning rate.
     return config_for(
         assets,
         policy={"dtype": "float64"},
         optimization={"ema_decay": 0.5},
-        execution={"sharding": "fsdp2"},
+        execution={"sharding": sharding},
     )
+
+
+def replicated(assets: Path, folder: Path) -> dict[str, Any]:
+    trainer = trainer_for(leg_config(assets, "replicated"), folder / "run")
+    rows = [trainer.iterate() for _ in range(3)]
+    run_to(trainer, 3)
+    return {"rows": rows}
 
 
 def _leg(assets: Path, folder: Path, last: int) -> dict[str, Any]:
@@ -332,21 +339,6 @@ SCENARIOS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         gradients, lifecycle, out_of_memory, out_of_memory_sharded, first_leg, last_leg,
-        short_rollout, short_rollout_sharded, compiled,
+        replicated, short_rollout, short_rollout_sharded, compiled,
     )
 }  # fmt: skip
-
-
-def main() -> None:
-    names, assets, folder = sys.argv[1].split(","), Path(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        found = SCENARIOS[name](assets, folder if name.endswith("leg") else folder / name)
-        if Accelerator(cpu=True).is_main_process:
-            (folder / f"{name}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from diffusers import FluxPipeline
 from engine_runs import (
     config_for,
     exhausted_memory,
+    find,
     gradient_of,
     leg_config,
     off_policy,
-    on_two_ranks,
     relative,
     rolled_out,
     run_to,
@@ -23,6 +24,7 @@ from engine_runs import (
     trainer_for,
     whole,
 )
+from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
@@ -33,6 +35,7 @@ from g2rpo.training.checkpoint.folder import (
     saved_iterations,
 )
 from g2rpo.training.checkpoint.load import export_trained, load_trained
+from g2rpo.training.loop import Trainer
 from g2rpo.training.weights import build_weights
 
 LORA = {"rank": 4, "alpha": 8}
@@ -42,7 +45,8 @@ LORA = {"rank": 4, "alpha": 8}
 def findings(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks found, in one process each."""
     folder = tmp_path_factory.mktemp("ranks")
-    assert on_two_ranks("gradients,lifecycle,out_of_memory,first_leg", smoke_assets, folder) == 0
+    scenarios = ("gradients", "lifecycle", "out_of_memory", "first_leg", "replicated")
+    assert find(smoke_assets, folder, *scenarios) == 0
     return folder
 
 
@@ -120,32 +124,60 @@ def later(smoke_assets: Path, findings: Path) -> Path:
     middle = trainer_for(leg_config(smoke_assets), findings / "legs")
     assert middle.progress.iteration == 1
     run_to(middle, 2)
-    assert on_two_ranks("last_leg,out_of_memory_sharded", smoke_assets, findings) != 0
+    assert find(smoke_assets, findings, "last_leg", "out_of_memory_sharded") != 0
     return findings
 
 
-def test_two_then_one_then_two_ranks_train_as_one_does(
-    smoke_assets: Path, later: Path, tmp_path: Path
-) -> None:
-    alone = trainer_for(leg_config(smoke_assets), tmp_path / "alone")
-    start = trained_weights(alone)
-    run_to(alone, 3)
-    assert found(later, "last_leg") == {"begun": 2, "done": 3}
+@dataclass
+class Alone:
+    """One rank's training of three iterations."""
 
-    ended = trainer_for(leg_config(smoke_assets), later / "legs")
-    assert ended.progress == alone.progress.__class__(
-        **vars(alone.progress) | {"device_seconds": ended.progress.device_seconds}
+    start: dict[str, Tensor]
+    trainer: Trainer
+    rows: list[dict[str, Any]]
+
+
+def train_alone(assets: Path, run: Path, seed: int) -> Alone:
+    trainer = trainer_for(leg_config(assets).model_copy(update={"seed": seed}), run)
+    start = trained_weights(trainer)
+    return Alone(start, trainer, [trainer.iterate() for _ in range(3)])
+
+
+@pytest.fixture(scope="module")
+def alone(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return train_alone(
+        smoke_assets, tmp_path_factory.mktemp("alone"), leg_config(smoke_assets).seed
     )
-    assert relative(trained_weights(ended), trained_weights(alone), start) < 1e-6
-    assert ended.ema is not None
-    assert alone.ema is not None
-    for mine, theirs in zip(ended.ema.shadow_params, alone.ema.shadow_params, strict=True):
+
+
+def test_two_then_one_then_two_ranks_train_as_one_does(
+    smoke_assets: Path, later: Path, alone: Alone, tmp_path: Path
+) -> None:
+    assert found(later, "last_leg") == {"begun": 2, "done": 3}
+    ended, single = trainer_for(leg_config(smoke_assets), later / "legs"), alone.trainer
+    assert replace(ended.progress, device_seconds=0) == replace(single.progress, device_seconds=0)
+    weights = trained_weights(single)
+    assert relative(trained_weights(ended), weights, alone.start) < 1e-6
+    assert ended.ema is not None and single.ema is not None
+    for mine, theirs in zip(ended.ema.shadow_params, single.ema.shadow_params, strict=True):
         assert torch.allclose(whole(mine), whole(theirs), atol=1e-9)
     # The control: a run with another seed must not pass for the same.
-    other = leg_config(smoke_assets).model_copy(update={"seed": 4})
-    control = trainer_for(other, tmp_path / "control")
-    run_to(control, 3)
-    assert relative(trained_weights(control), trained_weights(alone), start) > 1e-2
+    control = train_alone(smoke_assets, tmp_path / "control", seed=4).trainer
+    assert relative(trained_weights(control), weights, alone.start) > 1e-2
+
+
+def test_two_replicated_ranks_train_as_one_does(
+    smoke_assets: Path, findings: Path, alone: Alone
+) -> None:
+    config = leg_config(smoke_assets, "replicated")
+    ended = trainer_for(config, findings / "replicated" / "run")
+    assert relative(trained_weights(ended), trained_weights(alone.trainer), alone.start) < 1e-6
+    for two, one in zip(found(findings, "replicated")["rows"], alone.rows, strict=True):
+        assert one.keys() == two.keys()
+        for key in ("rollout_evaluations", "training_backwards", "images_scored"):
+            assert two[key] == one[key]
+        for key in (key for key in one if key.startswith("reward/")):
+            assert two[key] == pytest.approx(one[key], abs=1e-3)
 
 
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(findings: Path) -> None:

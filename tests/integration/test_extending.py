@@ -17,7 +17,18 @@ from g2rpo.training.loop import Trainer
 ROOT = Path(__file__).resolve().parents[2]
 FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", re.DOTALL)
 REGISTRY_LINE = re.compile(r"<!-- registry line -->\n```python\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(r"^(g2rpo|python) (.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:g2rpo|python) .*$", re.MULTILINE)
+FOLLOW = """
+import runpy, sys
+from reproduce.cli import app
+for line in sys.argv[1:]:
+    program, *arguments = line.split()
+    if program == "g2rpo":
+        app(arguments, standalone_mode=False)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+"""
+"""Runs command lines one after the other; in one process, since imports take longest."""
 
 
 @pytest.fixture(scope="module")
@@ -25,23 +36,14 @@ def page() -> str:
     return (ROOT / "docs" / "extending.md").read_text()
 
 
-def follow(program: str, arguments: str, folder: Path) -> str:
-    module = ["-m", "reproduce.cli"] if program == "g2rpo" else []
-    jobs = ["--jobs", "1"] if arguments.startswith("reproduce") else []
-    done = subprocess.run(
-        [sys.executable, *module, *arguments.split(), *jobs],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def use_assets(folder: Path, assets: Path) -> None:
+    (folder / "results" / "runs" / "assets").mkdir(parents=True)
+    (folder / "results" / "runs" / "assets" / "smoke").symlink_to(assets)
 
 
-def test_adding_a_method_a_reward_a_table_and_a_policy(page: str, tmp_path: Path) -> None:
+def test_adding_a_method_a_reward_a_table_and_a_policy(
+    page: str, smoke_assets: Path, tmp_path: Path
+) -> None:
     for package in ("g2rpo", "reproduce", "benchmarks"):
         ignored = shutil.ignore_patterns("__pycache__", "assets")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
@@ -64,32 +66,31 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(page: str, tmp_path: Path
     assert "Colourfulness" in written.read_text()
 
     runs = tmp_path / "results" / "runs"
-    before = set(runs.glob("first_step-*"))
-    follow(*policy, tmp_path)
-    follow(*training, tmp_path)
-    (new,) = set(runs.glob("first_step-*")) - before
-    assert json.loads((new / "config.json").read_text())["policy"]["source"] == "my-policy"
+    assert "Colourfulness" in (runs / "my-profile" / "my_table" / "my_table.md").read_text()
+    settings = [json.loads(p.read_text()) for p in runs.glob("first_step-*/config.json")]
+    assert sorted(one["policy"]["source"] for one in settings) == [
+        "my-policy", "results/runs/assets/smoke/policy",
+    ]  # fmt: skip
 
 
 def test_an_iteration_by_hand_is_the_trainers(
     page: str, smoke_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results" / "runs" / "assets").mkdir(parents=True)
-    (tmp_path / "results" / "runs" / "assets" / "smoke").symlink_to(smoke_assets)
+    use_assets(tmp_path, smoke_assets)
     code = dict(FILE.findall(page))["by_hand.py"]
-    found: dict[str, Any] = {}
-    exec(compile(code, "by_hand.py", "exec"), found)
-    assert float((found["found"].ratio - 1).abs().max()) < 2e-5
-    rollout = found["rollout"]
+    names: dict[str, Any] = {}
+    exec(compile(code, "by_hand.py", "exec"), names)
+    assert float((names["found"].ratio - 1).abs().max()) < 2e-5
+    rollout = names["rollout"]
     states = rollout.states.shape[:2]
-    assert states == (len(found["prompts"]), len(rollout.tree.states))
-    for step in rollout.recorded:  # what was recorded is among the states that were kept
+    assert states == (len(names["prompts"]), len(rollout.tree.states))
+    for step in rollout.recorded:  # recorded transitions are among the kept states
         kept = [i for i in rollout.tree.recorded if rollout.tree.states[i].node == step.step + 1]
         assert torch.equal(rollout.states[:, kept], step.next_latents)
 
-    trainer = Trainer(found["config"], tmp_path / "run")
+    trainer = Trainer(names["config"], tmp_path / "run")
     trainer.iterate()
     expected = trainer.policy.transformer.state_dict()
-    for name, value in found["policy"].transformer.state_dict().items():
+    for name, value in names["policy"].transformer.state_dict().items():
         assert torch.equal(value, expected[name])

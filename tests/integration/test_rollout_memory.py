@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config_for, exhausted_memory, on_two_ranks, trainer_for
+from engine_runs import config_for, exhausted_memory, find, trainer_for
 from torch import Tensor
 
 from g2rpo.batching import BatchSize
@@ -20,7 +20,7 @@ from g2rpo.training.batch_sizes import LARGEST, fitting_states, state_bytes
 def findings(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks found, in one process each."""
     folder = tmp_path_factory.mktemp("ranks")
-    assert on_two_ranks("short_rollout,compiled", smoke_assets, folder) == 0
+    assert find(smoke_assets, folder, "short_rollout", "compiled") == 0
     return folder
 
 
@@ -39,7 +39,7 @@ def test_one_rank_of_two_that_runs_out_halves_the_size_of_both(findings: Path) -
 def test_a_sharded_rank_that_runs_out_ends_the_run_to_be_resumed(
     smoke_assets: Path, tmp_path: Path
 ) -> None:
-    assert on_two_ranks("short_rollout_sharded", smoke_assets, tmp_path) != 0
+    assert find(smoke_assets, tmp_path, "short_rollout_sharded") != 0
     folder = tmp_path / "short_rollout_sharded"
     assert json.loads((folder / "stopped.json").read_text()) == {"resume": True}
     config = config_for(smoke_assets, execution={"rollout_micro_batch": 8})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import Brightness, config_for
+from two_ranks import on_two_ranks
 
 from g2rpo.attempts import LeaseSettings, attempt_path, latest
 from g2rpo.errors import UserError
@@ -260,8 +261,3 @@ def test_two_ranks(smoke_assets: Path, tmp_path: Path) -> None:
     assert saved_iterations(tmp_path / "timed") == [ITERATIONS - 1, ITERATIONS]
     for name in ("full", "checkpoint", "overtaken"):
         assert saved_iterations(tmp_path / name) == [1], name
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run_of_two(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,9 +11,11 @@ import torch
 from g2rpo.flow.rollout_tree import Group
 from g2rpo.training.advantages import (
     AdvantageConfig,
+    GranularityReduction,
     group_advantages,
     normalize,
     step_advantages,
+    transition_advantages,
 )
 
 
@@ -139,7 +141,7 @@ def test_equal_rewards_without_epsilon_are_not_a_division_by_zero() -> None:
         assert found.zero_std_groups == 6
 
 
-def test_a_sum_of_cancelling_rewards_is_judged_at_the_size_of_its_terms() -> None:
+def test_a_sum_of_cancelling_rewards_is_compared_at_the_size_of_its_terms() -> None:
     one = np.float32(1.0)
     above = np.nextafter(one, np.float32(2))
     rewards = {
@@ -213,13 +215,108 @@ def test_step_advantages_sum_granularities_and_rewards_then_clamp() -> None:
     torch.testing.assert_close(at_four, values[:, 2])
 
 
-def test_the_sum_is_clamped_and_not_its_terms() -> None:
+def test_the_sum_is_clamped_and_a_group_without_a_step_credits_every_step() -> None:
     groups = [Group((0, 1), step=1, granularity=g) for g in (1, 2, 2)]
     values = torch.tensor([[[7.0, -1.0], [-4.0, -2.0], [1.0, -9.0]]], dtype=torch.float64)
     assert step_advantages(values, groups, 1, clip=5.0).tolist() == [[4.0, -5.0]]
-
-
-def test_a_group_without_a_step_credits_every_step() -> None:
-    values = torch.tensor([[[1.0, -6.0]]], dtype=torch.float64)
     for step in (0, 7):
-        assert step_advantages(values, [Group((0, 1))], step, clip=5.0).tolist() == [[1.0, -5.0]]
+        found = step_advantages(values[:, 2:], [Group((0, 1))], step, clip=5.0)
+        assert found.tolist() == [[1.0, -5.0]]
+
+
+# --- reduction of a step's granularities ---------------------------------------------------------
+
+STEPS = (0, 2)
+GRANULAR = [Group((), step, granularity) for step in STEPS for granularity in (1, 2, 3)]
+RULES: tuple[GranularityReduction, ...] = (
+    "sum", "mean", "inverse_variance", "best_of", "reward_mean",
+)  # fmt: skip
+
+
+def granular_rewards(seed: int) -> dict[str, torch.Tensor]:
+    spread = torch.tensor([0.01, 0.05, 0.2]).repeat(2).view(1, 6, 1)
+    return {
+        name: 0.3 + spread * 50 * (random_rewards(2, 6, 6, seed=seed + place) - 0.25)
+        for place, name in enumerate(WEIGHTS)
+    }
+
+
+def loop_reduction(rows: list[list[float]], rule: GranularityReduction) -> list[float]:
+    """One reward at one step of one prompt: rows are its granularities."""
+    samples = list(zip(*rows, strict=True))
+    if rule == "best_of":
+        return loop_group([max(values) for values in samples], 1, 1e-8)
+    if rule == "reward_mean":
+        return loop_group([math.fsum(values) / len(values) for values in samples], 1, 1e-8)
+    if rule == "inverse_variance":
+        inverse = [1 / loop_std(row, 1) ** 2 for row in rows]
+        weights = [len(rows) * one / math.fsum(inverse) for one in inverse]
+    else:
+        weights = [1.0 if rule == "sum" else 1 / len(rows)] * len(rows)
+    advantages = zip(*(loop_group(row, 1, 1e-8) for row in rows), strict=True)
+    return [math.fsum(w * a for w, a in zip(weights, each, strict=True)) for each in advantages]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_reduction_equals_its_loop(rule: GranularityReduction) -> None:
+    rewards = granular_rewards(seed=3)
+    config = AdvantageConfig(granularity_reduction=rule, clip=1e9)
+    found = transition_advantages(rewards, WEIGHTS, GRANULAR, STEPS, config)
+    for place, by_step in enumerate(found.by_step):
+        for prompt in range(2):
+            expected = [0.0] * 6
+            for name, weight in WEIGHTS.items():
+                rows = rewards[name][prompt, 3 * place : 3 * place + 3].double().tolist()
+                reduced = loop_reduction(rows, rule)
+                expected = [e + weight * a for e, a in zip(expected, reduced, strict=True)]
+            assert by_step[prompt].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_a_granularity_whose_rewards_are_equal_has_no_weight() -> None:
+    rewards = {"hps": granular_rewards(seed=5)["hps"]}
+    rewards["hps"][0, 1] = 0.3  # would have an infinite precision
+    config = AdvantageConfig(granularity_reduction="inverse_variance", clip=1e9)
+    result = transition_advantages(rewards, {"hps": 1.0}, GRANULAR, STEPS, config)
+    first, _, third = rewards["hps"][0, :3].double().tolist()
+    expected = [1.5 * a for a in loop_reduction([first, third], "inverse_variance")]
+    assert result.by_step[0][0].tolist() == pytest.approx(expected, rel=1e-9)
+    assert result.zero_std_groups == {"hps": 1}
+    rewards["hps"][0, :3] = 0.3
+    result = transition_advantages(rewards, {"hps": 1.0}, GRANULAR, STEPS, config)
+    assert result.by_step[0][0].eq(0).all()
+
+
+@pytest.mark.parametrize("combination", ["sum_of_rewards", "normalized_weights"])
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_one_granularity_is_the_same_under_every_rule(
+    rule: GranularityReduction, combination: str
+) -> None:
+    groups = [Group((), 0, 1), Group((), 2, 1)]
+    rewards = {name: values[:, :2] for name, values in granular_rewards(seed=2).items()}
+    before, after = (
+        transition_advantages(
+            rewards,
+            WEIGHTS,
+            groups,
+            STEPS,
+            AdvantageConfig(combination=combination, granularity_reduction=one),
+        )
+        for one in ("sum", rule)
+    )
+    for one, two in zip(before.by_step, after.by_step, strict=True):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["mean", "best_of"])
+def test_a_group_that_credits_every_step_is_left_alone(rule: GranularityReduction) -> None:
+    rewards = {"hps": granular_rewards(seed=4)["hps"][:, :1]}
+    config = AdvantageConfig(granularity_reduction=rule)
+    result = transition_advantages(rewards, {"hps": 1.0}, [Group(())], (0, 1, 5), config)
+    plain = group_advantages(rewards, {"hps": 1.0}, AdvantageConfig()).values[:, 0]
+    assert all(torch.allclose(values, plain.clamp(-5, 5)) for values in result.by_step)
+
+
+def test_the_default_rule_is_not_in_the_hashed_configuration() -> None:
+    assert "granularity_reduction" not in AdvantageConfig().model_dump(mode="json")
+    other = AdvantageConfig(granularity_reduction="mean").model_dump(mode="json")
+    assert other["granularity_reduction"] == "mean"

@@ -10,7 +10,6 @@ import g2rpo.methods
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
-from g2rpo.flow.schedule import shifted_sigmas
 from g2rpo.methods import dance_grpo, flow_grpo, mix_grpo
 from g2rpo.methods import g2rpo as granular
 from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
@@ -62,14 +61,13 @@ def test_g2rpo_steps_by_name(
         assert recorded_steps(tree) == Counter(dict.fromkeys(expected, 4))
 
 
-def test_g2rpo_default_is_the_first_half_and_a_wrong_name_is_told() -> None:
-    assert granular.G2RPO().steps_of(9) == granular.named_steps("first_half", 9)
+def test_an_unknown_name_of_steps_is_rejected_with_the_closest_match() -> None:
     with pytest.raises(UserError, match="did you mean 'first_half'") as caught:
         validate(granular.G2RPO, {"stochastic_steps": "first_haf"}, "here")
     assert "\n" not in str(caught.value)
 
 
-def test_g2rpo_tells_coinciding_granularities() -> None:
+def test_g2rpo_notes_coinciding_granularities() -> None:
     notes = granular.G2RPO().check(RolloutShape(8, 12, 300))
     assert len(notes) == 1
     assert "step 3" in notes[0]
@@ -80,13 +78,11 @@ def test_g2rpo_tells_coinciding_granularities() -> None:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"stochastic_steps": (15,)}, "method.stochastic_steps"),
-        ({"stochastic_steps": (0, 16)}, "method.stochastic_steps"),
+        ({"stochastic_steps": (0, 15)}, "method.stochastic_steps"),
         ({"stochastic_steps": (-1,)}, "method.stochastic_steps"),
         ({"stochastic_steps": (1, 1)}, "method.stochastic_steps"),
         ({"stochastic_steps": ()}, "method.stochastic_steps"),
         ({"granularities": (1, 0)}, "method.granularities"),
-        ({"granularities": (-2,)}, "method.granularities"),
         ({"granularities": ()}, "method.granularities"),
     ],
 )
@@ -128,10 +124,6 @@ def test_dance_grpo_trains_every_step_equally_often() -> None:
     # 2000 draws at 0.6: standard deviation 22.
     assert set(counts) == set(range(15))
     assert all(abs(count - 1200) < 5 * 22 for count in counts.values())
-
-
-def test_dance_grpo_diffusion_is_constant() -> None:
-    assert dance_grpo.DanceGRPO().diffusion(shifted_sigmas(16, 3.0)) == (0.3,) * 16
 
 
 @pytest.mark.parametrize(("steps", "fraction"), [(2, 0.6), (16, 0.05)])
@@ -180,18 +172,16 @@ def test_mix_grpo_refuses_a_grid_without_trainable_steps() -> None:
         mix_grpo.MixGRPO().check(RolloutShape(2, 12, 300))
 
 
-# --- Flow-GRPO -----------------------------------------------------------------------------------
+# --- Flow form -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [granular.G2RPO, mix_grpo.MixGRPO, flow_grpo.FlowGRPO])
-def test_flow_form_of_the_diffusion(config: type[Method]) -> None:
-    found = config().diffusion((1.0, 0.8, 0.5, 0.0))  # type: ignore[call-arg]
-    assert found == pytest.approx((0.7 * 5**0.5, 1.4, 0.7))
-
-
-@pytest.mark.parametrize("config", [granular.G2RPO, mix_grpo.MixGRPO, flow_grpo.FlowGRPO])
-def test_by_default_everything_recorded_is_trained(config: type[Method]) -> None:
-    assert list(config().trained_steps([0, 2, 5], 1, 2, ("p", 3))) == [0, 2, 5]  # type: ignore[call-arg]
+def test_flow_form_of_the_diffusion_and_everything_recorded_is_trained(
+    config: type[Method],
+) -> None:
+    method = config()  # type: ignore[call-arg]
+    assert method.diffusion((1.0, 0.8, 0.5, 0.0)) == pytest.approx((0.7 * 5**0.5, 1.4, 0.7))
+    assert list(method.trained_steps([0, 2, 5], 1, 2, ("p", 3))) == [0, 2, 5]
 
 
 # --- discovery -----------------------------------------------------------------------------------
@@ -232,7 +222,6 @@ def test_a_new_file_is_a_new_method(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ({"name": 3}, "no method '3'"),
         ({}, "expected a mapping with a name"),
         ("g2rpo", "expected a mapping with a name"),
-        (None, "expected a mapping with a name"),
     ],
 )
 def test_an_unknown_method_names_the_nearest(value: object, message: str) -> None:
