@@ -1,18 +1,18 @@
-"""The counters of real, tiny training runs against the counts that were told before."""
+"""The counters of real, tiny training runs against the counts made before."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from training_runs import drawn_states
+import training_runs
+from torch import Tensor
+from training_runs import Brightness, drawn_states, trainer_for
 
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import training_counts, validations
-from g2rpo.training.loop import Trainer
 from reproduce.jobs.estimates import checkpoint_disk, prompt_count
 
-WINDOW = {"name": "mix_grpo", "window_size": 2, "interval": 1}
 RUNS: dict[str, dict[str, Any]] = {
     "g2rpo": {
         "method": {"name": "g2rpo", "granularities": [1, 2], "stochastic_steps": [0, 2]},
@@ -22,53 +22,41 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": {"name": "g2rpo", "granularities": [1], "log_anchor_reward": False},
         "optimization": {"updates_per_iteration": 2},
     },
-    "mix_grpo": {"method": WINDOW, "optimization": {"update_every": "timestep"}},
-    "mix_grpo, two updates": {"method": WINDOW, "optimization": {"updates_per_iteration": 2}},
+    "mix_grpo": {
+        "method": {"name": "mix_grpo", "window_size": 2, "interval": 1},
+        "optimization": {"update_every": "timestep"},
+    },
     "dance_grpo": {"method": {"name": "dance_grpo"}, "optimization": {"updates_per_iteration": 2}},
     "flow_grpo, KL": {
-        "method": {"name": "flow_grpo"},
+        "method": {"name": "flow_grpo", "shared_initial_noise": False},
         "optimization": {"kl_coefficient": 0.1, "updates_per_iteration": 4, "ema_decay": 0.9},
     },
-    "flow_grpo, own noise": {"method": {"name": "flow_grpo", "shared_initial_noise": False}},
 }  # fmt: skip
 
 
-class Redness:
-    """A cheap reward whose value differs between images; it counts them."""
-
-    name, version, weights_hash = "redness", "1", ""
-
-    def __init__(self) -> None:
-        self.scored = 0
-
-    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        assert len(images) == len(prompts)
-        self.scored += len(images)
-        return images.float().mean((1, 2))[:, 0] / 255
-
-
 def config_for(assets: Path, run: dict[str, Any]) -> TrainConfig:
-    data = {
-        "seed": 5,
-        "policy": {"source": str(assets / "policy"), "resolution": 32, "max_sequence_length": 16},
-        "prompts": {"file": str(assets / "prompts" / "train.txt")},
-        "rewards": {"hps": {"reward": {"model": "hps"}}},
-        "grid": {"steps": 5},
-        "method": run["method"],
-        "rollout": {"group_size": 4, "prompts_per_iteration": 2},
-        "optimization": {"iterations": 3, **run.get("optimization", {})},
-        "validation": {"file": str(assets / "prompts" / "validation.txt"), "limit": 3, "every": 2},
-        "checkpoints": {"every": 1, "keep_last": 2},
-        "execution": {"device": "cpu", "trackers": [], "training_micro_batch": 3},
-    }
-    return TrainConfig.model_validate(data)
+    return training_runs.config_for(
+        assets,
+        method=run["method"],
+        rollout={"group_size": 4, "prompts_per_iteration": 2},
+        optimization={"iterations": 3, **run.get("optimization", {})},
+        validation={
+            "file": str(assets / "prompts" / "validation.txt"), "limit": 3, "every": 2,
+        },
+        execution={"device": "cpu", "trackers": [], "training_micro_batch": 3},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_counts_what_was_told(name: str, smoke_assets: Path, tmp_path: Path) -> None:
+def test_a_run_costs_what_was_counted(name: str, smoke_assets: Path, tmp_path: Path) -> None:
     config = config_for(smoke_assets, RUNS[name])
-    reward = Redness()
-    progress = Trainer(config, tmp_path, rewards={"hps": reward}).train()
+    scored: list[int] = []
+
+    def count(scores: Tensor, prompts: Sequence[str]) -> Tensor:
+        scored.append(len(prompts))
+        return scores
+
+    progress = trainer_for(config, tmp_path, Brightness(count)).train()
     counts = training_counts(config)
     assert counts.rollout_evaluations == progress.rollout_evaluations
     assert counts.images_scored == progress.images_scored
@@ -80,7 +68,7 @@ def test_a_run_counts_what_was_told(name: str, smoke_assets: Path, tmp_path: Pat
     assert validation is not None
     held_out = prompt_count(Path(validation.file))
     seen = min(validation.limit, held_out) * validations(validation, progress.iteration)
-    assert reward.scored == progress.images_scored + seen
+    assert sum(scored) == progress.images_scored + seen
 
     size, most, written = checkpoint_disk(config)
     assert (most, written) == (3, 3)  # two that are kept and the one being written

@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from engine_runs import config_for, trainer_for
-from tiny_flux import build_tiny_flux
 from torch import Tensor, nn
 
 from g2rpo.errors import UserError
@@ -34,9 +33,8 @@ def _same_backend_afterwards() -> Iterator[None]:
 
 
 @pytest.fixture
-def policy(tmp_path: Path) -> FluxPolicy:
-    folder = build_tiny_flux(tmp_path / "flux")
-    config = PolicyConfig(source=str(folder), resolution=32, max_sequence_length=24)
+def policy(flux_folder: Path) -> FluxPolicy:
+    config = PolicyConfig(source=str(flux_folder), resolution=32, max_sequence_length=24)
     return FluxPolicy.load(config, "cpu")
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_flux import build_tiny_flux
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,9 +89,8 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> FluxPolicy:
-    folder: Path = build_tiny_flux(tmp_path_factory.mktemp("flux"))
-    config = PolicyConfig(source=str(folder), resolution=32, max_sequence_length=24)
+def policy(flux_folder: Path) -> FluxPolicy:
+    config = PolicyConfig(source=str(flux_folder), resolution=32, max_sequence_length=24)
     return FluxPolicy.load(config, "cpu")
 
 
