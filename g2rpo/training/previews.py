@@ -5,7 +5,6 @@ compared with the held-out images of the base and of the trained policy. Trainin
 existing images are not sampled again.
 """
 
-import re
 from pathlib import Path
 
 from PIL import Image
@@ -15,7 +14,7 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.files import atomic_path
 from g2rpo.flow.schedule import build_grid
 from g2rpo.sampling import sample_ode
-from g2rpo.training.checkpoint.folder import writing
+from g2rpo.training.checkpoint.folder import iterations_in, writing
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import PicturesConfig, TrainConfig
 from g2rpo.training.validation import shared_prompts
@@ -23,7 +22,6 @@ from g2rpo.training.weights import TrainedWeights
 
 PIXELS_AT_ONCE = 2**21
 """Pixels sampled together: two images of 1024x1024, beside the weights and optimiser states."""
-_FOLDER = re.compile(r"iteration-(\d{6})")
 
 
 def pictures_folder(run: Path, iteration: int) -> Path:
@@ -33,8 +31,7 @@ def pictures_folder(run: Path, iteration: int) -> Path:
 
 def pictured_iterations(run: Path) -> list[int]:
     """The iterations that have previews, ascending."""
-    found = (_FOLDER.fullmatch(path.name) for path in (run / "images").glob("iteration-*"))
-    return sorted(int(match.group(1)) for match in found if match)
+    return iterations_in(run / "images")
 
 
 def save_previews(config: TrainConfig, run: Path, weights: TrainedWeights, done: int) -> None:

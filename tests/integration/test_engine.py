@@ -29,11 +29,7 @@ from torch import Tensor
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
 from g2rpo.policy import FluxPolicy
-from g2rpo.training.checkpoint.folder import (
-    checkpoint_folder,
-    latest_checkpoint,
-    saved_iterations,
-)
+from g2rpo.training.checkpoint.folder import checkpoint_folder, latest_checkpoint
 from g2rpo.training.checkpoint.load import export_trained, load_trained
 from g2rpo.training.loop import Trainer
 from g2rpo.training.weights import build_weights
@@ -393,14 +389,3 @@ def test_gradient_checkpointing_changes_nothing(smoke_assets: Path, tmp_path: Pa
         weights.append(trained_weights(trainer))
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name])
-
-
-def test_saved_iterations_are_those_asked_for(smoke_assets: Path, tmp_path: Path) -> None:
-    config = config_for(
-        smoke_assets,
-        optimization={"iterations": 3},
-        checkpoints={"every": 1, "keep_last": 2},
-        execution={"sharding": "fsdp2"},
-    )
-    trainer_for(config, tmp_path).train()
-    assert saved_iterations(tmp_path) == [2, 3]

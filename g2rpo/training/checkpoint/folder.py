@@ -84,10 +84,15 @@ def checkpoint_folder(run: Path, iteration: int) -> Path:
     return run / CHECKPOINTS / f"iteration-{iteration:06d}"
 
 
+def iterations_in(folder: Path) -> list[int]:
+    """The numbers of the subfolders ``iteration-<number>``, ascending."""
+    matches = (_FOLDER.fullmatch(path.name) for path in folder.glob("iteration-*"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
 def saved_iterations(run: Path) -> list[int]:
     """The iterations that have a checkpoint, ascending."""
-    found = (_FOLDER.fullmatch(path.name) for path in (run / CHECKPOINTS).glob("iteration-*"))
-    return sorted(int(match.group(1)) for match in found if match)
+    return iterations_in(run / CHECKPOINTS)
 
 
 def problem(folder: Path, part: slice = slice(None)) -> str | None:
@@ -100,7 +105,7 @@ def problem(folder: Path, part: slice = slice(None)) -> str | None:
     try:
         state = read_state(folder)
         files = dict(sorted(state[FILES].items())[part])
-        found = next(problems(folder, files), None)
+        damage = next(problems(folder, files), None)
         for metadata in folder.glob("*/.metadata"):  # a pickle: never load it unchecked
             entry = state[FILES].get(os.path.relpath(metadata, folder))
             if not isinstance(entry, dict):
@@ -109,7 +114,7 @@ def problem(folder: Path, part: slice = slice(None)) -> str | None:
         return f"{STATE} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{STATE} is damaged ({error})"
-    return None if found is None else f"{os.path.relpath(found[0], folder)} {found[1]}"
+    return None if damage is None else f"{os.path.relpath(damage[0], folder)} {damage[1]}"
 
 
 def latest_checkpoint(run: Path, check: Callable[[Path], str | None] = problem) -> Path | None:
@@ -117,15 +122,14 @@ def latest_checkpoint(run: Path, check: Callable[[Path], str | None] = problem) 
 
     ``check`` is :func:`problem`, or its counterpart over several ranks.
     """
-    damaged = False
-    for iteration in reversed(saved_iterations(run)):
+    iterations = saved_iterations(run)
+    for iteration in reversed(iterations):
         folder = checkpoint_folder(run, iteration)
-        found = check(folder)
-        if found is None:
+        damage = check(folder)
+        if damage is None:
             return folder
-        damaged = True
-        logger.warning("%s: %s; trying the checkpoint before it", folder, found)
-    if damaged:
+        logger.warning("%s: %s; trying the checkpoint before it", folder, damage)
+    if iterations:
         logger.warning("%s: no undamaged checkpoint left; training starts over", run)
     return None
 
