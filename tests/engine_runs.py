@@ -103,7 +103,7 @@ def exhausted_memory(
         if torch.is_grad_enabled() == training:
             asked.append(len(latents))
             if when and len(latents) > states:
-                raise torch.OutOfMemoryError("as if there were no memory")
+                raise torch.OutOfMemoryError("no memory left")
         return velocity(latents, *rest)
 
     policy.velocity = limited  # type: ignore[method-assign]

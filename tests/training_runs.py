@@ -56,12 +56,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    squares = [((a[name].double() - b[name].double()) ** 2).sum() for name in a]
-    return float(torch.stack(squares).sum().sqrt())
-
-
 def drawn_states(config: TrainConfig) -> int:
     """States that a run of ``config`` trains, with the steps that it will draw for each sample."""
     optimization, size, total = config.optimization, config.rollout.group_size, 0

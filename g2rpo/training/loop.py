@@ -21,7 +21,7 @@ from g2rpo.rewards.base import RewardModel
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training.advantages import TransitionAdvantages
-from g2rpo.training.batch import TrainingBatch, rollout_advantages, training_batch
+from g2rpo.training.batch import rollout_advantages, training_batch
 from g2rpo.training.batch_sizes import BatchSizes
 from g2rpo.training.checkpoint.folder import Progress, writing
 from g2rpo.training.checkpoint.load import resume
@@ -283,8 +283,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.step(self.weights.parameters)
         clock.end("training")
-        sums = self._count(rollout, batch, updates, clock)
-        return self._metrics(sums, updates, advantages)
+        sums = sum_over_ranks(self.accelerator, iteration_sums(rollout, batch, updates, clock))
+        return self._count(sums, updates, advantages)
 
     def rollout(self, prompts: list[Prompt]) -> Rollout:
         """Draws and scores this rank's samples of the next iteration."""
@@ -312,29 +312,16 @@ class Trainer:
 
     def _count(
         self,
-        rollout: Rollout,
-        batch: TrainingBatch,
-        updates: list[UpdateStatistics],
-        clock: PhaseClock,
-    ) -> dict[str, float]:
-        """Advances the counters by an iteration; returns the sums over all ranks."""
-        own = iteration_sums(rollout, batch, updates) | {"device_seconds": clock.total}
-        own |= {f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()}
-        sums = sum_over_ranks(self.accelerator, own)
-        approximations = self.config.approximate_rollout
-        cached = approximations is not None and approximations.step_cache is not None
-        self.progress.advance(sums, step_cache=cached)
-        self.sizes.record(self.progress)
-        return sums
-
-    def _metrics(
-        self,
         sums: dict[str, float],
         updates: list[UpdateStatistics],
         advantages: TransitionAdvantages,
     ) -> dict[str, Any]:
-        ranks = self.accelerator.num_processes
-        groups = advantages.zero_std_groups
+        """Advances the counters by an iteration and returns its metrics."""
+        approximations = self.config.approximate_rollout
+        cached = approximations is not None and approximations.step_cache is not None
+        self.progress.advance(sums, step_cache=cached)
+        self.sizes.record(self.progress)
+        ranks, groups = self.accelerator.num_processes, advantages.zero_std_groups
         return {
             **{name: value for name, value in vars(self.progress).items() if value is not None},
             "rollout_micro_batch": self.sizes.rollout.states,

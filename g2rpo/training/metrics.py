@@ -140,7 +140,10 @@ class PhaseClock:
 
 
 def iteration_sums(
-    rollout: "Rollout", batch: "TrainingBatch", updates: Sequence["UpdateStatistics"]
+    rollout: "Rollout",
+    batch: "TrainingBatch",
+    updates: Sequence["UpdateStatistics"],
+    clock: PhaseClock,
 ) -> dict[str, float]:
     """One rank's share of an iteration's costs and metrics, to be summed over ranks."""
     sums = {
@@ -154,6 +157,8 @@ def iteration_sums(
         "kl": sum(update.kl for update in updates),
         "loss": sum(update.loss for update in updates) / len(updates),
         "advantage": float(batch.advantage.abs().mean()),
+        "device_seconds": clock.total,
+        **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
     }
     for name in rollout.rewards:
         values = rollout.group_rewards(name).double()

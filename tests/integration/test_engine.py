@@ -198,7 +198,7 @@ def test_memory_that_runs_out_on_a_sharded_rank_ends_the_run_to_be_resumed(
     assert resumed.sizes.training.states == 2
 
 
-def test_memory_that_runs_out_is_told_once_and_ends_at_a_single_state(
+def test_memory_that_runs_out_warns_once_and_ends_at_a_single_state(
     smoke_assets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_for(smoke_assets, execution={"training_micro_batch": 8})
@@ -206,8 +206,8 @@ def test_memory_that_runs_out_is_told_once_and_ends_at_a_single_state(
     with caplog.at_level(logging.WARNING), exhausted_memory(trainer.policy, 4):
         trainer.iterate()
         trainer.iterate()
-    told = [record for record in caplog.records if "out of memory" in record.message]
-    assert len(told) == 1
+    warnings = [record for record in caplog.records if "out of memory" in record.message]
+    assert len(warnings) == 1
     before = trained_weights(trainer)
     with (
         exhausted_memory(trainer.policy, 0),
@@ -337,7 +337,7 @@ def test_trained_weights_are_loaded_and_exported_whatever_they_were_saved_as(
             assert torch.equal(value, expected[name])
 
 
-def test_what_cannot_be_is_told_in_one_line(smoke_assets: Path, tmp_path: Path) -> None:
+def test_impossible_settings_are_rejected_in_one_line(smoke_assets: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
         load_trained(FluxPolicy.load(config_for(smoke_assets).policy, "cpu"), tmp_path)
     config = config_for(smoke_assets, lora=LORA, execution={"sharding": "fsdp2"})

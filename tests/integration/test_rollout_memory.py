@@ -68,8 +68,10 @@ def test_a_short_rollout_says_so_once_and_has_the_same_noise(
         ):
             rolled[name] = trainer.rollout(prompts)
             rolled[name] = trainer.rollout(prompts)
-    told = [record.message for record in caplog.records if "out of memory" in record.message]
-    assert told == ["out of memory in the rollout: retrying with 4 states at a time instead of 8"]
+    warnings = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert warnings == [
+        "out of memory in the rollout: retrying with 4 states at a time instead of 8"
+    ]
     assert rolled["short"].velocity_evaluations == rolled["enough"].velocity_evaluations
     for one, two in zip(rolled["enough"].recorded, rolled["short"].recorded, strict=True):
         # The noise is (x' - mean) / std: the same but for the rounding of the mean.
@@ -80,7 +82,7 @@ def test_a_short_rollout_says_so_once_and_has_the_same_noise(
     assert trainer.progress.rollout_micro_batch == 4
 
 
-def test_a_single_state_that_does_not_fit_is_told_with_what_would(
+def test_a_single_state_that_does_not_fit_is_an_error_with_a_fix(
     smoke_assets: Path, tmp_path: Path
 ) -> None:
     trainer = trainer_for(config_for(smoke_assets), tmp_path)
@@ -101,7 +103,7 @@ def test_decoding_halves_its_slices_as_well(smoke_assets: Path, tmp_path: Path) 
     def limited(scaled: Tensor, **rest: Any) -> Any:
         asked.append(len(scaled))
         if len(scaled) > 2:
-            raise torch.OutOfMemoryError("as if there were no memory")
+            raise torch.OutOfMemoryError("no memory left")
         return decode(scaled, **rest)
 
     policy.vae.decode = limited

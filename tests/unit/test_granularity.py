@@ -70,7 +70,7 @@ def test_coincidences_by_brute_force(steps: int, granularities: list[int]) -> No
     for step in everything:
         lists = [tuple(walked_nodes(step, g, steps)) for g in granularities]
         repeated = len(lists) - len(set(lists))
-        told = [(first, second) for k, first, second in found if k == step]
-        assert len(told) == repeated
-        for first, second in told:
+        pairs = [(first, second) for k, first, second in found if k == step]
+        assert len(pairs) == repeated
+        for first, second in pairs:
             assert walked_nodes(step, first, steps) == walked_nodes(step, second, steps)

@@ -109,9 +109,7 @@ def test_what_does_not_fit_is_refused_before_it_is_submitted(
     runner.check_memory(without, cells)
 
 
-def test_what_does_not_fit_is_told_with_what_would(
-    smoke_assets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_names_what_would_fit(smoke_assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as caught:
         check_fits(config(smoke_assets), FLUX_DEV, 1, 79 * GIB)
     message = str(caught.value)

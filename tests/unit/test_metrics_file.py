@@ -1,4 +1,4 @@
-"""`metrics.jsonl` on disk: what a kill cut short is left out, what is damaged is told."""
+"""`metrics.jsonl` on disk: a line cut short by a kill is ignored, a damaged one is an error."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def written(folder: Path, *lines: bytes) -> Path:
 
 
 @pytest.mark.parametrize("line", DAMAGED)
-def test_a_damaged_line_among_others_is_told_and_nothing_is_rewritten(
+def test_a_damaged_line_among_others_is_an_error_and_nothing_is_rewritten(
     tmp_path: Path, line: bytes
 ) -> None:
     path = written(tmp_path, LINES[0], line, *LINES[2:])
@@ -61,7 +61,7 @@ def test_rows_after_the_checkpoint_are_dropped_and_empty_lines_are_nothing(tmp_p
 
 
 @pytest.mark.parametrize("value", ["null", '"0.2"', "NaN", "true", "[]"])
-def test_a_reward_that_is_no_number_is_told(tmp_path: Path, value: str) -> None:
+def test_a_reward_that_is_not_a_number_is_an_error(tmp_path: Path, value: str) -> None:
     line = f'{{"iteration": 2, "reward/hps/mean": {value}}}'.encode()
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: reward/hps/mean is not a number"):
         read_metrics(written(tmp_path, LINES[0], line))

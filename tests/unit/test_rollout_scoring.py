@@ -97,7 +97,7 @@ def test_with_overlap_batches_are_evaluated_while_images_are_still_to_come() -> 
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_failure_is_told_and_nothing_hangs(overlap: bool) -> None:
+def test_a_failure_is_raised_and_nothing_hangs(overlap: bool) -> None:
     slow = Slow()
     slow.evaluate = lambda prepared: torch.full((len(prepared[0]),), torch.nan)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"slow: score .* not finite for prompt 'prompt 0'"):
