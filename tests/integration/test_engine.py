@@ -299,7 +299,6 @@ def test_a_run_can_change_between_whole_and_sharded_checkpoints(
     {"execution": {"sharding": "fsdp2"}},
     {"optimization": {"ema_decay": 0.5}, "execution": {"sharding": "fsdp2"}},
     {"optimization": {"ema_decay": 0.5}},
-    {"lora": LORA},
     {"lora": LORA, "optimization": {"ema_decay": 0.5}},
 ])  # fmt: skip
 def test_trained_weights_are_loaded_and_exported_whatever_they_were_saved_as(

@@ -66,24 +66,6 @@ def test_gradient_equals_finite_differences() -> None:
         assert float(new.grad[i]) == pytest.approx(slope / (2 * step), rel=1e-6, abs=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("log_ratio", "advantage", "gradient"),
-    [
-        (0.1, 2.0, 0.0),  # already more likely than the range allows, and good: no push
-        (-0.1, -2.0, 0.0),  # already less likely, and bad: no push
-        (0.1, -2.0, 2.0 * math.exp(0.1)),  # more likely but bad: pushed back
-        (-0.1, 2.0, -2.0 * math.exp(-0.1)),  # less likely but good: pushed back
-        (0.0, 2.0, -2.0),
-        (0.0, -2.0, 2.0),
-    ],
-)
-def test_where_the_gradient_vanishes(log_ratio: float, advantage: float, gradient: float) -> None:
-    new = doubles([log_ratio]).requires_grad_()
-    clipped_objective(new, doubles([0.0]), doubles([advantage]), CLIP).loss.sum().backward()
-    assert new.grad is not None
-    assert float(new.grad) == pytest.approx(gradient, rel=1e-12)
-
-
 def test_a_nan_is_not_hidden_by_the_clip() -> None:
     for advantage in (1.0, -1.0):
         terms = clipped_objective(doubles([math.nan]), doubles([0.0]), doubles([advantage]), CLIP)
@@ -209,22 +191,6 @@ def keys(batch: TrainingBatch) -> set[tuple[int, int, int]]:
     return found
 
 
-def test_an_iteration_averages_everything_in_one_update() -> None:
-    batch = collect(ALL)
-    (update,) = split_updates(batch, OptimizationConfig())
-    assert len(keys(update)) == 36
-    assert update.weight == pytest.approx(1 / 36)
-
-
-def test_a_timestep_makes_one_undivided_update() -> None:
-    updates = split_updates(collect(ALL), OptimizationConfig(update_every="timestep"))
-    assert len(updates) == 3
-    for step, update in enumerate(updates):
-        assert {key[0] for key in keys(update)} == {step}
-        assert len(update) == 12
-        assert update.weight == pytest.approx(1 / 12)
-
-
 @pytest.mark.parametrize("trained", [ALL, SUBSETS])
 @pytest.mark.parametrize("updates", [1, 2, 3, 6])
 def test_updates_split_the_samples(
@@ -243,19 +209,6 @@ def test_updates_split_the_samples(
         assert not seen & keys(update)
         seen |= keys(update)
     assert len(seen) == len(batch)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
-def test_micro_batches_cover_an_update_once(size: int) -> None:
-    for update in split_updates(collect(SUBSETS), OptimizationConfig(updates_per_iteration=2)):
-        parts = list(update.split(size))
-        members = [key for part in parts for key in keys(part)]
-        assert len(members) == len(update)
-        assert set(members) == keys(update)
-        # Each state goes through one forward, whatever the number of its transitions.
-        assert sum(len(part.states) for part in parts) == len(update.states)
-        assert all(0 < len(part.states) <= size for part in parts)
-        assert {part.weight for part in parts} == {update.weight}
 
 
 def batched_update(update: TrainingBatch, size: int) -> tuple[float, Tensor]:
@@ -309,10 +262,17 @@ def test_loss_and_gradient_equal_the_loop_at_every_micro_batch_size(
     config: OptimizationConfig, trained: Sequence[Sequence[Sequence[int]]]
 ) -> None:
     batch = collect(trained)
-    for update in split_updates(batch, config):
+    updates = split_updates(batch, config)
+    if config.update_every == "timestep":
+        assert [{step for step, _, _ in keys(one)} for one in updates] == [{0}, {1}, {2}]
+    for update in updates:
         expected, gradient = loop_update(keys(update))
         assert gradient.abs().max() > 1e-3
         for size in (1, 2, 5, 100):
+            parts = list(update.split(size))
+            # Each state goes through one forward, whatever the number of its transitions.
+            assert sum(len(part.states) for part in parts) == len(update.states)
+            assert all(0 < len(part.states) <= size for part in parts)
             found_loss, found_gradient = batched_update(update, size)
             assert found_loss == pytest.approx(expected, rel=1e-10, abs=1e-12)
             torch.testing.assert_close(found_gradient, gradient, rtol=1e-10, atol=1e-12)

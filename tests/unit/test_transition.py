@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from g2rpo.flow.rollout_tree import Group, RolloutTree
-from g2rpo.flow.schedule import SigmaGrid, shifted_sigmas
-from g2rpo.flow.sweep import SweepSettings, sweep
+from g2rpo.flow.schedule import shifted_sigmas
 from g2rpo.flow.transition import (
     Transition,
     constant_diffusion,
@@ -189,37 +187,3 @@ def test_marginals_converge_at_order_one(
     assert 1.85 < errors[0] / errors[1] < 2.15
     assert 1.9 < errors[1] / errors[2] < 2.1
     assert 1e-6 < errors[2] < 5e-3
-
-
-def test_from_pure_noise_the_moments_follow_the_exact_recursion() -> None:
-    """Flow's g from sigma = 1, where only the discrete chain is defined, against Monte Carlo."""
-    steps, lines, width = 12, 10, 20_000
-    sigmas = shifted_sigmas(steps, 3.0)
-    eta = 0.7
-    diffusion = [eta * math.sqrt(s / (1 - (sigmas[1] if s == 1.0 else s))) for s in sigmas[:steps]]
-    mean, variance = chain_moments(sigmas, diffusion, drift_and_score_mean)
-
-    tree = RolloutTree(steps)
-    states = [tree.initial(sample) for sample in range(lines)]
-    for _ in range(steps):
-        states = [tree.sde(state, sample, record=False) for sample, state in enumerate(states)]
-    tree.groups.append(Group(tuple(states)))
-    sigma_at = dict(zip(range(steps), sigmas, strict=False))
-    grid = SigmaGrid(sigmas, tuple(i / 1000 for i in range(steps + 1)))
-
-    def velocity(x: torch.Tensor, time: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        return exact_velocity(x, sigma_at[round(float(time[0]) * 1000)])
-
-    def noise(prompt: int, sample: int, step: int) -> torch.Tensor:
-        return random(width, seed=1000 + 100 * sample + step)
-
-    settings = SweepSettings(flow_diffusion(eta, sigmas), micro_batch=4, dtype=torch.float64)
-    samples = sweep(tree, grid, 1, velocity, noise, settings).images.flatten()
-
-    count = lines * width
-    assert len(samples) == count
-    standard_error = math.sqrt(variance / count)
-    assert abs(float(samples.mean()) - mean) < 4 * standard_error
-    assert abs(float(samples.var()) - variance) < 4 * variance * math.sqrt(2 / count)
-    # The chain is visibly another one than the continuous process: the recursion is what is tested.
-    assert abs(variance - exact_moments(0.0)[1]) > 20 * variance * math.sqrt(2 / count)
