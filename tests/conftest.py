@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread, and the tiny models of the smoke profile."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,15 @@ import torch
 def _one_thread() -> None:
     # Tiny models run fastest on one thread, and sums have one order.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_stop_request() -> Iterator[None]:
+    from g2rpo.stop import StopRequest
+
+    StopRequest.clear()
+    yield
+    StopRequest.clear()
 
 
 @pytest.fixture(scope="session")

@@ -28,13 +28,6 @@ ALWAYS = SELDOM | {"every_minutes": 1e-9}
 AT_ONCE = LeaseSettings(heartbeat_seconds=1000, stale_seconds=2000, wait_seconds=0)
 
 
-@pytest.fixture(autouse=True)
-def no_request() -> Iterator[None]:
-    StopRequest.clear()
-    yield
-    StopRequest.clear()
-
-
 class Disturbed(Trainer):
     """Something happens while iteration ``at`` is computed."""
 

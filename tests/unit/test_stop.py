@@ -6,18 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from g2rpo.stop import Stopped, StopReason, StopRequest
-
-
-@pytest.fixture(autouse=True)
-def no_request() -> Iterator[None]:
-    StopRequest.clear()
-    yield
-    StopRequest.clear()
 
 
 def test_a_request_stays_until_it_is_obeyed() -> None:
