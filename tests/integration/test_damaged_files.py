@@ -325,13 +325,11 @@ def test_a_damaged_cell_is_collected_again(
         pd.testing.assert_frame_equal(after.scores, before.scores)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 def test_embeddings_are_repaired(
-    whole: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+    whole: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     layout = Layout(tmp_path / "runs", tmp_path / "runs")
-    stage = Embed(layout, (whole.cell,))
-    perform(stage, Ranks())
+    perform(Embed(layout, (whole.cell,)), Ranks())
     files = (layout.runs / "embeddings").glob("*/*.safetensors")
     before = {path: path.read_bytes() for path in files}
     path = min(before)

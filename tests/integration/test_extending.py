@@ -48,6 +48,7 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(
         ignored = shutil.ignore_patterns("__pycache__", "assets")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
     shutil.copytree(ROOT / "results" / "paper", tmp_path / "results" / "paper")
+    use_assets(tmp_path, smoke_assets)
     files = FILE.findall((ROOT / "README.md").read_text()) + FILE.findall(page)
     assert len(files) == 8
     for name, text in files:
@@ -61,10 +62,18 @@ def test_adding_a_method_a_reward_a_table_and_a_policy(
     registry.write_text(source.replace(opening, opening + line))
 
     _, table, policy, training, _ = COMMAND.findall(page)
-    assert "First step only" in follow(*table, tmp_path)
-    written = tmp_path / "results" / "runs" / "my-profile" / "my_table" / "my_table.md"
-    assert "Colourfulness" in written.read_text()
-
+    once = "-s optimization.iterations=1"
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOW, f"{table} --jobs 1 {once}", policy, f"{training} {once}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "First step only" in done.stdout
     runs = tmp_path / "results" / "runs"
     assert "Colourfulness" in (runs / "my-profile" / "my_table" / "my_table.md").read_text()
     settings = [json.loads(p.read_text()) for p in runs.glob("first_step-*/config.json")]

@@ -25,7 +25,7 @@ from g2rpo.training.metrics import read_metrics
 from reproduce.cli import app
 
 ITERATIONS = 4
-ROUNDS = 16
+ROUNDS = 20
 
 
 def train_command(profile: Path, results: Path) -> list[str]:
