@@ -1,9 +1,10 @@
 """The batch sizes of a run: as many states and images at once as fit, the same on all ranks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d
@@ -13,7 +14,6 @@ from g2rpo.files import write_json
 from g2rpo.policy import FluxPolicy
 from g2rpo.policy.decoding import decode_size
 from g2rpo.stop import StoppedAlone
-from g2rpo.training.checkpoint.folder import Progress
 from g2rpo.training.collective import of_all_ranks
 from g2rpo.training.config import ExecutionConfig
 from g2rpo.training.weights import TrainedWeights
@@ -147,16 +147,15 @@ class BatchSizes:
             "training_micro_batch": self.training,
         }
 
-    def restore(self, progress: Progress) -> None:
-        """Lowers the sizes to those of ``progress``."""
+    def restore(self, sizes: Mapping[str, Any]) -> None:
+        """Lowers the sizes to those of a checkpoint, which may be None, by field."""
         for field, size in self._by_field.items():
-            size.lower(getattr(progress, field))
+            size.lower(sizes[field])
 
-    def record(self, progress: Progress) -> None:
-        """Notes the reduced sizes in ``progress``."""
-        for field, size in self._by_field.items():
-            if size.reduced:
-                setattr(progress, field, size.states)
+    @property
+    def reduced(self) -> dict[str, int]:
+        """The reduced sizes, by their field in checkpoints."""
+        return {field: size.states for field, size in self._by_field.items() if size.reduced}
 
     def share_rollout(self) -> None:
         """Lowers the rollout sizes to the smallest of any rank. All ranks call it together."""

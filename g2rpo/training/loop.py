@@ -96,7 +96,7 @@ class Trainer:
         # Before a checkpoint is read: the KL's reference is the untrained policy.
         self.updater = Updater(config, self.weights, optimizer, self.sizes)
         self.progress = resume(state, self.checkpoints.group)
-        self.sizes.restore(self.progress)
+        self.sizes.restore(vars(self.progress))
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
 
     def _check(self) -> None:
@@ -320,7 +320,7 @@ class Trainer:
         approximations = self.config.approximate_rollout
         cached = approximations is not None and approximations.step_cache is not None
         self.progress.advance(sums, step_cache=cached)
-        self.sizes.record(self.progress)
+        vars(self.progress).update(self.sizes.reduced)
         ranks, groups = self.accelerator.num_processes, advantages.zero_std_groups
         return {
             **{name: value for name, value in vars(self.progress).items() if value is not None},
