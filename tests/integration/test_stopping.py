@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -158,17 +155,6 @@ def test_a_stop_before_the_first_iteration_or_in_the_last(
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_metrics_on_a_full_disk(smoke_assets: Path, tmp_path: Path) -> None:
-    config = config_of(smoke_assets, ALWAYS)
-    with pytest.raises(UserError) as caught:
-        made(FullDisk, config, tmp_path, at=2).train()
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in (str(tmp_path), "metrics.jsonl", "No space left", "free space", "iteration-000001"):
-        assert part in message
-    assert saved_iterations(tmp_path) == [1]
-
-
 def test_a_checkpoint_on_a_full_disk(smoke_assets: Path, undisturbed: Path, tmp_path: Path) -> None:
     config = config_of(smoke_assets, ALWAYS)
     trainer = made(FullCheckpoint, config, tmp_path, at=2)
@@ -220,19 +206,14 @@ def run_of_two(assets: Path, folder: Path) -> None:
 
 
 def test_two_ranks(smoke_assets: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        __file__, str(smoke_assets), str(tmp_path),
-    ]  # fmt: skip
-    places = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
-    subprocess.run(command, check=True, timeout=600, env=os.environ | environment)
+    assert on_two_ranks(run_of_two, smoke_assets, tmp_path) == 0
     first, second = (json.loads((tmp_path / f"ended-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     undisturbed, *stops, resumed, timed, full, checkpoint, overtaken = first
     assert [undisturbed, resumed, timed] == ["done"] * 3
     assert stops == ["Stopped: stopped: time is over"] * 2
-    assert "No space left" in full
+    for part in ("full", "metrics.jsonl", "No space left", "free space", "iteration-000001"):
+        assert part in full and "\n" not in full
     assert "iteration-000001 is intact" in checkpoint
     assert overtaken.startswith("LeaseLost: ")
     assert_same_run(tmp_path / "stopped", tmp_path / "undisturbed")
