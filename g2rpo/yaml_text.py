@@ -67,10 +67,6 @@ class _TextLoader(_Loader):
     """YAML whose scalars are kept as text."""
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would read as another type."""
-
-
 def _constructor(
     name: str, form: re.Pattern[str], convert: Callable[[str], Any]
 ) -> Callable[[_Loader, yaml.ScalarNode], Any]:
@@ -90,7 +86,6 @@ for _name, _form, _first, _convert in _SCALARS:
     _starts = [*_first, *([""] if _name == "null" else [])]
     _Loader.add_implicit_resolver(_TAG + _name, _form, _starts)
     _Loader.add_constructor(_TAG + _name, _constructor(_name, _form, _convert))
-    _Dumper.add_implicit_resolver(_TAG + _name, _form, _starts)
 _Loader.add_implicit_resolver(_MERGE, re.compile(r"<<\Z"), ["<"])
 _Loader.add_constructor(_MERGE, lambda _, node: node.value)  # as a value it is text
 
@@ -109,14 +104,3 @@ def parse_yaml(text: str, *, as_text: bool = False) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         where = str(error).replace('in "<unicode string>", ', "in ")
         raise ValueError(" ".join(where.split())) from None
-
-
-def dump_yaml(value: Any) -> str:
-    """``value`` (mappings, sequences, text, numbers, booleans, None) as YAML that parses to it.
-
-    Raises:
-        yaml.YAMLError: it contains other types.
-    """
-    # Not allow_unicode: PyYAML then writes some line breaks that it does not read back.
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False)
-    return text

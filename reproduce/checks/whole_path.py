@@ -1,6 +1,7 @@
 """Trains, samples and scores tiny random models, up to a table, through the command line."""
 
 import csv
+import json
 import math
 import os
 import resource
@@ -14,7 +15,6 @@ from typing import Any
 
 from g2rpo.config import load_yaml
 from g2rpo.provenance import REPOSITORY
-from g2rpo.yaml_text import dump_yaml
 from reproduce.experiment import HERE
 from slurm.checks.finding import Finding
 
@@ -55,9 +55,9 @@ def check_whole_path() -> Finding:
 def _write_inputs(folder: Path) -> None:
     """Writes the smoke profile, with its files in ``folder``, and an experiment of two cells."""
     profile = load_yaml(HERE / "profiles" / "smoke.yaml")
-    text = dump_yaml(profile).replace(str(profile["assets"]), str(folder / "assets"))
-    (folder / "profile.yaml").write_text(text)
-    (folder / "check.yaml").write_text(dump_yaml(EXPERIMENT))
+    text = json.dumps(profile).replace(str(profile["assets"]), str(folder / "assets"))
+    (folder / "profile.yaml").write_text(text)  # JSON is YAML
+    (folder / "check.yaml").write_text(json.dumps(EXPERIMENT))
 
 
 def run_module(command: list[str], folder: Path, limit: int) -> tuple[str, str]:

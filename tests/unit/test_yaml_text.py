@@ -1,4 +1,4 @@
-"""YAML as YAML 1.2 has it, whoever reads it: scalars, refusals, and what the suite writes."""
+"""YAML as YAML 1.2 has it, whoever reads it: scalars and refusals."""
 
 import json
 import math
@@ -6,11 +6,10 @@ import re
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from g2rpo.yaml_text import dump_yaml, parse_yaml
+from g2rpo.yaml_text import parse_yaml
 
 SCALARS: dict[str, Any] = {
     # no base 60, no dates
@@ -72,32 +71,7 @@ def test_what_is_no_plain_data_is_refused_in_one_line(text: str, words: tuple[st
     assert "\n" not in message
 
 
-SPECIAL = [
-    "yes", "no", "on", "off", "y", "12:30", "24:00:00", "1e3", "0o7", "017", "0x1F", "null", "~",
-    "", "true", "<<", "=", "2026-01-01", "1_000", ".inf", ".nan", "-", "?", "- a", "a: b", "#x",
-    " x ", "x\n", "\n", "\t", "'", '"', "!x", "&x", "*x", "%", "@", "`", "σ é 漢 😀", "\u2028",
-    "\ufeff", "\x85", "\x00", "0.1.2", "1e-5", "+.inf", "NaN",
-]  # fmt: skip
 NUMBERS = st.integers() | st.floats(allow_nan=False)
-TEXT = st.text() | st.sampled_from(SPECIAL)
-VALUES = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXT,
-    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
-    max_leaves=20,
-)
-
-
-@given(VALUES)
-def test_what_is_written_reads_back_as_the_same_value(value: Any) -> None:
-    found = parse_yaml(dump_yaml(value))
-    assert found == value
-    # repr tells 1 from 1.0 and True; equality does not.
-    assert repr(found) == repr(value)
-
-
-@pytest.mark.parametrize("text", SPECIAL)
-def test_text_that_is_written_is_text_to_readers_of_yaml_1_1_too(text: str) -> None:
-    assert yaml.safe_load(dump_yaml({text: [text]})) == {text: [text]}
 
 
 @given(st.recursive(
