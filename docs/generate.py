@@ -50,8 +50,6 @@ def cli_page() -> str:
     """One section per command: what it does, its arguments and its options."""
     lines = ["# Command line", "", "Every command, as `g2rpo COMMAND --help` prints it.", ""]
     for path, command in commands(typer.main.get_command(app)):
-        if path == "g2rpo":
-            continue
         lines += [f"## {path}", "", inspect.cleandoc(command.help or "").split("\f")[0], ""]
         rows = [
             (
