@@ -167,9 +167,12 @@ def test_shares_that_a_kill_left_unmerged_are_merged_by_the_table(
     written = load_cells(layout.experiment("smoke", "t") / "cells")
     assert [one.info for one in again] == [one.info for one in written]
     with monkeypatch.context() as patch:
+        patch.setattr(Score, "finish", lambda _: False)
+        evaluate(base, layout, 2)
+    with monkeypatch.context() as patch:
         patch.setattr("reproduce.stages.scoring.shutil.rmtree", killed)
         with pytest.raises(RuntimeError, match="killed"):
-            evaluate(base, layout, 2)
+            Score(layout, base, Share(0, 2)).finish()
     assert Score(layout, base, Share(0, 2)).finish()
     shutil.rmtree(layout.evaluation(base) / "shares")  # left behind, and no longer needed
     same_as_whole(base, runs, trained)
