@@ -161,7 +161,7 @@ REFUSALS = {
     ),
     "renamed key": (
         ["config", "two_rows.yaml", "hps/g2rpo", "-s", "optimization.optimizer_step=x"],
-        "called 'update_every'",
+        "renamed to 'update_every'",
     ),
     "unknown cell": (["train", "two_rows.yaml", "hps/g2rp"], "hps/g2rpo"),
     "not an assignment": (["train", "two_rows.yaml", "hps/g2rpo", "-s", "seed"], "key=value"),
