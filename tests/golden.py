@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ MINI = ROOT / "results" / "mini"
 EXPERIMENTS = sorted(folder.parent.name for folder in MINI.glob("*/cells"))
 
 
+@cache
 def cells_of(experiment: str) -> list[Cell]:
     return load_cells(MINI / experiment / "cells")
 

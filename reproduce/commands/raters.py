@@ -66,11 +66,11 @@ def read(
     answers: Annotated[list[Path], typer.Argument(help="Raters' answers (.csv).")],
 ) -> None:
     """Print how often raters preferred the first model, with confidence intervals."""
-    from reproduce.raters.answers import judge, read_answers
+    from reproduce.raters.answers import evaluate, read_answers
     from reproduce.raters.key import read_key
 
     pairs = read_key(key)
-    _print(judge(pairs, read_answers(answers, pairs)))
+    _print(evaluate(pairs, read_answers(answers, pairs)))
 
 
 def _print(verdict: "Verdict") -> None:

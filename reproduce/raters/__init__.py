@@ -1,1 +1,1 @@
-"""People compare the pictures of two models, without knowing which is whose."""
+"""Blind pairwise comparisons of two models' images by human raters."""

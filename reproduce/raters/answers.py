@@ -1,4 +1,4 @@
-"""Raters' answers, and what they say: how often the first model's picture was preferred."""
+"""Raters' answers: how often the first model's image was preferred."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ from g2rpo.errors import UserError
 from reproduce.raters.key import COLUMNS, Choice, SheetKey
 
 Answers = dict[str, Choice]
-"""One rater's answers by pair; pairs without an answer are left out."""
+"""One rater's answers by pair; unanswered pairs are absent."""
 OUTCOMES = {"first": 1.0, "tie": 0.5, "second": 0.0}
 _OTHER = {"first": "second", "second": "first"}
 
 
 def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
-    """All answers by rater.
+    """Reads all answers by rater.
 
     Args:
-        paths: CSV files with the columns ``sheet, rater, pair, answer``; several raters may share
-            one, and the file's name stands for a rater that is left empty.
+        paths: CSV files with the columns ``sheet, rater, pair, answer``. Several raters may share
+            a file; the file's name replaces an empty rater.
         key: the key of the sheet.
 
     Raises:
-        UserError: a file is none, is of another sheet, names an unknown pair or answer or one pair
-            twice, or a rater answered nothing; one line with the file and line.
+        UserError: a file cannot be read or belongs to another sheet, a pair or answer is unknown,
+            a pair is answered twice, or a rater answered nothing.
     """
     found: dict[str, Answers] = {}
     where: dict[tuple[str, str], str] = {}
@@ -50,21 +50,21 @@ def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
             rater = rater or path.stem
             first = where.setdefault((rater, pair), place)
             if first != place:
-                raise UserError(f"{place}: {rater} answers pair {pair} again, first in {first}")
+                raise UserError(f"{place}: {rater} already answered pair {pair} in {first}")
             answers = found.setdefault(rater, {})
             if answer is not None:
                 answers[pair] = answer
     for rater, answers in found.items():
         if not answers:
-            raise UserError(f"{rater} has answered nothing")
+            raise UserError(f"{rater}: no answers")
     if not found:
-        raise UserError("there is not one answer")
+        raise UserError("the files contain no answers")
     return found
 
 
 def _rows(path: Path) -> list[Row]:
     if path.suffix.lower() != ".csv":
-        raise UserError(f"{path}: raters' answers are a .csv file")
+        raise UserError(f"{path}: not a .csv file")
     table = read_table(path, COLUMNS)
     for name in COLUMNS:
         table.column([name])
@@ -72,25 +72,25 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _checked(row: Mapping[str, str], key: SheetKey, place: str) -> tuple[str, str, Choice | None]:
-    """Rater, pair and answer of a row."""
+    """The rater, pair and answer of a row."""
     sheet, rater, pair, answer = (row[name].strip() for name in COLUMNS)
     if sheet != key.sheet:
-        raise UserError(f"{place}: an answer to the sheet {sheet!r}, the key is of {key.sheet!r}")
+        raise UserError(f"{place}: sheet {sheet!r} does not match the key's sheet {key.sheet!r}")
     known = [one.pair for one in key.pairs]
-    # The blank answers.csv is filled in with a spreadsheet, which takes leading zeros away.
+    # Spreadsheets drop leading zeros.
     pair = pair.zfill(len(known[0])) if pair.isdigit() else pair
     if pair not in known:
-        raise UserError(f"{place}: no pair {pair!r} in this sheet ({known[0]} to {known[-1]})")
+        raise UserError(f"{place}: unknown pair {pair!r}; pairs are {known[0]} to {known[-1]}")
     choices: tuple[Choice, ...] = get_args(Choice)
     chosen = next((choice for choice in choices if choice == answer.lower()), None)
     if answer and chosen is None:
-        raise UserError(f"{place}: no answer {answer!r}; {nearest(answer.lower(), choices)}")
+        raise UserError(f"{place}: unknown answer {answer!r}; {nearest(answer.lower(), choices)}")
     return rater, pair, chosen
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How often something happened: ``share`` with its interval, of ``count``."""
+    """A share of ``count`` answers, with its interval."""
 
     share: float
     low: float
@@ -99,7 +99,7 @@ class Rate:
 
 
 def wilson(successes: int, count: int) -> Rate:
-    """A share of independent yes or no answers with Wilson's interval; all of 0..1 without any."""
+    """A share of independent answers with Wilson's interval; 0 to 1 without answers."""
     if not count:
         return Rate(0.5, 0.0, 1.0, 0)
     found = scipy.stats.binomtest(successes, count)
@@ -109,22 +109,22 @@ def wilson(successes: int, count: int) -> Rate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What raters said.
+    """The raters' preferences.
 
     Attributes:
-        first: the first side's label.
-        second: the second side's.
-        outcomes: answers for ``first``, ``tie`` and ``second``.
-        win_rate: how often the first is preferred on a pair like these, ties counting half:
-            bootstrap over the pairs, each the mean over its raters.
-        p_value: of the hypothesis that neither is preferred: sign-flip test over the pairs.
-        over_raters: the same rate with the raters as the sample, where there are three.
-        raters: each rater's win rate, with Wilson's interval over the answers that are no tie.
-        decided: the first's share of all answers that are no tie, with Wilson's interval, for
-            which every answer counts as independent.
-        left: the share of answers for the left picture among those that are no tie.
+        first: label of the first side.
+        second: label of the second side.
+        outcomes: number of answers for ``first``, ``tie`` and ``second``.
+        win_rate: how often the first is preferred; ties count half. Pairs are averaged over their
+            raters; bootstrap over the pairs.
+        p_value: sign-flip test over the pairs of the hypothesis that neither is preferred.
+        over_raters: the win rate with the raters as the sample; needs three raters.
+        raters: each rater's win rate without ties, with Wilson's interval.
+        decided: the win rate over all answers without ties, with Wilson's interval. It treats
+            answers as independent.
+        left: the share of the left image in the answers without ties.
         agreement: how often two raters gave a pair the same answer; None with one rater.
-        missing: answers that were not given.
+        missing: number of missing answers.
     """
 
     first: str
@@ -140,8 +140,8 @@ class Verdict:
     missing: int
 
 
-def judge(key: SheetKey, answers: Mapping[str, Answers]) -> Verdict:
-    """Undoes the blinding and counts.
+def evaluate(key: SheetKey, answers: Mapping[str, Answers]) -> Verdict:
+    """Unblinds and counts the answers.
 
     Raises:
         UserError: fewer than two pairs were answered.
@@ -161,7 +161,7 @@ def judge(key: SheetKey, answers: Mapping[str, Answers]) -> Verdict:
     given["share"] = given["winner"].map(OUTCOMES)
     shares = given.groupby("pair")["share"].mean().to_numpy()
     if len(shares) < 2:
-        raise UserError("an interval needs answers to two pairs at least")
+        raise UserError("too few answers; an interval needs at least two answered pairs")
     (win_rate,) = share_intervals(shares[None])
     (p_value,) = sign_flip_p_values(shares[None] - 0.5, tolerance=1e-12)
     by_rater = given.groupby("rater", sort=False)
@@ -181,7 +181,7 @@ def judge(key: SheetKey, answers: Mapping[str, Answers]) -> Verdict:
 
 
 def _rate(values: "pd.Series[str]", wanted: str) -> Rate:
-    """How often ``wanted`` is among the values that are no tie."""
+    """The share of ``wanted`` among the values without ties."""
     return wilson(int((values == wanted).sum()), int((values != "tie").sum()))
 
 

@@ -1,4 +1,4 @@
-"""What a sheet hides: which picture of a pair is whose."""
+"""The key of a sheet: which image of a pair is whose."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,19 @@ from g2rpo.errors import UserError
 
 Choice = Literal["left", "right", "tie"]
 COLUMNS = ("sheet", "rater", "pair", "answer")
-"""Of a file of answers."""
+"""Columns of an answers file."""
 FORMAT: Literal["g2rpo rater key"] = "g2rpo rater key"
 
 
 class Pair(StrictModel):
-    """One pair: what was on which side."""
+    """One pair, and its sides."""
 
     pair: str
     prompt_id: str
     prompt: str
     left: Literal["first", "second"]
     first_sha256: str
-    """Of the picture's own file, before it was copied."""
+    """Hash of the original file."""
     second_sha256: str
 
 
@@ -33,13 +33,13 @@ class SheetKey(StrictModel):
     format: Literal["g2rpo rater key"] = FORMAT
     version: Literal[1] = 1
     sheet: str
-    """Names the sheet; answers carry it."""
+    """Identifies the sheet in its answers."""
     first: str
     second: str
     protocol: str | None
-    """Under which both were sampled; None where that is not known."""
+    """The evaluation protocol of both sides; None if unknown."""
     seed: int
-    """Of the order and the sides."""
+    """Seed of the order and sides."""
     question: str
     pairs: tuple[Pair, ...] = pydantic.Field(min_length=1)
 
@@ -48,14 +48,14 @@ def read_key(path: Path) -> SheetKey:
     """Reads a key.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a key.
     """
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such key; `g2rpo raters make` writes one") from None
+        raise UserError(f"{path}: no such file; `g2rpo raters make` writes the key") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a key ({error})") from None
+        raise UserError(f"{path}: cannot read the key ({error})") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise UserError(f"{path}: is not the key of a sheet; `g2rpo raters make` writes one")
+        raise UserError(f"{path}: not the key of a sheet; `g2rpo raters make` writes one")
     return validate(SheetKey, data, str(path))

@@ -1,4 +1,4 @@
-"""The pictures of one side of a comparison, and what is known of how they were sampled."""
+"""The images of each side of a comparison, and how they were sampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ SCORES = "scores.parquet"
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and the caption that it was made for."""
+    """One image and its prompt."""
 
     prompt: str
     path: Path
@@ -38,11 +38,11 @@ class Side:
     """One side.
 
     Attributes:
-        label: what it is called in the key: a run, or a folder.
+        label: the run or folder, as written in the key.
         pictures: by prompt id.
-        protocol: names seed, grid and prompts of the pictures; None where that is not known.
-        prompts: how many prompts were evaluated, of some of which the pictures may be gone.
-        left_out: what of a folder cannot be compared: pairs of a name and a reason.
+        protocol: hash of the images' seed, grid and prompts; None if unknown.
+        prompts: number of evaluated prompts; some may no longer have images.
+        left_out: files that cannot be compared, each with the reason.
     """
 
     label: str
@@ -55,22 +55,22 @@ class Side:
 def find_sides(
     names: Sequence[str], results: Path, prompts: Path | None, *, skip_bad: bool = False
 ) -> list[Side]:
-    """The two sides that are named by runs, evaluations or folders of pictures.
+    """Finds the two sides of a comparison.
 
     Args:
         names: two of: the beginning of a run's name, a run's folder, the folder of one of its
-            evaluations, or any folder of pictures.
+            evaluations, or any folder of images.
         results: where runs are found by name.
-        prompts: the prompt set that names the pictures of a folder; it may have others too.
-        skip_bad: leaves out the pictures of a folder that have no prompt.
+        prompts: the prompt set of image folders; it may be larger.
+        skip_bad: skips images of a folder that have no prompt.
 
     Raises:
-        UserError: there is no such run or folder, two runs share not exactly one evaluation, or a
-            picture of a folder has no prompt.
+        UserError: there is no such run or folder, two runs do not share exactly one evaluation, or
+            an image of a folder has no prompt.
     """
     found = [_evaluations(name, results) for name in names]
     if found[0] == found[1] and (found[0] or Path(names[0]).resolve() == Path(names[1]).resolve()):
-        raise UserError("both sides are the same pictures; name another run or folder")
+        raise UserError("both sides are the same images; name another run or folder")
     if any(not places for places in found):
         return [
             _folder_side(Path(name), prompts, skip_bad)
@@ -81,12 +81,11 @@ def find_sides(
     shared = set(found[0]) & set(found[1])
     if not shared:
         raise UserError(
-            f"{names[0]} and {names[1]} have no evaluation in common: their noise or their "
-            "prompts differ"
+            f"{names[0]} and {names[1]} share no evaluation; score both under the same protocol"
         )
     if len(shared) > 1:
         listed = ", ".join(str(found[0][one]) for one in sorted(shared))
-        raise UserError(f"both have several evaluations: name folders of one, such as {listed}")
+        raise UserError(f"several shared evaluations; name the folders of one: {listed}")
     protocol = shared.pop()
     return [_side(places[protocol]) for places in found]
 
@@ -94,12 +93,12 @@ def find_sides(
 def _only(name: str, places: dict[str, Path]) -> Path:
     if len(places) > 1:
         listed = ", ".join(str(place) for place in places.values())
-        raise UserError(f"{name} has several evaluations: name the folder of one: {listed}")
+        raise UserError(f"{name}: several evaluations; name the folder of one: {listed}")
     return next(iter(places.values()))
 
 
 def _evaluations(name: str, results: Path) -> dict[str, Path]:
-    """The scored evaluations that ``name`` stands for, by protocol; none for other folders."""
+    """The scored evaluations that ``name`` matches, by protocol; empty for other folders."""
     given = Path(name)
     if given.is_dir() and (given / SCORES).is_file() and (given / "manifest.json").is_file():
         places = [given]
@@ -111,11 +110,11 @@ def _evaluations(name: str, results: Path) -> dict[str, Path]:
             folders = {run.name: run for run in run_folders(results / "runs")}
             chosen = chosen_names(name_of(given, results), folders)
             if len(chosen) > 1:
-                raise UserError(f"{name!r} stands for {len(chosen)} runs; name one")
+                raise UserError(f"{name!r} matches {len(chosen)} runs; name one")
             folder = folders[chosen[0]]
         places = sorted(path for path in (folder / EVALUATIONS).glob("*") if path.is_dir())
         if not any(read_manifest(place) for place in places):
-            raise UserError(f"{folder}: has no finished evaluation; run `g2rpo score` on its cell")
+            raise UserError(f"{folder}: no finished evaluation; run `g2rpo score` on its cell")
     return {digest: place for place in places if (digest := _protocol(place)) is not None}
 
 
@@ -128,7 +127,7 @@ def _protocol(evaluation: Path) -> str | None:
 
 
 def _side(evaluation: Path) -> Side:
-    from benchmarks.evaluation.held_out import image_path  # imports the model libraries: seconds
+    from benchmarks.evaluation.held_out import image_path  # slow: imports the model libraries
 
     scores = pd.read_parquet(evaluation / SCORES)
     texts = dict(zip(scores["prompt_id"].astype(str), scores["prompt"].astype(str), strict=True))
@@ -144,6 +143,6 @@ def _folder_side(folder: Path, prompts: Path | None, skip_bad: bool) -> Side:
     source = read_source(folder, known, every_prompt=False)
     refuse_bad(source, skip_bad, "compared")
     pictures: dict[str, Picture] = {}
-    for item in source.items:  # the first of several pictures of a prompt
+    for item in source.items:  # the first of several images of a prompt
         pictures.setdefault(item.prompt_id, Picture(item.prompt, item.image))
     return Side(str(folder), pictures, None, len(pictures), tuple(source.bad))

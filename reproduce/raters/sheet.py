@@ -1,7 +1,7 @@
-"""A sheet for raters: pairs of pictures in random order, under names that say nothing.
+"""A sheet for raters: blinded pairs of images in random order.
 
-What could tell a rater whose a picture is stays out of the folder: names, metadata, times and the
-order of files follow the order of the pairs, which is random, as is the side of each picture.
+Nothing in the folder reveals the model of an image: file names, metadata, times and order follow
+the order of the pairs, which is random, as are their sides.
 """
 
 import csv
@@ -25,57 +25,56 @@ from reproduce.raters.pictures import Side
 QUESTION = "Which picture is better for the caption?"
 PAGE, ANSWERS, IMAGES = "index.html", "answers.csv", "images"
 FIXED_TIME = 946_684_800
-"""When every file of a sheet says it was written: the year 2000, which zip can store."""
+"""Modification time of every file in a sheet: the year 2000, which zip can store."""
 
 
 def key_path(output: Path) -> Path:
-    """The key of the sheet in ``output``: beside it, so that the folder can be given away whole."""
+    """The key of the sheet in ``output``: beside it, so that the folder can be shared as it is."""
     return output.with_name(f"{output.name}-key.json")
 
 
 def check_output(output: Path) -> None:
-    """Whether a new sheet and its key can be written as the folder ``output``.
+    """Checks that a new sheet and its key can be written to ``output``.
 
     Raises:
-        UserError: it has no name of its own, is there already, or no folder can be written there.
+        UserError: it has no name, exists already, or cannot be created.
     """
     if output.name in ("", ".."):
-        raise UserError(f"{output}: name a new folder for the sheet, such as {output / 'sheet'}")
+        raise UserError(f"{output}: not a new folder; use e.g. {output / 'sheet'}")
     key = key_path(output)
     try:
         if (output / PAGE).is_file() and not key.exists():
             raise UserError(
-                f"{output}: is a sheet without {key.name} beside it; delete it if its key was "
-                "never written, else choose another folder"
+                f"{output}: a sheet without its key {key.name}; delete it or choose another folder"
             )
         if os.path.lexists(output):
-            raise UserError(f"{output}: is there already; choose another folder")
+            raise UserError(f"{output}: already exists; choose another folder")
         _earlier_key(key)
         check_place(output)
     except OSError as error:  # a name that is too long
         raise UserError(
-            f"{output}: cannot be written ({error.strerror}); choose another folder"
+            f"{output}: cannot be created ({error.strerror}); choose another folder"
         ) from None
 
 
 def make_sheet(
     sides: Sequence[Side], output: Path, *, pairs: int | None, seed: int, question: str = QUESTION
 ) -> SheetKey:
-    """Writes a sheet into the folder ``output`` and its key beside it.
+    """Writes a sheet to the folder ``output`` and its key beside it.
 
-    The key is written first: without it a sheet says nothing. One that is there already, of a
-    sheet that is not, is kept under a name with that sheet's own.
+    The key is written first, since a sheet is useless without it. The key of an earlier sheet is
+    renamed after that sheet.
 
     Args:
-        sides: two sides.
-        output: a folder that is not there yet.
-        pairs: how many pairs, drawn at random; None takes all.
-        seed: names what is random. Who knows it can tell the sides.
-        question: what raters are asked.
+        sides: the two sides.
+        output: a new folder.
+        pairs: number of random pairs; None for all.
+        seed: seed of the order and sides; anyone who knows it can undo the blinding.
+        question: the question to raters.
 
     Raises:
-        UserError: ``output`` is there or cannot be written, no prompt has pictures of both sides,
-            there are fewer than ``pairs``, or a picture is damaged or of another size than its
+        UserError: ``output`` exists or cannot be created, there are fewer than ``pairs`` prompts
+            with images of both sides, or an image is corrupt or differs in size from its
             counterpart.
     """
     check_output(output)
@@ -99,11 +98,11 @@ def _earlier_key(path: Path) -> SheetKey | None:
     try:
         return read_key(path)
     except UserError:
-        raise UserError(f"{path}: is in the way and no key; choose another folder") from None
+        raise UserError(f"{path}: exists and is not a key; choose another folder") from None
 
 
 def _keep_earlier_key(path: Path) -> None:
-    """Moves a key out of the way: its sheet may have been given away."""
+    """Renames an earlier key, because its sheet may be in use."""
     earlier = _earlier_key(path)
     if earlier is not None:
         path.replace(path.with_name(f"{path.stem}-{earlier.sheet}.json"))
@@ -113,22 +112,22 @@ def _arranged(sides: Sequence[Side], pairs: int | None, seed: int, question: str
     first, second = sides
     shared = sorted(set(first.pictures) & set(second.pictures))
     if not shared:
-        raise UserError(f"{first.label} and {second.label} have no picture of the same prompt")
+        raise UserError(f"{first.label} and {second.label} have no images of the same prompt")
     if pairs is not None and pairs > len(shared):
         raise UserError(
-            f"--pairs {pairs}: both sides have pictures of {len(shared)} prompts only; "
-            "the profile's keep_images says how many are kept after scoring"
+            f"--pairs {pairs}: only {len(shared)} prompts have images of both sides; raise "
+            "keep_images in the profile to keep more"
         )
     rng = generator(seed, "raters")
     order = [shared[index] for index in rng.permutation(len(shared))][:pairs]
-    # Each side is on the left equally often, so that a rater who prefers a place favours none.
+    # Each side is on the left equally often, so a preference for one place favours neither.
     left = rng.permutation(np.arange(len(order)) % 2 == 0)
     digits = max(3, len(str(len(order))))
     found = []
     for number, (prompt_id, first_left) in enumerate(zip(order, left, strict=True), start=1):
         one, two = first.pictures[prompt_id], second.pictures[prompt_id]
         if one.prompt != two.prompt:
-            raise UserError(f"prompt {prompt_id!r}: the two sides have different captions")
+            raise UserError(f"prompt {prompt_id!r}: the sides have different prompt texts")
         found.append(
             Pair(
                 pair=f"{number:0{digits}d}",
@@ -151,7 +150,7 @@ def _arranged(sides: Sequence[Side], pairs: int | None, seed: int, question: str
 
 
 def _copy_pair(pair: Pair, sides: Sequence[Side], folder: Path) -> None:
-    """Writes both pictures anew from their pixels: nothing else of the files is kept."""
+    """Writes both images from their pixels, without metadata."""
     by_name = {"first": sides[0], "second": sides[1]}
     other = "second" if pair.left == "first" else "first"
     placed = {"a": by_name[pair.left], "b": by_name[other]}
@@ -161,7 +160,7 @@ def _copy_pair(pair: Pair, sides: Sequence[Side], folder: Path) -> None:
     }
     if pixels["a"].shape != pixels["b"].shape:
         raise UserError(
-            f"prompt {pair.prompt_id!r}: the pictures differ in size, which would tell them apart"
+            f"prompt {pair.prompt_id!r}: the images differ in size, which would reveal the model"
         )
     for place, picture in pixels.items():
         Image.fromarray(picture).save(folder / f"{pair.pair}{place}.png", format="PNG")

@@ -1,4 +1,4 @@
-"""One experiment as the report shows it: its finished cells, and why the others are missing."""
+"""One experiment in the report: its finished cells, and why others are missing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class Chapter:
     """An experiment under one profile.
 
     Attributes:
-        experiment: what was asked.
-        profile: at which scale.
+        experiment: the experiment.
+        profile: the scale.
         layout: where its runs and cells are.
-        cells: the finished ones.
-        gaps: the others, each with the reason.
-        resolver: gives the configuration of a cell.
+        cells: the finished cells.
+        gaps: why the others are missing.
+        resolver: resolves the configuration of a cell.
     """
 
     experiment: Experiment
@@ -50,7 +50,7 @@ class Chapter:
 
     @cached_property
     def spec(self) -> TableSpec:
-        """What the experiment's table shows under the profile."""
+        """The experiment's table under the profile."""
         return self.experiment.table_spec(self.profile)
 
     @cached_property
@@ -58,13 +58,13 @@ class Chapter:
         """The experiment's table, computed once.
 
         Raises:
-            UserError: the cells do not fit the table or each other.
+            UserError: the cells do not match the table or each other.
         """
         return compute_table(self.spec, self.cells, self.profile.name, self.gaps)
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """By key of a cell how its row is named outside the table; the key where it has none."""
+        """The label with group of each cell's row; its key if it has no row."""
         keys = {cell.info.row: cell.info.row for cell in self.cells}
         rows = {row.key: full_label(row) for row in self.spec.rows}
         return keys | {gap.row: gap.row for gap in self.gaps} | rows
@@ -75,7 +75,7 @@ class Chapter:
         return tuple(sorted({c.info.seed for c in self.cells if c.info.seed is not None}))
 
     def resolved(self, cell: Cell) -> ResolvedCell | None:
-        """What the experiment's files now say of a cell; None where they do not have it."""
+        """The cell as the experiment's files now define it; None if they do not."""
         if cell.info.row not in self.experiment.cells:
             return None
         return self.resolver.resolve(cell.info.row, cell.info.seed or 0)
@@ -84,13 +84,13 @@ class Chapter:
 def load_chapter(
     name: str, profile: Profile, layout: Layout, seeds: Sequence[int] | None = None
 ) -> Chapter:
-    """Reads the finished cells of an experiment and finds out about the others.
+    """Reads the finished cells of an experiment, and finds out why others are missing.
 
     Args:
         name: a bundled experiment, or the path of a YAML file.
         profile: the scale.
         layout: where cells and runs are.
-        seeds: the training seeds that there should be; None: those of the finished cells, else the
+        seeds: the expected training seeds; None for those of the finished cells, else the
             profile's.
 
     Raises:
@@ -124,12 +124,12 @@ def _reason(cell: ResolvedCell, layout: Layout) -> str:
 
 
 def without_root(text: str) -> str:
-    """``text`` with paths below the repository as they are within it."""
+    """Makes paths in ``text`` relative to the repository."""
     return text.replace(f"{ROOT}/", "")
 
 
 def finished_experiments(profile: Profile, layout: Layout) -> list[str]:
-    """The bundled experiments that have a finished cell; the paper's tables first."""
+    """The bundled experiments with finished cells; the paper's tables first."""
     names = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
     names.sort(key=lambda name: not name.startswith("table"))
     folders = {name: cells_folder(layout.tables, profile.name, name) for name in names}

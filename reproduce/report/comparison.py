@@ -1,7 +1,7 @@
-"""Runs against a reference run: differences of scores, of learning curves, and of settings.
+"""Runs compared with a reference run: scores, learning curves, settings and provenance.
 
-Runs that differ in nothing but their seed are taken together, so that a comparison is about the
-methods where three seeds are shared, and about the trained weights at hand elsewhere.
+Runs that differ only in their seed are grouped, so that comparisons are seed-level with three
+shared seeds and prompt-level otherwise.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,24 +21,24 @@ from benchmarks.evaluation.statistics import (
 from g2rpo.errors import UserError
 from reproduce.runs.finished import Run
 from reproduce.settings import NOT_DETERMINING, flat
-from reproduce.tables.paired import compare_metric, compare_rows
+from reproduce.tables.comparisons import compare_metric, compare_rows, shared_seeds
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Runs that are one method at one or several seeds, under the letter that tables call it."""
+    """Runs that differ only in their seed, under one letter."""
 
     letter: str
     runs: tuple[Run, ...]
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Its training seeds."""
+        """The training seeds."""
         return tuple(run.seed for run in self.runs if run.seed is not None)
 
 
 def members(runs: Sequence[Run]) -> list[Member]:
-    """The runs put together by all but their seed, in the order in which they were named.
+    """Groups runs by everything but their seed, in the order given.
 
     Raises:
         UserError: two runs have the same settings and seed, or there is nothing to compare.
@@ -47,33 +47,34 @@ def members(runs: Sequence[Run]) -> list[Member]:
     for run in runs:
         grouped.setdefault(run.without_seed, []).append(run)
     if len(grouped) < 2:
-        raise UserError("compare takes runs that differ in more than their seed; name another one")
+        raise UserError(
+            "the runs differ only in their seed; name one with other settings to compare"
+        )
     if len(grouped) > len(ascii_uppercase):
-        raise UserError(f"compare takes {len(ascii_uppercase)} methods at most")
+        raise UserError(f"too many methods to compare; name at most {len(ascii_uppercase)}")
     found = []
     for letter, alike in zip(ascii_uppercase, grouped.values(), strict=False):
         ordered = sorted(alike, key=lambda run: run.seed or 0)
         if len({run.seed for run in ordered}) < len(ordered):
             names = ", ".join(run.name for run in ordered)
-            raise UserError(f"two runs have the same settings and seed: {names}; name one of them")
+            raise UserError(f"runs with the same settings and seed: {names}; name only one")
         found.append(Member(letter, tuple(ordered)))
     return found
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One quantity of one member, and how it differs from the reference.
+    """One quantity of one member, and its difference from the reference.
 
     Attributes:
         member: the member's letter.
         quantity: the reward or metric.
         value: the member's mean.
-        difference: member minus reference; None for the reference and where it cannot be had.
-        comparison: the difference with its interval, where that can be had.
-        adjusted: the p-value, after Holm's correction over a section's comparisons.
-        seeds: over which the two were compared; empty where they share none, and each is then
-            taken over its own.
-        iteration: of a learning curve; None for held-out scores.
+        difference: member minus reference; None for the reference itself.
+        comparison: the difference with its interval, if there are enough seeds or prompts.
+        adjusted: the p-value after Holm's correction over a section's comparisons.
+        seeds: the shared seeds; without any, each member is averaged over its own.
+        iteration: the iteration of a learning curve; None for held-out scores.
     """
 
     member: str
@@ -91,12 +92,12 @@ class Delta:
 
 @dataclass(frozen=True)
 class Section:
-    """The members that were evaluated under one protocol.
+    """The members evaluated under one protocol.
 
     Attributes:
-        protocol: what it is called.
-        prompts: how many prompts were scored.
-        deltas: quantity by quantity, the reference first.
+        protocol: its name and hash.
+        prompts: number of prompts.
+        deltas: by quantity, the reference first.
         missing: letters of members without this evaluation.
     """
 
@@ -107,13 +108,13 @@ class Section:
 
 
 def score_sections(compared: Sequence[Member]) -> list[Section]:
-    """One section for each protocol under which the reference and another were evaluated.
+    """One section per protocol under which the reference and another member were evaluated.
 
     Args:
         compared: the members; the first is the reference.
 
     Raises:
-        UserError: scores under one protocol are of different prompts.
+        UserError: scores under one protocol are for different prompts.
     """
     cells = [(one.letter, cell) for one in compared for run in one.runs for cell in run.cells]
     protocols: dict[str, str] = {}
@@ -131,8 +132,8 @@ def score_sections(compared: Sequence[Member]) -> list[Section]:
 
 
 def _rows(cells: Sequence[tuple[str, Cell]], digest: str) -> dict[str, RowScores]:
-    """The scores of each member under one protocol, by letter."""
-    # A run folder does not know the names that tables give.
+    """Each member's scores under one protocol, by letter."""
+    # A run folder has no names from tables.
     same = {"protocol": Protocol(name="", hash=digest), "train_rewards": (), "preset": None}
     found = gather_rows(
         replace(cell, info=cell.info.model_copy(update={"row": letter, **same}))
@@ -148,7 +149,7 @@ def _deltas(rows: Mapping[str, RowScores], base: RowScores) -> tuple[Delta, ...]
     found: dict[tuple[str, str], Delta] = {}
     for letter, row in rows.items():
         compared = {} if row is base else _compared(row, base)
-        seeds = _compared_seeds(row, base)
+        seeds = shared_seeds(row, base)
         for name in (*row.rewards, *row.metrics):
             values = row.scores([name]) if name in row.rewards else row.metric(name)[0]
             delta, one = Delta(letter, name, float(values.mean())), compared.get(name)
@@ -168,20 +169,13 @@ def _compared(row: RowScores, base: RowScores) -> dict[str, Comparison]:
     return found | {name: one for name, one in metrics.items() if one is not None}
 
 
-def _compared_seeds(row: RowScores, base: RowScores) -> tuple[int, ...]:
-    """Those that both have; a model without seeds is compared with all of the other's."""
-    if not row.seeds or not base.seeds:
-        return (*row.seeds, *base.seeds)
-    return tuple(sorted({*row.seeds} & {*base.seeds}))
-
-
 # Learning curves
 
 
 def curve_deltas(compared: Sequence[Member]) -> list[Delta]:
     """Validation rewards at the last iteration that each member shares with the reference.
 
-    Runs that are not finished have them too. Nothing where a run shares none.
+    Includes unfinished runs; members that share no iteration are skipped.
     """
     reference = compared[0]
     return [delta for member in compared[1:] for delta in _curve_deltas(member, reference)]
@@ -215,7 +209,7 @@ def _curve_deltas(member: Member, reference: Member) -> Iterator[Delta]:
 
 
 def _validations(member: Member) -> dict[str, dict[int | None, dict[int, float]]]:
-    """For each reward that all runs were validated on, the curve of each seed."""
+    """The curve of each seed, by reward that all runs were validated on."""
     curves: dict[str, dict[int | None, dict[int, float]]] = {}
     for run in member.runs:
         for row in run.rows:
@@ -230,12 +224,12 @@ def _validations(member: Member) -> dict[str, dict[int | None, dict[int, float]]
 
 @dataclass(frozen=True)
 class Difference:
-    """One key that is not the same for all members.
+    """One key that differs between members.
 
     Attributes:
-        key: dotted.
-        values: for each member, as text.
-        determining: whether it changes what is trained.
+        key: the dotted key.
+        values: the value of each member, as text.
+        determining: whether it changes the trained weights.
     """
 
     key: str
@@ -244,22 +238,19 @@ class Difference:
 
 
 def setting_differences(compared: Sequence[Member]) -> list[Difference]:
-    """The settings in which members differ; what determines nothing comes last.
+    """The settings in which members differ, those that do not change the weights last.
 
-    Members of which no settings are known show a dash and are not compared.
+    Members without known settings show a dash and are not compared.
     """
     settings = [[flat(run.settings or {}) for run in one.runs] for one in compared]
     return sorted(_differences(settings), key=lambda one: (not one.determining, one.key))
 
 
 def provenance_differences(compared: Sequence[Member]) -> list[Difference]:
-    """In which code, packages, weights and hardware members were made, where these differ."""
-    return _differences(
-        [
-            [flat(run.provenance.model_dump(mode="json") if run.provenance else {}) for run in runs]
-            for runs in (member.runs for member in compared)
-        ]
-    )
+    """The code, packages, weights and hardware in which members differ."""
+    made = [[run.provenance for run in member.runs] for member in compared]
+    dumped = [[flat(one.model_dump(mode="json") if one else {}) for one in runs] for runs in made]
+    return _differences(dumped)
 
 
 def _differences(compared: Sequence[Sequence[Mapping[str, str]]]) -> list[Difference]:

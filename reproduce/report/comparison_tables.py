@@ -1,4 +1,4 @@
-"""A comparison of runs as tables for the terminal."""
+"""A comparison of runs on the terminal."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ from reproduce.report.comparison import (
     score_sections,
     setting_differences,
 )
-from reproduce.tables.labels import COST_LABELS, METRIC_LABELS
+from reproduce.tables.model import COST_LABELS, METRIC_LABELS, NOT_SIGNIFICANT
 
 DIGITS = 4
 COSTS: tuple[CostColumn, ...] = (
@@ -32,11 +32,11 @@ COSTS: tuple[CostColumn, ...] = (
     "device_seconds",
 )
 LONGEST = 60
-"""Characters of a setting that are shown."""
+"""Maximum characters of a setting."""
 
 
 def print_comparison(compared: Sequence[Member], console: Console) -> None:
-    """Everything in which runs differ from the first: scores, curves, cost, settings, origin."""
+    """Prints how runs differ from the first: scores, curves, cost, settings, provenance."""
     console.print(Text("Runs", "bold"))
     for member in compared:
         note = " (reference)" if member is compared[0] else ""
@@ -49,23 +49,21 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
         console.print(literal(_meaning(section), "dim"))
     if not sections:
         console.print()
-        console.print(
-            literal("No held-out evaluation that the reference shares with another run yet.")
-        )
+        console.print(literal("No held-out evaluation shared with the reference yet."))
     points = curve_deltas(compared)
     if points:
         title = "Validation at the last iteration shared with the reference"
         _print_table(console, title, _curve_table(points))
-    title = "Cost, mean over seeds; in brackets: times the reference's"
+    title = "Cost, mean over seeds (ratio to the reference)"
     _print_table(console, title, _cost_table(compared))
     _print_differences("Settings that differ", setting_differences(compared), compared, console)
     for sentence in _unknown_settings(compared):
         console.print(literal(sentence, "dim"))
-    _print_differences("Made with", provenance_differences(compared), compared, console)
+    _print_differences("Provenance", provenance_differences(compared), compared, console)
 
 
 def _print_table(console: Console, title: str, table: Table) -> None:
-    # A title of the table's own would be as narrow as the table.
+    # rich wraps a table's own title to the width of the table.
     console.print()
     console.print(literal(title, "bold"))
     console.print(table)
@@ -100,19 +98,19 @@ def _curve_table(points: Sequence[Delta]) -> Table:
             str(point.iteration),
             fixed(point.value, DIGITS),
             *_difference_texts(point),
-            _seeds(point) or "each over its own seeds",
+            _seeds(point) or "own seeds",
         )
     return table
 
 
 def _difference_texts(delta: Delta) -> tuple[str | Text, ...]:
-    """Difference, interval, p-value and what they say."""
+    """Difference, interval, p-value and verdict."""
     comparison = delta.comparison
     if delta.difference is None or comparison is None:
         shown = "" if delta.difference is None else signed(delta.difference, DIGITS)
         return (shown, "", "", "")
     p_value = comparison.p_value if delta.adjusted is None else delta.adjusted
-    verdict = Text("not settled")
+    verdict = Text(NOT_SIGNIFICANT)
     if p_value < ALPHA:
         verdict = Text("higher", "green") if comparison.difference > 0 else Text("lower", "red")
     return (
@@ -133,15 +131,13 @@ def _meaning(section: Section) -> str:
     labels = {one.comparison.label for one in section.deltas if one.comparison is not None}
     sentences = []
     if "method" in labels:
-        sentences.append("method: paired t over shared seeds, about training again.")
+        sentences.append("method: seed-level, paired t-test over shared seeds.")
     if "checkpoint" in labels:
-        sentences.append(
-            "checkpoint: over prompts, about these weights alone, not about another seed."
-        )
+        sentences.append("checkpoint: prompt-level, for these weights only, not other seeds.")
     if any(one.seeds for one in section.deltas):
-        sentences.append("Differences are over the seeds that are named, means over all of a run.")
+        sentences.append("Differences are over the seeds listed, means over all seeds.")
     if section.missing:
-        sentences.append(f"Not evaluated so: {', '.join(section.missing)}.")
+        sentences.append(f"Not evaluated under this protocol: {', '.join(section.missing)}.")
     return " ".join(sentences)
 
 
@@ -158,7 +154,7 @@ def _cost_table(compared: Sequence[Member]) -> Table:
         texts = []
         for index, (mean, device) in enumerate(zip(means, devices, strict=True)):
             text = human(mean)
-            # Seconds on another device are no measure.
+            # Seconds on different devices are not comparable.
             comparable = column != "device_seconds" or device == devices[0]
             if index and mean is not None and means[0] and comparable:
                 text += f" ({mean / means[0]:.2f}×)"
@@ -174,14 +170,14 @@ def _unknown_settings(compared: Sequence[Member]) -> list[str]:
     if unknown:
         letters = ", ".join(one.letter for one in unknown)
         sentences.append(
-            f"Settings of {letters}: none are known (a base, or weights that were trained "
-            "elsewhere or by other settings than the experiment now has)."
+            f"Settings of {letters}: unknown (the base, weights trained elsewhere, or an "
+            "experiment that has changed since)."
         )
     together = [one.letter for one in unknown if len(one.runs) > 1]
     if together:
         sentences.append(
-            f"The runs of {', '.join(together)} were taken together by their row alone, as cells "
-            "of one folder and commit: whether they differ in more than their seed is not known."
+            f"The runs of {', '.join(together)} are grouped as cells of one row, folder and "
+            "commit; they may differ in more than their seed."
         )
     return sentences
 
@@ -196,7 +192,7 @@ def _print_differences(
     table = plain_table("key", *(member.letter for member in compared))
     for one in differences:
         style = "" if one.determining else "dim"
-        note = "" if one.determining else " (not part of the run's name)"
+        note = "" if one.determining else " (does not change the weights)"
         table.add_row(one.key + note, *map(_shortened, one.values), style=style)
     _print_table(console, title, table)
 

@@ -1,4 +1,4 @@
-"""The configuration behind each run, flat, so that any two can be laid side by side."""
+"""The configuration of each run, flattened so that any two can be compared."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from reproduce.runs.folders import SETTINGS, read_document
 from reproduce.settings import flat
 
 SECTIONS = {"train", "policy", "evaluation", "evaluation_prompts", "checkpoint"}
-"""Of a resolved cell, those that are shown."""
+"""The sections of a resolved cell that are shown."""
 
 
 def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
-    """Name, configuration and, where it is not sure to be the run's own, a note, of each cell."""
+    """Each cell's label and configuration, with a note if it may not be the run's own."""
     found = []
     for cell in chapter.cells:
         info = cell.info
@@ -28,10 +28,10 @@ def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
 
 
 def _sections(chapter: Chapter, cell: Cell) -> tuple[dict[str, Any], str | None]:
-    """The configuration of a cell: its experiment's where that still gives its run."""
+    """The configuration of a cell, from its experiment if that still resolves to the same run."""
     name = cell.info.runs.get("train", "")
     sections: dict[str, Any] = {}
-    note = "the files that the configuration is made from are not here"
+    note = "the files behind this configuration are missing"
     try:
         resolved = chapter.resolved(cell)
         if resolved is not None:
@@ -39,13 +39,13 @@ def _sections(chapter: Chapter, cell: Cell) -> tuple[dict[str, Any], str | None]
             sections = resolved.model_dump(mode="json", include=SECTIONS)
             if made == name:
                 return sections, None
-            note = "the experiment's files now say something else than this run was made from"
-    except UserError:  # its files are not here, and so it cannot be told what it is named
+            note = "the experiment has changed since this run"
+    except UserError:  # its files are missing, so its name cannot be computed
         pass
     try:
         trained = read_document(chapter.layout.runs / name / SETTINGS, ())
     except UserError as error:
         return {}, str(error)
     if trained is not None:
-        return {"train": trained}, "as kept in the run's folder"
+        return {"train": trained}, "from the run's folder"
     return sections, note

@@ -1,4 +1,4 @@
-"""Learning curves as the page draws them: means and bands over seeds, against three axes."""
+"""Learning curves for the page: means and bands over seeds, against three axes."""
 
 import re
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ _METRICS = (
     (r"clipped_fraction", "Fraction of clipped ratios", True),
     (r"kl", "KL to the base", True),
 )
-"""Pattern of a metric's key, what it is called, and whether a running mean is drawn."""
+"""Pattern of a metric's key, its label, and whether a running mean is drawn."""
 
 
 def metrics_of(frames: Sequence[pd.DataFrame], labels: dict[str, str]) -> list[Metric]:
-    """What can be drawn of these runs, the validation rewards first; nothing that is always 0."""
+    """The metrics of these runs, validation rewards first; those that are always 0 are omitted."""
     keys = list(dict.fromkeys(str(key) for frame in frames for key in frame))
     found = []
     for pattern, name, smooth in _METRICS:
@@ -44,10 +44,10 @@ def metrics_of(frames: Sequence[pd.DataFrame], labels: dict[str, str]) -> list[M
 
 
 def curve_data(chapter: Chapter) -> dict[str, Any] | None:
-    """The curves of a chapter as JSON; None where no run has any.
+    """The curves of a chapter as JSON; None if no run has any.
 
-    Of each row and metric the mean and the ends of the band (null below three seeds), and the
-    place of each point on every axis.
+    Each row and metric has its mean, the ends of the band (only with three seeds) and the position
+    of each point on every axis.
     """
     spec: TableSpec = chapter.spec
     labels = {column.reward: column.label for column in spec.columns}

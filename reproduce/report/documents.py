@@ -1,4 +1,4 @@
-"""Findings that are no table of runs: what stands as Markdown beside the tables of a profile."""
+"""Markdown documents beside the tables of a profile."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -17,10 +17,10 @@ from reproduce.report.overview import origin_columns
 from reproduce.report.pictures import SHEET_BYTES
 
 READING = "README.md"
-"""The words about all tables of a profile."""
+"""The discussion of all tables of a profile."""
 _BELOW = "<br><sub>"
 _DROPPED = {"link_open", "link_close", "image"}
-"""Links and images lead to files beside the Markdown, which the page does not have."""
+"""Links and images point to files that the page does not contain."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Document:
     """A Markdown file as the page shows it.
 
     Attributes:
-        name: the folder that it stands in, or ``reading``.
+        name: its folder, or ``reading``.
         title: its first heading.
         parts: HTML of paragraphs, lists and headings (from ``h3``), and tables.
-        figure: a picture that stands beside it.
-        origins: of each cell behind it, where its numbers come from; None where that is not kept.
+        figure: the image beside it.
+        origins: the provenance of each cell behind it, if known.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Document:
 
 
 def find_documents(folder: Path, shown: Collection[str]) -> list[Document]:
-    """The reading of a profile, then ``NAME/NAME.md`` of each folder that has no cells.
+    """A profile's ``README.md``, then ``NAME/NAME.md`` of each folder without cells.
 
     Args:
-        folder: of the profile's tables.
-        shown: names that are chapters already.
+        folder: the profile's tables.
+        shown: names that are already chapters.
     """
     paths = {"reading": folder / READING}
     for path in sorted(folder.glob("*/*.md")):
@@ -58,7 +58,7 @@ def find_documents(folder: Path, shown: Collection[str]) -> list[Document]:
 
 
 def read_document(name: str, path: Path) -> Document:
-    """Parses a Markdown file; HTML in it is shown as the text that it is."""
+    """Parses a Markdown file; HTML in it is shown as text."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     nodes = SyntaxTreeNode(parser.parse(path.read_text(encoding="utf-8"))).children
     title = name
@@ -78,7 +78,7 @@ def read_document(name: str, path: Path) -> Document:
 
 
 def _origins(path: Path) -> Grid | None:
-    """The cells of the JSON beside a document, as far as each says what it was computed with."""
+    """The cells of the JSON beside a document, if they have their provenance."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         found = [(c["row"], c["seed"], Provenance.model_validate(c["provenance"])) for c in cells]
@@ -89,11 +89,11 @@ def _origins(path: Path) -> Grid | None:
         Column("Seed", lambda cell: number(cell[1], str(cell[1])), numeric=True),
         *origin_columns(lambda cell: cell[2]),
     ]
-    return make_grid("Where these numbers come from", columns, found) if found else None
+    return make_grid("Provenance of these numbers", columns, found) if found else None
 
 
 def _shown(node: SyntaxTreeNode) -> list[Token]:
-    """The tokens of a block one heading lower and without links and images."""
+    """A block's tokens one heading level lower, without links and images."""
     tokens = node.to_tokens()
     for token in tokens:
         if token.type in {"heading_open", "heading_close"}:
@@ -104,7 +104,7 @@ def _shown(node: SyntaxTreeNode) -> list[Token]:
 
 
 def _text(node: SyntaxTreeNode) -> str:
-    """The words of a heading or a cell."""
+    """The text of a heading or cell."""
     inline = node.to_tokens()[1]
     parts = (
         " " if child.type in {"softbreak", "hardbreak"} else child.content
@@ -133,14 +133,14 @@ def _grid(table: SyntaxTreeNode, title: str) -> Grid:
 def _box(place: int, numeric: bool, row: Sequence[str]) -> Box:
     if not numeric:
         return Box(row[place], row[place].lower(), kind="text" if place else "label")
-    # The tables' own Markdown has intervals on a second line.
+    # Our tables have intervals on a second line.
     shown, _, below = row[place].partition(_BELOW)
     box = number(_number(shown), shown)
     return replace(box, interval=below.removesuffix("</sub>") or None)
 
 
 def _number(text: str) -> float | None:
-    """The figure that a cell begins with: ``0.9`` of ``0.9 (0.8 to 1.0)``, ``16`` of ``16 %``."""
+    """The number at the start of a cell: ``0.9`` in ``0.9 (0.8 to 1.0)``, ``16`` in ``16 %``."""
     words = text.replace("−", "-").partition(_BELOW)[0].split()
     try:
         return float(words[0].replace(",", "").rstrip("%")) if words else None

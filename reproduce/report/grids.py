@@ -1,4 +1,4 @@
-"""Tables of the page: boxes with what they are sorted by, made column by column."""
+"""Sortable tables of the page, built column by column."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from benchmarks.evaluation.statistics import NOTHING, human
+from reproduce.tables.blocks import Heading
 
 Item = TypeVar("Item")
 
@@ -15,14 +16,14 @@ class Box:
     """One cell of a table.
 
     Attributes:
-        text: what is read.
-        sort: what it is sorted by; None comes last in either direction.
+        text: the text shown.
+        sort: the value to sort by; None sorts last in either direction.
         interval: a second line.
-        notes: signs after the text, each with what it means.
-        strong: the best of its group.
-        kind: how it is set: ``number``, ``label``, ``code``, ``gap``, ``warning`` or ``text``.
-        link: the anchor that the text leads to.
-        details: names and values, folded away.
+        notes: marks after the text, each with its meaning.
+        strong: whether it is the best of its group.
+        kind: ``number``, ``label``, ``code``, ``gap``, ``warning`` or ``text``.
+        link: the anchor that the text links to.
+        details: names and values, collapsed.
         shares: parts of a bar, each with its name and its share of the longest bar.
     """
 
@@ -38,16 +39,8 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Heading:
-    """The head of a column."""
-
-    label: str
-    numeric: bool = False
-
-
-@dataclass(frozen=True)
 class Column(Generic[Item]):
-    """A column: its head, and the box that it has for each item of the table."""
+    """A column: its heading, and a function from an item to its box."""
 
     label: str
     box: Callable[[Item], Box]
@@ -60,11 +53,11 @@ class Grid:
 
     Attributes:
         caption: what it shows, in a few words.
-        columns: the heads.
-        rows: as many boxes as there are columns, each.
+        columns: the headings.
+        rows: one box per column.
         notes: sentences below.
-        anchors: an id for each row, or none.
-        begins: the rows that begin a group, where no other order is chosen.
+        anchors: an id per row, or none.
+        begins: the rows that begin a group in the original order.
     """
 
     caption: str
@@ -76,7 +69,7 @@ class Grid:
 
     @property
     def slotted(self) -> frozenset[int]:
-        """The columns of figures of which any has signs after it."""
+        """The numeric columns with a mark in any row."""
         boxes = ((i, box) for row in self.rows for i, box in enumerate(row))
         return frozenset(i for i, box in boxes if box.notes and box.kind == "number")
 
@@ -88,7 +81,7 @@ def make_grid(
     notes: Sequence[str] = (),
     groups: Sequence[str] = (),
 ) -> Grid:
-    """A table with a row for each item; ``groups`` names the group of each."""
+    """A table with one row per item; ``groups`` names the group of each."""
     return Grid(
         caption,
         tuple(Heading(column.label, column.numeric) for column in columns),
@@ -99,16 +92,16 @@ def make_grid(
 
 
 def anchor(*parts: str) -> str:
-    """An id for a part of the page, the same each time."""
+    """A stable id for a part of the page."""
     return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
 
 
 def number(value: float | None, text: str | None = None) -> Box:
-    """A figure that is sorted by its value; without a text a count or a number of seconds."""
+    """A figure, sorted by its value; the default text is a short count."""
     return Box(human(value) if text is None else text, value, kind="number")
 
 
 def text_box(text: str | None, kind: str = "text") -> Box:
-    """Words that are sorted as such; a dash for none."""
+    """A text, sorted alphabetically; a dash for None."""
     shown = text or NOTHING
     return Box(shown, shown.lower(), kind=kind)

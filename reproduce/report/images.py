@@ -1,4 +1,4 @@
-"""Images as data URIs, each once, and as many as fit into the page's size."""
+"""Images as data URIs without duplicates, as many as fit on the page."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from g2rpo.data.images import to_rgb
 from reproduce.report.pictures import Amount, Gallery, reduced
 
 PROMPTS = 12
-"""Prompts of a chapter that are shown where all fit."""
+"""Maximum prompts per chapter."""
 LADDER = (
     Amount(None, PROMPTS),
     Amount(None, PROMPTS, seeds=1),
@@ -28,9 +28,9 @@ LADDER = (
     Amount(192, 2, seeds=1, between=0),
     Amount(128, 1, seeds=1, between=0),
 )
-"""What is tried in turn until it fits."""
+"""Tried in turn until the images fit."""
 SMALL = 128
-"""Images up to so many pixels a side are kept exactly; larger ones as a photograph would be."""
+"""Images up to this many pixels a side are encoded losslessly."""
 _QUALITY = 82
 _SAMPLE = 6
 _TOO_MANY = 1.6
@@ -38,13 +38,13 @@ _TOO_MANY = 1.6
 
 @dataclass(frozen=True)
 class Fitted:
-    """What fits.
+    """The images that fit.
 
     Attributes:
         galleries: the part of each that is shown.
-        names: the name on the page of each file's image; what looks the same has one name.
+        names: the name on the page of each file's image; identical images share one name.
         uris: the data URI of each image, by its name.
-        notes: what was left out for the size, if anything.
+        notes: what was omitted.
     """
 
     galleries: tuple[Gallery, ...]
@@ -54,7 +54,7 @@ class Fitted:
 
 
 class Fitter:
-    """Finds the most of some galleries that fits; a file is encoded once for each size."""
+    """Fits galleries into a size; a file is encoded once per size."""
 
     def __init__(self, galleries: Sequence[Gallery]) -> None:
         self.galleries = galleries
@@ -62,7 +62,7 @@ class Fitter:
         self._known: dict[tuple[Path, int | None], tuple[str, str]] = {}
 
     def __call__(self, room: int) -> Fitted:
-        """The most whose images take at most ``room`` characters."""
+        """As many images as fit into ``room`` characters."""
         for step, amount in enumerate(LADDER):
             parts = tuple(reduced(gallery, amount) for gallery in self.galleries)
             files = _files(parts)
@@ -72,11 +72,11 @@ class Fitter:
                 notes = (_note(self._whole, files, amount),) if step else ()
                 return Fitted(parts, names, dict(found.values()), notes)
         none = tuple(replace(gallery, prompts=(), shots=()) for gallery in self.galleries)
-        note = f"None of {len(self._whole)} images is shown: the page has no room for them."
+        note = f"None of {len(self._whole)} images fit on the page."
         return Fitted(none, {}, {}, (note,))
 
     def _fits(self, files: Sequence[Path], side: int | None, room: int) -> bool:
-        # Encoding hundreds of large images only to find that they are far too many takes minutes.
+        # Encoding hundreds of large images takes minutes, so a sample is tried first.
         sample = files[:: max(1, len(files) // _SAMPLE)]
         guess = sum(self._size(path, side) for path in sample) / max(1, len(sample)) * len(files)
         if guess > _TOO_MANY * room:
@@ -84,12 +84,12 @@ class Fitter:
         return sum(self._size(path, side) for path in files) <= room
 
     def _size(self, path: Path, side: int | None) -> int:
-        """Characters that an image takes on the page, with its name and the quotes around both."""
+        """Characters of an image on the page, with its name and quotes."""
         name, uri = self._encoded(path, side)
         return len(uri) + len(name) + 6
 
     def _encoded(self, path: Path, side: int | None) -> tuple[str, str]:
-        """The name and the data URI of a file that is ``side`` pixels at most."""
+        """The name and data URI of a file at ``side`` pixels at most."""
         if (path, side) not in self._known:
             data = _webp(path, side)
             uri = "data:image/webp;base64," + base64.b64encode(data).decode()
@@ -116,16 +116,15 @@ def _webp(path: Path, side: int | None) -> bytes:
 
 
 def _note(whole: Sequence[Path], shown: Sequence[Path], amount: Amount) -> str:
-    said = [f"the first {amount.prompts} prompts" if amount.prompts > 1 else "the first prompt"]
+    shares = [f"the first {amount.prompts} prompts" if amount.prompts > 1 else "the first prompt"]
     if amount.seeds is not None:
-        said.append("one training seed")
+        shares.append("one training seed")
     if amount.between == 0:
-        said.append("the base and the end alone")
+        shares.append("the base and the last iteration")
     elif amount.between is not None:
-        said.append(f"at most {amount.between} moments between base and end")
+        shares.append(f"at most {amount.between} iterations between them")
     if amount.side is not None:
-        said.append(f"at most {amount.side} pixels a side")
+        shares.append(f"at most {amount.side} pixels a side")
     return (
-        f"{len(shown)} of {len(whole)} image files are shown, to keep the page small: "
-        f"{', '.join(said)}."
+        f"Showing {len(shown)} of {len(whole)} images to keep the page small: {', '.join(shares)}."
     )

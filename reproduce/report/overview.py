@@ -1,4 +1,4 @@
-"""The tables over all experiments: each in one line, and where every number comes from."""
+"""The tables over all experiments: an overview, and the provenance of every number."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,27 +10,27 @@ from reproduce.report.grids import Box, Column, Grid, Item, anchor, make_grid, n
 from reproduce.tables.model import Mark
 
 SHORT = 12
-"""Characters of a hash that are shown; the whole is folded away."""
+"""Characters of a hash that are shown; the rest is collapsed."""
 Details = tuple[tuple[str, str], ...]
-"""Names and values that are folded away."""
+"""Collapsed names and values."""
 
 
 def overview_grid(chapters: Sequence[Chapter]) -> Grid:
-    """One line for each chapter: how far it is, and what stands out."""
+    """One line per chapter, with its progress and results."""
     columns: list[Column[Chapter]] = [
         Column("Experiment", _name_box),
-        Column("What it shows", lambda chapter: text_box(chapter.table.title)),
+        Column("Title", lambda chapter: text_box(chapter.table.title)),
         Column("Finished", _finished_box, numeric=True),
         Column("Seeds", _seeds_box, numeric=True),
-        Column("▲ above", lambda chapter: number(_settled(chapter, 1)), numeric=True),
-        Column("▼ below", lambda chapter: number(_settled(chapter, -1)), numeric=True),
+        Column("▲ above", lambda chapter: number(_significant(chapter, 1)), numeric=True),
+        Column("▼ below", lambda chapter: number(_significant(chapter, -1)), numeric=True),
         Column("Hacking", _hacking_box, numeric=True),
         Column("Device-seconds", lambda chapter: number(_seconds(chapter)), numeric=True),
     ]
     note = (
-        "▲, ▼: scores above and below their reference after Holm's correction, as marked in the "
-        "experiment's table. Hacking: rows that are flagged for it. Device-seconds: all training "
-        "behind the experiment; runs that several share count in each."
+        "▲, ▼: scores significantly above and below their reference after Holm's correction, as "
+        "marked in the experiment's table. Hacking: rows flagged for reward hacking. "
+        "Device-seconds: all training of the experiment, including runs shared with others."
     )
     return make_grid("All experiments", columns, chapters, [note])
 
@@ -55,7 +55,7 @@ def _marks(chapter: Chapter) -> list[Mark]:
     return [score.mark for score in scores if score.mark is not None]
 
 
-def _settled(chapter: Chapter, sign: int) -> int:
+def _significant(chapter: Chapter, sign: int) -> int:
     return sum(mark.significant and mark.difference * sign > 0 for mark in _marks(chapter))
 
 
@@ -75,7 +75,7 @@ def _seconds(chapter: Chapter) -> float:
 
 
 def provenance_grid(chapters: Sequence[Chapter]) -> Grid:
-    """One line for each cell of each chapter."""
+    """One line per cell of each chapter."""
     lines = [(chapter, cell) for chapter in chapters for cell in chapter.cells]
     columns: list[Column[tuple[Chapter, Cell]]] = [
         Column("Row", lambda line: text_box(line[0].labels[line[1].info.row], "label")),
@@ -88,10 +88,10 @@ def provenance_grid(chapters: Sequence[Chapter]) -> Grid:
         Column("Scores", lambda line: number(len(line[1].scores)), numeric=True),
     ]
     note = (
-        "A run's name ends in a hash of its configuration and inputs; the same name is the same "
-        "run. Scores counts prompts times judges. Hashes are SHA-256."
+        "A run's name ends in a hash of its configuration and inputs, so the same name is the same "
+        "run. Scores: prompts times reward models. Hashes are SHA-256."
     )
-    grid = make_grid("Where every number comes from", columns, lines, [note])
+    grid = make_grid("Provenance of every number", columns, lines, [note])
     return replace(grid, anchors=tuple(_anchors(lines)))
 
 
@@ -99,7 +99,7 @@ def _anchors(lines: Sequence[tuple[Chapter, Cell]]) -> Iterator[str]:
     seen: set[str] = set()
     for chapter, cell in lines:
         name = anchor("run", chapter.name, cell.info.row)
-        # The table's rows lead to the first cell of theirs.
+        # The table's rows link to their first cell.
         yield f"{name}--seed-{cell.info.seed}" if name in seen else name
         seen.add(name)
 
@@ -116,7 +116,7 @@ def _protocol(cell: Cell) -> Details:
 def origin_columns(
     origin: Callable[[Item], Provenance], more: Callable[[Item], Details] = lambda _: ()
 ) -> list[Column[Item]]:
-    """Commit, hardware, weights and packages of what was computed, and ``more`` details."""
+    """Columns for commit, hardware, weights and packages, and ``more`` details."""
     return [
         Column("Commit", lambda item: _commit_box(origin(item))),
         Column("Hardware", lambda item: _hardware_box(origin(item).hardware)),
@@ -137,7 +137,7 @@ def _hardware_box(hardware: Mapping[str, str]) -> Box:
 
 
 def _details_box(origin: Provenance, more: Details) -> Box:
-    """Hashes of the weights, the whole commit, and packages, folded away."""
+    """Hashes of the weights, the whole commit and packages, collapsed."""
     weights = [(f"weights of {name}", digest) for name, digest in origin.weights.items()]
     source = [] if origin.checkpoint is None else [("from", without_root(origin.checkpoint))]
     commit = [] if origin.git_commit is None else [("commit", origin.git_commit)]

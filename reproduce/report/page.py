@@ -1,4 +1,4 @@
-"""The report as one HTML file: nothing is fetched, everything is escaped, the size is bounded."""
+"""The report as one self-contained HTML file of bounded size, with everything escaped."""
 
 import base64
 import hashlib
@@ -26,7 +26,7 @@ from reproduce.report.view import View, view_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 LIMIT = 15_000_000
-"""Bytes that a page may have: what mail servers and code hosts still take and phones still open."""
+"""Maximum bytes of a page, which mail servers and code hosts accept and phones can open."""
 SCRIPTS = (
     "common.js",
     "navigation.js",
@@ -43,7 +43,7 @@ class Page:
 
     Attributes:
         html: the file's text.
-        notes: what was left out for its size.
+        notes: what was omitted to limit its size.
     """
 
     html: str
@@ -51,7 +51,7 @@ class Page:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON for the inside of a script element: no text in it can end the element or begin one."""
+    """JSON for a script element; no text in it can end the element or start one."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -59,7 +59,7 @@ def script_json(value: Any) -> Markup:
 
 
 def _visible(value: Any) -> Any:
-    """``value`` with every text in it as :func:`g2rpo.text.visible` shows it."""
+    """Applies :func:`g2rpo.text.visible` to every string in ``value``."""
     if isinstance(value, dict):
         return {visible(key): _visible(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -86,7 +86,7 @@ def _environment() -> jinja2.Environment:
 def _rendered(
     profile: Profile, views: Sequence[View], documents: Sequence[Document]
 ) -> Callable[[Fitted], str]:
-    """Renders the page with any part of the images, while its size is found."""
+    """Returns a function that renders the page with some of its images."""
     chapters = [view.chapter for view in views]
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     script = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -100,7 +100,7 @@ def _rendered(
         "documents": documents,
         "cost_parts": COST_PARTS,
         "provenance": provenance_grid(chapters),
-        # Our own files, hashed so that the page runs no other script and no other style.
+        # Hashes in the content security policy allow this script and style only.
         "style": Markup(style),  # noqa: S704
         "script": Markup(script),  # noqa: S704
         "style_digest": _digest(style),
@@ -149,26 +149,26 @@ def make_page(
     """Renders the report.
 
     Args:
-        profile: of all chapters.
+        profile: the profile of all chapters.
         chapters: the experiments in order.
-        limit: bytes that the page may have; images are left out, and that is said, until it fits.
-        documents: findings that are no experiment's table, shown after the experiments.
+        limit: maximum bytes of the page; images are omitted, with a note, until it fits.
+        documents: Markdown documents, shown after the experiments.
 
     Raises:
-        UserError: there is nothing to show, cells do not fit, or even without images the page is
-            larger than ``limit``.
+        UserError: there is nothing to show, cells do not match, or the page exceeds ``limit`` even
+            without images.
     """
     if not any(chapter.cells for chapter in chapters):
         raise UserError("no finished cells to report")
     render = _rendered(profile, [view_of(chapter) for chapter in chapters], documents)
     fit = Fitter([gather_pictures(chapter) for chapter in chapters])
     empty = render(fit(0))
-    # What names images and scores grows with them.
+    # The names and scores of the images take room as well.
     taken = len(empty.encode())
     if taken > limit:
         raise UserError(
-            f"the report has {taken / 1e6:.1f} MB without any image, more than {limit / 1e6:.1f} "
-            "MB: report fewer experiments at a time"
+            f"the report takes {taken / 1e6:.1f} MB without images, more than the limit of "
+            f"{limit / 1e6:.1f} MB; report fewer experiments or raise --limit"
         )
     room = limit - taken
     for _ in range(4):

@@ -1,7 +1,7 @@
-"""The images that the page shows: the same prompts and noise under the base and every row.
+"""The images of the page: the same prompts and noise under the base and every row.
 
-For each trained run the base's image stands before the first iteration, those that training kept
-(:mod:`g2rpo.training.previews`) between, and the held-out image of the evaluation at the end.
+A trained run starts with the base's image, continues with those kept during training
+(:mod:`g2rpo.training.previews`) and ends with the held-out image of its evaluation.
 """
 
 import logging
@@ -29,7 +29,7 @@ from reproduce.stages.evaluation_files import preview_scores
 logger = logging.getLogger(__name__)
 
 SHEET = "pictures.png"
-"""What rendering an experiment writes beside its tables (:mod:`reproduce.tables.picture_grid`)."""
+"""The image grid beside an experiment's tables (:mod:`reproduce.tables.picture_grid`)."""
 SHEET_BYTES = 1_000_000
 Scores = dict[str, dict[str, float]]
 """By prompt id, then by reward."""
@@ -37,16 +37,16 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Shot:
-    """One image: of a row of the table at one seed, at one moment of its training.
+    """One image of a row at one seed and iteration.
 
     Attributes:
         row: the row.
-        seed: the training seed; None where nothing was trained here.
-        at: iterations done; 0 for the base, None where it is not known.
-        end: the iterations of the whole training; None where nothing was trained here.
-        prompt: what it was made for.
+        seed: the training seed; None if nothing was trained here.
+        at: its iteration; 0 for the base, None if unknown.
+        end: the last iteration; None if nothing was trained here.
+        prompt: its prompt.
         path: its file.
-        scores: of it, by reward, as far as it was scored.
+        scores: its scores by reward.
     """
 
     row: RowSpec
@@ -59,20 +59,20 @@ class Shot:
 
     @property
     def between(self) -> bool:
-        """Whether it was made during the training."""
+        """Whether it was sampled during training."""
         return self.end is not None and self.at not in (None, 0, self.end)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The images of a chapter, or the part of them that the page has room for.
+    """The images of a chapter, or those of them that fit on the page.
 
     Attributes:
-        prompts: those that have an image, in order.
-        shots: rows in order, then seeds, then moments.
-        notes: what there is not, and why.
-        there: how many prompts had an image before any were left out.
-        sheet: one picture with all of it, kept with the tables; only where there is no other.
+        prompts: the prompts with images, in order.
+        shots: the images by row, seed and iteration.
+        notes: what is missing, and why.
+        there: the number of prompts with images before any were omitted.
+        sheet: the image grid kept with the tables, if there are no other images.
     """
 
     prompts: tuple[Prompt, ...]
@@ -83,17 +83,17 @@ class Gallery:
 
     @property
     def seeds(self) -> list[int]:
-        """The training seeds that have images."""
+        """The training seeds with images."""
         return sorted({shot.seed for shot in self.shots if shot.seed is not None})
 
     @property
     def between(self) -> list[int]:
-        """The iterations that any run has images of, without the ends."""
+        """The iterations with images in any run, without the first and last."""
         return sorted({shot.at or 0 for shot in self.shots if shot.between})
 
 
 def gather_pictures(chapter: Chapter) -> Gallery:
-    """Finds the images of a chapter's finished cells; what is not here is told in its notes."""
+    """Finds the images of a chapter's finished cells; the notes say what is missing."""
     shots: list[Shot] = []
     prompts: dict[str, Prompt] = {}
     absent = 0
@@ -124,7 +124,7 @@ def _sheet(chapter: Chapter) -> Path | None:
 def _shots(
     layout: Layout, row: RowSpec, cell: Cell, resolved: ResolvedCell, prompts: Sequence[Prompt]
 ) -> list[Shot]:
-    """The images of a cell: of the base, those that training kept, and the held-out ones."""
+    """The images of a cell: the base's, those kept during training, and the held-out ones."""
     run = layout.runs / cell.info.runs.get("train", "")
     evaluation = run / "evaluations" / cell.info.runs.get("evaluation", "")
     read_scored(evaluation)
@@ -165,33 +165,30 @@ def _notes(gallery: Gallery, absent: int) -> list[str]:
     notes = []
     if gallery.sheet is not None:
         notes.append(
-            "Run folders with the held-out images are not where the report was made: this is the "
-            "picture that was kept with the tables, so there is no filter and no slider."
+            "The run folders with the held-out images are not available. This is the image grid "
+            "kept with the tables, so there is no filter and no slider."
         )
     elif not gallery.shots:
-        notes.append(
-            "There is no image to show: run folders with the held-out images are not where the "
-            "report was made."
-        )
+        notes.append("No images: the run folders with the held-out images are not available.")
     elif absent:
-        notes.append(f"{absent} finished runs have no images where the report was made.")
+        notes.append(f"No images of {absent} finished {'run' if absent == 1 else 'runs'}.")
     if gallery.shots and not gallery.between:
         notes.append(
-            "These runs kept no images during training (`preview_prompts` in the profile), so the "
-            "slider shows only the base and the end."
+            "These runs kept no images during training (set `preview_prompts` in the profile), so "
+            "the slider has only the base and the last iteration."
         )
     return notes
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much of a gallery is shown.
+    """How much of a gallery to show.
 
     Attributes:
-        side: longest side of an image in pixels; None leaves images as they are.
-        prompts: the first so many.
-        seeds: the first so many; None is all.
-        between: moments between base and end; None is all.
+        side: longest side of an image in pixels; None keeps the original size.
+        prompts: number of prompts.
+        seeds: number of seeds; None for all.
+        between: number of iterations between the first and last; None for all.
     """
 
     side: int | None
@@ -216,7 +213,7 @@ def reduced(gallery: Gallery, amount: Amount) -> Gallery:
 
 
 def _spread(moments: Sequence[int], count: int | None) -> list[int]:
-    """``count`` of ``moments``, evenly."""
+    """``count`` evenly spaced ``moments``."""
     if count is None or count >= len(moments):
         return list(moments)
     return [moments[round((i + 0.5) * len(moments) / count - 0.5)] for i in range(count)]
@@ -225,7 +222,7 @@ def _spread(moments: Sequence[int], count: int | None) -> list[int]:
 def picture_data(
     chapter: Chapter, gallery: Gallery, names: Mapping[Path, str]
 ) -> dict[str, Any] | None:
-    """A gallery as JSON, with ``names`` of the images that the page holds; None without any."""
+    """A gallery as JSON, with the ``names`` of its images on the page; None without images."""
     if not gallery.shots:
         return None
     ends = [shot.end for shot in gallery.shots if shot.end is not None]
@@ -235,7 +232,7 @@ def picture_data(
     return {
         "prompts": [{"id": prompt.id, "text": prompt.text} for prompt in gallery.prompts],
         "there": gallery.there,
-        # A run that ended sooner shows its end from there on.
+        # A shorter run keeps showing its last image.
         "positions": sorted({0, *gallery.between, *([max(ends)] if ends else [])}),
         "seeds": gallery.seeds,
         "group_label": chapter.table.group_label,
@@ -248,7 +245,7 @@ def picture_data(
 
 
 def _tile_data(shots: Sequence[Shot], names: Mapping[Path, str]) -> dict[str, Any]:
-    """A row at one seed, with a frame for each moment."""
+    """A row at one seed, with a frame per iteration."""
     first = shots[0]
     frames: dict[int | None, list[Shot]] = {}
     for shot in shots:

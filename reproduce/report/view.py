@@ -1,4 +1,4 @@
-"""What the page shows of one experiment: its facts, sentences, grids and curves."""
+"""The part of the page for one experiment: facts, sentences, tables and curves."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,21 +7,15 @@ from benchmarks.evaluation.statistics import human
 from reproduce.report.chapter import Chapter
 from reproduce.report.curves import curve_data
 from reproduce.report.grids import Grid
-from reproduce.report.table_grids import (
-    beside_grid,
-    comparison_grid,
-    cost_grid,
-    paper_grid,
-    phase_grid,
-    score_grid,
-)
+from reproduce.report.table_grids import block_grid, comparison_grid, cost_grid, phase_grid
+from reproduce.tables.blocks import blocks
 from reproduce.tables.model import Table
 from reproduce.tables.summary import pair_sentence, pairs
 
 
 @dataclass(frozen=True)
 class View:
-    """A chapter as the template shows it; a grid is None where there is nothing to show."""
+    """A chapter as the template shows it; a grid is None if it would be empty."""
 
     chapter: Chapter
     facts: tuple[tuple[str, str], ...]
@@ -38,24 +32,29 @@ class View:
 
 
 def view_of(chapter: Chapter) -> View:
-    """Everything of a chapter but its images.
+    """A chapter without its images.
 
     Raises:
-        UserError: the cells do not fit the table or each other.
+        UserError: the cells do not match the table or each other.
     """
-    name, table = chapter.name, chapter.table
+    name, table, styles = chapter.name, chapter.table, chapter.table.styles
     notes = (*table.legend, *_mark_notes(table), *table.notes)
-    styles = table.styles
+    more = {"": notes, "-beside": table.metric_legend}
+    shown = {
+        block.suffix: block_grid(name, table, block, more.get(block.suffix, ()))
+        for block in blocks(table)
+        if block.suffix != "-cost"
+    }
     return View(
         chapter=chapter,
         facts=_facts(chapter),
         missing=_missing(chapter),
         sentences=_sentences(table),
-        scores=score_grid(name, table, notes),
-        beside=beside_grid(name, table),
+        scores=shown[""],
+        beside=shown.get("-beside"),
         comparisons=comparison_grid(table),
-        paper=paper_grid(table),
-        styles=None if styles is None else score_grid(name, styles, styles.notes),
+        paper=shown.get("-paper"),
+        styles=block_grid(name, styles, blocks(styles)[0], styles.notes) if styles else None,
         cost=cost_grid(name, table),
         phases=phase_grid(name, table, chapter.cells),
         curves=curve_data(chapter),
@@ -63,7 +62,7 @@ def view_of(chapter: Chapter) -> View:
 
 
 def _sentences(table: Table) -> tuple[str, ...]:
-    """A sentence for each pair of rows that is compared."""
+    """One sentence per pair of compared rows."""
     found = []
     for pair in pairs(table.comparisons):
         group = table.row(pair[0].first).group
@@ -77,9 +76,9 @@ def _mark_notes(table: Table) -> list[str]:
     if not references:
         return []
     note = (
-        f"▲ ▼: above or below {' or '.join(sorted(references))} with p < 0.05 after Holm's "
-        "correction over the row's scores; △ ▽: before the correction only. They are about what "
-        "the row's intervals are about."
+        f"▲ ▼: significantly above or below {' or '.join(sorted(references))} (p < 0.05 after "
+        "Holm's correction over the row's scores); △ ▽: before correction only. The test is at the "
+        "level of the row's intervals."
     )
     return [note]
 

@@ -1,4 +1,4 @@
-"""A finished cell's small result: its scores, costs and provenance, out of its run folders."""
+"""Collects the results of finished cells (scores, costs, provenance) from their run folders."""
 
 import logging
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def collect_all(
     cells: Iterable[ResolvedCell], layout: Layout, experiment: str
 ) -> tuple[list[Cell], list[Gap]]:
-    """The small results of cells that are scored, and why others cannot be read."""
+    """The results of scored cells, and why others cannot be read."""
     found: list[Cell] = []
     gaps: list[Gap] = []
     for cell in cells:
@@ -27,35 +27,31 @@ def collect_all(
             found.append(known or load_cell(collect(cell, layout, experiment)))
         except UserError as error:
             gaps.append(Gap(cell.key, str(error), cell.seed))
-    # In one order, whoever finished first: what is written from them must come out the same.
+    # Output must not depend on which cell finished first.
     found.sort(key=lambda cell: (cell.info.row, cell.info.seed or 0))
     return found, gaps
 
 
 def collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell | None:
-    """The cell's small result where it is written already, whole, and of these very runs."""
+    """The cell's result, if it is already written, intact and of these runs."""
     path = cells_folder(layout.tables, cell.profile.name, experiment) / f"{cell.name}.json"
     if not path.exists():
         return None
     try:
         found = load_cell(path)
     except UserError as error:
-        logger.warning("%s; it is written again", error)
+        logger.warning("%s; writing it again", error)
         return None
-    same = found.info.runs == _run_names(cell, layout)
-    judged = set(found.rewards) == set(cell.profile.rewards)
-    return found if same and judged else None
-
-
-def _run_names(cell: ResolvedCell, layout: Layout) -> dict[str, str]:
-    return {"train": layout.training(cell).name, "evaluation": layout.evaluation(cell).name}
+    runs = {"train": layout.training(cell).name, "evaluation": layout.evaluation(cell).name}
+    current = found.info.runs == runs and set(found.rewards) == set(cell.profile.rewards)
+    return found if current else None
 
 
 def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
-    """Writes the cell's small result; returns the path of its JSON.
+    """Writes the cell's result; returns the path of its JSON.
 
     Raises:
-        UserError: the cell is not finished, or a file of its run is damaged.
+        UserError: the cell is not finished, or a file of its run is corrupt.
     """
     run = read_run(layout.training(cell), layout.evaluation(cell))
     if not run.cells or not run.finished:

@@ -1,9 +1,8 @@
-"""What an experiment on credit leaves for people: tables by step, a figure, the numbers."""
+"""Publishes an experiment on credit: tables by step, a figure, and the numbers."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,72 +23,66 @@ from reproduce.tables.markdown import markdown_escape, markdown_table
 from reproduce.tables.model import Number, interval_fields
 from reproduce.tables.notes import Gap
 
-EXPLAINED = "Share of the reward's variance that the step's noise explains"
+EXPLAINED = "Share of the reward's variance explained by the step's noise"
 RATIO = "Signal-to-noise ratio of the step's gradient, one iteration"
 ALL_STEPS = "all"
-"""In the place of a step: the gradient over all trained steps."""
+"""Stands for a step in the gradient over all trained steps."""
 EXPLANATIONS = (
     (
-        "Measured on the untrained policy, for every method's own rollout on the same prompts; "
-        "docs/mathematics.md has the definitions."
+        "Measured on the untrained policy, with each method's own rollout on the same prompts. See "
+        "docs/mathematics.md for definitions."
     ),
     (
-        "Share of variance: correlation of the rewards of two samples that share this step's noise "
-        "and nothing else. It is 1 where noise enters at one step alone, by construction."
+        "Share of variance: correlation between the rewards of two samples that share only this "
+        "step's noise. It is 1 by construction if noise enters at a single step."
     ),
     (
-        "Signal-to-noise ratio: squared length of the mean gradient over the mean squared distance "
-        "from it, over groups drawn again for the same prompts. Estimates near 0 may be below it."
+        "Signal-to-noise ratio: squared norm of the mean gradient divided by the mean squared "
+        "distance from it, over groups redrawn for the same prompts. Estimates near 0 may be "
+        "negative."
     ),
     (
-        "A method whose window of noisy steps moves has a line for each of its rollouts, named by "
-        "these steps; a window at the end of the grid may hold one step alone."
+        "A method with a moving window of stochastic steps has one line per rollout, named after "
+        "these steps. A window at the end of the grid may have a single step."
     ),
 )
 
-
 Step = int | str
 """The index of a step, or :data:`ALL_STEPS`."""
+Quantity = dict[str, dict[Step, Number]]
+"""A number over seeds, by line and step."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One cell at one seed.
-
-    Attributes:
-        row: its row.
-        label: what the row is called.
-        seed: the seed.
-        manifest: what its stage wrote.
-    """
+class Measured(NamedTuple):
+    """One cell at one seed, and the manifest of its measurement."""
 
     row: str
     label: str
     seed: int
-    manifest: dict[str, Any]
+    manifest: Mapping[str, Any]
 
-    def lines(self) -> list[tuple[str, RolloutCredit]]:
-        """A line for each rollout, by iteration, with what it is called.
 
-        Where a method has several, their numbers cannot be averaged: what one step's noise
-        explains depends on which others are noisy.
-        """
-        rollouts = [RolloutCredit.of(one) for one in self.manifest["rollouts"]]
-        rollouts.sort(key=lambda rollout: rollout.iteration)
-        if len(rollouts) == 1:
-            return [(self.label, rollouts[0])]
-        windows = [steps_text([step.step for step in one.steps]) for one in rollouts]
-        # Those of the same steps differ in something else.
-        names = [
-            window if windows.count(window) == 1 else f"{window}, iteration {one.iteration}"
-            for one, window in zip(rollouts, windows, strict=True)
-        ]
-        labels = [f"{self.label}, {name}" for name in names]
-        return list(zip(labels, rollouts, strict=True))
+def named_rollouts(cell: Measured) -> list[tuple[str, RolloutCredit]]:
+    """The cell's rollouts by iteration, each with the label of its line.
+
+    A method's rollouts are not averaged: the variance that one step explains depends on which
+    other steps are stochastic.
+    """
+    rollouts = [RolloutCredit.of(one) for one in cell.manifest["rollouts"]]
+    rollouts.sort(key=lambda rollout: rollout.iteration)
+    if len(rollouts) == 1:
+        return [(cell.label, rollouts[0])]
+    windows = [steps_text([step.step for step in one.steps]) for one in rollouts]
+    found = []
+    for window, rollout in zip(windows, rollouts, strict=True):
+        # Rollouts over the same steps differ in something else.
+        more = "" if windows.count(window) == 1 else f", iteration {rollout.iteration}"
+        found.append((f"{cell.label}, {window}{more}", rollout))
+    return found
 
 
 def steps_text(steps: Sequence[int]) -> str:
-    """``step 5``, ``steps 2 to 5`` where they follow each other, else ``steps 0, 2, 5``."""
+    """``step 5``, ``steps 2 to 5`` if they are consecutive, else ``steps 0, 2, 5``."""
     if len(steps) == 1:
         return f"step {steps[0]}"
     first, last = steps[0], steps[-1]
@@ -97,58 +90,42 @@ def steps_text(steps: Sequence[int]) -> str:
     return f"steps {first} to {last}" if whole else f"steps {', '.join(map(str, steps))}"
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """One number a step for every line, over seeds.
-
-    Attributes:
-        title: what it is.
-        values: by the line's label and step.
-    """
-
-    title: str
-    values: dict[str, dict[Step, Number]]
-
-    @property
-    def steps(self) -> list[Step]:
-        """All steps of any line, ascending; the gradient over all steps last."""
-        steps = {step for row in self.values.values() for step in row}
-        return sorted(steps, key=lambda step: (isinstance(step, str), step))
-
-
-def quantity(title: str, found: Iterable[tuple[str, dict[Step, float]]]) -> Quantity:
-    """Means over the seeds of what was measured, with their intervals, by the line's label."""
+def over_seeds(values: Iterable[tuple[str, Step, float]]) -> Quantity:
+    """The mean and interval over seeds of (line, step, value)."""
     gathered: dict[str, dict[Step, list[float]]] = {}
-    for label, by_step in found:
-        for step, value in by_step.items():
-            gathered.setdefault(label, {}).setdefault(step, []).append(value)
-    values = {
-        label: {step: _over_seeds(values) for step, values in by_step.items()}
+    for label, step, value in values:
+        gathered.setdefault(label, {}).setdefault(step, []).append(value)
+    return {
+        label: {
+            step: Number(mean=float(np.mean(found)), count=len(found))
+            if len(found) < MIN_SEEDS
+            else Number(**interval_fields(method_intervals([found])[0]))
+            for step, found in by_step.items()
+        }
         for label, by_step in gathered.items()
     }
-    return Quantity(title, values)
 
 
-def _over_seeds(values: Sequence[float]) -> Number:
-    if len(values) < MIN_SEEDS:
-        return Number(mean=float(np.mean(values)), count=len(values))
-    return Number(**interval_fields(method_intervals([values])[0]))
-
-
-def quantities_of(measured: Sequence[Measured], rewards: Sequence[str]) -> list[Quantity]:
-    """The shares of each reward's variance, and the signal-to-noise ratios."""
-    lines = [line for cell in measured for line in cell.lines()]
-    explained = [
-        quantity(
-            f"{EXPLAINED} ({reward})",
-            [(label, {s.step: s.explained[reward] for s in at.steps}) for label, at in lines],
+def quantities_of(measured: Sequence[Measured], rewards: Sequence[str]) -> dict[str, Quantity]:
+    """The shares of each reward's variance and the signal-to-noise ratios, by title."""
+    lines = [line for cell in measured for line in named_rollouts(cell)]
+    found = {
+        f"{EXPLAINED} ({reward})": over_seeds(
+            (label, step.step, step.explained[reward]) for label, at in lines for step in at.steps
         )
         for reward in rewards
-    ]
-    ratios: list[tuple[str, dict[Step, float]]] = [
-        (label, {**{s.step: s.ratio for s in at.steps}, ALL_STEPS: at.ratio}) for label, at in lines
-    ]
-    return [*explained, quantity(RATIO, ratios)]
+    }
+    ratios: list[tuple[str, Step, float]] = []
+    for label, at in lines:
+        ratios += [(label, step.step, step.ratio) for step in at.steps]
+        ratios.append((label, ALL_STEPS, at.ratio))
+    return found | {RATIO: over_seeds(ratios)}
+
+
+def _steps(quantity: Quantity) -> list[Step]:
+    """All steps of any line in order, the gradient over all steps last."""
+    steps = {step for row in quantity.values() for step in row}
+    return sorted(steps, key=lambda step: (isinstance(step, str), step))
 
 
 def publish_credit(
@@ -158,7 +135,7 @@ def publish_credit(
     gaps: Sequence[Gap],
     layout: Layout,
 ) -> None:
-    """Writes what has been measured of ``cells`` and prints it; ``gaps`` are the others."""
+    """Writes and prints the measurements of ``cells``; ``gaps`` says why others are missing."""
     spec = experiment.table_spec(profile)
     labels = {row.key: row.label for row in spec.rows}
     measured: list[Measured] = []
@@ -180,46 +157,46 @@ def publish_credit(
         typer.echo(f"wrote {path}")
 
 
-def _print(title: str, quantities: Sequence[Quantity]) -> None:
+def _print(title: str, quantities: Mapping[str, Quantity]) -> None:
     console = wide_console()
-    for found in quantities:
-        steps = [str(step) for step in found.steps]
-        table = plain_table("method", *steps, right=steps)
-        console.print(literal(f"{title}: {found.title}, by step", "italic"))
-        for label, row in found.values.items():
-            means = [f"{row[step].mean:.3f}" if step in row else "" for step in found.steps]
-            table.add_row(label, *means)
+    for name, quantity in quantities.items():
+        steps = _steps(quantity)
+        heads = [str(step) for step in steps]
+        table = plain_table("method", *heads, right=heads)
+        console.print(literal(f"{title}: {name}, by step", "italic"))
+        for label, row in quantity.items():
+            table.add_row(
+                label, *(f"{row[step].mean:.3f}" if step in row else "" for step in steps)
+            )
         console.print(table)
         console.print()
 
 
-# --- forms ---------------------------------------------------------------------------------------
-
-
 def credit_markdown(
-    experiment: Experiment, profile: str, quantities: Sequence[Quantity], gaps: Sequence[Gap]
+    experiment: Experiment, profile: str, quantities: Mapping[str, Quantity], gaps: Sequence[Gap]
 ) -> str:
-    """A table for each quantity, and what the numbers are."""
+    """A table per quantity, with notes."""
     parts = [f"### {markdown_escape(experiment.table.title)} (profile `{profile}`)"]
-    for found in quantities:
-        heads = [("Method", "---"), *((str(step), "---:") for step in found.steps)]
+    for name, quantity in quantities.items():
+        steps = _steps(quantity)
+        heads = [("Method", "---"), *((str(step), "---:") for step in steps)]
         lines = [
-            [markdown_escape(label), *(_shown(row.get(step)) for step in found.steps)]
-            for label, row in found.values.items()
+            [markdown_escape(label), *(_shown(row.get(step)) for step in steps)]
+            for label, row in quantity.items()
         ]
-        parts += [f"**{found.title}**", markdown_table(heads, lines)]
-    numbers = [n for found in quantities for row in found.values.values() for n in row.values()]
+        parts += [f"**{name}**", markdown_table(heads, lines)]
+    numbers = [n for found in quantities.values() for row in found.values() for n in row.values()]
     fewest = min(number.count or 0 for number in numbers)
     over = (
-        f"Mean over {fewest} seeds with a 95% t interval over them."
+        f"Mean over {fewest} seeds with 95% t interval."
         if fewest >= MIN_SEEDS
         else f"{fewest} seed{'s' if fewest > 1 else ''}: too few for an interval."
     )
     settings = experiment.credit
     assert settings is not None
     how = (
-        f"{settings.samples} pairs a prompt for each step; {settings.repeats} groups a prompt for "
-        f"the gradients; at most {settings.rollouts} rollouts of a method."
+        f"{settings.samples} pairs per prompt and step; {settings.repeats} groups per prompt for "
+        f"the gradients; at most {settings.rollouts} rollouts per method."
     )
     missing = [f"Missing: {gap.row}, seed {gap.seed}: {gap.reason}" for gap in gaps]
     parts.append("\n".join(f"- {note}" for note in (*EXPLANATIONS, over, how, *missing)))
@@ -234,7 +211,7 @@ def _shown(number: Number | None) -> str:
 
 
 def credit_csv(measured: Sequence[Measured]) -> str:
-    """One line for every stochastic step of every rollout."""
+    """One line per stochastic step of every rollout."""
     steps = [
         (cell, rollout["iteration"], step)
         for cell in measured
@@ -243,15 +220,11 @@ def credit_csv(measured: Sequence[Measured]) -> str:
     ]
     rewards = sorted({name for _, _, step in steps for name in step["explained"]})
     heads = ["row", "seed", "iteration", "step", "sigma", *(f"explained_{n}" for n in rewards)]
-    lines = [
-        [
-            cell.row,
-            *map(str, (cell.seed, iteration, step["step"], step["sigma"])),
-            *(str(step["explained"][name]) for name in rewards),
-            *map(str, (step["signal"], step["noise"])),
-        ]
-        for cell, iteration, step in steps
-    ]
+    lines = []
+    for cell, iteration, step in steps:
+        explained = (step["explained"][name] for name in rewards)
+        values = (cell.seed, iteration, step["step"], step["sigma"], *explained)
+        lines.append([cell.row, *map(str, (*values, step["signal"], step["noise"]))])
     return csv_table([*heads, "signal", "noise"], lines)
 
 
@@ -271,23 +244,24 @@ def _document(
     }
 
 
-def _figure(quantities: Sequence[Quantity], measured: Sequence[Measured], path: Path) -> None:
-    """A panel for each quantity: its value at every step, bands over seeds."""
-    rollouts = [rollout for cell in measured for _, rollout in cell.lines()]
+def _figure(quantities: Mapping[str, Quantity], measured: Sequence[Measured], path: Path) -> None:
+    """A panel per quantity, with its value at every step and bands over seeds."""
+    rollouts = [rollout for cell in measured for _, rollout in named_rollouts(cell)]
     sigmas = {step.step: step.sigma for rollout in rollouts for step in rollout.steps}
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(4.4 * len(quantities), 3.6), layout="constrained")
         panels = figure.subplots(1, len(quantities), squeeze=False)[0]
-        for axes, found in zip(panels, quantities, strict=True):
-            draw_quantity(axes, found, sigmas)
+        for axes, (name, quantity) in zip(panels, quantities.items(), strict=True):
+            draw_quantity(axes, quantity, sigmas)
+            axes.set_title(name, wrap=True)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3)
         save_figure(figure, path)
 
 
-def draw_quantity(axes: Axes, found: Quantity, sigmas: dict[int, float]) -> None:
-    """A line for each label; bands where every step has an interval."""
-    for index, (label, row) in enumerate(found.values.items()):
+def draw_quantity(axes: Axes, quantity: Quantity, sigmas: Mapping[int, float]) -> None:
+    """Draws each line, with a band if every step has an interval."""
+    for index, (label, row) in enumerate(quantity.items()):
         steps = [step for step in sorted(sigmas) if step in row]
         numbers = [row[step] for step in steps]
         style = curve_style(index, markers=True)
@@ -297,9 +271,8 @@ def draw_quantity(axes: Axes, found: Quantity, sigmas: dict[int, float]) -> None
             low, high = zip(*ends, strict=True)
             if len(steps) > 1:
                 axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
-            else:  # a band of one step has no width
+            else:  # a band over one step has no width
                 axes.vlines(steps, low, high, color=style["color"], alpha=0.5)
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set_title(found.title, wrap=True)
     axes.set_xticks(sorted(sigmas), [f"{k}\nσ {sigmas[k]:.2f}" for k in sorted(sigmas)])
     axes.set_xlabel("Stochastic step")

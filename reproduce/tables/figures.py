@@ -20,23 +20,20 @@ from g2rpo.files import atomic_path
 
 Horizontal = Literal["iteration", "rollout_evaluations", "seconds"]
 
-HORIZONTAL_LABELS: dict[Horizontal, str] = {
+HORIZONTALS: dict[Horizontal, str] = {
     "iteration": "Iteration",
     "rollout_evaluations": "Rollout evaluations",
-    "seconds": "Seconds",
 }
+"""The horizontal axes of a figure, with their labels."""
 
-HORIZONTALS: tuple[Horizontal, ...] = ("iteration", "rollout_evaluations")
-"""Those that are drawn."""
-
-# The palette of Okabe and Ito without its yellow and black, told apart under the common kinds of
-# colour blindness; the line styles tell the curves apart without any colour.
+# The colour-blind safe palette of Okabe and Ito, without its yellow and black. Line styles
+# distinguish the curves without colour.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 FIGURE_STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # a label may have dollar signs
+    "text.parse_math": False,  # labels may contain dollar signs
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -45,15 +42,15 @@ FIGURE_STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "savefig.facecolor": "white",
-    "pdf.fonttype": 42,  # letters stay text, which journals ask for
+    "pdf.fonttype": 42,  # keeps text as text, as journals require
 }
 PDF_METADATA = {"Creator": None, "Producer": None, "CreationDate": None}
-"""Left out, so that the same figure is the same file."""
+"""Omitted, so that the same figure gives the same file."""
 
 
 def curve_style(index: int, *, markers: bool) -> dict[str, Any]:
-    """Colour, line and marker of the curve of that number."""
-    # One further style for each round through the colours, so that no two curves look alike.
+    """Colour, line style and marker of curve ``index``."""
+    # Shifts the styles on every pass through the colours, so that no two curves look alike.
     other = (index + index // len(PALETTE)) % len(LINE_STYLES)
     return {
         "color": PALETTE[index % len(PALETTE)],
@@ -63,7 +60,7 @@ def curve_style(index: int, *, markers: bool) -> dict[str, Any]:
 
 
 def save_figure(figure: Figure, output: Path, dpi: float = 150) -> None:
-    """Writes a figure as the PNG ``output`` and as a PDF beside it."""
+    """Writes a figure as the PNG ``output`` and a PDF beside it."""
     with atomic_path(output) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
     with atomic_path(output.with_suffix(".pdf")) as temporary:
@@ -77,8 +74,8 @@ class Metric:
     Attributes:
         key: its key in metrics.jsonl, e.g. ``reward/hps/mean``.
         label: the panel's title.
-        smooth: draw a running mean over an eighth of the run; for what is measured at every
-            iteration on other prompts, where single points say little.
+        smooth: draw a running mean over an eighth of the run, for quantities that are measured
+            on different prompts at every iteration.
     """
 
     key: str
@@ -88,7 +85,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Band:
-    """A curve over seeds; ``low`` and ``high`` are None below three seeds."""
+    """A curve over seeds; ``low`` and ``high`` are None with fewer than three seeds."""
 
     x: npt.NDArray[np.float64]
     mean: npt.NDArray[np.float64]
@@ -97,15 +94,15 @@ class Band:
 
 
 def seed_band(runs: Sequence[pd.DataFrame], metric: Metric, horizontal: Horizontal) -> Band | None:
-    """Mean over seeds with its 95 % t interval, at the iterations that all seeds have.
+    """Mean over seeds with its 95% t interval, at the iterations that all seeds have.
 
     Args:
-        runs: one frame a seed, with ``iteration``, the horizontal column and the metric's key.
-        metric: what is drawn; smoothed seed by seed before the mean where it asks for it.
-        horizontal: the horizontal axis; means over seeds where seeds differ in it.
+        runs: one frame per seed, with ``iteration``, the horizontal column and the metric's key.
+        metric: what is drawn; each seed is smoothed before the mean.
+        horizontal: the horizontal axis, as the mean over seeds.
 
     Returns:
-        The curve, or None when the runs share no iteration with this metric.
+        The curve, or None if the runs share no iteration with this metric.
     """
     series = []
     for run in runs:
@@ -137,19 +134,19 @@ def learning_curves(
     output: Path,
     title: str | None = None,
 ) -> Path:
-    """Draws learning curves: a row of panels per metric, a column per horizontal axis.
+    """Draws learning curves, with one row of panels per metric and one column per horizontal axis.
 
     Args:
-        curves: method label to one frame a seed (:func:`read_metrics`), in the order drawn.
-        metrics: what is drawn.
+        curves: method label to one frame per seed (:func:`read_metrics`), in drawing order.
+        metrics: the quantities.
         output: the PNG to write; a PDF is written beside it.
-        title: above the panels.
+        title: title of the figure.
 
     Returns:
         ``output``.
 
     Raises:
-        UserError: there is nothing to draw.
+        UserError: the runs have none of the metrics.
     """
     panels = [
         [
@@ -163,7 +160,8 @@ def learning_curves(
         for metric in metrics
     ]
     if not any(panel for row in panels for panel in row):
-        raise UserError(f"{output}: no learning curve to draw; the runs have none of the metrics")
+        names = ", ".join(metric.key for metric in metrics)
+        raise UserError(f"{output}: no learning curve to draw; no run has {names}")
     styles = {label: index for index, label in enumerate(curves)}
     with matplotlib.rc_context(FIGURE_STYLE):
         size = (0.6 + 3.9 * len(HORIZONTALS), 0.9 + 2.3 * len(metrics))
@@ -194,8 +192,8 @@ def _draw(axes: Axes, band: Band, index: int, label: str) -> None:
 def _scale(axes: Axes, horizontal: Horizontal, bands: Sequence[Band]) -> None:
     ends = [float(band.x[-1]) for band in bands]
     starts = [float(band.x[0]) for band in bands]
-    label = HORIZONTAL_LABELS[horizontal]
-    # Curves of very different cost are told apart, and compared at equal cost, on a log scale.
+    label = HORIZONTALS[horizontal]
+    # A log scale separates curves of very different cost.
     if horizontal != "iteration" and bands and max(ends) > 3 * min(ends) and min(starts) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
@@ -210,7 +208,7 @@ def _scale(axes: Axes, horizontal: Horizontal, bands: Sequence[Band]) -> None:
 
 
 def _limit(axes: Axes, bands: Sequence[Band]) -> None:
-    """Keeps a wide band at one end (three seeds that disagree) from flattening every curve."""
+    """Keeps one wide band (three seeds that disagree) from flattening every curve."""
     if not bands:
         return
     values = np.concatenate([band.mean for band in bands])

@@ -1,4 +1,4 @@
-"""A computed table as files: CSV, JSON, and what :mod:`.markdown` and :mod:`.latex` make of it."""
+"""A computed table as files in every format."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from reproduce.tables.references import bibliography
 from reproduce.tables.summary import summary_markdown
 
 JSON_DIGITS = 7
-"""Figures of each number, as in the CSV: what lies beyond depends on the machine."""
+"""Significant digits, as in the CSV; further ones differ between machines."""
 
 
 def write_formats(table: Table, output: Path) -> dict[str, Path]:
@@ -26,11 +26,11 @@ def write_formats(table: Table, output: Path) -> dict[str, Path]:
     Args:
         table: the table.
         output: the folder for ``<name>.md``, ``.csv``, ``.tex``, ``.json``, ``.bib``,
-            ``<name>_paper.csv``, ``<name>_reading.md`` (the summary), and ``<name>_by_style.md``
-            and ``.csv`` where the prompts have styles.
+            ``<name>_paper.csv``, ``<name>_reading.md`` (the summary) and, if the prompts have
+            styles, ``<name>_by_style.md`` and ``.csv``.
 
     Returns:
-        Format to the file written.
+        The file written for each format.
     """
     texts = {
         "markdown": (f"{table.name}.md", to_markdown(table)),
@@ -54,10 +54,10 @@ def write_formats(table: Table, output: Path) -> dict[str, Path]:
 
 
 def to_csv(table: Table) -> str:
-    """One line a row, all digits: group, row, seeds, interval label, scores, metrics, costs.
+    """One line per row, all digits: group, row, seeds, interval label, scores, metrics, costs.
 
     Each reward has its score, the ends of its interval, and 1 or 0 for in-domain and best. Each
-    metric has its value and ends; ``hacking`` is 1, 0 or empty, ``hacking_fell`` what fell.
+    metric has its value and ends. ``hacking`` is 1, 0 or empty; ``hacking_fell`` lists what fell.
     """
     metrics = [f"{column.name}{end}" for column in table.metrics for end in ("", "_low", "_high")]
     hacking = ["hacking", "hacking_fell"] if table.metrics else []
@@ -69,14 +69,13 @@ def to_csv(table: Table) -> str:
             *(_csv_hacking(row) if table.metrics else []),
             *(_figures(row.costs.get(column.name)) for column in table.costs),
         ]
-        for _, rows in table.groups
-        for row in rows
+        for row in table.lines
     ]
     return csv_table(heads, lines)
 
 
 def paper_csv(table: Table) -> str:
-    """The paper's separate block as CSV."""
+    """The paper's block as CSV."""
     columns, source = table.published_columns, table.published_source or ""
     lines = [_csv_scores(row, columns, source) for row in table.published]
     return csv_table(_csv_heads(columns), lines)
@@ -89,7 +88,7 @@ def _csv_heads(columns: Sequence[Column]) -> list[str]:
 
 
 def _csv_scores(row: Row, columns: Sequence[Column], source: str) -> list[str]:
-    """The beginning of a line: what it is, and its scores."""
+    """The start of a line: the row and its scores."""
     seeds = "" if row.from_paper or row.missing is not None else str(len(row.seeds))
     first = (source, row.group, row.key, row.label, seeds, row.about or "", row.missing or "")
     return [*map(csv_text, first), *(text for c in columns for text in _csv_score(row, c.name))]
@@ -117,7 +116,7 @@ def _figures(value: float | None) -> str:
 
 
 def csv_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A CSV text."""
+    """A CSV file's text."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([heads, *lines])
     return buffer.getvalue()
@@ -127,7 +126,7 @@ def csv_table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def to_json(table: Table) -> str:
-    """A table for programs: every number of it, with what it was made from."""
+    """The table for programs: every number, and what it was computed from."""
     data = _rounded(table.model_dump(mode="json", exclude_none=True))
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -135,7 +134,7 @@ def to_json(table: Table) -> str:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         rounded = float(f"{value:.{JSON_DIGITS}g}")
-        # A p-value stays on its side of what counts as significant.
+        # Rounding must not move a p-value across the significance level.
         return value if (value < ALPHA) != (rounded < ALPHA) else rounded
     if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}

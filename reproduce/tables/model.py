@@ -1,7 +1,7 @@
 """A computed table as one immutable object; every format is a pure function of it.
 
-What programs read, ``<name>.json``, is this model's own dump. Fields that only presentation needs
-(:func:`hidden`) are no part of it.
+``<name>.json`` is the dump of this model. Fields that only presentation needs (:func:`hidden`) are
+excluded from it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer
 
+from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
 from benchmarks.evaluation.results import Cost, Protocol, Provenance
 from benchmarks.evaluation.statistics import ALPHA, NOTHING, Interval, Label, fixed
 from g2rpo.config import StrictModel
@@ -17,34 +18,45 @@ from reproduce.experiment.table import CostColumn, PaperColumn
 
 IN_DOMAIN = "†"
 HACKING_LABEL = "Reward hacking"
-UNCLEAR = "not settled"
+NOT_SIGNIFICANT = "not significant"
 VERDICTS = (
-    "above",
-    "below",
-    "above before correction only",
-    "below before correction only",
-    UNCLEAR,
+    "higher",
+    "lower",
+    "higher before correction only",
+    "lower before correction only",
+    NOT_SIGNIFICANT,
 )
+COST_LABELS: dict[CostColumn, str] = {
+    "rollout_evaluations": "Rollout evaluations",
+    "training_forwards": "Training forwards",
+    "training_backwards": "Training backwards",
+    "images_scored": "Images scored",
+    "device_seconds": "Device-seconds",
+    "equal_cost_evaluations": "Rollout evaluations + 3 × backwards",
+    "iterations": "Iterations",
+}
+METRIC_LABELS = {DISTANCE: "Image distance", VENDI: "Vendi score", DRIFT: "Drift"}
+"""The metrics beside the rewards, in the order of their columns."""
 
 Question = Literal["rows", "baseline"]
 PaperVerdict = Literal["confirmed", "same direction", "opposite direction", "contradicted"]
 
 
 def hidden(default: Any) -> Any:
-    """A field that is left out of the JSON document."""
+    """A field excluded from the JSON document."""
     return Field(default, exclude=True)
 
 
 class Number(StrictModel):
-    """A mean with its interval, as :class:`benchmarks.evaluation.statistics.Interval` has them."""
+    """A mean with its confidence interval."""
 
     mean: float
     low: float | None = None
     high: float | None = None
     about: Label | None = None
-    """``checkpoint`` or ``method``; absent for a published figure."""
+    """``checkpoint`` (prompt-level) or ``method`` (seed-level); absent for a published figure."""
     count: int | None = None
-    """Prompts (checkpoint) or seeds (method) behind the interval."""
+    """Number of prompts (checkpoint) or seeds (method)."""
     level: float | None = None
     digits: int = hidden(3)
     """Decimals shown."""
@@ -63,7 +75,7 @@ class Number(StrictModel):
 
 
 def interval_fields(interval: Interval) -> dict[str, Any]:
-    """The fields of a :class:`Number` of an interval."""
+    """The fields of a :class:`Number` for an interval."""
     return {
         "mean": interval.mean,
         "low": interval.low,
@@ -75,13 +87,13 @@ def interval_fields(interval: Interval) -> dict[str, Any]:
 
 
 class Mark(StrictModel):
-    """How a score stands to that of the row's reference: the row minus the reference.
+    """A score compared with its row's reference, as the row minus the reference.
 
-    The p-values of one row are corrected together over its scores by Holm's procedure.
+    Holm's correction is over the scores of the row.
     """
 
     reference: str
-    """The reference as it is named outside the table."""
+    """The reference's label with its group."""
     difference: float
     low: float
     high: float
@@ -101,18 +113,18 @@ class Score(Number):
     in_domain: bool
     """The row was trained on this column's reward."""
     best: bool
-    """No row of its group shows a higher figure, and at least one other shows any."""
+    """No row of its group prints a higher figure, and at least one other has a figure."""
     mark: Mark | None = hidden(None)
 
 
 class RewardHacking(StrictModel):
-    """Whether a row looks like reward hacking: what it trains on rose while something else fell."""
+    """Signs of reward hacking: a training reward rose while something else fell."""
 
     flagged: bool
     rose: tuple[str, ...]
     """In-domain rewards significantly above the baseline."""
     fell: tuple[str, ...]
-    """Out-of-domain rewards and measures of diversity significantly below it."""
+    """Out-of-domain rewards and diversity metrics significantly below it."""
 
 
 class Source(StrictModel):
@@ -120,17 +132,17 @@ class Source(StrictModel):
 
     seed: int | None = None
     runs: dict[str, str]
-    """Names end in a hash of the configuration and of all inputs."""
+    """Run names, which end in a hash of the configuration and inputs."""
     iteration: int | None = None
     protocol: str
-    """The hash of one of the document's protocols."""
+    """Hash of one of the document's protocols."""
     origin: str
-    """The key of one of the document's origins."""
+    """Key of one of the document's origins."""
     cost: Cost | None = None
 
 
 class Row(StrictModel):
-    """One line of a table: a row of ours, or (without a key) the paper's figures for one."""
+    """One line of a table: one of our rows or, without a key, the paper's figures."""
 
     key: str
     label: str
@@ -142,19 +154,19 @@ class Row(StrictModel):
     missing: str | None = None
     """Why it has no result."""
     scores: dict[str, Score]
-    """By column; what was not scored is absent."""
+    """By column; unscored columns are absent."""
     metrics: dict[str, Number] = Field(default_factory=dict)
     reward_hacking: RewardHacking | None = None
-    """None where it cannot be told."""
+    """None if it cannot be tested."""
     costs: dict[str, float] = Field(default_factory=dict)
     """Means over the seeds."""
     sources: tuple[Source, ...] = ()
     full_label: str = hidden("")
-    """The label with the group, as the row is named outside the table."""
+    """The label with the group, for use outside the table."""
     every_cost: dict[CostColumn, float] = hidden({})
-    """All measures of cost, those that the table does not show as well."""
+    """Every cost, including those that the table does not show."""
     published: "Row | None" = hidden(None)
-    """The paper's figures, where they stand below the row."""
+    """The paper's figures, if shown below the row."""
 
     @property
     def from_paper(self) -> bool:
@@ -163,36 +175,36 @@ class Row(StrictModel):
 
     @property
     def about(self) -> Label | None:
-        """What its intervals are about; None where it has none."""
+        """The kind of its intervals; None if it has none."""
         return next((s.about for s in self.scores.values() if s.about is not None), None)
 
 
 class RowComparison(StrictModel):
-    """One row against another in one score: first minus second."""
+    """Two rows compared on one score: first minus second."""
 
     first: str
     second: str
     reward: str
     question: Question
-    """Against another row of the group, or against the baseline."""
+    """Whether the second is another row of the group, or the baseline."""
     difference: float
     low: float
     high: float
     p_value: float
     p_holm: float
     family: int
-    """Comparisons that were corrected together."""
+    """Number of comparisons corrected together."""
     about: Label
     count: int
     level: float
     improvement: Number
-    """Probability that the first scores higher on a prompt."""
+    """Probability of improvement: that the first scores higher on a prompt."""
     verdict: str
     """One of :data:`VERDICTS`."""
     published_difference: float | None = None
-    """The paper's, as far as its printed decimals tell."""
+    """The paper's, to its printed decimals."""
     cost_ratios: dict[CostColumn, float] = hidden({})
-    """What training the first cost in units of the second, by measure."""
+    """Training cost of the first divided by the second's."""
 
     @property
     def significant(self) -> bool:
@@ -201,7 +213,7 @@ class RowComparison(StrictModel):
 
     @property
     def paper_verdict(self) -> PaperVerdict | None:
-        """How the direction relates to the paper's; None where the paper has none."""
+        """How the direction relates to the paper's; None if the paper reports none."""
         if not self.published_difference or self.difference == 0:
             return None
         same = (self.published_difference > 0) == (self.difference > 0)
@@ -211,18 +223,18 @@ class RowComparison(StrictModel):
 
 
 class Column(StrictModel):
-    """A score column, a measure or a cost."""
+    """A reward, metric or cost column."""
 
     name: str
     label: str
     cite: tuple[str, ...] = ()
     digits: int = hidden(3)
     paper: PaperColumn | None = hidden(None)
-    """The paper's column for the same reward, or the one whose role it takes."""
+    """The paper's column for the same reward, or for the reward it stands in for."""
 
 
 class PublishedRow(StrictModel):
-    """Figures of the paper, as they stand in the document."""
+    """The paper's figures in the document."""
 
     label: str
     group: str
@@ -239,31 +251,31 @@ class Table(StrictModel):
     profile: str
     columns: tuple[Column, ...]
     metrics: tuple[Column, ...] = ()
-    """The measures beside the rewards that any row has."""
+    """The metrics that any row has."""
     costs: tuple[Column, ...] = ()
     rows: tuple[Row, ...]
     comparisons: tuple[RowComparison, ...] = ()
     published: tuple[Row, ...] = ()
-    """The paper's rows: below ours, or where they do not compare in a block of their own."""
+    """The paper's rows: below ours, or in their own block if they are not comparable."""
     published_source: str | None = None
-    """The caption of the paper's block; None where there is none."""
+    """Caption of the paper's block; None if there is no such block."""
     protocols: tuple[Protocol, ...] = ()
-    """Under which held-out prompts were sampled."""
+    """Protocols under which the held-out prompts were sampled."""
     origins: dict[str, Provenance] = Field(default_factory=dict)
     notes: tuple[str, ...]
-    """Sentences below the table; the document has the legends before them."""
+    """Sentences below the table; in the document the legends come first."""
     references: tuple[str, ...] = ()
-    """Keys into the BibTeX file beside this one."""
+    """Keys of the BibTeX file beside the document."""
     group_label: str = hidden("")
     row_label: str = hidden("")
     legend: tuple[str, ...] = hidden(())
-    """What the marks and intervals mean; only those that occur."""
+    """What the marks and intervals in the table mean."""
     metric_legend: tuple[str, ...] = hidden(())
     published_columns: tuple[Column, ...] = hidden(())
     same_model: bool = hidden(False)
-    """Whether the profile trains the paper's own model."""
+    """Whether the profile trains the paper's model."""
     styles: "Table | None" = hidden(None)
-    """The scores by the style of the prompts, where their set has several."""
+    """The scores by prompt style, if the prompt set has several."""
 
     @field_serializer("published")
     def _published_figures(self, rows: Sequence[Row]) -> tuple[PublishedRow, ...]:
@@ -291,15 +303,12 @@ class Table(StrictModel):
         return any(row.group for row in self.rows)
 
     @property
-    def groups(self) -> list[tuple[str, list[Row]]]:
-        """The groups in order with their lines; the paper's figures follow the row's own."""
-        return [
-            (name, [line for row in rows for line in (row, row.published) if line is not None])
-            for name, rows in grouped(self.rows)
-        ]
+    def lines(self) -> list[Row]:
+        """All rows in order, each followed by the paper's figures for it."""
+        return [line for row in self.rows for line in (row, row.published) if line is not None]
 
     def hacking_text(self, row: Row) -> str:
-        """``no``, ``yes`` with what fell, or a dash where it cannot be told."""
+        """``no``, ``yes`` with what fell, or a dash if it cannot be tested."""
         if row.reward_hacking is None:
             return NOTHING
         if not row.reward_hacking.flagged:
@@ -307,14 +316,14 @@ class Table(StrictModel):
         return f"yes ({', '.join(self.column(name).label for name in row.reward_hacking.fell)})"
 
     def row(self, key: str) -> Row:
-        """The row of that key."""
+        """The row with that key."""
         return next(row for row in self.rows if row.key == key)
 
     def column(self, name: str) -> Column:
-        """The score column or measure of that name."""
+        """The reward or metric column of that name."""
         return next(column for column in (*self.columns, *self.metrics) if column.name == name)
 
 
 def grouped(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Rows by group; those of a group stand together."""
+    """Consecutive rows by group."""
     return ((name, list(members)) for name, members in groupby(rows, lambda row: row.group))

@@ -1,4 +1,4 @@
-"""The paper's figures, typed: results/paper/tables.yaml."""
+"""The paper's figures, from results/paper/tables.yaml."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ DIGITS = 3
 
 
 class PaperRow(StrictModel):
-    """One published row: what it was, and its five scores."""
+    """One published row and its five scores."""
 
     train: tuple[PaperColumn, ...]
     method: str
@@ -31,7 +31,7 @@ class PaperRow(StrictModel):
 
     @property
     def scores(self) -> Mapping[PaperColumn, float]:
-        """The scores by the paper's own column names."""
+        """The scores by the paper's column names."""
         return {
             "HPS": self.hps,
             "CLIP": self.clip,
@@ -40,14 +40,9 @@ class PaperRow(StrictModel):
             "UR": self.unified_reward,
         }
 
-    def answers(self, key: PaperKey) -> bool:
-        """Whether this is a row that ``key`` describes."""
-        asked = key.model_dump(exclude_none=True)
-        return all(getattr(self, name) == value for name, value in asked.items())
-
 
 class PaperTables(StrictModel):
-    """The three tables, the publication they come from and the model they were measured on."""
+    """The three tables, their publication and the model they were measured on."""
 
     source: str
     model: str
@@ -58,7 +53,7 @@ class PaperTables(StrictModel):
 
     @property
     def caption(self) -> str:
-        """Of the figures in a block of their own."""
+        """Caption for the figures in their own block."""
         return (
             f"The paper's figures, for {self.model}: another model, not comparable "
             f"({self.source}, {self.prompts})"
@@ -66,23 +61,23 @@ class PaperTables(StrictModel):
 
     @property
     def note(self) -> str:
-        """Below a table in which the figures stand next to ours."""
+        """Note for a table with the figures next to ours."""
         return f"Paper: the figures of {self.source} ({self.model}, {self.prompts})."
 
     def row(self, table: TableName, key: PaperKey) -> PaperRow:
-        """The one row of ``table`` that ``key`` describes.
+        """The one row of ``table`` that matches ``key``.
 
         Raises:
-            UserError: none or several rows answer.
+            UserError: no row or several rows match.
         """
         rows: tuple[PaperRow, ...] = getattr(self, table)
-        found = [row for row in rows if row.answers(key)]
+        wanted = key.model_dump(exclude_none=True)
+        found = [row for row in rows if wanted.items() <= dict(row).items()]
         if len(found) != 1:
-            asked = key.model_dump(exclude_none=True)
             how_many = "no row" if not found else f"{len(found)} rows"
             raise UserError(
-                f"the paper's {table} has {how_many} for {asked}; "
-                "see results/paper/tables.yaml and name exactly one"
+                f"the paper's {table} has {how_many} matching {wanted}; "
+                "name exactly one row of results/paper/tables.yaml"
             )
         return found[0]
 

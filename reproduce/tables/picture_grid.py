@@ -1,4 +1,4 @@
-"""The same prompts under several models, side by side, as one PNG and PDF."""
+"""Grids of images: the same prompts under several models, as one PNG and PDF."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _INK, _PAPER, _FRAME = (26, 26, 26), (255, 255, 255), (190, 190, 190)
 
 @dataclass(frozen=True)
 class _Block:
-    """Text broken into lines of one font."""
+    """Wrapped text in one font."""
 
     lines: tuple[str, ...]
     font: ImageFont.FreeTypeFont
@@ -45,13 +45,13 @@ class _Block:
 
 
 def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
-    # Matplotlib brings this font along, so the picture does not depend on the machine's fonts.
+    # Matplotlib ships this font, so the grid does not depend on the system's fonts.
     properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)
     return ImageFont.truetype(font_manager.findfont(properties), size)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> _Block:
-    """``text`` in lines of at most ``width`` pixels; words longer than a line are broken."""
+    """Wraps ``text`` at ``width`` pixels; longer words are broken."""
     for characters in range(max(4, width // 3), 3, -1):
         lines = textwrap.wrap(text, characters)
         if all(font.getlength(line) <= width for line in lines):
@@ -60,7 +60,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> _Block:
 
 
 def _fitted(image: ImageLike, side: int) -> Image.Image:
-    """The image within ``side`` pixels: whole multiples by nearest neighbour, else resampled."""
+    """Scales an image to ``side`` pixels: up by whole factors, else down by resampling."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     picture = picture.convert("RGB")
     longest = max(picture.size)
@@ -78,25 +78,25 @@ def picture_grid(
     *,
     side: int = 128,
 ) -> Path:
-    """Writes a grid: a row per prompt, a column per model, captions on the left.
+    """Writes a grid with a row per prompt, a column per model and captions on the left.
 
-    Small images are enlarged by whole factors without smoothing, large ones reduced.
+    Small images are enlarged by whole factors without smoothing; large ones are downscaled.
 
     Args:
-        columns: model label to its images, uint8 [H, W, 3] or PIL, one per prompt; None leaves an
+        columns: model label to its images, uint8 [H, W, 3] or PIL, one per prompt; None for an
             empty frame.
         prompts: the captions, in the order of the images.
-        output: the PNG to write; a PDF with the same pixels is written beside it.
-        side: longest side of each image in the grid, pixels.
+        output: the PNG to write; a PDF with the same pixels goes beside it.
+        side: longest side of an image in the grid, in pixels.
 
     Returns:
         ``output``.
 
     Raises:
-        UserError: a model has not one image per prompt, or there is none.
+        UserError: there are no images, or a model does not have one per prompt.
     """
     if not columns or not prompts:
-        raise UserError(f"{output}: no image to draw")
+        raise UserError(f"{output}: no images to draw")
     for label, images in columns.items():
         if len(images) != len(prompts):
             raise UserError(
@@ -126,7 +126,7 @@ def picture_grid(
 
 
 def _save_as_pdf(picture: Image.Image, output: Path) -> None:
-    """Writes the pixels of a picture without loss."""
+    """Writes an image's pixels losslessly."""
     width, height = picture.size
     figure = Figure(figsize=(width / PDF_DPI, height / PDF_DPI), dpi=PDF_DPI)
     figure.figimage(np.asarray(picture))
@@ -137,7 +137,7 @@ def _save_as_pdf(picture: Image.Image, output: Path) -> None:
 def _place(
     canvas: Image.Image, image: ImageLike | None, corner: tuple[int, int], side: int
 ) -> None:
-    """Pastes an image into the middle of its square, in a thin frame outside its pixels."""
+    """Pastes an image into the middle of its square, inside a thin frame."""
     left, top = corner
     width = height = side
     if image is not None:

@@ -1,4 +1,4 @@
-"""What an experiment leaves for people: tables, learning curves, pictures, a summary."""
+"""Publishes an experiment: tables, learning curves, image grids and a summary."""
 
 import re
 from collections.abc import Sequence
@@ -33,13 +33,13 @@ def publish_cells(
     gaps: list[Gap],
     layout: Layout,
 ) -> None:
-    """Writes and prints what the finished ``cells`` show.
+    """Collects finished cells and publishes them.
 
     Args:
         experiment: the experiment.
         profile: the profile of the cells.
         cells: the finished cells.
-        gaps: why the others are not; those whose result cannot be read are added.
+        gaps: why the others are missing; cells with unreadable results are appended.
         layout: where runs are and tables go.
     """
     if experiment.credit is not None:
@@ -57,30 +57,30 @@ def publish(
     gaps: Sequence[Gap],
     layout: Layout,
 ) -> None:
-    """Writes everything that can be made from ``cells`` and prints the table.
+    """Writes the table and figures of ``cells``, and prints the table.
 
     Args:
         experiment: the experiment.
         profile: the profile of the cells.
         cells: the finished cells.
-        gaps: failed cells; the table shows them as gaps.
+        gaps: why the others are missing.
         layout: where runs are and tables go.
     """
     output = layout.experiment(profile.name, experiment.name)
     spec = experiment.table_spec(profile)
     table = compute_table(spec, cells, profile.name, gaps)
     written = list(write_formats(table, output).values())
+    figures = []
     for group, rows in spec.groups():
         curves = {
             row.label: [c.curve for c in cells if c.info.row == row.key and c.curve is not None]
             for row in rows
         }
-        figure = _curves(curves, rows[0].train, output, group)
+        figures.append(_curves(curves, rows[0].train, output, group))
+    figures.append(_pictures(experiment, profile, cells, layout, output))
+    for figure in figures:
         if figure is not None:
             written += [figure, figure.with_suffix(".pdf")]
-    pictures = _pictures(experiment, profile, cells, layout, output)
-    if pictures is not None:
-        written += [pictures, pictures.with_suffix(".pdf")]
     print_table(table)
     for path in written:
         typer.echo(visible(f"wrote {path}"))
@@ -89,7 +89,7 @@ def publish(
 def _curves(
     curves: dict[str, list[pd.DataFrame]], rewards: Sequence[str], output: Path, group: str
 ) -> Path | None:
-    """Validation rewards over training for the rows of one group."""
+    """Draws the validation rewards of one group's rows over training."""
     known = {label: runs for label, runs in curves.items() if runs}
     metrics = [
         Metric(f"validation/{reward}", f"{reward}, validation prompts")
@@ -103,12 +103,6 @@ def _curves(
     return learning_curves(known, metrics, path, title=group or None)
 
 
-def _pictured(profile: Profile) -> int:
-    """How many prompts are shown: of those whose images are kept after scoring."""
-    kept = profile.keep_images
-    return PICTURED_PROMPTS if kept is None else min(PICTURED_PROMPTS, kept)
-
-
 def _pictures(
     experiment: Experiment,
     profile: Profile,
@@ -116,19 +110,21 @@ def _pictures(
     layout: Layout,
     output: Path,
 ) -> Path | None:
-    """The same prompts and noise under the base and the rows of the first trained group."""
+    """Draws the same prompts and noise under the base and the rows of the first trained group."""
     spec = experiment.table_spec(profile)
     trained_groups = [name for name, rows in spec.groups() if any(row.train for row in rows)]
     shown = [row for row in spec.rows if not row.train or row.group == trained_groups[0]]
     columns = {}
     prompts = None
+    kept = profile.keep_images
+    count = PICTURED_PROMPTS if kept is None else min(PICTURED_PROMPTS, kept)
     for row in shown:
         info = next((cell.info for cell in cells if cell.info.row == row.key), None)
         if info is None:
             continue
         resolved = resolve(experiment, profile, row.key, info.seed or 0)
         if prompts is None:
-            prompts = resolved.held_out_prompts()[: _pictured(profile)]
+            prompts = resolved.held_out_prompts()[:count]
         run = layout.runs / info.runs["train"]
         folder = run / "evaluations" / info.runs["evaluation"] / "images"
         paths = [image_path(folder, prompt) for prompt in prompts]

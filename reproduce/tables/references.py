@@ -1,4 +1,4 @@
-"""What is cited for what: keys into ``references.bib``, and the part that a table needs."""
+"""Citations: keys of ``references.bib`` by method, reward and metric."""
 
 import re
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ REWARDS: dict[str, tuple[str, ...]] = {
     "pick_score": ("kirstain2023pickapic",),
     "image_reward": ("xu2023imagereward",),
     "unified_reward": ("wang2025unifiedreward",),
-    "attributes": (),  # this project's own judge of the mini world
+    "attributes": (),  # the mini world's own evaluator
 }
 MEASURES: dict[str, tuple[str, ...]] = {
     VENDI: ("friedman2022vendi",),
@@ -36,7 +36,7 @@ FOUNDATIONS = (
     "blackforestlabs2024flux",
     "loshchilov2019adamw",
 )
-"""GRPO, flow matching, its stochastic form, the architecture, the optimizer: behind every row."""
+"""Behind every row: GRPO, flow matching and its SDE, the architecture, the optimizer."""
 STATISTICS = (
     "agarwal2021precipice",
     "efron1987bootstrap",
@@ -53,14 +53,14 @@ LIBRARIES = (
     "virtanen2020scipy",
     "hunter2007matplotlib",
 )
-"""What every number was computed and drawn with."""
+"""Libraries that compute and draw every number."""
 ON_REQUEST = (
     "hu2021lora",
     "mangrulkar2022peft",  # the LoRA engine
     "lu2022dpmsolver",  # the solver of MixGRPO-Flash
     "wilson1927inference",  # raters' answers
 )
-"""What single options rest on: in the whole bibliography, in no table's."""
+"""Cited by single options: in the whole bibliography, but in no table's."""
 PAPER = "zhou2026g2rpo"
 
 
@@ -71,9 +71,9 @@ def read_bibliography(path: Path = BIBLIOGRAPHY) -> dict[str, str]:
 
 
 def cited(methods: Iterable[str], rewards: Iterable[str], measures: Iterable[str]) -> list[str]:
-    """The keys that a table of these rests on, each once.
+    """The keys to cite for a table, without duplicates.
 
-    What is not known here, such as a method of the user's own, is left out.
+    Unknown names, such as a user's own method, are skipped.
     """
     keys = [
         *(key for name in methods for key in METHODS.get(name, ())),
@@ -87,6 +87,6 @@ def cited(methods: Iterable[str], rewards: Iterable[str], measures: Iterable[str
 
 
 def bibliography(keys: Iterable[str]) -> str:
-    """The entries of ``keys`` as a BibTeX file."""
+    """The entries of ``keys`` as BibTeX."""
     entries = read_bibliography()
     return "\n\n".join(entries[key] for key in keys) + "\n"

@@ -1,4 +1,4 @@
-"""The scores of a table once more, by the style of the prompts, where their set has styles."""
+"""A table's scores by prompt style, for prompt sets with styles."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from reproduce.tables.notes import full_label, legend
 from reproduce.tables.rows import score_columns, table_row
 
 LEAST_PROMPTS = 2
-"""Fewest prompts of a style from which an interval can be had."""
+"""Fewest prompts of a style for an interval."""
 
 
 def style_table(spec: TableSpec, results: Mapping[str, RowScores], profile: str) -> Table | None:
-    """The table's score columns for the prompts of each style, one group a style.
+    """The table's scores on the prompts of each style, one group per style.
 
     Args:
         spec: the table.
@@ -23,7 +23,7 @@ def style_table(spec: TableSpec, results: Mapping[str, RowScores], profile: str)
         profile: the profile the cells were measured under.
 
     Returns:
-        None unless the prompts have two styles or more.
+        None unless the prompts have at least two styles.
     """
     styles = {key: found for key, row in results.items() if (found := _styles(row))}
     counts = Counter(style for found in styles.values() for style in set(found.values()))
@@ -51,7 +51,7 @@ def style_table(spec: TableSpec, results: Mapping[str, RowScores], profile: str)
 
 
 def _styles(row: RowScores) -> dict[str, str]:
-    """Prompt id to style; empty where a cell of the row has no styles."""
+    """Prompt id to style; empty if a cell of the row has no styles."""
     if not all(STYLE in cell.scores for cell in row.cells):
         return {}
     scores = row.cells[0].scores.dropna(subset=[STYLE])
@@ -59,7 +59,7 @@ def _styles(row: RowScores) -> dict[str, str]:
 
 
 def _only(row: RowScores, style: str) -> RowScores | None:
-    """The row on the prompts of one style; None where they are too few."""
+    """The row on the prompts of one style; None if they are too few."""
     prompts = tuple(sorted(one for one, name in _styles(row).items() if name == style))
     if len(prompts) < LEAST_PROMPTS:
         return None
@@ -71,7 +71,7 @@ def _only(row: RowScores, style: str) -> RowScores | None:
 
 
 def _notes(styles: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
-    """How many prompts each style has, and which styles have too few."""
+    """The number of prompts per style, and the styles with too few."""
     sizes: dict[str, set[int]] = {}
     for found in styles.values():
         for style, count in Counter(found.values()).items():
@@ -83,5 +83,5 @@ def _notes(styles: Mapping[str, Mapping[str, str]]) -> tuple[str, ...]:
     notes = [f"Prompts: {', '.join(texts)}."]
     few = [style for style, counts in sorted(sizes.items()) if max(counts) < LEAST_PROMPTS]
     if few:
-        notes.append(f"Left out, with a single prompt: {', '.join(few)}.")
+        notes.append(f"Omitted, with a single prompt: {', '.join(few)}.")
     return tuple(notes)

@@ -1,31 +1,30 @@
-"""A plain summary of a table: which differences hold, which do not, and at what cost."""
+"""A table's summary: which differences are significant, which are not, and at what cost."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import get_args
 
-from benchmarks.evaluation.statistics import (
-    ALPHA,
-    MIN_SEEDS,
-    NOTHING,
-    Label,
-    nonzero,
-    p_equation,
-    p_text,
-    signed,
-)
-from reproduce.tables.labels import COST_LABELS
+from benchmarks.evaluation.statistics import ALPHA, MIN_SEEDS, NOTHING, p_equation, p_text, signed
 from reproduce.tables.markdown import markdown_escape, markdown_table
-from reproduce.tables.model import IN_DOMAIN, UNCLEAR, VERDICTS, PaperVerdict, RowComparison, Table
+from reproduce.tables.model import (
+    COST_LABELS,
+    IN_DOMAIN,
+    NOT_SIGNIFICANT,
+    VERDICTS,
+    PaperVerdict,
+    RowComparison,
+    Table,
+)
 from reproduce.tables.paper import DIGITS
 
 
 def summary_markdown(table: Table) -> str:
-    """One section a group with a table of differences and a sentence for each pair.
+    """One section per group, with a table of differences and a sentence per pair of rows.
 
-    After them, how the directions relate to the paper's, and every comparison in words.
+    How the directions agree with the paper's comes last.
     """
     found = table.comparisons
-    title = f"### {markdown_escape(table.title)}: what holds (profile `{table.profile}`)"
+    title = f"### {markdown_escape(table.title)}: summary (profile `{table.profile}`)"
     if not found:
         return f"{title}\n\nNothing to compare yet: no pair of rows has results.\n"
     parts = [title, _method_sentences(found)]
@@ -38,7 +37,7 @@ def summary_markdown(table: Table) -> str:
             for pair in pairs(members)
         ]
         parts.append("\n".join(f"- {sentence}" for sentence in sentences))
-    parts += [_paper_sentences(table), _in_words(table)]
+    parts.append(_paper_sentences(table))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -48,27 +47,25 @@ def pairs(found: Iterable[RowComparison]) -> list[list[RowComparison]]:
 
 
 def pair_sentence(table: Table, pair: Sequence[RowComparison]) -> str:
-    """One sentence on a pair of rows over all score columns."""
+    """One sentence about a pair of rows, over all score columns."""
     parts = []
     for verdict in VERDICTS:
         names = [table.column(one.reward).label for one in pair if one.verdict == verdict]
-        if verdict == UNCLEAR and len(names) == len(pair) > 1:
-            parts.append(f"{UNCLEAR} on any score")
+        if verdict == NOT_SIGNIFICANT and len(names) == len(pair) > 1:
+            parts.append("no significant difference on any score")
         elif names:
-            parts.append(f"{verdict} on {_listed(names)}")
+            *others, last = names
+            listed = f"{', '.join(others)} and {last}" if others else last
+            parts.append(f"{verdict} on {listed}")
     first, second = (table.row(key).label for key in (pair[0].first, pair[0].second))
-    return f"{first} against {second} ({pair[0].about}): {'; '.join(parts)}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{first} vs. {second} ({pair[0].about}): {'; '.join(parts)}."
 
 
 def _cost_sentence(one: RowComparison) -> str:
     ratios = [
         f"{COST_LABELS[name].lower()} {ratio:.2f}×" for name, ratio in one.cost_ratios.items()
     ]
-    return f" Cost against it: {', '.join(ratios)}." if ratios else ""
+    return f" Cost ratio: {', '.join(ratios)}." if ratios else ""
 
 
 def _method_sentences(found: Sequence[RowComparison]) -> str:
@@ -77,28 +74,28 @@ def _method_sentences(found: Sequence[RowComparison]) -> str:
     if counts:
         seeds = " or ".join(str(count) for count in counts)
         sentences.append(
-            f"Differences labelled method: means over {seeds} shared training seeds, 95% t "
-            f"interval, paired t-test. With {counts[0]} seeds it has {counts[0] - 1} degrees of "
-            "freedom: what it does not find may still be there. They are about these held-out "
-            "prompts."
+            f"`method` differences are seed-level: means over {seeds} shared training seeds on "
+            f"these held-out prompts, 95% t interval, paired t-test. {counts[0]} seeds leave "
+            f"{counts[0] - 1} degrees of freedom, so real differences can remain undetected."
         )
     if any(one.about == "checkpoint" for one in found):
         sentences.append(
-            "Differences labelled checkpoint: these trained weights on the same prompts, paired "
-            f"bootstrap and sign-flip test; fewer than {MIN_SEEDS} seeds are shared, so they say "
-            "nothing about training the method again."
+            "`checkpoint` differences are prompt-level: these trained weights on the same prompts, "
+            f"paired bootstrap and sign-flip test. Fewer than {MIN_SEEDS} seeds are shared, so "
+            "they say nothing about retraining the method."
         )
     sentences.append(
-        "p (Holm) is corrected over all rows and scores of a group, the comparisons with the "
-        f"baseline apart; rows are called above or below where it is under {ALPHA}, and 'before "
-        "correction only' where just the single comparison's p is."
+        "p (Holm) is corrected over all rows and scores of a group, separately for the comparisons "
+        f"with the baseline. A row is called higher or lower if p (Holm) is below {ALPHA}, and "
+        "'before correction only' if only the uncorrected p is. P(higher) is the probability that "
+        "the row scores higher on a prompt; ties count half."
     )
     return " ".join(sentences)
 
 
 def _difference_table(table: Table, members: Sequence[RowComparison]) -> str:
-    heads = ["Row", "Against", "Score", "Difference", "95% interval", "p", "p (Holm)", "Label"]
-    heads.append("Verdict")
+    heads = ["Row", "Versus", "Score", "Difference", "95% interval", "p", "p (Holm)"]
+    heads += ["P(higher)", "Label", "Verdict"]
     with_paper = any(one.published_difference is not None for one in members)
     heads += ["Paper's difference"] if with_paper else []
     lines = []
@@ -113,6 +110,7 @@ def _difference_table(table: Table, members: Sequence[RowComparison]) -> str:
             f"{low} to {high}",
             p_text(one.p_value),
             p_text(one.p_holm),
+            f"{one.improvement.text} {one.improvement.ends}",
             one.about,
             one.verdict,
             *([_paper_difference(table, one)] if with_paper else []),
@@ -129,25 +127,20 @@ def _paper_difference(table: Table, one: RowComparison) -> str:
 
 
 def _paper_sentences(table: Table) -> str:
-    known: dict[PaperVerdict, list[RowComparison]] = {
-        "confirmed": [],
-        "same direction": [],
-        "opposite direction": [],
-        "contradicted": [],
-    }
+    known: dict[str, list[RowComparison]] = {name: [] for name in get_args(PaperVerdict)}
     for one in table.comparisons:
         if one.paper_verdict is not None:
             known[one.paper_verdict].append(one)
-    counts = {verdict: len(members) for verdict, members in known.items()}
-    if not any(counts.values()):
+    total = sum(map(len, known.values()))
+    if not total:
         return ""
-    other_model = "" if table.same_model else " (of another model: directions only)"
+    other_model = "" if table.same_model else " (for another model, so directions only)"
     summary = (
-        f"Of the {sum(counts.values())} differences whose direction the paper reports"
-        f"{other_model}, {counts['confirmed']} are confirmed with significance, "
-        f"{counts['same direction']} point the same way without it, "
-        f"{counts['opposite direction']} point the other way without it and "
-        f"{counts['contradicted']} are contradicted with significance."
+        f"The paper reports {total} of these differences{other_model}: "
+        f"{len(known['confirmed'])} are confirmed (significant), "
+        f"{len(known['same direction'])} have the same direction, "
+        f"{len(known['opposite direction'])} have the opposite direction and "
+        f"{len(known['contradicted'])} are contradicted (significant)."
     )
     lines = [summary]
     for verdict in ("contradicted", "opposite direction"):
@@ -161,64 +154,7 @@ def _contrast(table: Table, one: RowComparison) -> str:
     first, column = table.row(one.first), table.column(one.reward)
     where = f" ({first.group})" if first.group else ""
     return (
-        f"{first.label} against {table.row(one.second).label}{where}, {column.label}: "
+        f"{first.label} vs. {table.row(one.second).label}{where}, {column.label}: "
         f"here {signed(one.difference, column.digits)} ({p_equation(one.p_holm)} after Holm), "
         f"paper {_paper_difference(table, one)}."
     )
-
-
-def _in_words(table: Table) -> str:
-    """Every comparison in plain sentences, folded away."""
-    lines = []
-    for one in table.comparisons:
-        group = table.row(one.first).group
-        words = f"{_difference_sentence(table, one)} {_improvement_sentence(table, one)}"
-        lines.append(f"- {markdown_escape((f'{group}: ' if group else '') + words)}")
-    inner = "\n".join(lines)
-    return f"<details><summary>Every comparison in words</summary>\n\n{inner}\n\n</details>"
-
-
-def _difference_sentence(table: Table, one: RowComparison) -> str:
-    """Says which of the two scores higher, or that this is not settled.
-
-    A difference that is not significant is never called none: that cannot be shown by a test of
-    differences. Only the corrected p-value decides.
-    """
-    first, second, column = table.row(one.first), table.row(one.second), table.column(one.reward)
-    size = nonzero(abs(one.difference) if one.significant else one.difference, column.digits)
-    ends = one.low, one.high
-    if one.significant and one.difference < 0:
-        ends = -one.high, -one.low
-    p_value = p_equation(one.p_holm)
-    if one.family > 1:
-        p_value += f" after Holm's correction over {one.family} comparisons"
-        if one.p_value < ALPHA <= one.p_holm:
-            p_value += f", {p_equation(one.p_value)} before it"
-    low, high = (nonzero(end, column.digits) for end in ends)
-    evidence = f"{_over(one.level, low, high, one.about, one.count)}; {p_value}"
-    if not one.significant:
-        return (
-            f"Whether {first.label} scores higher or lower than {second.label} on {column.label} "
-            f"is not settled: the difference measured is {size} ({evidence})."
-        )
-    direction = "higher" if one.difference > 0 else "lower"
-    return (
-        f"{first.label} scores {size} {direction} than {second.label} on {column.label} "
-        f"({evidence})."
-    )
-
-
-def _improvement_sentence(table: Table, one: RowComparison) -> str:
-    """Says how often the first scores higher, with the interval and what it is over."""
-    first, second, column = table.row(one.first), table.row(one.second), table.column(one.reward)
-    i = one.improvement
-    over = _over(one.level, f"{i.low:.3f}", f"{i.high:.3f}", one.about, one.count)
-    return (
-        f"On a prompt, {first.label} scores higher than {second.label} on {column.label} with "
-        f"probability {i.mean:.3f} ({over}; ties count half)."
-    )
-
-
-def _over(level: float, low: str, high: str, about: Label, count: int) -> str:
-    units = "training seeds" if about == "method" else "prompts of these checkpoints"
-    return f"{100 * level:.6g} % interval {low} to {high} over {count} {units}"

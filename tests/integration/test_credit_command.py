@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 import yaml
 from command_line import g2rpo, write_small_profile
+from typer.testing import CliRunner
+
+from g2rpo.errors import UserError
+from reproduce.cli import app
+from reproduce.experiment import load_experiment
 
 EXPERIMENT: dict[str, Any] = {
     "name": "small_credit",
@@ -65,18 +70,18 @@ def test_credit_is_measured_once_and_shown(workplace: Path) -> None:
     assert manifest.stat().st_mtime_ns == written
 
 
-def test_a_plan_of_credit_has_no_training(workplace: Path) -> None:
-    done = g2rpo(workplace, "plan", "credit.yaml", "--profile", "small.yaml", "--seeds", "5,6")
-    assert done.returncode == 0, done.stderr
+def test_a_plan_of_credit_has_no_training(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    command = ["plan", "credit.yaml", "--profile", "small.yaml", "--seeds", "5,6"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
     kinds = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.split()}
     assert kinds["credit"] == "4"
     assert "train" not in kinds
 
 
-def test_credit_of_the_base_is_refused_in_one_line(workplace: Path) -> None:
+def test_credit_of_the_base_is_refused(workplace: Path) -> None:
     wrong = {**EXPERIMENT, "cells": {**EXPERIMENT["cells"], "base": {}}}
     (workplace / "wrong.yaml").write_text(yaml.safe_dump(wrong))
-    done = g2rpo(workplace, "reproduce", "wrong.yaml", "--profile", "small.yaml")
-    assert done.returncode == 2
-    assert "cells.base has none" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=r"cells\.base has none"):
+        load_experiment(str(workplace / "wrong.yaml"))

@@ -11,34 +11,22 @@ from reproduce.experiment import load_experiment, load_profile
 SEEDS = {1, 2, 3}
 
 
-def test_table_1_has_every_cell_at_three_seeds() -> None:
-    seeds: dict[str, set[int | None]] = {}
-    for cell in cells_of("table1"):
-        seeds.setdefault(cell.info.row, set()).add(cell.info.seed)
-        assert len(cell.scores["prompt_id"].unique()) == 400
-    assert seeds.pop("base") == {None}
-    rows = set(load_experiment("table1").cells) - {"base"}
-    assert seeds == dict.fromkeys(rows, SEEDS)
-
-
 STUDIES = [
-    "steps", "eta", "fusion", "granularity", "group", "equal-cost", "released-vs-matched",
+    "table1", "steps", "eta", "fusion", "granularity", "group", "equal-cost",
+    "released-vs-matched", "choices",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("experiment", STUDIES)
-def test_a_study_has_every_cell_at_three_seeds(experiment: str) -> None:
+def test_a_study_has_every_cell_at_its_seeds(experiment: str) -> None:
     seeds: dict[str, set[int | None]] = {}
     for cell in cells_of(experiment):
         seeds.setdefault(cell.info.row, set()).add(cell.info.seed)
+        assert len(cell.scores["prompt_id"].unique()) == 400
+        assert cell.info.provenance.git_dirty is False
     assert seeds.pop("base") == {None}
-    assert seeds == dict.fromkeys(set(load_experiment(experiment).cells) - {"base"}, SEEDS)
-
-
-def test_the_study_of_single_choices_has_every_cell_at_one_seed() -> None:
-    rows = {(cell.info.row, cell.info.seed) for cell in cells_of("choices")}
-    trained = set(load_experiment("choices").cells) - {"base"}
-    assert rows == {("base", None), *((row, 1) for row in trained)}
+    wanted = {1} if experiment == "choices" else SEEDS
+    assert seeds == dict.fromkeys(set(load_experiment(experiment).cells) - {"base"}, wanted)
 
 
 def test_credit_was_measured_for_every_method_at_three_seeds() -> None:
@@ -59,11 +47,6 @@ def test_committed_texts_are_rendered_from_the_committed_cells(
         assert text == (MINI / experiment / name).read_text(), name
 
 
-def test_cells_were_made_by_committed_code() -> None:
-    for experiment in ("table1", "tuning", "choices", *STUDIES):
-        assert {cell.info.provenance.git_dirty for cell in cells_of(experiment)} == {False}
-
-
 def test_shipped_learning_rates_won_the_trials() -> None:
     means: dict[str, dict[float, float]] = {}
     experiment = load_experiment("tuning")
@@ -72,6 +55,7 @@ def test_shipped_learning_rates_won_the_trials() -> None:
         rate = float(experiment.cells[cell.info.row].set["optimization"]["learning_rate"])
         means.setdefault(method, {})[rate] = cell.means()["hps"]
         assert cell.info.seed not in SEEDS
+        assert cell.info.provenance.git_dirty is False
     assert {len(trials) for trials in means.values()} == {4}
     best = {method: max(trials, key=lambda rate: trials[rate]) for method, trials in means.items()}
     assert best == load_profile("mini").learning_rates

@@ -166,7 +166,7 @@ def test_unfinished_runs_are_compared_by_their_curves(results: Path) -> None:
 
 
 def test_runs_of_one_method_alone_and_twins_are_refused(results: Path) -> None:
-    with pytest.raises(UserError, match="differ in more than their seed"):
+    with pytest.raises(UserError, match="differ only in their seed"):
         members(find_runs(["g2rpo-*"], results))
     write_run(results / "runs", "twin-1")
     with pytest.raises(UserError, match="same settings and seed"):
@@ -275,10 +275,10 @@ def test_cells_without_settings_are_taken_together_in_one_folder_of_one_commit(
     assert [member.seeds for member in compared] == [(1, 3), (1, 2), (4,)]
     shown = CliRunner().invoke(app, ["compare", *cells])
     assert shown.exit_code == 0, shown.output
-    assert "Settings of A, B, C: none are known" in shown.stdout
-    assert "The runs of A, B were taken together by their row alone" in shown.stdout
+    assert "Settings of A, B, C: unknown" in shown.stdout
+    assert "The runs of A, B are grouped as cells of one row" in shown.stdout
     alone = CliRunner().invoke(app, ["compare", cells[0], cells[1]])
-    assert alone.exit_code == 0 and "taken together" not in alone.stdout
+    assert alone.exit_code == 0 and "grouped" not in alone.stdout
 
 
 def test_committed_results_are_compared_by_the_names_of_their_runs(tmp_path: Path) -> None:

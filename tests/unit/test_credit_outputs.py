@@ -18,7 +18,14 @@ from reproduce.cli import app
 from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
 from reproduce.experiment.layout import Layout
 from reproduce.runs.folders import write_manifest
-from reproduce.tables.credit import Measured, draw_quantity, publish_credit, quantity, steps_text
+from reproduce.tables.credit import (
+    Measured,
+    draw_quantity,
+    named_rollouts,
+    over_seeds,
+    publish_credit,
+    steps_text,
+)
 
 WINDOWS = ((0, [0, 1]), (1, [1, 2]), (4, [2]))
 
@@ -127,7 +134,9 @@ def test_rollouts_are_named_by_their_steps() -> None:
     assert steps_text([2, 3, 4]) == "steps 2 to 4"
     assert steps_text([0, 2, 3]) == "steps 0, 2, 3"
     rollouts = [rollout(7, [0, 1], 0.1), rollout(0, [0, 1], 0.1), rollout(3, [1], 0.1)]
-    labels = [label for label, _ in Measured("a", "Mine", 1, {"rollouts": rollouts}).lines()]
+    labels = [
+        label for label, _ in named_rollouts(Measured("a", "Mine", 1, {"rollouts": rollouts}))
+    ]
     assert labels == [
         "Mine, steps 0 to 1, iteration 0", "Mine, step 1", "Mine, steps 0 to 1, iteration 7",
     ]  # fmt: skip
@@ -135,7 +144,7 @@ def test_rollouts_are_named_by_their_steps() -> None:
 
 def test_every_line_of_the_figure_looks_different() -> None:
     axes = Figure().subplots()
-    found = quantity("", [(f"line {number}", {0: 0.1, 1: 0.2}) for number in range(12)])
+    found = over_seeds((f"line {n}", step, 0.1) for n in range(12) for step in (0, 1))
     draw_quantity(axes, found, {0: 0.9, 1: 0.5})
     lines = axes.get_lines()[:12]
     assert len({(one.get_color(), one.get_marker()) for one in lines}) == 12

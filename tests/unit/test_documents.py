@@ -13,8 +13,7 @@ from g2rpo.rewards.registry import REWARDS
 from reproduce.experiment import ROOT, load_experiment, load_profile
 from reproduce.experiment.table import TableSpec
 from reproduce.tables import references
-from reproduce.tables.labels import METRIC_LABELS
-from reproduce.tables.model import Table
+from reproduce.tables.model import METRIC_LABELS, Table
 from reproduce.tables.notes import Gap
 
 SPEC = validate(TableSpec, TABLE1, "table1")

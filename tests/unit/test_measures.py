@@ -36,8 +36,8 @@ from benchmarks.evaluation.statistics import Label
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from reproduce.experiment.table import TableSpec
+from reproduce.tables.comparisons import ComparedRows, compare_metric
 from reproduce.tables.model import RewardHacking
-from reproduce.tables.paired import ComparedRows, compare_metric
 from reproduce.tables.table import compute_table
 from reproduce.tables.terminal import print_table
 
@@ -169,8 +169,8 @@ class TestTables:
         assert re.match(r"0\.\d{4}<br><sub>\[-?0\.\d{4}, 0\.\d{4}\]", trained[place + 2])
         assert re.match(r"2\.\d{3}<br><sub>\[2\.\d{3}, 2\.\d{3}\]", trained[place + 1])
         assert base[place + 3] == "–"
-        assert "Diversity: 4 images of each of the first 6 prompts, features of clip." in text
-        assert "Drift: the first 6 prompts at sigma 0.9, 0.1." in text
+        assert "Diversity: 4 images per prompt, first 6 prompts, features of clip." in text
+        assert "Drift: first 6 prompts, sigma 0.9, 0.1." in text
         for start in ("- Image distance:", "- Vendi score (", "- Drift: mean", "- Reward hacking:"):
             assert text.count(f"\n{start}") == 1
 
@@ -179,15 +179,15 @@ class TestTables:
         (part,) = re.findall(
             r"\\begin\{tabular\}\{@\{\}lcccl@\{\}\}.*?\\end\{tabular\}", latex, re.S
         )
-        assert r"Beside the rewards & Image distance & Vendi score & Drift & Reward hacking" in part
+        assert r"Method & Image distance & Vendi score & Drift & Reward hacking" in part
         rows = [line for line in part.splitlines() if line.endswith(r"\\") and "&" in line]
         assert {len(row.split("&")) for row in rows if "HPS" not in row} == {5}
         assert latex.isascii()
         console = Console(record=True, width=160, file=io.StringIO())
         print_table(compute_table(SPEC, measured_cells(), "mini"), console)
         text = console.export_text()
-        assert text.index("Beside the rewards") < text.index("Cost of training")
-        assert "Reward hacking: yes where" in text
+        assert text.index("Diversity, drift") < text.index("Training cost")
+        assert "Reward hacking: yes if" in text
 
     def test_rows_without_metrics_have_gaps(self, tmp_path: Path) -> None:
         cells = [
@@ -353,7 +353,7 @@ class TestStyles:
         cells = [styled(cell, ["anime"] * 10 + ["photo"] * 9 + ["rare"])
                  for cell in make_table_cells(SPEC)]  # fmt: skip
         text = render(cells, tmp_path)["by_style"]
-        assert "- Left out, with a single prompt: rare." in text
+        assert "- Omitted, with a single prompt: rare." in text
         assert "| rare |" not in text
 
     @pytest.mark.parametrize("styles", [[None], ["photo"]])

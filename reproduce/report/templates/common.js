@@ -4,7 +4,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const IMAGES = JSON.parse(document.getElementById("images").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 
-// Text only ever becomes a text node or an attribute's value: a prompt may hold anything.
+// Text only becomes a text node or an attribute value, because prompts may contain anything.
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
@@ -60,13 +60,13 @@ function signedNumber(value, digits) {
     button.setAttribute("aria-label", "Colours: " + words[name]);
   }
   let name = "auto";
-  // A page opened from disk may be refused a memory.
-  try { name = localStorage.getItem("g2rpo-theme") || "auto"; } catch { /* then it starts anew */ }
+  // Browsers may deny storage to a page opened from disk.
+  try { name = localStorage.getItem("g2rpo-theme") || "auto"; } catch { /* use the default */ }
   show(order.includes(name) ? name : "auto");
   button.addEventListener("click", () => {
     const now = document.documentElement.dataset.theme;
     const next = order[(order.indexOf(now) + 1) % order.length];
     show(next);
-    try { localStorage.setItem("g2rpo-theme", next); } catch { /* it is forgotten */ }
+    try { localStorage.setItem("g2rpo-theme", next); } catch { /* not saved */ }
   });
 })();

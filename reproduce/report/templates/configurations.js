@@ -3,14 +3,14 @@
   const place = document.getElementById("difference");
   const runs = DATA.configurations;
   if (runs.length < 2) {
-    place.append(el("p", { class: "said" }, "There are no two runs to compare."));
+    place.append(el("p", { class: "said" }, "Nothing to compare: fewer than two runs."));
     return;
   }
   const several = unique(runs.map((run) => run.chapter)).length > 1;
   const trained = runs.map((run, i) => i).filter((i) => Object.keys(runs[i].values).some((key) => key.startsWith("train.")));
   const state = { first: trained[0] ?? 0, second: trained.find((i) => runs[i].values.method !== runs[trained[0]].values.method) ?? 1, all: false };
 
-  // A long key is broken where its words end.
+  // Allows line breaks between the words of a long key.
   function breakable(key) {
     return key.split(/(?<=[._])/).flatMap((word, i) => (i ? [el("wbr"), word] : [word]));
   }
@@ -46,8 +46,8 @@
 
   const head = el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "text" }, el("button", { type: "button", disabled: true }, "Setting")), ...heads));
   place.append(
-    el("div", { class: "controls" }, select("One run", "first"), select("Another", "second"),
-      el("label", { class: "check" }, every, "Equal settings too")),
+    el("div", { class: "controls" }, select("First run", "first"), select("Second run", "second"),
+      el("label", { class: "check" }, every, "Show equal settings")),
     status,
     el("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Differences between two runs" },
       el("table", { class: "difference" }, head, body)),

@@ -1,4 +1,4 @@
-// Learning curves: one panel a group, drawn anew when its width changes.
+// Learning curves: one panel per group, redrawn when its width changes.
 const DASHES = ["", "7 3", "8 3 2 3", "2 3", "10 2", "4 2 1 2 1 2"];
 const EDGE = { left: 58, right: 14, top: 10, bottom: 34 };
 
@@ -17,7 +17,7 @@ function marker(style, x, y, size) {
   return shape;
 }
 
-// One further dash for each round through the colours, so that no two lines look alike.
+// Shifts the dashes on every pass through the colours, so that no two lines look alike.
 function dash(style) {
   return DASHES[(style + Math.floor(style / 6)) % DASHES.length];
 }

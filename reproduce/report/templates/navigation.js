@@ -1,4 +1,4 @@
-// Going to a part, and telling in which part one is.
+// Navigation between parts, and the name of the current part.
 (function navigation() {
   const select = document.getElementById("goto");
   const steps = { previous: document.getElementById("previous"), next: document.getElementById("next") };
@@ -8,7 +8,7 @@
   let quiet = 0;
 
   function shown() {
-    // Down at the end of the page the last part may not reach the top.
+    // The last part may be too short to reach the top.
     const line = innerHeight / 3;
     let found = 0;
     targets.forEach((target, i) => { if (target.getBoundingClientRect().top <= line) found = i; });
@@ -24,7 +24,7 @@
   }
 
   function go(index) {
-    // The page scrolls there smoothly: what is passed on the way is not told.
+    // Ignores the parts that smooth scrolling passes.
     quiet = Date.now() + 800;
     const { value } = select.options[index];
     if (location.hash === `#${value}`) targets[index].scrollIntoView();

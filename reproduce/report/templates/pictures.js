@@ -1,4 +1,4 @@
-// The grid of images: a block a prompt, a tile a row of the table, one moment of training for all.
+// The image grid: a block per prompt, a tile per row of the table, all at one iteration.
 const EXACT_SIDE = 160;
 const FIRST_PROMPTS = 6;
 
@@ -11,7 +11,7 @@ function pictureOf(tile, prompt, position) {
 
 function imageNode(name, alt) {
   const image = el("img", { src: IMAGES[name], alt, decoding: "sync" });
-  // Small images are shown as the pixels they are.
+  // Small images are not smoothed.
   const check = () => image.classList.toggle("exact", image.naturalWidth <= EXACT_SIDE);
   if (image.complete) check();
   image.addEventListener("load", check);
@@ -42,10 +42,10 @@ class Pictures {
     const search = el("input", { type: "search", placeholder: "part of a prompt", autocomplete: "off" });
     search.addEventListener("input", () => { this.filter = search.value; this.draw(); });
     const last = data.positions.length - 1;
-    this.slider = el("input", { type: "range", min: 0, max: last, step: 1, value: last, disabled: last < 1, "aria-label": "Moment of training" });
+    this.slider = el("input", { type: "range", min: 0, max: last, step: 1, value: last, disabled: last < 1, "aria-label": "Training iteration" });
     this.moment = el("b", {});
     this.slider.addEventListener("input", () => { this.position = Number(this.slider.value); this.draw(); });
-    const box = el("div", { class: "controls" }, el("label", { class: "wide filter" }, "Prompts with", search));
+    const box = el("div", { class: "controls" }, el("label", { class: "wide filter" }, "Filter prompts", search));
     if (this.groups.length > 1) {
       const options = [["", "All"], ...this.groups.map((g) => [g, g])];
       box.append(choice(data.group_label, options, this.group, (v) => { this.group = v; this.draw(); }, "group"));
@@ -73,7 +73,7 @@ class Pictures {
     return this.data.positions[this.position];
   }
 
-  // Whether training kept an image of the prompt at this moment, under any row that was trained.
+  // Whether any trained row has an image of the prompt at this iteration.
   isThere(prompt, at) {
     const trained = this.tiles().filter((tile) => tile.end !== null);
     return !trained.length || trained.some((tile) => pictureOf(tile, prompt.id, at));
@@ -91,9 +91,9 @@ class Pictures {
     const found = this.prompts();
     const prompts = found.filter((prompt) => this.isThere(prompt, at));
     const { prompts: all, there } = this.data;
-    const kept = there > all.length ? ` (of ${there} whose images were kept)` : "";
+    const kept = there > all.length ? ` (of ${there} with images)` : "";
     const later = found.length - prompts.length;
-    const without = later ? `; ${later} more without an image of this moment` : "";
+    const without = later ? `; ${later} more without an image at this iteration` : "";
     this.count.textContent = `${prompts.length} of ${all.length} prompts${kept}${without}`;
     const cut = this.whole || this.filter.trim() ? prompts : prompts.slice(0, FIRST_PROMPTS);
     this.list.replaceChildren(...cut.map((prompt) => this.block(prompt)));
@@ -110,7 +110,7 @@ class Pictures {
     const frame = pictureOf(tile, prompt.id, this.at());
     const caption = el("figcaption", {}, el("span", { class: "who" }, this.name(tile)), el("span", { class: "what" }, this.said(tile, frame, prompt)));
     if (!frame) {
-      return el("figure", { class: "tile" }, el("div", { class: "absent" }, "no image kept at this moment"), caption);
+      return el("figure", { class: "tile" }, el("div", { class: "absent" }, "no image at this iteration"), caption);
     }
     const alt = `${this.name(tile)}: ${prompt.text}`;
     const button = el("button", { type: "button", "aria-label": `Enlarge: ${alt}` }, imageNode(frame.images[prompt.id], alt));
@@ -144,7 +144,7 @@ function enlarge(pictures, tile, prompt) {
       const text = score === undefined || score === null ? "–" : score.toFixed(reward.digits);
       scores.append(el("div", {}, el("dt", {}, reward.label), el("dd", {}, text)));
     }
-    const image = frame ? imageNode(frame.images[prompt.id], prompt.text) : el("div", { class: "absent" }, "no image kept at this moment");
+    const image = frame ? imageNode(frame.images[prompt.id], prompt.text) : el("div", { class: "absent" }, "no image at this iteration");
     dialog.replaceChildren(image, el("h4", {}, pictures.name(chosen)), el("p", {}, prompt.text), scores,
       el("div", { class: "row" },
         el("button", { type: "button", class: "plain", onclick: () => step(-1) }, "← Previous"),

@@ -1,4 +1,4 @@
-// Sorting: a click on a head sorts by it, another turns it round, a third restores the order.
+// Sorting: a click on a heading sorts, a second reverses, a third restores the order.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const original = [...body.rows];
@@ -11,7 +11,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     return Number(text);
   }
 
-  // Figures among words (the length of a bar) are sorted as figures.
+  // Text columns with numeric values (bars) are sorted as numbers.
   function isFigure(column) {
     return original.every((row) => {
       const text = row.cells[column].dataset.sort;
@@ -48,12 +48,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Long tables are searched: rows that have all words stay.
+// Search in long tables: rows with all words stay.
 for (const box of document.querySelectorAll(".searched")) {
   const rows = [...box.querySelectorAll("tbody tr")];
   const texts = rows.map((row) => row.textContent.toLowerCase());
   const count = el("p", { class: "count", role: "status" });
-  const search = el("input", { type: "search", placeholder: "any words, e.g. a run, a commit, a seed", autocomplete: "off" });
+  const search = el("input", { type: "search", placeholder: "e.g. a run, commit or seed", autocomplete: "off" });
   function show() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     rows.forEach((row, i) => { row.hidden = !words.every((word) => texts[i].includes(word)); });
@@ -61,11 +61,11 @@ for (const box of document.querySelectorAll(".searched")) {
   }
   search.addEventListener("input", show);
   box.addEventListener("showall", () => { search.value = ""; show(); });
-  box.before(el("div", { class: "controls" }, el("label", { class: "wide" }, "Rows with", search)), count);
+  box.before(el("div", { class: "controls" }, el("label", { class: "wide" }, "Filter rows", search)), count);
   show();
 }
 
-// A link to where a number comes from opens what is folded around its target.
+// Following a link expands everything around its target.
 function unfold() {
   const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
   for (let node = target; node; node = node.parentElement) {
