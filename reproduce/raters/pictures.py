@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -25,8 +26,7 @@ from reproduce.runs.folders import (
 SCORES = "scores.parquet"
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One image and its prompt."""
 
     prompt: str

@@ -146,21 +146,31 @@ def _rows(cells: Sequence[tuple[str, Cell]], digest: str) -> dict[str, RowScores
 
 
 def _deltas(rows: Mapping[str, RowScores], base: RowScores) -> tuple[Delta, ...]:
-    found: dict[tuple[str, str], Delta] = {}
-    for letter, row in rows.items():
-        compared = {} if row is base else _compared(row, base)
-        seeds = shared_seeds(row, base)
-        for name in (*row.rewards, *row.metrics):
+    compared = {
+        (letter, name): one
+        for letter, row in rows.items()
+        if row is not base
+        for name, one in _compared(row, base).items()
+    }
+    adjusted = corrected(compared)
+    quantities = {letter: (*row.rewards, *row.metrics) for letter, row in rows.items()}
+    found = []
+    for name in dict.fromkeys(name for names in quantities.values() for name in names):
+        for letter in sorted(letter for letter, names in quantities.items() if name in names):
+            row, one = rows[letter], compared.get((letter, name))
             values = row.scores([name]) if name in row.rewards else row.metric(name)[0]
-            delta, one = Delta(letter, name, float(values.mean())), compared.get(name)
-            if one is not None:
-                delta = replace(delta, difference=one.difference, comparison=one, seeds=seeds)
-            found[name, letter] = delta
-    tested = {key: one.comparison for key, one in found.items() if one.comparison is not None}
-    for key, p_value in corrected(tested).items():
-        found[key] = replace(found[key], adjusted=p_value)
-    order = list(dict.fromkeys(name for name, _ in found))
-    return tuple(sorted(found.values(), key=lambda one: (order.index(one.quantity), one.member)))
+            found.append(
+                Delta(
+                    letter,
+                    name,
+                    float(values.mean()),
+                    difference=None if one is None else one.difference,
+                    comparison=one,
+                    adjusted=adjusted.get((letter, name)),
+                    seeds=() if one is None else shared_seeds(row, base),
+                )
+            )
+    return tuple(found)
 
 
 def _compared(row: RowScores, base: RowScores) -> dict[str, Comparison]:

@@ -45,7 +45,7 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
     sections = score_sections(compared)
     for section in sections:
         title = f"Held-out: {section.protocol}, {section.prompts} prompts"
-        _print_table(console, title, _section_table(section))
+        _print_table(console, title, _delta_table(section.deltas))
         console.print(literal(_meaning(section), "dim"))
     if not sections:
         console.print()
@@ -53,7 +53,7 @@ def print_comparison(compared: Sequence[Member], console: Console) -> None:
     points = curve_deltas(compared)
     if points:
         title = "Validation at the last iteration shared with the reference"
-        _print_table(console, title, _curve_table(points))
+        _print_table(console, title, _delta_table(points))
     title = "Cost, mean over seeds (ratio to the reference)"
     _print_table(console, title, _cost_table(compared))
     _print_differences("Settings that differ", setting_differences(compared), compared, console)
@@ -69,38 +69,32 @@ def _print_table(console: Console, title: str, table: Table) -> None:
     console.print(table)
 
 
-def _section_table(section: Section) -> Table:
-    columns = ("score", "run", "mean", "difference", "95% interval", "p (Holm)", "", "about")
-    table = plain_table(*columns, right=columns[2:6])
+def _delta_table(deltas: Sequence[Delta]) -> Table:
+    curves = deltas[0].iteration is not None
+    p_value = "p" if curves else "p (Holm)"
+    figures = ("iteration",) * curves + ("mean", "difference", "95% interval", p_value)
+    table = plain_table("score", "run", *figures, "", "about", right=figures)
     last = ""
-    for delta in section.deltas:
+    for delta in deltas:
         quantity = METRIC_LABELS.get(delta.quantity, delta.quantity)
         table.add_row(
             "" if quantity == last else quantity,
             delta.member,
+            *([str(delta.iteration)] if curves else []),
             fixed(delta.value, DIGITS),
             *_difference_texts(delta),
-            ", ".join(filter(None, (delta.comparison.label, _seeds(delta))))
-            if delta.comparison
-            else "",
+            _about(delta),
         )
         last = quantity
     return table
 
 
-def _curve_table(points: Sequence[Delta]) -> Table:
-    columns = ("reward", "run", "iteration", "mean", "difference", "95% interval", "p", "", "about")
-    table = plain_table(*columns, right=columns[2:7])
-    for point in points:
-        table.add_row(
-            point.quantity,
-            point.member,
-            str(point.iteration),
-            fixed(point.value, DIGITS),
-            *_difference_texts(point),
-            _seeds(point) or "own seeds",
-        )
-    return table
+def _about(delta: Delta) -> str:
+    if delta.difference is None:
+        return ""
+    seeds = f"seed{'s' if len(delta.seeds) > 1 else ''} {', '.join(map(str, delta.seeds))}"
+    label = f"{delta.comparison.label}, " if delta.comparison is not None else ""
+    return label + (seeds if delta.seeds else "own seeds")
 
 
 def _difference_texts(delta: Delta) -> tuple[str | Text, ...]:
@@ -119,12 +113,6 @@ def _difference_texts(delta: Delta) -> tuple[str | Text, ...]:
         p_text(p_value),
         verdict,
     )
-
-
-def _seeds(delta: Delta) -> str:
-    if not delta.seeds:
-        return ""
-    return f"seed{'s' if len(delta.seeds) > 1 else ''} {', '.join(map(str, delta.seeds))}"
 
 
 def _meaning(section: Section) -> str:

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from benchmarks.evaluation.results import Cell, Provenance
+from benchmarks.evaluation.results import Cell, CellInfo, Provenance
 from benchmarks.evaluation.statistics import NOTHING
 from reproduce.report.chapter import Chapter, without_root
 from reproduce.report.grids import Box, Column, Grid, Item, anchor, make_grid, number, text_box
-from reproduce.tables.model import Mark
 
 SHORT = 12
 """Characters of a hash that are shown; the rest is collapsed."""
@@ -18,10 +17,10 @@ Details = tuple[tuple[str, str], ...]
 def overview_grid(chapters: Sequence[Chapter]) -> Grid:
     """One line per chapter, with its progress and results."""
     columns: list[Column[Chapter]] = [
-        Column("Experiment", _name_box),
+        Column("Experiment", lambda chapter: _name_box(chapter.name)),
         Column("Title", lambda chapter: text_box(chapter.table.title)),
         Column("Finished", _finished_box, numeric=True),
-        Column("Seeds", _seeds_box, numeric=True),
+        Column("Seeds", lambda chapter: number(len(chapter.seeds)), numeric=True),
         Column("▲ above", lambda chapter: number(_significant(chapter, 1)), numeric=True),
         Column("▼ below", lambda chapter: number(_significant(chapter, -1)), numeric=True),
         Column("Hacking", _hacking_box, numeric=True),
@@ -35,8 +34,8 @@ def overview_grid(chapters: Sequence[Chapter]) -> Grid:
     return make_grid("All experiments", columns, chapters, [note])
 
 
-def _name_box(chapter: Chapter) -> Box:
-    return replace(text_box(chapter.name, "label"), link=anchor("chapter", chapter.name))
+def _name_box(name: str) -> Box:
+    return replace(text_box(name, "label"), link=anchor("chapter", name))
 
 
 def _finished_box(chapter: Chapter) -> Box:
@@ -45,18 +44,9 @@ def _finished_box(chapter: Chapter) -> Box:
     return number(done / max(1, total), f"{done} of {total}")
 
 
-def _seeds_box(chapter: Chapter) -> Box:
-    count = len(chapter.seeds)
-    return number(count, None if count else NOTHING)
-
-
-def _marks(chapter: Chapter) -> list[Mark]:
-    scores = (score for row in chapter.table.rows for score in row.scores.values())
-    return [score.mark for score in scores if score.mark is not None]
-
-
 def _significant(chapter: Chapter, sign: int) -> int:
-    return sum(mark.significant and mark.difference * sign > 0 for mark in _marks(chapter))
+    marks = (score.mark for row in chapter.table.rows for score in row.scores.values())
+    return sum(m is not None and m.significant and m.difference * sign > 0 for m in marks)
 
 
 def _hacking_box(chapter: Chapter) -> Box:
@@ -71,9 +61,6 @@ def _seconds(chapter: Chapter) -> float:
     return sum(cost.device_seconds for cost in costs if cost is not None)
 
 
-# Provenance
-
-
 def provenance_grid(chapters: Sequence[Chapter]) -> Grid:
     """One line per cell of each chapter."""
     lines = [(chapter, cell) for chapter in chapters for cell in chapter.cells]
@@ -82,7 +69,7 @@ def provenance_grid(chapters: Sequence[Chapter]) -> Grid:
         Column("Experiment", lambda line: text_box(line[0].name)),
         Column("Seed", lambda line: _seed_box(line[1].info.seed), numeric=True),
         Column("Training run", lambda line: text_box(line[1].info.runs.get("train"), "code")),
-        *origin_columns(lambda line: line[1].info.provenance, lambda line: _protocol(line[1])),
+        *origin_columns(lambda line: line[1].info.provenance, lambda line: _protocol(line[1].info)),
         Column("Evaluation", lambda line: text_box(line[1].info.runs.get("evaluation"), "code")),
         Column("Iterations", lambda line: number(line[1].info.checkpoint_iteration), numeric=True),
         Column("Scores", lambda line: number(len(line[1].scores)), numeric=True),
@@ -108,9 +95,8 @@ def _seed_box(seed: int | None) -> Box:
     return number(seed, NOTHING if seed is None else str(seed))
 
 
-def _protocol(cell: Cell) -> Details:
-    protocol = cell.info.protocol
-    return (("protocol", f"{protocol.name} {protocol.hash}"),)
+def _protocol(info: CellInfo) -> Details:
+    return (("protocol", f"{info.protocol.name} {info.protocol.hash}"),)
 
 
 def origin_columns(

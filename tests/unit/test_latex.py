@@ -78,7 +78,7 @@ SCRIPTS = "Ελλάδα, emoji 😀 ❤️ 👩‍👩‍👧, 漢字, 한국어
 @pytest.mark.parametrize(
     ("label", "engine"),
     [(label, "pdflatex") for label in LABELS]
-    + [(label, engine) for label in (*LABELS, SCRIPTS) for engine in ("lualatex", "xelatex")],
+    + [(label, engine) for label in (LABELS[1], SCRIPTS) for engine in ("lualatex", "xelatex")],
 )
 def test_any_label_compiles(tmp_path: Path, label: str, engine: str) -> None:
     if engine != "pdflatex" and not has_engine(tmp_path, engine):

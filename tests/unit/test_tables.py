@@ -146,7 +146,7 @@ def test_best_is_bold_within_its_group_and_ties_share_it(tmp_path: Path) -> None
     assert {line[1] for line in ours if "**" in line[2]} == {"DanceGRPO", "G²RPO"}
 
 
-@pytest.mark.parametrize(("seeds", "label"), [(1, "checkpoint"), (2, "checkpoint"), (3, "method")])
+@pytest.mark.parametrize(("seeds", "label"), [(2, "checkpoint"), (3, "method")])
 def test_intervals_are_labelled_by_the_number_of_seeds(
     tmp_path: Path, seeds: int, label: str
 ) -> None:
@@ -311,14 +311,10 @@ def test_the_terminal_shows_scores_costs_and_gaps() -> None:
     console = Console(record=True, width=140, file=io.StringIO())
     print_table(compute_table(SPEC, CELLS, "mini", GAPS), console)
     text = console.export_text()
-    expected = plain_score("hps/g2rpo", "hps")
-    assert expected is not None
-    assert f"{expected[0]:.3f}†" in text
-    assert f"[{expected[1]:.3f}, {expected[2]:.3f}]" in text
-    assert "MixGRPO (HPS): missing, stopped at 40%." in text
-    assert "Rollout evaluations" in text
-    assert "121k" in text
-    assert "another model, not comparable" in text
+    mean, low, high = plain_score("hps/g2rpo", "hps") or (np.nan,) * 3
+    shown = (f"{mean:.3f}†", f"[{low:.3f}, {high:.3f}]", "MixGRPO (HPS): missing, stopped at 40%.",
+             "Rollout evaluations", "121k", "another model, not comparable")  # fmt: skip
+    assert [words for words in shown if words not in text] == []
 
 
 def test_cells_that_do_not_fit_the_table_are_refused(tmp_path: Path) -> None:
