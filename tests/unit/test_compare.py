@@ -190,7 +190,6 @@ EVALUATION = "evaluations/test-0123456789ab"
     [
         *DAMAGE,
         ("metrics.jsonl", b'{"iteration": 1, "validation/hps": "0.5"}\n'),
-        ("metrics.jsonl", b'{"iteration": 1, "device_seconds": null}\n'),
         ("manifest.json", b'{"provenance": {}}'),
         ("manifest.json", json.dumps({"provenance": PROVENANCE}).encode()),
         ("manifest.json", json.dumps({"provenance": PROVENANCE, "progress": [4]}).encode()),
@@ -208,8 +207,15 @@ def test_a_damaged_run_is_one_line(results: Path, file: str, content: bytes) -> 
     members(find_runs(["g2rpo-hps-seed2", "mix_grpo-hps-seed1"], results))
 
 
+def test_a_last_row_without_its_cost_is_one_line(results: Path) -> None:
+    folder = write_run(results / "runs", "other-1", finished=False)
+    damage(folder, "metrics.jsonl", b'{"iteration": 1, "device_seconds": null}\n')
+    with pytest.raises(UserError, match=r"other-1/metrics\.jsonl: cannot"):
+        find_runs(["other"], results)
+
+
 def test_the_command_prints_scores_settings_and_cost(made: Path) -> None:
-    arguments = ["compare", "mix*", "g2rpo*", "base", "--made", str(made)]
+    arguments = ["compare", "mix*", "g2rpo*", "base", "--results", str(made)]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     lines = [line.split() for line in shown.stdout.splitlines()]
