@@ -61,7 +61,7 @@ def results(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "message"),
     [
         ("g2rpo-hps", "several runs: g2rpo-hps-seed1-aa, g2rpo-hps-seed2-bb; use a longer prefix"),
         ("g2rpo-hps-sead1", "did you mean 'g2rpo-hps-seed1-aa'?"),
@@ -70,10 +70,10 @@ def results(made: Path, tmp_path: Path) -> Path:
         ("", "no run ''"),
     ],
 )
-def test_an_unknown_or_ambiguous_name_is_one_line_with_the_nearest(part: str, told: str) -> None:
+def test_an_unknown_or_ambiguous_name_is_one_line_with_the_nearest(part: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         chosen_names(part, NAMES)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_beginnings_whole_names_and_patterns_are_found() -> None:
@@ -89,12 +89,12 @@ def test_a_run_is_named_by_its_folder_too_and_a_path_is_not_taken_for_a_name(mad
     for given, where in ((folder, Path("elsewhere")), (str(folder)[:-2], made)):
         (found,) = find_runs([str(given)], where)
         assert found.name == folder.name and found.seed == 1
-    for parts, told in (
+    for parts, message in (
         ([str(folder), "g2rpo-hps-seed1"], "given twice"),
         ([str(made / "elsewhere" / folder.name)], "no such run"),
         ([str(made / "runs")], "not a run folder"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             find_runs(parts, made)
 
 

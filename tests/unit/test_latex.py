@@ -43,8 +43,8 @@ def compiled(
     latex = (engine, "-interaction=nonstopmode", "-halt-on-error", "main.tex")
     said = run(folder, *latex)
     if bibliography:
-        told = run(folder, "bibtex", "main")
-        assert "Warning" not in told, told
+        log = run(folder, "bibtex", "main")
+        assert "Warning" not in log, log
         run(folder, *latex)
         said = run(folder, *latex)
     return said

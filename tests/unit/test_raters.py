@@ -34,10 +34,10 @@ def write_pictures(evaluation: Path, base: int, size: int = 8) -> None:
     folder = evaluation / "images"
     folder.mkdir(parents=True)
     for index in range(PROMPTS):
-        told = PngImagePlugin.PngInfo()
-        told.add_text("model", str(evaluation))
+        metadata = PngImagePlugin.PngInfo()
+        metadata.add_text("model", str(evaluation))
         pixels = np.full((size, size, 3), base + index, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"p{index:03d}.png", pnginfo=told)
+        Image.fromarray(pixels).save(folder / f"p{index:03d}.png", pnginfo=metadata)
 
 
 def make_sides(folder: Path) -> Path:
@@ -169,7 +169,7 @@ def test_a_sheet_never_stands_without_its_key(
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "message"),
     [
         ("notes.md/deep/s", "notes.md is not a folder"),
         (".", "not a new folder; use e.g. sheet"),
@@ -180,14 +180,14 @@ def test_a_sheet_never_stands_without_its_key(
     ],
 )
 def test_where_no_sheet_can_be_is_one_line_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("notes.md").write_text("words\n")
     Path("kept-key.json").write_text("{}\n")
     made = CliRunner().invoke(app, ["raters", "make", "absent", "absent-too", "-o", output])
     assert isinstance(made.exception, UserError), made.exception
-    assert told in str(made.exception) and "\n" not in str(made.exception)
+    assert message in str(made.exception) and "\n" not in str(made.exception)
     assert {path.name for path in tmp_path.iterdir()} == {"notes.md", "kept-key.json"}
 
 
@@ -293,7 +293,7 @@ def test_one_sided_answers_leave_room(key: SheetKey, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("SHEET,ann,099,left", "line 2: unknown pair '099'; pairs are 001 to 012"),
         ("SHEET,ann,001,lefft", "line 2: unknown answer 'lefft'; did you mean 'left'?"),
@@ -308,13 +308,13 @@ def test_one_sided_answers_leave_room(key: SheetKey, tmp_path: Path) -> None:
     ],
 )
 def test_malformed_answers_are_one_line(
-    key: SheetKey, tmp_path: Path, line: str, told: str
+    key: SheetKey, tmp_path: Path, line: str, message: str
 ) -> None:
     path = tmp_path / "a.csv"
     path.write_text("sheet,rater,pair,answer\n" + line.replace("SHEET", key.sheet) + "\n")
     with pytest.raises(UserError) as error:
         evaluate(key, read_answers([path], key))
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_files_that_are_no_answers_or_key_are_refused(results: Path) -> None:

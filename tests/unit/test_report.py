@@ -229,7 +229,7 @@ def test_runs_of_different_lengths_share_the_moments_that_were_kept(chapter: Cha
     assert {tile["end"] for tile in data["tiles"]} == {None, 5, ITERATIONS}
 
 
-def test_what_does_not_fit_is_left_out_and_told(results: Results, chapter: Chapter) -> None:
+def test_what_does_not_fit_is_omitted_with_a_note(results: Results, chapter: Chapter) -> None:
     whole = make_page(results.loaded, [chapter])
     assert whole.notes == ()
     bare = len(make_page(results.loaded, [chapter], 10**9).html.encode())
