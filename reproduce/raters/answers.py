@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -88,7 +88,8 @@ def _checked(row: Mapping[str, str], key: SheetKey, place: str) -> tuple[str, st
     return rater, pair, chosen
 
 
-class Rate(NamedTuple):
+@dataclass(frozen=True)
+class Rate:
     """A share of ``count`` answers, with its interval."""
 
     share: float
