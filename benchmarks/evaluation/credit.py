@@ -1,19 +1,18 @@
-"""Which step's noise the reward is owed to, and how clearly a step's gradient says so.
+"""Credit of each stochastic step: explained reward variance and signal-to-noise of the gradient.
 
-The claim behind stochasticity at one step at a time is about credit: where every step is noisy,
-one reward is the doing of all of their noises, and each step is trained with all of it. Two numbers
-say how much of that there is, for every stochastic step k of a method's rollout, on the untrained
-policy:
+Methods with one stochastic step at a time claim better credit assignment: if every step is noisy,
+one reward depends on the noise of all of them, yet trains each. Two numbers measure this on the
+untrained policy, for every stochastic step k of a method's rollout:
 
-Share of the reward's variance that the noise of step k explains. Two samples of a prompt share the
-noise of step k and nothing else that is drawn for a sample; the correlation of their rewards is
-Var(E[R | noise of k]) / Var(R), the first-order index of Sobol, estimated by pick-freeze (Janon et
-al., ESAIM: Probability and Statistics 18, 2014). Its square root is the correlation of the reward
-with the best function of that noise. With noise at one step alone it is 1.
+Share of the reward's variance explained by the noise of step k. Two samples of a prompt share only
+the noise of step k; the correlation of their rewards is Var(E[R | noise of k]) / Var(R), Sobol's
+first-order index, estimated by pick-freeze (Janon et al., ESAIM: Probability and Statistics 18,
+2014). Its square root is the correlation of the reward with the best function of that noise. It is
+1 if only one step is noisy.
 
-Signal-to-noise ratio of the gradient. For the same prompts, groups are drawn again and again; each
-gives the gradient of the step's loss. With their mean m and s^2 = E|g - m|^2, both without bias,
-the ratio is |m|^2 / s^2. Its inverse is how many groups must be averaged until signal equals noise.
+Signal-to-noise ratio of the gradient. Groups are drawn repeatedly for the same prompts; each gives
+the gradient of the step's loss. With unbiased estimates of their mean m and s^2 = E|g - m|^2, the
+ratio is |m|^2 / s^2. Its inverse is the number of groups to average until signal equals noise.
 """
 
 import logging
@@ -45,14 +44,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepCredit:
-    """What was measured of one stochastic step in one rollout of a method.
+    """Measurements of one stochastic step in one rollout of a method.
 
     Attributes:
         step: index into the grid.
         sigma: noise level at its start.
-        explained: for each reward, the share of its variance that the step's noise explains.
-        signal: squared length of the mean gradient, without bias, so it may be below 0.
-        noise: mean squared distance of one group's gradient from it.
+        explained: for each reward, the share of its variance explained by the step's noise.
+        signal: unbiased squared norm of the mean gradient; may be negative.
+        noise: mean squared distance of one group's gradient from the mean.
     """
 
     step: int
@@ -69,14 +68,14 @@ class StepCredit:
 
 @dataclass(frozen=True)
 class RolloutCredit:
-    """What was measured of one rollout of a method.
+    """Measurements of one rollout of a method.
 
     Attributes:
-        iteration: the training iteration (from 0) that has this rollout.
+        iteration: the training iteration (from 0) with this rollout.
         steps: its stochastic steps, ascending.
-        signal: as for a step, of the gradient over all trained steps.
-        noise: as for a step, of the gradient over all trained steps.
-        velocity_evaluations: of one group.
+        signal: signal of the gradient over all trained steps.
+        noise: noise of the gradient over all trained steps.
+        velocity_evaluations: NFE of one group.
     """
 
     iteration: int
@@ -91,19 +90,19 @@ class RolloutCredit:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "RolloutCredit":
-        """What :meth:`document` gave."""
+        """The inverse of :meth:`document`."""
         steps = tuple(StepCredit(**step) for step in document["steps"])
         return cls(**{**document, "steps": steps})
 
     @classmethod
     def read(cls, path: Path) -> "RolloutCredit | None":
-        """What was kept as :meth:`document`; None where there is nothing, or it is damaged."""
+        """Reads a saved :meth:`document`; None if it is missing or damaged."""
         try:
             return cls.of(parse_document(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is damaged (%s); it is measured again", path, error)
+            logger.warning("%s: damaged (%s); measuring it again", path, error)
             return None
 
     @property
@@ -113,45 +112,44 @@ class RolloutCredit:
 
 
 def signal_to_noise(signal: float, noise: float) -> float:
-    """Their ratio; 0 where there is neither."""
+    """``signal / noise``; 0 if both are 0."""
     return signal / noise if noise > 0 else 0.0 if signal == 0 else math.inf
 
 
 def distinct_rollouts(trainer: Trainer, most: int) -> list[int]:
-    """Iterations with different rollouts, the first of each; at most ``most``, evenly chosen."""
-    found = list(iterations_by_rollout(trainer.config.method, trainer.config.shape))
-    if len(found) <= most:
-        return found
-    return [found[round(place * (len(found) - 1) / max(1, most - 1))] for place in range(most)]
+    """The first iteration of each distinct rollout; at most ``most``, evenly spaced."""
+    firsts = list(iterations_by_rollout(trainer.config.method, trainer.config.shape))
+    if len(firsts) <= most:
+        return firsts
+    return [firsts[round(place * (len(firsts) - 1) / max(1, most - 1))] for place in range(most)]
 
 
 def measure_credit(trainer: Trainer, config: CreditConfig, folder: Path) -> list[RolloutCredit]:
-    """Measures a method on the policy that ``trainer`` holds; its weights are left as they are.
+    """Measures a method on the trainer's policy and first prompts; the weights do not change.
 
-    The prompts are those of its first iteration. Each rollout is kept in ``folder``, of this
-    measurement alone, and not measured again.
+    Measured rollouts are saved in ``folder`` and kept when the measurement is resumed.
 
     Raises:
         UserError: a reward is not finite.
-        Stopped: the process was asked to stop; the rollouts that were measured are kept.
+        Stopped: a stop was requested; the rollouts measured so far are kept.
     """
     prompts = trainer.local_prompts()
     iterations = distinct_rollouts(trainer, config.rollouts)
     files = {iteration: folder / f"rollout-{iteration:06d}.json" for iteration in iterations}
-    kept = {iteration: RolloutCredit.read(path) for iteration, path in files.items()}
-    found = {iteration: credit for iteration, credit in kept.items() if credit is not None}
-    left = [iteration for iteration in iterations if iteration not in found]
+    done = {iteration: RolloutCredit.read(path) for iteration, path in files.items()}
+    measured = {iteration: credit for iteration, credit in done.items() if credit is not None}
+    left = [iteration for iteration in iterations if iteration not in measured]
     name = f"credit {trainer.config.method.name}"
     main = trainer.accelerator.is_main_process
     with ProgressReport(name, len(left) * (1 + config.repeats), enabled=main) as report:
         for iteration in left:
             explained = explained_shares(trainer, prompts, iteration, config.samples)
             report.advance()
-            measured = _gradients(trainer, prompts, iteration, config.repeats, explained, report)
+            credit = _gradients(trainer, prompts, iteration, config.repeats, explained, report)
             if main:
-                write_document(files[iteration], measured.document())
-            found[iteration] = measured
-    return [found[iteration] for iteration in iterations]
+                write_document(files[iteration], credit.document())
+            measured[iteration] = credit
+    return [measured[iteration] for iteration in iterations]
 
 
 # --- the share of the reward's variance ----------------------------------------------------------
@@ -160,7 +158,7 @@ def measure_credit(trainer: Trainer, config: CreditConfig, folder: Path) -> list
 def explained_shares(
     trainer: Trainer, prompts: Sequence[Prompt], iteration: int, samples: int
 ) -> dict[int, dict[str, float]]:
-    """For each stochastic step and reward: the share of variance that the step's noise explains."""
+    """For each stochastic step and reward, the share of variance explained by the step's noise."""
     method, shape = trainer.config.method, replace(trainer.config.shape, group_size=samples)
     tree = method.rollout_tree(shape, iteration)
     own = trainer.engine.noise(prompts, iteration)
@@ -181,7 +179,7 @@ def explained_shares(
 
 
 def _sharing(own: Noise, shared: int, samples: int, *, same_start: bool) -> Noise:
-    """Fresh noise, but for step ``shared`` and for a start that a whole group has in common."""
+    """New noise, except at step ``shared`` and at a start shared by the whole group."""
 
     def noise(prompt: int, sample: int, step: int) -> Tensor:
         kept = step == shared or (step == INITIAL_NOISE and same_start)
@@ -198,7 +196,7 @@ def _credited(rollout: Rollout, name: str, step: int) -> Tensor:
 
 
 def _correlation(trainer: Trainer, first: Tensor, second: Tensor) -> float:
-    """Of the rewards of pairs, within prompts; their spread, the same in law, is pooled."""
+    """Correlation of paired rewards within prompts, with their variances pooled."""
     a, b = (values - values.mean(dim=1, keepdim=True) for values in (first, second))
     sums = {"together": float((a * b).sum()), "own": float(((a**2 + b**2) / 2).sum())}
     total = sum_over_ranks(trainer.accelerator, sums)
@@ -210,12 +208,12 @@ def _correlation(trainer: Trainer, first: Tensor, second: Tensor) -> float:
 
 @dataclass
 class GradientMoments:
-    """Running sums of gradients, from which their mean and their spread follow.
+    """Running sums for the mean and the variance of gradients.
 
     Attributes:
-        total: sum of the gradients, a tensor for each parameter.
-        squares: sum of their squared lengths.
-        count: how many there were.
+        total: sum of the gradients, one tensor per parameter.
+        squares: sum of their squared norms.
+        count: number of gradients.
     """
 
     total: list[Tensor] = field(default_factory=list)
@@ -223,7 +221,7 @@ class GradientMoments:
     count: int = 0
 
     def add(self, gradient: Sequence[Tensor]) -> None:
-        """Takes one more gradient."""
+        """Adds a gradient."""
         self.squares += squared_length(gradient)
         self.count += 1
         if not self.total:
@@ -234,18 +232,18 @@ class GradientMoments:
 
     @property
     def noise(self) -> float:
-        """E|g - m|^2 without bias."""
+        """Unbiased estimate of E|g - m|^2."""
         mean_square = squared_length(self.total) / self.count**2
         return max(0.0, (self.squares - self.count * mean_square) / (self.count - 1))
 
     @property
     def signal(self) -> float:
-        """|m|^2 without bias: the mean of ``count`` gradients is still noisy."""
+        """Unbiased estimate of |m|^2; the mean of ``count`` gradients is still noisy."""
         return squared_length(self.total) / self.count**2 - self.noise / self.count
 
 
 def squared_length(parts: Sequence[Tensor]) -> float:
-    """Sum of all squares, in float64."""
+    """Sum of all squares in float64."""
     total = 0.0
     for part in parts:
         square = part.detach().double().pow(2).sum()
@@ -266,7 +264,7 @@ def _gradients(
     moments = {step: GradientMoments() for step in steps}
     everything = GradientMoments()
     for repeat in range(repeats):
-        # The noise of a repeat is named by an iteration that no rollout above has.
+        # An iteration number that no rollout has, so the noise is new.
         number = trainer.config.optimization.iterations + repeat
         with trainer.weights.rollout():
             rollout = trainer.engine.run(tree, prompts, number)
@@ -277,22 +275,22 @@ def _gradients(
         report.advance()
         StopRequest.obey()
     sigmas = trainer.grid.sigmas
-    measured = [
+    by_step = tuple(
         StepCredit(step, sigmas[step], explained[step], moments[step].signal, moments[step].noise)
         for step in steps
-    ]
+    )
     return RolloutCredit(
-        iteration, tuple(measured), everything.signal, everything.noise, tree.velocity_evaluations
+        iteration, by_step, everything.signal, everything.noise, tree.velocity_evaluations
     )
 
 
 def step_gradients(
     trainer: Trainer, rollout: Rollout, prompts: list[Prompt]
 ) -> dict[int, tuple[int, list[Tensor]]]:
-    """For each step: trained transitions, and the gradient of their mean loss."""
+    """For each step, its number of trained transitions and the gradient of their mean loss."""
     batch = training_batch(rollout, prompts, trainer.config, trainer.advantages(rollout))
     step_of = torch.tensor(batch.steps)[batch.state_of]
-    found = {}
+    gradients = {}
     for step in sorted(set(batch.steps)):
         members = torch.nonzero(step_of == step).flatten()
         trainer.updater.backward(batch.update(members))
@@ -300,13 +298,13 @@ def step_gradients(
             torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for p in trainer.weights.parameters
         ]
-        found[step] = len(members), gradient
+        gradients[step] = len(members), gradient
         trainer.weights.drop_gradients()
-    return found
+    return gradients
 
 
 def joined_gradient(parts: dict[int, tuple[int, list[Tensor]]]) -> list[Tensor]:
-    """The gradient of the mean loss over all transitions, from those of the steps."""
+    """The gradient of the mean loss over all transitions, from the gradients of the steps."""
     total = sum(count for count, _ in parts.values())
     weighted = [[count / total * part for part in gradient] for count, gradient in parts.values()]
     return [torch.stack(list(same)).sum(dim=0) for same in zip(*weighted, strict=True)]

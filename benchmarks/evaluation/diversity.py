@@ -1,7 +1,7 @@
-"""How different a policy's images of one prompt are, in the features of an image tower.
+"""Diversity of a policy's images of one prompt, in the features of an image tower.
 
-Rewards are blind to a policy that always draws the same picture. Two measures over the n images of
-a prompt, both in float64: the mean of 1 - cosine over pairs, and the Vendi score (Friedman and
+Rewards cannot see a policy that always draws the same picture. Two measures over the n images of a
+prompt, both in float64: the mean of 1 - cosine over pairs, and the Vendi score (Friedman and
 Dieng, arXiv 2210.02410), the effective number of distinct images among the n.
 """
 
@@ -22,10 +22,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def unit_rows(features: npt.ArrayLike) -> FloatArray:
-    """``features`` [n, D], n >= 2, with rows of length 1, float64.
+    """``features`` [n, D], n >= 2, with rows normalised to length 1, float64.
 
     Raises:
-        ValueError: not a matrix of two rows or more, or a row that has no direction.
+        ValueError: fewer than two rows, or a row that is zero or not finite.
     """
     matrix = np.asarray(features, dtype=np.float64)
     if matrix.ndim != 2 or len(matrix) < 2:
@@ -41,7 +41,7 @@ def mean_pairwise_distance(features: npt.ArrayLike) -> float:
     """Mean of 1 - cosine over the pairs of n images, in [0, 2]; see :func:`unit_rows`."""
     rows = unit_rows(features)
     first, second = np.triu_indices(len(rows), k=1)
-    # |a - b|^2 / 2 is 1 - cosine without the cancellation where two images are nearly alike.
+    # |a - b|^2 / 2 is 1 - cosine without cancellation for nearly identical images.
     squared = ((rows[first] - rows[second]) ** 2).sum(axis=1)
     return float(squared.mean() / 2)
 
@@ -49,11 +49,11 @@ def mean_pairwise_distance(features: npt.ArrayLike) -> float:
 def vendi_score(features: npt.ArrayLike) -> float:
     """exp of the Shannon entropy of the eigenvalues of K / n, with the cosine kernel K.
 
-    1 for n images alike, n for n orthogonal ones; see :func:`unit_rows`.
+    1 for n identical images, n for n orthogonal ones; see :func:`unit_rows`.
     """
     rows = unit_rows(features)
     eigenvalues = np.linalg.eigvalsh(rows @ rows.T / len(rows))
-    # Rounding leaves zeros a little off, on either side.
+    # Zeros are off by rounding, in either direction.
     positive = eigenvalues[eigenvalues > len(rows) * np.finfo(np.float64).eps]
     shares = positive / positive.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
@@ -62,10 +62,10 @@ def vendi_score(features: npt.ArrayLike) -> float:
 def measure_diversity(
     tower: ImageTower, images: Mapping[str, Sequence[Path]], name: str
 ) -> pd.DataFrame:
-    """Rows of METRIC_COLUMNS: both measures for each prompt id, of its two or more image files.
+    """Rows of METRIC_COLUMNS: both measures of each prompt's two or more image files.
 
     Raises:
-        UserError: an image is missing or damaged; it is named.
+        UserError: an image is missing or damaged.
     """
     distances, scores = [], []
     with ProgressReport(f"diversity by {name}", len(images)) as report:

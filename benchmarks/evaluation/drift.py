@@ -1,9 +1,9 @@
-"""How far a trained policy has moved from its base, as a function: velocities on the same inputs.
+"""Drift of a trained policy from its base: the difference of velocities on the same inputs.
 
 The inputs are the base's own: x_sigma = (1 - sigma) x_0 + sigma eps, the noising that flow matching
 trains on, with x_0 the base's sample of a prompt and eps a draw named by (evaluation seed, prompt
-id, index of sigma). They and the base's velocities are computed once and kept in a file, so that a
-large base and a trained policy are never in memory together.
+id, index of sigma). They and the base's velocities are computed once and saved, so a large
+base and a trained policy are never in memory together.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from g2rpo.seeds import gaussian
 
 @dataclass(frozen=True, eq=False)
 class DriftReference:
-    """The fixed inputs, and the base's velocities there.
+    """The fixed inputs and the base's velocities.
 
     Attributes:
         latents: x_sigma, [prompts, sigmas, tokens, channels], float32, on the CPU.
@@ -44,7 +44,7 @@ class DriftReference:
     velocities: Tensor
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file, atomically: of several writers the last one stays."""
+        """Writes a safetensors file atomically; the last of several writers wins."""
         with atomic_path(path) as temporary:
             tensors = {"latents": self.latents, "velocities": self.velocities}
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -62,9 +62,9 @@ class DriftReference:
                 tensors = {name: opened.get_tensor(name) for name in ("latents", "velocities")}
                 recorded = opened.metadata()
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); it is made again") from None
+            raise UserError(f"{path}: cannot be read ({error}); recomputing it") from None
         if recorded and recorded.get("sha256") != rows_digest(tensors):
-            raise UserError(f"{path}: does not match its recorded SHA-256; it is made again")
+            raise UserError(f"{path}: does not match its recorded SHA-256; recomputing it")
         return cls(**tensors)
 
 
@@ -76,7 +76,7 @@ def base_reference(
     seed: int,
     batch: int = 64,
 ) -> DriftReference:
-    """Samples the base along the protocol's ``grid``, noises the samples, evaluates it there."""
+    """Samples the base on ``grid``, noises the samples and evaluates the base on them."""
     chosen = list(prompts[: config.prompts])
     parts = []
     for start in range(0, len(chosen), batch):
@@ -117,23 +117,23 @@ def _velocities(
 ) -> Tensor:
     """Velocities [prompts, sigmas, tokens, channels] on the CPU.
 
-    The batches do not depend on the policy, so that the base meets its own velocities exactly.
+    Batches do not depend on the policy, so the base reproduces its own velocities exactly.
     """
     conditioning = policy.encode([prompt.text for prompt in prompts])
     flat = latents.flatten(0, 1)
     times = torch.tensor(sigmas, dtype=torch.float32).repeat(len(prompts))
     prompt_of = torch.arange(len(prompts)).repeat_interleave(len(sigmas))
-    found = torch.empty_like(flat)
+    velocities = torch.empty_like(flat)
     with ProgressReport("velocities", len(flat)) as report:
         for start in range(0, len(flat), batch):
             part = slice(start, start + batch)
-            found[part] = policy.velocity(
+            velocities[part] = policy.velocity(
                 flat[part].to(policy.device),
                 times[part].to(policy.device),
                 conditioning.select(prompt_of[part]),
             ).cpu()
             report.advance(len(flat[part]))
-    return found.view_as(latents)
+    return velocities.view_as(latents)
 
 
 def measure_drift(
@@ -143,7 +143,7 @@ def measure_drift(
     reference: DriftReference,
     batch: int = 64,
 ) -> pd.DataFrame:
-    """Mean squared difference of velocity for each prompt, over sigmas, tokens and channels.
+    """Mean squared difference of the velocities of each prompt, over sigmas, tokens and channels.
 
     Rows of METRIC_COLUMNS for the prompts and noise levels of ``reference``; exactly 0 for the
     base itself.
@@ -156,6 +156,6 @@ def measure_drift(
 
 
 def no_drift(prompts: Sequence[Prompt], config: DriftConfig) -> pd.DataFrame:
-    """What :func:`measure_drift` gives for the base, without computing it."""
+    """The drift of the base itself, which is 0."""
     chosen = prompts[: config.prompts]
     return metric_frame(DRIFT, [prompt.id for prompt in chosen], np.zeros(len(chosen)))

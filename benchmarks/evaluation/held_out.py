@@ -1,6 +1,6 @@
-"""Held-out sampling and scoring: images whose noise depends on (seed, prompt, image) alone.
+"""Held-out sampling and scoring: an image's noise depends only on (seed, prompt, image index).
 
-Both stages resume: an image that is there is not sampled again, nor is a score taken again.
+Both stages resume: existing images and scores are kept.
 """
 
 import shutil
@@ -24,16 +24,16 @@ from g2rpo.stop import StopRequest
 
 
 def image_path(folder: Path, prompt: Prompt, index: int = 0) -> Path:
-    """Where image ``index`` of ``prompt`` is kept; the first is the one that is scored."""
+    """The path of image ``index`` of ``prompt``; the first is the scored one."""
     return folder / (f"{prompt.id}_{index}.png" if index else f"{prompt.id}.png")
 
 
 def image_problem(path: Path) -> str | None:
-    """What is wrong with a PNG file by the checksums of its own format; None where nothing is."""
+    """Why a PNG file is damaged, by its own checksums; None if it is intact."""
     try:
         with Image.open(path) as image:
             image.verify()
-    except Exception as error:  # damaged bytes make Pillow raise errors of many kinds
+    except Exception as error:  # Pillow raises many types for damaged files
         return f"is damaged ({' '.join(str(error).split())[:200]})"
     return None
 
@@ -41,7 +41,7 @@ def image_problem(path: Path) -> str | None:
 def compared_images(
     prompts: Sequence[Prompt], config: DiversityConfig, scored: Path, others: Path
 ) -> dict[str, list[Path]]:
-    """For each prompt id the files whose diversity is measured: the scored one, then the others."""
+    """The image files of each prompt for diversity: the scored one, then the others."""
     return {
         prompt.id: [
             image_path(scored, prompt),
@@ -59,18 +59,18 @@ def sample_images(
     batch: int = 64,
     index: int = 0,
 ) -> int:
-    """Samples the images that ``folder`` does not have yet, by ODE, as PNG files.
+    """Samples the images missing from ``folder`` by ODE, as PNG files.
 
-    Returns how many were sampled. An image's noise does not depend on ``batch``.
+    Returns the number sampled. An image's noise does not depend on ``batch``.
 
     Raises:
-        Stopped: a stop was asked for; the images so far are kept.
+        Stopped: a stop was requested; finished images are kept.
     """
     missing = {prompt for prompt in prompts if not image_path(folder, prompt, index).exists()}
     grid = build_grid(config.grid, policy.image_tokens)
     with ProgressReport("sample", len(prompts), done=len(prompts) - len(missing)) as report:
         for start in range(0, len(prompts), batch):
-            # Whole batches, whichever images are there: in others, sums would be rounded otherwise.
+            # Always whole batches: other batch sizes round differently.
             part = prompts[start : start + batch]
             left = [prompt for prompt in part if prompt in missing]
             if not left:
@@ -94,11 +94,11 @@ def score_images(
     """Scores every prompt's image with every reward and writes ``output`` (Parquet).
 
     One row per image and reward, with :data:`benchmarks.evaluation.scoring.engine.COLUMNS`. A
-    journal is kept beside ``output`` until all is done.
+    journal beside ``output`` is removed at the end.
 
     Raises:
-        UserError: an image is missing or damaged; it is named.
-        Stopped: a stop was asked for; the scores so far are kept.
+        UserError: an image is missing or damaged.
+        Stopped: a stop was requested; finished scores are kept.
     """
     items = [
         Item(prompt.id, path, prompt.text, prompt.id, prompt.style, path.name)
@@ -121,7 +121,7 @@ def score_images(
 def prune_images(
     folder: Path, prompts: Sequence[Prompt], keep: int | None, images: int = 1
 ) -> None:
-    """Deletes all ``images`` of the prompts after the first ``keep`` (none where it is null)."""
+    """Deletes all ``images`` of the prompts after the first ``keep``; None keeps all."""
     if keep is None:
         return
     check_publication()

@@ -1,6 +1,6 @@
-"""What is measured of a policy beside its scores: one number a prompt, over some of the prompts."""
+"""Metrics beside the scores: one number per prompt, over some of the prompts."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,38 +15,55 @@ METRIC_COLUMNS = ("prompt_id", "metric", "value")
 
 
 def metric_frame(metric: str, prompt_ids: Sequence[str], values: npt.ArrayLike) -> pd.DataFrame:
-    """One row a prompt with :data:`METRIC_COLUMNS`; the values are float64."""
+    """One row per prompt with :data:`METRIC_COLUMNS`; values are float64."""
     return pd.DataFrame(
         {"prompt_id": list(prompt_ids), "metric": metric, "value": np.asarray(values, np.float64)}
     )
 
 
+def checked_frame(frame: pd.DataFrame, types: Mapping[str, str], where: str) -> pd.DataFrame:
+    """The columns ``types`` of ``frame``, with these types and in one order.
+
+    Args:
+        frame: one row per prompt and reward or metric.
+        types: column to dtype: ``prompt_id``, then the reward or metric, then the value.
+        where: prefix of an error.
+
+    Raises:
+        UserError: a column is missing, or a value is duplicated or not finite.
+    """
+    prompt_id, name, value = list(types)[:3]
+    missing = [column for column in types if column not in frame.columns]
+    if missing:
+        raise UserError(f"{where}: missing column {missing[0]!r}")
+    kept = frame.loc[:, list(types)].astype(dict(types))
+    kept = kept.sort_values([name, prompt_id], ignore_index=True)
+    faults = {
+        "is not finite": ~np.isfinite(kept[value]),
+        "occurs twice": kept.duplicated([prompt_id, name]),
+    }
+    for fault, rows in faults.items():
+        for first in kept.loc[rows].head(1).to_dict("records"):
+            raise UserError(
+                f"{where}: the {value} of prompt {first[prompt_id]!r} under {first[name]!r} {fault}"
+            )
+    return kept
+
+
 def checked_metrics(metrics: pd.DataFrame, prompts: Collection[str], where: str) -> pd.DataFrame:
-    """``metrics`` in one order and with its own types.
+    """``metrics`` as :func:`checked_frame` returns them.
 
     Args:
         metrics: rows with :data:`METRIC_COLUMNS`.
         prompts: the ids that may occur.
-        where: stands before an error.
+        where: prefix of an error.
 
     Raises:
-        UserError: a column is missing, or a value is doubled, not finite or of another prompt.
+        UserError: a column is missing, or a value is duplicated, not finite or of another prompt.
     """
-    absent = [column for column in METRIC_COLUMNS if column not in metrics.columns]
-    if absent:
-        raise UserError(f"{where}: the metrics have no column {absent[0]!r}")
-    types = {"prompt_id": "str", "metric": "str", "value": "float64"}
-    kept = metrics.loc[:, list(METRIC_COLUMNS)].astype(types)
-    kept = kept.sort_values(["metric", "prompt_id"], ignore_index=True)
-    faults = {
-        "is not finite": ~np.isfinite(kept["value"]),
-        "is there twice": kept.duplicated(["prompt_id", "metric"]),
-        "is of a prompt without scores": ~kept["prompt_id"].isin(list(prompts)),
-    }
-    for fault, found in faults.items():
-        if found.any():
-            first = kept.loc[found].iloc[0]
-            raise UserError(
-                f"{where}: {first['metric']!r} of prompt {first['prompt_id']!r} {fault}"
-            )
+    types = dict(zip(METRIC_COLUMNS, ("str", "str", "float64"), strict=True))
+    kept = checked_frame(metrics, types, where)
+    unknown = kept.loc[~kept["prompt_id"].isin(list(prompts)), "prompt_id"]
+    if not unknown.empty:
+        raise UserError(f"{where}: prompt {unknown.iloc[0]!r} has metrics but no scores")
     return kept

@@ -1,16 +1,14 @@
 """The small, committed result of one finished cell: one row of a table at one seed.
 
-A cell is what remains when its run directory is gone: which configuration and weights it was,
-what it cost, and the score of every held-out prompt under every reward model. On disk it is
-``<name>.json`` with what is said about it, ``<name>.parquet`` with the scores and, where given,
-``<name>__curve.parquet`` with the learning curve and ``<name>__metrics.parquet`` with what else was
-measured. The JSON is written last and holds the hashes of the others, so a cell is either whole or
-absent.
+A cell outlives its run folder: its configuration, weights and cost, and the score of every held-out
+prompt under every reward model. On disk it is ``<name>.json`` with the metadata,
+``<name>.parquet`` with the scores and optionally ``<name>__curve.parquet`` (learning curve) and
+``<name>__metrics.parquet`` (other metrics). The JSON is written last and has the hashes of the
+others, so a cell is either complete or absent.
 """
 
 import hashlib
 import io
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from benchmarks.evaluation.metrics import checked_metrics
+from benchmarks.evaluation.metrics import checked_frame, checked_metrics
 from benchmarks.evaluation.protocol import DiversityConfig, DriftConfig
 from g2rpo.checksums import parse_document, write_document
 from g2rpo.config import StrictModel, validate
@@ -32,22 +30,24 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_bytes, sha256_file
 
 Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")]
-"""A row's key, such as ``base`` or ``hps/g2rpo``: it names files, so it is kept plain."""
+"""A row's key, such as ``base`` or ``hps/g2rpo``; safe in file names."""
 
 Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([_-][a-z0-9]+)*$")]
-"""Of a table, an experiment or a profile: it names files and folders."""
+"""Name of a table, an experiment or a profile; safe in file names."""
 
 SCORE_COLUMNS = ("prompt_id", "reward", "score")
 STYLE = "style"
-"""A further column of the scores, where the prompt set has styles."""
-AGAIN = "delete {} and run the same `g2rpo reproduce`, which writes it again from the run's folder"
+"""Additional column of the scores if the prompt set has styles."""
+PARTS = ("scores", "curve", "metrics")
+"""The tables of a cell."""
+AGAIN = "delete {} and rerun `g2rpo reproduce` to write it again from the run folder"
 
 
 class Cost(StrictModel):
-    """What it took to train up to the evaluated checkpoint; all zero for an untrained base."""
+    """Cost of training up to the evaluated checkpoint; all zero for an untrained base."""
 
     rollout_evaluations: int = pydantic.Field(ge=0)
-    """Velocity evaluations of single latents during rollouts."""
+    """NFE of single latents during rollouts."""
     training_forwards: int = pydantic.Field(ge=0)
     training_backwards: int = pydantic.Field(ge=0)
     images_scored: int = pydantic.Field(ge=0)
@@ -56,16 +56,16 @@ class Cost(StrictModel):
     """Wall time of training times the number of devices."""
     iterations: int = pydantic.Field(ge=0)
     device: str
-    """The device's name, e.g. ``NVIDIA H200`` or ``cpu``: seconds compare only within one."""
+    """Device name, e.g. ``NVIDIA H200`` or ``cpu``; seconds are comparable within one device."""
 
     @property
     def equal_cost_evaluations(self) -> int:
-        """Rollout evaluations plus three times the backwards: the measure of equal cost."""
+        """Rollout NFE plus three times the backwards, for compute-matched comparisons."""
         return self.rollout_evaluations + 3 * self.training_backwards
 
 
 class Protocol(StrictModel):
-    """The evaluation under which the scores were taken: a name for people, a hash for machines."""
+    """The evaluation protocol of the scores: its name in tables and its hash."""
 
     name: str
     hash: str
@@ -74,7 +74,7 @@ class Protocol(StrictModel):
 
 
 class Provenance(StrictModel):
-    """Where the numbers come from."""
+    """How the numbers were produced."""
 
     git_commit: str | None = None
     git_dirty: bool | None = None
@@ -84,11 +84,11 @@ class Provenance(StrictModel):
     """Name of the policy or reward to the SHA-256 of its weights."""
     hardware: dict[str, str]
     checkpoint: str | None = None
-    """Where weights that were trained elsewhere came from: a path, or a hub id with its commit."""
+    """Origin of weights trained elsewhere: a path, or a hub id with its commit."""
 
 
 def cell_name(row: str, seed: int | None) -> str:
-    """The name of a cell in files: unique, since keys hold neither ``--`` nor ``__``."""
+    """The name of a cell in file names; unique, since keys have neither ``--`` nor ``__``."""
     plain = row.replace("/", "--")
     return plain if seed is None else f"{plain}__seed{seed}"
 
@@ -99,13 +99,13 @@ class CellInfo(StrictModel):
     Attributes:
         row: the table row it belongs to.
         method: the method's name, ``base``, or ``checkpoint`` for weights trained elsewhere.
-        train_rewards: the rewards it was trained on, empty for the base or where not stated.
-        preset: ``released`` or ``matched``, or None where nothing was trained here.
-        seed: the training seed, or None for a base or a checkpoint that has none.
+        train_rewards: the rewards it was trained on; empty for the base or if unknown.
+        preset: ``released`` or ``matched``; None if nothing was trained here.
+        seed: the training seed; None for a base or a checkpoint without one.
         protocol: how it was sampled and scored.
         runs: stage name to the hash of its run.
-        checkpoint_iteration: the iteration evaluated, 0 for the base; None where not known.
-        cost: what training up to that checkpoint took; None where not known.
+        checkpoint_iteration: the evaluated iteration, 0 for the base; None if unknown.
+        cost: cost of training up to that checkpoint; None if unknown.
         provenance: commit, packages, weights and hardware.
     """
 
@@ -122,7 +122,7 @@ class CellInfo(StrictModel):
 
     @property
     def name(self) -> str:
-        """Its name in files."""
+        """Its name in file names."""
         return cell_name(self.row, self.seed)
 
 
@@ -141,15 +141,15 @@ class Cell:
     """One finished cell.
 
     Attributes:
-        info: what it is.
+        info: everything but the numbers.
         scores: one row per prompt and reward: prompt_id (str), reward (str), score (float32), and
-            style (str) where the prompt set has styles.
+            style (str) if the prompt set has styles.
         curve: the learning curve, one row per logged iteration, or None.
-        metrics: one row per metric and prompt that it was measured on: prompt_id (str), metric
-            (str, as in :mod:`benchmarks.evaluation.metrics`), value (float64); or None.
+        metrics: one row per metric and measured prompt: prompt_id (str), metric (str, as in
+            :mod:`benchmarks.evaluation.metrics`), value (float64); or None.
 
     Raises:
-        UserError: a score or metric is missing, doubled or not finite; the message names it.
+        UserError: a score or metric is missing, duplicated or not finite; the message names it.
     """
 
     info: CellInfo
@@ -158,9 +158,10 @@ class Cell:
     metrics: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", _checked(self.scores, self.info.name))
+        where = f"cell {self.info.name}"
+        object.__setattr__(self, "scores", _checked(self.scores, where))
         if self.metrics is not None:
-            prompts, where = set(self.scores["prompt_id"]), f"cell {self.info.name}"
+            prompts = set(self.scores["prompt_id"])
             object.__setattr__(self, "metrics", checked_metrics(self.metrics, prompts, where))
 
     @property
@@ -174,35 +175,18 @@ class Cell:
         return {str(k): float(v) for k, v in scores.groupby("reward")["score"].mean().items()}
 
 
-def _checked(scores: pd.DataFrame, name: str) -> pd.DataFrame:
-    absent = [column for column in SCORE_COLUMNS if column not in scores.columns]
-    if absent:
-        raise UserError(f"cell {name}: the scores have no column {absent[0]!r}")
-    if scores.empty:
-        raise UserError(f"cell {name}: there is not one score")
-    types = {"prompt_id": "str", "reward": "str", "score": "float32"}
+def _checked(scores: pd.DataFrame, where: str) -> pd.DataFrame:
+    types = dict(zip(SCORE_COLUMNS, ("str", "str", "float32"), strict=True))
     if STYLE in scores.columns and scores[STYLE].notna().any():
         types[STYLE] = "str"
-    kept = scores.loc[:, list(types)].astype(types)
-    kept = kept.sort_values(["reward", "prompt_id"], ignore_index=True)
-    bad = kept.loc[~np.isfinite(kept["score"])]
-    if not bad.empty:
-        first = bad.iloc[0]
-        raise UserError(
-            f"cell {name}: the score of prompt {first['prompt_id']!r} under {first['reward']!r} "
-            "is not finite"
-        )
-    double = kept.loc[kept.duplicated(["prompt_id", "reward"])]
-    if not double.empty:
-        first = double.iloc[0]
-        raise UserError(
-            f"cell {name}: prompt {first['prompt_id']!r} has two scores under {first['reward']!r}"
-        )
+    kept = checked_frame(scores, types, where)
+    if kept.empty:
+        raise UserError(f"{where}: no scores")
     prompts = set(kept["prompt_id"])
     for reward, part in kept.groupby("reward"):
-        gone = sorted(prompts - set(part["prompt_id"]))
-        if gone:
-            raise UserError(f"cell {name}: prompt {gone[0]!r} has no score under {reward!r}")
+        missing = sorted(prompts - set(part["prompt_id"]))
+        if missing:
+            raise UserError(f"{where}: prompt {missing[0]!r} has no score under {reward!r}")
     return kept
 
 
@@ -224,46 +208,35 @@ def _parquet(frame: pd.DataFrame) -> bytes:
 
 
 def cells_folder(results: Path, profile: str, experiment: str) -> Path:
-    """Where the cells of an experiment are kept: ``results/<profile>/<experiment>/cells``."""
+    """The folder of an experiment's cells: ``results/<profile>/<experiment>/cells``."""
     return results / profile / experiment / "cells"
 
 
 def save_cell(cell: Cell, folder: Path) -> Path:
     """Writes a cell into ``folder`` and returns the path of its JSON.
 
-    An older cell of the same name is replaced; killed in between, it is absent, not mixed.
+    Replaces an older cell of the same name. If killed halfway, the cell is absent, not mixed.
     """
     json_path = folder / f"{cell.info.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     json_path.unlink(missing_ok=True)
-    document = _CellFile(
-        cell=cell.info,
-        scores_sha256=_save_parquet(cell.scores, _parquet_path(json_path)),
-        curve_sha256=_save_optional(cell.curve, _parquet_path(json_path, "curve")),
-        metrics_sha256=_save_optional(cell.metrics, _parquet_path(json_path, "metrics")),
-    )
+    hashes = {}
+    for part in PARTS:
+        frame, path = getattr(cell, part), _parquet_path(json_path, part)
+        if frame is None:
+            path.unlink(missing_ok=True)  # an older cell's
+        else:
+            data = _parquet(frame)
+            atomic_write_bytes(path, data)
+            hashes[f"{part}_sha256"] = hashlib.sha256(data).hexdigest()
+    document = _CellFile.model_validate({"cell": cell.info, **hashes})
     write_document(json_path, document.model_dump(mode="json"))
     return json_path
 
 
-def _save_optional(frame: pd.DataFrame | None, path: Path) -> str | None:
-    """Writes ``frame``; without one the file of an older cell is not left either."""
-    if frame is None:
-        path.unlink(missing_ok=True)
-        return None
-    return _save_parquet(frame, path)
-
-
-def _save_parquet(frame: pd.DataFrame, path: Path) -> str:
-    """Writes ``frame`` and returns its file's hash."""
-    data = _parquet(frame)
-    atomic_write_bytes(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _parquet_path(json_path: Path, part: str | None = None) -> Path:
+def _parquet_path(json_path: Path, part: str) -> Path:
     name = json_path.name.removesuffix(".json")
-    return json_path.parent / (f"{name}__{part}.parquet" if part else f"{name}.parquet")
+    return json_path.with_name(f"{name}.parquet" if part == "scores" else f"{name}__{part}.parquet")
 
 
 def load_cell(json_path: Path) -> Cell:
@@ -273,7 +246,7 @@ def load_cell(json_path: Path) -> Cell:
         json_path: its JSON file.
 
     Raises:
-        UserError: a file is missing, malformed, or not the one the JSON was written for.
+        UserError: a file is missing, malformed, or does not match its recorded hash.
     """
     try:
         data = json_path.read_bytes()
@@ -289,35 +262,38 @@ def load_cell(json_path: Path) -> Cell:
         raise UserError(f"{error}; or {AGAIN.format('it')}") from None
     if document.cell.name != json_path.name.removesuffix(".json"):
         raise UserError(
-            f"{json_path}: holds the cell {document.cell.name!r}; rename the file to "
+            f"{json_path}: contains the cell {document.cell.name!r}; rename the file to "
             f"{document.cell.name}.json"
         )
-    scores = _read_parquet(json_path, None, document.scores_sha256)
-    curve = _read_optional(json_path, "curve", document.curve_sha256)
-    metrics = _read_optional(json_path, "metrics", document.metrics_sha256)
-    return Cell(document.cell, scores, curve, metrics)
+    hashes = {part: getattr(document, f"{part}_sha256") for part in PARTS}
+    return Cell(
+        document.cell,
+        **{
+            part: _read_parquet(json_path, part, sha256)
+            for part, sha256 in hashes.items()
+            if sha256
+        },
+    )
 
 
-def _read_optional(json_path: Path, part: str, sha256: str | None) -> pd.DataFrame | None:
-    return None if sha256 is None else _read_parquet(json_path, part, sha256)
-
-
-def _read_parquet(json_path: Path, part: str | None, sha256: str) -> pd.DataFrame:
+def _read_parquet(json_path: Path, part: str, sha256: str) -> pd.DataFrame:
     path, again = _parquet_path(json_path, part), AGAIN.format(json_path.name)
     if not path.is_file():
-        raise UserError(f"{path}: missing, though its cell's JSON names it; {again}")
+        raise UserError(f"{path}: missing; {again}")
     if sha256_file(path) != sha256:
-        raise UserError(f"{path}: not the file that its cell's JSON was written for; {again}")
+        raise UserError(f"{path}: does not match the hash in {json_path.name}; {again}")
     frame: pd.DataFrame = pq.read_table(path).to_pandas()
     return frame
 
 
 def load_cells(folder: Path) -> list[Cell]:
-    """All cells of a folder in the order of their rows and seeds; none when there is no folder."""
+    """All cells of a folder, sorted by row and seed; empty if there is no folder."""
     cells = [load_cell(path) for path in sorted(folder.glob("*.json"))]
-    return sorted(
-        cells, key=lambda cell: (cell.info.row, -1 if cell.info.seed is None else cell.info.seed)
-    )
+    return sorted(cells, key=lambda cell: (cell.info.row, _seed_order(cell)))
+
+
+def _seed_order(cell: Cell) -> int:
+    return -1 if cell.info.seed is None else cell.info.seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,7 +317,7 @@ class RowScores:
 
     @property
     def protocol(self) -> Protocol:
-        """The evaluation of all its cells."""
+        """The protocol of all its cells."""
         return self.cells[0].info.protocol
 
     @property
@@ -363,7 +339,7 @@ class RowScores:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics that were measured of every cell of the row, sorted."""
+        """The metrics of every cell of the row, sorted."""
         measured = [set() if c.metrics is None else set(c.metrics["metric"]) for c in self.cells]
         return tuple(sorted(set.intersection(*measured)))
 
@@ -388,7 +364,7 @@ class RowScores:
 
 
 def gather_rows(cells: Iterable[Cell]) -> dict[str, RowScores]:
-    """Groups cells by row and checks that the cells of a row belong together.
+    """Groups cells by row and checks that the cells of a row are compatible.
 
     Raises:
         UserError: a row has two cells of one seed, or cells of different prompts, methods,
@@ -401,19 +377,17 @@ def gather_rows(cells: Iterable[Cell]) -> dict[str, RowScores]:
 
 
 def _row_scores(row: str, cells: list[Cell]) -> RowScores:
-    ordered = sorted(cells, key=lambda c: -1 if c.info.seed is None else c.info.seed)
+    ordered = sorted(cells, key=_seed_order)
     first = ordered[0]
     prompts = tuple(sorted(first.scores["prompt_id"].unique()))
     for before, cell in pairwise(ordered):
         if cell.info.seed is None or cell.info.seed == before.info.seed:
-            raise UserError(f"row {row!r}: two cells with the seed {cell.info.seed}")
+            raise UserError(f"row {row!r}: two cells with seed {cell.info.seed}")
         for field in ("method", "train_rewards", "preset", "protocol"):
             ours, theirs = getattr(first.info, field), getattr(cell.info, field)
             if ours != theirs:
-                words = re.sub("_", " ", field)
-                raise UserError(
-                    f"row {row!r}: its cells differ in their {words}: {ours} and {theirs}"
-                )
+                name = field.replace("_", " ")
+                raise UserError(f"row {row!r}: cells differ in their {name}: {ours} and {theirs}")
         if tuple(sorted(cell.scores["prompt_id"].unique())) != prompts:
-            raise UserError(f"row {row!r}: its cells were scored on different prompts")
+            raise UserError(f"row {row!r}: cells were scored on different prompts")
     return RowScores(row, tuple(ordered), prompts)

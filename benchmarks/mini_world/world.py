@@ -160,8 +160,6 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     Half of the test scenes have a held-out combination; ``judge`` has all scenes outside the test
     and validation splits.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}")
     want_held_out = split == "test" and rng.random() < 0.5
     accepted = ("train", "judge") if split == "judge" else (split,)
     while True:

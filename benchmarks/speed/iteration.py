@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -276,6 +277,8 @@ def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
         "executions": [
             asdict(timing) | {
                 "whole": timing.whole,
+                # JSON has no NaN.
+                "rewards": [[None if isnan(r) else r for r in group] for group in timing.rewards],
                 "reward_difference": largest_difference(timing, ours),
             }
             for timing in timings

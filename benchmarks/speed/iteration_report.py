@@ -8,10 +8,6 @@ from benchmarks.speed.report import markdown_table
 PHASES = {
     "rollout": "rollouts", "decode": "decoding", "reward": "scoring", "training": "training step",
 }  # fmt: skip
-GOALS = {"cpu": 4.0, "cuda": 3.0}
-FP8_GOAL = 4.0
-CEILING_GOAL, REST_GOAL = 0.75, 0.15
-"""On a GPU: the rollouts' share of the ceiling, and the largest share of everything else."""
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -39,26 +35,6 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
         "speedup": lambda e: f"{original / e['whole']:.2f}×",
     }
     return [[text, *map(quantity, executions)] for text, quantity in quantities.items()]
-
-
-def goals(result: Mapping[str, Any]) -> list[str]:
-    """The goals of the engine, and whether this run met them."""
-    device = result["settings"]["device"]
-    original, _, ours, *variants = result["executions"]
-    lines = [_goal("whole iteration, exact", result["ratio"], GOALS[device], "×")]
-    if device == "cuda":
-        share = ours["rollout_tflops"] / result["ceiling_tflops"]
-        lines.append(_goal("rollouts, share of the ceiling", share, CEILING_GOAL, ""))
-        rest = 1 - ours["seconds"]["rollout"] / ours["whole"]
-        met = "met" if rest <= REST_GOAL else "NOT MET"
-        lines.append(f"all but rollouts: {rest:.0%} of the iteration, goal at most 15 %: {met}")
-        lines += [_goal(e["name"], original["whole"] / e["whole"], FP8_GOAL, "×") for e in variants]
-    return lines
-
-
-def _goal(what: str, value: float, goal: float, unit: str) -> str:
-    met = "met" if value >= goal else "NOT MET"
-    return f"{what}: {value:.2f}{unit}, goal at least {goal:g}{unit}: {met}"
 
 
 def conditions(result: Mapping[str, Any]) -> str:
@@ -97,8 +73,6 @@ def report(result: Mapping[str, Any]) -> str:
             f"# One iteration of G²RPO, size {result['settings']['size']}",
             *("", conditions(result), ""),
             markdown_table(["", *names], rows(result), "---:"),
-            "",
-            *(f"- {goal}" for goal in goals(result)),
             "",
         ]
     )

@@ -30,7 +30,7 @@ from g2rpo.stop import Stopped, StopRequest
 
 
 class CountingReward(BatchedReward):
-    """Mean brightness; counts the images it is asked about."""
+    """Mean brightness; counts the images it scores."""
 
     name = "counting"
 
@@ -118,55 +118,39 @@ def test_further_images_of_a_prompt_have_noise_of_their_own(
     assert [str(path.relative_to(tmp_path)) for path in files["000001"]] == [
         "000001.png", "x/000001_1.png", "x/000001_2.png",
     ]  # fmt: skip
+    prune_images(tmp_path, prompts, None, images=3)
+    assert len(list(tmp_path.glob("*.png"))) == 5
     prune_images(tmp_path, prompts, 1, images=3)
     assert {path.name for path in tmp_path.glob("*.png")} == {"000000.png", "000000_1.png"}
 
 
-def test_sections_name_the_protocol_only_where_they_are_there() -> None:
+def test_absent_sections_do_not_change_the_protocol() -> None:
     plain = PROTOCOL.model_dump(mode="json")
-    assert not {"diversity", "drift"} & plain.keys()
+    assert not {"diversity", "drift", "hybrid"} & plain.keys()
     section = {"diversity": {"prompts": 2, "images": 2}}
     full = EvaluationConfig.model_validate(plain | section).model_dump(mode="json")
     assert full == plain | {"diversity": {"prompts": 2, "images": 2, "features": "clip"}}
 
 
-def test_an_interrupted_sampling_makes_only_what_is_missing(
-    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
-) -> None:
-    assert sample_images(policy, prompts, PROTOCOL, tmp_path, batch=4) == 6
-    kept = image_path(tmp_path, prompts[0])
-    before = kept.stat().st_mtime_ns
-    image_path(tmp_path, prompts[2]).unlink()
-    assert sample_images(policy, prompts, PROTOCOL, tmp_path, batch=4) == 1
-    assert kept.stat().st_mtime_ns == before
-
-
 def test_scores_have_a_row_for_each_image_and_reward(
-    prompts: list[Prompt], sampled: Path, tmp_path: Path
+    sampled: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     rewards = {"a": CountingReward(), "b": CountingReward("def")}
-    scores = score_images(rewards, prompts, sampled, tmp_path / "scores.parquet")
+    styled = [replace(p, style=("anime", "photo")[i % 2]) for i, p in enumerate(prompts)]
+    scores = score_images(rewards, styled, sampled, tmp_path / "scores.parquet")
     assert list(scores["reward"]) == ["a"] * 6 + ["b"] * 6
     assert scores["score"].dtype == np.float32
     for row in scores.itertuples():
         image = Image.open(sampled / str(row.image))
         assert row.score == pytest.approx(np.asarray(image).mean(), abs=1e-3)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), scores)
-
-
-def test_styles_of_the_prompts_come_into_the_cell(
-    prompts: list[Prompt], sampled: Path, tmp_path: Path
-) -> None:
-    styled = [replace(p, style=("anime", "photo")[i % 2]) for i, p in enumerate(prompts)]
-    judge = {"a": CountingReward()}
-    scores = score_images(judge, styled, sampled, tmp_path / "scores.parquet")
     cell = make_cell("base", seed=None, scores=scores)
     styles = dict(zip(cell.scores["prompt_id"], cell.scores["style"], strict=True))
     assert styles == {prompt.id: prompt.style for prompt in styled}
 
 
-def test_an_interrupted_scoring_keeps_what_a_reward_has_done(
-    prompts: list[Prompt], sampled: Path, tmp_path: Path
+def test_an_interrupted_scoring_keeps_finished_rewards(
+    sampled: Path, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     first, second = CountingReward(), CountingReward("def")
 
@@ -189,17 +173,7 @@ def test_a_missing_image_is_named(prompts: list[Prompt], tmp_path: Path) -> None
         score_images({"a": CountingReward()}, prompts, tmp_path, tmp_path / "scores.parquet")
 
 
-def test_pruning_keeps_the_first_prompts(tmp_path: Path) -> None:
-    prompts = [Prompt(f"{i:06d}", "x") for i in range(5)]
-    for prompt in prompts:
-        Image.new("RGB", (4, 4)).save(image_path(tmp_path, prompt))
-    prune_images(tmp_path, prompts, None)
-    assert len(list(tmp_path.iterdir())) == 5
-    prune_images(tmp_path, prompts, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.png", "000001.png"]
-
-
-def test_sampling_stops_between_batches_and_goes_on(
+def test_sampling_stops_between_batches_and_resumes(
     policy: FluxPolicy,
     prompts: list[Prompt],
     tmp_path: Path,
@@ -218,4 +192,7 @@ def test_sampling_stops_between_batches_and_goes_on(
         monkeypatch.undo()
         StopRequest.clear()
     assert [image_path(tmp_path, prompt).exists() for prompt in prompts] == [True] * 4 + [False] * 2
-    assert sample_images(policy, prompts, config, tmp_path, batch=2) == 2
+    before = image_path(tmp_path, prompts[0]).stat().st_mtime_ns
+    image_path(tmp_path, prompts[1]).unlink()
+    assert sample_images(policy, prompts, config, tmp_path, batch=2) == 3
+    assert image_path(tmp_path, prompts[0]).stat().st_mtime_ns == before

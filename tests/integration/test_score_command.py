@@ -1,4 +1,4 @@
-"""``g2rpo score`` as a user runs it: in processes of its own, on the mini world's judges."""
+"""``g2rpo score`` as a user runs it, with the mini world's reward models."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from g2rpo.text import csv_text, visible
 from reproduce.cli import main
 from reproduce.experiment import ROOT, load_profile, reward_configs
 
-SCORE = [sys.executable, "-m", "reproduce.cli", "score"]
+SCORE = ["-m", "reproduce.cli", "score"]
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +46,6 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [*SCORE, *map(str, arguments)]
-    if ranks > 1:
-        launch = ["torch.distributed.run", "--nproc_per_node", str(ranks)]
-        command = [sys.executable, "-m", *launch, "-m", *command[2:]]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=600, env=environment
-    )
-
-
 def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str, str]:
@@ -75,7 +65,12 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--prompts", gallery / "set.csv", "--profile", "mini", "--output", tmp_path / "out"]
-    done = run(gallery, *options, "--rewards", "hps,attributes", ranks=2)
+    arguments = map(str, (gallery, *options, "--rewards", "hps,attributes"))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, *SCORE, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr
     scores = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert len(scores) == 80
@@ -99,8 +94,8 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     assert "95 % interval" in done.stdout
     # Another reward is added; those that are scored are not scored again.
     before = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
-    done = run(gallery, *options, "--rewards", "hps,clip")
-    assert done.returncode == 0, done.stderr
+    code, _, errors = run_here(monkeypatch, capsys, gallery, *options, "--rewards", "hps,clip")
+    assert code == 0, errors
     after = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
     assert before.items() <= after.items()
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
@@ -150,7 +145,7 @@ def test_any_style_is_shown_as_it_is(
         assert f"{table.loc[csv_text(style), 'mean']:.4f}" in text.split()
 
 
-def test_killed_it_goes_on(
+def test_a_killed_run_resumes(
     gallery: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,9 +156,8 @@ def test_killed_it_goes_on(
         *("--rewards", "pick_score", "--batch-size", 1),
     ]
     output = tmp_path / "killed"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [*SCORE, *map(str, options), "--output", str(output)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    command = [sys.executable, *SCORE, *map(str, options), "--output", str(output)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while not list((output / "journal").glob("*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -172,8 +166,8 @@ def test_killed_it_goes_on(
     (journal,) = (output / "journal").iterdir()
     lines = journal.read_bytes().count(b"\n")
     assert 1 <= lines < 40
-    done = run(*options, "--output", output)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = run_here(monkeypatch, capsys, *options, "--output", output)
+    assert code == 0, errors
     assert journal.read_bytes().count(b"\n") == 40
     code, _, errors = run_here(monkeypatch, capsys, *options, "--output", tmp_path / "whole")
     assert code == 0, errors
@@ -266,11 +260,11 @@ def test_everything_found_is_scored_or_named(
     options = ["--profile", "mini", "--rewards", "hps", "--output", tmp_path / "out"]
     code, _, errors = run_here(monkeypatch, capsys, folder, *options)
     assert code == 2
-    assert "2 cannot be scored: 5.txt: a caption without an image" in errors
-    assert "gone: a link to" in errors and "--skip-bad" in errors
+    assert "2 cannot be scored: 5.txt: caption without a readable image" in errors
+    assert "gone: broken link to" in errors and "--skip-bad" in errors
     code, printed, errors = run_here(monkeypatch, capsys, folder, *options, "--skip-bad")
     assert code == 0, errors
-    assert printed.splitlines()[-1].startswith("scored 4 of 6; 2 skipped: 5.txt: a caption ")
+    assert printed.splitlines()[-1].startswith("scored 4 of 6; 2 skipped: 5.txt: caption ")
     assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["5.txt", "gone"]
     scores = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("image")["score"]
     assert list(scores.index) == ["0.png", "1.jp2", "2", "linked/3.tga"]
@@ -279,7 +273,7 @@ def test_everything_found_is_scored_or_named(
     rows.to_csv(folder / "set.csv", index=False, sep=";", encoding="utf-16")
     code, printed, errors = run_here(monkeypatch, capsys, folder / "set.csv", *options)
     assert code == 0, errors
-    assert "images are read from 'image', prompts from 'prompt'; ignoring 'text', 's" in printed
+    assert "reading images from 'image' and prompts from 'prompt'; ignoring 'text', 's" in printed
     assert printed.splitlines()[-1] == "scored 4 of 4"
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("image")["score"]
     pd.testing.assert_series_equal(again, scores, rtol=1e-5)

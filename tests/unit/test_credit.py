@@ -1,4 +1,4 @@
-"""The credit of stochastic steps against closed forms, and its stage on tiny models."""
+"""The credit of stochastic steps against closed forms, and its measurement on tiny models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from training_runs import config_for, trainer_for
 
 from benchmarks.evaluation.credit import (
     GradientMoments,
+    StepCredit,
     distinct_rollouts,
     explained_shares,
     joined_gradient,
     measure_credit,
-    signal_to_noise,
     step_gradients,
 )
 from benchmarks.evaluation.protocol import CreditConfig
@@ -150,6 +150,7 @@ def test_moments_equal_their_definitions() -> None:
     spread = ((draws - mean) ** 2).sum() / 6
     assert moments.noise == pytest.approx(spread)
     assert moments.signal == pytest.approx((mean**2).sum() - spread / 7)
+    assert StepCredit(0, 0.9, {}, signal=0.0, noise=0.0).ratio == 0.0
 
 
 def test_signal_and_noise_are_unbiased() -> None:
@@ -163,12 +164,6 @@ def test_signal_and_noise_are_unbiased() -> None:
         noises.append(moments.noise)
     assert np.mean(signals) == pytest.approx((true**2).sum(), abs=0.06)
     assert np.mean(noises) == pytest.approx(4.0, rel=0.03)
-
-
-def test_a_ratio_of_nothing_to_nothing_is_nothing() -> None:
-    assert signal_to_noise(0.0, 0.0) == 0.0
-    assert signal_to_noise(2.0, 0.0) == math.inf
-    assert signal_to_noise(1.0, 4.0) == 0.25
 
 
 @pytest.mark.parametrize(("most", "expected"), [(10, [0, 2, 4, 6]), (3, [0, 4, 6]), (1, [0])])
@@ -201,13 +196,13 @@ def test_the_gradient_of_all_steps_is_that_of_one_backward(
     trainer.weights.drop_gradients()
     measured = measure_credit(trainer, CreditConfig(samples=4, repeats=3), tmp_path)
     assert [step.step for step in measured[0].steps] == [0, 1, 2, 3]
-    assert all(step.noise > 0 for step in measured[0].steps)
+    assert all(step.ratio == step.signal / step.noise for step in measured[0].steps)
     after = trainer.weights.parameters
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert trainer.progress == replace(trainer.progress, iteration=0)
 
 
-def test_an_interrupted_measurement_goes_on_and_ends_the_same(
+def test_an_interrupted_measurement_resumes_with_the_same_result(
     smoke_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = {"name": "mix_grpo", "window_size": 2, "interval": 1}
@@ -241,7 +236,7 @@ def stop_if(asked: bool) -> None:
 
 
 class Counting:
-    """An engine that counts the velocity evaluations of another."""
+    """An engine that counts the NFE of another."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.noise, self.evaluations = engine, engine.noise, 0

@@ -24,15 +24,11 @@ FEATURES = st.tuples(st.integers(2, 8), st.integers(1, 6)).flatmap(
 )
 
 
-@pytest.mark.parametrize("count", [2, 3, 7, 32])
-def test_images_alike_count_as_one(count: int) -> None:
+@pytest.mark.parametrize("count", [2, 7])
+def test_identical_images_count_as_one_and_orthonormal_ones_each(count: int) -> None:
     features = np.tile(np.array([[0.3, -1.7, 2.2]]), (count, 1))
     assert vendi_score(features) == pytest.approx(1, abs=1e-12)
     assert mean_pairwise_distance(features) == pytest.approx(0, abs=1e-15)
-
-
-@pytest.mark.parametrize("count", [2, 3, 7, 32])
-def test_orthonormal_images_count_each(count: int) -> None:
     rotation, _ = np.linalg.qr(np.random.default_rng(count).normal(size=(count + 3, count)))
     assert vendi_score(rotation.T) == pytest.approx(count, rel=1e-12)
     assert mean_pairwise_distance(rotation.T) == pytest.approx(1, rel=1e-12)

@@ -129,7 +129,7 @@ def test_the_reference_is_kept_whole_or_refused(reference: DriftReference, tmp_p
     assert torch.equal(found.velocities, reference.velocities)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="it is made again"):
+    with pytest.raises(UserError, match="recomputing it"):
         DriftReference.load(path)
 
 

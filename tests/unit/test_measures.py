@@ -1,4 +1,4 @@
-"""Metrics beside the scores: in the cell's files, in every form of a table, and as a verdict."""
+"""Metrics beside the scores: in cells, in every table format, and as reward hacking."""
 
 import dataclasses
 import io
@@ -80,24 +80,27 @@ class TestCells:
         assert load_cell(save_cell(measured(cell, None), tmp_path)).metrics is None
         assert not list(tmp_path.glob("*metrics*"))
 
-    def test_cells_of_before_are_read(self, tmp_path: Path) -> None:
+    def test_cells_without_the_metrics_keys_are_read(self, tmp_path: Path) -> None:
         path = save_cell(make_cell("base", seed=None, scores=SCORES), tmp_path)
         document = json.loads(path.read_text())
         del document["metrics_sha256"], document["document_sha256"]
-        for section in ("diversity", "drift"):
-            del document["cell"]["protocol"][section]
+        del document["cell"]["protocol"]["diversity"], document["cell"]["protocol"]["drift"]
         path.write_text(json.dumps(document))
-        found = load_cell(path)
-        assert found.metrics is None
-        assert found.info.protocol.diversity is None
+        assert load_cell(path).metrics is load_cell(path).info.protocol.diversity is None
 
     @pytest.mark.parametrize(
         ("metrics", "message"),
         [
-            (make_metrics(METRICS).drop(columns="value"), "no column 'value'"),
-            (make_metrics(METRICS).assign(value=np.nan), "'diversity/distance' .*is not finite"),
-            (pd.concat([make_metrics({DRIFT: 1.0})] * 2), "'drift' of prompt 'p000' is there tw"),
-            (make_metrics({DRIFT: 1.0}, prompts=30), "prompt 'p020' is of a prompt without"),
+            (make_metrics(METRICS).drop(columns="value"), "missing column 'value'"),
+            (
+                make_metrics(METRICS).assign(value=np.nan),
+                "'p000' under 'diversity/distance' is not finite",
+            ),
+            (
+                pd.concat([make_metrics({DRIFT: 1.0})] * 2),
+                "prompt 'p000' under 'drift' occurs twice",
+            ),
+            (make_metrics({DRIFT: 1.0}, prompts=30), "prompt 'p020' has metrics but no scores"),
         ],
     )
     def test_bad_metrics_are_refused_by_name(self, metrics: pd.DataFrame, message: str) -> None:
@@ -128,10 +131,16 @@ def render(cells: Sequence[Cell], folder: Path, profile: str = "mini") -> dict[s
     return cell_factory.render(SPEC, cells, folder, profile)
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The formats of a table with metrics."""
+    return render(measured_cells(), tmp_path_factory.mktemp("table"))
+
+
 class TestTables:
-    def test_csv_holds_what_plain_loops_find(self, tmp_path: Path) -> None:
+    def test_csv_holds_what_plain_loops_find(self, texts: dict[str, str]) -> None:
         cells = measured_cells()
-        rows = {row["row"]: row for row in csv_rows(render(cells, tmp_path)["csv"])}
+        rows = {row["row"]: row for row in csv_rows(texts["csv"])}
         for key in ("hps/g2rpo", "hps-clip/mix_grpo"):
             for metric in METRICS:
                 means = []
@@ -152,8 +161,8 @@ class TestTables:
         assert heads.index("drift_high") < heads.index("hacking")
         assert heads.index("hacking_fell") < heads.index("rollout_evaluations")
 
-    def test_markdown_shows_them_between_rewards_and_costs(self, tmp_path: Path) -> None:
-        text = render(measured_cells(), tmp_path)["markdown"]
+    def test_markdown_shows_them_between_rewards_and_costs(self, texts: dict[str, str]) -> None:
+        text = texts["markdown"]
         lines = [line for line in text.splitlines() if line.startswith("|")]
         head = [cell.strip() for cell in lines[0].split("|")]
         place = head.index("Image distance")
@@ -174,8 +183,8 @@ class TestTables:
         for start in ("- Image distance:", "- Vendi score (", "- Drift: mean", "- Reward hacking:"):
             assert text.count(f"\n{start}") == 1
 
-    def test_latex_and_terminal_have_a_table_of_their_own(self, tmp_path: Path) -> None:
-        latex = render(measured_cells(), tmp_path)["latex"]
+    def test_latex_and_terminal_have_a_table_of_their_own(self, texts: dict[str, str]) -> None:
+        latex = texts["latex"]
         (part,) = re.findall(
             r"\\begin\{tabular\}\{@\{\}lcccl@\{\}\}.*?\\end\{tabular\}", latex, re.S
         )
@@ -207,8 +216,12 @@ class TestTables:
                    if one.startswith("|")}  # fmt: skip
         assert len(lengths) == 1
 
-    def test_tables_without_metrics_are_as_before(self, tmp_path: Path) -> None:
-        texts = render(make_table_cells(SPEC), tmp_path)
+    @pytest.mark.parametrize("styles", [[None], ["photo"]])
+    def test_without_metrics_or_styles_tables_have_none(
+        self, styles: list[str | None], tmp_path: Path
+    ) -> None:
+        texts = render([styled(cell, styles) for cell in make_table_cells(SPEC)], tmp_path)
+        assert "by_style" not in texts
         for text in texts.values():
             for word in ("Vendi", "Drift", "hacking"):
                 assert word.lower() not in text.lower()
@@ -237,10 +250,6 @@ def verdict(
     return ComparedRows(rows, rewards).hacking("hps/g2rpo", baseline, about or label)
 
 
-def hacking(rose: tuple[str, ...], fell: tuple[str, ...]) -> RewardHacking:
-    return RewardHacking(flagged=bool(rose and fell), rose=rose, fell=fell)
-
-
 UP, DOWN, SAME = (0.1, 0.101, 0.102), (-0.1, -0.101, -0.102), (0.0, 0.05, -0.05)
 
 
@@ -266,7 +275,8 @@ class TestRewardHacking:
         rose: tuple[str, ...],
         fell: tuple[str, ...],
     ) -> None:
-        assert verdict(rows_of(hps, clip, vendi)) == hacking(rose, fell)
+        expected = RewardHacking(flagged=bool(rose and fell), rose=rose, fell=fell)
+        assert verdict(rows_of(hps, clip, vendi)) == expected
 
     def test_in_domain_rewards_may_fall(self) -> None:
         rows = rows_of(UP, DOWN)
@@ -275,9 +285,10 @@ class TestRewardHacking:
             dataclasses.replace(cell, info=cell.info.model_copy(update=info))
             for cell in rows["hps/g2rpo"].cells
         ]
-        assert verdict(rows | gather_rows(cells)) == hacking(("hps",), ())
+        found = verdict(rows | gather_rows(cells))
+        assert found == RewardHacking(flagged=False, rose=("hps",), fell=())
 
-    def test_where_it_cannot_be_judged(self) -> None:
+    def test_without_a_comparison_there_is_no_verdict(self) -> None:
         rows = rows_of(UP, DOWN)
         assert verdict(rows, baseline=None) is None
         assert ComparedRows(rows, ["hps"]).hacking("base", "base", "checkpoint") is None
@@ -348,17 +359,7 @@ class TestStyles:
         assert "| anime | G²RPO (HPS) | 0." in text
         assert "- Prompts: anime 10, photo 5." in text
         assert (tmp_path / "table1_by_style.md").exists()
-
-    def test_a_style_of_one_prompt_is_left_out(self, tmp_path: Path) -> None:
-        cells = [styled(cell, ["anime"] * 10 + ["photo"] * 9 + ["rare"])
-                 for cell in make_table_cells(SPEC)]  # fmt: skip
-        text = render(cells, tmp_path)["by_style"]
+        rare = ["anime"] * 10 + ["photo"] * 9 + ["rare"]
+        text = render([styled(cell, rare) for cell in make_table_cells(SPEC)], tmp_path)["by_style"]
         assert "- Omitted, with a single prompt: rare." in text
         assert "| rare |" not in text
-
-    @pytest.mark.parametrize("styles", [[None], ["photo"]])
-    def test_without_styles_there_is_no_such_table(
-        self, styles: list[str | None], tmp_path: Path
-    ) -> None:
-        texts = render([styled(cell, styles) for cell in make_table_cells(SPEC)], tmp_path)
-        assert "by_style" not in texts

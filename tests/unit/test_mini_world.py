@@ -89,11 +89,6 @@ def test_fresh_scenes_belong_to_their_split(split: str) -> None:
         assert world.split_of(world.sample_scene(rng, split)) in accepted
 
 
-def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown split"):
-        world.sample_scene(generator(0, "x"), "holdout")
-
-
 @settings(max_examples=100, deadline=None)
 @given(scenes, st.integers(0, 2**32))
 def test_every_caption_is_read_back_as_its_scene(scene: Scene, seed: int) -> None:
@@ -142,13 +137,6 @@ def test_pictures_show_background_and_shapes_where_the_scene_says(scene: Scene, 
             assert near.sum() >= 12
 
 
-def test_grammar_survives_json() -> None:
-    again = Grammar.model_validate_json(GRAMMAR.model_dump_json())
-    text = "two small red stars above a blue ring on pink"
-    assert again == GRAMMAR
-    assert again.parse(text) == GRAMMAR.parse(text)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -166,44 +154,33 @@ def test_what_is_no_caption_is_refused(text: str, message: str) -> None:
         world.scene_of(text)
 
 
-def reading(*cells: Shown | None, background: str = "black") -> Reading:
-    return Reading(cells, background)
-
-
 CIRCLE, STAR = Shown("red", "circle", "small"), Shown("blue", "star", "large")
+
+
+def reading(*cells: Shown | None) -> Reading:
+    return Reading((*cells, None, None), "black")
 
 
 @pytest.mark.parametrize(
     ("text", "shown", "expected"),
     [
         # background, number of shapes, relation; colour and kind of both shapes
-        ("a red circle left of a blue star on black", reading(CIRCLE, STAR, None, None), (7, 7)),
-        ("a red circle left of a blue star on black", reading(STAR, CIRCLE, None, None), (6, 7)),
-        ("a red circle left of a blue star on black", reading(CIRCLE, None, None, None), (3, 7)),
+        ("a red circle left of a blue star on black", reading(CIRCLE, STAR), (7, 7)),
+        ("a red circle left of a blue star on black", reading(STAR, CIRCLE), (6, 7)),
+        ("a red circle left of a blue star on black", reading(CIRCLE, None), (3, 7)),
         # the same with two sizes, one of them wrong
-        (
-            "a large red circle left of a large blue star on black",
-            reading(CIRCLE, STAR, None, None),
-            (8, 9),
-        ),
+        ("a large red circle left of a large blue star on black", reading(CIRCLE, STAR), (8, 9)),
         # a place that does not hold, and another background
-        (
-            "a red circle at the top left on pink",
-            reading(None, CIRCLE, None, None),
-            (3, 5),
-        ),
+        ("a red circle at the top left on pink", reading(None, CIRCLE), (3, 5)),
         # one of two, and one too many
-        ("two red circles on black", reading(CIRCLE, None, None, None), (3, 6)),
-        ("a red circle on black", reading(CIRCLE, CIRCLE, None, None), (3, 4)),
+        ("two red circles on black", reading(CIRCLE, None), (3, 6)),
+        ("a red circle on black", reading(CIRCLE, CIRCLE), (3, 4)),
         # an empty picture shows its background alone
-        ("three red circles on black", reading(None, None, None, None), (1, 8)),
+        ("three red circles on black", reading(None, None), (1, 8)),
         # shapes are matched so that most attributes agree
-        (
-            "a red star and a blue circle on black",
-            reading(CIRCLE, STAR, None, None),
-            (4, 6),
-        ),
+        ("a red star and a blue circle on black", reading(CIRCLE, STAR), (4, 6)),
     ],
 )
 def test_agreement_counts_attributes(text: str, shown: Reading, expected: tuple[int, int]) -> None:
     assert GRAMMAR.agreement(world.scene_of(text), shown) == expected
+    assert Grammar.model_validate_json(GRAMMAR.model_dump_json()) == GRAMMAR

@@ -18,7 +18,7 @@ from g2rpo.policy.flux import HybridSampling
 from g2rpo.sampling import evaluation_noise, sample_latents, sample_ode
 
 SEED = 11
-STEPS = 7
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def load(assets: Path, dtype: str) -> FluxPolicy:
 
 
 def moved(base: FluxPolicy) -> FluxPolicy:
-    """Other weights of the same architecture, whose velocities are visibly others."""
+    """The same architecture with clearly different weights."""
     policy = base.with_base_transformer()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -80,8 +80,9 @@ def plain_loop(policies: list[FluxPolicy], prompts: list[Prompt], grid: SigmaGri
     return torch.stack(results)
 
 
-@pytest.mark.parametrize("timestep", ["exact", "truncated"])
-@pytest.mark.parametrize("after", [0, 1, 4, STEPS])
+@pytest.mark.parametrize(
+    ("after", "timestep"), [(0, "exact"), (1, "truncated"), (3, "exact"), (STEPS, "truncated")]
+)
 def test_hybrid_sampling_equals_a_plain_float64_loop(
     smoke_assets: Path, prompts: list[Prompt], after: int, timestep: str
 ) -> None:
@@ -148,17 +149,9 @@ def test_the_handover_is_checked_against_the_grid() -> None:
     assert HybridConfig(tuned_fraction=0.6).steps_of(50) == 30
     assert HybridConfig(tuned_steps=30).steps_of(50) == 30
     assert HybridConfig(tuned_fraction=1.0).steps_of(50) == 50
-    with pytest.raises(UserError, match="51 is more than the 50 steps"):
+    with pytest.raises(UserError, match="51 exceeds the grid's 50 steps"):
         evaluation(hybrid={"tuned_steps": 51})
     with pytest.raises(UserError, match="either tuned_steps or tuned_fraction"):
         evaluation(hybrid={})
     with pytest.raises(UserError, match="either tuned_steps or tuned_fraction"):
         evaluation(hybrid={"tuned_steps": 1, "tuned_fraction": 0.5})
-
-
-def test_a_protocol_without_a_handover_keeps_its_name() -> None:
-    assert "hybrid" not in evaluation().model_dump(mode="json")
-    assert evaluation(hybrid={"tuned_steps": 3}).model_dump(mode="json")["hybrid"] == {
-        "tuned_steps": 3,
-        "tuned_fraction": None,
-    }

@@ -102,20 +102,15 @@ def test_checkpoint_interval_covers_these_weights_over_prompts(
     assert coverage(found, MEAN) < 0.75
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("seed_sd", [0.02, 0.002])
-def test_method_interval_covers_the_method_on_these_prompts(seeds: int, seed_sd: float) -> None:
-    world = simulate(103, seeds, seed_sd, skewed=True)
+@pytest.mark.parametrize(("key", "seeds", "seed_sd"), [(103, 3, 0.02), (103, 5, 0.02), (104, 3, 0)])
+def test_method_interval_covers_the_method_on_these_prompts(
+    key: int, seeds: int, seed_sd: float
+) -> None:
+    world = simulate(key, seeds, seed_sd, skewed=seed_sd > 0)
     found = method_intervals(world.scores.mean(axis=2))
     assert 0.93 <= coverage(found, MEAN + world.prompt_effects.mean(axis=1)) <= 0.97
-
-
-def test_method_interval_without_seed_variance() -> None:
-    world = simulate(104, seeds=3, seed_sd=0.0)
-    found = method_intervals(world.scores.mean(axis=2))
-    assert coverage(found, MEAN + world.prompt_effects.mean(axis=1)) >= 0.93
-    # Control: over other prompts it claims nothing.
-    assert coverage(found, MEAN) < 0.85
+    if seed_sd == 0:  # Control: over other prompts it claims nothing.
+        assert coverage(found, MEAN) < 0.85
 
 
 def test_checkpoint_comparison_covers_these_weights_over_prompts() -> None:

@@ -1,1 +1,1 @@
-"""Held-out judging: reward models over files of images, resumable, with error bars."""
+"""Scoring of image files with reward models: resumable, with confidence intervals."""

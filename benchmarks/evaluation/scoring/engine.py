@@ -1,7 +1,7 @@
 """The scoring loop: images are read and prepared ahead while the device scores.
 
-Several processes (``accelerate launch``) share the work; each writes a journal of its own, so what
-was scored survives a kill, and any number of processes may go on with it.
+Several processes (``accelerate launch``) share the work. Each writes its own journal, so a killed
+run can be resumed with any number of processes.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from benchmarks.evaluation.scoring.items import Item, Source, refuse_bad
-from benchmarks.evaluation.scoring.journal import Entry, Journal, judge_name
+from benchmarks.evaluation.scoring.journal import Entry, Journal, journal_name
 from g2rpo.batching import BatchSize
 from g2rpo.data.images import load_image
 from g2rpo.errors import UserError
@@ -31,7 +31,7 @@ from g2rpo.rewards.base import BatchedReward
 from g2rpo.stop import Stopped, StopReason, StopRequest
 
 AHEAD = 3
-"""Batches that are prepared while one is scored."""
+"""Batches prepared while one is scored."""
 COLUMNS = (
     "id", "prompt_id", "prompt", "style", "image", "image_sha256",
     "reward", "version", "weights_hash", "template_hash", "score",
@@ -45,16 +45,16 @@ class Ranks:
     rank: int = 0
     count: int = 1
     local: int = 0
-    """The number of this process on its machine."""
+    """The local rank of this process on its machine."""
     wait: Callable[[], None] = lambda: None
-    """Returns when all processes have come here."""
+    """Barrier: returns when all processes have called it."""
     share: Callable[[StopReason | None], Sequence[StopReason | None]] = lambda reason: [reason]
-    """Gives what all processes gave, when all have come here."""
+    """All-gather: returns the values of all processes."""
 
     @classmethod
     def launched(cls) -> "Ranks":
-        """Those that ``accelerate launch`` started; one where nothing did."""
-        # One process may wait for the others as long as scoring takes.
+        """The processes started by ``accelerate launch``, or this one."""
+        # A process may wait for the others as long as scoring takes.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
         return cls(
             state.process_index,
@@ -66,18 +66,18 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes what there is one of."""
+        """Whether this is the main process."""
         return self.rank == 0
 
 
 @dataclass
 class Findings:
-    """What scoring told beside the scores.
+    """What scoring reports besides the scores.
 
     Attributes:
-        skipped: pairs of an item's id and why it was left out.
-        too_long: for each reward the ids of the prompts that it read only the beginning of.
-        batch_size: for each reward the largest batch that fitted into memory.
+        skipped: pairs of a skipped item's id and the reason.
+        too_long: for each reward, the ids of the prompts that it truncated.
+        batch_size: for each reward, the largest batch that fit into memory.
     """
 
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch that is ready for the device: its items, their keys, and the model's own input."""
+    """A batch ready for the device: its items, their keys and the model's input."""
 
     items: Sequence[Item]
     keys: list[str]
@@ -98,15 +98,15 @@ Prepare = Callable[[Sequence[Item]], Prepared]
 
 
 def item_key(image_sha256: str, prompt: str) -> str:
-    """Names what is scored: the bytes of the image file and the prompt."""
+    """Hash of what is scored: the image's bytes and the prompt."""
     return hashlib.sha256(f"{image_sha256}\n{prompt}".encode()).hexdigest()
 
 
 def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], dict[str, str]]:
-    """Reads every file once, so that all that is wrong is told before anything is scored.
+    """Reads every file once, to report all bad files before anything is scored.
 
     Returns:
-        by path the SHA-256 of those that can be scored, and why the others cannot.
+        By path, the SHA-256 of the readable files and the errors of the others.
     """
     paths = sorted({str(item.image) for item in items})
     hashes, reasons = {}, {}
@@ -114,11 +114,11 @@ def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], di
         ThreadPoolExecutor(_threads()) as pool,
         ProgressReport("read images", len(paths), enabled=ranks.main) as report,
     ):
-        for path, found in zip(paths, pool.map(_hash_or_error, paths), strict=True):
-            if isinstance(found, UserError):
-                reasons[path] = str(found)
+        for path, result in zip(paths, pool.map(_hash_or_error, paths), strict=True):
+            if isinstance(result, UserError):
+                reasons[path] = str(result)
             else:
-                hashes[path] = found
+                hashes[path] = result
             report.advance()
     return hashes, reasons
 
@@ -135,10 +135,10 @@ def _threads() -> int:
 
 
 class Scorer:
-    """Scores items with one reward model after the other; ``folder`` keeps the journals.
+    """Scores items with one reward model after another; journals are kept in ``folder``.
 
     Raises:
-        UserError: images cannot be read and are not to be skipped, or none is left.
+        UserError: an image cannot be read and is not skipped, or none is left.
     """
 
     def __init__(
@@ -163,20 +163,20 @@ class Scorer:
         self.keys = {item.id: item_key(self.hashes[str(item.image)], item.prompt) for item in items}
 
     def score(self, name: str, model: BatchedReward) -> pd.DataFrame:
-        """Scores all items that the journals lack, then gives the rows of all of them.
+        """Scores the items missing from the journals and returns the rows of all items.
 
-        Rows with :data:`COLUMNS`: for each column of the model (``name``, then ``name.part`` of
-        its parts) all items in their order. Only the main process has all rows.
+        Rows have :data:`COLUMNS`: for each column of the model (``name``, then ``name.part``), all
+        items in order. Only the main process has all rows.
 
         Raises:
-            UserError: a score is not finite, an image changed meanwhile, or memory is too small.
-            Stopped: a stop was asked for; the scores so far are in the journals.
+            UserError: a score is not finite, an image has changed, or memory ran out.
+            Stopped: a stop was requested; finished scores are in the journals.
         """
-        journal = Journal(self.folder, judge_name(model), self.ranks.rank)
-        self._tell_too_long(name, model)
+        journal = Journal(self.folder, journal_name(model), self.ranks.rank)
+        self._record_too_long(name, model)
         done = journal.valid(self.keys)
-        self.ranks.wait()  # nobody writes before all have read
-        # Images of one prompt together: its text is then encoded once.
+        self.ranks.wait()  # no process writes before all have read
+        # Images of one prompt together, so its text is encoded once.
         waiting = sorted(
             (item for item in self.items if item.id not in done), key=lambda item: item.prompt
         )
@@ -201,12 +201,12 @@ class Scorer:
         return self._rows(name, model, journal.valid(self.keys))
 
     def _stop_together(self, stop: StopReason | None) -> None:
-        """Raises on all ranks where one has stopped before its end; none waits for another."""
-        for found in self.ranks.share(stop):
-            if found is not None:
-                raise Stopped(found.text, found.resume)
+        """Raises on all ranks if one was stopped, so that none waits for another."""
+        for reason in self.ranks.share(stop):
+            if reason is not None:
+                raise Stopped(reason.text, reason.resume)
 
-    def _tell_too_long(self, name: str, model: BatchedReward) -> None:
+    def _record_too_long(self, name: str, model: BatchedReward) -> None:
         prompts = {item.prompt_id: item.prompt for item in self.items}
         cut = model.too_long(list(prompts.values()))
         self.findings.too_long[name] = [
@@ -216,35 +216,35 @@ class Scorer:
     def _rows(self, name: str, model: BatchedReward, done: dict[str, Entry]) -> pd.DataFrame:
         changed = [item for item in self.items if item.id not in done]
         if changed and self.ranks.main:
-            raise UserError(f"{changed[0].image}: it changed while it was scored; score again")
+            raise UserError(
+                f"{changed[0].image}: changed while being scored; run the command again"
+            )
         items = [item for item in self.items if item.id in done]
+        shared = pd.DataFrame(
+            {
+                "id": [item.id for item in items],
+                "prompt_id": [item.prompt_id for item in items],
+                "prompt": [item.prompt for item in items],
+                "style": [item.style for item in items],
+                "image": [item.name for item in items],
+                "image_sha256": [self.hashes[str(item.image)] for item in items],
+                "version": model.version,
+                "weights_hash": model.weights_hash,
+                "template_hash": model.template_hash,
+            }
+        )
         frames = []
         for column in model.columns:
-            frame = pd.DataFrame(
-                {
-                    "id": [item.id for item in items],
-                    "prompt_id": [item.prompt_id for item in items],
-                    "prompt": [item.prompt for item in items],
-                    "style": [item.style for item in items],
-                    "image": [item.name for item in items],
-                    "image_sha256": [self.hashes[str(item.image)] for item in items],
-                    "reward": column.replace(model.name, name, 1),
-                    "version": model.version,
-                    "weights_hash": model.weights_hash,
-                    "template_hash": model.template_hash,
-                    "score": np.array(
-                        [done[item.id].scores[column] for item in items], dtype=np.float32
-                    ),
-                }
-            )
-            frames.append(frame)
+            scores = np.array([done[item.id].scores[column] for item in items], dtype=np.float32)
+            reward = column.replace(model.name, name, 1)
+            frames.append(shared.assign(reward=reward, score=scores)[list(COLUMNS)])
         return pd.concat(frames, ignore_index=True)
 
 
 def _prepared_ahead(
     size: Callable[[], int], items: Sequence[Item], prepare: Prepare
 ) -> Iterator[Prepared]:
-    """Batches of ``size()`` items in order, a few of them prepared ahead in threads."""
+    """Batches of ``size()`` items in order, prepared ahead in threads."""
     pending: deque[Future[Prepared]] = deque()
     start = 0
     with ThreadPoolExecutor(AHEAD) as pool:
@@ -268,9 +268,9 @@ def _prepare(model: BatchedReward, readers: ThreadPoolExecutor, items: Sequence[
 
 
 def _evaluate(model: BatchedReward, prepared: Prepared, prepare: Prepare) -> list[Entry]:
-    """Scores a batch; where memory is too small, in smaller ones, and so from then on."""
+    """Scores a batch; if memory runs out, in smaller batches from then on."""
     items = prepared.items
-    hint = "free the device, or use a larger one"
+    hint = "free device memory or use a larger device"
     size = BatchSize(min(len(items), model.batch_size), f"reward {model.name}", hint, unit="image")
 
     def compute(images: int) -> list[Entry]:
@@ -279,9 +279,9 @@ def _evaluate(model: BatchedReward, prepared: Prepared, prepare: Prepare) -> lis
         parts = [prepare(items[i : i + images]) for i in range(0, len(items), images)]
         return [entry for part in parts for entry in _entries(model, part)]
 
-    found = size.run(compute)
+    entries = size.run(compute)
     model.batch_size = size.states if size.reduced else model.batch_size
-    return found
+    return entries
 
 
 def _entries(model: BatchedReward, prepared: Prepared) -> list[Entry]:

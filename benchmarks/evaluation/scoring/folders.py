@@ -1,4 +1,4 @@
-"""The files of a folder of images, whatever links are in it."""
+"""Listing of a folder of images that may contain links."""
 
 import os
 from collections import deque
@@ -11,11 +11,11 @@ class Listing:
     """The files below a folder.
 
     Attributes:
-        folder: where they are.
-        files: all but hidden ones and what archives of macOS add, sorted; those of linked folders
-            under the name of the link.
-        aliases: of links to other ``files``, which file they stand for.
-        broken: links to nothing and folders that cannot be read: pairs of a name and a reason.
+        folder: the folder.
+        files: its files, sorted, without hidden ones and ``__MACOSX``; files of linked folders are
+            listed under the name of the link.
+        aliases: links to other ``files``, with their targets.
+        broken: broken links and unreadable folders: pairs of a name and a reason.
     """
 
     folder: Path
@@ -24,17 +24,17 @@ class Listing:
     broken: list[tuple[str, str]] = field(default_factory=list)
 
     def name(self, path: Path) -> str:
-        """What a file is called in results: its path inside of the folder."""
+        """The name of a file in results: its path relative to the folder."""
         return path.relative_to(self.folder).as_posix()
 
 
 def list_files(folder: Path) -> Listing:
     """All files below ``folder``, each once.
 
-    Linked folders are entered after all others, each once; those that are listed already, or that
-    the link stands in, are not, so that cycles end.
+    Linked folders are entered last and once. Those already listed and parents of the link are
+    skipped, so cycles end.
     """
-    found, root = Listing(folder), folder.resolve()
+    listing, root = Listing(folder), folder.resolve()
     links: list[Path] = []
     seen: set[Path] = set()
     waiting = deque([folder])
@@ -48,7 +48,7 @@ def list_files(folder: Path) -> Listing:
             with os.scandir(place) as opened:
                 entries = sorted(opened, key=lambda entry: entry.name)
         except OSError as error:
-            found.broken.append((found.name(place), f"cannot be read ({error.strerror})"))
+            listing.broken.append((listing.name(place), f"cannot be read ({error.strerror})"))
             continue
         for entry in entries:
             path = place / entry.name
@@ -56,26 +56,26 @@ def list_files(folder: Path) -> Listing:
                 continue
             try:
                 is_file, is_folder = entry.is_file(), entry.is_dir()
-            except OSError as error:  # a link to itself, or a folder that may not be entered
-                found.broken.append((found.name(path), f"cannot be read ({error.strerror})"))
+            except OSError as error:  # a link to itself, or no permission
+                listing.broken.append((listing.name(path), f"cannot be read ({error.strerror})"))
                 continue
             if is_file:
-                found.files.append(path)
+                listing.files.append(path)
                 links += [path] if entry.is_symlink() else []
             elif not is_folder:
-                found.broken.append((found.name(path), _no_file(path)))
+                listing.broken.append((listing.name(path), _no_file(path)))
             elif not entry.is_symlink():
                 waiting.appendleft(path)
             elif path.resolve() not in {real, root, *real.parents, *root.parents}:
                 waiting.append(path)
-    found.files.sort()
+    listing.files.sort()
     if links:
-        own = {path.resolve(): path for path in set(found.files) - set(links)}
-        found.aliases = {link: own[link.resolve()] for link in links if link.resolve() in own}
-    return found
+        own = {path.resolve(): path for path in set(listing.files) - set(links)}
+        listing.aliases = {link: own[link.resolve()] for link in links if link.resolve() in own}
+    return listing
 
 
 def _no_file(path: Path) -> str:
     if path.is_symlink() and not path.exists():
-        return f"a link to {path.readlink()}, which is not there"
-    return "no file, but a pipe, socket or device"
+        return f"broken link to {path.readlink()}"
+    return "not a regular file"

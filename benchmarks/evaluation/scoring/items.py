@@ -1,9 +1,8 @@
-"""What is scored: image files with their prompts, from a manifest or from a folder.
+"""The images to score, with their prompts, from a manifest or a folder.
 
-A manifest is a table (CSV, TSV, JSON or JSON Lines) with the columns ``image`` (a path, from the
-manifest's folder) and ``prompt``, and optionally ``id``, ``prompt_id`` and ``style``; others are
-not read. Rows without a ``prompt_id`` belong together where their prompts are equal. A folder's
-images find their prompts
+A manifest is a table (CSV, TSV, JSON or JSON Lines) with the columns ``image`` (a path relative to
+the manifest) and ``prompt``, and optionally ``id``, ``prompt_id`` and ``style``. Rows without a
+``prompt_id`` are grouped by equal prompts. A folder's images find their prompts
 
 - in a prompt set, by the name of the file: ``<prompt id>.png``, or ``<prompt id>_<anything>.png``
   for several images of one prompt;
@@ -11,8 +10,8 @@ images find their prompts
   ``text``);
 - beside them, in ``<name>.txt`` or ``<name>.png.txt``.
 
-Every image, every row, and every prompt or caption without an image is either an item or named with
-what is wrong with it; :attr:`Source.found` counts them.
+Every image, every row and every prompt or caption without an image becomes an item or an error with
+a reason.
 """
 
 import hashlib
@@ -42,31 +41,36 @@ from g2rpo.errors import UserError
 MANIFESTS = frozenset(
     f"{stem}{suffix}"
     for stem in ("manifest", "metadata")
-    for suffix in (".csv", ".tsv", ".jsonl", ".ndjson")  # a manifest.json says how images were made
+    for suffix in (
+        ".csv",
+        ".tsv",
+        ".jsonl",
+        ".ndjson",
+    )  # manifest.json describes how images were made
 )
-"""Names, in lower case, of the table in a folder that lists its images."""
+"""Lower-case names of the table in a folder that lists its images."""
 UNSUPPORTED = frozenset({".heic", ".heif", ".jxl"})
-"""Names of images that Pillow does not read."""
+"""Suffixes of image formats that Pillow does not read."""
 NO_IMAGES = frozenset({".txt", *UNSUPPORTED})
 TABLES = frozenset(SUFFIXES) - {".yaml", ".yml"}
 IMAGE_COLUMNS = ("image", "file_name")
-"""Names of a manifest's column of images; the first of them that it has is read."""
+"""Names of a manifest's image column; the first one present is read."""
 OTHER_COLUMNS = ("id", "prompt_id", "style")
 NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice"})
-"""Names of text files that are often in a folder and no captions."""
+"""Stems of text files that are not captions."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image and the prompt that it is scored against.
+    """One image and the prompt it is scored against.
 
     Attributes:
-        id: names the row; unique.
+        id: unique id of the row.
         image: the file.
         prompt: the prompt's text.
         prompt_id: shared by the images of one prompt.
-        style: the prompt's style, where its set has styles.
-        name: what the image is called in results: its path inside of the source.
+        style: the prompt's style, if its set has styles.
+        name: the name of the image in results: its path inside the source.
     """
 
     id: str
@@ -79,41 +83,42 @@ class Item:
 
 @dataclass
 class Source:
-    """Items to score, and what is wrong with others.
+    """Items to score, and what cannot be scored.
 
     Attributes:
         items: what can be scored.
-        bad: pairs of a name and a reason.
-        found: how many there are together.
+        bad: what cannot: pairs of a name and a reason.
         notes: which columns were read.
     """
 
     items: list[Item] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
-    found: int = 0
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def found(self) -> int:
+        """Number of items and of what cannot be scored."""
+        return len(self.items) + len(self.bad)
+
     def add(self, item: Item) -> None:
-        """Takes in ``item``, or what is wrong with it."""
+        """Adds ``item``, or the reason why it cannot be scored."""
         reason = _problem(item)
         if reason is None:
-            self.found += 1
             self.items.append(item)
         else:
             self.refuse(item.id, reason)
 
     def refuse(self, name: str, reason: str) -> None:
-        """Names what cannot be scored."""
-        self.found += 1
+        """Adds something that cannot be scored."""
         self.bad.append((name if is_unicode(name) else ascii(name), reason))
 
 
 def _problem(item: Item) -> str | None:
-    """Why ``item`` cannot be scored, as far as that is known without reading the image."""
+    """Why ``item`` cannot be scored, without reading the image; None if it may be."""
     if not item.prompt.strip():
-        return "its prompt is empty"
+        return "empty prompt"
     if not is_unicode(item.prompt + item.id):
-        return "its prompt or id is not valid Unicode"
+        return "prompt or id is not valid Unicode"
     try:
         str(item.image).encode(sys.getfilesystemencoding())
         if not item.image.is_file():
@@ -127,11 +132,11 @@ def _problem(item: Item) -> str | None:
 
 
 def _undecoded() -> str:
-    """Why the name of a file cannot be read as text."""
+    """Why a file name cannot be decoded."""
     encoding = sys.getfilesystemencoding()
     if encoding.lower() != "utf-8":
-        return f"the locale reads file names as {encoding}; set LC_ALL=C.UTF-8"
-    return "its path is not UTF-8; rename the file or folder"
+        return f"file names are decoded as {encoding}; set LC_ALL=C.UTF-8"
+    return "path is not UTF-8; rename the file or folder"
 
 
 def read_source(
@@ -141,8 +146,8 @@ def read_source(
 
     Args:
         path: the folder or manifest.
-        prompts: names the images of a folder.
-        every_prompt: whether one of ``prompts`` without an image is bad.
+        prompts: the prompts of a folder's images.
+        every_prompt: whether a prompt without an image is an error.
 
     Raises:
         UserError: ``path`` is neither, a manifest cannot be read, or there is nothing to score.
@@ -156,8 +161,8 @@ def read_source(
     else:
         source, _ = _read_manifest(path)
     if not source.found:
-        place = "in it or below" if path.is_dir() else "for it has no rows"
-        raise UserError(f"{path}: no images to score {place}")
+        kind = "folder" if path.is_dir() else "manifest"
+        raise UserError(f"{path}: no images to score in this {kind}")
     return _without_ambiguous(source)
 
 
@@ -170,7 +175,7 @@ def _read_folder(folder: Path, prompts: Sequence[Prompt] | None, *, every_prompt
         source = _match(listing, prompts, every_prompt=every_prompt)
     elif len(manifests) > 1:
         names = " and ".join(path.name for path in manifests)
-        raise UserError(f"{folder}: has {names}; name the one to score instead of the folder")
+        raise UserError(f"{folder}: contains {names}; pass the one to score instead")
     elif manifests:
         source = _listed(listing, manifests[0])
     else:
@@ -179,7 +184,7 @@ def _read_folder(folder: Path, prompts: Sequence[Prompt] | None, *, every_prompt
         source.refuse(name, reason)
     for path in listing.files:
         if path.suffix.lower() in UNSUPPORTED:
-            source.refuse(listing.name(path), "Pillow does not read such images; convert it")
+            source.refuse(listing.name(path), "unsupported image format; convert it to PNG")
     return source
 
 
@@ -188,12 +193,12 @@ def _has_suffix(path: Path) -> bool:
 
 
 def _stem(name: str) -> str:
-    """``name`` without its suffix; what is after a dot may also belong to the name, as in 0.5."""
+    """``name`` without its suffix; a dot may also be part of the name, as in 0.5."""
     return re.sub(r"\.[A-Za-z][A-Za-z0-9]{0,4}$", "", name)
 
 
 def _same_prompt(prompt: str) -> str:
-    """The id of a prompt that has none: equal prompts are one."""
+    """The id of a prompt without one, by its text."""
     return hashlib.sha256(prompt.encode(errors="replace")).hexdigest()[:12]
 
 
@@ -203,16 +208,16 @@ def _listed(listing: Listing, manifest: Path) -> Source:
     for image in listing.files:
         if _has_suffix(image) and image.resolve() not in named:
             name = _stem(listing.name(image))
-            source.refuse(name, f"no prompt: {manifest.name} does not list it")
+            source.refuse(name, f"no prompt: not listed in {manifest.name}")
     return source
 
 
 def _images(
     listing: Listing, source: Source, named: Callable[[str], object]
 ) -> Iterator[tuple[Path, str]]:
-    """The files with the suffix of an image, or whose name is ``named`` and content one.
+    """Files with an image suffix, or that are ``named`` and contain an image.
 
-    A link to another of the files is one only where it is named itself.
+    A link to another of the files counts only if it is named itself.
     """
     for path in listing.files:
         shown, suffix = listing.name(path), path.suffix.lower()
@@ -232,7 +237,7 @@ def _captioned(listing: Listing) -> Source:
     def captions(shown: str) -> list[Path]:
         return [path for path in {find(_stem(shown)), find(shown)} if path is not None]
 
-    # What is named for another reason takes its caption along.
+    # Captions of images that are refused anyway are not reported too.
     others = map(listing.name, set(listing.files) - set(texts))
     used = {
         caption
@@ -245,7 +250,7 @@ def _captioned(listing: Listing) -> Source:
         name = _stem(shown if _has_suffix(image) else listing.name(beside[0]))
         used.update(beside)
         if not beside:
-            reason = f"no prompt: give --prompts, or write {_stem(image.name)}.txt or a manifest"
+            reason = f"no prompt; pass --prompts, or add {_stem(image.name)}.txt or a manifest"
             source.refuse(name, reason)
         elif len(beside) > 1:
             names = " and ".join(sorted(path.name for path in beside))
@@ -260,7 +265,7 @@ def _captioned(listing: Listing) -> Source:
     for caption in texts:
         known = caption in used or caption in listing.aliases
         if not known and _stem(caption.name).lower() not in NO_CAPTIONS:
-            source.refuse(listing.name(caption), "a caption without an image that can be read")
+            source.refuse(listing.name(caption), "caption without a readable image")
     return _without_aliases(source, listing)
 
 
@@ -276,7 +281,7 @@ def _match(listing: Listing, prompts: Sequence[Prompt], *, every_prompt: bool) -
     for image, shown in _images(listing, source, prompt_of):
         prompt = prompt_of(shown)
         if prompt is None:
-            reason = f"no prompt of the set has its name as id (they are like {prompts[0].id!r})"
+            reason = f"no prompt has this name as its id (ids look like {prompts[0].id!r})"
             source.refuse(_stem(shown), reason)
             continue
         found.add(prompt.id)
@@ -285,12 +290,12 @@ def _match(listing: Listing, prompts: Sequence[Prompt], *, every_prompt: bool) -
         source.add(Item(name, image, prompt.text, prompt.id, prompt.style, shown))
     for prompt in prompts:
         if every_prompt and prompt.id not in found:
-            source.refuse(prompt.id, "the prompt has no image in the folder")
+            source.refuse(prompt.id, "prompt without an image in the folder")
     return _without_aliases(source, listing)
 
 
 def _prompt_of(stem: str, find: Callable[[str], Prompt | None]) -> Prompt | None:
-    """The prompt whose id is ``stem``, or the longest part of it before an underscore."""
+    """The prompt whose id is ``stem`` or its longest prefix before an underscore."""
     while (prompt := find(stem)) is None:
         stem, mark, _ = stem.rpartition("_")
         if not mark:
@@ -299,27 +304,28 @@ def _prompt_of(stem: str, find: Callable[[str], Prompt | None]) -> Prompt | None
 
 
 def _without_aliases(source: Source, listing: Listing) -> Source:
-    """Without links to an image that is scored with the same prompt under its own name."""
+    """Drops links to an image that is scored with the same prompt under its own name."""
     own = {(item.image, item.prompt_id) for item in source.items}
     kept = [
         item
         for item in source.items
         if (listing.aliases.get(item.image), item.prompt_id) not in own
     ]
-    source.found -= len(source.items) - len(kept)
     source.items = kept
     return source
 
 
 def _read_manifest(path: Path) -> tuple[Source, list[Path]]:
-    """What the rows of a manifest say, and all images that they name."""
+    """The rows of a manifest, and all existing images that they name."""
     if path.suffix.lower() not in TABLES:
-        raise UserError(f"{path}: a manifest is a .csv or .jsonl file (or .tsv, .json, .ndjson)")
+        raise UserError(
+            f"{path}: not a manifest; use a .csv or .jsonl file (or .tsv, .json, .ndjson)"
+        )
     table = read_table(path, (*IMAGE_COLUMNS, *PROMPT_COLUMNS, *OTHER_COLUMNS))
     columns = table.column(IMAGE_COLUMNS), table.column(PROMPT_COLUMNS)
     source, images = Source(), []
     source.notes.append(
-        f"{path.name}: images are read from {columns[0]!r}, prompts from {columns[1]!r}"
+        f"{path.name}: reading images from {columns[0]!r} and prompts from {columns[1]!r}"
         f"{table.not_read((*columns, *OTHER_COLUMNS))}"
     )
     for row in table.rows:
@@ -329,7 +335,7 @@ def _read_manifest(path: Path) -> tuple[Source, list[Path]]:
 
 
 def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str]) -> list[Path]:
-    """Takes in one row of a manifest; gives the image that it names, where there is one."""
+    """Adds one row of a manifest; returns the existing image that it names, if any."""
     record = {key: value for key, value in row.values.items() if value is not None}
     image, prompt = (record.get(column) for column in columns)
     given, prompt_id, style = (str(record.get(name, "")).strip() for name in OTHER_COLUMNS)
@@ -340,7 +346,7 @@ def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str])
     path = _existing(manifest.parent, image)
     name = given or _stem(Path(image.replace("\\", "/")).as_posix())
     if not isinstance(prompt, str):
-        source.refuse(name, f"{place}: no {columns[1]!r}, or not a text")
+        source.refuse(name, f"{place}: {columns[1]!r} is missing or not text")
         return [path] if _exists(path) else []
     text = prompt.strip()
     source.add(Item(name, path, text, prompt_id or _same_prompt(text), style or None, image))
@@ -348,11 +354,11 @@ def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str])
 
 
 def _existing(folder: Path, image: str) -> Path:
-    """The file that a manifest names, maybe as Windows or another system would write it."""
+    """The file that a manifest names, possibly with a path from another operating system."""
     for text in (image, image.strip(), image.strip().replace("\\", "/")):
         if _exists(folder / text):
             return folder / text
-        # Folders and files may come from different systems.
+        # Folders and files may have different Unicode normal forms.
         forms = [{normalize(form, part) for form in ("NFC", "NFD")} for part in Path(text).parts]
         spelt = {folder.joinpath(*parts) for parts in product(*forms)}
         there = [path for path in spelt if _exists(path)]
@@ -364,28 +370,25 @@ def _existing(folder: Path, image: str) -> Path:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long, or a folder that may not be looked into
+    except OSError:  # the name is too long, or no permission
         return False
 
 
 def _without_ambiguous(source: Source) -> Source:
-    """Without images that share an id, and without prompts that share a prompt_id.
-
-    Which of them is meant cannot be known: none is kept.
-    """
+    """Refuses images that share an id and prompts that share a prompt_id."""
     counts = Counter(item.id for item in source.items) + Counter(name for name, _ in source.bad)
     prompts = Counter(prompt_id for prompt_id, _ in {(i.prompt_id, i.prompt) for i in source.items})
     items, source.items = source.items, []
     for item in items:
         if counts[item.id] > 1:
             reason = (
-                f"the id is there {counts[item.id]} times; rename the image, or give each row of "
-                f"a manifest an id of its own (here {item.name})"
+                f"duplicate id ({counts[item.id]} times, here {item.name}); rename the image, or "
+                "set a unique id in the manifest"
             )
         elif prompts[item.prompt_id] > 1:
             reason = (
-                f"the prompt_id {item.prompt_id!r} stands for {prompts[item.prompt_id]} prompts; "
-                "give each its own, or leave the column out"
+                f"prompt_id {item.prompt_id!r} is used for {prompts[item.prompt_id]} prompts; "
+                "use one per prompt, or drop the column"
             )
         else:
             source.items.append(item)
@@ -395,22 +398,17 @@ def _without_ambiguous(source: Source) -> Source:
 
 
 def refuse_bad(source: Source, skip: bool, use: str = "scored") -> None:
-    """Raises :class:`UserError` with all that is wrong, unless it is to be skipped.
-
-    Also where nothing is left to be ``use``.
-    """
+    """Raises :class:`UserError` if anything is bad and not skipped, or nothing can be ``use``."""
     if source.bad and not skip:
         raise UserError(
-            f"{len(source.bad)} cannot be {use}: {first_of(source.bad)}; fix them, or leave them "
-            "out with --skip-bad"
+            f"{len(source.bad)} cannot be {use}: {first_of(source.bad)}; fix them or pass "
+            "--skip-bad"
         )
     if not source.items:
-        raise UserError(
-            f"nothing is left to be {use}: every image or prompt is bad: {first_of(source.bad)}"
-        )
+        raise UserError(f"nothing can be {use}: {first_of(source.bad)}")
 
 
 def first_of(bad: Sequence[tuple[str, str]]) -> str:
-    """The first names and reasons in one line, and how many more there are."""
+    """The first names and reasons in one line, and the number of others."""
     shown = "; ".join(f"{name}: {reason}" for name, reason in bad[:5])
     return f"{shown}; and {len(bad) - 5} more" if len(bad) > 5 else shown

@@ -1,4 +1,4 @@
-"""Scores on disk as they come: one line per image, so that a kill loses one batch at most."""
+"""A journal of scores, one line per image: a killed process loses at most one batch."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +19,8 @@ class Entry:
 
     Attributes:
         item: its id.
-        key: names the image's bytes and the prompt that were scored.
-        scores: by column; float32 values, which float64 holds exactly.
+        key: hash of the scored image bytes and prompt.
+        scores: float32 values by column.
     """
 
     item: str
@@ -28,39 +28,39 @@ class Entry:
     scores: dict[str, float]
 
 
-def judge_name(model: BatchedReward) -> str:
-    """The name of a reward model's journals: another version, weights or question, another name."""
-    asked = [model.version, model.weights_hash, model.template_hash, list(model.columns)]
-    return f"{model.name}-{content_hash(asked)}"
+def journal_name(model: BatchedReward) -> str:
+    """The name of a reward model's journals; changes with version, weights and question."""
+    identity = [model.version, model.weights_hash, model.template_hash, list(model.columns)]
+    return f"{model.name}-{content_hash(identity)}"
 
 
 class Journal:
-    """What one process writes of one reward model; all processes' lines are read together.
+    """The scores of one reward model: each process appends to its own file and reads all.
 
-    Lines are only ever appended, each with a checksum. One that a kill cut short, or that is
-    damaged, is left out, so that its image is scored again.
+    Every line has a checksum. Truncated or damaged lines are skipped, so their images are scored
+    again.
     """
 
-    def __init__(self, folder: Path, judge: str, rank: int) -> None:
-        self.folder, self.judge = folder, judge
-        self.path = folder / f"{judge}-rank{rank}.jsonl"
+    def __init__(self, folder: Path, name: str, rank: int) -> None:
+        self.folder, self.name = folder, name
+        self.path = folder / f"{name}-rank{rank}.jsonl"
 
     def read(self) -> Iterator[Entry]:
         """The entries of all ranks."""
-        for path in sorted(self.folder.glob(f"{self.judge}-rank*.jsonl")):
+        for path in sorted(self.folder.glob(f"{self.name}-rank*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
                     yield Entry(**parse_document(line))
                 except (ValueError, TypeError):
-                    logger.warning("%s: a damaged line; its image is scored again", path)
+                    logger.warning("%s: skipping a damaged line; its image is scored again", path)
 
     def valid(self, keys: Mapping[str, str]) -> dict[str, Entry]:
-        """The entries, by item, whose image and prompt are still those of ``keys``."""
+        """The entries by item, without those whose image or prompt has changed since."""
         return {entry.item: entry for entry in self.read() if keys.get(entry.item) == entry.key}
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Writes the entries of a batch and waits until they are on disk.
+        """Appends the entries of a batch and syncs them to disk.
 
-        Nothing is written by a process that may not publish (:mod:`g2rpo.files`).
+        A process that may not publish (:mod:`g2rpo.files`) writes nothing.
         """
         append_jsonl(self.path, [with_checksum(asdict(entry)) for entry in entries])

@@ -1,4 +1,4 @@
-"""What a scoring comes to: a mean with its interval for each reward, and for each style."""
+"""Summary of scores: the mean and its interval for each reward and style."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ _DIGITS = 4
 class Line:
     """One line of the summary: a reward over all prompts, or over those of one style.
 
-    All statistics are over prompts, each prompt's images averaged first.
+    All statistics are over prompts; a prompt's images are averaged first.
 
     Attributes:
         reward: the reward.
         style: of the prompts; None for all of them.
-        images: how many were scored.
-        prompts: how many they are of.
-        mean: over the prompts.
+        images: number of scored images.
+        prompts: number of their prompts.
+        mean: mean over the prompts.
         std: sample standard deviation over the prompts; None with fewer than two.
         interval: of the mean (label ``checkpoint``); None with fewer than two prompts.
     """
@@ -40,7 +40,7 @@ class Line:
 
 
 def summarise(scores: pd.DataFrame) -> list[Line]:
-    """The lines of the rows that a :class:`Scorer` gave, in their order."""
+    """The summary lines of the rows of a :class:`Scorer`, in order."""
     lines = []
     for reward, rows in scores.groupby("reward", sort=False):
         lines.append(_line(str(reward), None, rows))
@@ -65,7 +65,7 @@ def _line(reward: str, style: str | None, rows: pd.DataFrame) -> Line:
 
 
 def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
-    """The summary as a table of plain columns; over all prompts, ``style`` is empty."""
+    """The summary as a table; ``style`` is empty for all prompts."""
     return pd.DataFrame(
         [
             {
@@ -85,16 +85,14 @@ def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
 
 
 def as_csv(frame: pd.DataFrame) -> str:
-    """A table as CSV whose texts no spreadsheet takes for formulas."""
+    """A table as CSV, with text escaped so that spreadsheets do not run formulas."""
     safe = frame.map(lambda value: csv_text(value) if isinstance(value, str) else value)
     return safe.to_csv(index=False)
 
 
 def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: Console) -> None:
-    """Prints the summary, and how many prompts were cut at a model's context length."""
-    console.print(
-        literal("Means over the prompts, with 95 % intervals (of these images)", "italic")
-    )
+    """Prints the summary and the prompts truncated at a model's context length."""
+    console.print(literal("Means over prompts, with 95 % intervals (for these images)", "italic"))
     console.print(_table([line for line in lines if line.style is None]))
     by_style = [line for line in lines if line.style is not None]
     if by_style:
@@ -103,12 +101,7 @@ def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: 
     for reward, ids in too_long.items():
         if ids:
             shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
-            console.print(
-                literal(
-                    f"{reward} reads only the beginning of prompts that are too long for it "
-                    f"({len(ids)}): {shown}"
-                )
-            )
+            console.print(literal(f"{reward} truncated {len(ids)} prompts: {shown}"))
 
 
 def _table(lines: Sequence[Line]) -> PlainTable:
