@@ -9,6 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples everywhere, however long a busy machine takes for one.
+settings.register_profile("g2rpo", deadline=None, derandomize=True)
+settings.load_profile("g2rpo")
 
 
 @pytest.fixture(scope="session", autouse=True)
