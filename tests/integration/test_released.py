@@ -177,7 +177,7 @@ def test_the_table_shows_dashes_sources_and_gaps(
     assert lines["ode/folder"][-6:-1] == ["–"] * 5
     assert "†" in lines["ode/folder"][3] and "†" not in lines["ode/single"][3]
     assert "not the weights of this model" in text and "nobody/no-such-weights" in text
-    assert "weights of single.safetensors, not trained here" in text
+    assert "weights from single.safetensors, not trained here" in text
     table = pd.read_csv(output / "mine.csv").set_index("row")
     assert (
         table.loc["ode/folder", "rollout_evaluations"] != table.loc["base", "rollout_evaluations"]

@@ -1,5 +1,6 @@
 """Training from outside: killed and resumed, and with what must stop it."""
 
+import os
 import random
 import signal
 import subprocess
@@ -49,7 +50,8 @@ def test_killed_and_resumed_ends_bit_identical(smoke_assets: Path, tmp_path: Pat
     after = random.Random().randint(1, ITERATIONS - 1)
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "reproduce.cli", *train_command(profile, killed)]
-    with subprocess.Popen(command) as process:
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums have one order
+    with subprocess.Popen(command, env=one_thread) as process:
         while process.poll() is None:
             logs = list(killed.glob("runs/dance_grpo-*/metrics.jsonl"))
             if logs and max((r["iteration"] for r in read_metrics(logs[0])), default=0) >= after:
