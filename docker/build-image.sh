@@ -23,7 +23,7 @@ read -ra engine <<< "${ENGINE:-$(find_engine)}"
 [ "${#engine[@]}" -gt 0 ] || exit 2
 # The image has no git: pass it the commit, and whether the code differs from it.
 revision=$(git rev-parse HEAD 2>/dev/null || true)
-if [ -n "$revision" ] && [ -n "$(git status --porcelain -- . ':(exclude)results' ':(exclude)docs')" ]; then
+if [ -n "$revision" ] && [ -n "$(git status --porcelain -- g2rpo reproduce benchmarks slurm docker pyproject.toml uv.lock)" ]; then
     revision=$revision-dirty
 fi
 format=()

@@ -133,10 +133,10 @@ class ProgressReport:
         return time.monotonic() - self._started
 
     @property
-    def remaining(self) -> float:
-        """Estimated remaining seconds."""
-        made = max(1, self.done - self._first)
-        return self.seconds / made * (self.total - self.done)
+    def remaining(self) -> float | None:
+        """Estimated remaining seconds; None before this process has finished a unit."""
+        made = self.done - self._first
+        return self.seconds / made * (self.total - self.done) if made else None
 
     def expect(self, total: int) -> None:
         """Changes the total; shown with the next update."""
@@ -175,7 +175,7 @@ class ProgressReport:
 
     def _print_line(self) -> None:
         share = f"{self.description}: {self.done}/{self.total}"
-        times = f"{duration(self.seconds)} elapsed, ETA {duration(self.remaining)}"
-        line = f"{share}, {times}  {self._note}".rstrip()
+        left = "" if self.remaining is None else f", ETA {duration(self.remaining)}"
+        line = f"{share}, {duration(self.seconds)} elapsed{left}  {self._note}".rstrip()
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

@@ -77,6 +77,10 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+CODE = ("g2rpo", "reproduce", "benchmarks", "slurm", "pyproject.toml", "uv.lock")
+"""What results depend on; other changes do not make them dirty."""
+
+
 @functools.cache
 def git_state() -> tuple[str | None, bool | None]:
     """The commit of this repository and whether it has uncommitted changes; None if unknown.
@@ -87,8 +91,7 @@ def git_state() -> tuple[str | None, bool | None]:
     built_from = os.environ.get(COMMIT_VARIABLE)
     if commit is None and built_from:
         return built_from.removesuffix("-dirty"), built_from.endswith("-dirty")
-    # Results are written during runs; only other changes count as dirty.
-    changed = _git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)docs")
+    changed = _git("status", "--porcelain", "--", *CODE)
     return commit, None if changed is None else bool(changed)
 
 

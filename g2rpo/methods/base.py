@@ -46,7 +46,13 @@ class Method(StrictModel):
             return cls
         members = vars(importlib.import_module(f"g2rpo.methods.{name}")).values()
         kinds = [m for m in members if isinstance(m, type) and issubclass(m, cls)]
-        return next(kind for kind in kinds if kind.model_fields["name"].default == name)
+        for kind in kinds:
+            if "name" in kind.model_fields and kind.model_fields["name"].default == name:
+                return kind
+        raise UserError(
+            f"g2rpo/methods/{name}.py has no method named {name!r}; give its class the default "
+            f'`name: Literal["{name}"] = "{name}"`, as its file is called'
+        )
 
     def check(self, shape: RolloutShape) -> list[str]:
         """Rejects impossible combinations and returns notes for the user.

@@ -42,6 +42,11 @@ def _presets(method: str) -> dict[str, Any]:
     path = Path(method)
     if path.suffix not in (".yaml", ".yml"):
         path = Path(__file__).with_name(f"{method}.yaml")
+        if not path.exists() and method in method_names():
+            raise UserError(
+                f"method {method!r} has no presets; write g2rpo/methods/{method}.yaml "
+                "(docs/extending.md)"
+            )
         if not path.exists():
             raise UserError(f"no method {method!r}; {nearest(method, method_names())}")
     return load_yaml(path)

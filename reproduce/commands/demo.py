@@ -16,7 +16,9 @@ def demo(
         str, typer.Argument(help="What to draw, in the words of the mini world.")
     ] = "a white cross below a small green star on brown",
     images: Annotated[int, typer.Option(min=1, max=64, help="Images of each model.")] = 6,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG.")] = Path("demo.png"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The PNG; a PDF is written beside it.")
+    ] = Path("demo.png"),
 ) -> None:
     """Draw a caption with the mini world's base and with G²RPO, score both, save them as a PNG."""
     import torch
@@ -40,6 +42,7 @@ def demo(
     policy = FluxPolicy.load(base, "cpu")
     grid = build_grid(profile.evaluation.grid, policy.image_tokens)
     prompts = [Prompt(f"demo-{number}", caption) for number in range(images)]
+    typer.echo(f"drawing {images} images with the base and with G²RPO", err=True)
     pictures = {"Base": sample_ode(policy, prompts, grid, profile.evaluation.seed)}
     policy.load_transformer(Path(absolute(CHECKPOINT)))
     pictures["G²RPO"] = sample_ode(policy, prompts, grid, profile.evaluation.seed)
@@ -54,7 +57,11 @@ def demo(
         means = scores[name].mean(1).tolist()
         table.add_row(literal(profile.label(name)), *[f"{mean:.3f}" for mean in means])
     wide_console().print(table)
-    hps = scores["hps"].T.tolist()
-    rows = [f"HPS {base:.3f} → {trained:.3f}" for base, trained in hps]
+    listed = {"HPS": scores["hps"], "attributes": scores["attributes"]}
+    rows = [
+        f"{caption}: "
+        + ", ".join(f"{name} {one[0, n]:.3f} → {one[1, n]:.3f}" for name, one in listed.items())
+        for n in range(images)
+    ]
     columns = {label: [image.numpy() for image in shown] for label, shown in pictures.items()}
     typer.echo(picture_grid(columns, rows, output))

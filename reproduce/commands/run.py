@@ -127,7 +127,8 @@ def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
     submission = launch.save_submission(plan, cluster)
     # This process writes the table at the end, because it also prints it.
     todo = plan.todo.without([plan.render.name])
-    with LocalDisplay(submission, len(todo)) as display:
+    planned = len(plan.graph) - 1  # without the table
+    with LocalDisplay(submission, list(todo.stages.values()), planned) as display:
         launch.run_on_this_machine(submission, todo, jobs, display)
 
 

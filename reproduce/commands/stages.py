@@ -33,16 +33,21 @@ def _perform(
     from reproduce.jobs.runner import build_assets, check_hardware
     from reproduce.stages.base import perform
     from reproduce.stages.run import CELL_STAGES
+    from reproduce.stages.training import Train
     from slurm.cluster import load_cluster
     from slurm.distributed import join
 
+    settings = parse_overrides(overrides or [])
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
     check_hardware(chosen, loaded, load_cluster("local"))
     build_assets(chosen)
-    settings = parse_overrides(overrides or [])
     cell = experiments.resolve(loaded, chosen, key, seed, settings)
-    stage = CELL_STAGES[kind](layout_of(results), cell)
+    layout = layout_of(results)
+    # Before the lease, whose folder would look like a run.
+    if kind != "train" and not Train(layout, cell).is_recorded():
+        raise UserError(f"{key}, seed {seed} is not trained; run `g2rpo train` on this cell first")
+    stage = CELL_STAGES[kind](layout, cell)
     with join(int(os.environ.get("WORLD_SIZE", "1"))) as ranks:
         perform(stage, ranks)
     return stage

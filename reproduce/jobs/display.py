@@ -140,24 +140,33 @@ class LocalDisplay(_LiveDisplay):
 
     Args:
         submission: the submission.
-        total: number of stages to run.
+        stages: the stages to run.
+        planned: number of all stages of the experiment, finished ones included.
     """
 
-    def __init__(self, submission: Submission, total: int) -> None:
+    def __init__(self, submission: Submission, stages: Sequence[Stage], planned: int) -> None:
         super().__init__()
-        self.submission = submission
-        self.total, self.ended_count = total, 0
+        self.submission, self.total = submission, len(stages)
         self.started_at = self._last = time.monotonic()
+        self._left = {stage.name: stage.kind for stage in stages}
         self._begun: dict[str, float] = {}
+        self._took: dict[str, list[float]] = {}
+        self._jobs = 1
+        finished = planned - len(stages)
+        done = f"; {finished} of {planned} are finished already" if finished else ""
+        if stages:
+            self._print(f"{len(stages)} stages to run{done}")
 
     def started(self, stage: Stage) -> None:
         """A stage has started."""
         self._begun[stage.name] = time.monotonic()
+        self._jobs = max(self._jobs, len(self._begun))
 
     def ended(self, stage: Stage, code: int) -> None:
         """A stage has ended."""
         took = time.monotonic() - self._begun.pop(stage.name)
         if code == 0:
+            self._took.setdefault(stage.kind, []).append(took)
             self._say(stage, f"finished in {duration(took)}")
             return
         record = _record(stage)
@@ -182,12 +191,17 @@ class LocalDisplay(_LiveDisplay):
                     self._print(line)
 
     def _say(self, stage: Stage, what: str) -> None:
-        self.ended_count += 1
+        del self._left[stage.name]
         elapsed = time.monotonic() - self.started_at
-        eta = duration(elapsed / self.ended_count * (self.total - self.ended_count))
-        head = f"[{self.ended_count}/{self.total}] {stage}: {what}"
+        head = f"[{self.total - len(self._left)}/{self.total}] {stage}: {what}"
         self._last = time.monotonic()
-        self._print(f"{head} ({duration(elapsed)} so far, ETA {eta})")
+        self._print(f"{head} ({duration(elapsed)} so far, ETA {duration(self._remaining())})")
+
+    def _remaining(self) -> float:
+        """Estimated remaining seconds: a stage takes as long as others of its kind have taken."""
+        means = {kind: sum(took) / len(took) for kind, took in self._took.items()}
+        usual = sum(means.values()) / max(1, len(means))
+        return sum(means.get(kind, usual) for kind in self._left.values()) / self._jobs
 
 
 def _record(stage: Stage) -> Record | None:
