@@ -71,6 +71,8 @@ endif
 	@touch $@
 
 mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one seed, 2 CPU cores, 7 minutes)
+	@if [ "$(or $(PROFILE),mini)" != mini ]; then \
+		echo "error: make mini has the profile mini; use make reproduce-table1 PROFILE=$(PROFILE)" >&2; exit 2; fi
 	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile mini $(CHOICES)
 
 smoke: $(READY) ## run the whole pipeline on tiny random models (2 minutes)

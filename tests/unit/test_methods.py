@@ -13,6 +13,7 @@ from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.methods import dance_grpo, flow_grpo, mix_grpo
 from g2rpo.methods import g2rpo as granular
 from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
+from g2rpo.methods.presets import load_preset
 
 PAPER = RolloutShape(steps=16, group_size=12, iterations=300)
 
@@ -211,6 +212,25 @@ def test_a_new_file_is_a_new_method(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     finally:
         sys.modules.pop("g2rpo.methods.my_method", None)
     assert method.model_dump()["bias"] == 0.5
+
+
+def test_a_method_named_otherwise_than_its_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "my_method.py").write_text(
+        "from typing import Literal\n"
+        "from g2rpo.methods.g2rpo import G2RPO\n"
+        "class MyMethod(G2RPO):\n"
+        "    name: Literal['mymethod'] = 'mymethod'\n"
+    )
+    monkeypatch.setattr(g2rpo.methods, "__path__", [*g2rpo.methods.__path__, str(tmp_path)])
+    try:
+        with pytest.raises(UserError, match="has no method named 'my_method'"):
+            parse_method({"name": "my_method"})
+        with pytest.raises(UserError, match="'my_method' has no presets; write"):
+            load_preset("my_method", "matched")
+    finally:
+        sys.modules.pop("g2rpo.methods.my_method", None)
 
 
 @pytest.mark.parametrize(
