@@ -21,9 +21,14 @@ def demo(
     ] = Path("demo.png"),
 ) -> None:
     """Draw a caption with the mini world's base and with G²RPO, score both, save them as a PNG."""
+    from benchmarks.mini_world.world import scene_of
+
+    try:
+        scene_of(caption)
+    except UserError as error:
+        raise UserError(f"{error}; try 'a red ring on pink'") from None
     import torch
 
-    from benchmarks.mini_world.world import scene_of
     from g2rpo.data.prompts import Prompt
     from g2rpo.flow.schedule import build_grid
     from g2rpo.policy import FluxPolicy
@@ -33,10 +38,6 @@ def demo(
     from reproduce.experiment import absolute, load_profile
     from reproduce.tables.picture_grid import picture_grid
 
-    try:
-        scene_of(caption)
-    except UserError as error:
-        raise UserError(f"{error}; try 'a red ring on pink'") from None
     profile = load_profile("mini")
     base = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
     policy = FluxPolicy.load(base, "cpu")
