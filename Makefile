@@ -62,7 +62,7 @@ ifdef TORCH_INDEX
 	$(UV) export --quiet --locked --no-emit-project --no-hashes --output-file $(VENV)-packages.txt
 	$(UV) venv --quiet --clear --python "$(PYTHON)" $(VENV)
 	$(UV) pip install --quiet --python $(VENV) --constraints $(VENV)-packages.txt \
-		--default-index $(TORCH_INDEX) torch torchvision
+		--index $(TORCH_INDEX) --index-strategy unsafe-best-match torch torchvision
 	$(UV) pip install --quiet --python $(VENV) --constraints $(VENV)-packages.txt --group dev -e .
 	@rm $(VENV)-packages.txt
 else
