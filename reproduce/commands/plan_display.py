@@ -76,7 +76,9 @@ def print_plan(plan: Plan, cluster: Cluster, *, everything: bool = False) -> Non
     console = wide_console()
     experiment, profile = plan.experiment, plan.profile
     head = f"{experiment.name}, profile {profile.name}: {len(plan.cells)} cells"
-    console.print(literal(f"{head}, on {cluster.name} ({cluster.kind})"))
+    where = "this machine" if cluster.kind == "local" else "SLURM"
+    named = "" if cluster.name == cluster.kind else f" (cluster profile {cluster.name})"
+    console.print(literal(f"{head}, on {where}{named}"))
     try:
         estimates = stage_estimates(plan)
     except UserError as error:

@@ -155,7 +155,7 @@ def _unfinished(
     elif said is not None:
         word, reason = _job_end(said)
     elif driven:
-        word, reason = "waiting", "waiting for the stages it needs or a free device"
+        word, reason = "waiting", ""
     else:
         word = "interrupted"
         reason = "SLURM no longer knows its job" if job else reason or "it was stopped"

@@ -94,7 +94,7 @@ def test_the_local_prediction_is_told(
     monkeypatch.chdir(tmp_path)
     print_plan(plan_of(tmp_path), load_cluster("local"))
     text = capsys.readouterr().out
-    assert "t, profile mini: 4 cells, on local (local)" in text
+    assert "t, profile mini: 4 cells, on this machine" in text
     assert "wall time: about " in text and " at a time" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
     assert rows["train"][1:4] == ["2", "0", "2"]
