@@ -33,13 +33,20 @@ def test_time_limit_starts_a_training_again(
     place.wait_iteration(TRAIN, 1)
     # Looked at every 30 s, and a signal that would be due before the next look is given at once.
     cluster.set_time_limit(job, 1)
-    cluster.wait(lambda: cluster.fields(job)["Restarts"] == "1", "restart")
-    place.wait_iteration(TRAIN, 2)
-    first, second = place.attempts(TRAIN)
-    assert first.state == "stopped"
-    assert first.record is not None and second.record is not None
+    cluster.wait(lambda: cluster.fields(job)["Restarts"] != "0", "restart")
+    # A minute may be over again before a busy machine has started the next attempt.
+    cluster.set_time_limit(job, 20)
+    first = place.attempts(TRAIN)[0]
+    assert first.state == "stopped" and first.record is not None
+    saved = first.record.progress.done or 0
+    assert saved > 0
+
     # It saved when it was asked to, long before the next checkpoint was due.
-    assert second.record.progress.done > first.record.progress.done > 0
+    def resumed() -> bool:
+        records = [attempt.record for attempt in place.attempts(TRAIN)[1:]]
+        return any(record and (record.progress.done or 0) > saved for record in records)
+
+    cluster.wait(resumed, "iteration after the restart")
     for name in place.alive():
         cluster.scancel(name)
 
