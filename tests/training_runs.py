@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
+from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.checkpoint.folder import latest_checkpoint
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
@@ -45,9 +47,30 @@ def config_for(assets: Path, **changes: object) -> TrainConfig:
     return TrainConfig.model_validate(data)
 
 
-def trainer_for(config: TrainConfig, run: Path, reward: Brightness | None = None) -> Trainer:
+def trainer_for(
+    config: TrainConfig,
+    run: Path,
+    reward: Brightness | None = None,
+    kind: type[Trainer] = Trainer,
+) -> Trainer:
     run.mkdir(parents=True, exist_ok=True)
-    return Trainer(config, run, rewards={name: reward or Brightness() for name in config.rewards})
+    return kind(config, run, rewards={name: reward or Brightness() for name in config.rewards})
+
+
+class StopsAtOnce(Trainer):
+    """Is asked to stop, and to be resumed, in every iteration."""
+
+    def iterate(self) -> dict[str, object]:
+        StopRequest.request("test", resume=True)
+        return super().iterate()
+
+
+def train_one_iteration(config: TrainConfig, run: Path) -> None:
+    """Trains until it has obeyed a stop after the first iteration."""
+    trainer = trainer_for(config, run, kind=StopsAtOnce)
+    with pytest.raises(Stopped):
+        trainer.train()
+    StopRequest.clear()
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

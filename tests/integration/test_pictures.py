@@ -10,14 +10,12 @@ import pytest
 import torch
 from command_line import write_small_profile
 from PIL import Image
-from training_runs import config_for, trainer_for, weights
+from training_runs import config_for, train_one_iteration, trainer_for, weights
 
 from benchmarks.evaluation.held_out import EvaluationConfig, image_path, sample_images
 from g2rpo.data.prompts import read_prompts
 from g2rpo.policy import FluxPolicy
-from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.checkpoint.folder import checkpoint_folder
-from g2rpo.training.loop import Trainer
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.previews import pictured_iterations, pictures_folder, save_previews
 
@@ -96,19 +94,8 @@ def test_a_run_that_was_stopped_has_each_once(
 ) -> None:
     config = config_for(smoke_assets, pictures=pictures_of(smoke_assets))
     sampled = []
-    original = Trainer.iterate
-
-    def stopped(self: Trainer) -> dict[str, object]:
-        if self.progress.iteration == 0:
-            StopRequest.request("test", resume=True)
-        return original(self)
-
-    monkeypatch.setattr(Trainer, "iterate", stopped)
-    with pytest.raises(Stopped):
-        trainer_for(config, tmp_path).train()
-    StopRequest.clear()
+    train_one_iteration(config, tmp_path)
     assert pictured_iterations(tmp_path) == []
-    monkeypatch.setattr(Trainer, "iterate", original)
     from g2rpo.training import previews as pictures
 
     sample = pictures._sampled

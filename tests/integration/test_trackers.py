@@ -4,31 +4,18 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import config_for, trainer_for
+from training_runs import config_for, train_one_iteration, trainer_for
 
 from g2rpo.errors import UserError
-from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training import collective
-from g2rpo.training.loop import Trainer
 
 
 def test_tensorboard_has_each_iteration_once_after_a_resume(
-    smoke_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smoke_assets: Path, tmp_path: Path
 ) -> None:
     execution = {"device": "cpu", "trackers": ["tensorboard"]}
     config = config_for(smoke_assets, execution=execution)
-    original = Trainer.iterate
-
-    def stopped(self: Trainer) -> dict[str, object]:
-        if self.progress.iteration == 0:
-            StopRequest.request("test", resume=True)
-        return original(self)
-
-    monkeypatch.setattr(Trainer, "iterate", stopped)
-    with pytest.raises(Stopped):
-        trainer_for(config, tmp_path).train()
-    StopRequest.clear()
-    monkeypatch.setattr(Trainer, "iterate", original)
+    train_one_iteration(config, tmp_path)
     trainer_for(config, tmp_path).train()
     events = EventAccumulator(str(tmp_path / "tensorboard" / "g2rpo"))
     events.Reload()

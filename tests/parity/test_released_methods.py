@@ -28,7 +28,7 @@ SEED, CLIP_RANGE = 5, 1e-4
 CONTROL = 5e-3
 """How far apart each quantity is at least where eta is another by one percent."""
 EXPERIMENT, PROFILE = load_experiment("released-vs-matched"), load_profile("mini")
-JUDGES = reward_configs(PROFILE)
+REWARDS = reward_configs(PROFILE)
 
 Quantities = dict[str, tuple[Tensor, Tensor]]
 """By name: values, and what they are measured from (of images and rewards, their group's mean)."""
@@ -152,7 +152,7 @@ def config_of(case: Case) -> TrainConfig:
     """What ``g2rpo train released-vs-matched CELL`` trains with the case's changes."""
     # One image at a time, as the plain side scores: the float32 rewards agree to the last bit.
     rewards = {
-        name: {"reward": JUDGES[name].model_dump() | {"batch_size": 1}, "weight": weight}
+        name: {"reward": REWARDS[name].model_dump() | {"batch_size": 1}, "weight": weight}
         for name, weight in case.rewards.items()
     }
     optimization = {"iterations": case.iterations, **case.changes.get("optimization", {})}
@@ -173,7 +173,7 @@ def run_plain(
     method: Method, case: Case, models: Models, texts: Sequence[Mapping[str, str]]
 ) -> tuple[list[Found], Quantities]:
     """The reference's iterations on the given prompts."""
-    scorers = {name: load_reward(JUDGES[name], "cpu") for name in case.rewards}
+    scorers = {name: load_reward(REWARDS[name], "cpu") for name in case.rewards}
     rewards = {
         name: lambda image, text, scorer=scorer: float(scorer.score(image[None], [text]))
         for name, scorer in scorers.items()

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -197,40 +198,39 @@ def test_methods_are_the_files_of_the_package() -> None:
         assert parse_method(method) is method
 
 
-def test_a_new_file_is_a_new_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "my_method.py").write_text(
-        "from typing import Literal\n"
-        "from g2rpo.methods.g2rpo import G2RPO\n"
-        "class MyMethod(G2RPO):\n"
-        "    name: Literal['my_method'] = 'my_method'\n"
-        "    bias: float = 0.0\n"
-    )
+@pytest.fixture
+def add_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Writes ``my_method.py`` beside the methods; its class has the name that is given."""
+
+    def add(name: str) -> None:
+        (tmp_path / "my_method.py").write_text(
+            "from typing import Literal\n"
+            "from g2rpo.methods.g2rpo import G2RPO\n"
+            "class MyMethod(G2RPO):\n"
+            f"    name: Literal['{name}'] = '{name}'\n"
+            "    bias: float = 0.0\n"
+        )
+
     monkeypatch.setattr(g2rpo.methods, "__path__", [*g2rpo.methods.__path__, str(tmp_path)])
-    try:
-        assert "my_method" in method_names()
-        method = parse_method({"name": "my_method", "bias": 0.5})
-    finally:
-        sys.modules.pop("g2rpo.methods.my_method", None)
+    yield add
+    sys.modules.pop("g2rpo.methods.my_method", None)
+
+
+def test_a_new_file_is_a_new_method(add_method: Callable[[str], None]) -> None:
+    add_method("my_method")
+    assert "my_method" in method_names()
+    method = parse_method({"name": "my_method", "bias": 0.5})
     assert method.model_dump()["bias"] == 0.5
 
 
 def test_a_method_named_otherwise_than_its_file_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    add_method: Callable[[str], None],
 ) -> None:
-    (tmp_path / "my_method.py").write_text(
-        "from typing import Literal\n"
-        "from g2rpo.methods.g2rpo import G2RPO\n"
-        "class MyMethod(G2RPO):\n"
-        "    name: Literal['mymethod'] = 'mymethod'\n"
-    )
-    monkeypatch.setattr(g2rpo.methods, "__path__", [*g2rpo.methods.__path__, str(tmp_path)])
-    try:
-        with pytest.raises(UserError, match="has no method named 'my_method'"):
-            parse_method({"name": "my_method"})
-        with pytest.raises(UserError, match="'my_method' has no presets; write"):
-            load_preset("my_method", "matched")
-    finally:
-        sys.modules.pop("g2rpo.methods.my_method", None)
+    add_method("mymethod")
+    with pytest.raises(UserError, match="has no method named 'my_method'"):
+        parse_method({"name": "my_method"})
+    with pytest.raises(UserError, match="'my_method' has no presets; write"):
+        load_preset("my_method", "matched")
 
 
 @pytest.mark.parametrize(
