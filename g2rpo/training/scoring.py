@@ -75,8 +75,16 @@ def score_slices(
 
 
 def in_batches(model: RewardModel) -> bool:
-    """Whether the model prepares and evaluates in batches, and does not override ``score``."""
-    return isinstance(model, BatchedReward) and type(model).score is BatchedReward.score
+    """Whether the model's batches may be evaluated one by one.
+
+    Not those of an offloaded model, nor of one with a ``score`` of its own: only ``score`` moves
+    the networks.
+    """
+    return (
+        isinstance(model, BatchedReward)
+        and not model.offloaded
+        and type(model).score is BatchedReward.score
+    )
 
 
 def _evaluate(

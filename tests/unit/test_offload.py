@@ -1,5 +1,6 @@
 """Offloaded models are on the device only while they are used."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from g2rpo.offload import on_device
 from g2rpo.rewards.base import BatchedReward, RewardConfig
 from g2rpo.training.loop import Trainer
+from g2rpo.training.scoring import score_slices
 
 
 class Evaluator(BatchedReward):
@@ -33,12 +35,22 @@ class Evaluator(BatchedReward):
         raise ValueError("as asked")
 
 
-def test_a_reward_is_on_its_device_while_it_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda reward, images: reward.score(images, ["a cat"]),
+        lambda reward, images: score_slices({"evaluator": reward}, [images], ["a cat"]),
+    ],
+    ids=["alone", "in a rollout"],
+)
+def test_a_reward_is_on_its_device_while_it_scores(
+    monkeypatch: pytest.MonkeyPatch, score: Callable[[Evaluator, Tensor], object]
+) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     reward = Evaluator()
     reward.offload()
     with pytest.raises(ValueError, match="as asked"):
-        reward.score(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), ["a cat"])
+        score(reward, torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
     assert reward.moves == ["cpu", "cuda:0", "cpu"]
 
 
