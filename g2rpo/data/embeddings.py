@@ -169,6 +169,12 @@ class EmbeddingCache:
         if shards == self._shards:
             return
         self._shards, self._entries = shards, {}
+        # A shard that was written again since is no longer the damaged one.
+        self.damaged = {
+            shard: state
+            for shard, state in self.damaged.items()
+            if state is not None and shards.get(shard) == state
+        }
         for shard, state in shards.items():
             if self.damaged.get(shard) == state:
                 continue
@@ -199,7 +205,7 @@ class EmbeddingCache:
         """
         self.refresh()
         for shard in self._by_shard(prompts):
-            state = file_state(shard)
+            state = self._shards[shard]
             try:
                 if state is None or is_hashed(state[-1]):
                     _check(shard, state)

@@ -297,6 +297,16 @@ def test_a_damaged_shard_is_encoded_again_with_a_warning(
     assert contents(tmp_path) == expected
 
 
+def test_a_shard_that_was_written_again_is_kept(tmp_path: Path) -> None:
+    cache = filled(tmp_path, 8)
+    shards(tmp_path)[0].write_bytes(b"")
+    fill(cache, prompts_of(8), Recorder(), PROMPT_BYTES, 4)
+    recorder = Recorder()
+    fill(cache, prompts_of(9), recorder, PROMPT_BYTES, 4)
+    assert recorder.encoded == prompts_of(9)[8:]
+    assert_holds(cache, 9)
+
+
 def test_damage_is_found_when_it_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     filled(tmp_path, 4)
     cache = EmbeddingCache(tmp_path)
