@@ -17,6 +17,7 @@ The rule, in this order:
 
 import hashlib
 import io
+import struct
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from threading import Lock
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from g2rpo.errors import UserError, reason
@@ -38,8 +39,9 @@ _SIXTEEN_BITS = frozenset({"PNG", "TIFF", "JPEG2000", "PPM", "IM"})
 _GRAY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 """Pillow's factor for gray of fewer bits, which it does not apply to the transparent colour."""
 _TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}
-# Programs store whole workflows in a PNG file's texts, of which Pillow reads a megabyte by default.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Texts of a PNG file that may hold its orientation."""
 _filters = Lock()
 
 
@@ -78,7 +80,7 @@ def load_image(path: Path) -> LoadedImage:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        with _opened(io.BytesIO(data)) as image:
+        with _opened(io.BytesIO(_without_text(data))) as image:
             pixels = np.array(to_rgb(image))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -113,6 +115,24 @@ def _opened(file: Path | io.BytesIO) -> Image.Image:
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(file, formats=image_formats())
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG file without texts and colour profile, which may be damaged or larger than its pixels.
+
+    Programs store whole workflows there; Pillow rejects more than a megabyte.
+    """
+    if not data.startswith(_PNG):
+        return data
+    kept, start = [_PNG], len(_PNG)
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + length + 12
+        text = kind in (b"tEXt", b"zTXt", b"iTXt") and not data.startswith(_ORIENTED, start + 8)
+        if not text and kind != b"iCCP":
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -321,6 +321,18 @@ def test_much_text_does_not_matter(tmp_path: Path, kind: bytes, after: bool) -> 
     assert load_image(tmp_path / "a.png").sha256 == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [(b"zTXt", b"a\0\7xx"), (b"iTXt", b"a\0\1\7\0\0xx"), (b"iCCP", b""), (b"tEXt", b"a\0b")],
+)
+def test_damaged_text_does_not_matter(tmp_path: Path, kind: bytes, body: bytes) -> None:
+    data = bytearray(png(8, 0, bytes(TWO), (kind, body)))
+    if kind == b"tEXt":
+        data[data.index(kind) + len(kind) + len(body)] ^= 1  # its checksum
+    (tmp_path / "a.png").write_bytes(data)
+    np.testing.assert_array_equal(loaded(tmp_path / "a.png")[0, :, 0], TWO)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
 @pytest.mark.parametrize("exif", [b"garbage!!", b"Exif\0\0II*\0\xff\xff\xff\xff"])
 def test_damaged_metadata_does_not_matter(tmp_path: Path, name: str, exif: bytes) -> None:
