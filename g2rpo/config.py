@@ -11,10 +11,9 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pydantic
-from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from g2rpo.errors import UserError
@@ -55,13 +54,19 @@ class StrictModel(pydantic.BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _only_known_keys(cls, data: Any) -> Any:
-        """Rejects an unknown key with a hint, before anything else is reported."""
-        known = {field.alias or name: field for name, field in cls.model_fields.items()}
+        """Rejects an unknown key before anything else is reported."""
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for key in data if isinstance(data, Mapping) else ():
             if key not in known:
-                hint = _hint(str(key), known)
-                raise PydanticCustomError("unknown_key", "{hint}", {"key": str(key), "hint": hint})
+                context = {"key": str(key), "model": cls}
+                raise PydanticCustomError("unknown_key", "unknown key {key!r}", context)
         return data
+
+    @classmethod
+    def concrete(cls, data: Any) -> type[Self]:
+        """The class that ``data`` stands for: a subclass if it names one."""
+        del data
+        return cls
 
 
 def unhashed(default: Any, **constraints: Any) -> Any:
@@ -140,8 +145,10 @@ def _models(annotation: Any) -> Iterator[type[StrictModel]]:
             yield from _models(member)
 
 
-def _hint(key: str, known: Mapping[str, FieldInfo]) -> str:
-    """What the unknown ``key`` of a model with the fields ``known`` probably means."""
+def _hint(model: type[StrictModel], place: Location, data: Any) -> str:
+    """What the unknown key at ``place`` of ``data``, a key of ``model``, probably means."""
+    key = str(place[-1])
+    known = {field.alias or name: field for name, field in model.model_fields.items()}
     renamed = RENAMED_KEYS.get(key)
     if renamed in known:
         return f"it was renamed to {renamed!r}"
@@ -150,9 +157,11 @@ def _hint(key: str, known: Mapping[str, FieldInfo]) -> str:
     inner = [
         f"{name}.{key}"
         for name, field in known.items()
-        if any(key in model.model_fields for model in _models(field.annotation))
+        for option in _models(field.annotation)
+        if key in option.concrete(_at(data, (name,))).model_fields
     ]
-    if inner:
+    # Deeper down, a key of that name is more often meant for its own section.
+    if inner and len(place) == 1:
         return f"did you mean {' or '.join(sorted(map(repr, inner)))}?"
     return nearest(key, known)
 
@@ -181,8 +190,10 @@ def _one_line(error: pydantic.ValidationError, data: Any) -> str:
     location, peers = first["loc"], [first]
     key = ".".join(str(part) for part in location)
     if first["type"] == "unknown_key":
-        key = ".".join(str(part) for part in (*location, first["ctx"]["key"]))
-        return f"unknown key {key!r}; {first['msg']}"
+        context = first["ctx"]
+        place = (*location, context["key"])
+        key = ".".join(map(str, place))
+        return f"unknown key {key!r}; {_hint(context['model'], place, data)}"
     if first["type"] == "missing":
         return f"missing key {key!r}"
     found = first.get("input")

@@ -261,6 +261,8 @@ def test_a_plain_training_configuration_is_valid() -> None:
         ),
         (["optimization.optimizer_step=per_step"], ("it was renamed to 'update_every'",)),
         (["advantage.fusion=mean"], ("it was renamed to 'granularity_reduction'",)),
+        (["eta=0.5"], ("did you mean 'method.eta'?",)),
+        (["pictures={file: a.txt, steps: 3}"], ("unknown key 'pictures.steps'; valid: ",)),
         (["continuations={fp8: true}"], ("it was renamed to 'approximate_rollout'",)),
         (["method.name=g2rp"], ("method.name", "'g2rp'", "'g2rpo'")),
         (["method=g2rpo"], ("method", "mapping with a name", "mix_grpo")),
