@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from slurm.checks import limits
@@ -12,6 +14,7 @@ from slurm.checks.finding import Case, Finding, Word, listed
 from slurm.checks.limits import SECONDS, Site
 from slurm.checks.probe import files, look_around
 from slurm.checks.trial import stage_script, trial_folder, trials
+from slurm.cluster import Cluster
 from slurm.graph import Needs
 from slurm.states import ask
 
@@ -54,7 +57,7 @@ def _nodes(partition: str) -> Finding:
         UserError: SLURM does not answer.
     """
     shown = ("--noheader", f"--partition={partition}", "--format=%N|%T|%G, %c CPUs, %m MB|%E")
-    rows = [line.split("|") for line in ask("sinfo", *shown, seconds=SECONDS).splitlines()]
+    rows = [line.split("|", 3) for line in ask("sinfo", *shown, seconds=SECONDS).splitlines()]
     rows = [list(map(str.strip, row)) for row in rows if len(row) == 4]
     bad = [row for row in rows if _UNUSABLE.search(row[1])]
     found = "; ".join(
@@ -85,20 +88,22 @@ def _verdict(case: Case, site: Site, needs: Needs, kinds: tuple[str, ...]) -> Fi
     except UserError as error:
         flags = r"^#SBATCH (--(?:nodes|ntasks|gpus|gres|cpus|mem|partition|constraint)\S*)"
         found = f"{error}; requested {' '.join(re.findall(flags, text, re.MULTILINE))}"
-        fix = _fix(str(error).lower(), site, case.cluster.partition_of(needs))
+        fix = _fix(str(error).lower(), site, case.cluster, needs)
         return Finding("failed", what, found, fix)
     start = re.search(r"to start at .*", answer)
     return Finding("ok", what, f"would {start[0][3:]}" if start else "yes")
 
 
-def _fix(error: str, site: Site, partition: str | None) -> str:
+def _fix(error: str, site: Site, cluster: Cluster, needs: Needs) -> str:
     """The profile keys to change if SLURM rejects a batch script."""
     if "account" in error:
         return "set account: (`sacctmgr show association user=$USER` lists yours)"
-    if "qos" in error:
+    if "qos" in error and site.qos:
         return f"set qos: to one of {listed(sorted(site.qos), 8)}"
-    if "partition" in error:
-        return f"set partition: {nearest(partition or '', site.partitions)}"
+    if "partition name" in error or "no partition" in error:
+        partition = cluster.partition_of(needs)
+        key = "partition" if partition == cluster.partition else "cpu_partition"
+        return f"set {key}: {nearest(partition or '', site.partitions)}"
     return (
         "change gpus_per_node, gpu_type, cpus_per_task, memory_gb_per_task or constraint to what "
         "the nodes have, or use fewer ranks"
@@ -127,6 +132,15 @@ def _image(case: Case) -> Iterator[Finding]:
         yield Finding("ok", "image", image)
 
 
+def _memory(case: Case) -> Iterator[Finding]:
+    """Whether this machine has the main memory that stages need."""
+    has = psutil.virtual_memory().total / 2**30
+    wanted = max((needs.memory_gb or 0 for needs in case.wanted.values()), default=0)
+    if has < wanted:
+        found = f"{has:.0f} GiB, a stage needs {wanted} GB"
+        yield Finding("failed", "memory here", found, "use a smaller profile or a larger machine")
+
+
 def _folder(case: Case, usable: set[str | None] | None = None) -> Iterator[Finding]:
     """The results folder here, and as jobs see it; ``usable``: partitions with usable nodes."""
     what = f"the folder {case.results}"
@@ -134,7 +148,8 @@ def _folder(case: Case, usable: set[str | None] | None = None) -> Iterator[Findi
         with trial_folder(case.results) as folder:
             if case.cluster.kind != "slurm":
                 yield Finding("ok", what, "writable")
-                gpus = any(needs.gpus for needs in case.wanted.values())
+                yield from _memory(case)
+                gpus = max((needs.gpus for needs in case.wanted.values()), default=0)
                 here = {"modules": (), "artifacts": (), "gpus": gpus}
                 yield from look_around(case.question.model_copy(update=here), folder, "here")
             elif case.quick:

@@ -40,7 +40,7 @@ class Question(StrictModel):
         modules: Python modules to import.
         files: absolute paths of files that must exist.
         artifacts: published weights that must be cached, by name.
-        gpus: whether the process has a GPU.
+        gpus: how many GPUs the process must see.
         gpu_memory_gb: required memory of each GPU.
         disk_gb: free space, in GB, below which there is a warning.
         several: whether stages have several ranks, which must reach each other; None skips this.
@@ -49,7 +49,7 @@ class Question(StrictModel):
     modules: tuple[str, ...] = ("g2rpo",)
     files: tuple[str, ...] = ()
     artifacts: tuple[str, ...] = ()
-    gpus: bool = False
+    gpus: int = 0
     gpu_memory_gb: int = 0
     disk_gb: float = 1.0
     several: bool | None = None

@@ -212,5 +212,7 @@ def preemption(case: Case, site: Site) -> Iterator[Finding]:
                 f"preempted jobs have {grace} s (GraceTime) to save, signal_lead_seconds: {lead}"
             )
             fix = f"administrator: set GraceTime={lead}; or lower signal_lead_seconds"
+        elif "SUSPEND" in mode:
+            found = "preempted jobs are suspended and continue later"
         found = found or f"{mode.lower()}, {grace} s to save"
         yield Finding("warning" if fix else "ok", what, found, fix)

@@ -27,7 +27,7 @@ def look_around(question: Question, folder: Path, place: str) -> Iterator[Findin
     if question.several is not None:
         yield _names(place, "failed" if question.several else "warning")
     if question.gpus:
-        yield _gpus(question.gpu_memory_gb, f"GPUs {place}")
+        yield _gpus(question.gpus, question.gpu_memory_gb, f"GPUs {place}")
     free = shutil.disk_usage(folder).free / 1e9
     if free < question.disk_gb:
         found = f"{free:.1f} GB free, about {question.disk_gb:.0f} GB needed"
@@ -79,7 +79,7 @@ def _names(place: str, word: Word) -> Finding:
     return Finding("ok", f"names {place}", "the first node's name resolves")
 
 
-def _gpus(wanted_gb: int, what: str) -> Finding:
+def _gpus(wanted: int, wanted_gb: int, what: str) -> Finding:
     import torch  # slow to import; stages without GPUs do not need it
 
     try:
@@ -87,9 +87,11 @@ def _gpus(wanted_gb: int, what: str) -> Finding:
         problem = ""
     except (RuntimeError, AssertionError) as error:
         gpus, problem = [], f" ({_line(error)})"
-    if not gpus:
+    if len(gpus) < wanted:
         fix = "run `nvidia-smi` there; install a torch for its driver; pass GPUs to the container"
-        return Finding("failed", what, f"requested one, torch sees none{problem}", fix)
+        return Finding(
+            "failed", what, f"needs {wanted}, torch sees {len(gpus) or 'none'}{problem}", fix
+        )
     return gpu_memory([(gpu.name, gpu.total_memory / 2**30) for gpu in gpus], wanted_gb, what)
 
 

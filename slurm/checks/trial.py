@@ -70,10 +70,10 @@ def trials(case: Case, folder: Path, usable: Collection[str | None]) -> Iterator
 def _run(case: Case, folder: Path, needs: Needs, label: str) -> Iterator[Finding]:
     """Submits the job, waits for it, reports its findings, and cancels what is left of it."""
     several = any(each.ranks > 1 for each in case.wanted.values())
-    question = case.question.model_copy(update={"gpus": needs.gpus > 0, "several": several})
+    question = case.question.model_copy(update={"gpus": min(1, needs.gpus), "several": several})
     atomic_write_text(folder / QUESTION, question.model_dump_json())
-    case.tell(f"{label}: submitted, waiting up to {START_SECONDS} s ...")
     job = ask("sbatch", "--parsable", "--chdir=/", text=_script(case, folder, needs))
+    case.tell(f"{label}: submitted, waiting up to {START_SECONDS} s ...")
     job = job.strip().splitlines()[-1].split(";")[0]
     try:
         state = _wait(job)

@@ -111,6 +111,17 @@ def test_a_rejection_by_sbatch_names_what_to_change(
     assert fix in found.fix
 
 
+def test_the_partition_of_stages_without_gpus_is_named(
+    answers: dict[str, str], tmp_path: Path
+) -> None:
+    answers["--test-only"] = "error: allocation failure: Invalid partition name specified"
+    stages = {"render": Needs()}
+    found = line(quick(tmp_path, stages, cpu_partition="mian"), "sbatch accepts render")
+    assert found.fix == "set cpu_partition: did you mean 'main'?"
+    answers["--test-only"] = "error: Requested partition configuration not available now"
+    assert line(quick(tmp_path, stages), "sbatch accepts render").fix.startswith("change gpus")
+
+
 def test_resources_that_do_not_fit(answers: dict[str, str], tmp_path: Path) -> None:
     found = line(quick(tmp_path, {"train": Needs(3, 3)}), "sbatch accepts train")
     assert found.word == "failed"
@@ -199,12 +210,14 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     question = Question(files=(str(file),), disk_gb=1e9)
     here = Case(Cluster(kind="local"), TRAIN, tmp_path / "results", question=question)
     found = check_cluster(here)
-    assert line(found, "GPUs here").found == "requested one, torch sees none"
+    assert line(found, "GPUs here").found == "needs 4, torch sees none"
     assert line(found, "files here").word == "failed"
     assert line(found, "disk here").word == "warning"
     file.write_text("a cat\n")
     fitting = replace(here, wanted={"train": Needs(memory_gb=1)}, question=Question())
     assert words(check_cluster(fitting)) == {"ok"}
+    large = replace(fitting, wanted={"train": Needs(memory_gb=10**6)})
+    assert line(check_cluster(large), "memory here").word == "failed"
     blocked = check_cluster(replace(here, wanted={}, results=file / "results"))
     assert line(blocked, f"the folder {file}").word == "failed"
 
@@ -212,7 +225,7 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_job_reports_missing_names_weights_and_files(tmp_path: Path) -> None:
     question = Question(
         files=(str(tmp_path / "gone.txt"),), modules=("json", "no_such_module"),
-        artifacts=("flux-dev",), several=True, gpus=True,
+        artifacts=("flux-dev",), several=True, gpus=1,
     )  # fmt: skip
     (tmp_path / QUESTION).write_text(question.model_dump_json())
     job = {
