@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from g2rpo.errors import UserError
+from g2rpo.files import check_place
 
 CHECKPOINT = "benchmarks/mini_world/trained/g2rpo"
 """What ``g2rpo export`` wrote of a G²RPO run on the mini world; its README says which."""
@@ -27,6 +28,9 @@ def demo(
         scene_of(caption)
     except UserError as error:
         raise UserError(f"{error}; try 'a red ring on pink'") from None
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; give a file, e.g. {output / 'demo.png'}")
+    check_place(output)
     import torch
 
     from g2rpo.data.prompts import Prompt
@@ -36,6 +40,7 @@ def demo(
     from g2rpo.sampling import sample_ode
     from g2rpo.terminal import literal, plain_table, wide_console
     from reproduce.experiment import absolute, load_profile
+    from reproduce.experiment.resolving import reward_configs
     from reproduce.tables.picture_grid import picture_grid
 
     profile = load_profile("mini")
@@ -50,8 +55,8 @@ def demo(
 
     table = plain_table("reward", *pictures, right=tuple(pictures))
     scores = {}
-    for name, reward in profile.rewards.items():
-        model = load_reward(reward.config, "cpu")
+    for name, config in reward_configs(profile).items():
+        model = load_reward(config, "cpu")
         scores[name] = torch.stack(
             [model.score(list(shown), [caption] * images) for shown in pictures.values()]
         )

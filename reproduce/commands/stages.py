@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,39 +18,51 @@ from reproduce.commands.options import (
     layout_of,
 )
 
+if TYPE_CHECKING:
+    from reproduce.experiment import ResolvedCell
+    from reproduce.experiment.layout import Layout
+    from reproduce.stages.base import CellStage
 
-def _perform(
-    kind: str,
+
+def _cell(
     experiment: str,
     key: str,
     profile: str,
     seed: int,
     results: Path,
     overrides: list[str] | None,
-) -> Any:
-    """Runs one stage of a cell under its lease, on the launched ranks, and returns it."""
+) -> "tuple[Layout, ResolvedCell]":
+    """The cell that the arguments of a command name, and where its runs are."""
+    settings = parse_overrides(overrides or [])  # before the imports, which take seconds
     from reproduce import experiment as experiments
     from reproduce.jobs.runner import build_assets, check_hardware
-    from reproduce.stages.base import perform
-    from reproduce.stages.run import CELL_STAGES
-    from reproduce.stages.training import Train
     from slurm.cluster import load_cluster
-    from slurm.distributed import join
 
-    settings = parse_overrides(overrides or [])
     chosen = experiments.load_profile(profile)
     loaded = experiments.load_experiment(experiment)
     check_hardware(chosen, loaded, load_cluster("local"))
     build_assets(chosen)
-    cell = experiments.resolve(loaded, chosen, key, seed, settings)
-    layout = layout_of(results)
+    return layout_of(results), experiments.resolve(loaded, chosen, key, seed, settings)
+
+
+def _perform(stage: "CellStage") -> None:
+    """Runs one stage of a cell under its lease, on the launched ranks.
+
+    Raises:
+        UserError: it needs a training that is not there; nothing is written then.
+    """
+    from reproduce.stages.base import perform
+    from reproduce.stages.training import Train
+    from slurm.distributed import join
+
+    cell = stage.cell
     # Before the lease, whose folder would look like a run.
-    if kind != "train" and not Train(layout, cell).is_recorded():
-        raise UserError(f"{key}, seed {seed} is not trained; run `g2rpo train` on this cell first")
-    stage = CELL_STAGES[kind](layout, cell)
+    if stage.kind != Train.kind and not Train(stage.layout, cell).is_recorded():
+        raise UserError(
+            f"{cell.key}, seed {cell.seed} is not trained; run `g2rpo train` on this cell first"
+        )
     with join(int(os.environ.get("WORLD_SIZE", "1"))) as ranks:
         perform(stage, ranks)
-    return stage
 
 
 def train(
@@ -65,7 +77,10 @@ def train(
 
     For several ranks, start it with `accelerate launch -m reproduce.cli train ...`.
     """
-    stage = _perform("train", experiment, cell, profile, seed, results, overrides)
+    from reproduce.stages.training import Train
+
+    stage = Train(*_cell(experiment, cell, profile, seed, results, overrides))
+    _perform(stage)
     typer.echo(stage.folder)
 
 
@@ -78,7 +93,10 @@ def sample(
     overrides: Overrides = None,
 ) -> None:
     """Sample the held-out images of one trained cell."""
-    stage = _perform("sample", experiment, cell, profile, seed, results, overrides)
+    from reproduce.stages.evaluation import Sample
+
+    stage = Sample(*_cell(experiment, cell, profile, seed, results, overrides))
+    _perform(stage)
     typer.echo(stage.images)
 
 
@@ -130,9 +148,12 @@ def score(
         ):
             if given is not None:
                 raise UserError(f"{name} applies to a folder or manifest, not to a cell")
-        arguments = (source, cell, profile or "mini", seed, results, overrides)
-        _perform("sample", *arguments)
-        stage = _perform("score", *arguments)
+        from reproduce.stages.evaluation import Sample, Score
+
+        place = _cell(source, cell, profile or "mini", seed, results, overrides)
+        _perform(Sample(*place))
+        stage = Score(*place)
+        _perform(stage)
         stage.finish()  # if killed after the last share was scored
         typer.echo(stage.folder / "scores.parquet")
         return

@@ -141,7 +141,7 @@ class LocalDisplay(_LiveDisplay):
     Args:
         submission: the submission.
         stages: the stages to run.
-        planned: number of all stages of the experiment, finished ones included.
+        planned: number of all stages of the experiment.
     """
 
     def __init__(self, submission: Submission, stages: Sequence[Stage], planned: int) -> None:
@@ -152,10 +152,9 @@ class LocalDisplay(_LiveDisplay):
         self._begun: dict[str, float] = {}
         self._took: dict[str, list[float]] = {}
         self._jobs = 1
-        finished = planned - len(stages)
-        done = f"; {finished} of {planned} are finished already" if finished else ""
+        of = f" of {planned}" if planned > len(stages) else ""
         if stages:
-            self._print(f"{len(stages)} stages to run{done}")
+            self._print(f"{len(stages)}{of} stages to run")
 
     def started(self, stage: Stage) -> None:
         """A stage has started."""
@@ -195,12 +194,13 @@ class LocalDisplay(_LiveDisplay):
         elapsed = time.monotonic() - self.started_at
         head = f"[{self.total - len(self._left)}/{self.total}] {stage}: {what}"
         self._last = time.monotonic()
-        self._print(f"{head} ({duration(elapsed)} so far, ETA {duration(self._remaining())})")
+        eta = f", ETA {duration(self._remaining())}" if self._took else ""
+        self._print(f"{head} ({duration(elapsed)} so far{eta})")
 
     def _remaining(self) -> float:
         """Estimated remaining seconds: a stage takes as long as others of its kind have taken."""
         means = {kind: sum(took) / len(took) for kind, took in self._took.items()}
-        usual = sum(means.values()) / max(1, len(means))
+        usual = sum(means.values()) / len(means)
         return sum(means.get(kind, usual) for kind in self._left.values()) / self._jobs
 
 
