@@ -157,9 +157,11 @@ def split_of(scene: Scene) -> str:
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """A random valid scene of ``split`` (one of :data:`SPLITS`).
 
-    Half of the test scenes have a held-out combination; ``judge`` has all scenes outside the test
-    and validation splits.
+    At least half of the test scenes have a held-out combination; ``judge`` has all scenes outside
+    the test and validation splits.
     """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}")
     want_held_out = split == "test" and rng.random() < 0.5
     accepted = ("train", "judge") if split == "judge" else (split,)
     while True:

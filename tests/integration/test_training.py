@@ -26,7 +26,7 @@ from g2rpo.training.metrics import read_metrics
 from reproduce.cli import app
 
 ITERATIONS = 4
-ROUNDS = 24
+ROUNDS = 36
 
 
 def train_command(profile: Path, results: Path) -> list[str]:
@@ -147,7 +147,7 @@ def test_training_raises_the_reward_it_trains_on(
     trainer = trainer_for(config, tmp_path)
     before = trainer.validate()["validation/hps"]
     first, *_ = [trainer.iterate() for _ in range(ROUNDS)]
-    assert trainer.validate()["validation/hps"] > before + 0.01
+    assert trainer.validate()["validation/hps"] > before + 0.02
     assert first["ratio_deviation"] < 2e-6
     assert first["clipped_fraction"] == 0.0
 

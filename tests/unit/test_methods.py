@@ -34,6 +34,10 @@ def test_g2rpo_defaults_are_the_paper_settings() -> None:
     assert method.check(PAPER) == []
 
 
+def test_dance_grpo_diffusion_is_constant() -> None:
+    assert dance_grpo.DanceGRPO().diffusion((1.0, 0.8, 0.5, 0.0)) == (0.3,) * 3
+
+
 def test_g2rpo_without_the_anchor_reward_scores_groups_alone() -> None:
     tree = granular.G2RPO(log_anchor_reward=False, granularities=(1,)).rollout_tree(PAPER, 0)
     assert tree.logged_images == []

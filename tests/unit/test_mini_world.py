@@ -81,6 +81,11 @@ def test_splits_are_disjoint_and_combinations_are_held_out() -> None:
     assert 0.4 < share_held_out < 0.8
 
 
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown split 'tets'"):
+        world.sample_scene(generator(1, "test"), "tets")
+
+
 @pytest.mark.parametrize("split", world.SPLITS)
 def test_fresh_scenes_belong_to_their_split(split: str) -> None:
     rng = generator(3, "fresh", split)
