@@ -8,6 +8,6 @@ class UserError(Exception):
     """
 
 
-def reason(error: Exception, limit: int = 200) -> str:
+def reason(error: BaseException, limit: int = 200) -> str:
     """The message of ``error`` as one line of at most ``limit`` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 
 from submitit.slurm import slurm as submitit_slurm
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from slurm.cluster import Cluster
 from slurm.graph import Stage
 from slurm.job import TERMINATED, requeue_marker
@@ -107,8 +107,7 @@ class Batch:
         try:
             made.update_parameters(**self._parameters())
         except (ValueError, TypeError, AssertionError) as error:
-            message = " ".join(str(error).split())[:300]
-            raise UserError(f"cluster {self.cluster.name}: {message}") from None
+            raise UserError(f"cluster {self.cluster.name}: {reason(error, 300)}") from None
         if len(self.stages) > 1:
             made.parameters["map_count"] = len(self.stages)  # as submitit itself makes an array
         return made

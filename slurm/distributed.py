@@ -41,9 +41,8 @@ class Ranks:
         """The first rank's ``message``, on all ranks."""
         if self.count == 1:
             return message
-        from accelerate.utils import (
-            broadcast_object_list,
-        )  # slow to import; one rank does not need it
+        # Slow to import, and one rank does not need it.
+        from accelerate.utils import broadcast_object_list
 
         received: list[str | None] = broadcast_object_list([message])
         return received[0]

@@ -14,6 +14,7 @@ from benchmarks.evaluation.protocol import DiversityConfig, EvaluationConfig
 from benchmarks.evaluation.scoring.engine import Scorer
 from benchmarks.evaluation.scoring.items import Item
 from g2rpo.data.prompts import Prompt
+from g2rpo.errors import reason
 from g2rpo.files import atomic_path, check_publication, remove
 from g2rpo.flow.schedule import build_grid
 from g2rpo.policy import FluxPolicy
@@ -34,7 +35,7 @@ def image_problem(path: Path) -> str | None:
         with Image.open(path) as image:
             image.verify()
     except Exception as error:  # Pillow raises many types for damaged files
-        return f"is damaged ({' '.join(str(error).split())[:200]})"
+        return f"is damaged ({reason(error)})"
     return None
 
 

@@ -226,7 +226,7 @@ def prompts_of_iteration(
     per_epoch = len(prompts) // count
     if per_epoch == 0:
         raise UserError(
-            f"training.prompts_per_iteration is {count}, but the prompt set has only "
+            f"rollout.prompts_per_iteration is {count}, but the prompt set has only "
             f"{len(prompts)}; lower it or add prompts"
         )
     epoch, position = divmod(iteration, per_epoch)

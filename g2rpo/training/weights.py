@@ -307,7 +307,7 @@ def build_optimizer(
         except ImportError:
             raise UserError(
                 "optimization.optimizer=adamw_8bit needs torchao, which is not installed; run "
-                "`pip install torchao` or use adamw"
+                "`.uv/bin/uv pip install torchao` or use adamw"
             ) from None
         kind = AdamW8bit
     return kind(

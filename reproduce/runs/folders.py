@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.checksums import FILES, checksums_of, parse_document, problems, write_document
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.training.checkpoint.folder import CHECKPOINTS, checkpoint_folder, problem
 
 logger = logging.getLogger(__name__)
@@ -165,11 +165,10 @@ def reporting_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, ValueError, TypeError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
         # A stage does not run again while its manifest marks it complete.
         files = "it" if path.name == MANIFEST else f"it and the {MANIFEST} next to it"
         raise UserError(
-            f"{path}: cannot be read by this version ({text}); delete {files} and {AGAIN}"
+            f"{path}: cannot be read by this version ({reason(error)}); delete {files} and {AGAIN}"
         ) from None
 
 

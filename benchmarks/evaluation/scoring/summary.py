@@ -101,7 +101,7 @@ def show(lines: Sequence[Line], too_long: Mapping[str, Sequence[str]], console: 
     for reward, ids in too_long.items():
         if ids:
             shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
-            console.print(literal(f"{reward} truncated {len(ids)} prompts: {shown}"))
+            console.print(literal(f"prompts truncated by {reward} ({len(ids)}): {shown}"))
 
 
 def _table(lines: Sequence[Line]) -> PlainTable:

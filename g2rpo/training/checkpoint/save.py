@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from g2rpo.checksums import checksums_of
+from g2rpo.errors import reason
 from g2rpo.files import atomic_folder, check_publication, publish_folder
 from g2rpo.training.checkpoint.folder import (
     SHARDS,
@@ -40,7 +41,7 @@ def reason_of(error: BaseException) -> str:
     """An error's message in one line; if it holds several ranks' errors, the first one's."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300]
+    return reason(error, 300)
 
 
 @dataclass
@@ -50,7 +51,6 @@ class _Pending:
     future: Future[Checksums]
     progress: Progress
     temporary: Path
-    folder: Path
 
 
 class CheckpointWriter:
@@ -100,17 +100,18 @@ class CheckpointWriter:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        folder = checkpoint_folder(self.run, pending.progress.iteration)
         own: Checksums = {}
-        with self._writing(pending.folder):
+        with self._writing(folder):
             try:
                 own = pending.future.result()
             except (CheckpointException, RuntimeError) as error:
                 raise OSError(reason_of(error)) from error
         files = {k: v for part in of_all_ranks(self.accelerator, own) for k, v in part.items()}
-        with self._writing(pending.folder):
+        with self._writing(folder):
             if self.accelerator.is_main_process:
                 write_state(pending.temporary, pending.progress, files)
-                publish_folder(pending.temporary, pending.folder)
+                publish_folder(pending.temporary, folder)
                 self._prune(pending.progress)
 
     @contextmanager
@@ -139,7 +140,7 @@ class CheckpointWriter:
         )
         assert isinstance(future, Future)
         measured = self._measuring.submit(self._measured, future, temporary)
-        self._pending = _Pending(measured, progress, temporary, folder)
+        self._pending = _Pending(measured, progress, temporary)
 
     def _measured(self, written: Future[Any], temporary: Path) -> Checksums:
         """The checksums of the files that this rank writes, once ``written``."""
