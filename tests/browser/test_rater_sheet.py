@@ -36,7 +36,8 @@ def find(browser: "Chrome", selector: str) -> list:
 def downloaded(folder: Path) -> Path:
     until = time.monotonic() + 600
     while time.monotonic() < until:
-        found = list(folder.glob("*.csv"))
+        # Chromium creates the file empty, writes beside it and renames at the end.
+        found = [path for path in folder.glob("*.csv") if path.stat().st_size]
         if found:
             return found[0]
         time.sleep(0.1)
