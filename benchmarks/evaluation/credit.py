@@ -18,13 +18,12 @@ ratio is |m|^2 / s^2. Its inverse is the number of groups to average until signa
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.checksums import parse_document, write_document
@@ -37,6 +36,7 @@ from g2rpo.stop import StopRequest
 from g2rpo.training.batch import training_batch
 from g2rpo.training.collective import sum_over_ranks
 from g2rpo.training.loop import Trainer
+from g2rpo.training.measuring import GradientMoments
 from g2rpo.training.rollout import Rollout
 
 logger = logging.getLogger(__name__)
@@ -206,51 +206,6 @@ def _correlation(trainer: Trainer, first: Tensor, second: Tensor) -> float:
 # --- the gradient --------------------------------------------------------------------------------
 
 
-@dataclass
-class GradientMoments:
-    """Running sums for the mean and the variance of gradients.
-
-    Attributes:
-        total: sum of the gradients, one tensor per parameter.
-        squares: sum of their squared norms.
-        count: number of gradients.
-    """
-
-    total: list[Tensor] = field(default_factory=list)
-    squares: float = 0.0
-    count: int = 0
-
-    def add(self, gradient: Sequence[Tensor]) -> None:
-        """Adds a gradient."""
-        self.squares += squared_length(gradient)
-        self.count += 1
-        if not self.total:
-            self.total = [part.detach().clone() for part in gradient]
-            return
-        for place, part in enumerate(gradient):
-            self.total[place] += part
-
-    @property
-    def noise(self) -> float:
-        """Unbiased estimate of E|g - m|^2."""
-        mean_square = squared_length(self.total) / self.count**2
-        return max(0.0, (self.squares - self.count * mean_square) / (self.count - 1))
-
-    @property
-    def signal(self) -> float:
-        """Unbiased estimate of |m|^2; the mean of ``count`` gradients is still noisy."""
-        return squared_length(self.total) / self.count**2 - self.noise / self.count
-
-
-def squared_length(parts: Sequence[Tensor]) -> float:
-    """Sum of all squares in float64."""
-    total = 0.0
-    for part in parts:
-        square = part.detach().double().pow(2).sum()
-        total += float(square.full_tensor() if isinstance(square, DTensor) else square)
-    return total
-
-
 def _gradients(
     trainer: Trainer,
     prompts: list[Prompt],
@@ -293,13 +248,7 @@ def step_gradients(
     gradients = {}
     for step in sorted(set(batch.steps)):
         members = torch.nonzero(step_of == step).flatten()
-        trainer.updater.backward(batch.update(members))
-        gradient = [
-            torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for p in trainer.weights.parameters
-        ]
-        gradients[step] = len(members), gradient
-        trainer.weights.drop_gradients()
+        gradients[step] = len(members), trainer.updater.gradient(batch.update(members))[1]
     return gradients
 
 

@@ -28,6 +28,7 @@ from g2rpo.checksums import parse_document, write_document
 from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_bytes, sha256_file
+from g2rpo.training.checkpoint.folder import BACKWARD_EVALUATIONS
 
 Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")]
 """A row's key, such as ``base`` or ``hps/g2rpo``; safe in file names."""
@@ -61,7 +62,7 @@ class Cost(StrictModel):
     @property
     def equal_cost_evaluations(self) -> int:
         """Rollout NFE plus three times the backwards, for compute-matched comparisons."""
-        return self.rollout_evaluations + 3 * self.training_backwards
+        return self.rollout_evaluations + BACKWARD_EVALUATIONS * self.training_backwards
 
 
 class Protocol(StrictModel):

@@ -4,7 +4,7 @@ import functools
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import g2rpo.methods
 from g2rpo.config import StrictModel, nearest
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
+from g2rpo.methods.adaptive import Measurement, Measurements
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class RolloutShape:
         steps: denoising steps T.
         group_size: samples per group G.
         iterations: planned training iterations.
+        seed: the run's seed, for a method that draws its rollout.
     """
 
     steps: int
     group_size: int
     iterations: int
+    seed: int = 0
 
 
 class Method(StrictModel):
@@ -67,21 +70,31 @@ class Method(StrictModel):
         """The SDE coefficient g at each of the T steps."""
         raise NotImplementedError
 
-    def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
+    def tree(self, shape: RolloutShape, phase: Any) -> RolloutTree:
         """The rollout of one prompt in an iteration of ``phase``."""
         raise NotImplementedError
 
-    def phase(self, shape: RolloutShape, iteration: int) -> int:
+    def phase(
+        self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
+    ) -> Hashable:
         """The phase of ``iteration`` (counted from 0), on which the tree depends.
 
-        By default all iterations are in one phase and have the same tree.
+        By default all iterations are in one phase and have the same tree. A method that chooses
+        its rollout by ``measurements`` gives its cheapest one without them, for planning.
         """
-        del shape, iteration
+        del shape, iteration, measurements
         return 0
 
-    def rollout_tree(self, shape: RolloutShape, iteration: int) -> RolloutTree:
+    def rollout_tree(
+        self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
+    ) -> RolloutTree:
         """The rollout of one prompt in ``iteration`` (counted from 0)."""
-        return self.tree(shape, self.phase(shape, iteration))
+        return self.tree(shape, self.phase(shape, iteration, measurements))
+
+    def measures(self, iteration: int) -> frozenset[Measurement]:
+        """What ``iteration`` measures for later phases; nothing by default."""
+        del iteration
+        return frozenset()
 
     def with_resolved_schedule(self, shape: RolloutShape) -> Self:
         """A copy with everything derived from the planned iterations written out.
@@ -103,10 +116,13 @@ class Method(StrictModel):
 
 
 def iterations_by_rollout(method: Method, shape: RolloutShape) -> dict[int, int]:
-    """The number of iterations with each rollout, by the first iteration that has it."""
+    """The number of iterations with each rollout, by the first iteration that has it.
+
+    If the rollouts are chosen during training, the cheapest ones are assumed.
+    """
     if type(method).phase is Method.phase:
         return {0: shape.iterations}
-    first: dict[int, int] = {}
+    first: dict[Hashable, int] = {}
     counts: Counter[int] = Counter()
     for iteration in range(shape.iterations):
         counts[first.setdefault(method.phase(shape, iteration), iteration)] += 1
@@ -120,10 +136,8 @@ def method_names() -> list[str]:
 
 @functools.cache
 def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
-    modules = pkgutil.iter_modules(folders)
-    return tuple(
-        sorted(module.name for module in modules if module.name not in ("base", "presets"))
-    )
+    names = {module.name for module in pkgutil.iter_modules(folders)}
+    return tuple(sorted(names - {"adaptive", "base", "presets"}))
 
 
 def parse_method(value: Any) -> Method:

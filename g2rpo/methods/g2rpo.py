@@ -1,15 +1,22 @@
 """G2RPO: singular stochastic sampling and multi-granularity advantages (arXiv 2510.01982)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, field_validator
 
-from g2rpo.config import nearest
+from g2rpo.config import nearest, unhashed
 from g2rpo.flow.granularity import coinciding_granularities, continuation_nodes
 from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.transition import flow_diffusion
+from g2rpo.methods.adaptive import (
+    AdaptiveGranularities,
+    AdaptiveSteps,
+    Measurement,
+    Measurements,
+)
 from g2rpo.methods.base import Method, RolloutShape, check_steps
+from g2rpo.seeds import permutation
 
 NamedSteps = Literal["first_half", "last_half", "all", "every_second", "first", "middle", "last"]
 """Sets of stochastic steps for any grid; the last step is never one of them."""
@@ -29,6 +36,13 @@ def named_steps(name: NamedSteps, steps: int) -> tuple[int, ...]:
     return tuple(chosen[name])
 
 
+class Branches(NamedTuple):
+    """Where an iteration's rollout branches, and how its branches are continued."""
+
+    steps: tuple[int, ...]
+    granularities: tuple[int, ...]
+
+
 class G2RPO(Method):
     """One deterministic anchor per prompt, and G branches with noise at each step of M.
 
@@ -45,6 +59,12 @@ class G2RPO(Method):
     """The set of granularities; (1,) is "without MGAI"."""
     log_anchor_reward: bool = True
     """Also scores the anchor's image, only for the log (as the released code does)."""
+    drawn_steps: int | None = unhashed(None, ge=1)
+    """Draws this many of the stochastic steps afresh in each iteration; null uses all of them."""
+    adaptive_steps: AdaptiveSteps | None = unhashed(None)
+    """Chooses some of the stochastic steps by their gradients; null uses all of them."""
+    adaptive_granularities: AdaptiveGranularities | None = unhashed(None)
+    """Drops granularities that rank images as a coarser one does; null uses all of them."""
 
     @field_validator("stochastic_steps", mode="before")
     @classmethod
@@ -72,6 +92,7 @@ class G2RPO(Method):
             raise ValueError(
                 f"method.granularities: {min(self.granularities)} is not a stride; use 1 or more"
             )
+        self._check_choices(len(chosen))
         return [
             f"at stochastic step {step}, granularities {first} and {second} visit the same nodes; "
             "that trajectory is evaluated once and counts twice in the advantage"
@@ -80,26 +101,72 @@ class G2RPO(Method):
             )
         ]
 
+    def _check_choices(self, steps: int) -> None:
+        """Rejects choices that contradict each other or leave nothing to choose."""
+        adaptive, different = self.adaptive_steps, len({*self.granularities})
+        if self.drawn_steps is not None and adaptive is not None:
+            raise ValueError("method: set drawn_steps or adaptive_steps, not both")
+        counts = {
+            "drawn_steps": self.drawn_steps,
+            "adaptive_steps.count": None if adaptive is None else adaptive.count,
+        }
+        for key, count in counts.items():
+            if count is not None and count >= steps:
+                raise ValueError(
+                    f"method.{key}: {count} of {steps} stochastic steps leaves no choice; use "
+                    f"fewer or add to method.stochastic_steps"
+                )
+        if self.adaptive_granularities is not None and (
+            different < 2 or different < len(self.granularities)
+        ):
+            raise ValueError(
+                "method.adaptive_granularities needs two or more different granularities, not "
+                f"{list(self.granularities)}"
+            )
+
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
         """Flow form: eta sqrt(sigma / (1 - sigma))."""
         return flow_diffusion(self.eta, sigmas)
 
-    def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
+    def phase(
+        self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
+    ) -> Branches:
+        """The branches of ``iteration``."""
+        steps, granularities = tuple(sorted(self.steps_of(shape.steps))), self.granularities
+        if self.drawn_steps is not None:
+            order = permutation(len(steps), shape.seed, "stochastic-steps", iteration)
+            steps = tuple(steps[place] for place in sorted(order[: self.drawn_steps]))
+        measured = self.measures(iteration)
+        if self.adaptive_steps is not None and "signal_to_noise" not in measured:
+            steps = self.adaptive_steps.chosen(steps, measurements)
+        if self.adaptive_granularities is not None and "agreement" not in measured:
+            granularities = self.adaptive_granularities.chosen(granularities, measurements)
+        return Branches(steps, granularities)
+
+    def measures(self, iteration: int) -> frozenset[Measurement]:
+        """See :meth:`Method.measures`."""
+        choices: dict[Measurement, AdaptiveSteps | AdaptiveGranularities | None] = {
+            "signal_to_noise": self.adaptive_steps,
+            "agreement": self.adaptive_granularities,
+        }
+        return frozenset(k for k, one in choices.items() if one is not None and one.due(iteration))
+
+    def tree(self, shape: RolloutShape, phase: Branches) -> RolloutTree:
         """The anchor, its branches and their continuations."""
         tree = RolloutTree(shape.steps)
         anchor = [tree.initial(sample=0)]
-        last = shape.steps if self.log_anchor_reward else max(self.steps_of(shape.steps))
+        last = shape.steps if self.log_anchor_reward else max(phase.steps)
         for node in range(1, last + 1):
             anchor.append(tree.ode(anchor[-1], node))
         if self.log_anchor_reward:
             tree.logged_images.append(anchor[-1])
-        for step in sorted(self.steps_of(shape.steps)):
+        for step in phase.steps:
             # All branches leave the anchor's state, so the sweep evaluates its velocity once for
             # the anchor and the G branches (the released code does so for each sample).
             branches = [
                 tree.sde(anchor[step], sample, record=True) for sample in range(shape.group_size)
             ]
-            for granularity in self.granularities:
+            for granularity in phase.granularities:
                 nodes = continuation_nodes(step, granularity, shape.steps)[1:]
                 images = tuple(tree.follow(branch, nodes) for branch in branches)
                 tree.groups.append(Group(images, step, granularity))

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.transition import flow_diffusion
+from g2rpo.methods.adaptive import Measurements
 from g2rpo.methods.base import Method, RolloutShape
 
 
@@ -35,8 +36,11 @@ class MixGRPO(Method):
         """See :meth:`Method.with_resolved_schedule`: the interval."""
         return self.model_copy(update={"interval": self.moves_every(shape)})
 
-    def phase(self, shape: RolloutShape, iteration: int) -> int:
+    def phase(
+        self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
+    ) -> int:
         """The first step of the window."""
+        del measurements
         # The released schedule never trains the last two transitions. The window starts at 0,
         # stride, 2 stride, ... below that, so the last positions hold fewer steps than the others,
         # and returns to 0 after them; a stride of 0 leaves one position.

@@ -74,6 +74,9 @@ class OptimizationConfig(StrictModel):
     max_device_seconds: float | None = unhashed(None, gt=0)
     """Ends the run early, after the iteration in which the device-seconds of all ranks reach this.
     The result then depends on the machine; null sets no limit."""
+    max_equal_cost: int | None = unhashed(None, ge=1)
+    """Ends the run early, after the iteration in which rollout evaluations plus three times the
+    backwards, over all ranks, reach this; null sets no limit."""
     optimizer: Literal["adamw", "adamw_8bit"] = unhashed("adamw")
     """``adamw_8bit`` keeps AdamW's two moments in 8 bits (torchao), a quarter of their memory."""
     learning_rate: float = Field(2e-6, gt=0)
@@ -202,7 +205,9 @@ class TrainConfig(StrictModel):
     @property
     def shape(self) -> RolloutShape:
         """The sizes that the method's rollout depends on."""
-        return RolloutShape(self.grid.steps, self.rollout.group_size, self.optimization.iterations)
+        return RolloutShape(
+            self.grid.steps, self.rollout.group_size, self.optimization.iterations, self.seed
+        )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

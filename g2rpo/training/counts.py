@@ -2,10 +2,12 @@
 
 import bisect
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from g2rpo.flow.rollout_tree import RolloutTree, recorded_steps
 from g2rpo.methods.base import Method, RolloutShape, iterations_by_rollout
+from g2rpo.training.checkpoint.folder import BACKWARD_EVALUATIONS
 from g2rpo.training.config import TrainConfig, ValidationConfig
 
 DRAWS = 256
@@ -15,6 +17,9 @@ DRAWS = 256
 @dataclass(frozen=True)
 class TrainingCounts:
     """The counters of a whole run, over all ranks.
+
+    Estimates if the method draws the steps of its rollout (those of seed 0) or chooses its rollout
+    during training (the cheapest one).
 
     Attributes:
         rollout_evaluations: velocity evaluations (NFE) in rollouts.
@@ -29,38 +34,42 @@ class TrainingCounts:
     training_backwards: int
     images_scored: int
 
+    @property
+    def equal_cost_evaluations(self) -> int:
+        """Rollout NFE plus three times the backwards."""
+        return self.rollout_evaluations + BACKWARD_EVALUATIONS * self.training_backwards
+
 
 def training_counts(config: TrainConfig) -> TrainingCounts:
     """The counters of a run of ``config``."""
     method, prompts = config.method, config.rollout.prompts_per_iteration
     evaluations, images, states = _counts_of_prompt(
-        type(method), method.model_dump_json(), config.shape, _samples_per_update(config)
+        type(method),
+        method.model_dump_json(),
+        replace(config.shape, seed=0),
+        _samples_per_update(config),
     )
     backwards = round(prompts * states)
     with_base = 2 if config.optimization.kl_coefficient > 0 else 1
     return TrainingCounts(prompts * evaluations, with_base * backwards, backwards, prompts * images)
 
 
-def iterations_within(config: TrainConfig, evaluations: int) -> int:
-    """The most iterations whose rollouts take at most ``evaluations`` (NFE); at least 1.
+def iterations_within(config: TrainConfig, cost: Callable[[TrainingCounts], int], most: int) -> int:
+    """The most iterations whose ``cost`` is at most ``most``; at least 1.
 
     A method whose schedule depends on the planned iterations, as MixGRPO's window does, is
     scheduled anew for each number tried.
     """
-    method, prompts = config.method, config.rollout.prompts_per_iteration
 
-    def cost(iterations: int) -> int:
-        shape = replace(config.shape, iterations=iterations)
-        rollouts = iterations_by_rollout(method, shape).items()
-        return prompts * sum(
-            n * method.rollout_tree(shape, i).velocity_evaluations for i, n in rollouts
-        )
+    def cost_of(iterations: int) -> int:
+        planned = config.optimization.model_copy(update={"iterations": iterations})
+        return cost(training_counts(config.model_copy(update={"optimization": planned})))
 
-    most = 1
-    while cost(2 * most) <= evaluations:
-        most *= 2
-    # ``most`` iterations fit, twice as many do not.
-    return most - 1 + bisect.bisect_right(range(most, 2 * most), evaluations, key=cost) or 1
+    fits = 1
+    while cost_of(2 * fits) <= most:
+        fits *= 2
+    # ``fits`` iterations are within it, twice as many are not.
+    return fits - 1 + bisect.bisect_right(range(fits, 2 * fits), most, key=cost_of) or 1
 
 
 def validations(config: ValidationConfig | None, iterations: int) -> int:
@@ -80,6 +89,8 @@ def _counts_of_prompt(
         evaluations += count * tree.velocity_evaluations
         images += count * len(tree.images)
         states += count * _mean_trained_states(method, tree, shape.group_size, samples)
+        if "signal_to_noise" in method.measures(iteration):
+            states += count * len(recorded_steps(tree))
     return evaluations, images, states
 
 

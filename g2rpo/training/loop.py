@@ -14,6 +14,7 @@ from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import build_grid
 from g2rpo.flow.sweep import SweepSettings
+from g2rpo.methods.adaptive import rank_correlations, signal_to_noise_ratios, with_newer
 from g2rpo.policy.folder import resolve_source
 from g2rpo.policy.size import read_size
 from g2rpo.progress import ProgressReport
@@ -21,7 +22,7 @@ from g2rpo.rewards.base import RewardModel
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training.advantages import TransitionAdvantages
-from g2rpo.training.batch import rollout_advantages, training_batch
+from g2rpo.training.batch import TrainingBatch, rollout_advantages, training_batch
 from g2rpo.training.batch_sizes import BatchSizes
 from g2rpo.training.checkpoint.folder import Progress, writing
 from g2rpo.training.checkpoint.load import resume
@@ -36,6 +37,7 @@ from g2rpo.training.collective import (
 )
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.continuation import ContinuationPolicy
+from g2rpo.training.measuring import measure_agreement, measure_gradients
 from g2rpo.training.memory import check_fits
 from g2rpo.training.metrics import (
     METRICS_FILE,
@@ -112,6 +114,16 @@ class Trainer:
                 f"rollout.prompts_per_iteration={config.rollout.prompts_per_iteration} is not "
                 f"divisible by {ranks} ranks; use a multiple of {ranks}"
             )
+        halves = 2 * ranks
+        if (
+            "signal_to_noise" in config.method.measures(0)
+            and config.rollout.prompts_per_iteration % halves
+        ):
+            raise UserError(
+                f"method.adaptive_steps compares the gradients of two halves of the prompts; use a "
+                f"multiple of {halves} for rollout.prompts_per_iteration at {ranks} rank(s), not "
+                f"{config.rollout.prompts_per_iteration}"
+            )
         if self.accelerator.device.type == "cuda":
             _, total = torch.cuda.mem_get_info(self.accelerator.device)
             size = read_size(resolve_source(config.policy.source, config.policy.revision))
@@ -148,21 +160,24 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether no iteration is left (the same on all ranks, as their counters are)."""
-        settings, spent = self.config.optimization, self.progress.device_seconds
-        limit = settings.max_device_seconds
-        return self.progress.iteration >= settings.iterations or (
-            limit is not None and spent >= limit
+        return self.progress.iteration >= self.config.optimization.iterations or self._spent >= 1
+
+    @property
+    def _spent(self) -> float:
+        """The share of its cost limit that the run has used; 0 without a limit."""
+        settings, progress = self.config.optimization, self.progress
+        limits = (
+            (progress.device_seconds, settings.max_device_seconds),
+            (progress.equal_cost_evaluations, settings.max_equal_cost),
         )
+        return max(0.0 if limit is None else cost / limit for cost, limit in limits)
 
     @property
     def expected_iterations(self) -> int:
         """Iterations that the run will have, estimated from their cost so far."""
-        settings, progress = self.config.optimization, self.progress
-        limit, spent = settings.max_device_seconds, progress.device_seconds
-        if limit is None or spent == 0:
-            return settings.iterations
-        within = math.ceil(progress.iteration * limit / spent)
-        return max(progress.iteration, min(settings.iterations, within))
+        planned, done = self.config.optimization.iterations, self.progress.iteration
+        within = math.ceil(done / self._spent) if self._spent else planned
+        return max(done, min(planned, within))
 
     def save(self) -> None:
         """Writes a checkpoint of the current state (:meth:`CheckpointWriter.save`)."""
@@ -279,21 +294,45 @@ class Trainer:
         clock.end("scoring")
         advantages = self.advantages(rollout)
         batch = training_batch(rollout, prompts, self.config, advantages)
+        measured = self.measure(rollout, batch)
         updates = self.updater.run(batch, prompts, iteration)
         if self.ema is not None:
             self.ema.step(self.weights.parameters)
         clock.end("training")
-        sums = sum_over_ranks(self.accelerator, iteration_sums(rollout, batch, updates, clock))
+        own = iteration_sums(rollout, batch, updates, measured, clock)
+        sums = sum_over_ranks(self.accelerator, own)
         return self._count(sums, updates, advantages)
 
     def rollout(self, prompts: list[Prompt]) -> Rollout:
         """Draws and scores this rank's samples of the next iteration."""
         iteration = self.progress.iteration
-        tree = self.config.method.rollout_tree(self.config.shape, iteration)
+        method, measurements = self.config.method, self.progress.measurements
+        tree = method.rollout_tree(self.config.shape, iteration, measurements)
         with raise_on_all_ranks(self.accelerator), self.weights.rollout():
             rollout = self.engine.run(tree, prompts, iteration)
         self.sizes.share_rollout()
         return rollout
+
+    def measure(self, rollout: Rollout, batch: TrainingBatch) -> list[UpdateStatistics]:
+        """Measures what the method needs to choose later rollouts, if that is due.
+
+        Returns:
+            The forwards and backwards that it took.
+        """
+        wanted = self.config.method.measures(rollout.iteration)
+        found: dict[str, float] = {}
+        computed: list[UpdateStatistics] = []
+        if "agreement" in wanted:
+            found |= sum_over_ranks(self.accelerator, measure_agreement(rollout, self.config))
+        if "signal_to_noise" in wanted:
+            prompts = self.config.rollout.prompts_per_iteration
+            gradients, computed = measure_gradients(self.updater, batch, prompts)
+            found |= gradients
+        if wanted:
+            # The ranks' sums agree up to rounding at least; the choice must be the same.
+            shared = of_all_ranks(self.accelerator, found)[0]
+            self.progress.measurements = with_newer(self.progress.measurements, shared)
+        return computed
 
     def advantages(self, rollout: Rollout) -> TransitionAdvantages:
         """The advantages of this rank's transitions."""
@@ -322,8 +361,10 @@ class Trainer:
         self.progress.advance(sums, step_cache=cached)
         vars(self.progress).update(self.sizes.reduced)
         ranks, groups = self.accelerator.num_processes, advantages.zero_std_groups
+        counters = {k: v for k, v in vars(self.progress).items() if k != "measurements"}
+        measured = self.progress.measurements or {}
         return {
-            **{name: value for name, value in vars(self.progress).items() if value is not None},
+            **{name: value for name, value in counters.items() if value is not None},
             "rollout_micro_batch": self.sizes.rollout.states,
             "seconds": self.progress.device_seconds / ranks,
             "learning_rate": self.config.optimization.learning_rate,
@@ -331,4 +372,6 @@ class Trainer:
             "ratio_deviation": updates[0].ratio_deviation,
             **iteration_row(sums, ranks, self.config.rewards),
             **{f"advantage/{name}/zero_std_groups": count for name, count in groups.items()},
+            **{f"signal_to_noise/{k}": v for k, v in signal_to_noise_ratios(measured).items()},
+            **{f"agreement/{k[0]}-{k[1]}": v for k, v in rank_correlations(measured).items()},
         }

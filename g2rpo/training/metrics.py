@@ -143,15 +143,20 @@ def iteration_sums(
     rollout: "Rollout",
     batch: "TrainingBatch",
     updates: Sequence["UpdateStatistics"],
+    measured: Sequence["UpdateStatistics"],
     clock: PhaseClock,
 ) -> dict[str, float]:
-    """One rank's share of an iteration's costs and metrics, to be summed over ranks."""
+    """One rank's share of an iteration's costs and metrics, to be summed over ranks.
+
+    ``measured`` are forwards and backwards beside those of the updates.
+    """
+    computed = (*updates, *measured)
     sums = {
         "rollout_evaluations": rollout.velocity_evaluations,
         "reused_evaluations": rollout.reused_evaluations,
         "images_scored": len(rollout.tree.images) * len(rollout.conditioning),
-        "training_forwards": sum(update.forwards for update in updates),
-        "training_backwards": sum(update.backwards for update in updates),
+        "training_forwards": sum(part.forwards for part in computed),
+        "training_backwards": sum(part.backwards for part in computed),
         "clipped": sum(update.clipped for update in updates),
         "transitions": sum(update.transitions for update in updates),
         "kl": sum(update.kl for update in updates),

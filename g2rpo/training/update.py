@@ -171,6 +171,16 @@ class Updater:
                 return statistics
             self.weights.drop_gradients()
 
+    def gradient(self, update: TrainingBatch) -> tuple[UpdateStatistics, list[Tensor]]:
+        """What :meth:`backward` returns, and a copy of the gradient, which is then dropped."""
+        statistics = self.backward(update)
+        gradient = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            for parameter in self.weights.parameters
+        ]
+        self.weights.drop_gradients()
+        return statistics, gradient
+
     def _accumulate(self, update: TrainingBatch) -> UpdateStatistics:
         """Runs forward and backward over all micro-batches of ``update``."""
         statistics = UpdateStatistics()

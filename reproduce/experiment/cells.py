@@ -30,14 +30,23 @@ class Budget(StrictModel):
 
     evaluations_of: Key | None = None
     """A cell of the experiment: train for as many iterations as fit its rollouts' NFE."""
+    cost_of: Key | None = None
+    """A cell of the experiment: train until rollout NFE plus three times the backwards is its."""
     device_seconds: Literal["profile"] | float | None = None
     """End after the iteration that reaches this many device-seconds; ``profile``: the profile's."""
 
     @pydantic.model_validator(mode="after")
     def _one(self) -> "Budget":
-        if (self.evaluations_of is None) == (self.device_seconds is None):
-            raise ValueError("budget: set exactly one of evaluations_of and device_seconds")
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(
+                "budget: set exactly one of evaluations_of, cost_of and device_seconds"
+            )
         return self
+
+    @property
+    def reference(self) -> str | None:
+        """The cell whose cost it is, if any."""
+        return self.evaluations_of or self.cost_of
 
 
 class CellConfig(StrictModel):
@@ -156,16 +165,16 @@ class Experiment(StrictModel):
     @pydantic.model_validator(mode="after")
     def _budgets_are_of_cells(self) -> "Experiment":
         for key, cell in self.cells.items():
-            wanted = None if cell.budget is None else cell.budget.evaluations_of
+            wanted = None if cell.budget is None else cell.budget.reference
             if wanted is None:
                 continue
             if wanted not in self.cells:
                 hint = nearest(wanted, self.cells)
-                raise ValueError(f"cells.{key}.budget.evaluations_of: no cell {wanted!r}; {hint}")
+                raise ValueError(f"cells.{key}.budget: no cell {wanted!r}; {hint}")
             if self.cells[wanted].method is None or self.cells[wanted].budget is not None:
                 raise ValueError(
-                    f"cells.{key}.budget.evaluations_of: {wanted!r} must be a trained cell without "
-                    "a budget of its own"
+                    f"cells.{key}.budget: {wanted!r} must be a trained cell without a budget of "
+                    "its own"
                 )
         return self
 

@@ -1,6 +1,7 @@
 """Resolves a cell under a profile and a seed to a complete run configuration."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -274,11 +275,24 @@ class Resolver:
             method = own.method.with_resolved_schedule(own.shape).model_dump(mode="json")
             changed = {name: value for name, value in method.items() if value != own_method[name]}
             return {"optimization": limits, "method": changed}
-        assert budget.evaluations_of is not None
-        reference = self.resolve(budget.evaluations_of, own.seed).train
+        assert budget.reference is not None  # the only other kind
+        reference = self.resolve(budget.reference, own.seed).train
         assert reference is not None
-        wanted = training_counts(reference).rollout_evaluations
-        return {"optimization": {"iterations": iterations_within(own, wanted)}}
+        whole = budget.cost_of is not None
+        cost = attrgetter("equal_cost_evaluations" if whole else "rollout_evaluations")
+        most: int = cost(training_counts(reference))
+        iterations = iterations_within(own, cost, most)
+        change: dict[str, Any] = {"optimization": {"iterations": iterations}}
+        if not whole:
+            return change
+        if own.method.measures(0):  # its cost is only known when it trains
+            change["optimization"]["max_equal_cost"] = most
+        # As many points of the learning curve as the reference has, however cheap an iteration is.
+        factor = iterations / reference.optimization.iterations
+        for name, section in (("validation", own.validation), ("pictures", own.pictures)):
+            if section is not None:
+                change[name] = {"every": max(1, round(factor * section.every))}
+        return change
 
     def _evaluation(self, key: str) -> EvaluationConfig:
         where, rewards = f"{self._where(key)}: evaluation", self.profile.rewards

@@ -13,7 +13,6 @@ import torch
 from training_runs import config_for, trainer_for
 
 from benchmarks.evaluation.credit import (
-    GradientMoments,
     StepCredit,
     distinct_rollouts,
     explained_shares,
@@ -30,6 +29,7 @@ from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.seeds import gaussian
 from g2rpo.stop import Stopped, StopRequest
 from g2rpo.training.batch import training_batch
+from g2rpo.training.measuring import GradientMoments
 from reproduce.experiment import load_profile
 from reproduce.jobs.estimates import Estimator
 from reproduce.jobs.speeds import speeds_of

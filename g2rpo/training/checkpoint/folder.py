@@ -36,6 +36,8 @@ STATE = "state.json"
 """The file that completes a checkpoint."""
 COUNTED = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
 """The integer costs of :class:`Progress`."""
+BACKWARD_EVALUATIONS = 3
+"""Velocity evaluations that a backward counts as where costs are to be equal."""
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Progress:
         rollout_micro_batch: the same for states per velocity evaluation in rollouts.
         decode_images: the same for images decoded at once.
         reused_evaluations: velocity evaluations answered by a step cache; None without one.
+        measurements: what an adaptive method has measured; None without one.
     """
 
     iteration: int = 0
@@ -66,6 +69,12 @@ class Progress:
     rollout_micro_batch: int | None = None
     decode_images: int | None = None
     reused_evaluations: int | None = None
+    measurements: dict[str, float] | None = None
+
+    @property
+    def equal_cost_evaluations(self) -> int:
+        """Rollout NFE plus three times the backwards."""
+        return self.rollout_evaluations + BACKWARD_EVALUATIONS * self.training_backwards
 
     def advance(self, sums: Mapping[str, float], *, step_cache: bool) -> None:
         """Counts one more iteration with the costs ``sums`` over all ranks, by field."""
