@@ -108,6 +108,8 @@ class TableConfig(StrictModel):
     """A row that the summary also compares the focus rows with."""
     notes: tuple[str, ...] = ()
     """Sentences printed under the table."""
+    figures: tuple[Literal["frontier"], ...] = ()
+    """Figures besides the learning curves. ``frontier``: validation rewards against cost."""
 
 
 class TableSpec(TableConfig):

@@ -96,6 +96,7 @@ def _rendered(
         "profile": profile,
         "views": views,
         "figures": [_png_uri(document.figure) for document in documents],
+        "drawn": [[_png_uri(path) for path in view.figures] for view in views],
         "overview": overview_grid(chapters),
         "documents": documents,
         "cost_parts": COST_PARTS,

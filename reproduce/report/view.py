@@ -1,6 +1,7 @@
 """The part of the page for one experiment: facts, sentences, tables and curves."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation.statistics import human
@@ -29,6 +30,7 @@ class View:
     cost: Grid
     phases: Grid | None
     curves: dict[str, Any] | None
+    figures: tuple[Path, ...]
 
 
 def view_of(chapter: Chapter) -> View:
@@ -58,7 +60,15 @@ def view_of(chapter: Chapter) -> View:
         cost=cost_grid(name, table),
         phases=phase_grid(name, table, chapter.cells),
         curves=curve_data(chapter),
+        figures=_figures(chapter),
     )
+
+
+def _figures(chapter: Chapter) -> tuple[Path, ...]:
+    """The figures that the table declares, where they have been written."""
+    folder = chapter.layout.experiment(chapter.profile.name, chapter.name)
+    paths = (folder / f"{name}.png" for name in chapter.spec.figures)
+    return tuple(path for path in paths if path.is_file())
 
 
 def _sentences(table: Table) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ from benchmarks.evaluation.statistics import MIN_SEEDS, method_intervals
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
 
-Horizontal = Literal["iteration", "rollout_evaluations", "seconds"]
+Horizontal = Literal[
+    "iteration", "rollout_evaluations", "seconds", "equal_cost_evaluations", "device_seconds"
+]
 
 HORIZONTALS: dict[Horizontal, str] = {
     "iteration": "Iteration",
@@ -174,7 +176,7 @@ def learning_curves(
                 _scale(axes, horizontal, list(panel.values()))
             note = " (running mean)" if metric.smooth else ""
             axes_row[0].set_title(metric.label + note, loc="left", fontweight="bold")
-            _limit(axes_row[0], [band for panel in row for band in panel.values()])
+            limit_height(axes_row[0], [band for panel in row for band in panel.values()])
         _legend(figure, grid.ravel(), _caption(curves), title)
         save_figure(figure, output)
     return output
@@ -207,7 +209,7 @@ def _scale(axes: Axes, horizontal: Horizontal, bands: Sequence[Band]) -> None:
     axes.set_xlabel(label)
 
 
-def _limit(axes: Axes, bands: Sequence[Band]) -> None:
+def limit_height(axes: Axes, bands: Sequence[Band]) -> None:
     """Keeps one wide band (three seeds that disagree) from flattening every curve."""
     if not bands:
         return

@@ -18,6 +18,7 @@ from reproduce.tables.collecting import collect_all
 from reproduce.tables.credit import publish_credit
 from reproduce.tables.figures import Metric, learning_curves
 from reproduce.tables.formats import write_formats
+from reproduce.tables.frontier import frontier_figure
 from reproduce.tables.notes import Gap, full_label
 from reproduce.tables.picture_grid import picture_grid
 from reproduce.tables.table import compute_table
@@ -70,7 +71,9 @@ def publish(
     spec = experiment.table_spec(profile)
     table = compute_table(spec, cells, profile.name, gaps)
     written = list(write_formats(table, output).values())
-    figures = []
+    figures: list[Path | None] = []
+    if "frontier" in spec.figures and any(cell.curve is not None for cell in cells):
+        figures.append(frontier_figure(table, cells, output / "frontier.png"))
     for group, rows in spec.groups():
         curves = {
             row.label: [c.curve for c in cells if c.info.row == row.key and c.curve is not None]

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from training_runs import config_for, trainer_for
+from engine_runs import config_for
+from training_runs import trainer_for
 from two_ranks import on_two_ranks
 
 from g2rpo.training.config import TrainConfig
@@ -20,8 +21,8 @@ def adaptive_config(assets: Path) -> TrainConfig:
         "adaptive_steps": {"count": 2, "every": 2},
         "adaptive_granularities": {"threshold": 0.5, "every": 2},
     }
-    rollout = {"group_size": 3, "prompts_per_iteration": 4}
-    return config_for(assets, method=method, rollout=rollout)
+    # In float64 the order of sums, which differs, hardly matters.
+    return config_for(assets, method=method, policy={"dtype": "float64"})
 
 
 def choices(assets: Path, run: Path) -> tuple[str, int]:
@@ -50,4 +51,4 @@ def test_two_ranks_choose_as_one_does(smoke_assets: Path, tmp_path: Path) -> Non
         json.loads(first), alone, strict=True
     ):
         assert (branches, cost) == (own, own_cost)
-        assert sums == pytest.approx(own_sums, rel=1e-3, abs=1e-9)
+        assert sums == pytest.approx(own_sums, rel=1e-6)

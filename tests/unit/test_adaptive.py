@@ -214,14 +214,8 @@ def test_measuring_iterations_use_everything_and_their_cost_is_counted(
     rows = read_metrics(tmp_path / "metrics.jsonl")
     backwards = [row["training_backwards"] for row in rows]
     # Two prompts; 4 steps are trained and measured in iterations 0, 2 and 4, else 2 are trained.
-    assert [b - a for a, b in zip([0, *backwards], backwards, strict=False)] == [
-        16,
-        4,
-        16,
-        4,
-        16,
-        4,
-    ]
+    spent = [after - before for before, after in pairwise([0, *backwards])]
+    assert spent == [16, 4, 16, 4, 16, 4]
     planned = training_counts(config)
     assert planned.training_backwards == progress.training_backwards
     assert planned.rollout_evaluations <= progress.rollout_evaluations

@@ -17,7 +17,7 @@ from g2rpo.errors import UserError
 from g2rpo.methods.base import method_names
 from g2rpo.methods.presets import load_preset
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.counts import iterations_within, training_counts
+from g2rpo.training.counts import iterations_within, training_counts, validations
 from reproduce.experiment import (
     HERE,
     Profile,
@@ -296,6 +296,28 @@ def test_equal_evaluations_are_as_many_as_fit() -> None:
     assert configs["evaluations/g2rpo"].optimization.iterations < 10
 
 
+def test_equal_cost_is_known_before_or_limits_the_run() -> None:
+    experiment, profile = load_experiment("frontier"), load_profile("mini")
+    reference = trained(resolve(experiment, profile, "hps/dance_grpo", 1))
+    budget = training_counts(reference).equal_cost_evaluations
+    validated = validations(reference.validation, reference.optimization.iterations)
+    for key, cell in experiment.cells.items():
+        if cell.budget is None:
+            continue
+        config = trained(resolve(experiment, profile, key, 1))
+        settings = config.optimization
+        more = settings.model_copy(update={"iterations": settings.iterations + 1})
+        longer = config.model_copy(update={"optimization": more})
+        costs = [training_counts(one).equal_cost_evaluations for one in (config, longer)]
+        assert costs[0] <= budget < costs[1]
+        # The cheapest rollout has the most iterations; the limit ends a run with dearer ones.
+        assert settings.max_equal_cost == (budget if "adaptive" in key else None)
+        points = validations(config.validation, settings.iterations)
+        assert points == pytest.approx(validated, rel=0.4)
+        other = trained(resolve(experiment, profile, key, 2))
+        assert other.optimization == settings
+
+
 @pytest.mark.parametrize("key", ["dance_grpo", "mix_grpo", "flow_grpo", "g2rpo"])
 def test_a_budget_of_seconds_is_not_ended_by_iterations_and_changes_none_of_them(key: str) -> None:
     profile = load_profile("mini")
@@ -366,7 +388,7 @@ def test_iterations_within_a_budget_by_counting_up(evaluations: int) -> None:
         data = merge(config.model_dump(mode="json"), change)
         return training_counts(TrainConfig.model_validate(data)).rollout_evaluations
 
-    found = iterations_within(config, evaluations)
+    found = iterations_within(config, lambda counts: counts.rollout_evaluations, evaluations)
     assert found >= 1
     assert found == 1 or cost(found) <= evaluations
     assert cost(found + 1) > evaluations
@@ -389,6 +411,7 @@ def cell_of(**changes: Any) -> dict[str, Any]:
         (cell_of(tuned_as="x"), "renamed to 'learning_rate_key'"),
         (cell_of(budget={"evaluations_of": "b"}), "no cell 'b'"),
         (cell_of(budget={"evaluations_of": "a"}), "without a budget of its own"),
+        (cell_of(budget={"cost_of": "a"}), "without a budget of its own"),
         (cell_of(budget={}), "exactly one of"),
         (cell_of(budget={"evaluations_of": "a", "device_seconds": 3}), "exactly one of"),
         ({"table": {**SMALL_TABLE, "columns": 5}}, "table.columns"),

@@ -1,16 +1,25 @@
 """Learning curves and picture grids: what is drawn, read back."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from cell_factory import make_cell, make_scores
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.evaluation.results import Cell
 from g2rpo.errors import UserError
-from reproduce.tables.figures import Metric, learning_curves, seed_band
+from reproduce.experiment.table import TableSpec
+from reproduce.tables.figures import Band, Metric, learning_curves, seed_band
+from reproduce.tables.frontier import frontier_figure, pareto_points
 from reproduce.tables.picture_grid import picture_grid
+from reproduce.tables.table import compute_table
 
 METRIC = Metric("reward/hps/mean", "HPS")
 
@@ -77,6 +86,62 @@ def test_learning_curves_are_drawn(tmp_path: Path) -> None:
     assert first[1].startswith(b"%PDF-") and b"CreationDate" not in first[1]
     learning_curves(curves, metrics, path, title="Test")
     assert (path.read_bytes(), pdf.read_bytes()) == first
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=6),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_the_pareto_set_is_what_no_cheaper_point_reaches(
+    lines: list[list[tuple[int, int]]],
+) -> None:
+    curves = [Band(*np.array(line, dtype=float).T, None, None) for line in lines]
+    every = [point for line in lines for point in line if point[0] > 0]
+    for line, places in zip(lines, pareto_points(curves), strict=True):
+        for index, (cost, reward) in enumerate(line):
+            best = max((y for x, y in every if x <= cost), default=0)
+            cheapest = min((x for x, y in every if y >= reward), default=0)
+            assert (index in places) == (cost > 0 and reward == best and cost == cheapest)
+
+
+def frontier_cell(row: str, seed: int, cost: int) -> Cell:
+    curve = run(seed, cost=cost).rename(columns={"reward/hps/mean": "validation/hps"})
+    curve["training_backwards"] = 10 * curve["iteration"]
+    curve["device_seconds"] = 2.0 * curve["iteration"]
+    start = {"iteration": [0], "rollout_evaluations": [0], "validation/hps": [0.3]}
+    whole = pd.concat([pd.DataFrame(start), curve], ignore_index=True)
+    return replace(made_cell(row, seed), curve=whole)
+
+
+def made_cell(row: str, seed: int) -> Cell:
+    return make_cell(row, seed=seed, train=("hps",), scores=make_scores({"hps": 0.3}, seed=seed))
+
+
+def test_the_frontier_is_drawn_against_both_costs(tmp_path: Path) -> None:
+    rows = [{"key": k, "label": k.upper(), "train": ["hps"]} for k in ("dear", "cheap", "gone")]
+    spec = TableSpec(
+        name="small", title="Test", rows=rows, columns=[{"reward": "hps", "label": "HPS"}]
+    )
+    cells = [frontier_cell("dear", s, 900) for s in (1, 2, 3)]
+    cells += [frontier_cell("cheap", s, 100) for s in (1, 2, 3)]
+    table = compute_table(spec, cells, "mini")
+    path = frontier_figure(table, cells, tmp_path / "frontier.png")
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    for number in (0, 2):  # the colours of the first two rows, in both halves of the picture
+        colour = [round(255 * part) for part in matplotlib.colormaps["tab20"](number)[:3]]
+        found = np.abs(pixels - colour).sum(axis=2) < 12
+        middle = found.shape[1] // 2
+        assert min(found[:, :middle].sum(), found[:, middle:].sum()) > 50
+    pdf = path.with_suffix(".pdf").read_bytes()
+    assert pdf.startswith(b"%PDF-")
+    frontier_figure(table, cells, path)
+    assert path.with_suffix(".pdf").read_bytes() == pdf
+    with pytest.raises(UserError, match="no run has validation rewards"):
+        frontier_figure(table, [made_cell("dear", 1)], path)
 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:

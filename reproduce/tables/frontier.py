@@ -1,0 +1,179 @@
+"""The figure ``frontier``: the in-domain reward during training against what it has cost so far."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from benchmarks.evaluation.results import Cell
+from benchmarks.evaluation.statistics import MIN_SEEDS
+from g2rpo.errors import UserError
+from g2rpo.training.checkpoint.folder import BACKWARD_EVALUATIONS
+from reproduce.tables.figures import (
+    FIGURE_STYLE,
+    Band,
+    Metric,
+    curve_style,
+    limit_height,
+    save_figure,
+    seed_band,
+)
+from reproduce.tables.model import COST_LABELS, Row, Table
+
+COSTS: tuple[Literal["equal_cost_evaluations", "device_seconds"], ...] = (
+    "equal_cost_evaluations",
+    "device_seconds",
+)
+"""The cost on the horizontal axis of each panel."""
+COLOURS = "tab20"
+"""Twenty colours, one per row; the number at a curve's end also names its row."""
+PARETO: dict[str, Any] = {
+    "linestyle": "", "marker": "o", "mfc": "none", "mec": "0.2", "markersize": 6, "mew": 0.8,
+}  # fmt: skip
+
+
+def pareto_points(curves: Sequence[Band]) -> list[list[int]]:
+    """The points of each curve that no point of any curve dominates, by index.
+
+    A point is dominated if another costs no more and has at least its mean, and differs in one.
+    The starts, where nothing has been spent, are left out.
+    """
+    points = [(x, y) for c in curves for x, y in zip(c.x, c.mean, strict=True) if x > 0]
+
+    def dominated(cost: float, reward: float) -> bool:
+        return any(x <= cost and y >= reward and (x, y) != (cost, reward) for x, y in points)
+
+    return [
+        [
+            index
+            for index, (x, y) in enumerate(zip(curve.x, curve.mean, strict=True))
+            if x > 0 and not dominated(x, y)
+        ]
+        for curve in curves
+    ]
+
+
+def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
+    """Draws validation rewards against cost, with a panel per reward and cost.
+
+    Args:
+        table: whose trained rows are drawn; the legend has their held-out in-domain scores.
+        cells: the finished cells, for their learning curves.
+        output: the PNG to write; a PDF is written beside it.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: no cell has validation rewards.
+    """
+    found: dict[str, list[pd.DataFrame]] = {}
+    for cell in cells:
+        if cell.curve is not None:
+            found.setdefault(cell.info.row, []).append(_with_costs(cell.curve))
+    rows = [row for row in table.rows if row.trained_on and row.key in found]
+    rewards = [
+        reward
+        for reward in dict.fromkeys(name for row in rows for name in row.trained_on)
+        if any(f"validation/{reward}" in run for row in rows for run in found[row.key])
+    ]
+    if not rewards:
+        raise UserError(f"{output}: no run has validation rewards to draw against their cost")
+    with matplotlib.rc_context(FIGURE_STYLE):
+        lines = -(-len(rows) // 3)
+        size = (10.0, 3.6 * len(rewards) + 0.4 + 0.19 * lines)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(rewards), len(COSTS), squeeze=False, sharey="row")
+        for reward, panels in zip(rewards, grid, strict=True):
+            for cost, axes in zip(COSTS, panels, strict=True):
+                bands = {
+                    row.key: seed_band(found[row.key], Metric(f"validation/{reward}", ""), cost)
+                    for row in rows
+                    if reward in row.trained_on
+                }
+                _draw(axes, rows, {key: band for key, band in bands.items() if band is not None})
+                axes.set_xlabel(COST_LABELS[cost])
+            panels[0].set_ylabel(f"{table.column(reward).label}, validation prompts")
+        _legend(figure, rows, [len(found[row.key]) for row in rows])
+        figure.suptitle(table.title, fontsize=11)
+        save_figure(figure, output)
+    return output
+
+
+def _with_costs(curve: pd.DataFrame) -> pd.DataFrame:
+    """A learning curve with every cost; the row before the first iteration has spent nothing."""
+    names = ["rollout_evaluations", "training_backwards", "device_seconds"]
+    if not {*names} <= {*curve}:
+        return curve
+    costs = curve[names].where(curve["iteration"] > 0, 0.0)
+    both = costs["rollout_evaluations"] + BACKWARD_EVALUATIONS * costs["training_backwards"]
+    return curve.assign(**{name: costs[name] for name in names}, equal_cost_evaluations=both)
+
+
+def _draw(axes: Axes, rows: Sequence[Row], bands: Mapping[str, Band]) -> None:
+    """Draws the curves of one panel, each with the number of its row at its end."""
+    best: list[tuple[float, float]] = []
+    ends: list[tuple[float, float, int]] = []
+    for (key, band), places in zip(bands.items(), pareto_points([*bands.values()]), strict=True):
+        number = [row.key for row in rows].index(key)
+        style = _style(number)
+        axes.plot(band.x, band.mean, linewidth=1.4, **style)
+        if band.low is not None and band.high is not None:
+            colour = style["color"]
+            axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.08, linewidth=0)
+        best += [(float(band.x[place]), float(band.mean[place])) for place in places]
+        ends.append((float(band.mean[-1]), float(band.x[-1]), number))
+    axes.plot(*zip(*sorted(best), strict=True), **PARETO)
+    limit_height(axes, [*bands.values()])
+    axes.set_xlim(0, 1.06 * max(x for _, x, _ in ends))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _number(axes, sorted(ends))
+
+
+def _number(axes: Axes, ends: Sequence[tuple[float, float, int]]) -> None:
+    """Writes the numbers of rows at their curves' ends (height, cost, row), in ascending order."""
+    width, height = (0.04 * (high - low) for low, high in (axes.get_xlim(), axes.get_ylim()))
+    placed: list[tuple[float, float]] = []
+    for y, x, _ in ends:  # above all numbers that it would cover
+        placed.append((max([y, *(h + height for h, at in placed if abs(at - x) < width)]), x))
+    lifted = sum(h - y for (h, _), (y, _, _) in zip(placed, ends, strict=True)) / len(ends)
+    for (h, x), (_, _, number) in zip(placed, ends, strict=True):
+        colour, text = _style(number)["color"], f" {number + 1}"
+        axes.text(x, h - lifted, text, color=colour, fontsize=7.5, va="center")
+
+
+def _style(number: int) -> dict[str, Any]:
+    colours = matplotlib.colormaps[COLOURS]
+    place = (2 * number + number // 10) % colours.N  # its dark colours first
+    return curve_style(number, markers=False) | {"color": colours(place)}
+
+
+def _legend(figure: Figure, rows: Sequence[Row], runs: Iterable[int]) -> None:
+    """Names the rows by number, with their held-out scores from the table."""
+    handles = [Line2D([], [], linewidth=1.4, **_style(number)) for number in range(len(rows))]
+    names = [f"{number}  {row.label}{_held_out(row)}" for number, row in enumerate(rows, start=1)]
+    counts = sorted({*runs})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    bands = "; bands: 95% t intervals over seeds" if counts[-1] >= MIN_SEEDS else ""
+    figure.legend(
+        [*handles, Line2D([], [], **PARETO)],
+        [*names, "Pareto set of the means"],
+        loc="outside lower center",
+        ncols=3,
+        fontsize=7.5,
+        title=f"With the score on held-out prompts; seeds: {seeds}{bands}",
+        title_fontsize=8,
+        handlelength=2.8,
+    )
+
+
+def _held_out(row: Row) -> str:
+    scores = [row.scores[name].text for name in row.trained_on if name in row.scores]
+    return f": {', '.join(scores)}" if scores else ""
