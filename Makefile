@@ -21,7 +21,7 @@ UV := .uv/bin/uv
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.setup-done
 # In this order they share most trainings.
-STUDIES := table1 table2 table3 granularity eta fusion steps group equal-cost choices released-vs-matched credit
+STUDIES := table1 table2 table3 granularity eta fusion steps group equal-cost frontier choices released-vs-matched credit
 PUBLISHED = $(if $(PUBLISH),--publish)
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales need no downloads, so nothing may wait for a network.
@@ -155,6 +155,7 @@ reproduce-granularity: $(READY) ## study: further sets of granularities
 reproduce-group: $(READY) ## study: the group size
 reproduce-credit: $(READY) ## study: reward variance and gradient signal of each step
 reproduce-equal-cost: $(READY) ## study: all methods at equal NFE or device-seconds
+reproduce-frontier: $(READY) ## study: reward against cost, with cheaper settings of G²RPO
 reproduce-choices: $(READY) ## study: one setting changed at a time
 reproduce-released-vs-matched: $(READY) ## study: each method's own settings against matched ones
 $(STUDIES:%=reproduce-%) reproduce-released:
