@@ -114,7 +114,7 @@ class G2RPO(Method):
             if count is not None and count >= steps:
                 raise ValueError(
                     f"method.{key}: {count} of {steps} stochastic steps leaves no choice; use "
-                    f"fewer or add to method.stochastic_steps"
+                    "fewer or add to method.stochastic_steps"
                 )
         if self.adaptive_granularities is not None and (
             different < 2 or different < len(self.granularities)
