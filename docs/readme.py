@@ -35,19 +35,24 @@ def mean(row: dict[str, Any], *names: str) -> float:
     return float(sum(row["scores"][name]["mean"] for name in names)) / len(names)
 
 
+def interval(number: dict[str, float]) -> str:
+    """A mean with its interval."""
+    return f"{number['mean']:.3f} [{number['low']:.3f}, {number['high']:.3f}]"
+
+
 def markdown() -> str:
     """README's table."""
     base, *trained = rows()
     lines = [
-        "| Method | HPS (trained on) | Gain over base | Out-of-domain mean | Rollout NFE |",
+        "| Method | HPS (trained on) | Share of headroom | Out-of-domain mean | Rollout NFE |",
         "|---|---:|---:|---:|---:|",
         f"| {base['label']} | {mean(base, 'hps'):.3f} | – | {mean(base, *OUT_OF_DOMAIN):.3f} | – |",
     ]
     for row in trained:
-        hps = row["scores"]["hps"]
+        hps, share = row["scores"]["hps"], row.get("headroom", {}).get("in_domain")
         lines.append(
-            f"| {row['label']} | {hps['mean']:.3f} [{hps['low']:.3f}, {hps['high']:.3f}] "
-            f"| {mean(row, 'hps') - mean(base, 'hps'):+.3f} | {mean(row, *OUT_OF_DOMAIN):.3f} "
+            f"| {row['label']} | {interval(hps)} "
+            f"| {'–' if share is None else interval(share)} | {mean(row, *OUT_OF_DOMAIN):.3f} "
             f"| {row['costs']['rollout_evaluations']:,.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ from reproduce.commands import (
     export,
     jobs,
     locales,
+    power,
     prompts,
     raters,
     render,
@@ -33,7 +34,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 RUN, RESULTS, INPUTS = "Run experiments", "Look at results", "Weights, prompts and this machine"
 COMMANDS = {
     RUN: (
-        demo.demo, run.reproduce, run.plan, config.config, stages.train, stages.sample,
+        demo.demo, run.reproduce, run.plan, power.power, config.config, stages.train, stages.sample,
         stages.score, embed.embed,
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),

@@ -13,7 +13,7 @@ from g2rpo.errors import UserError
 from g2rpo.methods.presets import method_label
 from g2rpo.policy import CheckpointConfig
 from g2rpo.rewards.registry import REWARDS
-from reproduce.bundled import named_file
+from reproduce.bundled import absolute, named_file
 from reproduce.experiment.profile import FolderName, Profile
 from reproduce.experiment.table import (
     ColumnConfig,
@@ -22,6 +22,7 @@ from reproduce.experiment.table import (
     RowSpec,
     TableConfig,
     TableSpec,
+    TruthSource,
 )
 
 
@@ -136,8 +137,19 @@ class Experiment(StrictModel):
             "rows": [self._row(key, cell, labels, profile) for key, cell in self.cells.items()],
             "columns": [_column(column, profile, self.table.digits) for column in columns],
             "paper_model": profile.paper_model,
+            "truth": self._truth(profile),
         }
         return validate(TableSpec, spec, f"experiment {self.name}, table")
+
+    def _truth(self, profile: Profile) -> TruthSource | None:
+        """The truth of the one split that all cells are evaluated on."""
+        default = profile.evaluation.split
+        splits = {str(cell.evaluation.get("split", default)) for cell in self.cells.values()}
+        if profile.truth is None or len(splits) > 1:
+            return None
+        (split,) = splits
+        captions = absolute(getattr(profile.prompts, split))
+        return TruthSource(file=absolute(profile.truth), split=split, captions=captions)
 
     def _row(
         self, key: str, cell: CellConfig, labels: Mapping[str, str], profile: Profile

@@ -106,6 +106,9 @@ class Profile(StrictModel):
     device_seconds: float | None = Field(None, gt=0)
     """Budget of compute-matched studies, in device-seconds over all devices of a run."""
     evaluation: EvaluationConfig
+    truth: str | None = None
+    """JSON file with the scores of the rendered truth of the captions, which define the headroom
+    in tables; does not change a run."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1,)
     keep_images: int | None = Field(None, ge=0)
     """Number of held-out images kept after scoring; null keeps all."""

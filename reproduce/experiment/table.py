@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from benchmarks.evaluation.results import Key, Name
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, nearest
 
 TableName = Literal["table1", "table2", "table3"]
 """A table of the paper."""
@@ -106,10 +106,22 @@ class TableConfig(StrictModel):
     """Rows that the summary compares with each other row of their group."""
     baseline: Key | None = None
     """A row that the summary also compares the focus rows with."""
+    primary: dict[Key, tuple[Key, ...]] = Field(default_factory=dict)
+    """The comparisons that were chosen before the run: rows, each with the rows of its group to
+    compare it with, in-domain and out-of-domain. They are corrected apart from all others."""
     notes: tuple[str, ...] = ()
     """Sentences printed under the table."""
     figures: tuple[Literal["frontier"], ...] = ()
     """Figures besides the learning curves. ``frontier``: validation rewards against cost."""
+
+
+class TruthSource(StrictModel):
+    """The scores of the rendered truth of the held-out captions, which define the headroom."""
+
+    file: str
+    split: str
+    captions: str
+    """The prompt file of the split."""
 
 
 class TableSpec(TableConfig):
@@ -122,6 +134,7 @@ class TableSpec(TableConfig):
     paper_model: bool = False
     """Whether the policy is the paper's, so that its numbers are shown next to ours; otherwise they
     are shown in a separate block."""
+    truth: TruthSource | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "TableSpec":
@@ -137,9 +150,26 @@ class TableSpec(TableConfig):
         for key in (*self.focus, *([self.baseline] if self.baseline else [])):
             if key not in keys:
                 raise ValueError(f"focus or baseline: no row {key!r}")
+        self._check_primary()
         if self.paper_table is None and any(row.paper for row in self.rows):
             raise ValueError("rows have `paper`, but paper_table is not given")
         return self
+
+    def _check_primary(self) -> None:
+        rows = {row.key: row for row in self.rows}
+        if self.primary and self.baseline is None:
+            raise ValueError("primary needs a baseline, which defines the unit of its differences")
+        for key, others in self.primary.items():
+            for name in (key, *others):
+                if name not in rows:
+                    raise ValueError(f"primary: no row {name!r}; {nearest(name, rows)}")
+                row, first = rows[name], rows[key]
+                if (row.group, row.train) != (first.group, first.train):
+                    raise ValueError(
+                        f"primary: {key!r} and {name!r} differ in their group or training rewards"
+                    )
+            if double := _first_double((key, *others)):
+                raise ValueError(f"primary: {key!r} names {double!r} twice")
 
     def groups(self) -> tuple[tuple[str, tuple[RowSpec, ...]], ...]:
         """The groups in order, each with its rows."""

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from benchmarks.evaluation.results import Cell
-from benchmarks.evaluation.statistics import ALPHA, NOTHING, p_equation, p_text, signed
+from benchmarks.evaluation.statistics import ALPHA, NOTHING, nonzero, p_equation, p_text, signed
 from reproduce.experiment.table import CostColumn
 from reproduce.report.grids import Box, Column, Grid, anchor, make_grid, number, text_box
 from reproduce.tables.blocks import Block, Heading
@@ -194,6 +194,7 @@ def comparison_grid(table: Table) -> Grid | None:
     groups = [table.row(one.first).group for one in found]
     columns: list[Column[RowComparison]] = [
         Column("Row", lambda one: text_box(table.row(one.first).label, "label")),
+        Column("Question", lambda one: text_box(one.question)),
         Column(table.group_label, lambda one: text_box(table.row(one.first).group)),
         Column("Versus", lambda one: text_box(table.row(one.second).label)),
         Column("Score", lambda one: _score_name(table, one)),
@@ -204,6 +205,10 @@ def comparison_grid(table: Table) -> Grid | None:
         Column("Verdict", lambda one: Box(one.verdict, one.verdict, strong=one.significant)),
     ]
     if not any(groups):
+        del columns[2]
+    if table.asked("primary"):
+        columns.append(Column("Detectable", partial(_detectable_box, table), numeric=True))
+    else:
         del columns[1]
     if any(one.published_difference is not None for one in found):
         columns.append(Column("Paper's difference", _published_box, numeric=True))
@@ -220,6 +225,12 @@ def _difference_box(table: Table, one: RowComparison) -> Box:
     digits = table.column(one.reward).digits
     interval = f"[{signed(one.low, digits)}, {signed(one.high, digits)}]"
     return replace(number(one.difference, signed(one.difference, digits)), interval=interval)
+
+
+def _detectable_box(table: Table, one: RowComparison) -> Box:
+    if one.detectable is None:
+        return number(None)
+    return number(one.detectable, nonzero(one.detectable, table.column(one.reward).digits))
 
 
 def _published_box(one: RowComparison) -> Box:

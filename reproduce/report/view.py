@@ -74,7 +74,7 @@ def _figures(chapter: Chapter) -> tuple[Path, ...]:
 def _sentences(table: Table) -> tuple[str, ...]:
     """One sentence per pair of compared rows."""
     found = []
-    for pair in pairs(table.comparisons):
+    for pair in pairs(table.asked("rows", "baseline")):
         group = table.row(pair[0].first).group
         found.append((f"{group}: " if group else "") + pair_sentence(table, pair))
     return tuple(found)

@@ -48,11 +48,12 @@ def blocks(table: Table, *, aligned: bool = False) -> list[Block]:
         Block(
             "",
             f"{table.title} (profile {table.profile})",
-            (*_headings(table.columns), Heading("Seeds"), Heading("Interval", numeric=False)),
-            tuple(
-                (row, (*_scores(row, table.columns), str(len(row.seeds) or "") or None, row.about))
-                for row in table.lines
+            (
+                *_headings((*table.columns, *table.headroom_columns)),
+                Heading("Seeds"),
+                Heading("Interval", numeric=False),
             ),
+            tuple((row, _first_cells(table, row)) for row in table.lines),
         )
     ]
     if table.metrics:
@@ -72,6 +73,11 @@ def blocks(table: Table, *, aligned: bool = False) -> list[Block]:
         figures = tuple((row, _scores(row, columns)) for row in table.published)
         found.append(Block("-paper", table.published_source, _headings(columns), figures))
     return found
+
+
+def _first_cells(table: Table, row: Row) -> tuple[Cell, ...]:
+    shares = (row.headroom.get(column.name) for column in table.headroom_columns)
+    return (*_scores(row, table.columns), *shares, str(len(row.seeds) or "") or None, row.about)
 
 
 def _headings(columns: Sequence[Column]) -> tuple[Heading, ...]:

@@ -1,6 +1,6 @@
 """Rows of a table compared: marks, the comparisons that a table asks for, reward hacking."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -251,42 +251,56 @@ def row_comparisons(
     prompt-level (paired over prompts). Holm's correction is over the rows and score columns of
     each group and question.
     """
-    pairs = [p for p in _pairs(spec) if {p[1].key, p[2].key} <= compared.results.keys()]
-    families: dict[tuple[str, Question], dict[tuple[str, str, str], Comparison]] = {}
-    for question, focus, other in pairs:
-        family = families.setdefault((focus.group, question), {})
-        for name, one in compared(focus.key, other.key).items():
-            family[focus.key, other.key, name] = one
-    adjusted = {key: p for family in families.values() for key, p in corrected(family).items()}
-    lines = {row.key: row for row in rows}
+    families: dict[tuple[str, Question], list[tuple[str, str]]] = {}
+    for question, focus, other in _pairs(spec):
+        families.setdefault((focus.group, question), []).append((focus.key, other.key))
+    lines, specs = {row.key: row for row in rows}, {row.key: row for row in spec.rows}
     columns = {column.reward: column for column in spec.columns}
-    found = []
-    for question, focus, other in pairs:
-        first, second = (compared.results[row.key] for row in (focus, other))
-        improved = improvements(first, second, compared.rewards)
-        ratios = _cost_ratios(lines[focus.key], lines[other.key])
-        for name, one in compared(focus.key, other.key).items():
-            p_holm = adjusted[focus.key, other.key, name]
-            found.append(
-                RowComparison(
-                    first=focus.key,
-                    second=other.key,
-                    reward=name,
-                    question=question,
-                    **_fields(one),
-                    p_holm=p_holm,
-                    family=len(families[focus.group, question]),
-                    count=one.count,
-                    level=one.level,
-                    improvement=Number(**interval_fields(improved[name])),
-                    verdict=_verdict(one, p_holm),
-                    published_difference=_published(
-                        spec, paper, (focus, other), columns[name].paper
-                    ),
-                    cost_ratios=ratios,
-                )
-            )
-    return found
+    return [
+        one.model_copy(
+            update={
+                "published_difference": _published(
+                    spec, paper, (specs[one.first], specs[one.second]), columns[one.reward].paper
+                ),
+                "cost_ratios": _cost_ratios(lines[one.first], lines[one.second]),
+            }
+        )
+        for (_, question), pairs in families.items()
+        for one in family_comparisons(compared, question, pairs)
+    ]
+
+
+def family_comparisons(
+    compared: ComparedRows, question: Question, pairs: Iterable[tuple[str, str]]
+) -> list[RowComparison]:
+    """Compares pairs of rows on every reward, with Holm's correction over all of it.
+
+    Pairs without results are left out.
+    """
+    pairs = [pair for pair in pairs if compared.results.keys() >= {*pair}]
+    family = {(*pair, name): one for pair in pairs for name, one in compared(*pair).items()}
+    adjusted = corrected(family)
+    results = compared.results
+    improved = {
+        (first, second): improvements(results[first], results[second], compared.rewards)
+        for first, second in pairs
+    }
+    return [
+        RowComparison(
+            first=first,
+            second=second,
+            reward=name,
+            question=question,
+            **_fields(one),
+            p_holm=adjusted[first, second, name],
+            family=len(family),
+            count=one.count,
+            level=one.level,
+            improvement=Number(**interval_fields(improved[first, second][name])),
+            verdict=_verdict(one, adjusted[first, second, name]),
+        )
+        for (first, second, name), one in family.items()
+    ]
 
 
 def _fields(one: Comparison) -> dict[str, Any]:

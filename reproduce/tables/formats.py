@@ -57,14 +57,18 @@ def to_csv(table: Table) -> str:
     """One line per row, all digits: group, row, seeds, interval label, scores, metrics, costs.
 
     Each reward has its score, the ends of its interval, and 1 or 0 for in-domain and best. Each
-    metric has its value and ends. ``hacking`` is 1, 0 or empty; ``hacking_fell`` lists what fell.
+    share of headroom and each metric has its value and ends. ``hacking`` is 1, 0 or empty;
+    ``hacking_fell`` lists what fell.
     """
-    metrics = [f"{column.name}{end}" for column in table.metrics for end in ("", "_low", "_high")]
+    shares = [f"headroom_{column.name}" for column in table.headroom_columns]
+    numbers = [*shares, *(column.name for column in table.metrics)]
+    metrics = [f"{name}{end}" for name in numbers for end in ("", "_low", "_high")]
     hacking = ["hacking", "hacking_fell"] if table.metrics else []
     heads = [*_csv_heads(table.columns), *metrics, *hacking, *(c.name for c in table.costs)]
     lines = [
         [
             *_csv_scores(row, table.columns, "paper" if row.from_paper else "measured"),
+            *(t for c in table.headroom_columns for t in _csv_number(row.headroom.get(c.name))),
             *(t for c in table.metrics for t in _csv_number(row.metrics.get(c.name))),
             *(_csv_hacking(row) if table.metrics else []),
             *(_figures(row.costs.get(column.name)) for column in table.costs),

@@ -13,7 +13,7 @@ from pydantic import Field, field_serializer
 from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
 from benchmarks.evaluation.results import Cost, Protocol, Provenance
 from benchmarks.evaluation.statistics import ALPHA, NOTHING, Interval, Label, fixed
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, unhashed
 from reproduce.experiment.table import CostColumn, PaperColumn
 
 IN_DOMAIN = "†"
@@ -38,7 +38,7 @@ COST_LABELS: dict[CostColumn, str] = {
 METRIC_LABELS = {DISTANCE: "Image distance", VENDI: "Vendi score", DRIFT: "Drift"}
 """The metrics beside the rewards, in the order of their columns."""
 
-Question = Literal["rows", "baseline"]
+Question = Literal["primary", "order", "rows", "baseline"]
 PaperVerdict = Literal["confirmed", "same direction", "opposite direction", "contradicted"]
 
 
@@ -155,6 +155,8 @@ class Row(StrictModel):
     """Why it has no result."""
     scores: dict[str, Score]
     """By column; unscored columns are absent."""
+    headroom: dict[str, Number] = unhashed({})
+    """Shares of the headroom, ``in_domain`` and ``out_of_domain``."""
     metrics: dict[str, Number] = Field(default_factory=dict)
     reward_hacking: RewardHacking | None = None
     """None if it cannot be tested."""
@@ -185,8 +187,10 @@ class RowComparison(StrictModel):
     first: str
     second: str
     reward: str
+    """A score column, or one of the table's measures."""
     question: Question
-    """Whether the second is another row of the group, or the baseline."""
+    """``primary``: chosen before the run. ``order``: any two of these rows. Else the second is
+    another row of the group, or the baseline."""
     difference: float
     low: float
     high: float
@@ -201,6 +205,11 @@ class RowComparison(StrictModel):
     """Probability of improvement: that the first scores higher on a prompt."""
     verdict: str
     """One of :data:`VERDICTS`."""
+    detectable: float | None = None
+    """The difference that these seeds find with probability 0.8, given their spread; of primary
+    comparisons."""
+    equivalent: bool | None = None
+    """Whether the interval lies within 2 % of the headroom; None without headroom."""
     published_difference: float | None = None
     """The paper's, to its printed decimals."""
     cost_ratios: dict[CostColumn, float] = hidden({})
@@ -250,6 +259,8 @@ class Table(StrictModel):
     title: str
     profile: str
     columns: tuple[Column, ...]
+    measures: tuple[Column, ...] = unhashed(())
+    """Means over the in-domain and the out-of-domain columns on one scale, where there is one."""
     metrics: tuple[Column, ...] = ()
     """The metrics that any row has."""
     costs: tuple[Column, ...] = ()
@@ -320,8 +331,18 @@ class Table(StrictModel):
         return next(row for row in self.rows if row.key == key)
 
     def column(self, name: str) -> Column:
-        """The reward or metric column of that name."""
-        return next(column for column in (*self.columns, *self.metrics) if column.name == name)
+        """The reward, measure or metric column of that name."""
+        columns = (*self.columns, *self.measures, *self.metrics)
+        return next(column for column in columns if column.name == name)
+
+    def asked(self, *questions: Question) -> list[RowComparison]:
+        """The comparisons of these kinds."""
+        return [one for one in self.comparisons if one.question in questions]
+
+    @property
+    def headroom_columns(self) -> tuple[Column, ...]:
+        """The measures that any row has as a share of the headroom."""
+        return tuple(c for c in self.measures if any(c.name in row.headroom for row in self.rows))
 
 
 def grouped(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:

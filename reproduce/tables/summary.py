@@ -4,7 +4,17 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import get_args
 
-from benchmarks.evaluation.statistics import ALPHA, MIN_SEEDS, NOTHING, p_equation, p_text, signed
+from benchmarks.evaluation.power import POWER
+from benchmarks.evaluation.statistics import (
+    ALPHA,
+    MIN_SEEDS,
+    NOTHING,
+    nonzero,
+    p_equation,
+    p_text,
+    signed,
+)
+from reproduce.tables.headroom import MARGIN
 from reproduce.tables.markdown import markdown_escape, markdown_table
 from reproduce.tables.model import (
     COST_LABELS,
@@ -16,6 +26,14 @@ from reproduce.tables.model import (
     Table,
 )
 from reproduce.tables.paper import DIGITS
+from reproduce.tables.planned import order_notes
+
+_PRIMARY = (
+    "Chosen before the run; all other comparisons are secondary. p (Holm) is corrected over the "
+    "primary comparisons of a group. Detectable is the true difference that is found with "
+    f"probability {POWER:.0%} after that correction, given the number of seeds and their spread. "
+    f"Equivalent: the interval lies within {MARGIN:.0%} of the headroom."
+)
 
 
 def summary_markdown(table: Table) -> str:
@@ -27,10 +45,15 @@ def summary_markdown(table: Table) -> str:
     title = f"### {markdown_escape(table.title)}: summary (profile `{table.profile}`)"
     if not found:
         return f"{title}\n\nNothing to compare yet: no pair of rows has results.\n"
+    primary, secondary = table.asked("primary"), table.asked("rows", "baseline")
     parts = [title, _method_sentences(found)]
-    for group in dict.fromkeys(table.row(one.first).group for one in found):
-        members = [one for one in found if table.row(one.first).group == group]
+    if primary:
+        parts += ["**Primary comparisons**", _PRIMARY, _difference_table(table, primary)]
+        parts.append("\n".join(f"- {markdown_escape(note)}" for note in order_notes(table)))
+    for group in dict.fromkeys(table.row(one.first).group for one in secondary):
+        members = [one for one in secondary if table.row(one.first).group == group]
         heading = f"{table.group_label}: {group}" if group else table.row_label
+        heading += " (secondary comparisons)" if primary else ""
         parts += [f"**{markdown_escape(heading)}**", _difference_table(table, members)]
         sentences = [
             markdown_escape(pair_sentence(table, pair) + _cost_sentence(pair[0]))
@@ -96,6 +119,8 @@ def _method_sentences(found: Sequence[RowComparison]) -> str:
 def _difference_table(table: Table, members: Sequence[RowComparison]) -> str:
     heads = ["Row", "Versus", "Score", "Difference", "95% interval", "p", "p (Holm)"]
     heads += ["P(higher)", "Label", "Verdict"]
+    primary = members[0].question == "primary"
+    heads += ["Detectable"] if primary else []
     with_paper = any(one.published_difference is not None for one in members)
     heads += ["Paper's difference"] if with_paper else []
     lines = []
@@ -103,7 +128,7 @@ def _difference_table(table: Table, members: Sequence[RowComparison]) -> str:
         first, column = table.row(one.first), table.column(one.reward)
         low, high = signed(one.low, column.digits), signed(one.high, column.digits)
         texts = [
-            first.label,
+            first.full_label if primary else first.label,
             table.row(one.second).label,
             column.label + (IN_DOMAIN if column.name in first.trained_on else ""),
             signed(one.difference, column.digits),
@@ -112,11 +137,18 @@ def _difference_table(table: Table, members: Sequence[RowComparison]) -> str:
             p_text(one.p_holm),
             f"{one.improvement.text} {one.improvement.ends}",
             one.about,
-            one.verdict,
+            one.verdict + ("; equivalent" if one.equivalent else ""),
+            *([_detectable(table, one)] if primary else []),
             *([_paper_difference(table, one)] if with_paper else []),
         ]
         lines.append([markdown_escape(text) for text in texts])
     return markdown_table([(head, "---") for head in heads], lines)
+
+
+def _detectable(table: Table, one: RowComparison) -> str:
+    if one.detectable is None:
+        return NOTHING
+    return nonzero(one.detectable, table.column(one.reward).digits)
 
 
 def _paper_difference(table: Table, one: RowComparison) -> str:

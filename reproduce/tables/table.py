@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.evaluation.results import Cell
+from benchmarks.evaluation.results import Cell, RowScores
 from reproduce.experiment.table import TableSpec
 from reproduce.tables.comparisons import ComparedRows, row_comparisons, row_marks
+from reproduce.tables.headroom import common_scale, headroom_numbers
 from reproduce.tables.model import COST_LABELS, Column, Row, Table, grouped
 from reproduce.tables.notes import Gap, legend, metric_legend, missing_reason, table_notes
 from reproduce.tables.paper import PaperTables, load_paper_tables
+from reproduce.tables.planned import planned_comparisons, planned_notes
 from reproduce.tables.references import PAPER, cited
 from reproduce.tables.rows import (
     PAPER_COLUMNS,
@@ -50,20 +52,29 @@ def compute_table(
     compared = ComparedRows(results, [column.name for column in columns])
     rows = _rows(spec, columns, compared, gaps, published if same_model else {})
     theirs, block = tuple(published.values()), spec.paper_table is not None and not same_model
+    scale, scale_notes = common_scale(spec, results)
+    measured = {} if scale is None else scale.measured_rows(spec, results)
+    planned = planned_comparisons(spec, measured, scale)
+    if scale is not None and scale.headroom:
+        rows = [_with_headroom(row, measured.get(row.key)) for row in rows]
     metrics = metric_columns(rows)
-    notes = table_notes(spec, {c.name: c.label for c in columns}, results, gaps)
+    notes = (
+        *scale_notes,
+        *table_notes(spec, {c.name: c.label for c in columns}, results, gaps),
+    )
     methods = dict.fromkeys(result.cells[0].info.method for result in results.values())
     keys = cited(methods, (c.name for c in columns), (c.name for c in metrics))
     used = [cell for result in results.values() for cell in result.cells]
-    return Table(
+    table = Table(
         name=spec.name,
         title=spec.title,
         profile=profile,
         columns=columns,
+        measures=() if scale is None else scale.columns,
         metrics=metrics,
         costs=tuple(Column(name=name, label=COST_LABELS[name]) for name in spec.costs),
         rows=tuple(rows),
-        comparisons=tuple(row_comparisons(spec, compared, rows, paper)),
+        comparisons=(*planned, *row_comparisons(spec, compared, rows, paper)),
         published=theirs,
         published_source=paper.caption if block else None,
         protocols=tuple({cell.info.protocol.hash: cell.info.protocol for cell in used}.values()),
@@ -72,12 +83,19 @@ def compute_table(
         references=tuple(dict.fromkeys([PAPER, *keys] if block or theirs else keys)),
         group_label=spec.group_label,
         row_label=spec.row_label,
-        legend=legend(rows, theirs, columns),
+        legend=(*legend(rows, theirs, columns), *([] if scale is None else [scale.note])),
         metric_legend=metric_legend(metrics),
         published_columns=PAPER_COLUMNS if block else (),
         same_model=same_model,
         styles=style_table(spec, results, profile),
     )
+    return table.model_copy(update={"notes": (*planned_notes(table), *table.notes)})
+
+
+def _with_headroom(row: Row, measured: RowScores | None) -> Row:
+    if measured is None:
+        return row
+    return row.model_copy(update={"headroom": headroom_numbers(measured)})
 
 
 def _rows(
