@@ -340,6 +340,13 @@ def test_cells_that_do_not_fit_the_table_are_refused(tmp_path: Path) -> None:
         ({"columns": [COLUMNS[0] | {"labl": "HPS"}]}, "unknown key 'columns.0.labl'"),
         ({"costs": ["evaluations"]}, "costs.0"),
         ({"focus": ["hps/g2rpoo"]}, "no row 'hps/g2rpoo'"),
+        ({"primary": {"hps/g2rpo": ["hps/mix_grp"]}}, "no row 'hps/mix_grp'"),
+        (
+            {"primary": {"hps/g2rpo": ["hps-clip/g2rpo"]}},
+            "differ in their group or training rewards",
+        ),
+        ({"primary": {"hps/g2rpo": ["hps/g2rpo"]}}, "names 'hps/g2rpo' twice"),
+        ({"primary": {"hps/g2rpo": []}, "baseline": None}, "primary needs a baseline"),
         ({"paper_table": None}, "paper_table is not given"),
         ({"rows": [TABLE1["rows"][0]] * 2, "focus": []}, "duplicate row 'base'"),
         (
