@@ -22,6 +22,7 @@ from reproduce.runs.folders import (
 )
 from reproduce.stages import embedding
 from reproduce.stages.base import CellStage
+from reproduce.stages.beginning import begin_from_another, beginning_of
 from slurm.graph import Needs
 
 if TYPE_CHECKING:
@@ -104,12 +105,15 @@ class Train(_TrainerStage):
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = self.folder / SETTINGS
         write_document(settings, self.cell.train.model_dump(mode="json"))
+        if self.cell.profile.hardware.training_ranks == 1:  # several would copy at once
+            begin_from_another(self.folder, self.cell.train)
         trainer = self._trainer()
         progress = trainer.train()
         if trainer.accelerator.is_main_process:
             images = [path for path in self.folder.glob("images/*/*.png") if keep_image(path)]
             files = [settings, self.folder / METRICS_FILE]
-            self._complete(trainer, {"progress": vars(progress)}, files, images)
+            result = {"progress": vars(progress), **beginning_of(self.folder)}
+            self._complete(trainer, result, files, images)
 
 
 @dataclass(frozen=True)
