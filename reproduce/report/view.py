@@ -23,6 +23,7 @@ class View:
     missing: tuple[str, ...]
     sentences: tuple[str, ...]
     scores: Grid
+    headroom: Grid | None
     beside: Grid | None
     comparisons: Grid | None
     paper: Grid | None
@@ -53,6 +54,7 @@ def view_of(chapter: Chapter) -> View:
         missing=_missing(chapter),
         sentences=_sentences(table),
         scores=shown[""],
+        headroom=shown.get("-headroom"),
         beside=shown.get("-beside"),
         comparisons=comparison_grid(table),
         paper=shown.get("-paper"),

@@ -36,7 +36,8 @@ class Block:
 
 
 def blocks(table: Table, *, aligned: bool = False) -> list[Block]:
-    """The scores, what else was measured, the costs, and the paper's figures in their own block.
+    """The scores, their shares of the headroom, what else was measured, the costs, and the paper's
+    figures in their own block.
 
     Args:
         table: the table.
@@ -48,14 +49,16 @@ def blocks(table: Table, *, aligned: bool = False) -> list[Block]:
         Block(
             "",
             f"{table.title} (profile {table.profile})",
-            (
-                *_headings((*table.columns, *table.headroom_columns)),
-                Heading("Seeds"),
-                Heading("Interval", numeric=False),
+            (*_headings(table.columns), Heading("Seeds"), Heading("Interval", numeric=False)),
+            tuple(
+                (row, (*_scores(row, table.columns), str(len(row.seeds) or "") or None, row.about))
+                for row in table.lines
             ),
-            tuple((row, _first_cells(table, row)) for row in table.lines),
         )
     ]
+    if shares := table.headroom_columns:
+        numbers = ((row, tuple(row.headroom.get(c.name) for c in shares)) for row in rows)
+        found.append(Block("-headroom", "Share of headroom", _headings(shares), tuple(numbers)))
     if table.metrics:
         headings = (*_headings(table.metrics), Heading(HACKING_LABEL, numeric=False))
         lines = (
@@ -73,11 +76,6 @@ def blocks(table: Table, *, aligned: bool = False) -> list[Block]:
         figures = tuple((row, _scores(row, columns)) for row in table.published)
         found.append(Block("-paper", table.published_source, _headings(columns), figures))
     return found
-
-
-def _first_cells(table: Table, row: Row) -> tuple[Cell, ...]:
-    shares = (row.headroom.get(column.name) for column in table.headroom_columns)
-    return (*_scores(row, table.columns), *shares, str(len(row.seeds) or "") or None, row.about)
 
 
 def _headings(columns: Sequence[Column]) -> tuple[Heading, ...]:

@@ -23,14 +23,10 @@ def _environment(table: Table, block: Block) -> str:
     captions = {"": block.title, "-paper": block.title}
     title = f"{table.title}, {block.title.lower()} (profile {table.profile})"
     caption = latex_escape(captions.get(block.suffix, title))
-    shares = {column.label for column in table.headroom_columns}
-    labels = [
-        _stacked(heading.label, "c") if heading.label in shares else latex_escape(heading.label)
-        for heading in block.headings
-    ]
+    labels = [latex_escape(heading.label) for heading in block.headings]
     figure = "c"
     if block.suffix == "-cost":
-        labels, figure = [_stacked(heading.label, "r") for heading in block.headings], "r"
+        labels, figure = [_stacked(heading.label) for heading in block.headings], "r"
     alignment = "".join(figure if heading.numeric else "l" for heading in block.headings)
     body: list[str] = []
     group = None
@@ -66,10 +62,10 @@ def _environment(table: Table, block: Block) -> str:
     )
 
 
-def _stacked(label: str, alignment: str) -> str:
+def _stacked(label: str) -> str:
     """A long heading, its first word above the others."""
     words = r"\\".join(latex_escape(part) for part in label.split(" ", 1))
-    return rf"\begin{{tabular}}[b]{{@{{}}{alignment}@{{}}}}{words}\end{{tabular}}"
+    return rf"\begin{{tabular}}[b]{{@{{}}r@{{}}}}{words}\end{{tabular}}"
 
 
 def _line(label: str, cells: Sequence[str]) -> str:

@@ -19,6 +19,8 @@ from g2rpo.config import validate
 from g2rpo.data.prompts import Prompt, write_prompts
 from g2rpo.files import sha256_file
 from reproduce.experiment.table import TableSpec
+from reproduce.report.table_grids import block_grid
+from reproduce.tables.blocks import blocks
 from reproduce.tables.model import RowComparison, Table
 from reproduce.tables.table import compute_table
 from reproduce.tables.terminal import print_table
@@ -268,6 +270,13 @@ def test_every_format_shows_the_share(truth: dict[str, Any], table: Table, tmp_p
         assert found.text in text
         assert str(found.ends) in text
     assert "| In-domain headroom | Out-of-domain headroom |" in texts["markdown"]
+    (block,) = (block for block in blocks(table) if block.suffix == "-headroom")
+    (boxes,) = (
+        row
+        for row in block_grid("chapter", table, block, ()).rows
+        if (row[0].text, row[1].text) == ("MixGRPO", "HPS")
+    )
+    assert (boxes[2].text, boxes[2].interval) == (found.text, found.ends)
     parts = texts["summary"].partition("(secondary comparisons)")
     assert "**Primary comparisons**" in parts[0]
     assert parts[2].count("secondary comparisons") == 1
