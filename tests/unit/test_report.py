@@ -229,6 +229,18 @@ def test_runs_of_different_lengths_share_the_moments_that_were_kept(chapter: Cha
     assert {tile["end"] for tile in data["tiles"]} == {None, 5, ITERATIONS}
 
 
+def test_a_declared_figure_is_shown_once_it_is_drawn(chapter: Chapter) -> None:
+    table = chapter.experiment.table.model_copy(update={"figures": ("frontier",)})
+    declared = chapter.experiment.model_copy(update={"table": table})
+    path = chapter.layout.experiment(chapter.profile.name, chapter.name) / "frontier.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (2, 2), (10, 20, 30)).save(path)
+    drawn, chapters = path.read_bytes(), [replace(chapter, experiment=declared)]
+    assert base64.b64encode(drawn).decode() in make_page(chapter.profile, chapters).html
+    path.unlink()
+    assert "Figure: validation rewards" not in make_page(chapter.profile, chapters).html
+
+
 def test_what_does_not_fit_is_omitted_with_a_note(results: Results, chapter: Chapter) -> None:
     whole = make_page(results.loaded, [chapter])
     assert whole.notes == ()
