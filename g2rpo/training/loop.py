@@ -160,24 +160,16 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether no iteration is left (the same on all ranks, as their counters are)."""
-        return self.progress.iteration >= self.config.optimization.iterations or self._spent >= 1
-
-    @property
-    def _spent(self) -> float:
-        """The share of its cost limit that the run has used; 0 without a limit."""
         settings, progress = self.config.optimization, self.progress
-        limits = (
-            (progress.device_seconds, settings.max_device_seconds),
-            (progress.equal_cost_evaluations, settings.max_equal_cost),
-        )
-        return max(0.0 if limit is None else cost / limit for cost, limit in limits)
+        return progress.iteration >= settings.iterations or progress.spent(settings) >= 1
 
     @property
     def expected_iterations(self) -> int:
         """Iterations that the run will have, estimated from their cost so far."""
-        planned, done = self.config.optimization.iterations, self.progress.iteration
-        within = math.ceil(done / self._spent) if self._spent else planned
-        return max(done, min(planned, within))
+        settings, done = self.config.optimization, self.progress.iteration
+        spent = self.progress.spent(settings)
+        within = math.ceil(done / spent) if spent else settings.iterations
+        return max(done, min(settings.iterations, within))
 
     def save(self) -> None:
         """Writes a checkpoint of the current state (:meth:`CheckpointWriter.save`)."""

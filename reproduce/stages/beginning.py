@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 BEGINNING = "beginning.json"
 """Names the run and the iteration that a run began from."""
-LENGTH = ("iterations", "max_device_seconds")
+LENGTH = ("iterations", "max_device_seconds", "max_equal_cost")
 
 
 def begin_from_another(folder: Path, train: TrainConfig) -> None:
@@ -105,6 +105,4 @@ def _sound_checkpoints(run: Path) -> Iterator[Progress]:
 
 
 def _ends_later(length: OptimizationConfig, progress: Progress) -> bool:
-    seconds = length.max_device_seconds
-    enough = seconds is None or progress.device_seconds < seconds
-    return enough and progress.iteration < length.iterations
+    return progress.spent(length) < 1 and progress.iteration < length.iterations

@@ -24,6 +24,7 @@ from reproduce.tables.figures import (
     save_figure,
     seed_band,
 )
+from reproduce.tables.headroom import IN_DOMAIN
 from reproduce.tables.model import COST_LABELS, Row, Table
 
 COSTS: tuple[Literal["equal_cost_evaluations", "device_seconds"], ...] = (
@@ -42,9 +43,9 @@ def pareto_points(curves: Sequence[Band]) -> list[list[int]]:
     """The points of each curve that no point of any curve dominates, by index.
 
     A point is dominated if another costs no more and has at least its mean, and differs in one.
-    The starts, where nothing has been spent, are left out.
+    The starts, where nothing has been spent, dominate but are left out.
     """
-    points = [(x, y) for c in curves for x, y in zip(c.x, c.mean, strict=True) if x > 0]
+    points = [(x, y) for c in curves for x, y in zip(c.x, c.mean, strict=True)]
 
     def dominated(cost: float, reward: float) -> bool:
         return any(x <= cost and y >= reward and (x, y) != (cost, reward) for x, y in points)
@@ -63,7 +64,8 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
     """Draws validation rewards against cost, with a panel per reward and cost.
 
     Args:
-        table: whose trained rows are drawn; the legend has their held-out in-domain scores.
+        table: whose trained rows are drawn; the legend has their shares of the in-domain headroom
+            on held-out prompts or, where there is no headroom, their in-domain scores.
         cells: the finished cells, for their learning curves.
         output: the PNG to write; a PDF is written beside it.
 
@@ -159,6 +161,7 @@ def _legend(figure: Figure, rows: Sequence[Row], runs: Iterable[int]) -> None:
     """Names the rows by number, with their held-out scores from the table."""
     handles = [Line2D([], [], linewidth=1.4, **_style(number)) for number in range(len(rows))]
     names = [f"{number}  {row.label}{_held_out(row)}" for number, row in enumerate(rows, start=1)]
+    measure = "in-domain headroom" if any(row.headroom for row in rows) else "in-domain score"
     counts = sorted({*runs})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     bands = "; bands: 95% t intervals over seeds" if counts[-1] >= MIN_SEEDS else ""
@@ -168,12 +171,14 @@ def _legend(figure: Figure, rows: Sequence[Row], runs: Iterable[int]) -> None:
         loc="outside lower center",
         ncols=3,
         fontsize=7.5,
-        title=f"With the score on held-out prompts; seeds: {seeds}{bands}",
+        title=f"With the {measure} on held-out prompts; seeds: {seeds}{bands}",
         title_fontsize=8,
         handlelength=2.8,
     )
 
 
 def _held_out(row: Row) -> str:
-    scores = [row.scores[name].text for name in row.trained_on if name in row.scores]
-    return f": {', '.join(scores)}" if scores else ""
+    scores = [row.scores[name] for name in row.trained_on if name in row.scores]
+    if IN_DOMAIN in row.headroom:
+        return f": {row.headroom[IN_DOMAIN].text}"
+    return f": {', '.join(score.text for score in scores)}" if scores else ""

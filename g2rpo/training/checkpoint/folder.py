@@ -21,7 +21,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import check_publication
 
 if TYPE_CHECKING:
-    from g2rpo.training.config import CheckpointConfig
+    from g2rpo.training.config import CheckpointConfig, OptimizationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,14 @@ class Progress:
     def equal_cost_evaluations(self) -> int:
         """Rollout NFE plus three times the backwards."""
         return self.rollout_evaluations + BACKWARD_EVALUATIONS * self.training_backwards
+
+    def spent(self, settings: "OptimizationConfig") -> float:
+        """The share of its limit on cost that the run has used; 0 without a limit."""
+        limits = (
+            (self.device_seconds, settings.max_device_seconds),
+            (self.equal_cost_evaluations, settings.max_equal_cost),
+        )
+        return max(0.0 if limit is None else cost / limit for cost, limit in limits)
 
     def advance(self, sums: Mapping[str, float], *, step_cache: bool) -> None:
         """Counts one more iteration with the costs ``sums`` over all ranks, by field."""
