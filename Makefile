@@ -1,7 +1,7 @@
 # Short names for commands; targets that need .venv set it up first.
 # Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), DETACH=1 (return
 # after submitting), PUBLISH=1 (write tables to results/PROFILE), PYTHON (the interpreter of .venv),
-# IMAGE (the image's name).
+# IMAGE (the image's name), DEVICE=cpu (check-gpu on tiny models).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -33,7 +33,7 @@ export UV_PYTHON_DOWNLOADS := never
 .PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
-	lock audit image sif check-image bench-speed bench-numerics bench-approximations \
+	lock audit image sif check-image bench-speed bench-numerics bench-approximations check-gpu \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-latex
 
@@ -194,6 +194,10 @@ bench-numerics: $(READY) ## deviation of the ratio from 1 before an update, at F
 
 bench-approximations: $(READY) ## effect of approximate continuations on the mini world (about an hour)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.approximations
+
+# With a .venv it needs no network, so that it runs on a bare machine with a GPU.
+check-gpu: $(if $(wildcard $(RUN)/python),,$(READY)) ## check on a GPU what only a GPU shows: kernels, memory, speed (8 minutes; writes results/gpu)
+	$(OFFLINE) $(RUN)/python -m benchmarks.gpu_check $(if $(DEVICE),--device $(DEVICE))
 
 clean: ## remove caches and build products, but not .venv and results/
 	rm -rf build dist .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis

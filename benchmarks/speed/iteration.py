@@ -31,6 +31,7 @@ from benchmarks.speed.stopwatch import (
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.methods.g2rpo import G2RPO
+from g2rpo.policy.fp8 import has_fp8_kernels
 from g2rpo.policy.size import model_size
 from g2rpo.provenance import provenance
 from g2rpo.quiet import quiet_libraries
@@ -218,10 +219,10 @@ class Bench:
 
 
 def executions(bench: Bench) -> list[Timing]:
-    """The original, the batched original, ours and, on a GPU, ours with fp8 continuations."""
+    """The original, the batched original, ours and, where kernels are, with fp8 continuations."""
     ours, trained = bench.ours("ours")
     variants = [ours]
-    if bench.device.type == "cuda":
+    if has_fp8_kernels(bench.device):
         variants.append(bench.ours("ours, fp8 continuations", approximate_rollout={"fp8": True})[0])
     bench.reset_peak_memory()
     batched = bench.original("original, batched", trained, batched=True)

@@ -14,6 +14,7 @@ from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
 from g2rpo.config import validate
+from g2rpo.policy.size import ModelSize
 from g2rpo.progress import without_library_bars
 from g2rpo.rewards.hps import CHECKPOINTS
 from g2rpo.rewards.open_clip_reward import build_clip
@@ -24,6 +25,12 @@ MINI = ROOT / "benchmarks" / "mini_world" / "assets"
 PROMPT = "a large red circle on black, two blue stars above a green ring"
 UNTOUCHED = 1e-12
 """Learning rate, small enough to leave the weights of every execution equal."""
+
+
+FULL_TRAINING_BYTES = 2 + 4 * 5
+"""Of a trained parameter: in bfloat16, and master, gradient, AdamW's moments and its temporary."""
+TRAINED_SHARE = 0.75
+"""Share of a GPU's memory for them; activations and the decoder take the rest."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,18 @@ class FluxShape:
     text_tokens: int = 512
     channels: tuple[int, ...] = (128, 256, 512, 512)
     norm_groups: int = 32
+
+
+def deepest_flux(memory: float, most: int = FluxShape.double_blocks) -> FluxShape:
+    """FLUX.1-dev's shape with as many blocks as can be trained in ``memory`` bytes of one GPU.
+
+    It has at most ``most`` double-stream blocks and twice as many single-stream blocks.
+    """
+    for double in range(most, 1, -1):
+        size = ModelSize(num_layers=double, num_single_layers=2 * double, guidance_embeds=True)
+        if FULL_TRAINING_BYTES * size.parameters <= TRAINED_SHARE * memory:
+            return FluxShape(double_blocks=double, single_blocks=2 * double)
+    return FluxShape(double_blocks=1, single_blocks=2)
 
 
 def write_flux(folder: Path, shape: FluxShape, device: torch.device) -> None:

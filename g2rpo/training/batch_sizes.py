@@ -16,15 +16,11 @@ from g2rpo.policy.decoding import decode_size
 from g2rpo.stop import StoppedAlone
 from g2rpo.training.collective import of_all_ranks
 from g2rpo.training.config import ExecutionConfig
+from g2rpo.training.memory import STATE_UNITS
 from g2rpo.training.weights import TrainedWeights
 
 LARGEST = 64
 """States at once under ``auto``, however many would fit: no GPU gains from more at FLUX's size."""
-STATE_UNITS = 24
-"""Estimated peak memory of a forward without gradients, per state, in units of one block's output
-(tokens times width). A single-stream block holds about 15 while it attends (residual, norm, MLP, q,
-k, v and their rotation in float32) and 12 while it projects; the rest is a margin. Not measured: if
-it is too small, memory runs out once and the size is halved."""
 USED_SHARE = 0.8
 """Share of the free memory; the rest is for latents, noise, fragmentation and the decoder."""
 

@@ -1,50 +1,20 @@
-"""The reward models' own packages, made to run beside today's libraries without a network.
+"""The package ImageReward, made to run beside today's libraries without a network.
 
-hpsv2 1.2.0 lacks a file of its tokenizer and imports tkinter's turtle; image-reward 1.5 imports and
-calls what transformers 5 dropped. Each context manager repairs that while it is open, and no
-weights are fetched.
+image-reward 1.5 imports and calls what transformers 5 dropped. The context manager repairs that
+while it is open, and no weights are fetched.
 """
 
-import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-
-@contextmanager
-def _modules(replaced: Mapping[str, Any]) -> Iterator[None]:
-    """Other modules under these names; unlike under ``patch.dict``, what is imported stays."""
-    before = {name: sys.modules.get(name) for name in replaced}
-    sys.modules.update(replaced)
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
-
-
-@contextmanager
-def hpsv2_open_clip() -> Iterator[Any]:
-    """hpsv2's own copy of open_clip, ``hpsv2.src.open_clip``."""
-    # Its tokenizer is open_clip's, but its word list is not in the wheel.
-    faults = {
-        "hpsv2.src.open_clip.tokenizer": open_clip.tokenizer,
-        "turtle": types.SimpleNamespace(forward=None),
-    }
-    with _modules(faults):
-        import hpsv2.src.open_clip as vendored
-
-        yield vendored
+from benchmarks.hpsv2_package import replaced_modules
 
 
 def _inverted_mask(self: Any, mask: Tensor) -> Tensor:
@@ -70,7 +40,7 @@ def image_reward_package(
     import transformers.modeling_utils
     import transformers.pytorch_utils
 
-    with _modules({"clip": types.ModuleType("clip")}), ExitStack() as stack:
+    with replaced_modules({"clip": types.ModuleType("clip")}), ExitStack() as stack:
 
         def change(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(patch.object(owner, name, value, create=True))

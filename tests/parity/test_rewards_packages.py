@@ -10,10 +10,11 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from reward_packages import hpsv2_open_clip, image_reward_package
+from reward_packages import image_reward_package
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+from benchmarks.hpsv2_package import hpsv2_open_clip
 from benchmarks.mini_world.small_rewards import (
     SmallImageReward,
     SmallPickScore,

@@ -50,9 +50,9 @@ def test_stored_parameters_are_counted_byte_by_byte(smoke_assets: Path) -> None:
     sharded = gpu_bytes(config(smoke_assets, execution=execution), SMALL, 4)
     assert sharded["weights"] == sharded["gradients"] == n
     assert sharded["optimiser states"] == 2 * n
-    assert sharded["gathered blocks"] == 6 * SMALL.largest_block
+    assert sharded["gathered blocks"] == (3 * 2 + 2 * 4) * SMALL.largest_block
     assert sharded["activations"] == (2 + FULL_UNITS) * tokens * 8 * 2
-    assert sharded["gathered for rollouts"] == 0
+    assert sharded["more for rollouts"] == 0
 
     adapters = SMALL.lora_parameters(LoraConfig(rank=2))
     lora = gpu_bytes(config(smoke_assets, lora={"rank": 2}), SMALL, 1)

@@ -1,0 +1,1 @@
+"""``python -m benchmarks.gpu_check``: everything that only a GPU can show, in a few minutes."""
