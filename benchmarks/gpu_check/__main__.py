@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ from g2rpo.files import read_json
 from g2rpo.provenance import provenance
 from g2rpo.quiet import quiet_libraries
 
-OUTPUT = Path("results/gpu")
+OUTPUT = {"cuda": Path("results/gpu"), "cpu": Path("build/gpu-check")}
 
 
 @dataclass
@@ -54,6 +55,8 @@ def supervise(check: Check, place: Place, limit: float) -> Outcome:
     process.join(limit)
     outcome = Outcome(check.name, limit)
     if process.exitcode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and the processes that it has started
         process.kill()
         process.join()
         outcome.problem = f"not finished after {limit:.0f} s"
@@ -108,21 +111,22 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return (
-        {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu for tiny models.")] = "cuda",
     minutes: Annotated[float, typer.Option(min=0.1, help="Time limit of all checks.")] = 8.0,
-    output: Annotated[Path, typer.Option(help="Output folder.")] = OUTPUT,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Output folder; results/gpu or, on the CPU, build/gpu-check."),
+    ] = None,
 ) -> None:
     """Run every check and write check.json and check.md."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if device not in ("cuda", "cpu"):
+    if device not in OUTPUT:
         raise UserError(f"--device {device}: no such device; use cuda or cpu")
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -132,7 +136,7 @@ def main(
         outcomes = run_all(Place(device, Path(folder)), 60 * minutes)
     checks = [asdict(outcome) for outcome in outcomes]
     result = {"provenance": provenance({}), "device": device, "minutes": minutes, "checks": checks}
-    write_report(output, "check", result, report(result))
+    write_report(output or OUTPUT[device], "check", result, report(result))
     failed = [outcome.name for outcome in outcomes if outcome.problem]
     typer.echo(f"verdict: {'failed: ' + ', '.join(failed) if failed else 'passed'}")
     if failed:

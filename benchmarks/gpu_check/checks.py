@@ -189,7 +189,9 @@ def reward(place: Place) -> Measured:
         "ms per image": 1000 * watch.seconds["score"] / len(images),
         "standard deviation of scores": float(scores.std()),
     }
-    agrees = float(found["largest difference"]) <= REWARD_TOLERANCE < float(scores.std()) * 100
+    if not float(scores.std()) > REWARD_TOLERANCE:
+        raise CheckFailedError("the scores hardly differ between images", found)
+    agrees = float(found["largest difference"]) <= REWARD_TOLERANCE
     return require(agrees, f"scores differ by more than {REWARD_TOLERANCE:g}", found)
 
 
@@ -359,6 +361,7 @@ CHECKS = (
 
 def run_check(check: Check, place: Place, output: Path) -> None:
     """Runs ``check`` in this process and writes its problem and measurements to ``output``."""
+    os.setsid()  # so that it can be killed with the processes that it starts
     quiet_libraries()
     if place.device == "cpu":
         torch.set_num_threads(1)  # fastest for such small models
@@ -369,4 +372,9 @@ def run_check(check: Check, place: Place, output: Path) -> None:
         problem, measured = str(failure), failure.measured
     except Exception as error:  # whatever it is, the others run
         problem = f"{type(error).__name__}: {reason(error)}"
-    write_json(output, {"problem": problem, "measured": measured})
+    # JSON has no NaN.
+    shown = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in measured.items()
+    }
+    write_json(output, {"problem": problem, "measured": shown})

@@ -1,6 +1,7 @@
 """``make check-gpu``: every check on tiny models, and what becomes of checks that fail."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -60,7 +61,7 @@ def raises(place: Place) -> Measured:
 
 
 def disagrees(place: Place) -> Measured:
-    raise CheckFailedError("too far", {"distance": 2.0})
+    raise CheckFailedError("too far", {"distance": 2.0, "cosine": math.nan})
 
 
 def passes(place: Place) -> Measured:
@@ -86,7 +87,7 @@ def test_a_check_that_fails_does_not_end_the_others(
         "hangs": "not finished after 1 s",
         "passes": "",
     }
-    assert outcomes["disagrees"].measured == {"distance": 2.0}
+    assert outcomes["disagrees"].measured == {"distance": 2.0, "cosine": "nan"}
     assert outcomes["passes"].measured == {"device": "cpu"}
 
 

@@ -1,0 +1,231 @@
+"""The memory that is planned, against the real modules run on tensors without data.
+
+``FakeTensorMode`` runs the transformer, its backward, FSDP2 and AdamW at FLUX.1-dev's width and
+length and allocates nothing. Memory is linear in the number of blocks of either kind, so three
+small depths give the whole model's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from engine_runs import config_for
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from g2rpo.policy import FluxPolicy, lora
+from g2rpo.policy.conditioning import Conditioning
+from g2rpo.policy.decoding import decode_size
+from g2rpo.policy.size import FLUX_DEV
+from g2rpo.training import weights as training_weights
+from g2rpo.training.config import TrainConfig
+from g2rpo.training.memory import STATE_UNITS, WORKING_BYTES, gpu_bytes
+from g2rpo.training.weights import MasterWeights, ShardedWeights, TrainedWeights
+from reproduce.experiment import load_profile
+
+RANKS = 16
+DEPTHS = ((1, 1), (2, 1), (1, 2))
+UNIT = 2 * (2025 + 512) * FLUX_DEV.width
+"""Bytes of a block's output in bfloat16."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, after every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = WeakIdKeyDictionary()
+        self.peak = 0
+
+    @property
+    def now(self) -> int:
+        # FSDP2 frees a gathered block by resizing its storage, which is no operation.
+        return sum(storage.nbytes() for storage in list(self.alive.keys()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # count its local operations
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.alive[tensor.untyped_storage()] = None
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """A GPU's kernel, which keeps its input for the backward; a CPU keeps several in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return inputs * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, weight = ctx.saved_tensors
+        return gradient * weight, (gradient * inputs).sum_to_size(weight.shape)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveBytes]:
+    """Within the test all tensors are without data, on rank 0 of 16."""
+    monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight))
+    monkeypatch.setattr(lora, "gaussian", lambda shape, *key: torch.zeros(shape))
+    monkeypatch.setattr(FluxPolicy, "fill_transformer", lambda self: None)
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    mesh = init_device_mesh("cpu", (RANKS,))
+    monkeypatch.setattr(training_weights, "init_device_mesh", lambda *args: mesh)
+    with ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(LiveBytes())
+
+
+def fake_weights(
+    config: TrainConfig, double: int, single: int, monkeypatch: pytest.MonkeyPatch
+) -> TrainedWeights:
+    sharded = config.execution.sharding == "fsdp2"
+    with default_dtype(torch.float32 if sharded else torch.bfloat16):
+        transformer = FluxTransformer2DModel(
+            num_layers=double, num_single_layers=single, guidance_embeds=True
+        ).eval()
+    autoencoder = AutoencoderKL(block_out_channels=(4, 4, 4, 4), latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=1, scaling_factor=0.3611, shift_factor=0.1159,
+    )  # fmt: skip
+    policy = FluxPolicy(config.policy, Path(), transformer, autoencoder)
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=RANKS)
+    if config.execution.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if sharded:
+        return ShardedWeights(policy, accelerator, config.execution.rollout_weights)
+    if config.lora is not None:
+        with monkeypatch.context() as patch, default_dtype(torch.bfloat16):
+            # Tensors without data cannot be moved within a module; these need not be.
+            patch.setattr(nn.Module, "_apply", lambda self, function, recurse=True: self)
+            policy.add_lora(config.lora)
+    return MasterWeights(policy, accelerator)
+
+
+def velocity(policy: FluxPolicy, states: int) -> Tensor:
+    embeddings = torch.empty(states, 512, 4096, dtype=torch.bfloat16)
+    conditioning = Conditioning(embeddings, torch.empty(states, 768, dtype=torch.bfloat16))
+    return policy.velocity(torch.empty(states, 2025, 64), torch.ones(states), conditioning)
+
+
+def of_whole_model(at_depth: Callable[[int, int], int]) -> int:
+    """Extrapolates from three depths to FLUX.1-dev's."""
+    one, double, single = (at_depth(*depth) for depth in DEPTHS)
+    doubles = (FLUX_DEV.num_layers - 1) * (double - one)
+    return one + doubles + (FLUX_DEV.num_single_layers - 1) * (single - one)
+
+
+def profile_config(assets: Path, name: str) -> TrainConfig:
+    """What determines the memory of a profile's training."""
+    profile = load_profile(name)
+    execution = dict(profile.training["execution"]) | {"device": "cpu"}
+    policy = {key: getattr(profile.policy, key) for key in ("dtype", "resolution")}
+    return config_for(
+        assets,
+        policy=policy | {"max_sequence_length": profile.policy.max_sequence_length},
+        lora=profile.training.get("lora"),
+        execution=execution,
+    )
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-lora", "flux-lora-40gb"])
+def test_a_training_takes_what_is_planned(
+    fake: LiveBytes, smoke_assets: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = profile_config(smoke_assets, name)
+    ranks = RANKS if config.execution.sharding == "fsdp2" else 1
+    expected = gpu_bytes(config, FLUX_DEV, ranks)
+
+    beside: list[int] = []
+
+    def after_forward(double: int, single: int) -> int:
+        fake.alive.clear()  # the model before is not yet collected
+        weights = fake_weights(config, double, single, monkeypatch)
+        output = velocity(weights.policy, 1)
+        kept = fake.now
+        if not beside:
+            fake.peak = 0
+            output.square().mean().backward()
+            beside.append(fake.peak - kept)
+        return kept
+
+    # When the backward begins, all activations are there; what it needs beside them is that of a
+    # few blocks, however many there are.
+    found = of_whole_model(after_forward) + beside[0]
+    parts = ("weights", "activations", "gathered blocks")
+    assert found == pytest.approx(sum(expected.get(part, 0) for part in parts), rel=0.15)
+    # A later micro-batch finds gradients and the optimiser's moments, whose sizes are exact.
+    whole = found + expected["gradients"] + expected["optimiser states"]
+    assert whole == pytest.approx(sum(expected.values()) - WORKING_BYTES, rel=0.15)
+    assert whole < sum(expected.values())
+
+
+def test_an_optimiser_step_takes_what_is_planned(
+    fake: LiveBytes, smoke_assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's moments, and the temporary of all parameters that it makes on a GPU."""
+    weights = fake_weights(profile_config(smoke_assets, "flux-lora"), 1, 1, monkeypatch)
+    for parameter in weights.parameters:
+        parameter.grad = torch.empty_like(parameter)
+    trained = sum(parameter.numel() for parameter in weights.parameters)
+    optimizer = torch.optim.AdamW(weights.parameters, foreach=True)  # the default on a GPU
+    before = fake.now
+    optimizer.step()
+    assert fake.now - before == pytest.approx(8 * trained, rel=1e-3)
+    assert fake.peak - fake.now == pytest.approx(4 * trained, rel=1e-3)
+
+
+def test_a_rollout_state_takes_less_than_is_reckoned(
+    fake: LiveBytes, smoke_assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are run one after the other, so the depth does not matter."""
+    weights = fake_weights(profile_config(smoke_assets, "flux-lora"), 1, 1, monkeypatch)
+    peaks = []
+    for states in (2, 3):
+        fake.peak = 0
+        with torch.no_grad():
+            velocity(weights.policy, states)
+        peaks.append(fake.peak)
+    assert 0.7 * STATE_UNITS * UNIT < peaks[1] - peaks[0] < STATE_UNITS * UNIT
+
+
+def test_decoding_fits_the_margin(fake: LiveBytes) -> None:
+    """A slice of the largest size, in bfloat16, without its attention's scores."""
+    with default_dtype(torch.bfloat16):
+        decoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+            use_quant_conv=False, use_post_quant_conv=False,
+        )  # fmt: skip
+    images = decode_size(720).states
+    before = fake.now
+    with torch.no_grad():
+        decoder.decode(torch.empty(images, 16, 90, 90, dtype=torch.bfloat16))
+    assert fake.peak - before < WORKING_BYTES
