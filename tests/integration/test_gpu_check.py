@@ -4,32 +4,26 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check.checks import CHECKS, Check, CheckFailedError, Measured, Place
 from benchmarks.speed.sizes import FULL_TRAINING_BYTES, FluxShape, deepest_flux
+from g2rpo.errors import UserError
 from g2rpo.policy.size import ModelSize
-from reproduce.experiment import ROOT
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check", *arguments],
-        cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def test_every_check_passes_on_tiny_models(tmp_path: Path) -> None:
-    done = run("--device", "cpu", "--output", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "verdict: passed"
+def test_every_check_passes_on_tiny_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # which it changes
+    gpu_check.main(device="cpu", minutes=8, output=tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == "verdict: passed"
     result = json.loads((tmp_path / "check.json").read_text())
     measured = {check["name"]: check["measured"] for check in result["checks"]}
     assert list(measured) == [check.name for check in CHECKS]
@@ -40,10 +34,12 @@ def test_every_check_passes_on_tiny_models(tmp_path: Path) -> None:
     assert all(f"| {check.name} | passed |" in page for check in CHECKS)
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    done = run()
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: no CUDA GPU is usable here")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU is usable here"):
+        gpu_check.main(device="cuda")
+    with pytest.raises(UserError, match="--device tpu: no such device"):
+        gpu_check.main(device="tpu")
 
 
 def crashes(place: Place) -> Measured:
