@@ -4,6 +4,7 @@ Both are set once on the transformer itself, so that rollout and training use th
 the importance ratio before an update stays 1.
 """
 
+import ctypes
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ _BACKENDS = {
     "cudnn": "_native_cudnn",
 }
 """Our names to diffusers' names."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's ``mallopt``."""
 
 
 def resolve_attention(choice: Attention, device: torch.device, dtype: torch.dtype) -> Attention:
@@ -70,9 +73,23 @@ def compile_blocks(transformer: Any) -> None:
     Blocks share their code, so each kind is compiled once for a batch of one and once for larger
     batches, with and without gradients.
     """
+    for module in transformer.modules():  # the compiler fuses better what diffusers wrote
+        vars(module).pop("forward", None)
     transformer.compile_repeated_blocks(fullgraph=True)
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether the module was compiled in place."""
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def keep_freed_memory() -> None:
+    """Makes this process keep freed memory for reuse, where its C library is glibc.
+
+    Otherwise glibc returns the activations of a forward to the system, and each page of the next
+    one's is faulted in and zeroed again (thousands per forward of the mini world).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, size in ((_M_MMAP_THRESHOLD, 32 * 2**20), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(parameter, size)
