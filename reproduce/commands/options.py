@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from g2rpo.checksums import hashing_up_to
-from g2rpo.config import parse_overrides
+from g2rpo.config import nearest, parse_overrides
 from g2rpo.errors import UserError
 from reproduce.bundled import bundled_names
 
 if TYPE_CHECKING:
+    from reproduce.experiment import ResolvedCell
     from reproduce.experiment.layout import Layout
     from reproduce.jobs.plan import Plan
     from slurm.cluster import Cluster
@@ -32,6 +34,10 @@ Results = Annotated[
 ]
 Seeds = Annotated[
     str | None, typer.Option(help="Training seeds, e.g. 1,2,3; default: the profile's.")
+]
+Cells = Annotated[
+    str | None,
+    typer.Option("--cells", help="Cells to run, e.g. 'base,hps/*'; default: all."),
 ]
 Publish = Annotated[
     bool, typer.Option(help="Write tables to RESULTS/PROFILE instead of RESULTS/runs.")
@@ -82,6 +88,21 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def chosen_cells(cells: "Sequence[ResolvedCell]", patterns: str) -> "list[ResolvedCell]":
+    """The cells whose name fits one of the comma-separated ``patterns``.
+
+    Raises:
+        UserError: a pattern fits no cell.
+    """
+    keys, chosen = {cell.key for cell in cells}, set()
+    for pattern in map(str.strip, patterns.split(",")):
+        fitting = {key for key in keys if fnmatchcase(key, pattern)}
+        if not fitting:
+            raise UserError(f"--cells {patterns!r}: no cell {pattern!r}; {nearest(pattern, keys)}")
+        chosen |= fitting
+    return [cell for cell in cells if cell.key in chosen]
+
+
 def plan_for(
     experiment: str,
     profile: str,
@@ -91,6 +112,7 @@ def plan_for(
     overrides: Sequence[str],
     *,
     runnable: bool,
+    only: str | None = None,
 ) -> "tuple[Plan, Cluster]":
     """The plan of an experiment and its cluster, from the arguments of a command.
 
@@ -102,6 +124,7 @@ def plan_for(
         layout: paths of runs and tables.
         overrides: changes to the training configuration.
         runnable: also check that the plan can run on this machine or cluster.
+        only: comma-separated names or patterns of the cells to run; None for all.
 
     Raises:
         UserError: something does not exist, is invalid, or cannot run there.
@@ -120,6 +143,8 @@ def plan_for(
         runner.check_hardware(chosen, loaded, place)
     runner.build_assets(chosen)
     cells = experiments.expand(loaded, chosen, numbers, parse_overrides(overrides))
+    if only is not None:
+        cells = chosen_cells(cells, only)
     if runnable:
         runner.check_memory(chosen, cells)
     # On a login node, verifying large files is left to the jobs.

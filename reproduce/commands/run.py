@@ -10,6 +10,7 @@ import typer
 
 from g2rpo.errors import UserError
 from reproduce.commands.options import (
+    Cells,
     ClusterName,
     ExperimentName,
     Overrides,
@@ -36,6 +37,7 @@ def reproduce(
     experiment: ExperimentName,
     profile: ProfileName = "mini",
     seeds: Seeds = None,
+    cells: Cells = None,
     cluster: ClusterName = "auto",
     jobs: Jobs = None,
     detach: Annotated[
@@ -52,7 +54,7 @@ def reproduce(
     """
     layout = layout_of(results, publish=publish)
     plan, place = plan_for(
-        experiment, profile, cluster, seeds, layout, overrides or (), runnable=True
+        experiment, profile, cluster, seeds, layout, overrides or (), runnable=True, only=cells
     )
     if plan.todo and detach:
         _detach(plan, place)
@@ -66,6 +68,7 @@ def plan(
     experiment: ExperimentName,
     profile: ProfileName = "mini",
     seeds: Seeds = None,
+    cells: Cells = None,
     cluster: ClusterName = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch scripts that would be submitted.")
@@ -83,7 +86,14 @@ def plan(
     with absent_prompts_named():
         layout = layout_of(results, publish=publish)
         made, place = plan_for(
-            experiment, profile, cluster, seeds, layout, overrides or (), runnable=False
+            experiment,
+            profile,
+            cluster,
+            seeds,
+            layout,
+            overrides or (),
+            runnable=False,
+            only=cells,
         )
         if dry_run:
             _print_scripts(made, place)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: the whole path, doing nothing twice, and clear refusals."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,7 @@ REFUSALS = {
         ["reproduce", "two_rows.yaml", "--profile", "small.yaml", "--seeds", "1,x"],
         "--seeds",
     ),
+    "unknown cell to run": (["plan", "two_rows.yaml", "--cells", "base,clip/*"], "'clip/*'"),
 }  # fmt: skip
 
 
@@ -194,6 +196,15 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     assert expected in message
     assert message.startswith("error: ")
     assert len([line for line in message.splitlines() if not line.startswith("WARNING")]) == 1
+
+
+def test_only_the_chosen_cells_are_planned(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", "table1", "--profile", "mini", "--all", "--cells", "base, hps/g2rpo*"]
+    assert g2rpo_here(workplace, *command) == 0
+    found = set(re.findall(r"\b(?:base\b|hps\w*/\w+)", capsys.readouterr().out))
+    assert found == {"base", "hps/g2rpo", "hps/g2rpo_no_mgai"}
 
 
 def test_a_reward_model_added_later_scores_the_same_images(
