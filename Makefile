@@ -85,7 +85,7 @@ test: $(READY) ## run the tests in two processes and list the slowest
 		--durations 20
 
 check-mini: $(READY) ## train, sample and score a committed cell of Table 1 again and compare (3 minutes)
-	$(OFFLINE) $(RUN)/python -m pytest -m mini tests/integration/test_mini_cell.py
+	$(OFFLINE) $(RUN)/python -m pytest -m mini tests/integration
 
 test-slurm: $(READY) ## run the tests that need a SLURM cluster (10 minutes; root, Debian)
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm'
@@ -142,7 +142,7 @@ sif: ## convert the image to build/g2rpo.sif for Apptainer
 check-image: ## build and test the image on bare Debian, without a Docker engine (root; 20 GB)
 	docker/check-image.sh
 
-mini-world: $(READY) ## rebuild the mini world from its seed (about two hours)
+mini-world: $(READY) ## rebuild the mini world from its seed (TIME)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world
 
 reproduce-table1: $(READY) ## Table 1 of the paper: methods compared (PROFILE=flux by default)

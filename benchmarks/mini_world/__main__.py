@@ -18,16 +18,16 @@ def main(
     seed: Annotated[int, typer.Option(help="Random seed.")] = 1,
     rebuild: Annotated[list[str] | None, typer.Option(help="Part to rebuild; repeatable.")] = None,
 ) -> None:
-    """Build the missing parts: prompts, autoencoder, base policy and reward models."""
+    """Build the missing parts: prompts, autoencoder, base policy, reward models, truth."""
     try:
         manifest = build(MiniWorldSettings(seed=seed), assets, frozenset(rebuild or ()), typer.echo)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    total = sum(part["seconds"] for part in manifest["parts"].values())
+    minutes = manifest["last_build"]["seconds"] / 60
     typer.echo(
-        f"{assets}: {len(manifest['files'])} files, {manifest['bytes'] / 1e6:.1f} MB, "
-        f"built in {total / 60:.0f} min"
+        f"{assets}: {len(manifest['files'])} files, {manifest['bytes'] / 1e6:.1f} MB; "
+        f"the last build took {minutes:.0f} min"
     )
 
 

@@ -22,9 +22,9 @@ NOTHING = -100
 class AttributeSettings(StrictModel):
     """Training of the attribute reward model."""
 
-    pictures: int = Field(default=12000, ge=1)
-    steps: int = Field(default=900, ge=1)
-    batch_size: int = Field(default=64, ge=1)
+    pictures: int = Field(default=10000, ge=1)
+    steps: int = Field(default=700, ge=1)
+    batch_size: int = Field(default=48, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
     widths: tuple[int, ...] = (16, 32, 48)
     noise: float = Field(default=0.08, ge=0)

@@ -20,9 +20,9 @@ class AutoencoderSettings(StrictModel):
 
     pictures: int = Field(default=20000, ge=1)
     steps: int = Field(default=6000, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
-    kl_weight: float = Field(default=3e-4, ge=0)
+    kl_weight: float = Field(default=1e-4, ge=0)
     """Weight of the KL divergence to the standard normal, averaged over latent values."""
     channels: tuple[int, int, int] = (8, 24, 48)
 

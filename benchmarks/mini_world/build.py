@@ -1,14 +1,24 @@
 """Builds the assets of the mini world part by part, with a manifest of how each was made.
 
 A part is rebuilt only if its settings, its seed or its inputs have changed, or if its files do not
-match the manifest, so an interrupted build resumes where it stopped.
+match the manifest, so an interrupted build resumes where it stopped. Parts that do not need each
+other are built in several processes at once.
 """
 
 import json
+import multiprocessing
 import platform
-import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +33,7 @@ from benchmarks.mini_world import (
     autoencoder,
     base_policy,
     reward_training,
+    truth,
     world,
 )
 from benchmarks.mini_world.attribute_training import AttributeSettings
@@ -34,13 +45,16 @@ from g2rpo.errors import UserError
 from g2rpo.files import (
     atomic_folder,
     atomic_write_text,
+    remove,
     sha256_file,
     sha256_tree,
     write_json,
 )
-from g2rpo.progress import without_library_bars
+from g2rpo.progress import ProgressReport, without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
 
+VERSION = 2
+"""Version of the world; the manifest of version 1 names none. A new one rebuilds every part."""
 MANIFEST = "manifest.json"
 SIZE_LIMIT = 25_000_000
 """Largest total size of the assets in bytes; they are committed."""
@@ -81,8 +95,13 @@ class Part:
         dumped = settings.model_dump(mode="json")
         if self.name in settings.rewards:
             return {"pictures": dumped["reward_pictures"], "training": dumped["rewards"][self.name]}
-        chosen: dict[str, Any] = dumped[self.name]
+        chosen: dict[str, Any] = dumped.get(self.name, {})
         return chosen
+
+    def inputs(self, settings: MiniWorldSettings, hashes: dict[str, str | None]) -> str:
+        """One hash of what this part is built from; ``hashes`` are those of the parts' files."""
+        needed = [hashes[name] for name in self.needs]
+        return content_hash([VERSION, settings.seed, self.settings(settings), needed])
 
 
 def build_prompts(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
@@ -117,11 +136,14 @@ def build_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
     validation = base_policy.AttributeCheck(
         reader, vae, captions_of(assets, "validation"), chosen.check_steps
     )
-    with atomic_folder(assets / "policy") as folder:
-        policy, report = base_policy.train(chosen, settings.seed, vae, folder, validation.accuracy)
-        # Byte for byte the autoencoder's own files, which other parts are built from.
-        shutil.rmtree(folder / "vae")
-        shutil.copytree(assets / "policy" / "vae", folder / "vae")
+    with tempfile.TemporaryDirectory(dir=assets) as temporary:
+        policy, report = base_policy.train(
+            chosen, settings.seed, vae, Path(temporary), validation.accuracy
+        )
+        # The autoencoder's folder stays: other parts may be reading it now.
+        for output in POLICY_OUTPUTS:
+            remove(assets / output)
+            (Path(temporary) / Path(output).name).rename(assets / output)
     report["test"] = {
         f"{steps} steps": base_policy.AttributeCheck(
             reader, vae, captions_of(assets, "test"), steps
@@ -138,32 +160,42 @@ def build_reward(role: str, settings: MiniWorldSettings, assets: Path) -> dict[s
     )
 
 
+def build_truth(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
+    """Scores the rendered truth of the held-out captions."""
+    rewards = (*reward_training.MODELS, "attributes")
+    return truth.write_truth(assets, settings.seed, rewards, assets / "truth.json")
+
+
+POLICY_OUTPUTS = tuple(
+    f"policy/{name}"
+    for name in (
+        "model_index.json",
+        "scheduler",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+        "transformer",
+    )
+)
+
 PARTS = (
     Part("prompts", ("prompts",), (), build_prompts),
     Part("autoencoder", ("policy/vae",), (), build_autoencoder),
     Part("attributes", ("rewards/attributes",), ("autoencoder",), build_attributes),
-    Part(
-        "policy",
-        tuple(
-            f"policy/{name}"
-            for name in (
-                "model_index.json",
-                "scheduler",
-                "text_encoder",
-                "text_encoder_2",
-                "tokenizer",
-                "tokenizer_2",
-                "transformer",
-            )
-        ),
-        ("prompts", "autoencoder", "attributes"),
-        build_policy,
-    ),
+    Part("policy", POLICY_OUTPUTS, ("prompts", "autoencoder", "attributes"), build_policy),
     *(
         Part(role, (f"rewards/{role}",), ("autoencoder",), partial(build_reward, role))
-        for role in reward_training.MODELS
+        for role in reversed(reward_training.MODELS)  # the longest training first
+    ),
+    Part(
+        "truth",
+        ("truth.json",),
+        ("prompts", "autoencoder", "attributes", *reward_training.MODELS),
+        build_truth,
     ),
 )
+"""Every part after those it needs; of those that are ready, the first is built first."""
 
 
 def captions_of(assets: Path, split: str) -> list[str]:
@@ -190,10 +222,12 @@ def build(
     assets: Path,
     rebuild: frozenset[str] = frozenset(),
     log: Callable[[str], None] = lambda _: None,
+    processes: int = 2,
 ) -> dict[str, Any]:
     """Builds what is missing below ``assets`` and returns the manifest.
 
-    PyTorch uses one thread, so the number of cores does not change the result.
+    Every part has one thread and its own random numbers, so neither the number of cores nor that
+    of ``processes`` changes the result. If a part fails, those being built are finished first.
 
     Raises:
         UserError: ``rebuild`` names an unknown part, or the assets exceed :data:`SIZE_LIMIT`.
@@ -202,57 +236,117 @@ def build(
     if unknown:
         names = ", ".join(part.name for part in PARTS)
         raise UserError(f"--rebuild {sorted(unknown)[0]}: no such part; choose from {names}")
-    torch.set_num_threads(1)
+    assets.mkdir(parents=True, exist_ok=True)
     path = assets / MANIFEST
     manifest: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
     hashes: dict[str, str | None] = {}
-    for part in PARTS:
-        chosen = part.settings(settings)
-        inputs = content_hash([settings.seed, chosen, [hashes[n] for n in part.needs]])
-        hashes[part.name] = outputs = outputs_hash(part, assets)
-        old = manifest["parts"].get(part.name, {})
-        unchanged = (old.get("inputs"), old.get("outputs")) == (inputs, outputs)
-        if outputs is not None and unchanged and part.name not in rebuild:
-            log(f"{part.name}: up to date")
-            continue
-        log(f"{part.name}: building")
-        start, cpu = time.monotonic(), time.process_time()
-        with without_library_bars():
-            measured = part.build(settings, assets)
-        seconds = time.monotonic() - start
-        hashes[part.name] = outputs_hash(part, assets)
-        manifest["parts"][part.name] = {
-            "inputs": inputs,
-            "outputs": hashes[part.name],
-            "settings": chosen,
-            "seconds": round(seconds, 1),
-            "cpu_seconds": round(time.process_time() - cpu, 1),
-            "measured": measured,
-        }
-        manifest |= describe(settings, assets)
-        write_json(path, manifest)
-        log(f"{part.name}: done in {seconds:.0f} s")
+    waiting = list(PARTS)
+    running: dict[Future[dict[str, Any]], Part] = {}
+    failures: list[BaseException] = []
+    built: list[str] = []
+    start = time.monotonic()
+    with _workers(processes) as pool:
+        while waiting or running:
+            for part in [part for part in waiting if set(part.needs) <= hashes.keys()]:
+                if len(running) == processes:
+                    break
+                waiting.remove(part)
+                outputs = outputs_hash(part, assets)
+                inputs = part.inputs(settings, hashes)
+                old = manifest["parts"].get(part.name, {})
+                unchanged = (old.get("inputs"), old.get("outputs")) == (inputs, outputs)
+                if outputs is not None and unchanged and part.name not in rebuild:
+                    log(f"{part.name}: up to date")
+                    hashes[part.name] = outputs
+                    continue
+                log(f"{part.name}: building")
+                running[pool.submit(_build_part, part, settings, assets)] = part
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                part = running.pop(future)
+                failure = future.exception()
+                if failure is not None:
+                    failures.append(failure)
+                    waiting.clear()
+                    continue
+                hashes[part.name] = outputs_hash(part, assets)
+                manifest["parts"][part.name] = {
+                    "inputs": part.inputs(settings, hashes),
+                    "outputs": hashes[part.name],
+                    "settings": part.settings(settings),
+                    **future.result(),
+                }
+                built.append(part.name)
+                manifest |= describe(settings, assets, manifest["parts"].keys())
+                manifest["last_build"] = {
+                    "parts": built,
+                    "processes": processes,
+                    "seconds": round(time.monotonic() - start, 1),
+                }
+                write_json(path, manifest)
+                log(f"{part.name}: done in {future.result()['seconds']:.0f} s")
+    if failures:
+        raise failures[0]
     if manifest["bytes"] > SIZE_LIMIT:
         raise UserError(f"{assets}: {manifest['bytes']} bytes exceed the limit of {SIZE_LIMIT}")
     return manifest
 
 
-def describe(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
-    """Seed, files with sizes and hashes, package versions and the machine."""
+def _workers(processes: int) -> Executor:
+    """Workers that build parts: fresh processes, or one thread of this process."""
+    if processes == 1:
+        return ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, 1))
+    # A forked process would inherit PyTorch's threads.
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare_process)
+
+
+def _prepare_process() -> None:
+    torch.set_num_threads(1)
+    ProgressReport.bars = False
+
+
+def _build_part(part: Part, settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
+    """Builds ``part``; returns its seconds and what it measured."""
+    start, cpu = time.monotonic(), time.process_time()
+    with without_library_bars():
+        measured = part.build(settings, assets)
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "measured": measured,
+    }
+
+
+def processor() -> str:
+    """The processor's model and the instruction set that PyTorch uses on it."""
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe(settings: MiniWorldSettings, assets: Path, parts: Collection[str]) -> dict[str, Any]:
+    """Version, seed, the files of ``parts`` with sizes and hashes, packages and the machine."""
+    outputs = [assets / name for part in PARTS if part.name in parts for name in part.outputs]
+    paths = {path for output in outputs for path in (output, *output.rglob("*")) if path.is_file()}
     files = {
         path.relative_to(assets).as_posix(): {
             "bytes": path.stat().st_size,
             "sha256": sha256_file(path),
         }
-        for path in sorted(assets.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        for path in sorted(paths)
     }
     return {
+        "version": VERSION,
         "seed": settings.seed,
         "files": files,
         "bytes": sum(entry["bytes"] for entry in files.values()),
         "packages": {
             name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")
         },
-        "machine": {"architecture": platform.machine(), "threads_per_part": 1},
+        "machine": {
+            "architecture": platform.machine(),
+            "processor": processor(),
+            "threads_per_part": 1,
+        },
     }

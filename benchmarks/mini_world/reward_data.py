@@ -1,5 +1,6 @@
 """Pictures and captions for the reward models, in groups that differ in one attribute."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,25 @@ COLOURS, SHAPES = list(world.COLOURS), list(world.SHAPES)
 SIZES, BACKGROUNDS = list(world.RADII), list(world.BACKGROUNDS)
 CELL_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
 """Classes of a cell's colour, shape and size; class 0 is an empty cell."""
+
+_NAMES = (COLOURS, SHAPES)
+_GROUP_CLASSES: tuple[Sequence[object], ...] = (
+    COLOURS,
+    SHAPES,
+    [None, *SIZES],
+    [None, *world.PLACES],
+    list(world.COUNT_WORDS),
+)
+_RELATIONS: Sequence[object] = [None, *world.RELATIONS]
+MOST_GROUPS = 3
+CAPTION_CLASSES = (
+    *(len(options) for options in _GROUP_CLASSES * MOST_GROUPS),
+    *(len(options) for options in _NAMES * 2),
+    len(_RELATIONS),
+)
+"""Classes of what :func:`wording_of` says of a caption."""
+UNSAID = -100
+"""Ignored class."""
 
 KIND_WEIGHTS = {"relation": 4.0, "place": 4.0, "size": 2.0}
 """Oversampling of alterations that are hard to learn, relative to colours, shapes and counts."""
@@ -108,7 +128,8 @@ def facts_of(pool: GroupPool) -> Tensor:
     """Facts about each picture, bool ``[N, G, facts]``.
 
     Pairs of attributes of one shape (is there a red star? a small star? a star on the left?),
-    colours that occur more than once, and the background.
+    pairs of shapes (is something red left of something blue? a star above a ring?), colours that
+    occur more than once, and the background.
     """
     colours, shapes, sizes = (
         functional.one_hot(pool.cells[..., part], classes)[..., 1:].float()
@@ -118,17 +139,50 @@ def facts_of(pool: GroupPool) -> Tensor:
     places = torch.zeros(world.GRAMMAR.cells, len(world.SIDES))
     for column, side in enumerate(world.SIDES):
         places[cells[side], column] = 1
+    # ``apart[r, c, d]``: cell c is left of cell d (r = 0), or above it (r = 1).
+    apart = torch.zeros(2, world.GRAMMAR.cells, world.GRAMMAR.cells)
+    for row, relation in enumerate(("left of", "above")):
+        for first, second in world.GRAMMAR.relation_cells[relation]:
+            apart[row, first, second] = 1
     joined = [
         torch.einsum("ngci,ngcj->ngij", colours, shapes),
         torch.einsum("ngci,ngcj->ngij", colours, sizes),
         torch.einsum("ngci,ngcj->ngij", shapes, sizes),
         torch.einsum("ngci,cj->ngij", colours, places),
         torch.einsum("ngci,cj->ngij", shapes, places),
+        torch.einsum("ngci,rcd,ngdj->ngrij", colours, apart, colours),
+        torch.einsum("ngci,rcd,ngdj->ngrij", shapes, apart, shapes),
     ]
     several = torch.stack([colours.sum(2) > 1, colours.sum(2) > 2], -1)
     background = functional.one_hot(pool.backgrounds, len(BACKGROUNDS)).bool()
     parts = [(join > 0).flatten(2) for join in joined]
     return torch.cat([*parts, several.flatten(2), background], -1)
+
+
+def wording_of(pool: GroupPool) -> Tensor:
+    """What each caption says, as classes, int64 ``[N, G, len(CAPTION_CLASSES)]``.
+
+    Colour, shape, size, place and number of its first, second and third kind of shape; colour and
+    shape of the two that a relation places, now from left to right or from top to bottom; the
+    relation. A text tower that learns only from pictures takes thousands of steps to see that
+    "left of" depends on the order of the words.
+    """
+    return torch.tensor([[_wording(text) for text in captions] for captions in pool.captions])
+
+
+def _wording(text: str) -> list[int]:
+    scene = world.scene_of(text)
+    classes: list[int] = []
+    for group in scene.groups:
+        said = (group.colour, group.shape, group.size, group.place, group.count)
+        classes += [o.index(value) for o, value in zip(_GROUP_CLASSES, said, strict=True)]
+    classes += [UNSAID] * (len(_GROUP_CLASSES) * MOST_GROUPS - len(classes))
+    if scene.relation is None:
+        classes += [UNSAID] * (2 * len(_NAMES))
+    else:
+        pair = scene.groups[:2] if scene.relation in ("left of", "above") else scene.groups[1::-1]
+        classes += [i for g in pair for i in (COLOURS.index(g.colour), SHAPES.index(g.shape))]
+    return [*classes, _RELATIONS.index(scene.relation)]
 
 
 def _shown(shown: world.Shown | None) -> list[int]:

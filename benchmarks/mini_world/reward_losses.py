@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.mini_world.reward_data import CELL_CLASSES
+from benchmarks.mini_world.reward_data import CAPTION_CLASSES, CELL_CLASSES, UNSAID
 from benchmarks.mini_world.small_rewards import SmallDualEncoder, SmallImageReward
 from benchmarks.mini_world.world import GRAMMAR
 
@@ -15,6 +15,8 @@ FACTS_PER_UNIT = 8.0
 """This many facts weigh as much as one class of a cell."""
 OTHER_GROUPS_SHARE = 0.25
 """Share of the steps that also compare captions of other groups."""
+ALIGNMENT_SCALE = 20.0
+"""Factor from cosines to logits of :func:`alignment_loss`."""
 PREFERENCE_SCALE = 20.0
 """Factor from cosine differences to logits of a preference."""
 
@@ -24,14 +26,15 @@ class Batch:
     """``B`` pictures in groups of ``group``, with their captions, contents and degraded copies.
 
     ``pixels`` ``[B, 3, 32, 32]``, ``ids`` ``[B, L]``, ``cells`` ``[B, cells, 3]``, ``facts``
-    ``[B, facts]``; ``worse`` ``[B / group, 3, 32, 32]`` are degraded copies of the groups' first
-    pictures.
+    ``[B, facts]``, ``wording`` ``[B, len(CAPTION_CLASSES)]``; ``worse`` ``[B / group, 3, 32, 32]``
+    are degraded copies of the groups' first pictures.
     """
 
     pixels: Tensor
     ids: Tensor
     cells: Tensor
     facts: Tensor
+    wording: Tensor
     group: int
     worse: Tensor | None = None
 
@@ -39,8 +42,8 @@ class Batch:
 class ContentHead(nn.Module):
     """Predicts the cells and facts of a picture from its features; used in training only.
 
-    The same facts are predicted from a caption's features, so both towers learn common terms
-    before they are matched with each other.
+    The same facts, and the caption's wording, are predicted from a caption's features, so both
+    towers learn common terms before they are matched with each other.
     """
 
     def __init__(self, picture_width: int, caption_width: int, facts: int) -> None:
@@ -49,6 +52,7 @@ class ContentHead(nn.Module):
         self.picture_facts = nn.Linear(picture_width, facts)
         same = picture_width == caption_width
         self.caption_facts = self.picture_facts if same else nn.Linear(caption_width, facts)
+        self.wording = nn.Linear(caption_width, sum(CAPTION_CLASSES))
 
     def picture_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Of pictures' summaries ``[B, picture_width]``: cross-entropy, summed per cell."""
@@ -61,7 +65,15 @@ class ContentHead(nn.Module):
 
     def caption_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Of captions' vectors ``[B, caption_width]``."""
-        return _facts_loss(self.caption_facts(features), batch)
+        losses = [
+            functional.cross_entropy(logits, classes, ignore_index=UNSAID, reduction="sum")
+            for logits, classes in zip(
+                self.wording(features).split(CAPTION_CLASSES, -1), batch.wording.unbind(-1),
+                strict=True,
+            )
+        ]  # fmt: skip
+        wording = torch.stack(losses).sum() / len(features)
+        return _facts_loss(self.caption_facts(features), batch) + wording
 
 
 def _facts_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -79,14 +91,28 @@ def contrastive_loss(
     """
     images = functional.normalize(encoded, dim=-1)
     texts = functional.normalize(captions, dim=-1)
-    logits = model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * images @ texts.T
-    answers = torch.arange(len(logits))
-    loss = functional.cross_entropy(logits, answers) + functional.cross_entropy(logits.T, answers)
+    loss = symmetric_loss(model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * images @ texts.T)
     if batch.worse is None:
-        return loss / 2
+        return loss
     worse = functional.normalize(model.encode_image(batch.worse), dim=-1)
     margins = ((images - worse.repeat_interleave(batch.group, 0)) * texts).sum(-1)
-    return loss / 2 + preference_loss(PREFERENCE_SCALE * margins[:: batch.group])
+    return loss + preference_loss(PREFERENCE_SCALE * margins[:: batch.group])
+
+
+def symmetric_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy over the rows and the columns of ``logits`` [B, B]; the diagonal is right."""
+    answers = torch.arange(len(logits))
+    loss = functional.cross_entropy(logits, answers) + functional.cross_entropy(logits.T, answers)
+    return loss / 2
+
+
+def alignment_loss(encoded: Tensor, captions: Tensor) -> Tensor:
+    """BLIP's contrast of the image's first token with the caption read without a picture.
+
+    Once the two agree, attention can compare them; without it the model does not learn relations.
+    """
+    images = functional.normalize(encoded[:, 0], dim=-1)
+    return symmetric_loss(ALIGNMENT_SCALE * images @ functional.normalize(captions, dim=-1).T)
 
 
 def preference_loss(margins: Tensor) -> Tensor:

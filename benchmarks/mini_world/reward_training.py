@@ -1,11 +1,12 @@
 """Trains the small counterparts of HPS, CLIP score, PickScore and ImageReward.
 
-They differ in architecture, seed, augmentation and loss. Training has two phases: pictures alone
-and captions alone (what does each cell show?), then pictures matched with captions. The
-preference models also learn to score degraded copies of pictures lower.
+They differ in architecture, seed, augmentation and loss. Training has three phases: captions alone
+(what do they say?), pictures and captions side by side (what does each cell show?), then pictures
+matched with captions. The preference models also learn to score degraded copies of pictures lower.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ from benchmarks.mini_world.reward_data import (
     facts_of,
     to_images,
     to_pixels,
+    wording_of,
 )
-from benchmarks.mini_world.reward_losses import Batch, ContentHead, contrastive_loss, reward_loss
+from benchmarks.mini_world.reward_losses import (
+    Batch,
+    ContentHead,
+    alignment_loss,
+    contrastive_loss,
+    reward_loss,
+)
 from benchmarks.mini_world.small_rewards import (
     PAD_ID,
     SmallCLIPScore,
@@ -54,15 +62,17 @@ LENGTH_BINS = 4
 class RewardSettings(StrictModel):
     """Training of one reward model."""
 
-    content_steps: int = Field(default=600, ge=0)
-    """Steps of the first phase: pictures and captions alone."""
-    matching_steps: int = Field(default=1400, ge=1)
-    """Steps of the second phase: pictures matched with captions."""
-    groups: int = Field(default=40, ge=2)
+    caption_steps: int = Field(default=800, ge=0)
+    """Steps of the first phase: captions alone."""
+    content_steps: int = Field(default=500, ge=0)
+    """Steps of the second phase: pictures and captions side by side."""
+    matching_steps: int = Field(default=2400, ge=1)
+    """Steps of the third phase: pictures matched with captions."""
+    groups: int = Field(default=32, ge=2)
     """Groups per batch."""
     learning_rate: float = Field(default=2e-3, gt=0)
     content_weight: float = Field(default=0.3, ge=0)
-    """Weight of the first phase's loss in the second."""
+    """Weight of the second phase's loss in the third."""
     preferences: bool = True
     """Whether to train on preferences against degraded copies of pictures."""
     augmentation: Augmentation = Augmentation()
@@ -71,7 +81,7 @@ class RewardSettings(StrictModel):
 class PictureSettings(StrictModel):
     """The pictures and captions that all reward models are trained and evaluated on."""
 
-    groups: int = Field(default=16000, ge=1)
+    groups: int = Field(default=10000, ge=1)
     """Groups of scenes in the training pool."""
     decoded_share: float = Field(default=0.6, ge=0, le=1)
     """Share of the pool's pictures that are encoded and decoded by the autoencoder."""
@@ -82,21 +92,19 @@ class PictureSettings(StrictModel):
 
 
 SETTINGS: dict[str, RewardSettings] = {
-    "hps": RewardSettings(content_steps=500, matching_steps=2000),
+    "hps": RewardSettings(matching_steps=2000),
     "clip": RewardSettings(
-        content_steps=500,
-        matching_steps=1900,
+        matching_steps=2200,
         preferences=False,
         augmentation=Augmentation(noise=0.03, brightness=0.06),
     ),
     "pick_score": RewardSettings(
-        content_steps=500,
-        matching_steps=2000,
         augmentation=Augmentation(noise=0.06, brightness=0.03, blur=0.5),
     ),
     "image_reward": RewardSettings(
-        content_steps=800,
-        matching_steps=3600,
+        content_steps=600,
+        matching_steps=1700,
+        groups=24,
         augmentation=Augmentation(noise=0.04, brightness=0.05, blur=0.4),
     ),
 }
@@ -137,23 +145,32 @@ def build_reward(
 
 def train_reward(model: SmallReward, settings: RewardSettings, pool: GroupPool) -> SmallReward:
     """Trains ``model`` on ``pool`` in place and returns it in evaluation mode."""
-    ids = torch.stack([model.tokenize(captions) for captions in pool.captions])
-    facts = facts_of(pool)
-    head = ContentHead(model.width, model.caption_width, facts.shape[-1])
-    steps = settings.content_steps + settings.matching_steps
+    targets = Targets(
+        torch.stack([model.tokenize(captions) for captions in pool.captions]),
+        facts_of(pool),
+        wording_of(pool),
+    )
+    head = ContentHead(model.width, model.caption_width, targets.facts.shape[-1])
+    pictures_from = settings.caption_steps
+    matching_from = pictures_from + settings.content_steps
+    steps = matching_from + settings.matching_steps
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = OneCycle(
-        parameters, settings.learning_rate, steps, 0.1, betas=(0.9, 0.98), weight_decay=0.01
-    )
+        parameters, settings.learning_rate, steps, 0.1,
+        betas=(0.9, 0.98), weight_decay=0.01, fused=True,
+    )  # fmt: skip
     model.train()
     with ProgressReport(f"reward {model.name}", steps) as progress:
         for step in range(steps):
-            matching = step >= settings.content_steps
-            batch = _draw_batch(pool, ids, facts, settings, matching)
-            encoded = model.encode_image(batch.pixels)
+            matching = step >= matching_from
+            batch = _draw_batch(pool, targets, settings, matching)
             captions = model.encode_caption(batch.ids)
-            content = head.picture_loss(model.summary(encoded), batch)
-            content = content + head.caption_loss(captions, batch)
+            content = head.caption_loss(captions, batch)
+            if step >= pictures_from:
+                encoded = model.encode_image(batch.pixels)
+                content = content + head.picture_loss(model.summary(encoded), batch)
+                if isinstance(model, SmallImageReward):
+                    content = content + alignment_loss(encoded, captions)
             loss = content
             if matching:
                 match = _matching_loss(model, encoded, captions, batch)
@@ -170,14 +187,23 @@ def _matching_loss(model: SmallReward, encoded: Tensor, captions: Tensor, batch:
     return reward_loss(model, encoded, batch)
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Token ids ``[N, G, L]`` of a pool's captions, and its facts and wording."""
+
+    ids: Tensor
+    facts: Tensor
+    wording: Tensor
+
+
 def _draw_batch(
-    pool: GroupPool, ids: Tensor, facts: Tensor, settings: RewardSettings, matching: bool
+    pool: GroupPool, targets: Targets, settings: RewardSettings, matching: bool
 ) -> Batch:
     # Captions of similar length go together: padding costs as much as words.
     drawn = torch.randint(len(pool), (LENGTH_BINS * settings.groups,))
-    lengths = (ids[drawn] != PAD_ID).sum(-1).amax(-1)
+    lengths = (targets.ids[drawn] != PAD_ID).sum(-1).amax(-1)
     chosen = drawn[lengths.argsort()].chunk(LENGTH_BINS)[int(torch.randint(LENGTH_BINS, ()))]
-    texts = ids[chosen].flatten(0, 1)
+    texts = targets.ids[chosen].flatten(0, 1)
     pixels = settings.augmentation(pool.images[chosen].flatten(0, 1))
     worse = None
     if settings.preferences and matching:
@@ -186,7 +212,8 @@ def _draw_batch(
         pixels=normalise(pixels),
         ids=texts[:, : int((texts != PAD_ID).sum(-1).max())],
         cells=pool.cells[chosen].flatten(0, 1),
-        facts=facts[chosen].flatten(0, 1).float(),
+        facts=targets.facts[chosen].flatten(0, 1).float(),
+        wording=targets.wording[chosen].flatten(0, 1),
         group=GROUP,
         worse=worse,
     )

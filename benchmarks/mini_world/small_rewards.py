@@ -319,7 +319,7 @@ class SmallImageReward(SmallReward):
             "vocab_size": len(self.tokenizer),
             "hidden_size": 64,
             "intermediate_size": 256,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "max_position_embeddings": MAX_TOKENS,
         }

@@ -156,17 +156,27 @@ class Grammar(StrictModel):
             raise UserError(f"caption {caption!r}: not a complete scene")
         return Scene(tuple(groups), background, relation)
 
+    @cached_property
+    def _arrangements(self) -> dict[Scene, list[tuple[int, ...]]]:
+        return {}
+
     def arrangements(self, scene: Scene) -> list[tuple[int, ...]]:
         """All assignments of cells to the objects of ``scene`` that it allows."""
-        return [
-            cells
-            for cells in itertools.permutations(range(self.cells), len(scene.objects()))
-            if all(
-                group.place is None or cell in self.place_cells[group.place]
-                for (_, group), cell in zip(scene.objects(), cells, strict=True)
-            )
-            and self._related(scene, cells)
-        ]
+        # Only counts, places and the relation matter, so few searches serve all scenes.
+        groups = tuple(Group(group.count, "", "", None, group.place) for group in scene.groups)
+        bare = Scene(groups, "", scene.relation)
+        found = self._arrangements.get(bare)
+        if found is None:
+            found = self._arrangements[bare] = [
+                cells
+                for cells in itertools.permutations(range(self.cells), len(scene.objects()))
+                if all(
+                    group.place is None or cell in self.place_cells[group.place]
+                    for (_, group), cell in zip(scene.objects(), cells, strict=True)
+                )
+                and self._related(scene, cells)
+            ]
+        return found
 
     def _related(self, scene: Scene, cells: Sequence[int]) -> bool:
         if scene.relation is None:

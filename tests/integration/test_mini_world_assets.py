@@ -12,7 +12,16 @@ from diffusers import FluxPipeline
 from benchmarks.mini_world import world
 from benchmarks.mini_world.attribute_training import accuracy, caption_shares
 from benchmarks.mini_world.autoencoder import load, reconstruct
-from benchmarks.mini_world.build import MANIFEST, PARTS, SIZE_LIMIT, captions_of
+from benchmarks.mini_world.build import (
+    MANIFEST,
+    PARTS,
+    SIZE_LIMIT,
+    VERSION,
+    MiniWorldSettings,
+    captions_of,
+    outputs_hash,
+    processor,
+)
 from benchmarks.mini_world.pictures import draw_pool
 from benchmarks.mini_world.reward_training import MODELS
 from g2rpo.errors import UserError
@@ -51,8 +60,10 @@ def test_files_are_those_of_the_manifest(manifest: dict[str, Any]) -> None:
 
 
 def test_manifest_has_every_part_and_no_local_path(manifest: dict[str, Any]) -> None:
+    assert manifest["version"] == VERSION
     assert set(manifest["parts"]) == {part.name for part in PARTS}
-    assert all(part["seconds"] > 0 and part["settings"] for part in manifest["parts"].values())
+    assert all(part["seconds"] > 0 for part in manifest["parts"].values())
+    assert set(manifest["last_build"]["parts"]) <= set(manifest["parts"])
     for path in ASSETS.rglob("*.json"):
         text = path.read_text()
         assert "/work" not in text and "/tmp" not in text and "/home" not in text, path
@@ -63,10 +74,12 @@ def test_reported_quality_is_within_what_the_mini_world_needs(manifest: dict[str
     for kind in ("rendered", "decoded"):
         assert measured["attributes"][kind]["score"] >= 0.98
     for report in measured["policy"]["test"].values():
-        assert 0.75 <= report["attribute_accuracy"] <= 0.92
+        # Room to improve, yet most attributes are shown.
+        assert 0.65 <= report["attribute_accuracy"] <= 0.75
     for role in MODELS:
         # Over captions that differ in one attribute of any kind, relations included.
         assert measured[role]["auc"] >= 0.95, role
+        assert measured[role]["auc_by_attribute"]["relation"] >= 0.8, role
 
 
 def test_attribute_reward_reads_fresh_pictures(reader: AttributeReader) -> None:
@@ -122,6 +135,56 @@ def test_policy_draws_what_held_out_captions_say(reader: AttributeReader) -> Non
     ).images
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     shares = caption_shares(reader, pixels, captions)
-    assert sum(shares) / len(shares) >= 0.7
+    assert sum(shares) / len(shares) >= 0.62
     moved = caption_shares(reader, pixels, captions[1:] + captions[:1])
-    assert sum(moved) / len(moved) <= 0.6
+    assert sum(moved) / len(moved) <= 0.52
+
+
+def test_truth_belongs_to_the_captions_and_rewards_and_is_out_of_the_policys_reach(
+    manifest: dict[str, Any],
+) -> None:
+    truth = json.loads((ASSETS / "truth.json").read_text())
+    assert truth.keys() == {"validation", "test"}
+    for split, entry in truth.items():
+        assert entry["captions"] == sha256_file(ASSETS / "prompts" / f"{split}.txt")
+        assert entry["rewards"].keys() == {*MODELS, "attributes"}
+        for name, scored in entry["rewards"].items():
+            config = RewardConfig(model=name, source=str(ASSETS / "rewards" / name))
+            assert scored["weights"] == load_reward(config, "cpu").weights_hash
+            assert len(scored["scores"]) == len(captions_of(ASSETS, split))
+            mean = sum(scored["scores"]) / len(scored["scores"])
+            assert scored["mean"] == pytest.approx(mean, abs=1e-6)
+        assert entry["rewards"]["attributes"]["mean"] >= 0.98
+
+
+def rebuilt(name: str, assets: Path) -> dict[str, Any]:
+    """What a part measures when it is built again below ``assets`` from its committed inputs."""
+    shutil.copytree(ASSETS / "policy" / "vae", assets / "policy" / "vae")
+    (part,) = (part for part in PARTS if part.name == name)
+    return part.build(MiniWorldSettings(), assets)
+
+
+def test_captions_are_built_again_byte_for_byte(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    measured = rebuilt("prompts", tmp_path)
+    assert outputs_hash(PARTS[0], tmp_path) == manifest["parts"]["prompts"]["outputs"]
+    assert measured == manifest["parts"]["prompts"]["measured"]
+
+
+@pytest.mark.mini
+def test_the_attribute_reader_is_built_again(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    measured = rebuilt("attributes", tmp_path)
+    torch.set_num_threads(threads)
+    told = manifest["parts"]["attributes"]
+    if processor() == manifest["machine"]["processor"]:
+        weights = "model.safetensors"
+        assert sha256_file(tmp_path / "rewards/attributes" / weights) == sha256_file(
+            READER / weights
+        )
+        assert measured == told["measured"]
+    else:
+        # Other processors add up in another order, and training magnifies the difference.
+        for kind in ("rendered", "decoded"):
+            for name, accuracy in told["measured"][kind].items():
+                assert measured[kind][name] == pytest.approx(accuracy, abs=0.02), (kind, name)

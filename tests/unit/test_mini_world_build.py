@@ -1,12 +1,10 @@
 """The builder: unchanged parts are kept, changed ones are rebuilt, a failure loses nothing."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.mini_world import build as builder
 from benchmarks.mini_world.build import MANIFEST, MiniWorldSettings, Part, WorldSettings, build
@@ -46,17 +44,14 @@ PARTS = (
 
 
 @pytest.fixture(autouse=True)
-def _small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    threads = torch.get_num_threads()
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "PARTS", PARTS)
-    yield
-    torch.set_num_threads(threads)
 
 
 def built(assets: Path, **settings: Any) -> list[str]:
     """The parts that a build of these settings builds."""
     log: list[str] = []
-    build(MiniWorldSettings(**settings), assets, log=log.append)
+    build(MiniWorldSettings(**settings), assets, log=log.append, processes=1)
     return [line.split(":")[0] for line in log if line.endswith(": building")]
 
 
@@ -71,12 +66,22 @@ def test_a_failed_build_resumes_and_only_changed_parts_are_rebuilt(tmp_path: Pat
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert manifest["parts"]["second"]["measured"] == {"from": "first"}
     assert manifest["files"].keys() == {"first.txt", "second.txt", "third.txt"}
+    assert manifest["last_build"]["parts"] == ["second", "third"]
     (tmp_path / "third.txt").write_text("altered")
     assert built(tmp_path) == ["third"]
     assert (tmp_path / "third.txt").read_text() == "1 third"
     assert built(tmp_path, prompts=WorldSettings(test=5)) == ["first", "second", "third"]
     with pytest.raises(UserError, match="--rebuild fourth: no such part; choose from first, sec"):
         build(MiniWorldSettings(), tmp_path, frozenset({"fourth"}))
+
+
+def test_the_number_of_processes_makes_no_difference(tmp_path: Path) -> None:
+    manifests = [
+        build(MiniWorldSettings(), tmp_path / str(number), processes=number) for number in (1, 2)
+    ]
+    assert manifests[0]["files"] == manifests[1]["files"]
+    parts = [{n: p["outputs"] for n, p in m["parts"].items()} for m in manifests]
+    assert parts[0] == parts[1]
 
 
 def test_the_small_tokenizer_is_the_same_at_every_build(tmp_path: Path) -> None:
