@@ -142,7 +142,7 @@ sif: ## convert the image to build/g2rpo.sif for Apptainer
 check-image: ## build and test the image on bare Debian, without a Docker engine (root; 20 GB)
 	docker/check-image.sh
 
-mini-world: $(READY) ## rebuild the mini world from its seed (TIME)
+mini-world: $(READY) ## rebuild the mini world from its seed (half an hour on 2 cores)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world
 
 reproduce-table1: $(READY) ## Table 1 of the paper: methods compared (PROFILE=flux by default)
