@@ -33,7 +33,7 @@ export UV_PYTHON_DOWNLOADS := never
 .PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
-	lock audit image sif check-image bench-speed bench-numerics bench-approximations check-gpu \
+	lock audit image sif check-image bench-speed bench-loop bench-numerics bench-approximations check-gpu \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-latex
 
@@ -189,6 +189,9 @@ check: $(READY) ## check this machine, or with CLUSTER= a cluster (PROFILE=mini 
 
 bench-speed: $(READY) ## time one iteration: released code against ours (FLUX size on a GPU, else the mini world)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.iteration
+
+bench-loop: $(READY) ## time one iteration on the mini world: a plain Flow-GRPO loop against ours
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.plain_loop
 
 bench-numerics: $(READY) ## deviation of the ratio from 1 before an update, at FLUX's width and length (minutes)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.numerics

@@ -1,8 +1,9 @@
 """``python -m benchmarks.speed.iteration``: a whole G2RPO iteration, the original way and ours.
 
 One prompt on the same device, with the same weights, noise and reward model: rollouts, decoding,
-scoring and a training step of adapters. The last line is ``ratio: X``, the original's seconds over
-ours.
+scoring and a training step, of adapters and, where they fit, of all weights. The original evaluates
+one latent at a time, which costs most on small models; ``batched only`` is the same without sharing
+but in batches. The last line is ``ratio: X``, the original's seconds over ours.
 """
 
 import gc
@@ -31,6 +32,7 @@ from benchmarks.speed.stopwatch import (
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.methods.g2rpo import G2RPO
+from g2rpo.policy.cpu_blocks import use_diffusers_blocks
 from g2rpo.policy.fp8 import has_fp8_kernels
 from g2rpo.policy.size import model_size
 from g2rpo.provenance import provenance
@@ -79,8 +81,12 @@ class Timing:
 class Bench:
     """The executions of one size."""
 
-    def __init__(self, size: Size, models: Models, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, size: Size, models: Models, device: torch.device, folder: Path, **settings: Any
+    ) -> None:
+        """Takes the models of ``size``; ``settings`` replace sections of its configuration."""
         self.size, self.models, self.device, self.folder = size, models, device, folder
+        self.settings = settings
         policy = size.config(models).policy
         self.operations = model_size(policy).operations(policy)
         self.runs = 0
@@ -93,7 +99,7 @@ class Bench:
     def ours(self, name: str, **changes: Any) -> tuple[Timing, TrainingBatch]:
         """The training engine's own iteration; also returns the batch that it trained on."""
         watch = Stopwatch(self.device)
-        trainer = self._trainer(self.size.config(self.models, **changes), watch)
+        trainer = self._trainer(self.size.config(self.models, **self.settings, **changes), watch)
         self._warm_up(trainer)
         watch.seconds.clear()
         batches: list[TrainingBatch] = []
@@ -141,6 +147,9 @@ class Bench:
         config = self.original_config(batched=batched)
         watch = Stopwatch(self.device)
         trainer = self._trainer(config, watch)
+        if self.device.type == "cpu":
+            use_diffusers_blocks(trainer.policy.transformer)
+            trainer.policy.vae.to(memory_format=torch.contiguous_format)
         method, engine = config.method, trainer.engine
         assert isinstance(method, G2RPO)
         plan = Plan(
@@ -188,8 +197,9 @@ class Bench:
         }
         optimization = {"learning_rate": UNTOUCHED, "iterations": 4, "ratio_tolerance": 1e9}
         return self.size.config(
-            self.models, policy=policy, execution=execution, optimization=optimization
-        )
+            self.models, policy=policy, execution=execution, optimization=optimization,
+            **self.settings,
+        )  # fmt: skip
 
     def _warm_up(self, trainer: Trainer) -> None:
         """Compiles the model in a small, untimed iteration."""
@@ -225,7 +235,7 @@ def executions(bench: Bench) -> list[Timing]:
     if has_fp8_kernels(bench.device):
         variants.append(bench.ours("ours, fp8 continuations", approximate_rollout={"fp8": True})[0])
     bench.reset_peak_memory()
-    batched = bench.original("original, batched", trained, batched=True)
+    batched = bench.original("batched only", trained, batched=True)
     bench.reset_peak_memory()
     return [bench.original("original", trained, batched=False), batched, *variants]
 
@@ -254,14 +264,20 @@ def constants(ours: Timing) -> dict[str, float]:
 
 def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """Times all executions of ``size``, alternating between them in every repeat."""
+    trained: dict[str, dict[str, Any]] = {"adapters": {}}
+    if device.type == "cpu":
+        trained["all weights"] = {"lora": None}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = size.prepare(folder)
-        bench = Bench(size, models, device, folder)
+        benches = {
+            what: Bench(size, models, device, folder / what, **settings)
+            for what, settings in trained.items()
+        }
         ceiling = matmul_ceiling(device)
-        rounds = [executions(bench) for _ in range(repeats)]
-    timings = [median(each) for each in zip(*rounds, strict=True)]
-    original, _, ours, *_ = timings
+        rounds = [{w: executions(bench) for w, bench in benches.items()} for _ in range(repeats)]
+    timed = {what: summary([each[what] for each in rounds]) for what in trained}
+    _, _, ours, *_ = median_timings([each["adapters"] for each in rounds])
     return {
         "provenance": provenance({}),
         "settings": {
@@ -271,10 +287,26 @@ def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
             "repeats": repeats, "threads": torch.get_num_threads(), "device": device.type,
         },
         "ceiling_tflops": ceiling,
-        "operations": bench.operations,
+        "operations": benches["adapters"].operations,
         "constants": constants(ours),
+        **timed["adapters"],
+        "all_weights": timed.get("all weights"),
+    }  # fmt: skip
+
+
+def median_timings(rounds: Sequence[Sequence[Timing]]) -> list[Timing]:
+    """The median of each execution over the repeats."""
+    return [median(each) for each in zip(*rounds, strict=True)]
+
+
+def summary(rounds: Sequence[Sequence[Timing]]) -> dict[str, Any]:
+    """The medians of the executions, and the seconds of the others over ours."""
+    timings = median_timings(rounds)
+    original, batched, ours, *_ = timings
+    return {
         "ratio": original.whole / ours.whole,
         "ratios": [each[0].whole / each[2].whole for each in rounds],
+        "batched_ratio": batched.whole / ours.whole,
         "executions": [
             asdict(timing) | {
                 "whole": timing.whole,
@@ -309,6 +341,9 @@ def main(
         torch.set_num_threads(1)  # fastest for such small models
     result = measure(chosen, device, repeats or chosen.repeats)
     write_report(output, f"iteration-{name}", result, report(result))
+    for what, found in (("adapters", result), ("all weights", result["all_weights"])):
+        if found is not None:
+            typer.echo(f"{what}: {found['ratio']:.2f}, batched only {found['batched_ratio']:.2f}")
     typer.echo(f"ratio: {result['ratio']:.2f}")
 
 

@@ -33,6 +33,13 @@ def use_cpu_blocks(transformer: Any) -> None:
         block.forward = types.MethodType(forward, block)
 
 
+def use_diffusers_blocks(transformer: Any) -> None:
+    """Undoes :func:`use_cpu_blocks`."""
+    transformer.set_attn_processor(FluxAttnProcessor())
+    for module in transformer.modules():
+        vars(module).pop("forward", None)
+
+
 class TanhGelu(torch.autograd.Function):
     """The tanh approximation of GELU; torch's own takes several times as long on a CPU."""
 

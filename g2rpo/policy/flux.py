@@ -110,7 +110,7 @@ class FluxPolicy:
         self.conditioning_source: ConditioningSource | None = None
         self._warned_missing = False
         self._text_encoders: TextEncoders | None = None
-        self._image_ids = _image_position_ids(side // 2, side // 2).to(self.device)
+        self.image_ids = _image_position_ids(side // 2, side // 2).to(self.device)
         self._text_ids: dict[int, Tensor] = {}
 
     @classmethod
@@ -223,7 +223,7 @@ class FluxPolicy:
             encoder_hidden_states=conditioning.prompt_embeds.to(dtype),
             pooled_projections=conditioning.pooled_prompt_embeds.to(dtype),
             timestep=timesteps,
-            img_ids=self._image_ids,
+            img_ids=self.image_ids,
             txt_ids=self._text_position_ids(conditioning.prompt_embeds.shape[1]),
             guidance=guidance,
             return_dict=False,

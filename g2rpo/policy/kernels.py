@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from g2rpo.errors import UserError
+from g2rpo.policy.cpu_blocks import use_diffusers_blocks
 
 Attention = Literal["auto", "native", "flash", "efficient", "math", "cudnn"]
 
@@ -73,8 +74,7 @@ def compile_blocks(transformer: Any) -> None:
     Blocks share their code, so each kind is compiled once for a batch of one and once for larger
     batches, with and without gradients.
     """
-    for module in transformer.modules():  # the compiler fuses better what diffusers wrote
-        vars(module).pop("forward", None)
+    use_diffusers_blocks(transformer)  # of which the compiler fuses more
     transformer.compile_repeated_blocks(fullgraph=True)
 
 

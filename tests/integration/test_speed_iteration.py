@@ -9,7 +9,7 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks.speed import iteration
+from benchmarks.speed import iteration, plain_loop
 from benchmarks.speed.original import Plan
 from benchmarks.speed.sizes import SIZES, FluxShape, write_flux
 from g2rpo.methods.base import RolloutShape
@@ -49,6 +49,8 @@ def test_all_executions_give_the_same_rewards(
         RolloutShape(size.steps, size.group_size, 1), 0
     )
     assert ours["evaluations"] == tree.velocity_evaluations < original["evaluations"]
+    for one, two in zip(result["executions"], result["all_weights"]["executions"], strict=True):
+        assert two["evaluations"] == one["evaluations"] and two["reward_difference"] < 1e-4
     assert original["evaluations"] == original["run_evaluations"] == batched["evaluations"]
     assert None not in itertools.chain(*original["rewards"])
     # A part of the batched original is run, and the rest extrapolated.
@@ -69,6 +71,15 @@ def test_all_executions_give_the_same_rewards(
     assert constants["hps"] == ours["seconds"]["reward"] / ours["images"]
     page = (tmp_path / "iteration-tiny.md").read_text()
     assert "| speedup | 1.00× |" in page and "commit" in page
+
+
+def test_a_plain_loop_computes_our_iteration() -> None:
+    result = plain_loop.measure(SIZES["tiny"], 1)
+    assert max(result["reward_differences"].values()) < 2e-3  # pixels are rounded
+    norms = list(result["gradient_norms"].values())
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-2)
+    assert norms[0] > 0
+    assert "plain loop" in plain_loop.report(result)
 
 
 @pytest.mark.parametrize(
