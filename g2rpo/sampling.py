@@ -76,7 +76,7 @@ def _walk(
         del sample, step  # one sample per prompt, and an ODE only needs initial noise
         return start[prompt]
 
-    settings = SweepSettings((0.0,) * grid.steps, micro_batch=batch, device=policy.device)
+    settings = SweepSettings((), micro_batch=batch, device=policy.device)
     swept = sweep(tree, grid, len(start), velocity, first_latents, settings)
     return swept.images[:, 0]
 

@@ -156,7 +156,7 @@ class Bench:
             method.steps_of(config.grid.steps),
             method.granularities,
             config.rollout.group_size,
-            engine.settings.diffusion,
+            engine.settings.transitions,
         )
         every = self.size.every_batched if batched else self.size.every
         original = Original(trainer.policy, engine.rewards["hps"], trainer.grid, plan, watch)

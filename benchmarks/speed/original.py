@@ -31,18 +31,18 @@ class Plan:
         steps: the stochastic steps M.
         granularities: the set of granularities.
         group_size: group size G.
-        diffusion: diffusion coefficient of the SDE at each step of the grid.
+        transitions: the law of a stochastic step from each node of the grid.
     """
 
     steps: tuple[int, ...]
     granularities: tuple[int, ...]
     group_size: int
-    diffusion: tuple[float, ...]
+    transitions: tuple[Transition, ...]
 
     @property
     def evaluations(self) -> int:
         """NFE of the whole iteration: T + G (|M| + NFE of the continuations)."""
-        grid_steps = len(self.diffusion)
+        grid_steps = len(self.transitions)
         continued = sum(
             len(continuation_nodes(step, granularity, grid_steps))
             for step in self.steps
@@ -111,8 +111,8 @@ class Original:
 
     def _branch(self, step: int, samples: Sequence[int], state: Tensor) -> None:
         """Takes the stochastic step of ``samples`` and continues it at every granularity."""
-        plan, sigmas = self.plan, self.grid.sigmas
-        law = Transition(sigmas[step], sigmas[step + 1], plan.diffusion[step])
+        plan = self.plan
+        law = plan.transitions[step]
         with self.watch.phase("rollout"):
             states = state.expand(len(samples), *state.shape[1:])
             velocity = self._velocity(states, step)

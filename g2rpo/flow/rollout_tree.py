@@ -4,7 +4,7 @@ A rollout is a tree of trajectories over one sigma grid. It is described as data
 and is the same for every prompt of an iteration; :mod:`g2rpo.flow.sweep` walks it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 
@@ -80,6 +80,29 @@ class RolloutTree:
         if record:
             self.recorded.append(state)
         return state
+
+    def initial_group(self, size: int, *, shared: bool) -> list[int]:
+        """The initial noise of each sample of a group: one for all of them, or its own."""
+        return [self.initial(0)] * size if shared else [self.initial(i) for i in range(size)]
+
+    def trajectories(
+        self, starts: Sequence[int], stochastic: Collection[int], recorded: Collection[int]
+    ) -> tuple[int, ...]:
+        """The image of each sample, from its start through every node.
+
+        Args:
+            starts: the initial noise of each sample.
+            stochastic: the nodes that are left by an SDE step; the others by an ODE step.
+            recorded: those of them whose transitions are recorded.
+        """
+        states = list(starts)
+        for node in range(self.steps):
+            if node in stochastic:
+                record = node in recorded
+                states = [self.sde(s, sample, record=record) for sample, s in enumerate(states)]
+            else:
+                states = [self.ode(state, node + 1) for state in states]
+        return tuple(states)
 
     def follow(self, source: int, nodes: tuple[int, ...]) -> int:
         """The image reached from ``source`` by ODE steps through ``nodes`` to sigma 0."""

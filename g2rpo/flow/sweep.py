@@ -14,9 +14,10 @@ from typing import Protocol
 import torch
 
 from g2rpo.batching import BatchSize
+from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
-from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
+from g2rpo.flow.transition import Transition, per_state, transition_mean
 from g2rpo.flow.upload import indices, to_device
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -69,6 +70,7 @@ class RecordedStep:
         time: the model's time at sigma_k.
         transition: its law.
         sources: the S distinct source states x_k, [P, S, ...].
+        means: the mean of the step from each source under the rollout policy, [P, S, ...].
         source_of: the source of each of the N transitions, [N] int64.
         samples: the sample index of each transition.
         next_latents: x_{k+1}, rounded to the storage dtype, [P, N, ...].
@@ -79,6 +81,7 @@ class RecordedStep:
     time: float
     transition: Transition
     sources: torch.Tensor
+    means: torch.Tensor
     source_of: torch.Tensor
     samples: tuple[int, ...]
     next_latents: torch.Tensor
@@ -107,14 +110,14 @@ class SweepSettings:
     """How the states are stored and batched.
 
     Attributes:
-        diffusion: the coefficient g of the SDE at each of the T steps.
+        transitions: the law of a stochastic step from each of the T nodes.
         micro_batch: states per velocity evaluation batch; halved when memory runs out.
         dtype: storage dtype of latents; x' is rounded to it before its log-prob is computed.
         device: the device of the latents.
         keep_states: returns all states; otherwise latents are freed when the walk has passed them.
     """
 
-    diffusion: tuple[float, ...]
+    transitions: tuple[Transition, ...]
     micro_batch: int | BatchSize
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
@@ -138,11 +141,11 @@ def sweep(
         prompts: P.
         velocity: the policy's velocity for a batch of states, possibly with an approximation.
         noise: standard normal noise for (prompt, sample, step).
-        settings: diffusion coefficients, batching, storage.
+        settings: transitions, batching, storage.
 
     Raises:
         UserError: memory is too small for a single state. If it is too small for a batch, the
-            node is evaluated again in smaller batches.
+            node is evaluated again in smaller batches. Or a recorded step has no noise.
     """
     if tree.steps != grid.steps:
         raise ValueError(f"the tree has {tree.steps} steps, the grid {grid.steps}")
@@ -296,18 +299,20 @@ class _Walk:
         velocities: torch.Tensor,
     ) -> torch.Tensor:
         """``states`` at the next node, each reached by an SDE step from its place."""
-        sigmas = self.grid.sigmas
-        transition = Transition(sigmas[node], sigmas[node + 1], self.settings.diffusion[node])
+        transition = self.settings.transitions[node]
         laws = [transition] * (latents.shape[0] * latents.shape[1])
         flat_mean = transition_mean(latents.flatten(0, 1), velocities.flatten(0, 1), laws)
-        mean = _select(flat_mean.view_as(latents), places)
+        means = flat_mean.view_as(latents)
+        mean = _select(means, places)
         moved = mean + transition.std * self._draw(states, node)
         kept = [i for i, state in enumerate(states) if state in self.kept]
         if kept:
+            if transition.std == 0:
+                raise UserError(f"step {node} has no noise to train on; record an earlier step")
             used = sorted({places[i] for i in kept})
             mean, after = _select(mean, kept), _select(moved, kept)
             std = per_state([transition.std] * (mean.shape[0] * mean.shape[1]), mean.flatten(0, 1))
-            value = log_prob(after.flatten(0, 1), mean.flatten(0, 1), std)
+            value = transition.log_prob(after.flatten(0, 1), mean.flatten(0, 1), std)
             samples = [self.tree.states[states[i]].sample for i in kept]
             self.recorded.append(
                 RecordedStep(
@@ -315,6 +320,7 @@ class _Walk:
                     time=self.grid.timesteps[node],
                     transition=transition,
                     sources=_select(latents, used),
+                    means=_select(means, used),
                     source_of=torch.tensor([used.index(places[i]) for i in kept]),
                     samples=tuple(sample for sample in samples if sample is not None),
                     next_latents=after,

@@ -6,12 +6,15 @@ a smaller sigma', so Delta = sigma' - sigma < 0. The one SDE family
     mean = x [1 + g^2 Delta / (2 sigma)] + v [1 + g^2 (1 - sigma) / (2 sigma)] Delta
     std  = g sqrt(-Delta)
 
-covers every method; they differ in the diffusion coefficient g, and g = 0 is the ODE (Euler) step.
+covers most methods; they differ in the diffusion coefficient g, and g = 0 is the ODE (Euler) step.
+Coefficient-preserving sampling (CPS, arXiv 2509.05952) keeps the coefficients of the flow instead:
+the image prediction x - sigma v with weight 1 - sigma', and noise of total size sigma'.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -45,6 +48,66 @@ class Transition:
     def std(self) -> float:
         """g sqrt(-Delta); zero for the ODE step."""
         return self.diffusion * math.sqrt(self.sigma - self.sigma_next)
+
+    def log_prob(
+        self, next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    ) -> torch.Tensor:
+        """The log-probability [B] of steps of this kind, see :func:`log_prob`."""
+        return log_prob(next_latents, mean, std)
+
+
+@dataclass(frozen=True)
+class CPSTransition(Transition):
+    """A step of coefficient-preserving sampling; ``diffusion`` is its noise level, in (0, 1].
+
+    The mean is (1 - sigma') x_0 + sqrt(sigma'^2 - std^2) x_1 with the predictions
+    x_0 = x - sigma v and x_1 = x + (1 - sigma) v. Source: ``sde_type="cps"`` of Flow-GRPO's code.
+    """
+
+    @property
+    def _predicted_noise(self) -> float:
+        """The weight of x_1: sqrt(sigma'^2 - std^2) without a difference of near equals."""
+        return self.sigma_next * math.cos(self.diffusion * math.pi / 2)
+
+    @property
+    def latents_weight(self) -> float:
+        """Of x in the mean."""
+        return 1.0 - self.sigma_next + self._predicted_noise
+
+    @property
+    def velocity_weight(self) -> float:
+        """Of v in the mean."""
+        return self._predicted_noise * (1.0 - self.sigma) - (1.0 - self.sigma_next) * self.sigma
+
+    @property
+    def std(self) -> float:
+        """sigma' sin(level pi / 2); zero for the last step."""
+        return self.sigma_next * math.sin(self.diffusion * math.pi / 2)
+
+    def log_prob(
+        self, next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+    ) -> torch.Tensor:
+        """Minus the mean squared error, [B]: the released code has no std and no constant here."""
+        del std
+        return -((next_latents.detach() - mean) ** 2).flatten(1).mean(dim=1)
+
+
+Kernel = Literal["sde", "cps"]
+KERNELS: dict[Kernel, type[Transition]] = {"sde": Transition, "cps": CPSTransition}
+
+
+def transitions(
+    kernel: Kernel, sigmas: Sequence[float], levels: Sequence[float]
+) -> tuple[Transition, ...]:
+    """The law of each of the T steps of a grid.
+
+    Args:
+        kernel: the name of the law.
+        sigmas: T + 1 noise levels.
+        levels: g of ``sde``, or the noise level of ``cps``, at each of the T steps.
+    """
+    law = KERNELS[kernel]
+    return tuple(law(*step) for step in zip(sigmas, sigmas[1:], levels, strict=False))
 
 
 def constant_diffusion(eta: float, sigmas: Sequence[float]) -> tuple[float, ...]:

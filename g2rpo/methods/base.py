@@ -8,10 +8,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from pydantic import Field, model_validator
+
 import g2rpo.methods
-from g2rpo.config import StrictModel, nearest
+from g2rpo.config import StrictModel, nearest, unhashed
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
+from g2rpo.flow.transition import Kernel, Transition, flow_diffusion, transitions
 from g2rpo.methods.adaptive import Measurement, Measurements
 
 
@@ -40,6 +43,17 @@ class Method(StrictModel):
     """
 
     name: str
+    eta: float = Field(0.7, gt=0)
+    """Noise level of the stochastic steps."""
+    kernel: Kernel = unhashed("sde")
+    """The law of a stochastic step. ``sde``: that of the method's diffusion coefficient. ``cps``:
+    coefficient-preserving sampling with noise level ``eta``, at most 1."""
+
+    @model_validator(mode="after")
+    def _level(self) -> Self:
+        if self.kernel == "cps" and self.eta > 1:
+            raise ValueError(f"method.eta={self.eta} with kernel cps; use 1 or less")
+        return self
 
     @classmethod
     def concrete(cls, data: Any) -> type[Self]:
@@ -67,8 +81,21 @@ class Method(StrictModel):
         return []
 
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
-        """The SDE coefficient g at each of the T steps."""
-        raise NotImplementedError
+        """The SDE coefficient g at each of the T steps: eta sqrt(sigma / (1 - sigma))."""
+        return flow_diffusion(self.eta, sigmas)
+
+    def transitions(self, sigmas: Sequence[float]) -> tuple[Transition, ...]:
+        """The law of a stochastic step from each of the T nodes."""
+        levels = self.diffusion(sigmas) if self.kernel == "sde" else (self.eta,) * len(sigmas)
+        return transitions(self.kernel, sigmas, levels)
+
+    def step_weights(self, laws: Sequence[Transition]) -> tuple[float, ...] | None:
+        """Factors on the loss of each recorded step, whose laws are given; None leaves it.
+
+        A KL penalty is not weighted.
+        """
+        del laws
+        return None
 
     def tree(self, shape: RolloutShape, phase: Any) -> RolloutTree:
         """The rollout of one prompt in an iteration of ``phase``."""

@@ -1,14 +1,12 @@
 """G2RPO: singular stochastic sampling and multi-granularity advantages (arXiv 2510.01982)."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from g2rpo.config import nearest, unhashed
 from g2rpo.flow.granularity import coinciding_granularities, continuation_nodes
 from g2rpo.flow.rollout_tree import Group, RolloutTree
-from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.adaptive import (
     AdaptiveGranularities,
     AdaptiveSteps,
@@ -50,8 +48,6 @@ class G2RPO(Method):
     """
 
     name: Literal["g2rpo"] = "g2rpo"
-    eta: float = Field(0.7, gt=0)
-    """Noise level of the stochastic step (released flag ``--eta 0.7``)."""
     stochastic_steps: tuple[int, ...] | NamedSteps | None = None
     """The set M of stochastic steps: indices from 0 or a name (:data:`NamedSteps`); null is the
     first half of the grid, as in the paper."""
@@ -123,10 +119,6 @@ class G2RPO(Method):
                 "method.adaptive_granularities needs two or more different granularities, not "
                 f"{list(self.granularities)}"
             )
-
-    def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
-        """Flow form: eta sqrt(sigma / (1 - sigma))."""
-        return flow_diffusion(self.eta, sigmas)
 
     def phase(
         self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None

@@ -1,12 +1,10 @@
 """MixGRPO: noise in a sliding window of steps, ODE outside (arXiv 2507.21802)."""
 
-from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field
 
 from g2rpo.flow.rollout_tree import Group, RolloutTree
-from g2rpo.flow.transition import flow_diffusion
 from g2rpo.methods.adaptive import Measurements
 from g2rpo.methods.base import Method, RolloutShape
 
@@ -19,8 +17,6 @@ class MixGRPO(Method):
     """
 
     name: Literal["mix_grpo"] = "mix_grpo"
-    eta: float = Field(0.7, gt=0)
-    """Noise level inside the window."""
     window_size: int = Field(4, ge=1)
     """Steps in the window."""
     stride: int = Field(1, ge=0)
@@ -59,19 +55,10 @@ class MixGRPO(Method):
             )
         return []
 
-    def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
-        """Flow form: eta sqrt(sigma / (1 - sigma)); used in the window only."""
-        return flow_diffusion(self.eta, sigmas)
-
     def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
         """ODE shared by the group before the window, SDE in it, ODE after it."""
         tree = RolloutTree(shape.steps)
         window = self.window(shape, phase)
-        states = [tree.initial(sample=0)] * shape.group_size
-        for step in range(shape.steps):
-            if step in window:
-                states = [tree.sde(s, sample, record=True) for sample, s in enumerate(states)]
-            else:
-                states = [tree.ode(state, step + 1) for state in states]
-        tree.groups.append(Group(tuple(states)))
+        starts = tree.initial_group(shape.group_size, shared=True)
+        tree.groups.append(Group(tree.trajectories(starts, window, window)))
         return tree

@@ -1,15 +1,29 @@
 """Presets of the methods: training settings in the form of :class:`TrainConfig`.
 
-Each method has a YAML next to its module. ``released`` follows its released code; ``matched`` holds
+Each method has a YAML next to its module; one that only combines the rollout of another with an
+objective or a kernel is a YAML alone. ``released`` follows its released code; ``matched`` holds
 only the method, for comparisons where everything else is the same for all methods.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from g2rpo.config import load_yaml, nearest
 from g2rpo.errors import UserError
 from g2rpo.methods.base import method_names
+
+
+def preset_names() -> list[str]:
+    """The names of all methods with presets."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def method_summary(name: str) -> str:
+    """The comment at the top of a method's YAML, to the end of its first clause."""
+    text = Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8")
+    lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines).partition(". ")[0]
 
 
 def load_preset(method: str, preset: str) -> dict[str, Any]:
@@ -48,5 +62,5 @@ def _presets(method: str) -> dict[str, Any]:
                 "(docs/extending.md)"
             )
         if not path.exists():
-            raise UserError(f"no method {method!r}; {nearest(method, method_names())}")
+            raise UserError(f"no method {method!r}; {nearest(method, preset_names())}")
     return load_yaml(path)

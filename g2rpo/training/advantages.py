@@ -8,10 +8,10 @@ two weight the granularities' advantages, two reduce the rewards before normalis
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from g2rpo.config import StrictModel, unhashed
 from g2rpo.flow.rollout_tree import Group
@@ -45,6 +45,27 @@ class AdvantageConfig(StrictModel):
     they are normalised (Flow-GRPO)."""
     granularity_reduction: GranularityReduction = unhashed("sum")
     """How the advantages of a step's granularities are combined; the paper uses ``sum``."""
+    trimmed_ratio: float = unhashed(0.0, ge=0, lt=1)
+    """This share of a group's rewards, its lowest, does not count in its mean and std (MixGRPO's
+    ``trimmed_ratio``); their advantages are normalised with the others'."""
+    whiten: bool = unhashed(False)
+    """Normalises each step's advantages once more, over all samples of the batch, before they are
+    clamped (GDPO, arXiv 2601.05242; its ``epsilon`` is 1e-4)."""
+
+    @model_validator(mode="after")
+    def _trims_groups(self) -> Self:
+        if self.trimmed_ratio and self.normalizer == "global_std":
+            raise ValueError("advantage.trimmed_ratio needs advantage.normalizer: group")
+        return self
+
+    @property
+    def beyond_groups(self) -> bool:
+        """Whether an advantage depends on the rewards of other groups."""
+        return self.whiten or self.normalizer == "global_std"
+
+    def trimmed(self, size: int) -> int:
+        """How many of a group's ``size`` rewards do not count in its statistics."""
+        return int(size * self.trimmed_ratio)
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,12 @@ def normalize(
     noise divided by epsilon would give advantages in the hundreds.
     """
     values = rewards.to(torch.float64)
-    if present is None:
+    if present is None and config.trimmed(values.shape[-1]):
+        counted = values.sort(dim=-1).values[..., config.trimmed(values.shape[-1]) :]
+        low = high = batch = counted
+        mean = counted.mean(dim=-1, keepdim=True)
+        std = counted.std(dim=-1, keepdim=True, correction=config.ddof)
+    elif present is None:
         low = high = batch = values
         mean = values.mean(dim=-1, keepdim=True)
         std = values.std(dim=-1, keepdim=True, correction=config.ddof)
@@ -223,7 +249,7 @@ def _terms(
 
 
 def step_advantages(
-    values: torch.Tensor, groups: Sequence[Group], step: int, clip: float
+    values: torch.Tensor, groups: Sequence[Group], step: int, config: AdvantageConfig
 ) -> torch.Tensor:
     """The advantages of the transitions of one step, [P, G]: summed over its groups, clamped.
 
@@ -231,7 +257,10 @@ def step_advantages(
     sums over its granularities (paper: multi-granularity advantage integration).
     """
     credited = [index for index, group in enumerate(groups) if group.step in (None, step)]
-    return values[:, credited].sum(dim=1).clamp(-clip, clip)
+    summed = values[:, credited].sum(dim=1)
+    if config.whiten and bool(summed.ne(0).any()):
+        summed = (summed - summed.mean()) / (summed.std(correction=config.ddof) + config.epsilon)
+    return summed.clamp(-config.clip, config.clip)
 
 
 @dataclass(frozen=True)
@@ -271,5 +300,5 @@ def transition_advantages(
         }
         groups = [Group((), step) for step in dict.fromkeys(credited)]
     of_groups = group_advantages(rewards, weights, config, groups)
-    by_step = [step_advantages(of_groups.values, groups, step, config.clip) for step in steps]
+    by_step = [step_advantages(of_groups.values, groups, step, config) for step in steps]
     return TransitionAdvantages(tuple(by_step), of_groups.zero_std_groups)

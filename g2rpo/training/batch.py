@@ -28,11 +28,13 @@ class TrainingBatch:
         prompts: prompt index of each state, [U] int64.
         steps: grid step of each state, length U.
         transitions: the law of each state's transition, length U.
+        old_means: the mean of each state's step under the rollout policy, [U, ...].
         state_of: the source state of each transition, [N] int64.
         samples: sample index of each transition, [N] int64.
         next_latents: x_{k+1}, [N, ...].
         log_prob: under the rollout policy, stored at the rollout, [N].
         advantage: [N] float64.
+        step_weight: the method's factor on each loss, [N]; None weights all by 1.
         weight: of each transition in the loss, which is the mean over its update.
     """
 
@@ -42,11 +44,13 @@ class TrainingBatch:
     prompts: Tensor
     steps: tuple[int, ...]
     transitions: tuple[Transition, ...]
+    old_means: Tensor
     state_of: Tensor
     samples: Tensor
     next_latents: Tensor
     log_prob: Tensor
     advantage: Tensor
+    step_weight: Tensor | None
     weight: float
 
     def __len__(self) -> int:
@@ -71,11 +75,13 @@ class TrainingBatch:
             prompts=self.prompts[states],
             steps=tuple(self.steps[i] for i in kept),
             transitions=tuple(self.transitions[i] for i in kept),
+            old_means=self.old_means[states],
             state_of=torch.searchsorted(states, self.state_of[members]),
             samples=self.samples[members],
             next_latents=self.next_latents[members],
             log_prob=self.log_prob[members],
             advantage=self.advantage[members],
+            step_weight=None if self.step_weight is None else self.step_weight[members],
         )
 
 
@@ -120,7 +126,13 @@ def training_batch(
         ]
         for prompt in prompts
     ]
-    return collect_transitions(rollout.recorded, advantages.by_step, trained, rollout.conditioning)
+    batch = collect_transitions(rollout.recorded, advantages.by_step, trained, rollout.conditioning)
+    weights = config.method.step_weights([step.transition for step in rollout.recorded])
+    if weights is None:
+        return batch
+    of_step = dict(zip(recorded, weights, strict=True))
+    of_state = batch.log_prob.new_tensor([of_step[step] for step in batch.steps])
+    return replace(batch, step_weight=of_state[batch.state_of])
 
 
 def collect_transitions(
@@ -161,6 +173,7 @@ def collect_transitions(
         prompts=torch.tensor([p for _, p, _, used, _ in rows for _ in used]),
         steps=tuple(step.step for step, _, _, used, _ in rows for _ in used),
         transitions=tuple(step.transition for step, _, _, used, _ in rows for _ in used),
+        old_means=torch.cat([step.means[p, used] for step, p, _, used, _ in rows]),
         state_of=torch.tensor(state_of),
         samples=torch.tensor([step.samples[n] for step, _, kept, _, _ in rows for n in kept]),
         next_latents=torch.cat([step.next_latents[p, kept] for step, p, kept, _, _ in rows]),
@@ -168,6 +181,7 @@ def collect_transitions(
         advantage=torch.cat(
             [value[p, [step.samples[n] for n in kept]] for step, p, kept, _, value in rows]
         ),
+        step_weight=None,
         weight=1.0 / len(state_of),
     )
 

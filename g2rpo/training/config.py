@@ -22,6 +22,7 @@ from g2rpo.policy.kernels import Attention
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name
 from g2rpo.training.advantages import AdvantageConfig
+from g2rpo.training.objective import AnyObjective, Clipped, parse_objective
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -68,7 +69,7 @@ class RolloutConfig(StrictModel):
 
 
 class OptimizationConfig(StrictModel):
-    """The optimiser, the objective and the updates of an iteration."""
+    """The optimiser and the updates of an iteration."""
 
     iterations: int = Field(300, ge=1, le=1_000_000_000)
     max_device_seconds: float | None = unhashed(None, gt=0)
@@ -85,7 +86,8 @@ class OptimizationConfig(StrictModel):
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     clip_range: float = Field(1e-4, gt=0)
-    """The ratio is clipped to 1 +- this (released flag ``--clip_range 1e-4``)."""
+    """The ratio is clipped to 1 +- this (released flag ``--clip_range 1e-4``), except by the
+    objective ``dppo``."""
     kl_coefficient: float = Field(0.0, ge=0)
     """Weight of the KL to the frozen base, per trained step; with 0 the base is not loaded."""
     update_every: Literal["iteration", "timestep"] = "iteration"
@@ -195,6 +197,8 @@ class TrainConfig(StrictModel):
     """Approximates what no log-prob depends on; null computes everything exactly."""
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
+    objective: Annotated[AnyObjective, BeforeValidator(parse_objective)] = unhashed(Clipped())
+    """The loss of a transition: ``clipped``, ``guard`` or ``dppo``."""
     optimization: OptimizationConfig = OptimizationConfig()
     validation: ValidationConfig | None = None
     pictures: PicturesConfig | None = unhashed(None)
@@ -219,6 +223,12 @@ class TrainConfig(StrictModel):
         ):
             raise ValueError(
                 "approximate_rollout.merged_lora needs lora: there are no adapters to merge"
+            )
+        size = self.rollout.group_size
+        if size - self.advantage.trimmed(size) < 2:
+            raise ValueError(
+                f"advantage.trimmed_ratio={self.advantage.trimmed_ratio} leaves less than two of "
+                f"rollout.group_size={size} rewards"
             )
         updates = self.optimization.updates_per_iteration
         if self.rollout.group_size % updates:

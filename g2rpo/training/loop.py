@@ -146,7 +146,7 @@ class Trainer:
             rewards=rewards,
             grid=self.grid,
             settings=SweepSettings(
-                diffusion=config.method.diffusion(self.grid.sigmas),
+                transitions=config.method.transitions(self.grid.sigmas),
                 micro_batch=self.sizes.rollout,
                 dtype=torch.float64 if config.policy.dtype == "float64" else torch.float32,
                 device=self.accelerator.device,
@@ -329,9 +329,8 @@ class Trainer:
     def advantages(self, rollout: Rollout) -> TransitionAdvantages:
         """The advantages of this rank's transitions."""
         accelerator, config = self.accelerator, self.config
-        if config.advantage.normalizer != "global_std" or accelerator.num_processes == 1:
+        if not config.advantage.beyond_groups or accelerator.num_processes == 1:
             return rollout_advantages(rollout, config)
-        # Only this normaliser looks beyond a group, so it needs the rewards of all ranks.
         rewards = {
             name: accelerator.gather(rollout.group_rewards(name).to(accelerator.device)).cpu()
             for name in config.rewards

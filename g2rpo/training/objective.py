@@ -1,8 +1,49 @@
-"""The clipped objective and the optional KL penalty, per stochastic transition."""
+"""Objectives: the loss of each trained transition, chosen by name, and the KL penalty."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
+from pydantic import Field
+from torch import Tensor
+
+from g2rpo.config import StrictModel, nearest
+from g2rpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """What an objective sees of N transitions from x_k to x_{k+1}.
+
+    Attributes:
+        log_prob: under the current policy, [N].
+        old_log_prob: under the rollout policy, [N].
+        advantage: [N].
+        next_latents: x_{k+1}, [N, ...].
+        mean: of the step under the current policy, [N, ...].
+        old_mean: under the rollout policy, [N, ...].
+        std: of the step, broadcastable to [N, ...].
+        duration: sigma_k - sigma_{k+1}, [N].
+        steps: k of each transition, [N] int64.
+        whole_update: whether these are all transitions of an update, not a micro-batch.
+    """
+
+    log_prob: Tensor
+    old_log_prob: Tensor
+    advantage: Tensor
+    next_latents: Tensor
+    mean: Tensor
+    old_mean: Tensor
+    std: Tensor
+    duration: Tensor
+    steps: Tensor
+    whole_update: bool = True
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL of the step from the rollout's: mean of (mu - mu_old)^2 / (2 std^2), [N]."""
+        return transition_kl(self.mean, self.old_mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -10,21 +51,123 @@ class ObjectiveTerms:
     """Per-transition terms of the objective.
 
     Attributes:
-        loss: max(-A rho, -A clip(rho)) [N].
-        ratio: rho = exp(log_prob - old_log_prob) [N].
-        clipped: whether the ratio is outside the clip range [N] bool.
+        loss: [N].
+        ratio: the ratio that the objective limits, [N].
+        clipped: whether it is outside its limits [N] bool.
     """
 
-    loss: torch.Tensor
-    ratio: torch.Tensor
-    clipped: torch.Tensor
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+
+
+class Objective(StrictModel):
+    """Base class of objectives; its fields are the objective's configuration."""
+
+    name: str
+
+    def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
+        """The loss of each transition; ``clip_range`` is that of the optimization."""
+        raise NotImplementedError
+
+
+class Clipped(Objective):
+    """PPO's clipped surrogate of the importance ratio."""
+
+    name: Literal["clipped"] = "clipped"
+
+    def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
+        """See :func:`clipped_objective`."""
+        new, old = transitions.log_prob, transitions.old_log_prob
+        return clipped_objective(new, old, transitions.advantage, clip_range)
+
+
+class Guard(Objective):
+    """GRPO-Guard: the clipped surrogate of a ratio with equal mean and spread at every step.
+
+    The ratio is exp(std (log_prob - old_log_prob + b)) with b = :attr:`Transitions.divergence`,
+    which equals exp(mean of z (mu - mu_old)) with z the step's noise; the loss is divided by the
+    step's duration (arXiv 2510.22319, RatioNorm). For a Gaussian log-prob both forms are the same;
+    for ``cps``, whose log-prob leaves out the std, only the second one is meant.
+    """
+
+    name: Literal["guard"] = "guard"
+    published: Literal["pref_grpo", "flow_factory", "verl_omni", "flow_grpo"] = "pref_grpo"
+    """The code that is followed. ``pref_grpo``: as above. ``verl_omni``: divides by the batch's
+    squared mean of sqrt(duration), the same for the transitions of one step. ``flow_factory``: does
+    not divide. ``flow_grpo``: as ``verl_omni``, with b averaged over all transitions of the step in
+    an update, which must be one micro-batch."""
+
+    def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
+        """See the class.
+
+        Raises:
+            UserError: ``flow_grpo`` in a micro-batch.
+        """
+        t = transitions
+        noise = (t.next_latents.detach() - t.old_mean) / t.std
+        exponent = (noise * (t.mean - t.old_mean)).flatten(1).mean(dim=1)
+        if self.published == "flow_grpo":
+            if not t.whole_update:
+                raise UserError(
+                    "objective.published=flow_grpo averages over an update; raise "
+                    "execution.training_micro_batch until it holds all of its states"
+                )
+            bias = t.divergence
+            exponent = exponent + t.std.flatten() * (_mean_of_step(bias, t.steps) - bias)
+        terms = clipped_ratio(torch.exp(exponent), t.advantage, clip_range)
+        loss = terms.loss if self.published == "flow_factory" else terms.loss / t.duration
+        return ObjectiveTerms(loss, terms.ratio, terms.clipped)
+
+
+class DPPO(Objective):
+    """Flow-DPPO: no clip; a transition beyond a divergence is dropped if its step would go further.
+
+    The loss is 0 if the divergence from the rollout's step is at least the threshold and the ratio
+    has already moved the way that the advantage pushes it, else -A ratio (arXiv 2606.11025).
+    """
+
+    name: Literal["dppo"] = "dppo"
+    threshold: float = Field(1e-5, gt=0)
+    """Largest divergence, mean over the latent dimensions."""
+
+    def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
+        """See the class; ``clip_range`` is not used."""
+        del clip_range
+        ratio = torch.exp(transitions.log_prob - transitions.old_log_prob)
+        advantage = transitions.advantage.to(ratio.dtype)
+        further = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
+        dropped = (transitions.divergence.detach() >= self.threshold) & further
+        # Not a product with the mask: a ratio that overflows is dropped too, and inf * 0 is NaN.
+        loss = torch.where(dropped, torch.zeros_like(ratio), -advantage * ratio)
+        return ObjectiveTerms(loss, ratio.detach(), dropped)
+
+
+AnyObjective = Clipped | Guard | DPPO
+OBJECTIVES: dict[str, type[AnyObjective]] = {
+    kind.model_fields["name"].default: kind for kind in get_args(AnyObjective)
+}
+
+
+def parse_objective(value: Any) -> AnyObjective:
+    """Builds an objective from its configuration mapping, by its ``name``.
+
+    Raises:
+        ValueError: no name, or an unknown objective (with the closest match).
+        pydantic.ValidationError: a field is invalid.
+    """
+    if isinstance(value, Objective):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError("expected a mapping with a name: " + ", ".join(OBJECTIVES))
+    name = str(value["name"])
+    if name not in OBJECTIVES:
+        raise ValueError(f"no objective {name!r}; {nearest(name, OBJECTIVES)}")
+    return OBJECTIVES[name].model_validate(value)
 
 
 def clipped_objective(
-    log_prob: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    advantage: torch.Tensor,
-    clip_range: float,
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float
 ) -> ObjectiveTerms:
     """PPO's clipped surrogate, as a loss.
 
@@ -34,21 +177,30 @@ def clipped_objective(
         advantage: [N].
         clip_range: c (released flag ``--clip_range 1e-4``).
     """
-    ratio = torch.exp(log_prob - old_log_prob)
-    clipped_ratio = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    return clipped_ratio(torch.exp(log_prob - old_log_prob), advantage, clip_range)
+
+
+def clipped_ratio(ratio: Tensor, advantage: Tensor, clip_range: float) -> ObjectiveTerms:
+    """max(-A rho, -A clip(rho, 1 +- c)) of ratios rho and advantages A, [N] each."""
+    limited = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     advantage = advantage.to(ratio.dtype)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped_ratio)
+    loss = torch.maximum(-advantage * ratio, -advantage * limited)
     return ObjectiveTerms(loss, ratio.detach(), (ratio.detach() - 1.0).abs() > clip_range)
 
 
-def transition_kl(
-    mean: torch.Tensor, reference_mean: torch.Tensor, std: torch.Tensor
-) -> torch.Tensor:
+def transition_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
     """KL of two Gaussian steps with one std: mean over dimensions of (mu - mu_ref)^2 / (2 std^2).
 
     Args:
         mean: of the policy, [N, ...].
-        reference_mean: of the frozen base, [N, ...].
+        reference_mean: of the frozen base or the rollout's policy, [N, ...].
         std: broadcastable; g sqrt(-Delta) (the released Flow-GRPO omits Delta: docs/fidelity.md).
     """
     return ((mean - reference_mean) ** 2 / (2 * std**2)).flatten(1).mean(dim=1)
+
+
+def _mean_of_step(values: Tensor, steps: Tensor) -> Tensor:
+    """The mean of ``values`` [N] over the transitions of the same step, for each of them."""
+    kinds, place = steps.to(values.device).unique(return_inverse=True)
+    means: Tensor = values.new_zeros(len(kinds)).index_add(0, place, values) / place.bincount()
+    return means[place]

@@ -76,7 +76,7 @@ class RolloutEngine:
         policy: the policy.
         rewards: the reward models by column name.
         grid: sigmas and times.
-        settings: diffusion coefficients and batching of the sweep.
+        settings: transitions and batching of the sweep.
         seed: the experiment's seed, which determines all noise.
         continuations: the policy's approximate twin, if any.
         decode: images decoded at once; None fixes the number of pixels instead.

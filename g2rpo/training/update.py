@@ -10,13 +10,13 @@ from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
-from g2rpo.flow.transition import log_prob, per_state, transition_mean
+from g2rpo.flow.transition import per_state, transition_mean
 from g2rpo.policy import FluxPolicy
 from g2rpo.training.batch import TrainingBatch, split_updates
 from g2rpo.training.batch_sizes import BatchSizes
 from g2rpo.training.collective import raise_on_all_ranks
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.objective import clipped_objective, transition_kl
+from g2rpo.training.objective import Transitions, transition_kl
 from g2rpo.training.weights import TrainedWeights
 
 
@@ -28,7 +28,7 @@ class Loss:
         loss: the sum over the batch's transitions, times its weight: the mean for a whole update.
         log_prob: of each transition under the policy, [N].
         ratio: exp(log_prob - log_prob at the rollout), [N].
-        clipped: whether the ratio is outside the clip range, [N] bool.
+        clipped: whether the objective limits the transition, [N] bool.
         kl: KL to the base, summed over transitions; None without a KL penalty.
     """
 
@@ -45,12 +45,12 @@ def loss(
     config: TrainConfig,
     reference: FluxPolicy | None = None,
 ) -> Loss:
-    """The clipped objective of ``batch`` under ``policy``, with the KL penalty if configured.
+    """The objective of ``batch`` under ``policy``, with the KL penalty if configured.
 
     Args:
         policy: the trained policy.
         batch: a whole update or a micro-batch of it.
-        config: clip range and weight of the KL.
+        config: objective, clip range and weight of the KL.
         reference: the frozen base; by default the policy without its adapters.
     """
     settings, states = config.optimization, batch.states
@@ -60,10 +60,11 @@ def loss(
     velocity = policy.velocity(states, batch.times, chosen)
     mean = transition_mean(states, velocity, batch.transitions)
     std = per_state([law.std for law in batch.transitions], states)
-    value = log_prob(batch.next_latents, mean[state_of], std[state_of])
-    advantage = batch.advantage.to(states.device)
-    terms = clipped_objective(value, batch.log_prob, advantage, settings.clip_range)
-    total, kl = terms.loss.sum(), None
+    transitions = _transitions(batch, mean, std, state_of)
+    value = transitions.log_prob
+    terms = config.objective.terms(transitions, settings.clip_range)
+    weighted = terms.loss if batch.step_weight is None else terms.loss * batch.step_weight
+    total, kl = weighted.sum(), None
     if settings.kl_coefficient > 0:
         base = policy if reference is None else reference
         frozen = policy.lora_disabled() if reference is None else contextlib.nullcontext()
@@ -73,7 +74,27 @@ def loss(
             )
         kl = transition_kl(mean, base_mean, std)[state_of].sum()
         total = total + settings.kl_coefficient * kl
-    return Loss(total * batch.weight, value, terms.ratio, terms.clipped, kl)
+    ratio = torch.exp(value.detach() - batch.log_prob)
+    return Loss(total * batch.weight, value, ratio, terms.clipped, kl)
+
+
+def _transitions(batch: TrainingBatch, mean: Tensor, std: Tensor, state_of: Tensor) -> Transitions:
+    """What the objective sees of ``batch``, whose states' steps have ``mean`` and ``std``."""
+    after, mean, std = batch.next_latents, mean[state_of], std[state_of]
+    durations = [law.sigma - law.sigma_next for law in batch.transitions]
+    return Transitions(
+        # All steps of a run have the same kernel.
+        log_prob=batch.transitions[0].log_prob(after, mean, std),
+        old_log_prob=batch.log_prob,
+        advantage=batch.advantage.to(mean.device),
+        next_latents=after,
+        mean=mean,
+        old_mean=batch.old_means[state_of],
+        std=std,
+        duration=per_state(durations, batch.log_prob)[state_of].flatten(),
+        steps=torch.tensor(batch.steps)[batch.state_of],
+        whole_update=round(1 / batch.weight) == len(batch),
+    )
 
 
 @dataclass
@@ -84,7 +105,7 @@ class UpdateStatistics:
         loss: before the update.
         gradient_norm: before clipping, over all ranks.
         ratio_deviation: largest ``|ratio - 1|``.
-        clipped: transitions whose ratio was outside the clip range.
+        clipped: transitions limited by the objective.
         transitions: transitions trained.
         kl: KL to the base, summed over transitions.
         forwards: states that went through a training forward (and, with a KL, the base's).

@@ -12,6 +12,7 @@ from reproduce.bundled import bundled_names, named_file
 def list_bundled() -> None:
     """List the bundled experiments, profiles, methods and rewards, one line each."""
     from g2rpo.methods.base import method_names
+    from g2rpo.methods.presets import method_summary, preset_names
     from g2rpo.rewards.registry import REWARDS
 
     table = plain_table("kind", "name", "description")
@@ -20,8 +21,10 @@ def list_bundled() -> None:
         table.add_row("experiment", name, shown["title"])
     for name in bundled_names("profiles"):
         table.add_row("profile", name, load_yaml(named_file("profiles", name))["description"])
-    for name in method_names():
-        table.add_row("method", name, _summary(f"g2rpo.methods.{name}"))
+    for name in preset_names():
+        coded = name in method_names()
+        summary = _summary(f"g2rpo.methods.{name}") if coded else method_summary(name)
+        table.add_row("method", name, summary)
     for name, target in REWARDS.items():
         table.add_row("reward", name, _summary(target.partition(":")[0]))
     wide_console().print(table)

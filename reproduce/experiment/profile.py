@@ -8,7 +8,7 @@ from benchmarks.evaluation.protocol import EvaluationConfig
 from benchmarks.evaluation.results import Name
 from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
-from g2rpo.methods.base import method_names
+from g2rpo.methods.presets import preset_names
 from g2rpo.policy import PolicyConfig
 from g2rpo.rewards.base import RewardConfig
 from reproduce.bundled import absolute, named_file
@@ -126,7 +126,7 @@ class Profile(StrictModel):
 
     @model_validator(mode="after")
     def _of_methods(self) -> Self:
-        methods = method_names()
+        methods = preset_names()
         for key in self.method_settings:
             if key not in methods:
                 raise ValueError(f"method_settings: no method {key!r}; {nearest(key, methods)}")

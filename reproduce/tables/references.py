@@ -13,6 +13,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "dance_grpo": ("xue2025dancegrpo",),
     "mix_grpo": ("li2025mixgrpo",),
     "flow_grpo": ("liu2025flowgrpo",),
+    "flow_grpo_fast": ("liu2025flowgrpo",),
+    "flow_cps": ("wang2025cps", "liu2025flowgrpo"),
+    "flow_dppo": ("ping2026flowdppo",),
+    "grpo_guard": ("wang2025grpoguard", "liu2025flowgrpo"),
+    "tempflow_grpo": ("he2025tempflow",),
     "base": (),
     "checkpoint": (),
 }
@@ -57,6 +62,7 @@ LIBRARIES = (
 ON_REQUEST = (
     "hu2021lora",
     "mangrulkar2022peft",  # the LoRA engine
+    "liu2026gdpo",  # advantages normalised over the batch
     "lu2022dpmsolver",  # the solver of MixGRPO-Flash
     "wilson1927inference",  # raters' answers
 )

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from benchmarks.speed import iteration, plain_loop
 from benchmarks.speed.original import Plan
 from benchmarks.speed.sizes import SIZES, FluxShape, write_flux
+from g2rpo.flow.transition import Transition
 from g2rpo.methods.base import RolloutShape
 from g2rpo.policy import FluxPolicy, PolicyConfig
 
@@ -20,17 +21,17 @@ APP.command()(iteration.main)
 
 
 def test_the_original_takes_as_many_evaluations_as_are_published() -> None:
-    sigmas = (0.0,) * 16
+    laws = (Transition(1.0, 0.5),) * 16
     for granularities, original, shared in (
         ((1,), 1216, 1120),
         ((1, 2), 1792, 1504),
         ((1, 2, 3), 2188, 1708),
     ):
-        plan = Plan(tuple(range(8)), granularities, 12, sigmas)
+        plan = Plan(tuple(range(8)), granularities, 12, laws)
         assert plan.evaluations == original
         method = iteration.G2RPO(granularities=granularities)
         assert method.rollout_tree(RolloutShape(16, 12, 300), 0).velocity_evaluations == shared
-    assert Plan(tuple(range(8)), (1, 2, 3), 12, sigmas).images == 289
+    assert Plan(tuple(range(8)), (1, 2, 3), 12, laws).images == 289
 
 
 def test_all_executions_give_the_same_rewards(

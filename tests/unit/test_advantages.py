@@ -155,6 +155,59 @@ def test_a_sum_of_cancelling_rewards_is_compared_at_the_size_of_its_terms() -> N
     assert found.zero_std_groups == {"sum": 1}
 
 
+# --- trimming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "dropped"), [(0.1, 0), (0.25, 2), (0.5, 4)])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_the_lowest_rewards_do_not_count_in_the_statistics(
+    ratio: float, dropped: int, ddof: int
+) -> None:
+    rewards = random_rewards(3, 2, 8)
+    found = normalize(rewards, AdvantageConfig(trimmed_ratio=ratio, ddof=ddof))
+    for prompt in range(3):
+        for group in range(2):
+            values = rewards[prompt, group].double().tolist()
+            counted = sorted(values)[dropped:]
+            center, scale = math.fsum(counted) / len(counted), loop_std(counted, ddof) + 1e-8
+            expected = [(value - center) / scale for value in values]
+            assert found.values[prompt, group].tolist() == pytest.approx(expected, rel=1e-11)
+
+
+def test_trimming_needs_the_statistics_of_groups() -> None:
+    with pytest.raises(ValueError, match="trimmed_ratio needs"):
+        AdvantageConfig(trimmed_ratio=0.2, normalizer="global_std")
+
+
+# --- whitening -----------------------------------------------------------------------------------
+
+
+def test_whitening_normalises_each_step_over_the_batch_before_the_clamp() -> None:
+    rewards = {n: random_rewards(3, 2, 6, seed=i) for i, n in enumerate(WEIGHTS)}
+    groups = [Group((), step=1), Group((), step=5)]
+    config = AdvantageConfig(whiten=True, epsilon=1e-4, clip=1.2)
+    found = transition_advantages(rewards, WEIGHTS, groups, (1, 5), config)
+    for place, by_step in enumerate(found.by_step):
+        summed = [
+            math.fsum(w * one for w, one in zip(WEIGHTS.values(), each, strict=True))
+            for prompt in range(3)
+            for each in zip(
+                *(loop_group(rewards[n][prompt, place].tolist(), 1, 1e-4) for n in WEIGHTS),
+                strict=True,
+            )
+        ]
+        expected = [min(max(a, -1.2), 1.2) for a in loop_group(summed, 1, 1e-4)]
+        assert 0 < sum(abs(a) == 1.2 for a in expected) < 18
+        assert by_step.flatten().tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_whitening_leaves_a_batch_of_equal_rewards_at_zero() -> None:
+    config = AdvantageConfig(whiten=True, epsilon=0.0)
+    rewards = {"hps": torch.full((2, 1, 4), 0.3)}
+    found = transition_advantages(rewards, {"hps": 1.0}, [Group(())], (0,), config)
+    assert found.by_step[0].eq(0).all()
+
+
 # --- combinations --------------------------------------------------------------------------------
 
 REWARDS = {"hps": random_rewards(2, 3, 6, seed=1), "clip": 8 * random_rewards(2, 3, 6, seed=2)}
@@ -196,7 +249,7 @@ def test_step_advantages_sum_granularities_and_rewards_then_clamp() -> None:
     ]
     weights = {"hps": 1.0, "clip": 1.0}
     values = group_advantages(REWARDS, weights, AdvantageConfig()).values
-    found = step_advantages(values, groups, 0, clip=2.0)
+    found = step_advantages(values, groups, 0, AdvantageConfig(clip=2.0))
     assert found.shape == (2, 6)
     clipped = 0
     for prompt in range(2):
@@ -211,16 +264,16 @@ def test_step_advantages_sum_granularities_and_rewards_then_clamp() -> None:
             expected = min(max(total, -2.0), 2.0)
             assert float(found[prompt, sample]) == pytest.approx(expected, rel=1e-10)
     assert 0 < clipped < 12
-    at_four = step_advantages(values, groups, 4, clip=5.0)
+    at_four = step_advantages(values, groups, 4, AdvantageConfig(clip=5.0))
     torch.testing.assert_close(at_four, values[:, 2])
 
 
 def test_the_sum_is_clamped_and_a_group_without_a_step_credits_every_step() -> None:
     groups = [Group((0, 1), step=1, granularity=g) for g in (1, 2, 2)]
     values = torch.tensor([[[7.0, -1.0], [-4.0, -2.0], [1.0, -9.0]]], dtype=torch.float64)
-    assert step_advantages(values, groups, 1, clip=5.0).tolist() == [[4.0, -5.0]]
+    assert step_advantages(values, groups, 1, AdvantageConfig(clip=5.0)).tolist() == [[4.0, -5.0]]
     for step in (0, 7):
-        found = step_advantages(values[:, 2:], [Group((0, 1))], step, clip=5.0)
+        found = step_advantages(values[:, 2:], [Group((0, 1))], step, AdvantageConfig(clip=5.0))
         assert found.tolist() == [[1.0, -5.0]]
 
 
@@ -318,5 +371,6 @@ def test_a_group_that_credits_every_step_is_left_alone(rule: GranularityReductio
 
 def test_the_default_rule_is_not_in_the_hashed_configuration() -> None:
     assert "granularity_reduction" not in AdvantageConfig().model_dump(mode="json")
+    assert not {"whiten", "trimmed_ratio"} & AdvantageConfig().model_dump(mode="json").keys()
     other = AdvantageConfig(granularity_reduction="mean").model_dump(mode="json")
     assert other["granularity_reduction"] == "mean"

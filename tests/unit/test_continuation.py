@@ -76,7 +76,7 @@ def walk(
 ) -> tuple[Sweep, Exactly | RolloutContinuations]:
     """A walk for two prompts in batches of ``size``; and what continued it."""
     conditioning = policy.encode(PROMPTS)
-    settings = SweepSettings(g2rpo.G2RPO().diffusion(GRID.sigmas), size)
+    settings = SweepSettings(g2rpo.G2RPO().transitions(GRID.sigmas), size)
     exact = Exactly(policy, conditioning)
     twin = nullcontext(exact)
     if config is not None:
@@ -142,7 +142,7 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
     def noise(prompt: int, sample: int, step: int) -> Tensor:
         return gaussian((4, 6), 1, "test", prompt, sample, step)
 
-    settings = SweepSettings(g2rpo.G2RPO().diffusion(GRID.sigmas), 4)
+    settings = SweepSettings(g2rpo.G2RPO().transitions(GRID.sigmas), 4)
     swept = sweep(tree, GRID, 2, Velocities(exact, Continued()), noise, settings)
     left = {state.parent for state in tree.states if state.parent is not None}
     continued = sorted(

@@ -15,7 +15,7 @@ from run_folders import write_run
 from typer.testing import CliRunner
 
 from g2rpo.files import atomic_write_text
-from g2rpo.methods.base import method_names
+from g2rpo.methods.presets import preset_names
 from g2rpo.quiet import LEVEL_VARIABLE
 from g2rpo.rewards.registry import REWARDS
 from reproduce import cli
@@ -50,7 +50,7 @@ def test_list_has_a_line_for_everything_bundled() -> None:
     lines = [line.split() for line in printed("list").splitlines()[1:]]
     assert all(len(words) > 2 for words in lines)
     assert [words[1] for words in lines] == [
-        *bundled_names("experiments"), *bundled_names("profiles"), *method_names(), *REWARDS,
+        *bundled_names("experiments"), *bundled_names("profiles"), *preset_names(), *REWARDS,
     ]  # fmt: skip
 
 

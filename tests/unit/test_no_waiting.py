@@ -107,7 +107,7 @@ def test_nothing_is_read_back_within_the_walk(policy: FluxPolicy, name: str) -> 
     method, grid = METHODS[name](), build_grid(GridConfig(steps=4), policy.image_tokens)
     tree = method.rollout_tree(RolloutShape(4, 3, 10), 0)
     conditioning = policy.encode(["a red circle", "a blue square"])
-    settings = SweepSettings(method.diffusion(grid.sigmas), 4)
+    settings = SweepSettings(method.transitions(grid.sigmas), 4)
 
     def velocity(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
         return policy.velocity(latents, times, conditioning.select(prompts))
@@ -124,7 +124,7 @@ def test_the_walk_needs_no_value_of_any_latent(name: str) -> None:
     method, grid = METHODS[name](), build_grid(GridConfig(steps=6), 4)
     tree = method.rollout_tree(RolloutShape(6, 3, 10), 0)
     device = torch.device("meta")
-    settings = SweepSettings(method.diffusion(grid.sigmas), 4, device=device)
+    settings = SweepSettings(method.transitions(grid.sigmas), 4, device=device)
     batches: list[int] = []
 
     def velocity(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def test_a_gpu_is_never_awaited_within_the_walk(policy: FluxPolicy, approximate:
     method, grid = g2rpo.G2RPO(granularities=(1, 2)), build_grid(GridConfig(steps=4), 4)
     tree = method.rollout_tree(RolloutShape(4, 3, 10), 0)
     conditioning = cuda.encode(["a red circle", "a blue square"])
-    settings = SweepSettings(method.diffusion(grid.sigmas), 4, device=torch.device("cuda"))
+    settings = SweepSettings(method.transitions(grid.sigmas), 4, device=torch.device("cuda"))
 
     def velocity(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
         return cuda.velocity(latents, times, conditioning.select(prompts))

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
 from g2rpo.flow.sweep import INITIAL_NOISE, RecordedStep, Sweep, SweepSettings, sweep
-from g2rpo.flow.transition import log_prob, per_state, transition_mean
-from g2rpo.methods import dance_grpo, flow_grpo, g2rpo, mix_grpo
+from g2rpo.flow.transition import Kernel, per_state, transition_mean, transitions
+from g2rpo.methods import dance_grpo, flow_grpo, flow_grpo_fast, g2rpo, mix_grpo, tempflow_grpo
 from g2rpo.methods.base import Method, RolloutShape
 
 PROMPTS, TOKENS, CHANNELS = 2, 4, 6
@@ -160,6 +161,30 @@ class Naive:
                         x = self.ode(x, node, node + 1, prompt)
                 self.images[prompt, None, 0].append(x)
 
+    def cps(self, x: Tensor, node: int, level: float, prompt: int, sample: int) -> Tensor:
+        """The predictions of image and noise, recombined with less of the latter."""
+        v = self.velocity(x, node, prompt)
+        sigma, after = self.sigma(node), self.sigma(node + 1)
+        image, predicted = x - sigma * v, x + (1 - sigma) * v
+        std = after * math.sin(level * math.pi / 2)
+        mean = (1 - after) * image + math.sqrt(after**2 - std**2) * predicted
+        moved = mean + std * noise(prompt, sample, node).to(self.dtype)
+        self.recorded[prompt, node, sample] = (x, moved, -(moved - mean).square().mean())
+        return moved
+
+    def fast(self, eta: float, chosen: tuple[int, ...], *, cps: bool, shared: bool) -> None:
+        for prompt in range(PROMPTS):
+            for sample in range(self.samples):
+                x = self.start(prompt, 0 if shared else sample)
+                for node in range(self.steps):
+                    if node not in chosen:
+                        x = self.ode(x, node, node + 1, prompt)
+                    elif cps:
+                        x = self.cps(x, node, eta, prompt, sample)
+                    else:
+                        x = self.sde(x, node, self.flow_g(node, eta), prompt, sample)
+                self.images[prompt, None, 0].append(x)
+
     def flow_grpo(self, eta: float, *, shared: bool) -> None:
         for prompt in range(PROMPTS):
             for sample in range(self.samples):
@@ -188,7 +213,7 @@ def run(
 ) -> tuple[RolloutTree, Sweep, ToyTransformer]:
     grid, model = grid_of(shape.steps), ToyTransformer(dtype)
     tree = method.rollout_tree(shape, iteration)
-    settings = SweepSettings(method.diffusion(grid.sigmas), micro_batch, dtype)
+    settings = SweepSettings(method.transitions(grid.sigmas), micro_batch, dtype)
     return tree, sweep(tree, grid, prompts, model, noise, settings), model
 
 
@@ -286,6 +311,39 @@ def test_flow_grpo_equals_the_naive_loop(shared: bool, dtype: torch.dtype) -> No
     compare(tree, swept, naive)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("kernel", ["sde", "cps"])
+@pytest.mark.parametrize(("contiguous", "shared"), [(True, True), (False, False)])
+def test_flow_grpo_fast_equals_the_naive_loop(
+    contiguous: bool, shared: bool, kernel: Kernel, dtype: torch.dtype
+) -> None:
+    method = flow_grpo_fast.FlowGRPOFast(
+        kernel=kernel, contiguous=contiguous, shared_initial_noise=shared
+    )
+    shape = RolloutShape(10, 4, 10, seed=3)
+    tree, swept, _ = run(method, shape, dtype, iteration=2)
+    naive = Naive(ToyTransformer(dtype), grid_of(10).timesteps, 4, dtype)
+    naive.fast(0.7, method.phase(shape, 2), cps=kernel == "cps", shared=shared)
+    compare(tree, swept, naive)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_tempflow_grpo_equals_the_naive_loop(dtype: torch.dtype) -> None:
+    tree, swept, _ = run(tempflow_grpo.TempFlowGRPO(eta=0.9), RolloutShape(6, 3, 10), dtype)
+    naive = Naive(ToyTransformer(dtype), grid_of(6).timesteps, 3, dtype)
+    naive.g2rpo(0.9, tuple(range(5)), (1,))
+    compare(tree, swept, naive)
+
+
+def test_a_recorded_step_without_noise_is_refused() -> None:
+    tree = RolloutTree(4)
+    image = tree.trajectories(tree.initial_group(2, shared=True), range(4), range(4))
+    tree.groups.append(Group(image))
+    laws = transitions("cps", grid_of(4).sigmas, (0.8,) * 4)
+    with pytest.raises(UserError, match="step 3 has no noise"):
+        sweep(tree, grid_of(4), 1, ToyTransformer(torch.float32), noise, SweepSettings(laws, 8))
+
+
 def test_the_toy_velocity_is_of_realistic_size_and_listens_to_everything() -> None:
     model = ToyTransformer(torch.float64)
     x = torch.stack([noise(0, sample, 3) for sample in range(32)])
@@ -305,6 +363,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "dance_grpo": dance_grpo.DanceGRPO,
     "mix_grpo": mix_grpo.MixGRPO,
     "flow_grpo": lambda: flow_grpo.FlowGRPO(shared_initial_noise=False),
+    "flow_grpo_fast": lambda: flow_grpo_fast.FlowGRPOFast(kernel="cps"),
+    "tempflow_grpo": tempflow_grpo.TempFlowGRPO,
 }
 
 
@@ -335,7 +395,7 @@ def test_micro_batches_are_of_the_chosen_size() -> None:
 
     method, grid = dance_grpo.DanceGRPO(), grid_of(4)
     tree = method.rollout_tree(RolloutShape(4, 5, 1), 0)
-    settings = SweepSettings(method.diffusion(grid.sigmas), 4)
+    settings = SweepSettings(method.transitions(grid.sigmas), 4)
     swept = sweep(tree, grid, 2, velocity, noise, settings)
     # Node 0 has one shared state per prompt; the others have five.
     assert sizes == [2, 4, 4, 2, 4, 4, 2, 4, 4, 2]
@@ -406,10 +466,13 @@ def repeated_log_prob(step: RecordedStep, model: ToyTransformer, time: float) ->
     times = states.new_full((len(states),), time, dtype=precision)
     prompt_of = torch.arange(prompts).repeat_interleave(per_prompt)
     mean = transition_mean(states, model(states, times, prompt_of), [step.transition] * len(states))
-    mean = mean.view_as(step.sources)[:, step.source_of]
+    mean = mean.view_as(step.sources)
+    assert torch.equal(mean, step.means)
+    mean = mean[:, step.source_of]
     after = step.next_latents
     std = per_state([step.transition.std], mean[0, :1])
-    return log_prob(after.flatten(0, 1), mean.flatten(0, 1), std).view(after.shape[:2])
+    value = step.transition.log_prob(after.flatten(0, 1), mean.flatten(0, 1), std)
+    return value.view(after.shape[:2])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -429,7 +492,7 @@ def test_the_log_prob_is_that_of_the_stored_latents() -> None:
     for step in swept.recorded:
         assert step.next_latents.dtype == step.sources.dtype == torch.bfloat16
     model, method, grid = ToyTransformer(torch.bfloat16), dance_grpo.DanceGRPO(), grid_of(6)
-    settings = SweepSettings(method.diffusion(grid.sigmas), 64, torch.bfloat16)
+    settings = SweepSettings(method.transitions(grid.sigmas), 64, torch.bfloat16)
     again = sweep(method.rollout_tree(RolloutShape(6, 4, 10), 0), grid, 2, model, noise, settings)
     for a, b in zip(swept.recorded, again.recorded, strict=True):
         repeated = repeated_log_prob(a, model, grid.timesteps[a.step])
@@ -449,7 +512,7 @@ def test_noise_is_asked_for_by_prompt_sample_and_step() -> None:
 
     grid, method = grid_of(6), g2rpo.G2RPO(stochastic_steps=(1, 3), granularities=(1, 2))
     tree = method.rollout_tree(RolloutShape(6, 3, 10), 0)
-    settings = SweepSettings(method.diffusion(grid.sigmas), 8, torch.float64)
+    settings = SweepSettings(method.transitions(grid.sigmas), 8, torch.float64)
     sweep(tree, grid, 2, ToyTransformer(torch.float64), recording, settings)
     expected = {(p, 0, -1) for p in range(2)}
     expected |= {(p, s, k) for p in range(2) for s in range(3) for k in (1, 3)}
@@ -467,6 +530,6 @@ def test_misuse_is_refused() -> None:
     image = tree.ode(root, 4)
     assert tree.ode(root, 4) == image
     tree.groups.append(Group((image,)))
-    settings = SweepSettings((0.0,) * 5, 8)
+    settings = SweepSettings((), 8)
     with pytest.raises(ValueError, match="4 steps, the grid 5"):
         sweep(tree, grid_of(5), 1, ToyTransformer(torch.float32), noise, settings)

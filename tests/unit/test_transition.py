@@ -8,12 +8,14 @@ import torch
 
 from g2rpo.flow.schedule import shifted_sigmas
 from g2rpo.flow.transition import (
+    CPSTransition,
     Transition,
     constant_diffusion,
     flow_diffusion,
     log_prob,
     per_state,
     transition_mean,
+    transitions,
 )
 
 SHAPE = (5, 4, 3)
@@ -99,6 +101,54 @@ def test_every_state_has_its_own_law() -> None:
     together = transition_mean(x, v, laws)
     for i, law in enumerate(laws):
         assert torch.equal(together[i], one_step(x[i : i + 1], v[i : i + 1], law)[0])
+
+
+# --- coefficient-preserving sampling -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("index", [0, 1, 4, 9])
+def test_cps_keeps_the_coefficients_of_the_flow(index: int, level: float) -> None:
+    """With an exact velocity, x' is (1 - sigma') x0 and noise of variance sigma'^2."""
+    sigmas = shifted_sigmas(10, 3.0)
+    law = transitions("cps", sigmas, (level,) * 10)[index]
+    assert isinstance(law, CPSTransition)
+    x0, noise = random(*SHAPE), random(*SHAPE, seed=1)
+    sigma, after = sigmas[index], sigmas[index + 1]
+    mean = one_step((1 - sigma) * x0 + sigma * noise, noise - x0, law)
+    weight_of_noise = (mean - (1 - after) * x0) / noise
+    assert float(weight_of_noise.std()) < 1e-10
+    kept = float(weight_of_noise.mean())
+    assert kept**2 + law.std**2 == pytest.approx(after**2, rel=1e-12, abs=1e-24)
+    assert law.std == pytest.approx(after * math.sin(math.pi * level / 2), rel=1e-14)
+
+
+def test_cps_equals_its_predictions_written_out() -> None:
+    x, v = random(*SHAPE), random(*SHAPE, seed=1)
+    sigma, after, level = 0.9, 0.7, 0.8
+    std = after * math.sin(level * math.pi / 2)
+    image, noise = x - sigma * v, x + (1 - sigma) * v
+    expected = image * (1 - after) + noise * math.sqrt(after**2 - std**2)
+    found = one_step(x, v, CPSTransition(sigma, after, level))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_cps_has_no_noise_in_the_last_step_and_ends_at_the_prediction() -> None:
+    x, v = random(*SHAPE), random(*SHAPE, seed=1)
+    law = CPSTransition(0.3, 0.0, 0.8)
+    assert law.std == 0
+    torch.testing.assert_close(one_step(x, v, law), x - 0.3 * v, rtol=1e-14, atol=1e-14)
+
+
+def test_the_log_prob_of_cps_is_minus_the_mean_squared_error() -> None:
+    mean, after = random(*SHAPE).requires_grad_(), random(*SHAPE, seed=2)
+    law = CPSTransition(0.9, 0.7, 0.8)
+    value = law.log_prob(after, mean, per_state([law.std] * 5, mean))
+    for i in range(5):
+        pairs = zip(after[i].flatten().tolist(), mean[i].flatten().tolist(), strict=True)
+        assert float(value[i]) == pytest.approx(-sum((a - m) ** 2 for a, m in pairs) / 12)
+    value.sum().backward()
+    torch.testing.assert_close(mean.grad, 2 * (after - mean.detach()) / 12)
 
 
 # --- log-probability -----------------------------------------------------------------------------
