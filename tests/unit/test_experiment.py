@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from g2rpo import provenance
 from g2rpo.config import merge
 from g2rpo.errors import UserError
-from g2rpo.methods.base import method_names
-from g2rpo.methods.presets import load_preset
+from g2rpo.methods.presets import load_preset, preset_names
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts, validations
 from reproduce.experiment import (
@@ -33,7 +32,7 @@ from reproduce.experiment.table import ColumnConfig
 EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml"))
 PROFILES = sorted(path.stem for path in (HERE / "profiles").glob("*.yaml"))
 SMALL_TABLE = {"title": "t", "columns": ["hps"]}
-METHODS = method_names()
+METHODS = preset_names()
 
 
 def trained(cell: ResolvedCell) -> TrainConfig:
@@ -96,14 +95,39 @@ RELEASED: dict[str, dict[str, Any]] = {
         "advantage.ddof": 0, "advantage.epsilon": 1e-4, "method.shared_initial_noise": False,
         "rollout.prompts_per_iteration": 48, "optimization.updates_per_iteration": 2,
     },
+    "flow_grpo_fast": {
+        "method.name": "flow_grpo_fast", "method.kernel": "sde", "method.stochastic_count": 3,
+        "grid.steps": 6, "optimization.kl_coefficient": 0.0, "advantage.normalizer": "global_std",
+        "optimization.clip_range": 1e-5,
+    },
+    "flow_cps": {
+        "method.name": "flow_grpo_fast", "method.kernel": "cps", "method.eta": 0.8,
+        "method.stochastic_count": 3, "grid.steps": 6, "optimization.kl_coefficient": 0.0,
+        "advantage.normalizer": "global_std", "optimization.clip_range": 1e-5,
+    },
+    "grpo_guard": {
+        "method.name": "flow_grpo", "objective.name": "guard", "objective.published": "flow_grpo",
+        "optimization.clip_range": 2e-6,
+    },
+    "flow_dppo": {
+        "method.name": "flow_grpo_fast", "method.contiguous": False, "objective.name": "dppo",
+        "objective.threshold": 1e-5, "rollout.group_size": 16, "grid.steps": 10,
+        "optimization.updates_per_iteration": 2, "optimization.weight_decay": 0.0,
+    },
+    "tempflow_grpo": {
+        "method.weight_scale": 1.73, "method.eta": 0.9, "rollout.group_size": 6, "grid.steps": 10,
+        "advantage.ddof": 0, "optimization.kl_coefficient": 0.004,
+        "optimization.iterations": 250,
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_released_presets_state_the_released_settings(method: str) -> None:
     experiment = load_experiment("table1")
-    released = experiment.model_copy(update={"preset": "released"})
-    cell = resolve(released, load_profile("mini"), f"hps/{method}", 42)
+    row = experiment.cells["hps/g2rpo"].model_copy(update={"method": method})
+    released = experiment.model_copy(update={"preset": "released", "cells": {"row": row}})
+    cell = resolve(released, load_profile("mini"), "row", 42)
     assert cell.preset == "released"
     for key, expected in RELEASED[method].items():
         value: Any = trained(cell)
@@ -111,8 +135,8 @@ def test_released_presets_state_the_released_settings(method: str) -> None:
             value = getattr(value, part)
         assert value == expected, key
     optimization = trained(cell).optimization
-    assert optimization.clip_range == 1e-4
-    assert optimization.weight_decay == 1e-4
+    assert optimization.clip_range == RELEASED[method].get("optimization.clip_range", 1e-4)
+    assert optimization.weight_decay == RELEASED[method].get("optimization.weight_decay", 1e-4)
     assert optimization.max_grad_norm == 1.0
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import g2rpo.methods
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
-from g2rpo.methods import dance_grpo, flow_grpo, mix_grpo
+from g2rpo.flow.schedule import shifted_sigmas
+from g2rpo.methods import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, tempflow_grpo
 from g2rpo.methods import g2rpo as granular
 from g2rpo.methods.base import Method, RolloutShape, method_names, parse_method
-from g2rpo.methods.presets import load_preset
+from g2rpo.methods.presets import load_preset, preset_names
 
 PAPER = RolloutShape(steps=16, group_size=12, iterations=300)
 
@@ -178,6 +180,71 @@ def test_mix_grpo_refuses_a_grid_without_trainable_steps() -> None:
         mix_grpo.MixGRPO().check(RolloutShape(2, 12, 300))
 
 
+# --- Flow-GRPO-Fast ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "starts"), [(10, 3), (6, 1), (20, 8)])
+def test_the_window_starts_anywhere_in_the_first_half(steps: int, starts: int) -> None:
+    method = flow_grpo_fast.FlowGRPOFast()
+    shape = RolloutShape(steps, 3, 2000, seed=7)
+    windows = Counter(method.phase(shape, iteration) for iteration in range(2000))
+    assert set(windows) == {(start, start + 1, start + 2) for start in range(starts)}
+    # Five standard deviations of a count.
+    expected, share = 2000 / starts, 1 - 1 / starts
+    assert all(abs(n - expected) <= 5 * (expected * share) ** 0.5 for n in windows.values())
+    tree = method.rollout_tree(shape, 11)
+    assert recorded_steps(tree) == Counter(dict.fromkeys(method.phase(shape, 11), 3))
+    other = RolloutShape(steps, 3, 2000, seed=8)
+    changes = any(method.phase(shape, i) != method.phase(other, i) for i in range(50))
+    assert changes == (starts > 1)
+
+
+def test_scattered_steps_are_any_of_the_first_half() -> None:
+    method = flow_grpo_fast.FlowGRPOFast(contiguous=False)
+    shape = RolloutShape(10, 3, 500)
+    found = {method.phase(shape, iteration) for iteration in range(500)}
+    assert found == set(combinations(range(5), 3))
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "key"),
+    [
+        (5, {}, "method.stochastic_count=3 is more than the first 2"),
+        (6, {"among": 6}, "method.among=6: the last of 6"),
+    ],
+)
+def test_flow_grpo_fast_refuses_impossible_settings(
+    steps: int, settings: dict[str, int], key: str
+) -> None:
+    with pytest.raises(ValueError, match=key) as caught:
+        flow_grpo_fast.FlowGRPOFast(**settings).check(RolloutShape(steps, 3, 10))
+    assert "\n" not in str(caught.value)
+
+
+def test_cps_refuses_more_noise_than_there_is() -> None:
+    with pytest.raises(UserError, match="kernel cps; use 1 or less"):
+        validate(flow_grpo.FlowGRPO, {"kernel": "cps", "eta": 1.2}, "here")
+
+
+# --- TempFlow-GRPO -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("eta", "scale"), [(0.7, 2.25), (0.9, 1.73)])
+def test_tempflow_weights_are_the_noise_and_average_one(eta: float, scale: float) -> None:
+    method = tempflow_grpo.TempFlowGRPO(eta=eta)
+    sigmas = shifted_sigmas(10, 3.0)
+    laws = method.transitions(sigmas)[:9]
+    weights = method.step_weights(laws)
+    assert sum(weights) / 9 == pytest.approx(1)
+    for step, weight in enumerate(weights):
+        below = sigmas[1] if step == 0 else sigmas[step]
+        g = eta * (sigmas[step] / (1 - below)) ** 0.5
+        noise = g * (sigmas[step] - sigmas[step + 1]) ** 0.5
+        assert weight / weights[0] == pytest.approx(noise / laws[0].std)
+    fixed = method.model_copy(update={"weight_scale": scale}).step_weights(laws)
+    assert fixed == pytest.approx([scale * law.std for law in laws])
+
+
 # --- Flow form -----------------------------------------------------------------------------------
 
 
@@ -194,7 +261,9 @@ def test_flow_form_of_the_diffusion_and_everything_recorded_is_trained(
 
 
 def test_methods_are_the_files_of_the_package() -> None:
-    assert method_names() == ["dance_grpo", "flow_grpo", "g2rpo", "mix_grpo"]
+    coded = ["dance_grpo", "flow_grpo", "flow_grpo_fast", "g2rpo", "mix_grpo", "tempflow_grpo"]
+    assert method_names() == coded
+    assert set(preset_names()) == {*coded, "flow_cps", "flow_dppo", "grpo_guard"}
     for name in method_names():
         method = parse_method({"name": name})
         assert method.name == name

@@ -1,18 +1,36 @@
-"""The clipped objective off-policy, the KL, and how an iteration is split into updates."""
+"""The objectives off-policy, the KL, and how an iteration is split into updates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from g2rpo.config import StrictModel, validate
+from g2rpo.errors import UserError
 from g2rpo.flow.sweep import RecordedStep
-from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
+from g2rpo.flow.transition import (
+    CPSTransition,
+    Transition,
+    log_prob,
+    per_state,
+    transition_mean,
+)
 from g2rpo.training.batch import TrainingBatch, collect_transitions, split_updates
 from g2rpo.training.config import OptimizationConfig, TrainConfig
-from g2rpo.training.objective import clipped_objective, transition_kl
+from g2rpo.training.objective import (
+    DPPO,
+    AnyObjective,
+    Clipped,
+    Guard,
+    Transitions,
+    clipped_objective,
+    parse_objective,
+    transition_kl,
+)
 from g2rpo.training.update import loss
 
 CLIP = 1e-4
@@ -80,6 +98,148 @@ def test_the_old_log_prob_and_ratio_carry_no_gradient() -> None:
     assert not terms.ratio.requires_grad
 
 
+# --- the other objectives ------------------------------------------------------------------------
+
+LATENT, COUNT = (3, 2), 24
+STEP_OF = torch.arange(COUNT) % 3
+STDS, DURATIONS = (0.9, 0.4, 0.15), (0.05, 0.1, 0.2)
+OLD = random(COUNT, *LATENT, seed=50)
+AFTER = OLD + doubles(STDS)[STEP_OF].view(-1, 1, 1) * random(COUNT, *LATENT, seed=51)
+DRIFT = random(COUNT, *LATENT, seed=52)
+SIZE = torch.logspace(-5, -0.5, COUNT, dtype=torch.float64)[torch.arange(COUNT) * 7 % COUNT]
+WANTED = 2 * random(COUNT, seed=53)
+
+
+def seen(mean: Tensor, *, cps: bool = False, whole: bool = True) -> Transitions:
+    """Transitions under a policy with ``mean``, drawn under one with the mean ``OLD``."""
+    law = (CPSTransition if cps else Transition)(0.5, 0.4, 0.3)
+    std = doubles(STDS)[STEP_OF].view(-1, 1, 1)
+    return Transitions(
+        law.log_prob(AFTER, mean, std), law.log_prob(AFTER, OLD, std), WANTED, AFTER, mean, OLD,
+        std, doubles(DURATIONS)[STEP_OF], STEP_OF, whole,
+    )  # fmt: skip
+
+
+def drifted(scale: float = 1.0) -> Tensor:
+    return OLD + scale * SIZE.view(-1, 1, 1) * DRIFT
+
+
+def loop_kl(mean: list[float], old: list[float], std: float) -> float:
+    return math.fsum((a - b) ** 2 for a, b in zip(mean, old, strict=True)) / (2 * std**2) / 6
+
+
+def loop_log_density(after: list[float], mean: list[float], std: float) -> float:
+    return math.fsum(
+        -((a - m) ** 2) / (2 * std**2) - math.log(std * math.sqrt(2 * math.pi))
+        for a, m in zip(after, mean, strict=True)
+    ) / len(mean)
+
+
+def loop_guard(mean: Tensor, published: str, clip: float) -> list[float]:
+    """From the log-densities and the divergence, as the papers and codes write it."""
+    rows = [list(map(float, row)) for row in mean.flatten(1)]
+    old, after = OLD.flatten(1).tolist(), AFTER.flatten(1).tolist()
+    stds = [STDS[int(k)] for k in STEP_OF]
+    kls = [loop_kl(rows[i], old[i], stds[i]) for i in range(COUNT)]
+    losses = []
+    for i, std in enumerate(stds):
+        same = [kls[j] for j in range(COUNT) if STEP_OF[j] == STEP_OF[i]]
+        bias = math.fsum(same) / len(same) if published == "flow_grpo" else kls[i]
+        new, before = (loop_log_density(after[i], m[i], std) for m in (rows, old))
+        duration = 1.0 if published == "flow_factory" else DURATIONS[int(STEP_OF[i])]
+        losses.append(
+            loop_loss(std * (new - before + bias), 0.0, float(WANTED[i]), clip) / duration
+        )
+    return losses
+
+
+def loop_dppo(mean: Tensor, threshold: float) -> list[float]:
+    rows = [list(map(float, row)) for row in mean.flatten(1)]
+    old, after = OLD.flatten(1).tolist(), AFTER.flatten(1).tolist()
+    losses = []
+    for i in range(COUNT):
+        std, a = STDS[int(STEP_OF[i])], float(WANTED[i])
+        new, before = (loop_log_density(after[i], m[i], std) for m in (rows, old))
+        further = a * (new - before) > 0
+        dropped = further and loop_kl(rows[i], old[i], std) >= threshold
+        losses.append(0.0 if dropped else -a * math.exp(new - before))
+    return losses
+
+
+Loop = Callable[[Tensor], list[float]]
+OBJECTIVES: list[tuple[AnyObjective, Loop]] = [
+    (Guard(), lambda mean: loop_guard(mean, "pref_grpo", 1e-3)),
+    (Guard(published="verl_omni"), lambda mean: loop_guard(mean, "verl_omni", 1e-3)),
+    (Guard(published="flow_factory"), lambda mean: loop_guard(mean, "flow_factory", 1e-3)),
+    (Guard(published="flow_grpo"), lambda mean: loop_guard(mean, "flow_grpo", 1e-3)),
+    (DPPO(threshold=1e-4), lambda mean: loop_dppo(mean, 1e-4)),
+]
+IDS = ["pref_grpo", "verl_omni", "flow_factory", "flow_grpo", "dppo"]
+
+
+@pytest.mark.parametrize(("objective", "loop"), OBJECTIVES, ids=IDS)
+def test_an_objective_equals_its_loop_off_policy(objective: AnyObjective, loop: Loop) -> None:
+    terms = objective.terms(seen(drifted()), 1e-3)
+    assert terms.loss.tolist() == pytest.approx(loop(drifted()), rel=1e-10, abs=1e-12)
+    assert 0 < int(terms.clipped.sum()) < COUNT
+
+
+@pytest.mark.parametrize(("objective", "loop"), OBJECTIVES, ids=IDS)
+def test_its_gradient_equals_finite_differences(objective: AnyObjective, loop: Loop) -> None:
+    scale = doubles([1.0]).requires_grad_()
+    mean = OLD + scale * SIZE.view(-1, 1, 1) * DRIFT
+    objective.terms(seen(mean), 1e-3).loss.sum().backward()
+    step = 1e-6  # on the same side of every kink
+    slope = math.fsum(loop(drifted(1 + step))) - math.fsum(loop(drifted(1 - step)))
+    assert scale.grad is not None
+    assert float(scale.grad) == pytest.approx(slope / (2 * step), rel=1e-5)
+
+
+@pytest.mark.parametrize("cps", [False, True])
+def test_before_an_update_every_ratio_is_one_and_the_loss_the_advantage(cps: bool) -> None:
+    for objective in (Clipped(), Guard(published="flow_factory"), DPPO()):
+        terms = objective.terms(seen(OLD.clone(), cps=cps), 1e-6)
+        assert terms.ratio.eq(1).all()
+        assert torch.equal(terms.loss, -WANTED)
+        assert not terms.clipped.any()
+
+
+def test_the_ratio_of_guard_does_not_depend_on_the_form_of_the_log_prob() -> None:
+    one, other = (Guard().terms(seen(drifted(), cps=cps), 1e-3) for cps in (False, True))
+    assert torch.equal(one.loss, other.loss)
+
+
+def test_an_average_over_the_update_is_refused_in_a_part_of_it() -> None:
+    with pytest.raises(UserError, match=r"^objective.published=flow_grpo [^\n]*micro_batch"):
+        Guard(published="flow_grpo").terms(seen(drifted(), whole=False), 1e-3)
+    Guard().terms(seen(drifted(), whole=False), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"name": "gaurd"}, "did you mean 'guard'"),
+        ({"threshold": 1.0}, "expected a mapping with a name"),
+        ({"name": "dppo", "treshold": 1.0}, "'objective.treshold'; did you mean 'threshold'"),
+        ({"name": "guard", "published": "mine"}, "objective.published"),
+    ],
+)
+def test_a_mistaken_objective_is_named_in_one_line(value: dict[str, Any], message: str) -> None:
+    class Part(StrictModel):
+        objective: TrainConfig.__annotations__["objective"] = Clipped()  # type: ignore[valid-type]
+
+    with pytest.raises(UserError, match=message) as caught:
+        validate(Part, {"objective": value}, "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_objective_is_not_in_the_hashed_configuration() -> None:
+    config = TrainConfig.model_construct(optimization=OptimizationConfig())
+    assert "objective" not in config.model_dump(include={"objective"})
+    other = TrainConfig.model_construct(objective=parse_objective({"name": "dppo"}))
+    assert other.model_dump(include={"objective"})["objective"]["threshold"] == 1e-5
+
+
 # --- KL ------------------------------------------------------------------------------------------
 
 
@@ -108,7 +268,8 @@ def record(step: int, sources: int, seed: int, samples: Sequence[int]) -> Record
     old = torch.stack([log_prob_of(states[p, source_of], after[p], law) for p in range(PROMPTS)])
     shift = 1e-4 * random(PROMPTS, GROUP, seed=seed + 2)
     old = (old + shift).detach()
-    return RecordedStep(step, 0.5, law, states, source_of, tuple(samples), after, old)
+    means = states + 0.01 * random(PROMPTS, sources, *DIM, seed=seed + 3)
+    return RecordedStep(step, 0.5, law, states, means, source_of, tuple(samples), after, old)
 
 
 WEIGHTS = random(3, 3, seed=90).requires_grad_()
@@ -179,6 +340,8 @@ def test_collected_transitions_are_the_trained_ones(
         assert batch.log_prob[i] == origin.log_prob[prompt, place]
         assert batch.advantage[i] == BY_STEP[step][prompt, sample]
         assert batch.transitions[state] == origin.transition
+        old_mean = origin.means[prompt, origin.source_of[place]]
+        assert torch.equal(batch.old_means[state], old_mean)
     assert not wanted
 
 
@@ -247,6 +410,22 @@ def loop_update(members: set[tuple[int, int, int]]) -> tuple[float, Tensor]:
         terms.append(-a * ratio if -a * value >= -a * limited else constant)
     loss = torch.stack(terms).mean()
     return float(loss.detach()), torch.autograd.grad(loss, WEIGHTS)[0]
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_a_step_is_weighted_after_the_objective(size: int) -> None:
+    batch = collect(ALL)
+    by_step = doubles([2.0, 0.5, 0.1])
+    weight = by_step[torch.tensor(batch.steps)][batch.state_of]
+    found, gradient = batched_update(replace(batch, step_weight=weight), size)
+    parts = split_updates(batch, OptimizationConfig(update_every="timestep"))
+    separate = [batched_update(part, 100) for part in parts]
+    expected = sum(float(w) * one for w, (one, _) in zip(by_step, separate, strict=True)) / 3
+    assert found == pytest.approx(expected, rel=1e-10)
+    slopes = (
+        torch.stack([w * one for w, (_, one) in zip(by_step, separate, strict=True)]).sum(0) / 3
+    )
+    torch.testing.assert_close(gradient, slopes, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("trained", [ALL, SUBSETS])
