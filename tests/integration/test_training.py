@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.errors import UserError
+from g2rpo.methods.presets import load_preset, preset_names
 from g2rpo.training.checkpoint.folder import (
     checkpoint_folder,
     latest_checkpoint,
@@ -128,16 +129,19 @@ def test_a_perturbed_anchor_trips_the_ratio_check(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("method", ["g2rpo", "dance_grpo", "mix_grpo", "flow_grpo"])
+@pytest.mark.parametrize("method", preset_names())
 def test_training_raises_the_reward_it_trains_on(
     smoke_assets: Path, tmp_path: Path, method: str
 ) -> None:
     """Not only plumbing: a few iterations move a simple reward up on other prompts and noise."""
+    preset = load_preset(method, "matched")
+    settings = {"iterations": ROUNDS, "learning_rate": 1e-2, **preset.pop("optimization", {})}
     config = config_for(
         smoke_assets,
-        method={"name": method},
+        **preset,
+        grid={"steps": 6},
         rollout={"group_size": 6, "prompts_per_iteration": 4},
-        optimization={"iterations": ROUNDS, "learning_rate": 1e-2},
+        optimization=settings,
         validation={
             "file": str(smoke_assets / "prompts" / "test.txt"),
             "limit": 16,
