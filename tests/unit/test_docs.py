@@ -210,7 +210,7 @@ def test_the_documentation_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
     # The ledger grows with every method.
     pages = [page for page in DOCS if page.name != "fidelity.md"]
-    assert sum(len(page.read_text().split()) for page in pages) <= 10_200
+    assert sum(len(page.read_text().split()) for page in pages) <= 10_300
 
 
 def test_the_generated_reference_has_every_command_and_key() -> None:
