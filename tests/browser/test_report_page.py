@@ -43,7 +43,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory, smoke_assets: Path) -> Pat
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layout = Layout(ROOT / "runs-that-are-not-there", ROOT / "results")
     profile = load_profile("mini")
-    names = ["table1", "table2", "table3"]
+    names = ["table1", "tuning"]
     chapters = [load_chapter(name, profile, layout) for name in names]
     documents = find_documents(layout.tables / "mini", names)
     path = tmp_path_factory.mktemp("committed") / "report.html"
@@ -277,13 +277,13 @@ def test_every_part_is_reached_by_name_and_by_steps(browser: "Chrome", committed
 
     assert part(browser) == "Overview"
     assert not one(browser, "#previous").is_enabled()
-    choose(browser, "#goto", "table3: Learning curves")
-    arrived("curves-table3")
+    choose(browser, "#goto", "tuning: Learning curves")
+    arrived("curves-tuning")
     one(browser, "#previous").click()
-    arrived("chapter-table2")
-    assert part(browser) == "table2"
+    arrived("chapter-table1")
+    assert part(browser) == "table1"
     one(browser, "#next").click()
-    arrived("chapter-table3")
+    arrived("chapter-tuning")
     # Where one scrolls oneself, the part that is read is told.
     browser.execute_script(
         "setTimeout(() => document.getElementById('cost-table1').scrollIntoView(), 900)"
@@ -297,7 +297,7 @@ def test_every_part_is_reached_by_name_and_by_steps(browser: "Chrome", committed
     )
     browser.execute_script("scrollTo(0, 0)")
     one(browser, "#table-overview tbody tr:nth-child(2) a").click()
-    arrived("chapter-table2")
+    arrived("chapter-tuning")
     assert errors(browser) == []
 
 
@@ -433,18 +433,15 @@ def test_the_committed_results_load_at_both_widths(browser: "Chrome", committed:
     rows = every(browser, "#table-overview tbody tr")
     # Beside the experiments: what stands in words, the configurations and the provenance.
     assert len(every(browser, ".chapter")) == len(rows) + len(every(browser, ".document")) + 2
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert len(every(browser, "#table-table1-scores tbody tr")) == 11
     # Without run folders the picture that stands with the table is shown.
     widths = "return [...document.querySelectorAll(arguments[0])].map(i => i.naturalWidth)"
     sheets = browser.execute_script(widths, ".chapter:not(.document) .sheet img")
     assert len(sheets) == len(rows)
-    # The figure of what is no table of runs: the credit of the steps.
-    figures = browser.execute_script(widths, ".document .sheet img")
-    assert len(figures) == 1
-    assert min([*sheets, *figures]) > 200
-    assert "31 of 31 runs" in one(browser, "#chapter-table1 .facts").text
-    assert len(every(browser, "#chapter-table1 .panel")) == 2
+    assert min(sheets) > 200
+    assert "6 of 11 runs" in one(browser, "#chapter-table1 .facts").text
+    assert len(every(browser, "#chapter-table1 .panel")) == 1
     for name, size, scheme in (("desktop", DESKTOP, "light"), ("phone", PHONE, "dark")):
         resize(browser, size)
         prefer(browser, scheme)

@@ -214,13 +214,15 @@ def test_wall_time_is_the_longest_chain_or_the_work_of_all() -> None:
 
 
 def test_make_mini_is_predicted() -> None:
-    """6:55 minutes were measured with two workers on an idle machine of two cores."""
+    """About 9 minutes were measured with two workers on two cores."""
     profile, experiment = load_profile("mini"), load_experiment("table1")
     nowhere = Layout(Path("nowhere/runs"), Path("nowhere/tables"))
-    plan = make_plan(experiment, profile, expand(experiment, profile, profile.seeds), nowhere)
+    cells = expand(experiment, profile, profile.seeds)
+    half = [cell for cell in cells if not cell.key.startswith("hps_clip/")]
+    plan = make_plan(experiment, profile, half, nowhere)
     seconds = {name: estimate.seconds for name, estimate in stage_estimates(plan).items()}
     wall = wall_seconds(plan.graph.stages.values(), seconds, 2)
-    assert wall + speeds_of(profile).process.seconds == pytest.approx(415, rel=0.3)
+    assert wall + speeds_of(profile).process.seconds == pytest.approx(540, rel=0.3)
 
 
 def test_training_seconds_are_about_those_of_committed_runs() -> None:
