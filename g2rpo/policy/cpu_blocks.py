@@ -96,7 +96,9 @@ class CpuAttention(FluxAttnProcessor):  # type: ignore[misc]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
         """Attention of the last tokens' queries to all keys; [B, tokens, heads, size] each."""
-        angles = torch.complex(*(part[:, ::2].to(query.dtype) for part in rotation))[:, None]
+        # Complex numbers have no bfloat16, which autocast may give.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        angles = torch.complex(*(part[:, ::2].to(exact) for part in rotation))[:, None]
         query, key = _rotated(query, angles[-query.shape[1] :]), _rotated(key, angles)
         output: Tensor = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         return output.flatten(2)
@@ -108,8 +110,8 @@ def _heads(attn: Any, tokens: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles).flatten(3)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).to(angles.real.dtype))
+    return torch.view_as_real(pairs * angles).flatten(3).to(x.dtype)
 
 
 def _modulations(norm: Any, temb: Tensor, count: int) -> tuple[Tensor, ...]:

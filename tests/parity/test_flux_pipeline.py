@@ -122,7 +122,7 @@ def test_packing_and_position_ids_equal_the_pipeline(
     unpacked = pipeline._unpack_latents(packed, RESOLUTION, RESOLUTION, pipeline.vae_scale_factor)
     assert torch.equal(policy.unpack(packed), unpacked)
     ids = pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
-    assert torch.equal(policy._image_ids, ids)
+    assert torch.equal(policy.image_ids, ids)
 
 
 def test_same_image_as_the_pipeline(policy: FluxPolicy, pipeline: FluxPipeline) -> None:

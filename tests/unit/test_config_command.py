@@ -36,8 +36,8 @@ def test_each_layer_is_named() -> None:
         ("training", "method", "eta"): ("0.7", "preset"),
         ("training", "method", "stochastic_steps"): ("[0, 1, 2]", "profile's method_settings"),
         ("training", "method", "granularities"): ("[1]", "cell"),  # the preset's are {1, 2, 3}
-        ("training", "optimization", "learning_rate"): ("5.0e-05", "tuned rate"),
-        ("training", "optimization", "iterations"): ("9", "-s"),  # the profile says 30
+        ("training", "optimization", "learning_rate"): ("0.00015", "tuned rate"),
+        ("training", "optimization", "iterations"): ("9", "-s"),  # the profile says 100
         ("training", "optimization", "optimizer"): ("adamw", "default"),
         ("training", "lora"): ("null", "default"),
         ("evaluation", "name"): ("mini-ode20", "profile"),
@@ -51,12 +51,12 @@ def test_each_layer_is_named() -> None:
 def test_budgets_and_protocols_are_layers_too() -> None:
     timed = printed("equal-cost", "seconds/mix_grpo")
     assert origin(timed, "training", "optimization", "max_device_seconds") == ("34.0", "budget")
-    assert origin(timed, "training", "optimization", "iterations") == ("60", "budget")
+    assert origin(timed, "training", "optimization", "iterations") == ("200", "budget")
     assert origin(timed, "training", "method", "interval")[1] == "budget"
     assert origin(timed, "training", "method", "stride") == ("1", "preset")
     shorter = origin(printed("released-vs-matched", "released/g2rpo"),
                      "training", "optimization", "iterations")  # fmt: skip
-    assert shorter == ("30", "profile's budget_overrides")
+    assert shorter == ("100", "profile's budget_overrides")
     table3 = printed("table3", "steps10/g2rpo", "--profile", "flux")
     assert origin(table3, "evaluation", "grid", "steps") == ("10", "cell")
     assert origin(table3, "evaluation", "grid", "schedule") == ("flux_dynamic", "profile")

@@ -315,9 +315,9 @@ def test_equal_evaluations_are_as_many_as_fit() -> None:
         )
         assert training_counts(config).rollout_evaluations <= budget
         assert training_counts(TrainConfig.model_validate(more)).rollout_evaluations > budget
-    assert configs["evaluations/flow_grpo"].optimization.iterations == 30
-    assert configs["evaluations/mix_grpo"].optimization.iterations > 30
-    assert configs["evaluations/g2rpo"].optimization.iterations < 10
+    assert configs["evaluations/flow_grpo"].optimization.iterations == 100
+    assert configs["evaluations/mix_grpo"].optimization.iterations > 100
+    assert configs["evaluations/g2rpo"].optimization.iterations < 40
 
 
 def test_equal_cost_is_known_before_or_limits_the_run() -> None:
@@ -470,7 +470,7 @@ def test_released_settings_are_shortened_where_the_profile_says_so() -> None:
         own = trained(resolve(experiment, whole, key, 1))
         short = trained(resolve(experiment, load_profile("mini"), key, 1))
         assert own.optimization.iterations == iterations
-        assert short.optimization.iterations == 30
+        assert short.optimization.iterations == 100
         assert short.rollout.group_size == own.rollout.group_size == group
         matched = trained(resolve(experiment, load_profile("mini"), f"matched/{method}", 1))
         assert matched.rollout.group_size == 8

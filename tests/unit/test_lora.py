@@ -98,7 +98,7 @@ def test_a_flux_pipeline_loads_what_was_saved_with_its_alpha(
             pooled_projections=pooled,
             encoder_hidden_states=prompt_embeds,
             txt_ids=text_ids,
-            img_ids=policy._image_ids,
+            img_ids=policy.image_ids,
             return_dict=False,
         )[0]
     torch.testing.assert_close(theirs, trained, rtol=0, atol=2e-5)  # without alpha: 1 and more
