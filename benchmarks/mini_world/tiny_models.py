@@ -20,7 +20,7 @@ from g2rpo.progress import without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
 
 PROMPTS = {"train": 16, "validation": 4, "test": 8}
-VERSION = "1"
+VERSION = "2"
 """Changes with the models, so that old folders are rebuilt."""
 VELOCITY_STD = 1.0
 PIXEL_STD = 0.6
