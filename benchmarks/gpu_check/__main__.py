@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.command import run
 from benchmarks.gpu_check.checks import CHECKS, Check, Measured, Place, run_check
 from benchmarks.speed.report import markdown_table, write_report
 from g2rpo.errors import UserError
 from g2rpo.files import read_json
 from g2rpo.provenance import provenance
-from g2rpo.quiet import quiet_libraries
 
 OUTPUT = {"cuda": Path("results/gpu"), "cpu": Path("build/gpu-check")}
 
@@ -144,9 +144,4 @@ def main(
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    try:
-        typer.run(main)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    run(main)

@@ -1,14 +1,13 @@
 """``python -m benchmarks.mini_world``: builds the mini world's assets from a seed."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from benchmarks.command import run
 from benchmarks.mini_world.build import MiniWorldSettings, build
-from g2rpo.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -19,11 +18,7 @@ def main(
     rebuild: Annotated[list[str] | None, typer.Option(help="Part to rebuild; repeatable.")] = None,
 ) -> None:
     """Build the missing parts: prompts, autoencoder, base policy, reward models, truth."""
-    try:
-        manifest = build(MiniWorldSettings(seed=seed), assets, frozenset(rebuild or ()), typer.echo)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    manifest = build(MiniWorldSettings(seed=seed), assets, frozenset(rebuild or ()), typer.echo)
     minutes = manifest["last_build"]["seconds"] / 60
     typer.echo(
         f"{assets}: {len(manifest['files'])} files, {manifest['bytes'] / 1e6:.1f} MB; "
@@ -33,4 +28,4 @@ def main(
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    typer.run(main)
+    run(main)

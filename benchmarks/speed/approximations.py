@@ -18,6 +18,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.command import run
 from benchmarks.evaluation.statistics import LEVEL, Interval, checkpoint_intervals, method_intervals
 from benchmarks.speed.report import markdown_table, write_report
 from g2rpo.config import merge, validate
@@ -347,4 +348,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

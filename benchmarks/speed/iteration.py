@@ -19,24 +19,23 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 
+from benchmarks.command import run
 from benchmarks.speed.iteration_report import report
 from benchmarks.speed.original import Original, Plan
 from benchmarks.speed.report import write_report
-from benchmarks.speed.sizes import SIZES, UNTOUCHED, Models, Size
+from benchmarks.speed.sizes import UNTOUCHED, Models, Size, size_named
 from benchmarks.speed.stopwatch import (
     Stopwatch,
     TimedReward,
     counted_evaluations,
     matmul_ceiling,
 )
-from g2rpo.config import nearest
 from g2rpo.errors import UserError
 from g2rpo.methods.g2rpo import G2RPO
 from g2rpo.policy.cpu_blocks import use_diffusers_blocks
 from g2rpo.policy.fp8 import has_fp8_kernels
 from g2rpo.policy.size import model_size
 from g2rpo.provenance import provenance
-from g2rpo.quiet import quiet_libraries
 from g2rpo.rewards.registry import load_reward
 from g2rpo.training.batch import TrainingBatch
 from g2rpo.training.config import TrainConfig
@@ -332,11 +331,9 @@ def main(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = ("flux" if device.type == "cuda" else "mini") if size == "auto" else size
-    if name not in SIZES:
-        raise UserError(f"--size {size}: no such size; {nearest(size, SIZES)}")
+    chosen = size_named(name)
     if name == "flux" and device.type == "cpu":
         raise UserError("--size flux needs a GPU with 80 GB; use --size mini on the CPU")
-    chosen = SIZES[name]
     if device.type == "cpu":
         torch.set_num_threads(1)  # fastest for such small models
     result = measure(chosen, device, repeats or chosen.repeats)
@@ -348,9 +345,4 @@ def main(
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    try:
-        typer.run(main)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+    run(main)

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.command import run
 from benchmarks.speed.report import markdown_table, write_report
 from benchmarks.speed.sizes import FluxShape, Models, Size, deepest_flux, random_flux
 from g2rpo.provenance import provenance
-from g2rpo.quiet import quiet_libraries
 from g2rpo.training.loop import Trainer
 
 OUTPUT = Path("results/numerics")
@@ -106,5 +106,4 @@ def report(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    typer.run(main)
+    run(main)

@@ -20,12 +20,12 @@ import typer
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor
 
+from benchmarks.command import run
 from benchmarks.speed.report import markdown_table, write_report
-from benchmarks.speed.sizes import SIZES, UNTOUCHED, Models, Size
+from benchmarks.speed.sizes import UNTOUCHED, Models, Size, size_named
 from g2rpo.flow.sweep import INITIAL_NOISE
 from g2rpo.policy.cpu_blocks import use_diffusers_blocks
 from g2rpo.provenance import provenance
-from g2rpo.quiet import quiet_libraries
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
 
@@ -227,11 +227,11 @@ def main(
 ) -> None:
     """Time a plain loop against ours and write plain-loop-SIZE.json and plain-loop-SIZE.md."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    chosen = size_named(size, ("mini", "tiny"))
     torch.set_num_threads(1)  # fastest for such small models
-    result = measure(SIZES[size], repeats)
+    result = measure(chosen, repeats)
     write_report(output, f"plain-loop-{size}", result, report(result))
 
 
 if __name__ == "__main__":
-    quiet_libraries()
-    typer.run(main)
+    run(main)

@@ -1,6 +1,6 @@
 """Sizes of the benchmark: FLUX.1-dev with random weights, the mini world, tiny models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from benchmarks.mini_world.base_policy import Policy, save, text_encoders
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
-from g2rpo.config import validate
+from g2rpo.config import nearest, validate
+from g2rpo.errors import UserError
 from g2rpo.policy.size import ModelSize
 from g2rpo.progress import without_library_bars
 from g2rpo.rewards.hps import CHECKPOINTS
@@ -222,3 +223,14 @@ SIZES = {
         ),
     )
 }  # fmt: skip
+
+
+def size_named(name: str, among: Sequence[str] = tuple(SIZES)) -> Size:
+    """The size of that name.
+
+    Raises:
+        UserError: it is not ``among`` those that the benchmark has.
+    """
+    if name not in among:
+        raise UserError(f"--size {name}: no such size; {nearest(name, among)}")
+    return SIZES[name]

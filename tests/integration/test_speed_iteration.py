@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from benchmarks.speed import iteration, plain_loop
 from benchmarks.speed.original import Plan
-from benchmarks.speed.sizes import SIZES, FluxShape, write_flux
+from benchmarks.speed.sizes import SIZES, FluxShape, size_named, write_flux
+from g2rpo.errors import UserError
 from g2rpo.flow.transition import Transition
 from g2rpo.methods.base import RolloutShape
 from g2rpo.policy import FluxPolicy, PolicyConfig
@@ -104,3 +105,12 @@ def test_a_random_pipeline_of_any_shape_is_one_that_loads(tmp_path: Path) -> Non
     velocity = policy.velocity(latents, torch.ones(1), conditioning)
     assert velocity.shape == latents.shape and velocity.isfinite().all()
     assert policy.decode(velocity).shape == (1, 32, 32, 3)
+
+
+def test_a_size_that_a_benchmark_lacks_is_refused() -> None:
+    assert size_named("mini", ("mini", "tiny")) is SIZES["mini"]
+    for name, known in (("huge", "flux, mini, tiny"), ("minni", "'mini'")):
+        with pytest.raises(UserError, match=f"--size {name}: no such size; .*{known}"):
+            size_named(name)
+    with pytest.raises(UserError, match="--size flux: no such size; valid: mini, tiny"):
+        size_named("flux", ("mini", "tiny"))
