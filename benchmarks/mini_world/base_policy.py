@@ -55,7 +55,7 @@ class PolicySettings(StrictModel):
     """Sampling steps of the accuracy checks."""
     stop_accuracy: float = Field(default=0.73, gt=0, le=1)
     """Training stops at the first validation check with this accuracy: early, so that the policy
-    errs visibly and methods of reinforcement learning differ in what they mend."""
+    errs visibly and reinforcement learning has room to improve it."""
     double_blocks: int = 2
     single_blocks: int = 3
     heads: int = 4

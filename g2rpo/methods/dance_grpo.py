@@ -43,11 +43,11 @@ class DanceGRPO(Method):
     def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
         """G stochastic lines; the image is x_0 predicted from the last node's state."""
         tree = RolloutTree(shape.steps)
-        root = tree.initial(sample=0)
-        states = [root] * shape.group_size
-        for _ in range(shape.steps - 1):
-            states = [tree.sde(state, sample, record=True) for sample, state in enumerate(states)]
-        tree.groups.append(Group(tuple(tree.ode(state, shape.steps) for state in states)))
+        starts, stochastic = (
+            tree.initial_group(shape.group_size, shared=True),
+            range(shape.steps - 1),
+        )
+        tree.groups.append(Group(tree.trajectories(starts, stochastic, stochastic)))
         return tree
 
     def trained_steps(

@@ -8,6 +8,7 @@ to 1.2 and took minutes to compile.
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 LINEAR, CUBIC = 2 * (2 / torch.pi) ** 0.5, 0.044715
 """The tanh approximation of GELU is x s(u) with the sigmoid s and u = LINEAR (x + CUBIC x^3),
 since 1 + tanh(u / 2) = 2 s(u)."""
+Forward = Callable[..., tuple[Tensor, Tensor]]
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each token's angles, [tokens, head size], each twice in a row."""
 
@@ -26,11 +28,12 @@ Rotation = tuple[Tensor, Tensor]
 def use_cpu_blocks(transformer: Any) -> None:
     """Makes the blocks of ``transformer``, which is in float32, compute as here, in place."""
     transformer.set_attn_processor(CpuAttention())
+    for block in transformer.transformer_blocks:
+        block.forward = types.MethodType(double_block, block)
     *others, last = transformer.single_transformer_blocks
-    forwards = [(block, double_block) for block in transformer.transformer_blocks]
-    forwards += [(block, single_block) for block in others] + [(last, last_block)]
-    for block, forward in forwards:
-        block.forward = types.MethodType(forward, block)
+    for block in others:
+        block.forward = types.MethodType(single_block(last=False), block)
+    last.forward = types.MethodType(single_block(last=True), last)
 
 
 def use_diffusers_blocks(transformer: Any) -> None:
@@ -151,42 +154,29 @@ def double_block(
     return torch.addcmul(text, theirs[5], changed), image
 
 
-def single_block(
-    block: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Rotation,
-    joint_attention_kwargs: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """``FluxSingleTransformerBlock.forward``: the new text and image tokens."""
-    del joint_attention_kwargs
-    tokens = _single(block, hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-    before = encoder_hidden_states.shape[1]
-    return tokens[:, :before], tokens[:, before:]
+def single_block(*, last: bool) -> Forward:
+    """``FluxSingleTransformerBlock.forward``: the new text and image tokens.
 
+    Nothing uses the ``last`` block's new text tokens, so it returns the old ones.
+    """
 
-def last_block(
-    block: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    image_rotary_emb: Rotation,
-    joint_attention_kwargs: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`single_block` for the last block, whose new text tokens nothing uses: the old ones."""
-    del joint_attention_kwargs
-    text, skipped = encoder_hidden_states, encoder_hidden_states.shape[1]
-    return text, _single(block, hidden_states, text, temb, image_rotary_emb, skipped)
+    def forward(
+        block: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotation,
+        joint_attention_kwargs: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        del joint_attention_kwargs
+        text, before = encoder_hidden_states, encoder_hidden_states.shape[1]
+        skipped = before if last else 0
+        tokens = torch.cat([text, hidden_states], dim=1)
+        shift, scale, gate = _modulations(block.norm, temb, 3)
+        normed = _modulated(tokens, shift, scale)
+        attended = block.attn.processor.alone(block.attn, normed, image_rotary_emb, skipped)
+        joined = torch.cat([attended, gelu(block.proj_mlp(normed[:, skipped:]))], dim=2)
+        new = torch.addcmul(tokens[:, skipped:], gate, block.proj_out(joined))
+        return (text, new) if last else (new[:, :before], new[:, before:])
 
-
-def _single(
-    block: Any, image: Tensor, text: Tensor, temb: Tensor, rotation: Rotation, skipped: int = 0
-) -> Tensor:
-    """The new tokens, text before image, without the first ``skipped``."""
-    tokens = torch.cat([text, image], dim=1)
-    shift, scale, gate = _modulations(block.norm, temb, 3)
-    normed = _modulated(tokens, shift, scale)
-    attended = block.attn.processor.alone(block.attn, normed, rotation, skipped)
-    joined = torch.cat([attended, gelu(block.proj_mlp(normed[:, skipped:]))], dim=2)
-    return torch.addcmul(tokens[:, skipped:], gate, block.proj_out(joined))
+    return forward

@@ -106,15 +106,11 @@ def normalize(
     noise divided by epsilon would give advantages in the hundreds.
     """
     values = rewards.to(torch.float64)
-    if present is None and config.trimmed(values.shape[-1]):
-        counted = values.sort(dim=-1).values[..., config.trimmed(values.shape[-1]) :]
-        low = high = batch = counted
-        mean = counted.mean(dim=-1, keepdim=True)
-        std = counted.std(dim=-1, keepdim=True, correction=config.ddof)
-    elif present is None:
-        low = high = batch = values
-        mean = values.mean(dim=-1, keepdim=True)
-        std = values.std(dim=-1, keepdim=True, correction=config.ddof)
+    if present is None:
+        trimmed = config.trimmed(values.shape[-1])
+        low = high = batch = values.sort(dim=-1).values[..., trimmed:] if trimmed else values
+        mean = batch.mean(dim=-1, keepdim=True)
+        std = batch.std(dim=-1, keepdim=True, correction=config.ddof)
     else:
         low, high = values.where(present, math.inf), values.where(present, -math.inf)
         batch, values = values[present], values.where(present, 0.0)
