@@ -235,6 +235,9 @@ def test_the_readme_shows_the_committed_results() -> None:
         if row["trained_on"] in ([], ["hps"]):
             line = re.escape(f"| {row['label']} | {row['scores']['hps']['mean']:.3f}")
             assert re.search(rf"^{line}\b", text, re.MULTILINE)
+    base = table["rows"][0]["scores"]["hps"]
+    printed = rf"Base +{base['mean']:.3f} .*\n +\[{base['low']:.3f}, {base['high']:.3f}\]\n"
+    assert re.search(printed, text), "the output of `make mini`"
 
     picture = ROOT / "docs" / "pictures.png"
     assert picture.stat().st_size <= 400_000
