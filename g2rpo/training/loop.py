@@ -28,6 +28,7 @@ from g2rpo.training.checkpoint.folder import Progress, writing
 from g2rpo.training.checkpoint.load import resume
 from g2rpo.training.checkpoint.save import CheckpointWriter
 from g2rpo.training.checkpoint.state import TrainingState
+from g2rpo.training.clock import PhaseClock
 from g2rpo.training.collective import (
     make_accelerator,
     of_all_ranks,
@@ -42,7 +43,6 @@ from g2rpo.training.memory import check_fits
 from g2rpo.training.metrics import (
     METRICS_FILE,
     MetricsLog,
-    PhaseClock,
     iteration_row,
     iteration_sums,
 )
@@ -280,7 +280,8 @@ class Trainer:
 
     def iterate(self) -> dict[str, Any]:
         """Runs one iteration and returns its metrics."""
-        clock, prompts, iteration = PhaseClock(), self.local_prompts(), self.progress.iteration
+        clock = PhaseClock(self.accelerator.device)
+        prompts, iteration = self.local_prompts(), self.progress.iteration
         rollout = self.rollout(prompts)
         clock.end("sampling", rollout.sampling_seconds)
         clock.end("scoring")

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import shutil
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from g2rpo.files import append_jsonl, atomic_write_bytes, atomic_write_text, rem
 
 if TYPE_CHECKING:  # metrics are read on login nodes, without the model libraries
     from g2rpo.training.batch import TrainingBatch
+    from g2rpo.training.clock import PhaseClock
     from g2rpo.training.rollout import Rollout
     from g2rpo.training.update import UpdateStatistics
 
@@ -115,36 +115,12 @@ def restore_metrics(run: Path, checkpoint: Path | None) -> None:
     atomic_write_bytes(path, kept)
 
 
-class PhaseClock:
-    """The wall time of one iteration and of its consecutive phases.
-
-    Attributes:
-        phases: seconds by phase.
-    """
-
-    def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
-        self.phases: dict[str, float] = {}
-
-    def end(self, phase: str, seconds: float | None = None) -> None:
-        """Ends a phase now, or after ``seconds`` of the time since the last one."""
-        if seconds is None:
-            seconds = time.perf_counter() - self._last
-        self.phases[phase] = seconds
-        self._last += seconds
-
-    @property
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._started
-
-
 def iteration_sums(
     rollout: "Rollout",
     batch: "TrainingBatch",
     updates: Sequence["UpdateStatistics"],
     measured: Sequence["UpdateStatistics"],
-    clock: PhaseClock,
+    clock: "PhaseClock",
 ) -> dict[str, float]:
     """One rank's share of an iteration's costs and metrics, to be summed over ranks.
 
@@ -162,7 +138,7 @@ def iteration_sums(
         "kl": sum(update.kl for update in updates),
         "loss": sum(update.loss for update in updates) / len(updates),
         "advantage": float(batch.advantage.abs().mean()),
-        "device_seconds": clock.total,
+        "device_seconds": clock.device_seconds,
         **{f"seconds/{phase}": seconds for phase, seconds in clock.phases.items()},
     }
     for name in rollout.rewards:
