@@ -17,11 +17,14 @@ class State:
         parent: the state it is reached from; None for initial noise.
         sample: the sample whose initial noise it is or whose step noise drives it; None for an ODE
             step.
+        order: of an ODE step: 1 is Euler, 2 is DPM-Solver++ 2M, which also uses the image
+            prediction at the parent's parent.
     """
 
     node: int
     parent: int | None
     sample: int | None
+    order: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,22 @@ class RolloutTree:
     recorded: list[int] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     logged_images: list[int] = field(default_factory=list)
-    _ode_states: dict[tuple[int, int], int] = field(default_factory=dict)
+    _ode_states: dict[tuple[int, int, int], int] = field(default_factory=dict)
 
     def initial(self, sample: int) -> int:
         """The initial noise of ``sample``, at node 0."""
         return self._add(State(0, None, sample))
 
-    def ode(self, source: int, target: int) -> int:
-        """The state at node ``target`` reached from ``source`` by one ODE step.
+    def ode(self, source: int, target: int, order: int = 1) -> int:
+        """The state at node ``target`` reached from ``source`` by one ODE step of ``order``.
 
         Repeated calls return the same state, so continuations share common steps.
         """
         if not self.states[source].node < target <= self.steps:
             raise ValueError(f"no step from node {self.states[source].node} to {target}")
-        key = (source, target)
+        key = (source, target, order)
         if key not in self._ode_states:
-            self._ode_states[key] = self._add(State(target, source, None))
+            self._ode_states[key] = self._add(State(target, source, None, order))
         return self._ode_states[key]
 
     def sde(self, source: int, sample: int, *, record: bool) -> int:
@@ -109,6 +112,15 @@ class RolloutTree:
         for node in (*nodes, self.steps):
             source = self.ode(source, node)
         return source
+
+    def solve(self, source: int, nodes: Iterable[int]) -> int:
+        """As :meth:`follow`, by DPM-Solver++ 2M (arXiv 2211.01095).
+
+        A step from initial noise, which has no history, and the last one are of first order.
+        """
+        for node in nodes:
+            source = self.ode(source, node, 1 if self.states[source].parent is None else 2)
+        return self.ode(source, self.steps)
 
     @property
     def images(self) -> list[int]:

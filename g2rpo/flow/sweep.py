@@ -17,7 +17,7 @@ from g2rpo.batching import BatchSize
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
-from g2rpo.flow.transition import Transition, per_state, transition_mean
+from g2rpo.flow.transition import Transition, per_state, second_order_weight, transition_mean
 from g2rpo.flow.upload import indices, to_device
 
 Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -172,6 +172,9 @@ class _Walk:
         self.exact = tree.policy_states if velocities.continuations is not None else set()
         self.kept = frozenset(tree.recorded)
         self.latents: dict[int, torch.Tensor] = {}
+        # States left by a second-order step, and the image predictions at their parents, [P, ...].
+        self.second_order = {self._parent(i) for i, s in enumerate(tree.states) if s.order == 2}
+        self.history: dict[int, torch.Tensor] = {}
         self.recorded: list[RecordedStep] = []
         self.evaluations = 0
 
@@ -202,20 +205,33 @@ class _Walk:
         latents = self._stack(sources)
         velocities = self._evaluate(latents, node, sources)
         row = {source: place for place, source in enumerate(sources)}
-        by_kind: dict[tuple[int, bool], list[int]] = {}
+        by_kind: dict[tuple[int, bool, int | None], list[int]] = {}
         for state in leaving:
             target = self.tree.states[state]
-            by_kind.setdefault((target.node, target.sample is not None), []).append(state)
-        for (target_node, stochastic), states in by_kind.items():
+            before = None
+            if target.order == 2:
+                before = self.tree.states[self._parent(self._parent(state))].node
+            by_kind.setdefault((target.node, target.sample is not None, before), []).append(state)
+        predictions = latents - self.grid.sigmas[node] * velocities if self.second_order else None
+        for (target_node, stochastic, before), states in by_kind.items():
             places = [row[self._parent(state)] for state in states]
             if stochastic:
                 moved = self._stochastic(node, states, places, latents, velocities)
             else:
                 delta = self.grid.sigmas[target_node] - self.grid.sigmas[node]
                 moved = _select(latents, places) + _select(velocities, places) * delta
+            if before is not None and predictions is not None:
+                sigmas = (self.grid.sigmas[n] for n in (before, node, target_node))
+                history = [self.history[self._parent(state)] for state in states]
+                change = _select(predictions, places) - torch.stack(history, dim=1)
+                moved = moved + change * second_order_weight(*sigmas)
             self._arrive(states, moved)
-        if not self.settings.keep_states:
-            for source in sources:
+            for state, place in zip(states, places, strict=True):
+                if predictions is not None and state in self.second_order:
+                    self.history[state] = predictions[:, place]
+        for source in sources:
+            self.history.pop(source, None)
+            if not self.settings.keep_states:
                 del self.latents[source]
 
     def _parent(self, state: int) -> int:

@@ -127,6 +127,20 @@ def flow_diffusion(eta: float, sigmas: Sequence[float]) -> tuple[float, ...]:
     )
 
 
+def second_order_weight(sigma_before: float, sigma: float, sigma_next: float) -> float:
+    """What a DPM-Solver++ 2M step adds to the Euler step, per difference of image predictions.
+
+    With m = x - sigma v, lambda = log((1 - sigma) / sigma) and r = (lambda - lambda_before) /
+    (lambda_next - lambda), the midpoint variant of arXiv 2211.01095 is the Euler step from sigma to
+    ``sigma_next`` > 0 plus (1 - sigma_next / sigma) (m - m_before) / (2 r). After sigma = 1, where
+    lambda is minus infinity, nothing is added.
+    """
+    if sigma_before == 1.0:
+        return 0.0
+    before, now, following = (math.log((1 - s) / s) for s in (sigma_before, sigma, sigma_next))
+    return (1 - sigma_next / sigma) * (following - now) / (2 * (now - before))
+
+
 def per_state(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """``values`` [B] as a tensor that broadcasts over the latents ``like`` [B, ...]."""
     tensor = torch.tensor(values, dtype=torch.float64).to(like.dtype)

@@ -1,0 +1,153 @@
+"""DPM-Solver++ 2M in the sweep: against plain loops, diffusers, and an ODE solved exactly."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from g2rpo.flow.rollout_tree import RolloutTree
+from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
+from g2rpo.flow.sweep import INITIAL_NOISE, SweepSettings, sweep
+from g2rpo.methods.base import Method, RolloutShape
+from g2rpo.methods.ode import ODE
+
+PROMPTS, DIMENSIONS = 2, 6
+F64 = torch.float64
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+WEIGHTS, SHIFTS = drawn(DIMENSIONS, DIMENSIONS, seed=1), drawn(PROMPTS, DIMENSIONS, seed=2)
+
+
+def velocity(x: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
+    return 1.5 * torch.tanh(x @ WEIGHTS / 2 + SHIFTS[prompt] * torch.cos(5 * time[:, None]))
+
+
+def noise(prompt: int, sample: int, step: int) -> Tensor:
+    return drawn(DIMENSIONS, seed=1000 * prompt + 40 * sample + step + 1)
+
+
+def grid_of(steps: int) -> SigmaGrid:
+    return build_grid(GridConfig(steps=steps, timestep="truncated"), image_tokens=16)
+
+
+def one(x: Tensor, time: float, prompt: int) -> Tensor:
+    times, prompts = torch.tensor([time], dtype=F64), torch.tensor([prompt])
+    return velocity(x[None], times, prompts)[0]
+
+
+def solved(
+    x: Tensor,
+    sigmas: Sequence[float],
+    times: Sequence[float],
+    prompt: int,
+    history: tuple[float, Tensor] | None = None,
+) -> Tensor:
+    """The textbook loop: half-log-SNR, midpoint rule, first order without history and at the end.
+
+    ``history`` is an earlier sigma and the image prediction there.
+    """
+    for s, t, time in zip(sigmas, sigmas[1:], times, strict=False):
+        m = x - s * one(x, time, prompt)
+        if t == 0:
+            return m
+        lam = {sigma: math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf for sigma in (s, t)}
+        h = lam[t] - lam[s]
+        factor = -(1 - t) * math.expm1(-h)
+        after = t / s * x + factor * m
+        if history is not None and history[0] < 1:
+            before = math.log((1 - history[0]) / history[0])
+            after = after + 0.5 * factor * (m - history[1]) * h / (lam[s] - before)
+        x, history = after, (s, m)
+    raise AssertionError("the last sigma is 0")
+
+
+def run(
+    method: Method, shape: RolloutShape, iteration: int = 0, dtype: torch.dtype = F64
+) -> tuple[RolloutTree, Tensor, int]:
+    """The tree, the images of its first group [P, G, ...], and the velocity evaluations."""
+    grid, tree = grid_of(shape.steps), method.rollout_tree(shape, iteration)
+    laws = method.transitions(grid.sigmas)
+    swept = sweep(tree, grid, PROMPTS, velocity, noise, SweepSettings(laws, 5, dtype))
+    place = {state: index for index, state in enumerate(tree.images)}
+    images = swept.images[:, [place[state] for state in tree.groups[0].images]]
+    assert swept.velocity_evaluations == PROMPTS * tree.velocity_evaluations
+    return tree, images, tree.velocity_evaluations
+
+
+# --- whole trajectories --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10])
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_ode_trajectory_equals_the_plain_loop(steps: int, shared: bool) -> None:
+    shape, grid = RolloutShape(steps, 3, 10), grid_of(steps)
+    solvers: tuple[Literal["euler", "dpm2m"], ...] = ("euler", "dpm2m")
+    for solver in solvers:
+        method = ODE(solver=solver, shared_initial_noise=shared)
+        tree, images, evaluations = run(method, shape)
+        assert tree.recorded == []
+        assert evaluations == steps * (1 if shared else 3)
+        for prompt in range(PROMPTS):
+            for sample in range(3):
+                start = x = noise(prompt, 0 if shared else sample, INITIAL_NOISE)
+                for s, t, time in zip(grid.sigmas, grid.sigmas[1:], grid.timesteps, strict=False):
+                    x = x + (t - s) * one(x, time, prompt)
+                if solver == "dpm2m":
+                    euler, x = x, solved(start, grid.sigmas, grid.timesteps, prompt)
+                    # Of three steps the second has only the history at sigma = 1, which is none.
+                    assert bool((euler - x).abs().max() > 1e-3) == (steps > 3)
+                torch.testing.assert_close(images[prompt, sample], x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_dpm2m_is_that_of_diffusers(steps: int) -> None:
+    grid = grid_of(steps)
+    _, images, _ = run(ODE(solver="dpm2m"), RolloutShape(steps, 1, 10))
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+        prediction_type="flow_prediction", use_flow_sigmas=True,
+    )  # fmt: skip
+    for prompt in range(PROMPTS):
+        scheduler.set_timesteps(steps)
+        scheduler.sigmas = torch.tensor(grid.sigmas, dtype=F64)
+        x = noise(prompt, 0, INITIAL_NOISE)
+        for index, time in enumerate(grid.timesteps[:-1]):
+            predicted = one(x, time, prompt)
+            x = scheduler.step(predicted, scheduler.timesteps[index], x).prev_sample
+        # The scheduler's own arithmetic is in float32.
+        torch.testing.assert_close(images[prompt, 0].float(), x.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_solvers_converge_with_their_orders() -> None:
+    """Data N(0, 2): v = x s'(sigma) / s(sigma), s^2 = 2 (1 - sigma)^2 + sigma^2.
+
+    Between sigma = 0.9 and 0.1, where lambda is finite. Along a trajectory x / s is constant.
+    """
+
+    def exact(x: Tensor, time: Tensor, prompt: Tensor) -> Tensor:
+        sigma = time[:, None]
+        return x * (sigma - 2 * (1 - sigma)) / (2 * (1 - sigma) ** 2 + sigma**2)
+
+    def error(solver: Literal["euler", "dpm2m"], steps: int) -> float:
+        sigmas = tuple(torch.linspace(0.9, 0.1, steps + 1, dtype=F64).tolist())
+        tree = ODE(solver=solver).rollout_tree(RolloutShape(steps, 1, 1), 0)
+        settings = SweepSettings((), 1, F64)
+        swept = sweep(tree, SigmaGrid(sigmas, sigmas), 1, exact, noise, settings)
+        scale = math.sqrt((2 * 0.9**2 + 0.1**2) / (2 * 0.1**2 + 0.9**2))
+        return float((swept.images[0, 0] - scale * noise(0, 0, INITIAL_NOISE)).abs().max())
+
+    assert math.log2(error("euler", 80) / error("euler", 160)) == pytest.approx(1, abs=0.05)
+    assert math.log2(error("dpm2m", 80) / error("dpm2m", 160)) == pytest.approx(2, abs=0.05)
+
+
+def test_a_whole_ode_has_nothing_to_train_on() -> None:
+    with pytest.raises(ValueError, match=r"^method ode records no log-prob[^\n]*$"):
+        ODE().check(RolloutShape(4, 2, 1))
