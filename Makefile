@@ -29,6 +29,10 @@ OFFLINE := HF_HUB_OFFLINE=1
 export IMAGE
 # The interpreter is the one found above, never a download.
 export UV_PYTHON_DOWNLOADS := never
+# Where Python may not keep what it compiles, every start would compile PyTorch and diffusers anew.
+ifdef PYTHONDONTWRITEBYTECODE
+export UV_COMPILE_BYTECODE ?= 1
+endif
 
 .PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \

@@ -24,7 +24,6 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
 
 from g2rpo.seeds import generator
 
@@ -236,8 +235,10 @@ def method_intervals(seed_means: npt.ArrayLike) -> list[Interval]:
 
 def _t_half_width(matrix: FloatArray) -> FloatArray:
     """Half the width of Student's t interval of each row's mean: [quantities]."""
+    from scipy.stats import t  # which takes a second to import
+
     count = matrix.shape[1]
-    quantile = float(scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1))
+    quantile = float(t.ppf((1 + LEVEL) / 2, count - 1))
     width: FloatArray = quantile * matrix.std(axis=1, ddof=1) / np.sqrt(count)
     return width
 
@@ -346,6 +347,8 @@ def method_comparisons(first: npt.ArrayLike, second: npt.ArrayLike) -> list[Comp
     Raises:
         ValueError: the two are not paired, fewer than three seeds, or a mean is not finite.
     """
+    from scipy.stats import t  # which takes a second to import
+
     differences, rounding = _paired_differences(first, second, "seeds", MIN_SEEDS)
     count = differences.shape[1]
     means = differences.mean(axis=1)
@@ -355,7 +358,7 @@ def method_comparisons(first: npt.ArrayLike, second: npt.ArrayLike) -> list[Comp
     # t-test is then 0, or 1 where the mean itself is rounding. SciPy would warn and return NaN.
     flat = error <= rounding
     statistic = means / np.where(flat, 1.0, error)
-    tested = 2 * scipy.stats.t.sf(np.abs(statistic), count - 1)
+    tested = 2 * t.sf(np.abs(statistic), count - 1)
     p_values = np.where(flat, np.where(np.abs(means) <= rounding, 1.0, 0.0), tested)
     return _comparisons((means, means - half, means + half, p_values), "method", count)
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from g2rpo.errors import UserError
-from g2rpo.policy.cpu_blocks import use_diffusers_blocks
 
 Attention = Literal["auto", "native", "flash", "efficient", "math", "cudnn"]
 
@@ -74,6 +73,8 @@ def compile_blocks(transformer: Any) -> None:
     Blocks share their code, so each kind is compiled once for a batch of one and once for larger
     batches, with and without gradients.
     """
+    from g2rpo.policy.cpu_blocks import use_diffusers_blocks  # imports diffusers
+
     use_diffusers_blocks(transformer)  # of which the compiler fuses more
     transformer.compile_repeated_blocks(fullgraph=True)
 

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,9 @@ def pictured(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         pictures=pictures_of(smoke_assets),
         checkpoints={"every": 1, "keep_last": 3},
     )
-    trainer_for(config, run).train()
+    trainer, started = trainer_for(config, run), time.monotonic()
+    trainer.train()
+    (run / "took").write_text(str(time.monotonic() - started))
     return run
 
 
@@ -113,16 +116,17 @@ def test_a_run_that_was_stopped_has_each_once(
     assert len(sampled) == 2
 
 
-def test_the_seconds_of_the_phases_are_within_the_iteration(pictured: Path) -> None:
-    before = 0.0
+def test_the_seconds_of_the_phases_are_those_of_the_iterations(pictured: Path) -> None:
     rows = [row for row in read_metrics(pictured / "metrics.jsonl") if row["iteration"]]
     assert rows
+    whole, before = 0.0, 0.0
     for row in rows:
         phases = [row[f"seconds/{name}"] for name in ("sampling", "scoring", "training")]
         assert all(seconds > 0 for seconds in phases)
-        took = row["device_seconds"] - before
-        assert 0.9 * took < sum(phases) <= took + 1e-6
-        before = row["device_seconds"]
+        # Processor time, which is no more than the phases' wall time.
+        assert 0.9 * (row["device_seconds"] - before) < sum(phases)
+        whole, before = whole + sum(phases), row["device_seconds"]
+    assert whole < float((pictured / "took").read_text())
 
 
 def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:

@@ -199,15 +199,22 @@ def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
     assert isinstance(nothing.exception, UserError) and "no runs yet" in str(nothing.exception)
 
 
-def test_the_list_imports_no_model_library(tmp_path: Path) -> None:
+def test_commands_that_compute_nothing_import_no_model_library(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "g2rpo-hps-seed1-aa")
-    code = (
-        "import sys; from reproduce.cli import app\n"
-        f"app(['runs', '--results', {str(tmp_path)!r}], standalone_mode=False)\n"
-        "print(sorted({'torch', 'pandas', 'diffusers', 'transformers'} & set(sys.modules)))"
-    )
+    code = f"""
+import sys
+from reproduce.cli import app
+def imported(*names):
+    print("imported:", sorted(set(names) & set(sys.modules)))
+app(["runs", "--results", {str(tmp_path)!r}], standalone_mode=False)
+imported("torch", "pandas")
+app("plan table1 --profile mini --results {tmp_path}".split(), standalone_mode=False)
+import reproduce.jobs.display, reproduce.jobs.runner
+imported("diffusers", "peft", "scipy.stats", "transformers")
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
     )
-    assert "g2rpo-hps-seed1-aa" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert "g2rpo-hps-seed1-aa" in done.stdout and "train" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("imported: ")]
+    assert lines == ["imported: []"] * 2
