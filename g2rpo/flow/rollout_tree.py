@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(frozen=True)
 class State:
-    """A latent at a grid node.
+    """A latent at a node.
 
     Attributes:
-        node: index into the grid; T holds images (sigma = 0).
+        node: index into the grid; T holds images (sigma = 0), a fraction lies between two of them.
         parent: the state it is reached from; None for initial noise.
         sample: the sample whose initial noise it is or whose step noise drives it; None for an ODE
             step.
@@ -21,10 +21,15 @@ class State:
             prediction at the parent's parent.
     """
 
-    node: int
+    node: float
     parent: int | None
     sample: int | None
     order: int = 1
+
+    @property
+    def step(self) -> int:
+        """Of a state reached by an SDE step: that step."""
+        return int(self.node) - 1
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,13 @@ class RolloutTree:
     recorded: list[int] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     logged_images: list[int] = field(default_factory=list)
-    _ode_states: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    _ode_states: dict[tuple[int, float, int], int] = field(default_factory=dict)
 
     def initial(self, sample: int) -> int:
         """The initial noise of ``sample``, at node 0."""
         return self._add(State(0, None, sample))
 
-    def ode(self, source: int, target: int, order: int = 1) -> int:
+    def ode(self, source: int, target: float, order: int = 1) -> int:
         """The state at node ``target`` reached from ``source`` by one ODE step of ``order``.
 
         Repeated calls return the same state, so continuations share common steps.
@@ -89,7 +94,11 @@ class RolloutTree:
         return [self.initial(0)] * size if shared else [self.initial(i) for i in range(size)]
 
     def trajectories(
-        self, starts: Sequence[int], stochastic: Collection[int], recorded: Collection[int]
+        self,
+        starts: Sequence[int],
+        stochastic: Collection[int],
+        recorded: Collection[int],
+        until: int | None = None,
     ) -> tuple[int, ...]:
         """The image of each sample, from its start through every node.
 
@@ -97,9 +106,10 @@ class RolloutTree:
             starts: the initial noise of each sample.
             stochastic: the nodes that are left by an SDE step; the others by an ODE step.
             recorded: those of them whose transitions are recorded.
+            until: ends at this node instead of the image.
         """
         states = list(starts)
-        for node in range(self.steps):
+        for node in range(self.steps if until is None else until):
             if node in stochastic:
                 record = node in recorded
                 states = [self.sde(s, sample, record=record) for sample, s in enumerate(states)]
@@ -113,7 +123,7 @@ class RolloutTree:
             source = self.ode(source, node)
         return source
 
-    def solve(self, source: int, nodes: Iterable[int]) -> int:
+    def solve(self, source: int, nodes: Iterable[float]) -> int:
         """As :meth:`follow`, by DPM-Solver++ 2M (arXiv 2211.01095).
 
         A step from initial noise, which has no history, and the last one are of first order.
@@ -161,7 +171,7 @@ class RolloutTree:
 
 def recorded_steps(tree: RolloutTree) -> list[int]:
     """The stochastic steps whose transitions are recorded, ascending."""
-    return sorted({tree.states[state].node - 1 for state in tree.recorded})
+    return sorted({tree.states[state].step for state in tree.recorded})
 
 
 def credited_to(tree: RolloutTree, step: int) -> RolloutTree:
@@ -174,7 +184,7 @@ def credited_to(tree: RolloutTree, step: int) -> RolloutTree:
         state = tree.states[index].parent
         parent = None if state is None else place[state]
         part.states.append(replace(tree.states[index], parent=parent))
-    here = [state for state in tree.recorded if tree.states[state].node - 1 == step]
+    here = [state for state in tree.recorded if tree.states[state].step == step]
     part.recorded = [place[state] for state in here if state in place]
     part.groups = [replace(g, images=tuple(place[image] for image in g.images)) for g in groups]
     return part

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 
@@ -32,15 +33,31 @@ class SigmaGrid:
     Attributes:
         sigmas: T + 1 noise levels, float64.
         timesteps: T + 1 transformer times in [0, 1] (the last is never used).
+        shift: s of sigma = s u / (1 + (s - 1) u), u = 1 - node / T; None if the nodes are all.
+        truncated: whether times are truncated.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
+    shift: float | None = None
+    truncated: bool = False
 
     @property
     def steps(self) -> int:
         """The number of denoising steps T."""
         return len(self.sigmas) - 1
+
+    def level(self, node: float) -> tuple[float, float]:
+        """The noise level and transformer time at ``node``, which may be between two nodes."""
+        if node == int(node):
+            return self.sigmas[int(node)], self.timesteps[int(node)]
+        if self.shift is None:
+            raise ValueError(f"no noise level at node {node} of a grid without a shift")
+        u = 1.0 - node / self.steps
+        sigma = self.shift * u / (1.0 + (self.shift - 1.0) * u)
+        if self.truncated:
+            return sigma, _truncated(np.array([u], np.float32), self.shift)[0]
+        return sigma, sigma
 
     def stretch(self, first: int, last: int) -> "SigmaGrid":
         """The steps ``first`` to ``last`` - 1 only, with identical floating-point levels.
@@ -68,18 +85,27 @@ def truncated_times(steps: int, shift: float) -> tuple[float, ...]:
     place changes the truncation (e.g. at T = 7, 13, 14 or 50 with shift 3).
     """
     u = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32, device="cpu")
+    return _truncated(u.numpy(), shift)
+
+
+def _truncated(u: npt.NDArray[np.float32], shift: float) -> tuple[float, ...]:
     sigmas = shift * u / (1.0 + (shift - 1.0) * u)
     return tuple(int(value) / 1000 for value in (1000.0 * sigmas).tolist())
 
 
-def flux_dynamic_sigmas(steps: int, image_tokens: int) -> tuple[float, ...]:
-    """FluxPipeline's grid for FLUX.1-dev: linspace(1, 1/T, T) shifted by e^mu, then 0.
+def flux_dynamic_shift(image_tokens: int) -> float:
+    """e^mu of FluxPipeline for FLUX.1-dev.
 
     mu grows linearly from 0.5 at 256 image tokens to 1.15 at 4096 (the scheduler's ``base_shift``
     and ``max_shift``), so the shift is about 2.22 at 720x720 and 3.16 at 1024x1024.
     """
     slope = (1.15 - 0.5) / (4096 - 256)
-    shift = math.exp(0.5 + slope * (image_tokens - 256))
+    return math.exp(0.5 + slope * (image_tokens - 256))
+
+
+def flux_dynamic_sigmas(steps: int, image_tokens: int) -> tuple[float, ...]:
+    """FluxPipeline's grid: linspace(1, 1/T, T) shifted by :func:`flux_dynamic_shift`, then 0."""
+    shift = flux_dynamic_shift(image_tokens)
     u = np.linspace(1.0, 1.0 / steps, steps)
     return (*(float(sigma) for sigma in shift * u / (1.0 + (shift - 1.0) * u)), 0.0)
 
@@ -87,10 +113,12 @@ def flux_dynamic_sigmas(steps: int, image_tokens: int) -> tuple[float, ...]:
 def build_grid(config: GridConfig, image_tokens: int) -> SigmaGrid:
     """The grid of ``config`` for latents of ``image_tokens`` packed tokens."""
     if config.schedule == "flux_dynamic":
+        shift = flux_dynamic_shift(image_tokens)
         sigmas = flux_dynamic_sigmas(config.steps, image_tokens)
         times = tuple(int(1000 * sigma) / 1000 for sigma in sigmas)
-        return SigmaGrid(sigmas, sigmas if config.timestep == "exact" else times)
-    sigmas = shifted_sigmas(config.steps, config.shift)
-    if config.timestep == "exact":
-        return SigmaGrid(sigmas, sigmas)
-    return SigmaGrid(sigmas, truncated_times(config.steps, config.shift))
+    else:
+        shift = config.shift
+        sigmas = shifted_sigmas(config.steps, shift)
+        times = truncated_times(config.steps, shift)
+    truncated = config.timestep == "truncated"
+    return SigmaGrid(sigmas, times if truncated else sigmas, shift, truncated)

@@ -44,7 +44,7 @@ class Continuations(Protocol):
     ) -> torch.Tensor:
         """As :data:`Velocity`; ``keys`` are the states of the rows."""
 
-    def passed(self, node: int) -> None:
+    def passed(self, node: float) -> None:
         """Called when all states of ``node`` have been evaluated."""
 
 
@@ -181,16 +181,15 @@ class _Walk:
     def run(self) -> Sweep:
         start = [index for index, state in enumerate(self.tree.states) if state.parent is None]
         self._arrive(start, self._draw(start, INITIAL_NOISE))
-        departures: list[list[int]] = [[] for _ in range(self.grid.steps + 1)]
+        departures: dict[float, list[int]] = {}
         for index, state in enumerate(self.tree.states):
             if state.parent is not None:
-                departures[self.tree.states[state.parent].node].append(index)
+                departures.setdefault(self.tree.states[state.parent].node, []).append(index)
         # Steps only lead to later nodes, so all states of a node exist before any of them is left.
         # Each is evaluated once, however many steps leave it (G branches leave one anchor state),
         # and all prompts and granularities share batches.
-        for node, leaving in enumerate(departures):
-            if leaving:
-                self._leave(node, leaving)
+        for node, leaving in sorted(departures.items()):
+            self._leave(node, leaving)
         keep = self.settings.keep_states
         return Sweep(
             self._stack(self.tree.images),
@@ -199,32 +198,34 @@ class _Walk:
             self._stack(range(len(self.tree.states))) if keep else None,
         )
 
-    def _leave(self, node: int, leaving: list[int]) -> None:
+    def _leave(self, node: float, leaving: list[int]) -> None:
         """Evaluates the parents of ``leaving`` and takes the steps to ``leaving``."""
         sources = list(dict.fromkeys(self._parent(state) for state in leaving))
         latents = self._stack(sources)
         velocities = self._evaluate(latents, node, sources)
         row = {source: place for place, source in enumerate(sources)}
-        by_kind: dict[tuple[int, bool, int | None], list[int]] = {}
+        by_kind: dict[tuple[float, bool, float | None], list[int]] = {}
         for state in leaving:
             target = self.tree.states[state]
             before = None
             if target.order == 2:
                 before = self.tree.states[self._parent(self._parent(state))].node
             by_kind.setdefault((target.node, target.sample is not None, before), []).append(state)
-        predictions = latents - self.grid.sigmas[node] * velocities if self.second_order else None
+        sigma, _ = self.grid.level(node)
+        predictions = latents - sigma * velocities if self.second_order else None
         for (target_node, stochastic, before), states in by_kind.items():
             places = [row[self._parent(state)] for state in states]
+            sigma_next, _ = self.grid.level(target_node)
             if stochastic:
-                moved = self._stochastic(node, states, places, latents, velocities)
+                moved = self._stochastic(int(node), states, places, latents, velocities)
             else:
-                delta = self.grid.sigmas[target_node] - self.grid.sigmas[node]
+                delta = sigma_next - sigma
                 moved = _select(latents, places) + _select(velocities, places) * delta
             if before is not None and predictions is not None:
-                sigmas = (self.grid.sigmas[n] for n in (before, node, target_node))
+                weight = second_order_weight(self.grid.level(before)[0], sigma, sigma_next)
                 history = [self.history[self._parent(state)] for state in states]
                 change = _select(predictions, places) - torch.stack(history, dim=1)
-                moved = moved + change * second_order_weight(*sigmas)
+                moved = moved + change * weight
             self._arrive(states, moved)
             for state, place in zip(states, places, strict=True):
                 if predictions is not None and state in self.second_order:
@@ -255,7 +256,7 @@ class _Walk:
             rows.append(torch.stack([drawn[sample] for sample in samples]))
         return to_device(torch.stack(rows), self.settings.device, self.settings.dtype)
 
-    def _evaluate(self, latents: torch.Tensor, node: int, sources: list[int]) -> torch.Tensor:
+    def _evaluate(self, latents: torch.Tensor, node: float, sources: list[int]) -> torch.Tensor:
         """Velocities of ``latents`` [P, S, ...], the states ``sources`` of every prompt."""
         self.evaluations += latents.shape[0] * latents.shape[1]
         continuations = self.velocities.continuations
@@ -286,7 +287,7 @@ class _Walk:
         self,
         evaluate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Key]], torch.Tensor],
         latents: torch.Tensor,
-        node: int,
+        node: float,
         states: list[int],
     ) -> torch.Tensor:
         """``evaluate`` over all P * S states of ``latents`` [P, S, ...], in micro-batches."""
@@ -295,7 +296,7 @@ class _Walk:
         prompt_of = torch.arange(self.prompts, device=flat.device).repeat_interleave(len(states))
         # In bfloat16 a time would keep only eight bits.
         precision = torch.promote_types(flat.dtype, torch.float32)
-        times = flat.new_full((len(flat),), self.grid.timesteps[node], dtype=precision)
+        times = flat.new_full((len(flat),), self.grid.level(node)[1], dtype=precision)
 
         def compute(size: int) -> torch.Tensor:
             velocities = torch.empty_like(flat)

@@ -1,9 +1,10 @@
-"""MixGRPO: noise in a sliding window of steps, ODE outside (arXiv 2507.21802)."""
+"""MixGRPO and its Flash variants: noise in a window of steps, ODE outside (arXiv 2507.21802)."""
 
 from typing import Literal, Self
 
 from pydantic import Field
 
+from g2rpo.config import unhashed
 from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.methods.adaptive import Measurements
 from g2rpo.methods.base import Method, RolloutShape
@@ -23,6 +24,9 @@ class MixGRPO(Method):
     """How far the window moves; 0 keeps it frozen at the first steps."""
     interval: int | None = Field(25, ge=1)
     """Iterations between two moves; null is a twelfth of the iterations, as 25 is of 300."""
+    post_window_ratio: float | None = unhashed(None, gt=0, le=1)
+    """MixGRPO-Flash: the share of the nodes after the window that DPM-Solver++ 2M keeps, evenly
+    spaced before the time shift (``--dpm_post_compress_ratio``); null walks all by Euler steps."""
 
     def moves_every(self, shape: RolloutShape) -> int:
         """Iterations between two moves of the window."""
@@ -47,6 +51,15 @@ class MixGRPO(Method):
         """The stochastic steps while the window is at ``start``."""
         return range(start, min(start + self.window_size, shape.steps - 2))
 
+    @staticmethod
+    def nodes_between(start: int, steps: int, ratio: float) -> list[float]:
+        """The nodes on the shortened way from node ``start`` to the image at node ``steps``.
+
+        Both ends count as kept, so n nodes are n - 1 steps; there is at least one step.
+        """
+        count = max(int((steps - start + 1) * ratio) - 1, 1)
+        return [start + i * (steps - start) / count for i in range(1, count)]
+
     def check(self, shape: RolloutShape) -> list[str]:
         """See :meth:`Method.check`."""
         if shape.steps < 3:
@@ -56,9 +69,15 @@ class MixGRPO(Method):
         return []
 
     def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
-        """ODE shared by the group before the window, SDE in it, ODE after it."""
+        """ODE shared by the group before the window, SDE in it, ODE or solver steps after it."""
         tree = RolloutTree(shape.steps)
         window = self.window(shape, phase)
         starts = tree.initial_group(shape.group_size, shared=True)
-        tree.groups.append(Group(tree.trajectories(starts, window, window)))
+        if self.post_window_ratio is None:
+            images = tree.trajectories(starts, window, window)
+        else:
+            after = tree.trajectories(starts, window, window, until=window.stop)
+            nodes = self.nodes_between(window.stop, shape.steps, self.post_window_ratio)
+            images = tuple(tree.solve(state, nodes) for state in after)
+        tree.groups.append(Group(images))
         return tree

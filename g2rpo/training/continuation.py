@@ -94,7 +94,7 @@ class RolloutContinuations:
             self.cache.keys = keys
         return self.policy.velocity(latents, times, self.conditioning.select(prompts))
 
-    def passed(self, node: int) -> None:
+    def passed(self, node: float) -> None:
         """See :class:`g2rpo.flow.sweep.Continuations`."""
         if self.cache is not None:
             self.cache.passed(node)

@@ -104,7 +104,7 @@ def _mean_trained_states(
         state = tree.states[index]
         assert state.sample is not None
         update = 0 if samples is None else state.sample // samples
-        transitions.append((state.node - 1, state.sample, (update, state.parent)))
+        transitions.append((state.step, state.sample, (update, state.parent)))
     total = 0
     for draw in range(DRAWS):
         keys = [(f"{draw:06d}", sample) for sample in range(group_size)]

@@ -40,7 +40,7 @@ class StepCache:
         self.reused: set[Key] = set()
         self.entries: dict[Key, Entry] = {}
         # For each state, the last node at which one of its successors is evaluated.
-        self._last_use: dict[int, int] = {}
+        self._last_use: dict[int, float] = {}
         for state in tree.states:
             if state.parent is not None and state.node < tree.steps:
                 last = self._last_use.get(state.parent, 0)
@@ -62,7 +62,7 @@ class StepCache:
         if key[1] in self._last_use:
             self.entries[key] = entry
 
-    def passed(self, node: int) -> None:
+    def passed(self, node: float) -> None:
         """Drops what no node after ``node`` can use."""
         for key in [key for key in self.entries if self._last_use[key[1]] <= node]:
             del self.entries[key]

@@ -12,6 +12,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "g2rpo": ("zhou2026g2rpo",),
     "dance_grpo": ("xue2025dancegrpo",),
     "mix_grpo": ("li2025mixgrpo",),
+    "mix_grpo_flash": ("li2025mixgrpo", "lu2022dpmsolver"),
+    "mix_grpo_flash_star": ("li2025mixgrpo", "lu2022dpmsolver"),
     "flow_grpo": ("liu2025flowgrpo",),
     "flow_grpo_fast": ("liu2025flowgrpo",),
     "flow_cps": ("wang2025cps", "liu2025flowgrpo"),
@@ -63,7 +65,6 @@ ON_REQUEST = (
     "hu2021lora",
     "mangrulkar2022peft",  # the LoRA engine
     "liu2026gdpo",  # advantages normalised over the batch
-    "lu2022dpmsolver",  # the solver of MixGRPO-Flash
     "wilson1927inference",  # raters' answers
 )
 """Cited by single options: in the whole bibliography, but in no table's."""

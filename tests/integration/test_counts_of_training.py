@@ -26,6 +26,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": {"name": "mix_grpo", "window_size": 2, "interval": 1},
         "optimization": {"update_every": "timestep"},
     },
+    "mix_grpo_flash": {
+        "method": {"name": "mix_grpo", "window_size": 1, "interval": 1, "post_window_ratio": 0.9},
+    },
     "dance_grpo": {"method": {"name": "dance_grpo"}, "optimization": {"updates_per_iteration": 2}},
     "flow_grpo, KL": {
         "method": {"name": "flow_grpo", "shared_initial_noise": False},

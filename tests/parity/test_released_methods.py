@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from released_methods import G2RPO, DanceGRPO, Found, Method, MixGRPO, Models
+from released_methods import G2RPO, DanceGRPO, Found, Method, MixGRPO, MixGRPOFlash, Models
 from torch import Tensor
 from training_runs import weights
 
@@ -108,6 +108,16 @@ CASES = {
         },
         rewards={"hps": 3.0, "clip": 1.0},
         iterations=2,
+    ),
+    # Three solver steps after the window: two of second order and the last.
+    "MixGRPO-Flash": Case(
+        MixGRPOFlash(14, 4, learning_rate=3e-5),
+        "released/mix_grpo",
+        sizes(14, 4) | {
+            "method": {"post_window_ratio": 0.4},
+            "optimization": {"learning_rate": 3e-5},
+        },
+        clips=False,
     ),
 }  # fmt: skip
 

@@ -111,9 +111,10 @@ def test_the_anchor_is_exact_and_what_follows_a_branch_is_not() -> None:
     assert sorted(tree.states[state].node for state in tree.policy_states) == [0, 1, 2]
 
 
-def test_of_mix_grpo_only_what_follows_the_window_is_a_continuation() -> None:
+@pytest.mark.parametrize("ratio", [None, 0.9])
+def test_of_mix_grpo_only_what_follows_the_window_is_a_continuation(ratio: float | None) -> None:
     shape = RolloutShape(8, 3, 100)
-    tree = mix_grpo.MixGRPO().rollout_tree(shape, 0)
+    tree = mix_grpo.MixGRPO(post_window_ratio=ratio).rollout_tree(shape, 0)
     last = max(tree.states[state].node for state in tree.recorded)
     for index, state in enumerate(tree.states):
         assert (index in tree.policy_states) == (state.node < last)
@@ -122,7 +123,7 @@ def test_of_mix_grpo_only_what_follows_the_window_is_a_continuation() -> None:
 def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
     tree = g2rpo.G2RPO(stochastic_steps=(1, 3), granularities=(1, 2)).rollout_tree(SHAPE, 0)
     evaluated: dict[str, list[Key]] = {"exact": [], "continued": []}
-    passed: list[int] = []
+    passed: list[float] = []
 
     class Continued:
         def __call__(
@@ -132,7 +133,7 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
             evaluated["continued"] += keys
             return torch.tanh(latents)
 
-        def passed(self, node: int) -> None:
+        def passed(self, node: float) -> None:
             passed.append(node)
 
     def exact(latents: Tensor, times: Tensor, prompts: Tensor) -> Tensor:
@@ -208,6 +209,19 @@ def test_a_cache_that_never_reuses_is_exact_and_is_empty_at_the_end(
     assert torch.equal(swept.images, expected.images)
     assert continuations.cache is not None
     assert not continuations.cache.entries
+
+
+def test_a_cache_works_between_the_nodes_of_the_grid(policy: FluxPolicy) -> None:
+    tree = mix_grpo.MixGRPO(window_size=2, post_window_ratio=0.9).rollout_tree(SHAPE, 0)
+    assert any(state.node != int(state.node) for state in tree.states)
+    plain, _ = walk(policy, tree, None)
+    swept, continuations = walk(policy, tree, config_of(step_cache={"threshold": 2.0}))
+    assert continuations.reused > 0 and continuations.cache is not None
+    assert not continuations.cache.entries
+    assert swept.velocity_evaluations == plain.velocity_evaluations
+    assert relative(swept.images, plain.images) > 1e-4
+    for one, two in zip(plain.recorded, swept.recorded, strict=True):
+        torch.testing.assert_close(two.log_prob, one.log_prob, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["first_block", "modulation"])

@@ -89,6 +89,14 @@ RELEASED: dict[str, dict[str, Any]] = {
         "optimization.updates_per_iteration": 4, "method.window_size": 4, "method.interval": 25,
         "advantage.combination": "normalized_weights", "rollout.prompts_per_iteration": 32,
     },
+    "mix_grpo_flash": {
+        "method.name": "mix_grpo", "method.post_window_ratio": 0.4, "method.interval": 20,
+        "method.stride": 1, "grid.steps": 25, "optimization.updates_per_iteration": 4,
+    },
+    "mix_grpo_flash_star": {
+        "method.name": "mix_grpo", "method.post_window_ratio": 0.2, "method.stride": 0,
+        "method.window_size": 4, "grid.steps": 25, "optimization.updates_per_iteration": 4,
+    },
     "flow_grpo": {
         "grid.steps": 10, "rollout.group_size": 24, "optimization.learning_rate": 3e-4,
         "optimization.kl_coefficient": 0.04, "advantage.normalizer": "global_std",

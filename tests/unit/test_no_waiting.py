@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.flow.sweep import SweepSettings, Velocities, sweep
 from g2rpo.flow.upload import indices, to_device
-from g2rpo.methods import dance_grpo, g2rpo
+from g2rpo.methods import dance_grpo, g2rpo, mix_grpo
 from g2rpo.methods.base import Method, RolloutShape
 from g2rpo.policy import FluxPolicy, PolicyConfig
 from g2rpo.seeds import gaussian
@@ -85,6 +85,7 @@ class ListsAsIndices(TorchFunctionMode):
 METHODS: dict[str, Callable[[], Method]] = {
     "g2rpo": lambda: g2rpo.G2RPO(granularities=(1, 2)),
     "dance_grpo": dance_grpo.DanceGRPO,
+    "mix_grpo_flash": lambda: mix_grpo.MixGRPO(window_size=1, post_window_ratio=0.9),
 }
 
 

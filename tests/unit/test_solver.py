@@ -12,8 +12,10 @@ from torch import Tensor
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
 from g2rpo.flow.sweep import INITIAL_NOISE, SweepSettings, sweep
-from g2rpo.methods.base import Method, RolloutShape
+from g2rpo.methods.base import Method, RolloutShape, parse_method
+from g2rpo.methods.mix_grpo import MixGRPO
 from g2rpo.methods.ode import ODE
+from g2rpo.methods.presets import load_preset
 
 PROMPTS, DIMENSIONS = 2, 6
 F64 = torch.float64
@@ -151,3 +153,92 @@ def test_the_solvers_converge_with_their_orders() -> None:
 def test_a_whole_ode_has_nothing_to_train_on() -> None:
     with pytest.raises(ValueError, match=r"^method ode records no log-prob[^\n]*$"):
         ODE().check(RolloutShape(4, 2, 1))
+
+
+# --- MixGRPO-Flash -------------------------------------------------------------------------------
+
+# Steps T, window size, iteration, ratio.
+FLASH = [
+    (25, 4, 0, 0.4), (16, 4, 0, 0.4), (16, 4, 4, 0.4), (25, 4, 0, 0.2), (16, 4, 0, 0.2),
+    (16, 4, 9, 0.4), (25, 4, 18, 0.4), (16, 4, 13, 0.4), (10, 1, 0, 0.9), (10, 2, 3, 1.0),
+]  # fmt: skip
+
+
+def released_levels(
+    steps: int, last: int, ratio: float, shift: float = 3.0
+) -> tuple[list[float], list[int]]:
+    """The published sampler's levels after the last SDE step and its times, in its float32."""
+    points = int(max((steps - last) * ratio, 1))
+    if points == 1:  # it would end above sigma = 0
+        points = 2
+    start = torch.linspace(1, 0, steps + 1)[last + 1].item()
+    u = torch.linspace(start, 0, points)
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    return sigmas.tolist(), [int(sigma * 1000) for sigma in sigmas]
+
+
+@pytest.mark.parametrize(("steps", "size", "iteration", "ratio"), FLASH)
+def test_every_flash_trajectory_equals_the_plain_loop(
+    steps: int, size: int, iteration: int, ratio: float
+) -> None:
+    method = MixGRPO(window_size=size, interval=1, post_window_ratio=ratio)
+    shape, grid = RolloutShape(steps, 3, 100), grid_of(steps)
+    _, images, evaluations = run(method, shape, iteration)
+    window = list(method.window(shape, method.phase(shape, iteration)))
+    first, last = window[0], window[-1]
+    sigmas, times = released_levels(steps, last, ratio)
+    # Before the window all share one trajectory, whose last state is that of the first SDE step.
+    assert evaluations == (first + 1) + 3 * (last - first + len(sigmas) - 1)
+    exact = [1 - (last + 1 + i * (steps - last - 1) / (len(sigmas) - 1)) / steps
+             for i in range(len(sigmas) - 1)]  # fmt: skip
+    levels = [3 * u / (1 + 2 * u) for u in exact] + [0.0]
+    assert levels == pytest.approx(sigmas, abs=1e-6)
+    laws = method.transitions(grid.sigmas)
+    for prompt in range(PROMPTS):
+        for sample in range(3):
+            x = noise(prompt, 0, INITIAL_NOISE)
+            for k in range(last + 1):
+                s, v = grid.sigmas[k], one(x, grid.timesteps[k], prompt)
+                history = (s, x - s * v)
+                if k in window:
+                    law = laws[k]
+                    x = law.latents_weight * x + law.velocity_weight * v
+                    x = x + law.std * noise(prompt, sample, k)
+                else:
+                    x = x + (grid.sigmas[k + 1] - s) * v
+            x = solved(x, levels, [time / 1000 for time in times], prompt, history)
+            torch.testing.assert_close(images[prompt, sample], x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "iteration", "steps", "nfe"),
+    [
+        # T, then the steps to the end of the window and of the solver: 22 nodes x 0.4, less one.
+        ("mix_grpo_flash", 0, 25, 4 + 7),
+        ("mix_grpo_flash", 40, 25, 6 + 7),
+        ("mix_grpo_flash_star", 40, 25, 4 + 3),
+        ("mix_grpo_flash_star", 40, 16, 4 + 1),
+        ("mix_grpo_flash", 0, 16, 4 + 4),
+    ],
+)
+def test_evaluations_of_the_flash_presets(name: str, iteration: int, steps: int, nfe: int) -> None:
+    method = parse_method(load_preset(name, "released")["method"])
+    tree = method.rollout_tree(RolloutShape(steps, 1, 300), iteration)
+    assert tree.velocity_evaluations == nfe
+    assert len(tree.recorded) == 4
+    assert max(state.node for state in tree.states) == steps
+
+
+def test_the_window_of_flash_star_never_moves() -> None:
+    method = parse_method(load_preset("mix_grpo_flash_star", "matched")["method"])
+    assert {method.phase(RolloutShape(16, 2, 300), i) for i in range(300)} == {0}
+
+
+def test_a_stretch_has_no_levels_between_its_nodes() -> None:
+    grid = grid_of(8)
+    assert grid.level(2) == (grid.sigmas[2], grid.timesteps[2])
+    sigma, time = grid.level(2.5)
+    assert grid.sigmas[3] < sigma < grid.sigmas[2]
+    assert time == int(1000 * sigma) / 1000
+    with pytest.raises(ValueError, match=r"node 0.5"):
+        grid.stretch(2, 6).level(0.5)
