@@ -2,7 +2,7 @@
 
 import bisect
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 from g2rpo.flow.rollout_tree import RolloutTree, recorded_steps
@@ -84,14 +84,42 @@ def _counts_of_prompt(
     """Evaluations, images and trained states over all iterations, with one prompt per iteration."""
     method = kind.model_validate_json(settings)
     evaluations, images, states = 0, 0, 0.0
+    # The number of iterations decides on their phases, and on no phase's tree.
+    alone = replace(shape, iterations=1)
     for iteration, count in iterations_by_rollout(method, shape).items():
-        tree = method.rollout_tree(shape, iteration)
-        evaluations += count * tree.velocity_evaluations
-        images += count * len(tree.images)
-        states += count * _mean_trained_states(method, tree, shape.group_size, samples)
+        phase = method.phase(shape, iteration)
+        rollout = _counts_of_rollout(kind, settings, alone, samples, phase)
+        evaluations += count * rollout.evaluations
+        images += count * rollout.images
+        states += count * rollout.trained
         if "signal_to_noise" in method.measures(iteration):
-            states += count * len(recorded_steps(tree))
+            states += count * rollout.steps
     return evaluations, images, states
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """The evaluations, images, trained states and recorded steps of one prompt's rollout."""
+
+    evaluations: int
+    images: int
+    trained: float
+    steps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _counts_of_rollout(
+    kind: type[Method], settings: str, shape: RolloutShape, samples: int | None, phase: Hashable
+) -> _Rollout:
+    """What an iteration of ``phase`` counts for one prompt."""
+    method = kind.model_validate_json(settings)
+    tree = method.tree(shape, phase)
+    return _Rollout(
+        tree.velocity_evaluations,
+        len(tree.images),
+        _mean_trained_states(method, tree, shape.group_size, samples),
+        len(recorded_steps(tree)),
+    )
 
 
 def _mean_trained_states(
