@@ -11,6 +11,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -165,10 +166,16 @@ class Cell:
             prompts = set(self.scores["prompt_id"])
             object.__setattr__(self, "metrics", checked_metrics(self.metrics, prompts, where))
 
+    @cached_property
+    def by_reward(self) -> dict[str, npt.NDArray[np.float64]]:
+        """The scores of each reward, float64, in the order of :attr:`scores`."""
+        parts = self.scores.groupby("reward")["score"]
+        return {str(reward): part.to_numpy(np.float64) for reward, part in parts}
+
     @property
     def rewards(self) -> tuple[str, ...]:
         """The reward models that scored it, sorted."""
-        return tuple(sorted(self.scores["reward"].unique()))
+        return tuple(sorted(self.by_reward))
 
     def means(self) -> dict[str, float]:
         """Mean score over the prompts of each reward, in float64."""
@@ -333,9 +340,8 @@ class RowScores:
         chosen = [c for c in self.cells if seeds is None or c.info.seed in seeds]
         cube = np.empty((len(rewards), len(chosen), len(self.prompt_ids)))
         for index, cell in enumerate(chosen):
-            by_reward = dict(list(cell.scores.groupby("reward")))
             for place, reward in enumerate(rewards):
-                cube[place, index] = by_reward[reward]["score"].to_numpy(np.float64)
+                cube[place, index] = cell.by_reward[reward]
         return cube
 
     @property
