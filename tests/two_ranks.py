@@ -1,13 +1,12 @@
-"""Two CPU ranks, forked from a server process that has imported the libraries once."""
+"""Two CPU ranks."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-TIMEOUT = 900
+from forked import TIMEOUT, server
 
 
 def on_two_ranks(work: Callable[..., object], *arguments: Any) -> int:
@@ -15,13 +14,11 @@ def on_two_ranks(work: Callable[..., object], *arguments: Any) -> int:
 
     As under a launcher, the other rank is killed when one fails.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["g2rpo.training.loop"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        context.Process(target=_run_rank, args=(rank, port, work, arguments)) for rank in (0, 1)
+        server().Process(target=_run_rank, args=(rank, port, work, arguments)) for rank in (0, 1)
     ]
     for process in ranks:
         process.start()

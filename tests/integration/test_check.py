@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked import Command
+
 
 def check(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -43,11 +45,12 @@ def test_everything_is_looked_at_and_run_once(tmp_path: Path) -> None:
 
 
 def test_what_must_be_fixed_is_named_last_with_exit_code_2(tmp_path: Path) -> None:
-    done = check(tmp_path, "--quick", "--require-gpu", "--results", "/proc/results")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    lines = lines_of(done.stdout)
+    options = ("--quick", "--require-gpu", "--results", "/proc/results")
+    code, shown, errors = Command(tmp_path, "check", *options, CUDA_VISIBLE_DEVICES="").wait()
+    assert code == 2
+    assert "Traceback" not in errors
+    lines = lines_of(shown)
     assert lines["results"].startswith("failed ") and "cannot write to" in lines["results"]
     assert "train to table" not in lines
-    last = done.stdout.splitlines()[-1]
+    last = shown.splitlines()[-1]
     assert last.startswith("verdict: failed: GPU, results")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import g2rpo, write_small_profile
+from command_line import g2rpo_here, write_small_profile
 from typer.testing import CliRunner
 
 from g2rpo.errors import UserError
@@ -44,13 +44,13 @@ def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_credit_is_measured_once_and_shown(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("reproduce", "credit.yaml", "--profile", "small.yaml", "--jobs", "1")
-    done = g2rpo(workplace, *command)
-    assert done.returncode == 0, done.stderr
-    assert "G2RPO" in done.stdout
-    assert "credit.json" in done.stdout
+    assert g2rpo_here(workplace, *command) == 0
+    printed = capsys.readouterr().out
+    assert "G2RPO" in printed
+    assert "credit.json" in printed
     output = workplace / "results" / "runs" / "smoke" / "small_credit"
     for name in ("credit.md", "credit.png", "credit.pdf"):
         assert (output / name).stat().st_size > 0
@@ -66,10 +66,8 @@ def test_credit_is_measured_once_and_shown(
     assert len(rows) == 3 + 2 * 2
     (manifest,) = (workplace / "results" / "runs").glob("credit-g2rpo-hps-seed1-*/manifest.json")
     written = manifest.stat().st_mtime_ns
-    monkeypatch.chdir(workplace)
-    again = CliRunner().invoke(app, command)
-    assert again.exit_code == 0, again.output
-    assert again.stdout == done.stdout
+    assert g2rpo_here(workplace, *command) == 0
+    assert capsys.readouterr().out == printed
     assert manifest.stat().st_mtime_ns == written
 
 

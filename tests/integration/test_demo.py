@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from command_line import g2rpo
+import pytest
+from command_line import g2rpo, g2rpo_here
 from PIL import Image
 
 
@@ -19,8 +20,10 @@ def test_both_models_are_drawn_and_scored(tmp_path: Path) -> None:
         assert image.width > 2 * 128 and image.height > 2 * 128
 
 
-def test_a_caption_outside_the_mini_world_is_refused(tmp_path: Path) -> None:
-    done = g2rpo(tmp_path, "demo", "a photo of a cat")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "a red ring on pink" in done.stderr
+def test_a_caption_outside_the_mini_world_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert g2rpo_here(tmp_path, "demo", "a photo of a cat") == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1 and "a red ring on pink" in errors
     assert not (tmp_path / "demo.png").exists()

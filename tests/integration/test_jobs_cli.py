@@ -1,8 +1,6 @@
 """Submitting, watching, cancelling and retrying from the command line."""
 
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from command_line import small_profile_data
+from forked import Command
 
 from g2rpo.attempts import read_attempts
 from reproduce.jobs.launch import DRIVER, latest_submission
@@ -47,16 +46,6 @@ def workplace(folder: Path, inputs: dict[str, str]) -> Path:
     for name, text in inputs.items():
         (folder / name).write_text(text)
     return folder
-
-
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
-    return subprocess.Popen(
-        [sys.executable, "-m", "reproduce.cli", *arguments],
-        cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
 
 def here(
@@ -133,17 +122,17 @@ def test_submitted_watched_cancelled_and_retried(
     assert code == 2 and "no stage failed" in error
 
     # It resumes with its original settings; stopped again, since it would take hours.
-    again = start(folder, "retry")
+    again = Command(folder, "retry")
     try:
         until(lambda: words_of(folder).get(TRAIN) == "running", "training again")
         code, _, error = g2rpo("logs", "train", "-n", "5")
         assert code == 0 and "train hps/mix_grpo, seed 1: results/runs/submissions/" in error
         name = latest_submission(folder / "results/runs").name
         assert g2rpo("cancel", name)[0] == 0
-        _, error = again.communicate(timeout=600)
+        code, _, error = again.wait()
     finally:
         again.kill()
-    assert again.returncode == 130
+    assert code == 130
     assert "interrupted; run the same command to resume" in error
     training = next((folder / "results/runs").glob("mix_grpo-*/leases"))
     attempts = read_attempts(training, "train")
@@ -152,14 +141,13 @@ def test_submitted_watched_cancelled_and_retried(
 
 def test_two_at_once_do_nothing_twice_and_end_alike(tmp_path: Path, inputs: dict[str, str]) -> None:
     folder = workplace(tmp_path, inputs)
-    both = [start(folder, "reproduce", *ARGUMENTS) for _ in range(2)]
+    both = [Command(folder, "reproduce", *ARGUMENTS) for _ in range(2)]
     try:
-        ended = [process.communicate(timeout=600) for process in both]
+        (code, first, error), (other_code, second, other_error) = [one.wait() for one in both]
     finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], [error for _, error in ended]
-    (first, _), (second, _) = ended
+        for one in both:
+            one.kill()
+    assert (code, other_code) == (0, 0), error + other_error
     assert "MixGRPO" in first
     assert first == second
     leases = {path.parent for path in (folder / "results/runs").glob("**/leases/*/*.json")}

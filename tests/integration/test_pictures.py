@@ -1,7 +1,6 @@
 """Images kept during training: what they show, when, and that they change nothing."""
 
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import write_small_profile
+from command_line import g2rpo_here, write_small_profile
 from PIL import Image
 from training_runs import config_for, train_one_iteration, trainer_for, weights
+from two_ranks import on_two_ranks
 
 from benchmarks.evaluation.held_out import EvaluationConfig, image_path, sample_images
 from g2rpo.data.prompts import read_prompts
@@ -129,17 +129,18 @@ def test_the_seconds_of_the_phases_are_those_of_the_iterations(pictured: Path) -
     assert whole < float((pictured / "took").read_text())
 
 
+def rank_of(folder: Path, *command: str) -> None:
+    sys.exit(g2rpo_here(folder, *command))
+
+
 def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:
     path = write_small_profile(tmp_path / "small.yaml", smoke_assets, preview_prompts=3)
-    subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            "-m", "reproduce.cli", "train", "table1", "hps/dance_grpo", "--profile", str(path),
-            "--results", str(tmp_path / "results"), "-s", "execution.device=cpu",
-            "-s", "execution.sharding=fsdp2",
-        ],
-        check=True, timeout=600, capture_output=True,
+    command = (
+        "train", "table1", "hps/dance_grpo", "--profile", str(path),
+        "--results", str(tmp_path / "results"), "-s", "execution.device=cpu",
+        "-s", "execution.sharding=fsdp2",
     )  # fmt: skip
+    assert on_two_ranks(rank_of, tmp_path, *command) == 0
     (run,) = (tmp_path / "results" / "runs").glob("dance_grpo-*")
     names = {path.name for path in pictures_folder(run, 1).iterdir()}
     assert names == {f"{p.id}.png" for p in read_prompts(smoke_assets / "prompts/test.txt", 3)}

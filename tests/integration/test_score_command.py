@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from forked import Command
 from PIL import Image
 
 from benchmarks.mini_world import world
@@ -156,13 +156,11 @@ def test_a_killed_run_resumes(
         *("--rewards", "pick_score", "--batch-size", 1),
     ]
     output = tmp_path / "killed"
-    command = [sys.executable, *SCORE, *map(str, options), "--output", str(output)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    command = Command(tmp_path, "score", *map(str, options), "--output", str(output))
     deadline = time.monotonic() + 600
     while not list((output / "journal").glob("*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command.kill()
     (journal,) = (output / "journal").iterdir()
     lines = journal.read_bytes().count(b"\n")
     assert 1 <= lines < 40

@@ -1,10 +1,6 @@
 """Training from outside: killed and resumed, and with what must stop it."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import write_small_profile
+from forked import Command
 from training_runs import Brightness, config_for, trainer_for, weights
 from typer.testing import CliRunner
 
@@ -50,15 +47,13 @@ def test_killed_and_resumed_ends_bit_identical(smoke_assets: Path, tmp_path: Pat
 
     after = random.Random().randint(1, ITERATIONS - 1)
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "reproduce.cli", *train_command(profile, killed)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums have one order
-    with subprocess.Popen(command, env=one_thread) as process:
-        while process.poll() is None:
-            logs = list(killed.glob("runs/dance_grpo-*/metrics.jsonl"))
-            if logs and max((r["iteration"] for r in read_metrics(logs[0])), default=0) >= after:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    command = Command(tmp_path, *train_command(profile, killed))
+    while command.process.is_alive():
+        logs = list(killed.glob("runs/dance_grpo-*/metrics.jsonl"))
+        if logs and max((r["iteration"] for r in read_metrics(logs[0])), default=0) >= after:
+            break
+        time.sleep(0.01)
+    command.kill()
 
     run = trained(profile, killed)
 
