@@ -94,6 +94,12 @@ def drawn_states(config: TrainConfig) -> int:
                 config.method.trained_steps(steps, config.seed, iteration, (prompt.id, sample))
                 for sample in range(size)
             ]
+            # Which samples are selected depends on rewards, but not how many.
+            for step in steps:
+                mask = config.method.selected(config.shape, step, torch.arange(size)[None].double())
+                for sample in range(size):
+                    if mask is not None and not mask[0, sample]:
+                        trained[sample] = [other for other in trained[sample] if other != step]
             update = [
                 0
                 if optimization.update_every == "timestep"

@@ -36,15 +36,19 @@ class State:
 class Group:
     """Images whose rewards are compared: one state (at node T) per sample.
 
+    If samples share the credited step, they are one member, with their mean reward.
+
     Attributes:
         images: the state of each of the G samples.
         step: the stochastic step that this group credits; None credits every trained step.
         granularity: the granularity of its continuations, if the method has one.
+        share: consecutive samples per member; the first of them drives the member's step.
     """
 
     images: tuple[int, ...]
     step: int | None = None
     granularity: int | None = None
+    share: int = 1
 
 
 @dataclass

@@ -26,11 +26,13 @@ class Transition:
     """The Gaussian law of one step from ``sigma`` to ``sigma_next`` with coefficient ``diffusion``.
 
     The mean is ``latents_weight * x + velocity_weight * v``; all numbers are float64.
+    ``noise_scale`` multiplies the std alone.
     """
 
     sigma: float
     sigma_next: float
     diffusion: float = 0.0
+    noise_scale: float = 1.0
 
     @property
     def latents_weight(self) -> float:
@@ -46,8 +48,8 @@ class Transition:
 
     @property
     def std(self) -> float:
-        """g sqrt(-Delta); zero for the ODE step."""
-        return self.diffusion * math.sqrt(self.sigma - self.sigma_next)
+        """g sqrt(-Delta) times the noise scale; zero for the ODE step."""
+        return self.noise_scale * self.diffusion * math.sqrt(self.sigma - self.sigma_next)
 
     def log_prob(
         self, next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor

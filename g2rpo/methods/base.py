@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 import g2rpo.methods
 from g2rpo.config import StrictModel, nearest, unhashed
@@ -140,6 +141,15 @@ class Method(StrictModel):
         """
         del seed, iteration, key
         return recorded
+
+    def selected(self, shape: RolloutShape, step: int, advantages: Tensor) -> Tensor | None:
+        """The samples whose transitions of ``step`` are trained, by their advantages [P, G].
+
+        Returns:
+            [P, G] bool with as many for every prompt, whatever the values; None selects all.
+        """
+        del shape, step, advantages
+        return None
 
 
 def iterations_by_rollout(method: Method, shape: RolloutShape) -> dict[int, int]:

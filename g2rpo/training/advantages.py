@@ -7,7 +7,7 @@ two weight the granularities' advantages, two reduce the rewards before normalis
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -99,8 +99,8 @@ def normalize(
         config: normaliser, ddof and epsilon.
         magnitude: [..., G], the magnitude at which the rewards were rounded: their own by default,
             larger if they are sums whose terms may cancel.
-        present: [..., G] bool, which rewards count in groups of unequal size. The others may have
-            any value and get advantage 0, as does a group of one.
+        present: [..., G] bool, which rewards count in groups of unequal size, without trimming. The
+            others may have any value and get advantage 0, as does a group of one.
 
     A group whose rewards are equal up to float32 rounding gets advantage 0; otherwise rounding
     noise divided by epsilon would give advantages in the hundreds.
@@ -112,6 +112,7 @@ def normalize(
         mean = batch.mean(dim=-1, keepdim=True)
         std = batch.std(dim=-1, keepdim=True, correction=config.ddof)
     else:
+        present = present.expand_as(values)
         low, high = values.where(present, math.inf), values.where(present, -math.inf)
         batch, values = values[present], values.where(present, 0.0)
         count = present.sum(dim=-1, keepdim=True)
@@ -127,6 +128,33 @@ def normalize(
     centered = torch.where(none, torch.zeros_like(values), values - mean)
     scale = torch.where(equal & (std + config.epsilon == 0), torch.ones_like(std), std)
     return Normalized(centered / (scale + config.epsilon), equal.squeeze(-1))
+
+
+def member_means(rewards: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+    """Gives all samples of a member their mean reward.
+
+    Args:
+        rewards: [P, number of groups, G].
+        groups: the groups, in the order of ``rewards``.
+
+    Returns:
+        The same if each sample is a member, else float64, in which the mean of equals is exact.
+    """
+    if all(group.share == 1 for group in groups):
+        return rewards
+    means = rewards.to(torch.float64)
+    for place, group in enumerate(groups):
+        members = means[:, place].unflatten(-1, (-1, group.share))
+        members.copy_(members.mean(dim=-1, keepdim=True).expand_as(members))
+    return means
+
+
+def members(groups: Sequence[Group], group_size: int) -> torch.Tensor | None:
+    """The first sample of each member, [groups, G] bool; None if each sample is a member."""
+    if all(group.share == 1 for group in groups):
+        return None
+    samples = range(group_size)
+    return torch.tensor([[g % group.share == 0 for g in samples] for group in groups])
 
 
 def reduced_rewards(
@@ -216,12 +244,13 @@ def group_advantages(
         rewards: for each reward model, [P, number of groups, G].
         weights: for each reward model, its weight.
         config: normalisation and combination.
-        groups: the groups, for a reduction that weights the groups of a step.
+        groups: the groups, if they differ in size or a reduction weights those of a step.
     """
     zero_std_groups = {}
     values = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float64)
+    present = members(groups, values.shape[-1])
     for name, reward, weight, magnitude in _terms(rewards, weights, config):
-        normalized = normalize(reward, config, magnitude)
+        normalized = normalize(reward, config, magnitude, present)
         zero_std_groups[name] = normalized.zero_std_groups
         part = weight * normalized.values
         if config.granularity_reduction in ("mean", "inverse_variance"):
@@ -250,12 +279,15 @@ def step_advantages(
     """The advantages of the transitions of one step, [P, G]: summed over its groups, clamped.
 
     A group without a step credits every step; one with a step credits only that step, so G2RPO
-    sums over its granularities (paper: multi-granularity advantage integration).
+    sums over its granularities (paper: multi-granularity advantage integration). In groups of fewer
+    members than G, the advantages of samples that are not the first of a member have no meaning.
     """
     credited = [index for index, group in enumerate(groups) if group.step in (None, step)]
     summed = values[:, credited].sum(dim=1)
     if config.whiten and bool(summed.ne(0).any()):
-        summed = (summed - summed.mean()) / (summed.std(correction=config.ddof) + config.epsilon)
+        counted = summed[:, :: groups[credited[0]].share]
+        scale = counted.std(correction=config.ddof) + config.epsilon
+        summed = (summed - counted.mean()) / scale
     return summed.clamp(-config.clip, config.clip)
 
 
@@ -294,7 +326,7 @@ def transition_advantages(
             n: reduced_rewards(r, credited, config.granularity_reduction)
             for n, r in rewards.items()
         }
-        groups = [Group((), step) for step in dict.fromkeys(credited)]
+        groups = list({group.step: replace(group, images=()) for group in groups}.values())
     of_groups = group_advantages(rewards, weights, config, groups)
     by_step = [step_advantages(of_groups.values, groups, step, config) for step in steps]
     return TransitionAdvantages(tuple(by_step), of_groups.zero_std_groups)

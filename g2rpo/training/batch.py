@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
+from g2rpo.errors import UserError
 from g2rpo.flow.sweep import RecordedStep
 from g2rpo.flow.transition import Transition
 from g2rpo.policy import Conditioning
@@ -118,16 +119,22 @@ def training_batch(
     """
     if advantages is None:
         advantages = rollout_advantages(rollout, config)
-    recorded = [step.step for step in rollout.recorded]
-    trained = [
-        [
-            config.method.trained_steps(recorded, config.seed, rollout.iteration, (prompt.id, g))
-            for g in range(config.rollout.group_size)
-        ]
-        for prompt in prompts
-    ]
+    method, recorded = config.method, [step.step for step in rollout.recorded]
+    selected = {
+        step: method.selected(config.shape, step, values)
+        for step, values in zip(recorded, advantages.by_step, strict=True)
+    }
+
+    def trained_steps(place: int, sample: int) -> list[int]:
+        key = (prompts[place].id, sample)
+        steps = method.trained_steps(recorded, config.seed, rollout.iteration, key)
+        masks = ((step, selected[step]) for step in steps)
+        return [step for step, mask in masks if mask is None or bool(mask[place, sample])]
+
+    samples = range(config.rollout.group_size)
+    trained = [[trained_steps(p, g) for g in samples] for p in range(len(prompts))]
     batch = collect_transitions(rollout.recorded, advantages.by_step, trained, rollout.conditioning)
-    weights = config.method.step_weights([step.transition for step in rollout.recorded])
+    weights = method.step_weights([step.transition for step in rollout.recorded])
     if weights is None:
         return batch
     of_step = dict(zip(recorded, weights, strict=True))
@@ -186,17 +193,26 @@ def collect_transitions(
     )
 
 
-def split_updates(batch: TrainingBatch, config: OptimizationConfig) -> list[TrainingBatch]:
+def split_updates(
+    batch: TrainingBatch, config: OptimizationConfig, group_size: int
+) -> list[TrainingBatch]:
     """The optimiser steps of one iteration, in order.
 
     With ``update_every: iteration`` the loss is the mean over samples, prompts and trained steps;
     with ``timestep`` there is one update per trained step, with the mean over samples and prompts.
+
+    Raises:
+        UserError: an update has nothing to train.
     """
     if config.update_every == "timestep":
         step_of = torch.tensor(batch.steps)[batch.state_of]
         parts = [step_of == step for step in sorted(set(batch.steps))]
     else:
-        group_size = int(batch.samples.max()) + 1
         chunk = batch.samples // (group_size // config.updates_per_iteration)
         parts = [chunk == index for index in range(config.updates_per_iteration)]
+    if not all(bool(part.any()) for part in parts):
+        raise UserError(
+            f"optimization.updates_per_iteration={config.updates_per_iteration}: an update has no "
+            "transition to train; use fewer or prune less"
+        )
     return [batch] if len(parts) == 1 else [batch.update(torch.nonzero(p).flatten()) for p in parts]

@@ -230,6 +230,13 @@ class TrainConfig(StrictModel):
                 f"advantage.trimmed_ratio={self.advantage.trimmed_ratio} leaves less than two of "
                 f"rollout.group_size={size} rewards"
             )
+        if self.advantage.trimmed_ratio and any(
+            group.share > 1 for group in self.method.rollout_tree(self.shape, 0).groups
+        ):
+            raise ValueError(
+                f"advantage.trimmed_ratio is not supported with {self.method.name}, whose groups "
+                "differ in size; use 0"
+            )
         updates = self.optimization.updates_per_iteration
         if self.rollout.group_size % updates:
             raise ValueError(

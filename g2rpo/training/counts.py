@@ -5,6 +5,8 @@ import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
+import torch
+
 from g2rpo.flow.rollout_tree import RolloutTree, recorded_steps
 from g2rpo.methods.base import Method, RolloutShape, iterations_by_rollout
 from g2rpo.training.checkpoint.folder import BACKWARD_EVALUATIONS
@@ -117,20 +119,31 @@ def _counts_of_rollout(
     return _Rollout(
         tree.velocity_evaluations,
         len(tree.images),
-        _mean_trained_states(method, tree, shape.group_size, samples),
+        _mean_trained_states(method, tree, shape, samples),
         len(recorded_steps(tree)),
     )
 
 
 def _mean_trained_states(
-    method: Method, tree: RolloutTree, group_size: int, samples: int | None
+    method: Method, tree: RolloutTree, shape: RolloutShape, samples: int | None
 ) -> float:
     """Average number of states that go through a forward, counted once in each update."""
-    steps = recorded_steps(tree)
+    steps, group_size = recorded_steps(tree), shape.group_size
+    # How many are selected does not depend on the advantages.
+    advantages = torch.arange(group_size, dtype=torch.float64)[None]
+    masks = ((step, method.selected(shape, step, advantages)) for step in steps)
+    unselected = {
+        (step, sample)
+        for step, mask in masks
+        if mask is not None
+        for sample in torch.nonzero(~mask[0]).flatten().tolist()
+    }
     transitions = []  # step, sample, and the key of the forward
     for index in tree.recorded:
         state = tree.states[index]
         assert state.sample is not None
+        if (state.step, state.sample) in unselected:
+            continue
         update = 0 if samples is None else state.sample // samples
         transitions.append((state.step, state.sample, (update, state.parent)))
     total = 0

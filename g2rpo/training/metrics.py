@@ -147,7 +147,7 @@ def iteration_sums(
         sums |= {
             f"{name}/sum": float(values.sum()),
             f"{name}/count": values.numel(),
-            f"{name}/group_std": float(values.std(dim=-1).sum()),
+            f"{name}/group_std": float(rollout.group_stds(name).sum()),
             f"{name}/groups": values.numel() // values.shape[-1],
             f"{name}/logged_sum": float(logged.sum()),
             f"{name}/logged_count": logged.numel(),

@@ -24,6 +24,7 @@ from g2rpo.flow.sweep import (
 from g2rpo.policy import Conditioning, FluxPolicy
 from g2rpo.rewards.base import RewardModel
 from g2rpo.seeds import gaussian
+from g2rpo.training.advantages import member_means
 from g2rpo.training.continuation import ContinuationPolicy
 from g2rpo.training.scoring import score_slices
 
@@ -55,8 +56,16 @@ class Rollout:
     states: Tensor | None = None
 
     def group_rewards(self, name: str) -> Tensor:
-        """The rewards of every group, [P, groups, G]."""
-        return self._rewards_of(name, [group.images for group in self.tree.groups])
+        """The rewards of every group, [P, groups, G]; samples of one member have their mean."""
+        groups = self.tree.groups
+        rewards = self._rewards_of(name, [group.images for group in groups])
+        return member_means(rewards, groups)
+
+    def group_stds(self, name: str) -> Tensor:
+        """The standard deviation of the rewards of every group's members, [P, groups] float64."""
+        values, groups = self.group_rewards(name).double(), enumerate(self.tree.groups)
+        stds = [values[:, place, :: group.share].std(dim=-1) for place, group in groups]
+        return torch.stack(stds, dim=1)
 
     def logged_rewards(self, name: str) -> Tensor:
         """The rewards of the images that are only logged, [P, images]."""

@@ -165,10 +165,13 @@ class Updater:
 
         Raises:
             UserError: on all ranks, before the weights change, if the ratio before the first update
-                is not 1, or a loss or gradient is not finite.
+                is not 1, a loss or gradient is not finite, or an update has nothing to train.
         """
         updates: list[UpdateStatistics] = []
-        for part in split_updates(batch, self.config.optimization):
+        with raise_on_all_ranks(self.accelerator):
+            size = self.config.rollout.group_size
+            parts = split_updates(batch, self.config.optimization, size)
+        for part in parts:
             update = self.backward(part)
             if not updates:
                 self._check_ratio(update.ratio_deviation, iteration)

@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "flow_dppo": ("ping2026flowdppo",),
     "grpo_guard": ("wang2025grpoguard", "liu2025flowgrpo"),
     "tempflow_grpo": ("he2025tempflow",),
+    "branch_grpo": ("li2025branchgrpo",),
     "base": (),
     "checkpoint": (),
 }

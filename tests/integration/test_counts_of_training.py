@@ -30,6 +30,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": {"name": "mix_grpo", "window_size": 1, "interval": 1, "post_window_ratio": 0.9},
     },
     "dance_grpo": {"method": {"name": "dance_grpo"}, "optimization": {"updates_per_iteration": 2}},
+    "branch_grpo": {
+        "method": {"name": "branch_grpo", "pruned_depths": [5], "trained_leaves": 0.5},
+        "optimization": {"updates_per_iteration": 2},
+    },
     "flow_grpo, KL": {
         "method": {"name": "flow_grpo", "shared_initial_noise": False},
         "optimization": {"kl_coefficient": 0.1, "updates_per_iteration": 4, "ema_decay": 0.9},

@@ -135,7 +135,7 @@ def test_training_raises_the_reward_it_trains_on(
         smoke_assets,
         **preset,
         grid={"steps": 6},
-        rollout={"group_size": 6, "prompts_per_iteration": 4},
+        rollout={"group_size": 8 if method == "branch_grpo" else 6, "prompts_per_iteration": 4},
         optimization=settings,
         validation={
             "file": str(smoke_assets / "prompts" / "test.txt"),

@@ -41,7 +41,7 @@ def test_counts_are_those_of_committed_runs(experiment: str, seed: int) -> None:
         assert counts == {counter: cost[counter] for counter in counts}, cell.key
 
 
-SHAPE = RolloutShape(steps=9, group_size=3, iterations=24)
+SHAPE = RolloutShape(steps=9, group_size=4, iterations=24)
 
 
 @pytest.mark.parametrize("name", method_names())

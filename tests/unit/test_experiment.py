@@ -122,6 +122,11 @@ RELEASED: dict[str, dict[str, Any]] = {
         "objective.threshold": 1e-5, "rollout.group_size": 16, "grid.steps": 10,
         "optimization.updates_per_iteration": 2, "optimization.weight_decay": 0.0,
     },
+    "branch_grpo": {
+        "grid.steps": 20, "rollout.group_size": 16, "method.split_steps": (0, 3, 6, 9),
+        "method.eta": 0.3, "optimization.clip_range": 1e-3, "optimization.iterations": 300,
+        "optimization.learning_rate": 1e-5, "rollout.prompts_per_iteration": 16,
+    },
     "tempflow_grpo": {
         "method.weight_scale": 1.73, "method.eta": 0.9, "rollout.group_size": 6, "grid.steps": 10,
         "advantage.ddof": 0, "optimization.kl_coefficient": 0.004,

@@ -261,7 +261,10 @@ def test_flow_form_of_the_diffusion_and_everything_recorded_is_trained(
 
 
 def test_methods_are_the_files_of_the_package() -> None:
-    coded = ["dance_grpo", "flow_grpo", "flow_grpo_fast", "g2rpo", "mix_grpo", "tempflow_grpo"]
+    coded = [
+        "branch_grpo", "dance_grpo", "flow_grpo", "flow_grpo_fast", "g2rpo", "mix_grpo",
+        "tempflow_grpo",
+    ]  # fmt: skip
     assert method_names() == sorted([*coded, "ode"])  # a rollout without presets
     assert set(preset_names()) == {
         *coded, "flow_cps", "flow_dppo", "grpo_guard", "mix_grpo_flash", "mix_grpo_flash_star"

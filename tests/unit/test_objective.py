@@ -360,7 +360,7 @@ def test_updates_split_the_samples(
     updates: int, trained: Sequence[Sequence[Sequence[int]]]
 ) -> None:
     batch = collect(trained)
-    found = split_updates(batch, OptimizationConfig(updates_per_iteration=updates))
+    found = split_updates(batch, OptimizationConfig(updates_per_iteration=updates), GROUP)
     assert len(found) == updates
     seen: set[tuple[int, int, int]] = set()
     for index, update in enumerate(found):
@@ -418,7 +418,7 @@ def test_a_step_is_weighted_after_the_objective(size: int) -> None:
     by_step = doubles([2.0, 0.5, 0.1])
     weight = by_step[torch.tensor(batch.steps)][batch.state_of]
     found, gradient = batched_update(replace(batch, step_weight=weight), size)
-    parts = split_updates(batch, OptimizationConfig(update_every="timestep"))
+    parts = split_updates(batch, OptimizationConfig(update_every="timestep"), GROUP)
     separate = [batched_update(part, 100) for part in parts]
     expected = sum(float(w) * one for w, (one, _) in zip(by_step, separate, strict=True)) / 3
     assert found == pytest.approx(expected, rel=1e-10)
@@ -441,7 +441,7 @@ def test_loss_and_gradient_equal_the_loop_at_every_micro_batch_size(
     config: OptimizationConfig, trained: Sequence[Sequence[Sequence[int]]]
 ) -> None:
     batch = collect(trained)
-    updates = split_updates(batch, config)
+    updates = split_updates(batch, config, GROUP)
     if config.update_every == "timestep":
         assert [{step for step, _, _ in keys(one)} for one in updates] == [{0}, {1}, {2}]
     for update in updates:

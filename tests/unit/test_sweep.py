@@ -15,7 +15,15 @@ from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
 from g2rpo.flow.sweep import INITIAL_NOISE, RecordedStep, Sweep, SweepSettings, sweep
 from g2rpo.flow.transition import Kernel, per_state, transition_mean, transitions
-from g2rpo.methods import dance_grpo, flow_grpo, flow_grpo_fast, g2rpo, mix_grpo, tempflow_grpo
+from g2rpo.methods import (
+    branch_grpo,
+    dance_grpo,
+    flow_grpo,
+    flow_grpo_fast,
+    g2rpo,
+    mix_grpo,
+    tempflow_grpo,
+)
 from g2rpo.methods.base import Method, RolloutShape
 
 PROMPTS, TOKENS, CHANNELS = 2, 4, 6
@@ -97,14 +105,22 @@ class Naive:
         return x + self.velocity(x, node, prompt) * (self.sigma(target) - self.sigma(node))
 
     def sde(
-        self, x: Tensor, node: int, g: float, prompt: int, sample: int, *, record: bool = True
+        self,
+        x: Tensor,
+        node: int,
+        g: float,
+        prompt: int,
+        sample: int,
+        *,
+        record: bool = True,
+        scale: float = 1.0,
     ) -> Tensor:
         """Drift and score written apart, the density from torch.distributions."""
         sigma, dt = self.sigma(node), self.sigma(node + 1) - self.sigma(node)
         v = self.velocity(x, node, prompt)
         score = -(x - (x - sigma * v) * (1 - sigma)) / sigma**2
         mean = x + v * dt - 0.5 * g**2 * score * dt
-        std = g * math.sqrt(-dt)
+        std = scale * g * math.sqrt(-dt)
         after = mean + std * noise(prompt, sample, node).to(self.dtype)
         if record:
             density = torch.distributions.Normal(mean, std).log_prob(after).mean()
@@ -149,6 +165,19 @@ class Naive:
                 last = self.steps - 1
                 image = x - self.sigma(last) * self.velocity(x, last, prompt)
                 self.images[prompt, None, 0].append(image)
+
+    def branch_grpo(self, eta: float, splits: tuple[int, ...], scale: float) -> None:
+        """Each leaf's whole path, with the noise of the first leaf below each of its nodes."""
+        for prompt in range(PROMPTS):
+            for leaf in range(self.samples):
+                x, below, last = self.start(prompt), self.samples, self.steps - 1
+                for node in range(self.steps):
+                    image = x - self.sigma(last) * self.velocity(x, last, prompt)
+                    below //= 2 if node in splits else 1
+                    first, larger = leaf - leaf % below, scale if node in splits else 1.0
+                    x = self.sde(x, node, eta, prompt, first, scale=larger)
+                for node in range(self.steps):
+                    self.images[prompt, node, 0].append(image)
 
     def mix_grpo(self, eta: float, window: tuple[int, ...]) -> None:
         for prompt in range(PROMPTS):
@@ -239,7 +268,7 @@ def compare(tree: RolloutTree, swept: Sweep, naive: Naive) -> None:
     assert not naive.images
 
     for step in swept.recorded:
-        assert len(step.samples) == len(step.source_of) == naive.samples
+        assert len(step.samples) == len(step.source_of)
         for prompt in range(PROMPTS):
             for row, sample in enumerate(step.samples):
                 before, after, density = naive.recorded.pop((prompt, step.step, sample))
@@ -335,6 +364,18 @@ def test_tempflow_grpo_equals_the_naive_loop(dtype: torch.dtype) -> None:
     compare(tree, swept, naive)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_branch_grpo_equals_the_naive_loop(scale: float, dtype: torch.dtype) -> None:
+    method = branch_grpo.BranchGRPO(split_steps=(0, 2, 3), split_noise_scale=scale)
+    tree, swept, model = run(method, RolloutShape(6, 8, 10), dtype)
+    assert model.rows == swept.velocity_evaluations == PROMPTS * (1 + 2 * 2 + 4 + 2 * 8)
+    naive = Naive(ToyTransformer(dtype), grid_of(6).timesteps, 8, dtype)
+    naive.branch_grpo(0.3, (0, 2, 3), scale)
+    assert [len(step.samples) for step in swept.recorded] == [2, 2, 4, 8, 8, 8]
+    compare(tree, swept, naive)
+
+
 def test_a_recorded_step_without_noise_is_refused() -> None:
     tree = RolloutTree(4)
     image = tree.trajectories(tree.initial_group(2, shared=True), range(4), range(4))
@@ -365,13 +406,17 @@ METHODS: dict[str, Callable[[], Method]] = {
     "flow_grpo": lambda: flow_grpo.FlowGRPO(shared_initial_noise=False),
     "flow_grpo_fast": lambda: flow_grpo_fast.FlowGRPOFast(kernel="cps"),
     "tempflow_grpo": tempflow_grpo.TempFlowGRPO,
+    "branch_grpo": branch_grpo.BranchGRPO,
+    "branch_grpo, scaled": lambda: branch_grpo.BranchGRPO(
+        split_steps=(0, 3), split_noise_scale=4.0
+    ),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", METHODS)
 def test_results_do_not_depend_on_the_micro_batch(name: str, dtype: torch.dtype) -> None:
-    shape = RolloutShape(8, 5, 50)
+    shape = RolloutShape(8, 4, 50)
     _, reference, _ = run(METHODS[name](), shape, dtype, iteration=10, micro_batch=64)
     for micro_batch in (1, 3, 7):
         _, other, model = run(METHODS[name](), shape, dtype, iteration=10, micro_batch=micro_batch)
@@ -478,7 +523,7 @@ def repeated_log_prob(step: RecordedStep, model: ToyTransformer, time: float) ->
 @pytest.mark.parametrize("name", METHODS)
 def test_the_ratio_is_exactly_one_when_the_forward_is_repeated(name: str) -> None:
     grid = grid_of(8)
-    _, swept, model = run(METHODS[name](), RolloutShape(8, 5, 50), torch.float32)
+    _, swept, model = run(METHODS[name](), RolloutShape(8, 4, 50), torch.float32)
     assert swept.recorded
     for step in swept.recorded:
         assert not step.log_prob.requires_grad
