@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread, and the tiny models of the smoke profile."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from hypothesis import settings
 # The same examples everywhere, however long a busy machine takes for one.
 settings.register_profile("g2rpo", deadline=None, derandomize=True)
 settings.load_profile("g2rpo")
+
+
+def pytest_collection_finish() -> None:
+    """Spares all later garbage collections the libraries' objects, which stay."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

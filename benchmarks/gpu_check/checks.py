@@ -327,8 +327,8 @@ def speed(place: Place) -> Measured:
 
 
 def _reset_peak(place: Place) -> None:
-    gc.collect()
     if place.device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

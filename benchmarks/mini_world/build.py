@@ -292,11 +292,13 @@ def build(
 
 
 def _workers(processes: int) -> Executor:
-    """Workers that build parts: fresh processes, or one thread of this process."""
+    """Workers that build parts: processes, or one thread of this process."""
     if processes == 1:
         return ThreadPoolExecutor(1, initializer=partial(torch.set_num_threads, 1))
-    # A forked process would inherit PyTorch's threads.
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _prepare_process)
+    # Forked from a server that has imported the libraries, and has none of PyTorch's threads yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(processes, context, _prepare_process)
 
 
 def _prepare_process() -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from benchmarks.speed import iteration, plain_loop
 from benchmarks.speed.original import Plan
 from benchmarks.speed.sizes import SIZES, FluxShape, size_named, write_flux
+from benchmarks.speed.stopwatch import CEILING_SIDE
 from g2rpo.errors import UserError
 from g2rpo.flow.transition import Transition
 from g2rpo.methods.base import RolloutShape
@@ -40,6 +41,7 @@ def test_all_executions_give_the_same_rewards(
 ) -> None:
     size = SIZES["tiny"]
     monkeypatch.setitem(vars(size), "every_batched", 2)
+    monkeypatch.setitem(CEILING_SIDE, "cpu", 64)
     done = CliRunner().invoke(
         APP, ["--size", "tiny", "--repeats", "1", "--output", str(tmp_path)], catch_exceptions=False
     )
