@@ -28,12 +28,13 @@ from torch import Tensor
 from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.checksums import parse_document, write_document
 from g2rpo.data.prompts import Prompt
+from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import credited_to, recorded_steps
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.methods.base import iterations_by_rollout
 from g2rpo.progress import ProgressReport
 from g2rpo.stop import StopRequest
-from g2rpo.training.batch import training_batch
+from g2rpo.training.batch import TransitionBatch, training_batch
 from g2rpo.training.collective import sum_over_ranks
 from g2rpo.training.loop import Trainer
 from g2rpo.training.measuring import GradientMoments
@@ -243,7 +244,10 @@ def step_gradients(
     trainer: Trainer, rollout: Rollout, prompts: list[Prompt]
 ) -> dict[int, tuple[int, list[Tensor]]]:
     """For each step, its number of trained transitions and the gradient of their mean loss."""
-    batch = training_batch(rollout, prompts, trainer.config, trainer.advantages(rollout))
+    trained = training_batch(rollout, prompts, trainer.config, trainer.advantages(rollout))
+    if not isinstance(trained, TransitionBatch):
+        raise UserError("credit compares stochastic steps; leave out cells that train images")
+    batch, _ = trainer.updater.with_frozen(trained)
     step_of = torch.tensor(batch.steps)[batch.state_of]
     gradients = {}
     for step in sorted(set(batch.steps)):

@@ -29,7 +29,7 @@ from g2rpo.checksums import parse_document, write_document
 from g2rpo.config import StrictModel, validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_bytes, sha256_file
-from g2rpo.training.checkpoint.folder import BACKWARD_EVALUATIONS
+from g2rpo.training.checkpoint.folder import equal_cost
 
 Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$")]
 """A row's key, such as ``base`` or ``hps/g2rpo``; safe in file names."""
@@ -62,8 +62,9 @@ class Cost(StrictModel):
 
     @property
     def equal_cost_evaluations(self) -> int:
-        """Rollout NFE plus three times the backwards, for compute-matched comparisons."""
-        return self.rollout_evaluations + BACKWARD_EVALUATIONS * self.training_backwards
+        """See :func:`g2rpo.training.checkpoint.folder.equal_cost`."""
+        costs = (self.rollout_evaluations, self.training_forwards, self.training_backwards)
+        return int(equal_cost(*costs))
 
 
 class Protocol(StrictModel):

@@ -144,6 +144,12 @@ class RolloutTree:
         )
 
     @property
+    def image_groups(self) -> list[int]:
+        """Indices of the groups that compare single images, without repetitions."""
+        single = [(i, group.images) for i, group in enumerate(self.groups) if group.share == 1]
+        return sorted({images: i for i, images in reversed(single)}.values())
+
+    @property
     def velocity_evaluations(self) -> int:
         """Velocity evaluations (NFE) of one walk per prompt: one per state with successors."""
         return len({state.parent for state in self.states if state.parent is not None})

@@ -6,7 +6,7 @@ import pkgutil
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -42,6 +42,9 @@ class Method(StrictModel):
     A method is a file in :mod:`g2rpo.methods` with a subclass whose ``name`` is that of the file.
     The training loop uses only these members.
     """
+
+    records_transitions: ClassVar[bool] = True
+    """Whether the rollout has stochastic steps to train."""
 
     name: str
     eta: float = Field(0.7, gt=0)

@@ -293,10 +293,10 @@ def step_advantages(
 
 @dataclass(frozen=True)
 class TransitionAdvantages:
-    """The advantages of all stochastic transitions.
+    """The advantages of all stochastic transitions, or of all images.
 
     Attributes:
-        by_step: for each recorded step, [P, G] float64.
+        by_step: for each recorded step, or for each group of images, [P, G] float64.
         zero_std_groups: for each reward, how many groups had equal rewards.
     """
 
@@ -330,3 +330,15 @@ def transition_advantages(
     of_groups = group_advantages(rewards, weights, config, groups)
     by_step = [step_advantages(of_groups.values, groups, step, config) for step in steps]
     return TransitionAdvantages(tuple(by_step), of_groups.zero_std_groups)
+
+
+def image_advantages(
+    rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], config: AdvantageConfig
+) -> TransitionAdvantages:
+    """The advantages of the images of every group, each from its own group's rewards.
+
+    Args: as :func:`transition_advantages`.
+    """
+    count = next(iter(rewards.values())).shape[1]
+    apart = [Group((), place) for place in range(count)]
+    return transition_advantages(rewards, weights, apart, range(count), config)

@@ -22,7 +22,9 @@ from g2rpo.policy.kernels import Attention
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name
 from g2rpo.training.advantages import AdvantageConfig
-from g2rpo.training.objective import AnyObjective, Clipped, parse_objective
+from g2rpo.training.forward import ForwardObjective, FrozenPolicy
+from g2rpo.training.objective import Clipped
+from g2rpo.training.objectives import AnyObjective, parse_objective
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -76,8 +78,8 @@ class OptimizationConfig(StrictModel):
     """Ends the run early, after the iteration in which the device-seconds of all ranks reach this.
     The result then depends on the machine; null sets no limit."""
     max_equal_cost: int | None = unhashed(None, ge=1)
-    """Ends the run early, after the iteration in which rollout evaluations plus three times the
-    backwards, over all ranks, reach this; null sets no limit."""
+    """Ends the run early, after the iteration in which rollout evaluations, training forwards and
+    twice the backwards, over all ranks, reach this; null sets no limit."""
     optimizer: Literal["adamw", "adamw_8bit"] = unhashed("adamw")
     """``adamw_8bit`` keeps AdamW's two moments in 8 bits (torchao), a quarter of their memory."""
     learning_rate: float = Field(2e-6, gt=0)
@@ -89,7 +91,8 @@ class OptimizationConfig(StrictModel):
     """The ratio is clipped to 1 +- this (released flag ``--clip_range 1e-4``), except by the
     objective ``dppo``."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Weight of the KL to the frozen base, per trained step; with 0 the base is not loaded."""
+    """Weight of the KL to the frozen base, per trained step; on the forward process, of the mean
+    squared difference of the velocities."""
     update_every: Literal["iteration", "timestep"] = "iteration"
     """``iteration``: one update on the mean loss of all trained steps.
     ``timestep``: one update per trained step, with its loss undivided (released HPS script)."""
@@ -198,7 +201,8 @@ class TrainConfig(StrictModel):
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     objective: Annotated[AnyObjective, BeforeValidator(parse_objective)] = unhashed(Clipped())
-    """The loss of a transition: ``clipped``, ``guard`` or ``dppo``."""
+    """The loss: of transitions (``clipped``, ``guard``, ``dppo``), or of images on the forward
+    process (``nft``, ``awm``, ``dgpo``)."""
     optimization: OptimizationConfig = OptimizationConfig()
     validation: ValidationConfig | None = None
     pictures: PicturesConfig | None = unhashed(None)
@@ -213,9 +217,19 @@ class TrainConfig(StrictModel):
             self.grid.steps, self.rollout.group_size, self.optimization.iterations, self.seed
         )
 
+    @property
+    def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
+        """The policies without training whose velocities the loss needs."""
+        objective, optimization = self.objective, self.optimization
+        needed: set[FrozenPolicy] = {"base"} if optimization.kl_coefficient > 0 else set()
+        if isinstance(objective, ForwardObjective):
+            needed |= {*objective.frozen(optimization.updates_per_iteration)}
+        return tuple(sorted(needed))
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.method.check(self.shape)
+        self._check_objective()
         if (
             self.approximate_rollout is not None
             and self.approximate_rollout.merged_lora
@@ -255,6 +269,29 @@ class TrainConfig(StrictModel):
                 "which trains different steps for each sample; use iteration"
             )
         return self
+
+    def _check_objective(self) -> None:
+        """Rejects an objective that this rollout or its updates do not suit."""
+        objective, name = self.objective, f"objective.name={self.objective.name}"
+        if not isinstance(objective, ForwardObjective):
+            if not self.method.records_transitions:
+                raise ValueError(
+                    f"{name} trains stochastic steps, but method.name={self.method.name} has none; "
+                    "use objective.name=nft, awm or dgpo, or another method"
+                )
+            return
+        objective.times.check(self.grid.steps)
+        if "signal_to_noise" in self.method.measures(0):
+            raise ValueError(f"method.adaptive_steps needs an objective on transitions, not {name}")
+        if self.optimization.update_every == "timestep":
+            raise ValueError(f"{name} needs optimization.update_every: iteration")
+        if objective.compares_groups and self.optimization.updates_per_iteration > 1:
+            raise ValueError(
+                f"{name} compares the images of a whole group; use "
+                "optimization.updates_per_iteration: 1"
+            )
+        if objective.old is None and "old" in self.frozen_policies:
+            raise ValueError(f"{name} needs objective.old")
 
     def notes(self) -> list[str]:
         """Notes on this configuration for the user."""

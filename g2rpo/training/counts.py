@@ -9,8 +9,9 @@ import torch
 
 from g2rpo.flow.rollout_tree import RolloutTree, recorded_steps
 from g2rpo.methods.base import Method, RolloutShape, iterations_by_rollout
-from g2rpo.training.checkpoint.folder import BACKWARD_EVALUATIONS
+from g2rpo.training.checkpoint.folder import equal_cost
 from g2rpo.training.config import TrainConfig, ValidationConfig
+from g2rpo.training.forward import ForwardObjective
 
 DRAWS = 256
 """Groups over which a random choice of trained steps is averaged."""
@@ -25,7 +26,7 @@ class TrainingCounts:
 
     Attributes:
         rollout_evaluations: velocity evaluations (NFE) in rollouts.
-        training_forwards: states that go through a training forward (and, with a KL, the base's).
+        training_forwards: states that go through a forward in training, also of frozen policies.
         training_backwards: states that go through a backward. Exact, except when each sample trains
             a random part of its steps and samples share states: then it is an average.
         images_scored: images decoded and scored in rollouts.
@@ -38,22 +39,32 @@ class TrainingCounts:
 
     @property
     def equal_cost_evaluations(self) -> int:
-        """Rollout NFE plus three times the backwards."""
-        return self.rollout_evaluations + BACKWARD_EVALUATIONS * self.training_backwards
+        """See :func:`equal_cost`."""
+        costs = (self.rollout_evaluations, self.training_forwards, self.training_backwards)
+        return int(equal_cost(*costs))
 
 
 def training_counts(config: TrainConfig) -> TrainingCounts:
     """The counters of a run of ``config``."""
-    method, prompts = config.method, config.rollout.prompts_per_iteration
-    evaluations, images, states = _counts_of_prompt(
+    method, objective = config.method, config.objective
+    times = 0
+    if isinstance(objective, ForwardObjective):
+        times = objective.times.number(config.grid.steps)
+    evaluations, images, updated, states = _counts_of_prompt(
         type(method),
         method.model_dump_json(),
         replace(config.shape, seed=0),
         _samples_per_update(config),
+        times,
     )
-    backwards = round(prompts * states)
-    with_base = 2 if config.optimization.kl_coefficient > 0 else 1
-    return TrainingCounts(prompts * evaluations, with_base * backwards, backwards, prompts * images)
+    backwards = updated
+    forwards = backwards + len(config.frozen_policies) * states
+    if isinstance(objective, ForwardObjective) and objective.compares_groups:
+        small = config.execution.training_micro_batch < config.rollout.group_size
+        forwards += states if small else 0
+    prompts = config.rollout.prompts_per_iteration
+    of_all = (prompts * count for count in (evaluations, forwards, backwards, images))
+    return TrainingCounts(*(round(count) for count in of_all))
 
 
 def iterations_within(config: TrainConfig, cost: Callable[[TrainingCounts], int], most: int) -> int:
@@ -81,11 +92,15 @@ def validations(config: ValidationConfig | None, iterations: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _counts_of_prompt(
-    kind: type[Method], settings: str, shape: RolloutShape, samples: int | None
-) -> tuple[int, int, float]:
-    """Evaluations, images and trained states over all iterations, with one prompt per iteration."""
+    kind: type[Method], settings: str, shape: RolloutShape, samples: int | None, times: int
+) -> tuple[int, int, float, float]:
+    """Evaluations, images, and states trained, of one prompt per iteration over all iterations.
+
+    The states are counted once in each update, and once in each iteration. With ``times`` they are
+    the images of all groups, each noised to so many times.
+    """
     method = kind.model_validate_json(settings)
-    evaluations, images, states = 0, 0, 0.0
+    evaluations, images, updated, states = 0, 0, 0.0, 0.0
     # The number of iterations decides on their phases, and on no phase's tree.
     alone = replace(shape, iterations=1)
     for iteration, count in iterations_by_rollout(method, shape).items():
@@ -93,19 +108,31 @@ def _counts_of_prompt(
         rollout = _counts_of_rollout(kind, settings, alone, samples, phase)
         evaluations += count * rollout.evaluations
         images += count * rollout.images
-        states += count * rollout.trained
+        updated += count * (times * rollout.members if times else rollout.updated)
+        states += count * (times * rollout.members if times else rollout.states)
         if "signal_to_noise" in method.measures(iteration):
-            states += count * rollout.steps
-    return evaluations, images, states
+            updated += count * rollout.steps
+    return evaluations, images, updated, states
 
 
 @dataclass(frozen=True)
 class _Rollout:
-    """The evaluations, images, trained states and recorded steps of one prompt's rollout."""
+    """What one prompt's rollout has.
+
+    Attributes:
+        evaluations: velocity evaluations.
+        images: distinct images.
+        members: images of all groups that compare images.
+        updated: trained states, counted once in each update.
+        states: trained states.
+        steps: recorded steps.
+    """
 
     evaluations: int
     images: int
-    trained: float
+    members: int
+    updated: float
+    states: float
     steps: int
 
 
@@ -119,15 +146,16 @@ def _counts_of_rollout(
     return _Rollout(
         tree.velocity_evaluations,
         len(tree.images),
-        _mean_trained_states(method, tree, shape, samples),
+        sum(len(tree.groups[place].images) for place in tree.image_groups),
+        *_mean_trained_states(method, tree, shape, samples),
         len(recorded_steps(tree)),
     )
 
 
 def _mean_trained_states(
     method: Method, tree: RolloutTree, shape: RolloutShape, samples: int | None
-) -> float:
-    """Average number of states that go through a forward, counted once in each update."""
+) -> tuple[float, float]:
+    """Average number of trained states, counted once in each update and once in all of them."""
     steps, group_size = recorded_steps(tree), shape.group_size
     # How many are selected does not depend on the advantages.
     advantages = torch.arange(group_size, dtype=torch.float64)[None]
@@ -146,14 +174,16 @@ def _mean_trained_states(
             continue
         update = 0 if samples is None else state.sample // samples
         transitions.append((state.step, state.sample, (update, state.parent)))
-    total = 0
+    updated = once = 0
     for draw in range(DRAWS):
         keys = [(f"{draw:06d}", sample) for sample in range(group_size)]
         trained = [method.trained_steps(steps, 0, 0, key) for key in keys]
-        total += len({key for step, sample, key in transitions if step in trained[sample]})
-        if all(len(chosen) == len(steps) for chosen in trained):
-            return total / (draw + 1)  # nothing is random
-    return total / DRAWS
+        chosen = {key for step, sample, key in transitions if step in trained[sample]}
+        updated += len(chosen)
+        once += len({state for _, state in chosen})
+        if all(len(own) == len(steps) for own in trained):  # nothing is random
+            return updated / (draw + 1), once / (draw + 1)
+    return updated / DRAWS, once / DRAWS
 
 
 def _samples_per_update(config: TrainConfig) -> int | None:

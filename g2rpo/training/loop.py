@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from g2rpo.rewards.base import RewardModel
 from g2rpo.rewards.registry import load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training.advantages import TransitionAdvantages
-from g2rpo.training.batch import TrainingBatch, rollout_advantages, training_batch
+from g2rpo.training.batch import TrainingBatch, TransitionBatch, rollout_advantages, training_batch
 from g2rpo.training.batch_sizes import BatchSizes
 from g2rpo.training.checkpoint.folder import Progress, writing
 from g2rpo.training.checkpoint.load import resume
@@ -46,6 +47,7 @@ from g2rpo.training.metrics import (
     iteration_row,
     iteration_sums,
 )
+from g2rpo.training.old_policy import OldPolicy
 from g2rpo.training.previews import save_previews
 from g2rpo.training.rollout import Rollout, RolloutEngine
 from g2rpo.training.update import Updater, UpdateStatistics
@@ -93,10 +95,12 @@ class Trainer:
         optimizer = build_optimizer(config.optimization, self.weights.parameters)
         decay = config.optimization.ema_decay
         self.ema = None if decay is None else EMAModel(self.weights.parameters, decay=decay)
-        state = TrainingState(config, run, self.weights, optimizer, self.ema)
+        settings = getattr(config.objective, "old", None)
+        self.old = None if settings is None else OldPolicy(settings, self.weights)
+        state = TrainingState(config, run, self.weights, optimizer, self.ema, self.old)
         self.optimizer, self.checkpoints = optimizer, CheckpointWriter(state)
         # Before a checkpoint is read: the KL's reference is the untrained policy.
-        self.updater = Updater(config, self.weights, optimizer, self.sizes)
+        self.updater = Updater(config, self.weights, optimizer, self.sizes, self.old)
         self.progress = resume(state, self.checkpoints.group)
         self.sizes.restore(vars(self.progress))
         self._saved, self._saved_at = self.progress.iteration, time.monotonic()
@@ -287,21 +291,35 @@ class Trainer:
         clock.end("scoring")
         advantages = self.advantages(rollout)
         batch = training_batch(rollout, prompts, self.config, advantages)
+        batch, frozen = self.updater.with_frozen(batch)
         measured = self.measure(rollout, batch)
         updates = self.updater.run(batch, prompts, iteration)
         if self.ema is not None:
             self.ema.step(self.weights.parameters)
+        if self.old is not None:
+            self.old.follow(self.optimizer_steps(iteration + 1))
         clock.end("training")
-        own = iteration_sums(rollout, batch, updates, measured, clock)
+        own = iteration_sums(rollout, batch, updates, [frozen, *measured], clock)
         sums = sum_over_ranks(self.accelerator, own)
         return self._count(sums, updates, advantages)
+
+    def optimizer_steps(self, iterations: int) -> int:
+        """Optimizer steps in the first ``iterations`` of an objective on the forward process."""
+        return iterations * self.config.optimization.updates_per_iteration
 
     def rollout(self, prompts: list[Prompt]) -> Rollout:
         """Draws and scores this rank's samples of the next iteration."""
         iteration = self.progress.iteration
         method, measurements = self.config.method, self.progress.measurements
         tree = method.rollout_tree(self.config.shape, iteration, measurements)
-        with raise_on_all_ranks(self.accelerator), self.weights.rollout():
+        old = self.old
+        if old is not None and not old.config.makes_rollouts(self.optimizer_steps(iteration)):
+            old = None
+        with (
+            nullcontext() if old is None else old.in_use(),
+            raise_on_all_ranks(self.accelerator),
+            self.weights.rollout(),
+        ):
             rollout = self.engine.run(tree, prompts, iteration)
         self.sizes.share_rollout()
         return rollout
@@ -319,6 +337,7 @@ class Trainer:
             found |= sum_over_ranks(self.accelerator, measure_agreement(rollout, self.config))
         if "signal_to_noise" in wanted:
             prompts = self.config.rollout.prompts_per_iteration
+            assert isinstance(batch, TransitionBatch)
             gradients, computed = measure_gradients(self.updater, batch, prompts)
             found |= gradients
         if wanted:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from g2rpo.flow.rollout_tree import recorded_steps
 from g2rpo.methods.adaptive import pairs
 from g2rpo.training.advantages import group_advantages
-from g2rpo.training.batch import TrainingBatch
+from g2rpo.training.batch import TransitionBatch
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.rollout import Rollout
 from g2rpo.training.update import Updater, UpdateStatistics
@@ -68,7 +68,7 @@ def squared_length(parts: Sequence[Tensor]) -> float:
 
 
 def measure_gradients(
-    updater: Updater, batch: TrainingBatch, prompts: int
+    updater: Updater, batch: TransitionBatch, prompts: int
 ) -> tuple[dict[str, float], list[UpdateStatistics]]:
     """The signal and the noise of the gradient of each step in ``batch``.
 

@@ -54,7 +54,9 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
     parts["optimiser states"] = 2 * moment * trained / shared
     if settings.ema_decay is not None:
         parts["average of the weights"] = master * trained / shared
-    if settings.kl_coefficient > 0 and config.lora is None:
+    if "old" in config.frozen_policies:
+        parts["old policy"] = master * trained / shared
+    if "base" in config.frozen_policies and config.lora is None:
         parts["frozen base"] = (master if shared > 1 else computed) * trained / shared
     parts["activations"] = _activation_bytes(config, size)
     backward = parts["activations"] + parts.get("gathered blocks", 0.0)

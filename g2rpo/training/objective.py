@@ -1,14 +1,13 @@
-"""Objectives: the loss of each trained transition, chosen by name, and the KL penalty."""
+"""Objectives on recorded transitions: the loss of each, and the KL penalty."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from g2rpo.config import StrictModel, nearest
+from g2rpo.config import StrictModel
 from g2rpo.errors import UserError
 
 
@@ -48,21 +47,19 @@ class Transitions:
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
-    """Per-transition terms of the objective.
+    """An objective's terms for each of N transitions or noised images.
 
     Attributes:
         loss: [N].
-        ratio: the ratio that the objective limits, [N].
-        clipped: whether it is outside its limits [N] bool.
+        clipped: whether the objective limits it, [N] bool.
     """
 
     loss: Tensor
-    ratio: Tensor
     clipped: Tensor
 
 
-class Objective(StrictModel):
-    """Base class of objectives; its fields are the objective's configuration."""
+class TransitionObjective(StrictModel):
+    """Base class of objectives on transitions; its fields are the objective's configuration."""
 
     name: str
 
@@ -71,7 +68,7 @@ class Objective(StrictModel):
         raise NotImplementedError
 
 
-class Clipped(Objective):
+class Clipped(TransitionObjective):
     """PPO's clipped surrogate of the importance ratio."""
 
     name: Literal["clipped"] = "clipped"
@@ -82,7 +79,7 @@ class Clipped(Objective):
         return clipped_objective(new, old, transitions.advantage, clip_range)
 
 
-class Guard(Objective):
+class Guard(TransitionObjective):
     """GRPO-Guard: the clipped surrogate of a ratio with equal mean and spread at every step.
 
     The ratio is exp(std (log_prob - old_log_prob + b)) with b = :attr:`Transitions.divergence`,
@@ -117,10 +114,10 @@ class Guard(Objective):
             exponent = exponent + t.std.flatten() * (_mean_of_step(bias, t.steps) - bias)
         terms = clipped_ratio(torch.exp(exponent), t.advantage, clip_range)
         loss = terms.loss if self.published == "flow_factory" else terms.loss / t.duration
-        return ObjectiveTerms(loss, terms.ratio, terms.clipped)
+        return ObjectiveTerms(loss, terms.clipped)
 
 
-class DPPO(Objective):
+class DPPO(TransitionObjective):
     """Flow-DPPO: no clip; a transition beyond a divergence is dropped if its step would go further.
 
     The loss is 0 if the divergence from the rollout's step is at least the threshold and the ratio
@@ -140,30 +137,7 @@ class DPPO(Objective):
         dropped = (transitions.divergence.detach() >= self.threshold) & further
         # Not a product with the mask: a ratio that overflows is dropped too, and inf * 0 is NaN.
         loss = torch.where(dropped, torch.zeros_like(ratio), -advantage * ratio)
-        return ObjectiveTerms(loss, ratio.detach(), dropped)
-
-
-AnyObjective = Clipped | Guard | DPPO
-OBJECTIVES: dict[str, type[AnyObjective]] = {
-    kind.model_fields["name"].default: kind for kind in get_args(AnyObjective)
-}
-
-
-def parse_objective(value: Any) -> AnyObjective:
-    """Builds an objective from its configuration mapping, by its ``name``.
-
-    Raises:
-        ValueError: no name, or an unknown objective (with the closest match).
-        pydantic.ValidationError: a field is invalid.
-    """
-    if isinstance(value, Objective):
-        return value  # type: ignore[return-value]
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise ValueError("expected a mapping with a name: " + ", ".join(OBJECTIVES))
-    name = str(value["name"])
-    if name not in OBJECTIVES:
-        raise ValueError(f"no objective {name!r}; {nearest(name, OBJECTIVES)}")
-    return OBJECTIVES[name].model_validate(value)
+        return ObjectiveTerms(loss, dropped)
 
 
 def clipped_objective(
@@ -185,7 +159,7 @@ def clipped_ratio(ratio: Tensor, advantage: Tensor, clip_range: float) -> Object
     limited = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     advantage = advantage.to(ratio.dtype)
     loss = torch.maximum(-advantage * ratio, -advantage * limited)
-    return ObjectiveTerms(loss, ratio.detach(), (ratio.detach() - 1.0).abs() > clip_range)
+    return ObjectiveTerms(loss, (ratio.detach() - 1.0).abs() > clip_range)
 
 
 def transition_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:

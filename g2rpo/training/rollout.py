@@ -38,6 +38,8 @@ class Rollout:
         tree: the states of each prompt.
         conditioning: of the P prompts.
         recorded: the stochastic transitions.
+        latents: of all distinct images, at sigma = 0, [P, I, ...].
+        sigmas: the T + 1 noise levels of the grid.
         rewards: for each reward, the scores of all distinct images, [P, I] float32.
         velocity_evaluations: the number of velocity evaluations (NFE) over the P prompts.
         reused_evaluations: those answered by a step cache, without most of the blocks.
@@ -49,6 +51,8 @@ class Rollout:
     tree: RolloutTree
     conditioning: Conditioning
     recorded: tuple[RecordedStep, ...]
+    latents: Tensor
+    sigmas: tuple[float, ...]
     rewards: Mapping[str, Tensor]
     velocity_evaluations: int
     reused_evaluations: int = 0
@@ -150,6 +154,8 @@ class RolloutEngine:
             tree=tree,
             conditioning=conditioning,
             recorded=swept.recorded,
+            latents=swept.images,
+            sigmas=self.grid.sigmas,
             rewards=self._score(slices, len(tree.images), prompts, iteration),
             velocity_evaluations=swept.velocity_evaluations,
             reused_evaluations=0 if continuations is None else continuations.reused,

@@ -1,100 +1,44 @@
 """The optimiser steps of one iteration and the loss that they minimise."""
 
 import contextlib
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
-from g2rpo.flow.transition import per_state, transition_mean
 from g2rpo.policy import FluxPolicy
-from g2rpo.training.batch import TrainingBatch, split_updates
+from g2rpo.training.batch import (
+    Loss,
+    NoisedBatch,
+    TrainingBatch,
+    split_updates,
+    sums_of_groups,
+)
 from g2rpo.training.batch_sizes import BatchSizes
 from g2rpo.training.collective import raise_on_all_ranks
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.objective import Transitions, transition_kl
+from g2rpo.training.forward import ForwardObjective, FrozenPolicy
+from g2rpo.training.old_policy import OldPolicy
 from g2rpo.training.weights import TrainedWeights
 
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss of a batch and its terms.
-
-    Attributes:
-        loss: the sum over the batch's transitions, times its weight: the mean for a whole update.
-        log_prob: of each transition under the policy, [N].
-        ratio: exp(log_prob - log_prob at the rollout), [N].
-        clipped: whether the objective limits the transition, [N] bool.
-        kl: KL to the base, summed over transitions; None without a KL penalty.
-    """
-
-    loss: Tensor
-    log_prob: Tensor
-    ratio: Tensor
-    clipped: Tensor
-    kl: Tensor | None
+Batch = TypeVar("Batch", bound=TrainingBatch)
+Result = TypeVar("Result")
 
 
-def loss(
-    policy: FluxPolicy,
-    batch: TrainingBatch,
-    config: TrainConfig,
-    reference: FluxPolicy | None = None,
-) -> Loss:
-    """The objective of ``batch`` under ``policy``, with the KL penalty if configured.
-
-    Args:
-        policy: the trained policy.
-        batch: a whole update or a micro-batch of it.
-        config: objective, clip range and weight of the KL.
-        reference: the frozen base; by default the policy without its adapters.
-    """
-    settings, states = config.optimization, batch.states
-    state_of = batch.state_of.to(states.device)
-    chosen = batch.conditioning.select(batch.prompts.to(states.device))
-
-    velocity = policy.velocity(states, batch.times, chosen)
-    mean = transition_mean(states, velocity, batch.transitions)
-    std = per_state([law.std for law in batch.transitions], states)
-    transitions = _transitions(batch, mean, std, state_of)
-    value = transitions.log_prob
-    terms = config.objective.terms(transitions, settings.clip_range)
-    weighted = terms.loss if batch.step_weight is None else terms.loss * batch.step_weight
-    total, kl = weighted.sum(), None
-    if settings.kl_coefficient > 0:
-        base = policy if reference is None else reference
-        frozen = policy.lora_disabled() if reference is None else contextlib.nullcontext()
-        with torch.no_grad(), frozen:
-            base_mean = transition_mean(
-                states, base.velocity(states, batch.times, chosen), batch.transitions
-            )
-        kl = transition_kl(mean, base_mean, std)[state_of].sum()
-        total = total + settings.kl_coefficient * kl
-    ratio = torch.exp(value.detach() - batch.log_prob)
-    return Loss(total * batch.weight, value, ratio, terms.clipped, kl)
+def loss(policy: FluxPolicy, batch: TrainingBatch, config: TrainConfig) -> Loss:
+    """The objective of ``batch``, a whole update or a micro-batch of it, under ``policy``."""
+    return batch.loss(_velocity(policy, batch), config)
 
 
-def _transitions(batch: TrainingBatch, mean: Tensor, std: Tensor, state_of: Tensor) -> Transitions:
-    """What the objective sees of ``batch``, whose states' steps have ``mean`` and ``std``."""
-    after, mean, std = batch.next_latents, mean[state_of], std[state_of]
-    durations = [law.sigma - law.sigma_next for law in batch.transitions]
-    return Transitions(
-        # All steps of a run have the same kernel.
-        log_prob=batch.transitions[0].log_prob(after, mean, std),
-        old_log_prob=batch.log_prob,
-        advantage=batch.advantage.to(mean.device),
-        next_latents=after,
-        mean=mean,
-        old_mean=batch.old_means[state_of],
-        std=std,
-        duration=per_state(durations, batch.log_prob)[state_of].flatten(),
-        steps=torch.tensor(batch.steps)[batch.state_of],
-        whole_update=round(1 / batch.weight) == len(batch),
-    )
+def _velocity(policy: FluxPolicy, batch: TrainingBatch) -> Tensor:
+    chosen = batch.conditioning.select(batch.prompts.to(batch.states.device))
+    return policy.velocity(batch.states, batch.times, chosen)
 
 
 @dataclass
@@ -104,11 +48,11 @@ class UpdateStatistics:
     Attributes:
         loss: before the update.
         gradient_norm: before clipping, over all ranks.
-        ratio_deviation: largest ``|ratio - 1|``.
-        clipped: transitions limited by the objective.
-        transitions: transitions trained.
-        kl: KL to the base, summed over transitions.
-        forwards: states that went through a training forward (and, with a KL, the base's).
+        ratio_deviation: largest ``|ratio - 1|``; 0 if there is no ratio.
+        clipped: transitions or images limited by the objective.
+        transitions: transitions or noised images trained.
+        kl: penalty on the distance from the base, summed over them.
+        forwards: states that went through a forward, also of a frozen policy.
         backwards: states that went through a backward.
     """
 
@@ -124,14 +68,15 @@ class UpdateStatistics:
     def add(self, part: TrainingBatch, terms: Loss) -> None:
         """Adds a micro-batch after its backward."""
         self.loss += float(terms.loss.detach())
-        # A NaN must trip the ratio check, but Python's max() may drop it.
-        deviation = (terms.ratio - 1.0).abs().max()
-        worst = torch.maximum(deviation, deviation.new_tensor(self.ratio_deviation))
-        self.ratio_deviation = float(worst)
+        if terms.ratio is not None:
+            # A NaN must trip the ratio check, but Python's max() may drop it.
+            deviation = (terms.ratio - 1.0).abs().max()
+            worst = torch.maximum(deviation, deviation.new_tensor(self.ratio_deviation))
+            self.ratio_deviation = float(worst)
         self.clipped += int(terms.clipped.sum())
         self.transitions += len(part)
         self.kl += 0.0 if terms.kl is None else float(terms.kl.detach())
-        self.forwards += len(part.states) * (1 if terms.kl is None else 2)
+        self.forwards += len(part.states)
         self.backwards += len(part.states)
 
 
@@ -143,6 +88,7 @@ class Updater:
         weights: the trained weights.
         optimizer: their optimiser.
         sizes: states per training forward, halved when memory runs out.
+        old: the old policy, if the objective has one.
     """
 
     def __init__(
@@ -151,12 +97,45 @@ class Updater:
         weights: TrainedWeights,
         optimizer: torch.optim.Optimizer,
         sizes: BatchSizes,
+        old: OldPolicy | None = None,
     ) -> None:
         self.config, self.weights, self.policy = config, weights, weights.policy
         self.accelerator, self.optimizer, self.sizes = weights.accelerator, optimizer, sizes
+        self.old = old
         # With adapters the base is the transformer without them.
-        penalised = config.optimization.kl_coefficient > 0
-        self._reference = weights.reference() if penalised and config.lora is None else None
+        apart = "base" in config.frozen_policies and config.lora is None
+        self._base = weights.reference() if apart else None
+
+    def with_frozen(self, batch: Batch) -> tuple[Batch, UpdateStatistics]:
+        """``batch`` with the velocities of the frozen policies, and what that computed.
+
+        They stay the same for all updates of an iteration, so each state is evaluated once.
+        """
+        computed, frozen = UpdateStatistics(), {}
+        for name in self.config.frozen_policies:
+            with self._frozen(name) as policy:
+                frozen[name] = self._within_memory(functools.partial(self._evaluate, policy, batch))
+            computed.forwards += len(batch.states)
+        return replace(batch, frozen=frozen), computed
+
+    @contextlib.contextmanager
+    def _frozen(self, name: FrozenPolicy) -> Iterator[FluxPolicy]:
+        """A frozen policy, for evaluations within the block."""
+        if name == "old":
+            assert self.old is not None
+            with self.old.in_use():
+                yield self.policy
+        elif name == "start" or self._base is not None:
+            yield self.policy if name == "start" else self._base  # type: ignore[misc]
+        else:
+            with self.policy.lora_disabled():
+                yield self.policy
+
+    def _evaluate(self, policy: FluxPolicy, batch: TrainingBatch) -> Tensor:
+        """Velocities at the states of ``batch``, without a gradient."""
+        with torch.no_grad():
+            parts = batch.split(self.sizes.training.states)
+            return torch.cat([_velocity(policy, part) for part in parts])
 
     def run(
         self, batch: TrainingBatch, prompts: Sequence[Prompt], iteration: int
@@ -185,14 +164,19 @@ class Updater:
         If memory runs out on any rank, all of them start again with smaller micro-batches, and the
         statistics of the failed attempt are dropped.
         """
+        statistics = self._within_memory(functools.partial(self._accumulate, update))
+        self.weights.reduce_gradients()
+        return statistics
+
+    def _within_memory(self, compute: Callable[[], Result]) -> Result:
+        """``compute()``, with smaller micro-batches on all ranks if memory runs out on any."""
         while True:
-            statistics: UpdateStatistics | None = None
+            found: Result | None = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                statistics = self._accumulate(update)
-            if self.sizes.share_training(statistics is not None):
-                assert statistics is not None
-                self.weights.reduce_gradients()
-                return statistics
+                found = compute()
+            if self.sizes.share_training(found is not None):
+                assert found is not None
+                return found
             self.weights.drop_gradients()
 
     def gradient(self, update: TrainingBatch) -> tuple[UpdateStatistics, list[Tensor]]:
@@ -207,9 +191,21 @@ class Updater:
 
     def _accumulate(self, update: TrainingBatch) -> UpdateStatistics:
         """Runs forward and backward over all micro-batches of ``update``."""
-        statistics = UpdateStatistics()
-        for part in update.split(self.sizes.training.states):
-            terms = loss(self.policy, part, self.config, self._reference)
+        statistics, size = UpdateStatistics(), self.sizes.training.states
+        objective = self.config.objective
+        if isinstance(objective, ForwardObjective) and objective.compares_groups:
+            assert isinstance(update, NoisedBatch)
+            group_size = self.config.rollout.group_size
+            if size < group_size:
+                velocity = self._evaluate(self.policy, update)
+                terms_of_groups = update.group_terms(velocity, self.config)
+                sums = sums_of_groups(terms_of_groups, update.groups)
+                update = replace(update, group_sums=sums)
+                statistics.forwards += len(update)
+            else:
+                size -= size % group_size
+        for part in update.split(size):
+            terms = loss(self.policy, part, self.config)
             terms.loss.backward()
             statistics.add(part, terms)
         return statistics

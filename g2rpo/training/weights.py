@@ -201,6 +201,10 @@ class ShardedWeights(TrainedWeights):
     def drop_gradients(self) -> None:
         """See :meth:`TrainedWeights.drop_gradients`."""
         super().drop_gradients()
+        self.updated()
+
+    def updated(self) -> None:
+        """Drops gathered weights: the root's stay gathered after a forward without a backward."""
         for unit in _units(self.policy.transformer):
             unit.reshard()
 

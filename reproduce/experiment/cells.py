@@ -32,7 +32,7 @@ class Budget(StrictModel):
     evaluations_of: Key | None = None
     """A cell of the experiment: train for as many iterations as fit its rollouts' NFE."""
     cost_of: Key | None = None
-    """A cell of the experiment: train until rollout NFE plus three times the backwards is its."""
+    """A cell of the experiment: train until the equal cost (docs/mathematics.md) is its."""
     device_seconds: Literal["profile"] | float | None = None
     """End after the iteration that reaches this many device-seconds; ``profile``: the profile's."""
 

@@ -270,11 +270,12 @@ def checkpoint_disk(config: TrainConfig) -> tuple[int, int, int]:
     """Bytes of one checkpoint, the most that exist at a time, and the number written.
 
     A checkpoint has the trained weights, AdamW's two moments, and with EMA two more copies of the
-    weights, all in float32 at least.
+    weights, with an old policy one more, all in float32 at least.
     """
     size = model_size(config.policy)
     trained = size.parameters if config.lora is None else size.lora_parameters(config.lora)
     copies = 3 if config.optimization.ema_decay is None else 5
+    copies += "old" in config.frozen_policies
     settings, total = config.checkpoints, config.optimization.iterations
     before_last = range(settings.every, total, settings.every)
     return (

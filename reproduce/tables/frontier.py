@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from benchmarks.evaluation.results import Cell
 from benchmarks.evaluation.statistics import MIN_SEEDS
 from g2rpo.errors import UserError
-from g2rpo.training.checkpoint.folder import BACKWARD_EVALUATIONS
+from g2rpo.training.checkpoint.folder import equal_cost
 from reproduce.tables.figures import (
     FIGURE_STYLE,
     Band,
@@ -110,11 +110,12 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
 
 def _with_costs(curve: pd.DataFrame) -> pd.DataFrame:
     """A learning curve with every cost; the row before the first iteration has spent nothing."""
-    names = ["rollout_evaluations", "training_backwards", "device_seconds"]
+    counted = ["rollout_evaluations", "training_forwards", "training_backwards"]
+    names = [*counted, "device_seconds"]
     if not {*names} <= {*curve}:
         return curve
     costs = curve[names].where(curve["iteration"] > 0, 0.0)
-    both = costs["rollout_evaluations"] + BACKWARD_EVALUATIONS * costs["training_backwards"]
+    both = equal_cost(*(costs[name] for name in counted))
     return curve.assign(**{name: costs[name] for name in names}, equal_cost_evaluations=both)
 
 

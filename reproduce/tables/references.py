@@ -21,6 +21,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "grpo_guard": ("wang2025grpoguard", "liu2025flowgrpo"),
     "tempflow_grpo": ("he2025tempflow",),
     "branch_grpo": ("li2025branchgrpo",),
+    "diffusion_nft": ("zheng2025nft",),
+    "awm": ("xue2025awm",),
+    "dgpo": ("luo2025dgpo",),
     "base": (),
     "checkpoint": (),
 }

@@ -127,6 +127,23 @@ RELEASED: dict[str, dict[str, Any]] = {
         "method.eta": 0.3, "optimization.clip_range": 1e-3, "optimization.iterations": 300,
         "optimization.learning_rate": 1e-5, "rollout.prompts_per_iteration": 16,
     },
+    "diffusion_nft": {
+        "method.solver": "dpm2m", "objective.name": "nft", "objective.beta": 1.0,
+        "objective.old.limit": 0.5, "rollout.group_size": 24, "rollout.prompts_per_iteration": 48,
+        "advantage.normalizer": "global_std", "optimization.kl_coefficient": 1e-4,
+        "optimization.updates_per_iteration": 1, "grid.steps": 10,
+    },
+    "awm": {
+        "objective.name": "awm", "objective.surrogate": "ghuber", "objective.old.limit": 0.3,
+        "grid.steps": 14, "objective.times.count": 6, "optimization.clip_range": 1.0,
+        "optimization.kl_coefficient": 1e-4, "rollout.prompts_per_iteration": 24,
+    },
+    "dgpo": {
+        "objective.name": "dgpo", "objective.beta": 100.0, "objective.times.count": 4,
+        "objective.times.shared_noise": True, "objective.old.rollouts_after": 200,
+        "rollout.group_size": 16, "rollout.prompts_per_iteration": 8,
+        "optimization.clip_range": 1e-2, "optimization.kl_coefficient": 0.02,
+    },
     "tempflow_grpo": {
         "method.weight_scale": 1.73, "method.eta": 0.9, "rollout.group_size": 6, "grid.steps": 10,
         "advantage.ddof": 0, "optimization.kl_coefficient": 0.004,

@@ -266,9 +266,11 @@ def test_methods_are_the_files_of_the_package() -> None:
         "tempflow_grpo",
     ]  # fmt: skip
     assert method_names() == sorted([*coded, "ode"])  # a rollout without presets
-    assert set(preset_names()) == {
-        *coded, "flow_cps", "flow_dppo", "grpo_guard", "mix_grpo_flash", "mix_grpo_flash_star"
+    combined = {
+        "flow_cps", "flow_dppo", "grpo_guard", "diffusion_nft", "awm", "dgpo", "mix_grpo_flash",
+        "mix_grpo_flash_star",
     }  # fmt: skip
+    assert set(preset_names()) == {*coded, *combined}
     for name in method_names():
         method = parse_method({"name": name})
         assert method.name == name

@@ -19,18 +19,17 @@ from g2rpo.flow.transition import (
     per_state,
     transition_mean,
 )
-from g2rpo.training.batch import TrainingBatch, collect_transitions, split_updates
+from g2rpo.training.batch import TransitionBatch, collect_transitions, split_updates
 from g2rpo.training.config import OptimizationConfig, TrainConfig
 from g2rpo.training.objective import (
     DPPO,
-    AnyObjective,
     Clipped,
     Guard,
     Transitions,
     clipped_objective,
-    parse_objective,
     transition_kl,
 )
+from g2rpo.training.objectives import AnyObjective, parse_objective
 from g2rpo.training.update import loss
 
 CLIP = 1e-4
@@ -66,7 +65,6 @@ def test_loss_equals_the_loop_off_policy() -> None:
     for i, (log_ratio, _) in enumerate(CASES):
         expected = loop_loss(float(new[i]), float(old[i]), float(advantage[i]), CLIP)
         assert float(terms.loss[i]) == pytest.approx(expected, rel=1e-12, abs=1e-15)
-        assert float(terms.ratio[i]) == pytest.approx(math.exp(log_ratio), rel=1e-12)
         assert bool(terms.clipped[i]) == (abs(math.exp(log_ratio) - 1) > CLIP)
     assert 0 < int(terms.clipped.sum()) < len(CASES)
 
@@ -88,14 +86,6 @@ def test_a_nan_is_not_hidden_by_the_clip() -> None:
     for advantage in (1.0, -1.0):
         terms = clipped_objective(doubles([math.nan]), doubles([0.0]), doubles([advantage]), CLIP)
         assert torch.isnan(terms.loss).all()
-        assert torch.isnan(terms.ratio).all()
-
-
-def test_the_old_log_prob_and_ratio_carry_no_gradient() -> None:
-    new = doubles([0.2]).requires_grad_()
-    terms = clipped_objective(new, doubles([0.1]), doubles([1.0]), 0.5)
-    assert terms.loss.requires_grad
-    assert not terms.ratio.requires_grad
 
 
 # --- the other objectives ------------------------------------------------------------------------
@@ -199,7 +189,6 @@ def test_its_gradient_equals_finite_differences(objective: AnyObjective, loop: L
 def test_before_an_update_every_ratio_is_one_and_the_loss_the_advantage(cps: bool) -> None:
     for objective in (Clipped(), Guard(published="flow_factory"), DPPO()):
         terms = objective.terms(seen(OLD.clone(), cps=cps), 1e-6)
-        assert terms.ratio.eq(1).all()
         assert torch.equal(terms.loss, -WANTED)
         assert not terms.clipped.any()
 
@@ -310,7 +299,7 @@ class Toy:
         return torch.tanh(states @ WEIGHTS)
 
 
-def collect(trained: Sequence[Sequence[Sequence[int]]]) -> TrainingBatch:
+def collect(trained: Sequence[Sequence[Sequence[int]]]) -> TransitionBatch:
     return collect_transitions(RECORDED, BY_STEP, trained, cast(Any, Everything()))
 
 
@@ -345,7 +334,7 @@ def test_collected_transitions_are_the_trained_ones(
     assert not wanted
 
 
-def keys(batch: TrainingBatch) -> set[tuple[int, int, int]]:
+def keys(batch: TransitionBatch) -> set[tuple[int, int, int]]:
     found = {
         (batch.steps[state], int(batch.prompts[state]), int(sample))
         for state, sample in zip(batch.state_of.tolist(), batch.samples, strict=True)
@@ -374,7 +363,7 @@ def test_updates_split_the_samples(
     assert len(seen) == len(batch)
 
 
-def batched_update(update: TrainingBatch, size: int) -> tuple[float, Tensor]:
+def batched_update(update: TransitionBatch, size: int) -> tuple[float, Tensor]:
     """Loss and gradient of one update, one forward per micro-batch."""
     total = 0.0
     gradient = torch.zeros_like(WEIGHTS)

@@ -36,8 +36,14 @@ STATE = "state.json"
 """The file that completes a checkpoint."""
 COUNTED = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
 """The integer costs of :class:`Progress`."""
-BACKWARD_EVALUATIONS = 3
-"""Velocity evaluations that a backward counts as where costs are to be equal."""
+
+
+def equal_cost(rollout_evaluations: Any, training_forwards: Any, training_backwards: Any) -> Any:
+    """The cost in velocity evaluations, where costs are to be equal; a backward counts as two.
+
+    The arguments are numbers or columns of a table.
+    """
+    return rollout_evaluations + training_forwards + 2 * training_backwards
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Progress:
     Attributes:
         iteration: iterations done.
         rollout_evaluations: velocity evaluations (NFE) in rollouts.
-        training_forwards: states that went through a training forward.
+        training_forwards: states that went through a forward in training.
         training_backwards: states that went through a backward.
         images_scored: images scored by reward models (each image counts once).
         device_seconds: seconds times ranks.
@@ -73,8 +79,9 @@ class Progress:
 
     @property
     def equal_cost_evaluations(self) -> int:
-        """Rollout NFE plus three times the backwards."""
-        return self.rollout_evaluations + BACKWARD_EVALUATIONS * self.training_backwards
+        """See :func:`equal_cost`."""
+        costs = (self.rollout_evaluations, self.training_forwards, self.training_backwards)
+        return int(equal_cost(*costs))
 
     def spent(self, settings: "OptimizationConfig") -> float:
         """The share of its limit on cost that the run has used; 0 without a limit."""

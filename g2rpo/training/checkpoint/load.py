@@ -92,6 +92,10 @@ def _read_whole(state: TrainingState, folder: Path) -> Tensor | None:
         else:
             state.weights.policy.load_lora(folder / "lora")
     state.fill_optimizer(_load_tensors(folder / "optimizer.safetensors"))
+    if state.old is not None:
+        saved = _load_tensors(folder / "old_policy.safetensors")
+        for name, own in state.old_weights.items():
+            copy_whole(own, saved[name])
     if state.ema is None:
         return None
     tensors = _load_tensors(folder / "ema.safetensors")

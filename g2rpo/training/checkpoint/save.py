@@ -154,6 +154,8 @@ class CheckpointWriter:
             self._write_weights(temporary, "")
             states = {n: s.contiguous() for n, s in state.optimizer_states().items()}
             save_file(states, temporary / "optimizer.safetensors")
+            if state.old is not None:
+                save_file(state.old_weights, temporary / "old_policy.safetensors")
             if state.ema is not None:
                 averages: dict[str, Any] = dict(state.averages)
                 averages["optimization_step"] = torch.tensor(state.ema.optimization_step)

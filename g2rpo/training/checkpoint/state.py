@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from g2rpo.policy.checkpoint import copy_whole
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.old_policy import OldPolicy
 from g2rpo.training.weights import TrainedWeights
 
 
@@ -28,6 +29,7 @@ class TrainingState:
         weights: the trained weights.
         optimizer: their optimiser.
         ema: their exponential moving average, if kept.
+        old: the old policy, if the objective has one.
     """
 
     config: TrainConfig
@@ -35,6 +37,7 @@ class TrainingState:
     weights: TrainedWeights
     optimizer: torch.optim.Optimizer
     ema: EMAModel | None
+    old: OldPolicy | None = None
 
     @property
     def accelerator(self) -> Accelerator:
@@ -48,6 +51,14 @@ class TrainingState:
             return {}
         names = [name for name, _ in self.weights.named]
         return dict(zip(names, self.ema.shadow_params, strict=True))
+
+    @property
+    def old_weights(self) -> dict[str, Tensor]:
+        """The old policy's parameters, by name."""
+        if self.old is None:
+            return {}
+        names = [name for name, _ in self.weights.named]
+        return dict(zip(names, self.old.parameters, strict=True))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -72,6 +83,7 @@ class TrainingState:
         """The tensors of a sharded checkpoint, which share memory with the trained ones."""
         tensors = {f"weights.{name}": p.detach() for name, p in self.weights.named}
         tensors |= {f"optimizer.{name}": state for name, state in self.optimizer_states().items()}
+        tensors |= {f"old.{name}": value for name, value in self.old_weights.items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": average for name, average in self.averages.items()}
             tensors["ema.optimization_step"] = torch.tensor(self.ema.optimization_step)

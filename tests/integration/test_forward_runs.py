@@ -1,0 +1,162 @@
+"""Whole runs with objectives on the forward process: resumed, on two ranks, short of memory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import config_for, exhausted_memory, relative, run_to, trained_weights
+from training_runs import trainer_for
+from two_ranks import on_two_ranks
+
+from g2rpo.training.batch import NoisedBatch, training_batch
+from g2rpo.training.checkpoint.folder import checkpoint_folder
+from g2rpo.training.config import TrainConfig
+from g2rpo.training.loop import Trainer
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "nft": {"name": "nft", "old": {"slope": 0.3, "limit": 0.9}},
+    "awm": {"name": "awm", "times": {"count": 2}, "old": {"slope": 0.3, "limit": 0.9}},
+    "dgpo": {
+        "name": "dgpo",
+        "times": {"count": 2, "until": 1.0},
+        "old": {"slope": 0.3, "limit": 0.9, "rollouts_after": 2},
+    },
+}
+
+
+def config_of(assets: Path, name: str, **changes: Any) -> TrainConfig:
+    return config_for(
+        assets,
+        method={"name": "ode"},
+        objective=OBJECTIVES[name],
+        optimization={"clip_range": 0.01, "kl_coefficient": 0.1},
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_a_run_resumes_bit_for_bit_with_its_old_policy(
+    smoke_assets: Path, tmp_path: Path, name: str, lora: dict[str, Any] | None
+) -> None:
+    config = config_of(smoke_assets, name, lora=lora)
+    trainer = trainer_for(config, tmp_path / "run")
+    run_to(trainer, 2)
+    resumed = trainer_for(config, tmp_path / "run")
+    for one in (trainer, resumed):
+        one.iterate()
+    weights = [trained_weights(one) for one in (trainer, resumed)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert trainer.old is not None and resumed.old is not None
+    for mine, theirs in zip(trainer.old.parameters, resumed.old.parameters, strict=True):
+        assert torch.equal(mine, theirs)
+    assert any(
+        not torch.equal(mine, new)
+        for mine, new in zip(trainer.old.parameters, trainer.weights.parameters, strict=True)
+    )
+    saved = {path.name for path in checkpoint_folder(tmp_path / "run", 2).iterdir()}
+    assert "old_policy.safetensors" in saved
+
+
+def two_iterations(assets: Path, folder: Path, name: str, sharding: str) -> Trainer:
+    execution = {"sharding": sharding}
+    config = config_of(assets, name, policy={"dtype": "float64"}, execution=execution)
+    trainer = trainer_for(config, folder)
+    for _ in range(3):
+        trainer.iterate()
+    return trainer
+
+
+def write_weights(assets: Path, folder: Path, name: str, sharding: str) -> None:
+    trainer = two_iterations(assets, folder / "run", name, sharding)
+    weights = trained_weights(trainer)
+    if trainer.accelerator.is_main_process:
+        torch.save(weights, folder / "weights.pt")
+        counters = replace(trainer.progress, device_seconds=0)
+        (folder / "counters.json").write_text(json.dumps(vars(counters)))
+
+
+@pytest.mark.parametrize(
+    ("name", "sharding"),
+    [("nft", "replicated"), ("nft", "fsdp2"), ("awm", "replicated"), ("dgpo", "fsdp2")],
+)
+def test_two_ranks_train_as_one_does(
+    smoke_assets: Path, tmp_path: Path, name: str, sharding: str
+) -> None:
+    assert on_two_ranks(write_weights, smoke_assets, tmp_path, name, sharding) == 0
+    alone = two_iterations(smoke_assets, tmp_path / "alone", name, "replicated")
+    weights = trained_weights(alone)
+    start = trained_weights(
+        trainer_for(config_of(smoke_assets, name, policy={"dtype": "float64"}), tmp_path / "start")
+    )
+    both = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert relative(both, weights, start) < 1e-6
+    counters = json.loads((tmp_path / "counters.json").read_text())
+    assert counters == vars(replace(alone.progress, device_seconds=0))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_short_memory_halves_the_micro_batch_and_changes_nothing_else(
+    smoke_assets: Path, tmp_path: Path, name: str
+) -> None:
+    """Also where a micro-batch no longer holds the images of a group that are compared."""
+    changes = {"policy": {"dtype": "float64"}, "execution": {"training_micro_batch": 8}}
+    config = config_of(smoke_assets, name, **changes)
+    plenty, short = (trainer_for(config, tmp_path / run) for run in ("plenty", "short"))
+    start = trained_weights(plenty)
+    plenty.iterate()
+    with exhausted_memory(short.policy, 2) as asked:
+        row = short.iterate()
+    assert max(asked) > 2 and row["training_micro_batch"] == 2
+    assert relative(trained_weights(short), trained_weights(plenty), start) < 1e-6
+
+
+def test_images_of_the_same_key_are_noised_alike(smoke_assets: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(config_of(smoke_assets, "dgpo"), tmp_path)
+    prompts = trainer.local_prompts()
+    rollout = trainer.rollout(prompts)
+    batch = training_batch(rollout, prompts, trainer.config)
+    assert isinstance(batch, NoisedBatch)
+    size, slots = trainer.config.rollout.group_size, 2
+    assert len(batch) == len(prompts) * slots * size
+    times = batch.times.view(len(prompts), slots, size)
+    assert (times == times[:1, :, :1]).all()  # shared by the iteration
+    for row in range(len(batch)):
+        prompt, sample = int(batch.prompts[row]), int(batch.samples[row])
+        image = rollout.tree.images.index(rollout.tree.groups[0].images[sample])
+        clean, time = rollout.latents[prompt, image], float(batch.times[row])
+        noise = batch.target[row] + clean
+        torch.testing.assert_close(batch.states[row], (1 - time) * clean + time * noise)
+        first = row - sample  # the first image of the group at this time has the same noise
+        own = batch.target[first] + rollout.latents[prompt, 0]
+        torch.testing.assert_close(noise, own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"name": "clipped"}}, "method.name=ode has none"),
+        ({"optimization": {"update_every": "timestep"}}, "update_every: iteration"),
+        ({"optimization": {"updates_per_iteration": 3}}, "a whole group"),
+        ({"objective": OBJECTIVES["dgpo"] | {"old": None}}, "needs objective.old"),
+        (
+            {
+                "method": {
+                    "name": "g2rpo",
+                    "stochastic_steps": "all",
+                    "adaptive_steps": {"count": 2},
+                }
+            },
+            "method.adaptive_steps needs",
+        ),
+    ],
+)
+def test_impossible_combinations_are_refused(
+    smoke_assets: Path, changes: dict[str, Any], message: str
+) -> None:
+    settings: dict[str, Any] = {"method": {"name": "ode"}, "objective": OBJECTIVES["dgpo"]}
+    with pytest.raises(ValueError, match=message):
+        config_for(smoke_assets, **(settings | changes))
