@@ -13,6 +13,15 @@ from g2rpo.training.checkpoint.folder import latest_checkpoint
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
 
+ADAPTIVE = {
+    "name": "g2rpo",
+    "stochastic_steps": "all",
+    "granularities": [1, 2],
+    "adaptive_steps": {"count": 2, "every": 2},
+    "adaptive_granularities": {"threshold": 0.5, "every": 3},
+}
+"""A method that chooses its rollout by what earlier ones measured."""
+
 
 class Brightness:
     """A cheap reward whose value differs between images: their mean red minus their mean blue."""

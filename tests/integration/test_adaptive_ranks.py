@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import config_for
-from training_runs import trainer_for
+from training_runs import ADAPTIVE, trainer_for
 from two_ranks import on_two_ranks
 
 from g2rpo.training.config import TrainConfig
@@ -14,13 +14,7 @@ ITERATIONS = 3
 
 
 def adaptive_config(assets: Path) -> TrainConfig:
-    method = {
-        "name": "g2rpo",
-        "stochastic_steps": "all",
-        "granularities": [1, 2],
-        "adaptive_steps": {"count": 2, "every": 2},
-        "adaptive_granularities": {"threshold": 0.5, "every": 2},
-    }
+    method = ADAPTIVE | {"adaptive_granularities": {"threshold": 0.5, "every": 2}}
     # In float64 the order of sums, which differs, hardly matters.
     return config_for(assets, method=method, policy={"dtype": "float64"})
 

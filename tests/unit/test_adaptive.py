@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from training_runs import config_for, trainer_for, weights
+from training_runs import ADAPTIVE, config_for, trainer_for, weights
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
@@ -31,13 +31,6 @@ from g2rpo.training.metrics import read_metrics
 from g2rpo.training.update import loss
 
 SHAPE = RolloutShape(steps=6, group_size=3, iterations=20, seed=3)
-ADAPTIVE = {
-    "name": "g2rpo",
-    "stochastic_steps": "all",
-    "granularities": [1, 2],
-    "adaptive_steps": {"count": 2, "every": 2},
-    "adaptive_granularities": {"threshold": 0.5, "every": 3},
-}
 DRAWN = {"name": "g2rpo", "stochastic_steps": "all", "granularities": [1], "drawn_steps": 2}
 
 

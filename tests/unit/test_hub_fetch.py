@@ -132,6 +132,7 @@ def test_what_killed_downloads_left_is_deleted_when_it_is_old(hub: FakeHub) -> N
         ("github", {"sha256": SHA256}, False, ALTERED, "is altered"),
         ("github", {"size": 700_000}, False, CONTENT[:1000], "is truncated: 1000 of 700000"),
     ],
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,
 )
 def test_other_content_is_refused_and_deleted(
     hub: FakeHub, kind: str, stated: dict[str, object], small: bool, sent: bytes, said: str
