@@ -8,7 +8,7 @@ from pydantic import Field
 
 from benchmarks.evaluation.protocol import CreditConfig
 from benchmarks.evaluation.results import Key
-from g2rpo.config import StrictModel, load_yaml, nearest, validate
+from g2rpo.config import StrictModel, load_yaml, merge, nearest, validate
 from g2rpo.errors import UserError
 from g2rpo.methods.presets import method_label
 from g2rpo.policy import CheckpointConfig
@@ -103,6 +103,8 @@ class Experiment(StrictModel):
     preset: Literal["released", "matched"] = "matched"
     policy: str | None = None
     """Hub id of the base that its checkpoints belong to; None for any policy."""
+    learning_rates: tuple[float, ...] = ()
+    """Trains every cell once at each of these, as a cell of its own: ``<cell>/lr<rate>``."""
     cells: dict[Key, CellConfig] = Field(min_length=1)
     credit: CreditConfig | None = None
     """Measure the credit of the cells' rollouts instead of training and scoring them."""
@@ -165,6 +167,25 @@ class Experiment(StrictModel):
             train=cell.train,
             paper=cell.paper,
         )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _at_every_learning_rate(cls, data: Any) -> Any:
+        """Replaces each cell by one per rate, in a group with its label."""
+        rates = data.get("learning_rates") if isinstance(data, Mapping) else None
+        if not rates or not all(isinstance(rate, int | float) for rate in rates):
+            return data
+        cells = {}
+        for key, cell in (data.get("cells") or {}).items():
+            if not isinstance(cell, Mapping) or "method" not in cell:
+                raise ValueError(f"cells.{key}: learning_rates needs cells with a method")
+            group = cell.get("label") or method_label(cell["method"])
+            for rate in rates:
+                text = f"{rate:g}".replace("e-0", "e-")
+                settings = merge(cell.get("set", {}), {"optimization": {"learning_rate": rate}})
+                trial = {**cell, "label": text, "group": group, "set": settings}
+                cells[f"{key}/lr{text}"] = trial
+        return {**data, "cells": cells}
 
     @pydantic.model_validator(mode="after")
     def _credit_is_of_methods(self) -> "Experiment":
