@@ -37,7 +37,7 @@ endif
 .PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
-	lock audit image sif check-image bench-speed bench-loop bench-numerics bench-approximations check-gpu \
+	lock audit image sif check-image bench-speed bench-loop bench-methods bench-numerics bench-approximations check-gpu \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-latex
 
@@ -196,6 +196,9 @@ bench-speed: $(READY) ## time one iteration: released code against ours (FLUX si
 
 bench-loop: $(READY) ## time one iteration on the mini world: a plain Flow-GRPO loop against ours
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.plain_loop
+
+bench-methods: $(READY) ## time one iteration of every method on the mini world
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.methods
 
 bench-numerics: $(READY) ## deviation of the ratio from 1 before an update, at FLUX's width and length (minutes)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.numerics

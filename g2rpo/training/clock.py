@@ -18,29 +18,25 @@ def device_clock(device: torch.device) -> Callable[[], float]:
 
 
 class PhaseClock:
-    """The device-seconds of one iteration and the wall time of its consecutive phases.
-
-    Args:
-        device: where the iteration runs, see :func:`device_clock`.
+    """The device-seconds of one iteration and of its consecutive phases, see :func:`device_clock`.
 
     Attributes:
-        phases: seconds by phase.
+        phases: device-seconds by phase.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device_clock = device_clock(device)
-        self._started = self._device_clock()
-        self._last = time.perf_counter()
+        self._now = device_clock(device)
+        self._started = self._last = self._now()
         self.phases: dict[str, float] = {}
 
     def end(self, phase: str, seconds: float | None = None) -> None:
         """Ends a phase now, or after ``seconds`` of the time since the last one."""
         if seconds is None:
-            seconds = time.perf_counter() - self._last
+            seconds = self._now() - self._last
         self.phases[phase] = seconds
         self._last += seconds
 
     @property
     def device_seconds(self) -> float:
         """Device-seconds since the start."""
-        return self._device_clock() - self._started
+        return self._now() - self._started

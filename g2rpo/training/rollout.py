@@ -1,6 +1,5 @@
 """One iteration's rollout: from prompts to scored images and stochastic transitions."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from g2rpo.policy import Conditioning, FluxPolicy
 from g2rpo.rewards.base import RewardModel
 from g2rpo.seeds import gaussian
 from g2rpo.training.advantages import member_means
+from g2rpo.training.clock import device_clock
 from g2rpo.training.continuation import ContinuationPolicy
 from g2rpo.training.scoring import score_slices
 
@@ -43,7 +43,7 @@ class Rollout:
         rewards: for each reward, the scores of all distinct images, [P, I] float32.
         velocity_evaluations: the number of velocity evaluations (NFE) over the P prompts.
         reused_evaluations: those answered by a step cache, without most of the blocks.
-        sampling_seconds: wall time of sampling, without decoding and scoring.
+        sampling_seconds: device-seconds of sampling, without decoding and scoring.
         states: the latents of every state of ``tree``, [P, states, ...], if kept.
     """
 
@@ -134,7 +134,8 @@ class RolloutEngine:
         Raises:
             UserError: a reward is not finite; names the iteration, prompt and reward.
         """
-        started = time.perf_counter()
+        clock = device_clock(self.policy.device)
+        started = clock()
         conditioning = self.policy.encode([prompt.text for prompt in prompts])
 
         def velocity(latents: Tensor, times: Tensor, prompt_of: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class RolloutEngine:
             swept = sweep(tree, self.grid, len(prompts), velocities, drawn, self.settings)
         if self.policy.device.type == "cuda":  # the last evaluations are only queued
             torch.cuda.synchronize(self.policy.device)
-        sampled = time.perf_counter() - started
+        sampled = clock() - started
         slices = self.policy.decode_slices(swept.images.flatten(0, 1), self.decode)
         return Rollout(
             iteration=iteration,
