@@ -181,7 +181,8 @@ class Experiment(StrictModel):
                 raise ValueError(f"cells.{key}: learning_rates needs cells with a method")
             group = cell.get("label") or method_label(cell["method"])
             for rate in rates:
-                text = f"{rate:g}".replace("e-0", "e-")
+                mantissa, exponent = f"{rate:.6e}".split("e")
+                text = f"{float(mantissa):g}e{int(exponent)}"
                 settings = merge(cell.get("set", {}), {"optimization": {"learning_rate": rate}})
                 trial = {**cell, "label": text, "group": group, "set": settings}
                 cells[f"{key}/lr{text}"] = trial
