@@ -38,6 +38,15 @@ def g2rpo_here(folder: Path, *arguments: str) -> int:
     return int(left.value.code or 0)
 
 
+def told_here(
+    capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object
+) -> tuple[int, str, str]:
+    """:func:`g2rpo_here`, with what it printed and its errors."""
+    capsys.readouterr()
+    code = g2rpo_here(folder, *map(str, arguments))
+    return code, *capsys.readouterr()
+
+
 def small_profile_data(assets: Path) -> dict[str, Any]:
     """The smoke profile's settings, on ``assets`` that are there already."""
     text = (HERE / "profiles" / "smoke.yaml").read_text()

@@ -1,7 +1,6 @@
 """Submitting, watching, cancelling and retrying from the command line."""
 
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import small_profile_data
+from command_line import small_profile_data, told_here
 from forked import Command
 
 from g2rpo.attempts import read_attempts
@@ -48,22 +47,6 @@ def workplace(folder: Path, inputs: dict[str, str]) -> Path:
     return folder
 
 
-def here(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
-) -> tuple[int, str, str]:
-    """Runs ``g2rpo`` in this process, not the one that submitted."""
-    from reproduce import cli
-
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["g2rpo", *words])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    captured = capsys.readouterr()
-    code = left.value.code
-    return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-
 def until(condition: Callable[[], bool], what: str, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -88,15 +71,12 @@ TRAIN = "train hps/mix_grpo, seed 1"
 
 
 def test_submitted_watched_cancelled_and_retried(
-    tmp_path: Path,
-    inputs: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, inputs: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = workplace(tmp_path, inputs)
 
     def g2rpo(*words: str) -> tuple[int, str, str]:
-        return here(folder, monkeypatch, capsys, *words)
+        return told_here(capsys, folder, *words)
 
     code, _, error = g2rpo("reproduce", "--detach", *ARGUMENTS, *SLOW)
     assert code == 0 and "running in the background" in error
@@ -187,7 +167,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     words, expected = REFUSALS[case]
     if words[0] in ("reproduce", "plan"):
         words = [*words, "--profile", "small.yaml"]
-    code, out, error = here(folder, monkeypatch, capsys, *words)
+    code, out, error = told_here(capsys, folder, *words)
     assert code == 2 and out == ""
     assert error.startswith("error: ") and expected in error
     assert error.count("\n") == 1
@@ -202,7 +182,7 @@ def test_scripts_are_printed_on_a_machine_without_slurm(
     folder = workplace(tmp_path, inputs)
     monkeypatch.setenv("PATH", str(tmp_path))
     words = ("plan", "one_row.yaml", "--profile", "small.yaml", "--dry-run", "--cluster", "slurm")
-    code, shown, _ = here(folder, monkeypatch, capsys, *words)
+    code, shown, _ = told_here(capsys, folder, *words)
     assert code == 0
     assert shown.count("#!/bin/bash") == 7
     assert "#SBATCH --dependency='afterok:<embed/" in shown
@@ -238,7 +218,7 @@ def test_on_slurm_every_command_tells_the_truth(
         (commands / name).chmod(0o755)
 
     def g2rpo(*words: str) -> tuple[int, str, str]:
-        return here(folder, monkeypatch, capsys, *words)
+        return told_here(capsys, folder, *words)
 
     def last(*words: str) -> str:
         code, shown, error = g2rpo(*words)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from command_line import told_here
 from forked import Command
 from PIL import Image
 
@@ -19,7 +20,6 @@ from g2rpo.data.images import load_image
 from g2rpo.rewards.registry import load_reward
 from g2rpo.seeds import generator
 from g2rpo.text import csv_text, visible
-from reproduce.cli import main
 from reproduce.experiment import ROOT, load_profile, reward_configs
 
 SCORE = ["-m", "reproduce.cli", "score"]
@@ -46,22 +46,14 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
+def score_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """The command in this process, which saves the imports: exit code, output, errors."""
-    monkeypatch.setattr(sys, "argv", ["g2rpo", "score", *map(str, arguments)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main()
-    streams = capsys.readouterr()
-    return int(ended.value.code or 0), streams.out, streams.err
+    return told_here(capsys, Path.cwd(), "score", *arguments)
 
 
 def test_a_folder_is_scored_as_its_rewards_score_it(
     gallery: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--prompts", gallery / "set.csv", "--profile", "mini", "--output", tmp_path / "out"]
@@ -94,7 +86,7 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     assert "95 % interval" in done.stdout
     # Another reward is added; those that are scored are not scored again.
     before = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
-    code, _, errors = run_here(monkeypatch, capsys, gallery, *options, "--rewards", "hps,clip")
+    code, _, errors = score_here(capsys, gallery, *options, "--rewards", "hps,clip")
     assert code == 0, errors
     after = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
     assert before.items() <= after.items()
@@ -109,7 +101,7 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     changed = pd.read_csv(gallery / "set.csv").assign(style="one")
     changed.to_csv(tmp_path / "changed.csv", index=False)
     options[1] = tmp_path / "changed.csv"
-    code, _, errors = run_here(monkeypatch, capsys, gallery, *options, "--rewards", "hps")
+    code, _, errors = score_here(capsys, gallery, *options, "--rewards", "hps")
     assert code == 0, errors
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert set(again["reward"]) == {"hps", "clip", "attributes"}
@@ -135,7 +127,7 @@ def test_any_style_is_shown_as_it_is(
     for name, value in {"COLUMNS": str(width), "TTY_COMPATIBLE": "1", "NO_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
     options = ["--profile", "mini", "--rewards", "clip", "--output", tmp_path / "out"]
-    code, out, errors = run_here(monkeypatch, capsys, manifest, *options)
+    code, out, errors = score_here(capsys, manifest, *options)
     assert code == 0, errors
     text = re.sub(r"\x1b\[[0-9;]*m", "", out)
     table = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("style")
@@ -148,7 +140,6 @@ def test_any_style_is_shown_as_it_is(
 def test_a_killed_run_resumes(
     gallery: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = [
@@ -164,10 +155,10 @@ def test_a_killed_run_resumes(
     (journal,) = (output / "journal").iterdir()
     lines = journal.read_bytes().count(b"\n")
     assert 1 <= lines < 40
-    code, _, errors = run_here(monkeypatch, capsys, *options, "--output", output)
+    code, _, errors = score_here(capsys, *options, "--output", output)
     assert code == 0, errors
     assert journal.read_bytes().count(b"\n") == 40
-    code, _, errors = run_here(monkeypatch, capsys, *options, "--output", tmp_path / "whole")
+    code, _, errors = score_here(capsys, *options, "--output", tmp_path / "whole")
     assert code == 0, errors
     pd.testing.assert_frame_equal(
         pd.read_parquet(output / "scores.parquet"),
@@ -178,7 +169,6 @@ def test_a_killed_run_resumes(
 def test_mistakes_are_one_line(
     gallery: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--profile", "mini", "--output", tmp_path / "out", "--rewards"]
@@ -189,7 +179,7 @@ def test_mistakes_are_one_line(
         ([gallery, *options, "hsp"], "did you mean 'hps'"),
         ([gallery, *options, "hps"], "--prompts"),
     ):
-        code, _, errors = run_here(monkeypatch, capsys, *arguments)
+        code, _, errors = score_here(capsys, *arguments)
         assert code == 2
         assert errors.strip().splitlines()[-1].startswith("error: ")
         assert message in errors
@@ -200,7 +190,7 @@ def test_mistakes_are_one_line(
         Image.new("RGB", (32, 32)).save(broken / f"{name}.png")
         (broken / f"{name}.txt").write_text("a red circle on black")
     (broken / "two.png").write_bytes((broken / "two.png").read_bytes()[:60])
-    code, _, errors = run_here(monkeypatch, capsys, broken, *options, "attributes")
+    code, _, errors = score_here(capsys, broken, *options, "attributes")
     assert code == 2
     assert "two.png" in errors
     (tmp_path / "file").write_text("in the way")
@@ -212,9 +202,7 @@ def test_mistakes_are_one_line(
         (["--output", tmp_path / "file"], "cannot be written"),
         (["--rewards", ","], "--rewards is empty"),
     ):
-        code, _, errors = run_here(
-            monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", *changes
-        )
+        code, _, errors = score_here(capsys, broken, *options, "attributes", "--skip-bad", *changes)
         assert code == 2, changes
         assert message in errors.strip().splitlines()[-1]
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")).mkdir()
@@ -224,17 +212,15 @@ def test_mistakes_are_one_line(
         (os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/out"), "path is not UTF-8"),
         (tmp_path / "other", "not written by `g2rpo score`; choose another --output"),
     ):
-        code, _, errors = run_here(
-            monkeypatch, capsys, broken, *options, "attributes", "--skip-bad", "--output", output
+        code, _, errors = score_here(
+            capsys, broken, *options, "attributes", "--skip-bad", "--output", output
         )
         assert code == 2
         assert message in errors.strip().splitlines()[-1]
-    code, _, errors = run_here(monkeypatch, capsys, "table1", "base", "--rewards", "hps")
+    code, _, errors = score_here(capsys, "table1", "base", "--rewards", "hps")
     assert code == 2
     assert "--rewards applies to a folder" in errors
-    code, printed, errors = run_here(
-        monkeypatch, capsys, broken, *options, "attributes", "--skip-bad"
-    )
+    code, printed, errors = score_here(capsys, broken, *options, "attributes", "--skip-bad")
     assert code == 0, errors
     assert "skipped two: " in printed
     assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["two"]
@@ -242,7 +228,7 @@ def test_mistakes_are_one_line(
 
 
 def test_everything_found_is_scored_or_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
     places = [folder / "0.png", folder / "1.jp2", folder / "2", elsewhere / "3.tga"]
@@ -256,11 +242,11 @@ def test_everything_found_is_scored_or_named(
     (folder / "5.txt").write_text(captions[0])
     (folder / "gone").symlink_to(tmp_path / "nowhere")
     options = ["--profile", "mini", "--rewards", "hps", "--output", tmp_path / "out"]
-    code, _, errors = run_here(monkeypatch, capsys, folder, *options)
+    code, _, errors = score_here(capsys, folder, *options)
     assert code == 2
     assert "2 cannot be scored: 5.txt: caption without a readable image" in errors
     assert "gone: broken link to" in errors and "--skip-bad" in errors
-    code, printed, errors = run_here(monkeypatch, capsys, folder, *options, "--skip-bad")
+    code, printed, errors = score_here(capsys, folder, *options, "--skip-bad")
     assert code == 0, errors
     assert printed.splitlines()[-1].startswith("scored 4 of 6; 2 skipped: 5.txt: caption ")
     assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["5.txt", "gone"]
@@ -269,7 +255,7 @@ def test_everything_found_is_scored_or_named(
     # The same as a manifest, with one more column of prompts.
     rows = pd.DataFrame({"image": scores.index, "prompt": captions, "text": captions, "seed": 1})
     rows.to_csv(folder / "set.csv", index=False, sep=";", encoding="utf-16")
-    code, printed, errors = run_here(monkeypatch, capsys, folder / "set.csv", *options)
+    code, printed, errors = score_here(capsys, folder / "set.csv", *options)
     assert code == 0, errors
     assert "reading images from 'image' and prompts from 'prompt'; ignoring 'text', 's" in printed
     assert printed.splitlines()[-1] == "scored 4 of 4"
@@ -277,17 +263,15 @@ def test_everything_found_is_scored_or_named(
     pd.testing.assert_series_equal(again, scores, rtol=1e-5)
     rows["text"] = captions[::-1]
     rows.to_csv(folder / "set.csv", index=False)
-    code, _, errors = run_here(monkeypatch, capsys, folder / "set.csv", *options)
+    code, _, errors = score_here(capsys, folder / "set.csv", *options)
     assert code == 2
     assert "set.csv, line 2: the columns 'prompt' and 'text' differ" in errors
 
 
-def test_the_readmes_gallery(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_readmes_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last two pictures contradict their captions, and no other does."""
     options = ["--profile", "mini", "--rewards", "attributes", "--output", tmp_path]
-    code, _, errors = run_here(monkeypatch, capsys, ROOT / "docs" / "gallery", *options)
+    code, _, errors = score_here(capsys, ROOT / "docs" / "gallery", *options)
     assert code == 0, errors
     scores = pd.read_parquet(tmp_path / "scores.parquet")["score"]
     assert list(scores == 1) == [True] * 6 + [False] * 2
