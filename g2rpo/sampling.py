@@ -10,11 +10,11 @@ from g2rpo.data.prompts import Prompt
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import SweepSettings, sweep
-from g2rpo.policy import Conditioning, FluxPolicy
+from g2rpo.policy import Conditioning, Policy
 from g2rpo.seeds import gaussian
 
 
-def evaluation_noise(policy: FluxPolicy, seed: int, prompt: Prompt, image: int = 0) -> Tensor:
+def evaluation_noise(policy: Policy, seed: int, prompt: Prompt, image: int = 0) -> Tensor:
     """The packed initial noise of a held-out prompt's image, [tokens, channels].
 
     It depends only on (seed, prompt id, image index), not on batch, ranks or weights. Image 0 is
@@ -27,7 +27,7 @@ def evaluation_noise(policy: FluxPolicy, seed: int, prompt: Prompt, image: int =
 
 @torch.no_grad()
 def sample_latents(
-    policy: FluxPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     grid: SigmaGrid,
     seed: int,
@@ -46,7 +46,7 @@ def sample_latents(
     return latents
 
 
-def _stretches(policy: FluxPolicy, grid: SigmaGrid) -> list[tuple[FluxPolicy, SigmaGrid]]:
+def _stretches(policy: Policy, grid: SigmaGrid) -> list[tuple[Policy, SigmaGrid]]:
     """The policies with their non-empty stretches of ``grid``, in order."""
     if policy.handover is None:
         return [(policy, grid)]
@@ -59,7 +59,7 @@ def _stretches(policy: FluxPolicy, grid: SigmaGrid) -> list[tuple[FluxPolicy, Si
 
 
 def _walk(
-    policy: FluxPolicy,
+    policy: Policy,
     conditioning: Conditioning,
     grid: SigmaGrid,
     start: Tensor,
@@ -82,7 +82,7 @@ def _walk(
 
 
 def sample_ode(
-    policy: FluxPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     grid: SigmaGrid,
     seed: int,

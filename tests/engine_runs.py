@@ -19,7 +19,7 @@ from two_ranks import on_two_ranks
 
 from g2rpo.config import merge
 from g2rpo.data.prompts import Prompt
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy
 from g2rpo.stop import Stopped
 from g2rpo.training.batch import TrainingBatch, training_batch
 from g2rpo.training.collective import of_all_ranks, sum_over_ranks
@@ -68,7 +68,7 @@ def relative(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor
 
 
 @contextmanager
-def rounded_times(policy: FluxPolicy) -> Iterator[None]:
+def rounded_times(policy: Policy) -> Iterator[None]:
     """Inside of the block a float32 policy is given the times that it would see in bfloat16.
 
     diffusers rounds 1000 times the time to the dtype of the latents, which random weights are far
@@ -90,7 +90,7 @@ def rounded_times(policy: FluxPolicy) -> Iterator[None]:
 
 @contextmanager
 def exhausted_memory(
-    policy: FluxPolicy, states: int, when: bool = True, *, training: bool = True
+    policy: Policy, states: int, when: bool = True, *, training: bool = True
 ) -> Iterator[list[int]]:
     """Inside of the block a forward of more than ``states`` states finds no memory.
 

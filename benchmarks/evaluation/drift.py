@@ -25,7 +25,7 @@ from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
 from g2rpo.flow.schedule import SigmaGrid
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy
 from g2rpo.progress import ProgressReport
 from g2rpo.sampling import sample_latents
 from g2rpo.seeds import gaussian
@@ -69,7 +69,7 @@ class DriftReference:
 
 
 def base_reference(
-    base: FluxPolicy,
+    base: Policy,
     prompts: Sequence[Prompt],
     config: DriftConfig,
     grid: SigmaGrid,
@@ -95,7 +95,7 @@ def base_reference(
 
 
 def _noised(
-    policy: FluxPolicy, clean: Tensor, prompt: Prompt, sigmas: Sequence[float], seed: int
+    policy: Policy, clean: Tensor, prompt: Prompt, sigmas: Sequence[float], seed: int
 ) -> Tensor:
     """x_sigma of one prompt at each sigma, [sigmas, tokens, channels]."""
     drawn = [
@@ -109,7 +109,7 @@ def _noised(
 
 @torch.no_grad()
 def _velocities(
-    policy: FluxPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     latents: Tensor,
     sigmas: Sequence[float],
@@ -137,7 +137,7 @@ def _velocities(
 
 
 def measure_drift(
-    policy: FluxPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     config: DriftConfig,
     reference: DriftReference,

@@ -17,7 +17,7 @@ from g2rpo.data.prompts import Prompt
 from g2rpo.errors import reason
 from g2rpo.files import atomic_path, check_publication, remove
 from g2rpo.flow.schedule import build_grid
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.sampling import sample_ode
@@ -53,7 +53,7 @@ def compared_images(
 
 
 def sample_images(
-    policy: FluxPolicy,
+    policy: Policy,
     prompts: Sequence[Prompt],
     config: EvaluationConfig,
     folder: Path,

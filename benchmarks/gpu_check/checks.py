@@ -24,7 +24,7 @@ from benchmarks.speed.sizes import MINI, SIZES, Models, Size, deepest_flux, rand
 from benchmarks.speed.stopwatch import Stopwatch
 from g2rpo.errors import reason
 from g2rpo.files import read_json, write_json
-from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy import Policy, PolicyConfig, load_policy
 from g2rpo.policy.kernels import resolve_attention, set_attention
 from g2rpo.policy.size import read_size
 from g2rpo.quiet import quiet_libraries
@@ -83,9 +83,9 @@ class Place:
             return SIZES["tiny"].prepare(self.folder)  # kept from the first time
         return Models(self.folder / "policy", self.folder / "hps", self.folder / "prompts.txt")
 
-    def policy(self) -> FluxPolicy:
+    def policy(self) -> Policy:
         """The policy of :attr:`models`."""
-        return FluxPolicy.load(self.size.config(self.models).policy, self.device)
+        return load_policy(self.size.config(self.models).policy, self.device)
 
 
 def require(holds: bool, problem: str, measured: Measured) -> Measured:
@@ -115,7 +115,7 @@ def autocast_backward(place: Place) -> Measured:
     times = torch.linspace(0.1, 1, len(states), device=place.device)
 
     def gradient(dtype: Any, *, autocast: bool = False) -> Tensor:
-        policy = FluxPolicy.load(config.model_copy(update={"dtype": dtype}), place.device)
+        policy = load_policy(config.model_copy(update={"dtype": dtype}), place.device)
         policy.transformer.requires_grad_(True)
         computed = torch.bfloat16 if autocast else getattr(torch, dtype)
         device = torch.device(place.device)

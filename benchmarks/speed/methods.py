@@ -1,10 +1,12 @@
 """``python -m benchmarks.speed.methods``: an iteration of every method, and what its parts cost.
 
-The methods of the experiment ``family`` on one device, in turn. A method should cost what its
+All methods under matched settings on one device, in turn: all weights, 8 prompts with groups of 8,
+8 steps. A method should cost what its
 velocity evaluations cost: seconds per evaluation, in sampling and in training, are compared with
 those of all methods together.
 """
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -16,56 +18,58 @@ import typer
 
 from benchmarks.command import run
 from benchmarks.speed.report import markdown_table, write_report
-from g2rpo.config import validate
+from benchmarks.speed.sizes import UNTOUCHED, Models, Size, size_named
+from g2rpo.methods.presets import load_preset, method_label, preset_names
 from g2rpo.policy.folder import checked_device
 from g2rpo.provenance import provenance
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
-from reproduce.experiment.cells import load_experiment
-from reproduce.experiment.profile import load_profile
-from reproduce.experiment.resolving import resolve
 
 OUTPUT = Path("results/speed")
-SECONDS = ("device_seconds", "seconds/sampling", "seconds/training")
+PHASES = ("seconds/sampling", "seconds/training")
 COUNTED = ("rollout_evaluations", "training_forwards", "training_backwards", "images_scored")
 
 
-def config_of(profile: str, key: str, device: str) -> tuple[str, TrainConfig]:
-    """A cell's label and training configuration, without checkpoints, previews and validations."""
-    experiment = load_experiment("family")
-    cell = resolve(experiment, load_profile(profile), key, 1)
-    assert cell.train is not None
-    settings = cell.train.model_dump() | {"validation": None, "pictures": None}
-    settings["execution"] |= {"device": device, "trackers": []}
-    settings["checkpoints"]["every_minutes"] = None
-    (row,) = (r for r in experiment.table_spec(load_profile(profile)).rows if r.key == key)
-    return row.label, validate(TrainConfig, settings, f"family, {key}")
+def configs(size: Size, models: Models, device: str) -> dict[str, TrainConfig]:
+    """The training configuration of each method, by its label."""
+    shared = {
+        "lora": None,
+        "grid": {"steps": 8, "shift": 3.0, "timestep": "truncated"},
+        "rollout": {"group_size": 8, "prompts_per_iteration": 8},
+        "execution": {"trackers": [], "device": device} | size.execution,
+    }
+    found = {}
+    for name in preset_names():
+        preset = load_preset(name, "matched")
+        optimization = {"learning_rate": UNTOUCHED, **preset.pop("optimization", {})}
+        config = size.config(models, optimization=optimization, **shared, **preset)
+        found[method_label(name)] = config
+    return found
 
 
-def measure(profile: str, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """The costs of one iteration of each method: counts, and the median seconds of ``repeats``."""
-    keys = [key for key, cell in load_experiment("family").cells.items() if cell.method]
-    with tempfile.TemporaryDirectory() as folder:
-        cells = {key: config_of(profile, key, str(device)) for key in keys}
-        trainers = {key: Trainer(c, Path(folder) / key) for key, (_, c) in cells.items()}
-        for trainer in trainers.values():
-            trainer.iterate()  # warms up
-        rows: dict[str, list[dict[str, Any]]] = {key: [] for key in keys}
-        for _ in range(repeats):
-            for key, trainer in trainers.items():
-                before = trainer.iterate()
-                after = trainer.iterate()
-                spent = {k: after[k] - before[k] for k in (*COUNTED, "device_seconds")}
-                rows[key].append(after | spent)
-    methods = []
-    for key, found in rows.items():
-        cost = {name: statistics.median(row[name] for row in found) for name in SECONDS}
-        counts = {name: statistics.mean(row[name] for row in found) for name in COUNTED}
-        methods.append({"key": key, "label": cells[key][0], **counts, **cost})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        methods = configs(size, size.prepare(folder), device.type)
+        trainers = {label: Trainer(c, folder / label) for label, c in methods.items()}
+        rows: dict[str, list[dict[str, Any]]] = {label: [] for label in methods}
+        for _ in range(repeats + 1):  # the first warms up
+            for label, trainer in trainers.items():
+                rows[label].append(trainer.iterate())
+    found = []
+    for label, all_ in rows.items():
+        spent = [
+            {k: after[k] - before[k] for k in (*COUNTED, "device_seconds")}
+            for before, after in itertools.pairwise(all_)
+        ]
+        counts = {key: statistics.mean(one[key] for one in spent) for key in COUNTED}
+        seconds = {key: statistics.median(row[key] for row in all_[1:]) for key in PHASES}
+        seconds["device_seconds"] = statistics.median(one["device_seconds"] for one in spent)
+        found.append({"label": label, **counts, **seconds})
     return {
-        "provenance": provenance({}), "profile": load_profile(profile).name,
-        "device": device.type, "threads": torch.get_num_threads(), "repeats": repeats,
-        "methods": methods,
+        "provenance": provenance({}), "size": size.name, "device": device.type,
+        "threads": torch.get_num_threads(), "repeats": repeats, "methods": found,
     }  # fmt: skip
 
 
@@ -78,11 +82,11 @@ def per_evaluation(method: dict[str, Any]) -> tuple[float, float]:
 
 def report(result: dict[str, Any]) -> str:
     """The page of a measurement."""
-    each = {method["key"]: per_evaluation(method) for method in result["methods"]}
+    each = {method["label"]: per_evaluation(method) for method in result["methods"]}
     usual = [statistics.median(column) for column in zip(*each.values(), strict=True)]
     rows = []
     for method in result["methods"]:
-        relative = [own / all_ for own, all_ in zip(each[method["key"]], usual, strict=True)]
+        relative = [own / all_ for own, all_ in zip(each[method["label"]], usual, strict=True)]
         rows.append(
             [
                 method["label"],
@@ -99,28 +103,29 @@ def report(result: dict[str, Any]) -> str:
         "method", "rollout NFE", "forwards", "backwards", "images", "device-seconds",
         "sampling per evaluation", "training per evaluation",
     ]  # fmt: skip
+    place = f"Size {result['size']} on {result['device']}, {result['threads']} thread(s)"
     return f"""# An iteration of every method
 
-Profile {result["profile"]} on {result["device"]}, {result["threads"]} thread(s), median of \
-{result["repeats"]} iterations, methods in turn. The last two columns are
-seconds per evaluation over the median of all methods ({1000 * usual[0]:.2f} and \
-{1000 * usual[1]:.2f} ms); a backward counts as two evaluations.
+{place}, median of {result["repeats"]} iterations, methods in turn; 8 prompts, groups of 8,
+8 steps, all weights trained. The last two columns are seconds per evaluation over the median of all
+methods ({1000 * usual[0]:.2f} and {1000 * usual[1]:.2f} ms); a backward counts as two evaluations.
 
 {markdown_table(head, rows, "---:")}
 """
 
 
 def main(
-    profile: Annotated[str, typer.Option(help="The profile, with one rank.")] = "mini",
+    size: Annotated[str, typer.Option(help="mini or tiny.")] = "mini",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Iterations of each method.")] = 5,
     output: Annotated[Path, typer.Option(help="Output folder.")] = OUTPUT,
 ) -> None:
-    """Time an iteration of every method and write methods-PROFILE.json and methods-PROFILE.md."""
+    """Time an iteration of every method and write methods-SIZE.json and methods-SIZE.md."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    chosen = size_named(size, ("mini", "tiny"))
     torch.set_num_threads(1)  # fastest for such small models
-    result = measure(profile, checked_device(device), repeats)
-    write_report(output, f"methods-{result['profile']}", result, report(result))
+    result = measure(chosen, checked_device(device), repeats)
+    write_report(output, f"methods-{size}", result, report(result))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from g2rpo.flow.granularity import continuation_nodes
 from g2rpo.flow.schedule import SigmaGrid
 from g2rpo.flow.sweep import INITIAL_NOISE, Noise
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy
 from g2rpo.rewards.base import RewardModel
 
 
@@ -65,7 +65,7 @@ class Original:
     """
 
     def __init__(
-        self, policy: FluxPolicy, reward: RewardModel, grid: SigmaGrid, plan: Plan, watch: Stopwatch
+        self, policy: Policy, reward: RewardModel, grid: SigmaGrid, plan: Plan, watch: Stopwatch
     ) -> None:
         """Takes float32 weights; times the phases ``rollout``, ``decode`` and ``reward``."""
         self.policy, self.reward, self.grid, self.plan, self.watch = (

@@ -126,7 +126,7 @@ class PlainLoop:
             pooled_projections=self.conditioning.pooled_prompt_embeds,
             timestep=torch.full((len(x),), sigma),
             guidance=torch.full((len(x),), self.policy.config.guidance_scale),
-            img_ids=self.policy.image_ids,
+            img_ids=cast(Any, self.policy).image_ids,
             txt_ids=torch.zeros(tokens, 3),
         ).sample
         mean = x * (1 + g**2 * delta / (2 * sigma))

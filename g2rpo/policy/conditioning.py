@@ -113,8 +113,9 @@ class TextEncoders:
                     f"{encoder.config.vocab_size}; they belong to different models"
                 )
             encoder.requires_grad_(False).to(device)
+        self.models = (self.clip, self.t5)
         self._parameters = sum(
-            parameter.numel() for model in (self.clip, self.t5) for parameter in model.parameters()
+            parameter.numel() for model in self.models for parameter in model.parameters()
         )
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Exports a policy as a standard FluxPipeline folder."""
+"""Exports a policy as a standard diffusers pipeline folder."""
 
 import shutil
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 from g2rpo.checksums import EXPORTED, FILES, checksums_of, write_document
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
-from g2rpo.policy.flux import FluxPolicy
+from g2rpo.policy.base import Policy
 from g2rpo.policy.folder import COMPONENTS
 
 
-def export_pipeline(policy: FluxPolicy, folder: Path) -> None:
-    """Writes a standard FluxPipeline folder: the base's components, the policy's transformer.
+def export_pipeline(policy: Policy, folder: Path) -> None:
+    """Writes a pipeline folder: the base's parts and the policy's transformer.
 
-    ``FluxPipeline.from_pretrained(folder)`` loads it. The base's files are copied byte for byte;
-    an existing ``folder`` is replaced.
+    ``DiffusionPipeline.from_pretrained(folder)`` loads it. The base's files are copied byte for
+    byte; an existing ``folder`` is replaced.
 
     Raises:
         UserError: ``folder`` is or contains the folder that the policy was loaded from.

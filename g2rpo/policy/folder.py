@@ -21,6 +21,7 @@ from g2rpo.hub.cache import Digests
 from g2rpo.hub.catalogue import COMMIT
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.hub.lock import revision_of
+from g2rpo.policy.architectures import pipeline_name
 from g2rpo.progress import without_library_bars
 
 MODEL_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -110,25 +111,17 @@ def check_pipeline_folder(folder: Path) -> None:
     Raises:
         UserError: names all missing files.
     """
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise UserError(
-            f"{folder}: not a FluxPipeline folder: no model_index.json (create one with "
-            "FluxPipeline.save_pretrained)"
-        )
-    kind = read_json(index_file).get("_class_name")
-    if kind != "FluxPipeline":
-        raise UserError(f"{folder}: a {kind}, not a FluxPipeline; only FLUX is supported")
-    missing = [part for name in MODEL_FOLDERS for part in _missing_of_model(folder, name)]
-    for name, choices in TOKENIZER_FILES.items():
+    name = pipeline_name(folder)
+    missing = [file for part in MODEL_FOLDERS for file in _missing_of_model(folder, part)]
+    for part, choices in TOKENIZER_FILES.items():
         # transformers silently creates an empty tokenizer from an empty folder.
-        if not any(all((folder / name / file).is_file() for file in files) for files in choices):
-            missing.append(" or ".join(f"{name}/{'+'.join(files)}" for files in choices))
+        if not any(all((folder / part / file).is_file() for file in files) for files in choices):
+            missing.append(" or ".join(f"{part}/{'+'.join(files)}" for files in choices))
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         missing.append("scheduler/scheduler_config.json")
     if missing:
         raise UserError(
-            f"{folder}: missing from the FluxPipeline folder: {', '.join(missing)}; copy or "
+            f"{folder}: missing from the {name} folder: {', '.join(missing)}; copy or "
             "download it again"
         )
 

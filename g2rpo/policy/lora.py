@@ -1,7 +1,7 @@
 """LoRA on the transformer, through peft.
 
-The adapters are saved as a standard diffusers LoRA file, which ``FluxPipeline.load_lora_weights``
-loads with the same scale.
+The adapters are saved as a standard diffusers LoRA file, which the pipeline's
+``load_lora_weights`` loads with the same scale.
 """
 
 import json
@@ -12,7 +12,6 @@ from typing import Any
 
 import peft
 import torch
-from diffusers import FluxPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -66,13 +65,13 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in transformer.named_parameters() if ".lora_" in name}
 
 
-def save_lora(transformer: nn.Module, folder: Path) -> None:
-    """Writes the adapters with their rank and alpha to ``folder``, as diffusers does."""
+def save_lora(transformer: nn.Module, folder: Path, pipeline: Any) -> None:
+    """Writes the adapters with their rank and alpha to ``folder``, as ``pipeline``'s class does."""
     layers = {
         name: value.contiguous() for name, value in get_peft_model_state_dict(transformer).items()
     }
     metadata = _collate_lora_metadata({"transformer": transformer})
-    FluxPipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, **metadata)
+    pipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, **metadata)
 
 
 def load_lora(transformer: nn.Module, folder: Path) -> None:

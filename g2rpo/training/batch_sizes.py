@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 
 from g2rpo.batching import BatchSize
 from g2rpo.files import write_json
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy
 from g2rpo.policy.decoding import decode_size
 from g2rpo.stop import StoppedAlone
 from g2rpo.training.collective import of_all_ranks
@@ -25,7 +25,7 @@ USED_SHARE = 0.8
 """Share of the free memory; the rest is for latents, noise, fragmentation and the decoder."""
 
 
-def state_bytes(policy: FluxPolicy) -> int:
+def state_bytes(policy: Policy) -> int:
     """Estimated memory of one state in a forward without gradients."""
     config = policy.transformer_config
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
@@ -34,12 +34,12 @@ def state_bytes(policy: FluxPolicy) -> int:
     return STATE_UNITS * tokens * width * dtype.itemsize
 
 
-def fitting_states(policy: FluxPolicy, free_bytes: int) -> int:
+def fitting_states(policy: Policy, free_bytes: int) -> int:
     """How many states should fit into ``free_bytes``: at least 1 and at most ``LARGEST``."""
     return max(1, min(LARGEST, int(USED_SHARE * free_bytes) // state_bytes(policy)))
 
 
-def _states_that_fit(policy: FluxPolicy) -> int:
+def _states_that_fit(policy: Policy) -> int:
     device = policy.device
     if device.type != "cuda":
         return LARGEST

@@ -19,22 +19,21 @@ from torch import Tensor, nn
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.sweep import Key
+from g2rpo.policy.base import Policy
 from g2rpo.policy.conditioning import Conditioning
 from g2rpo.policy.config import ContinuationConfig
-from g2rpo.policy.flux import FluxPolicy
 from g2rpo.policy.fp8 import Fp8Linear, fits
 from g2rpo.policy.kernels import compile_blocks, is_compiled
 from g2rpo.training.step_cache import CachedBlocks, StepCache
 
 Refresh = tuple[Callable[[], Tensor], Callable[[Tensor], object]]
 """Returns a layer's current weight, and sets the twin's."""
-BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
 class ContinuationPolicy:
     """A policy's approximate twin, which shares all weights that are not approximated."""
 
-    def __init__(self, policy: FluxPolicy, config: ContinuationConfig) -> None:
+    def __init__(self, policy: Policy, config: ContinuationConfig) -> None:
         """Prepares the twin of ``policy``.
 
         Raises:
@@ -46,17 +45,19 @@ class ContinuationPolicy:
                 "approximate_rollout is not supported with sharded weights; use "
                 "execution.sharding=replicated"
             )
-        self.config, self._refreshes = config, _approximate(exact, twin, config)
+        lists = policy.block_lists
+        self.config, self._refreshes = config, _approximate(exact, twin, config, lists)
         if config.merged_lora and not self._refreshes:
             raise UserError("approximate_rollout.merged_lora needs lora")
         if any(is_compiled(module) for module in exact.modules()):
             compile_blocks(twin)
         self._blocks: CachedBlocks | None = None
         if config.step_cache is not None:
-            blocks = [block for name in BLOCKS for block in twin.get_submodule(name).children()]
+            blocks = [block for name in lists for block in twin.get_submodule(name).children()]
             self._blocks = CachedBlocks(blocks, config.step_cache.kind)
-            twin.set_submodule(BLOCKS[0], nn.ModuleList([self._blocks]))
-            twin.set_submodule(BLOCKS[1], nn.ModuleList())
+            for name in lists:
+                twin.set_submodule(name, nn.ModuleList())
+            twin.set_submodule(lists[0], nn.ModuleList([self._blocks]))
         self.policy = copy.copy(policy)
         self.policy.transformer = twin
 
@@ -82,7 +83,7 @@ class ContinuationPolicy:
 class RolloutContinuations:
     """See :class:`g2rpo.flow.sweep.Continuations`."""
 
-    policy: FluxPolicy
+    policy: Policy
     conditioning: Conditioning
     cache: StepCache | None = None
 
@@ -111,7 +112,9 @@ def _same_weights(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, shared)
 
 
-def _approximate(exact: nn.Module, twin: nn.Module, config: ContinuationConfig) -> list[Refresh]:
+def _approximate(
+    exact: nn.Module, twin: nn.Module, config: ContinuationConfig, block_lists: tuple[str, ...]
+) -> list[Refresh]:
     """Replaces the layers of ``twin`` that ``config`` approximates; returns their refreshes."""
     refreshes: list[Refresh] = []
     for name, layer in exact.named_modules():
@@ -122,7 +125,7 @@ def _approximate(exact: nn.Module, twin: nn.Module, config: ContinuationConfig) 
             linear, weight = layer, functools.partial(getattr, layer, "weight")
         else:
             continue
-        if config.fp8 and _is_projection(name) and fits(linear):
+        if config.fp8 and _is_projection(name, block_lists) and fits(linear):
             narrow = Fp8Linear(weight().detach(), linear.bias)
             twin.set_submodule(name, narrow)
             refreshes.append((weight, narrow.refresh))
@@ -141,6 +144,6 @@ def _merged_weight(layer: LoraLinear) -> Tensor:
     return merged
 
 
-def _is_projection(name: str) -> bool:
+def _is_projection(name: str, block_lists: tuple[str, ...]) -> bool:
     """Whether a linear layer of this name multiplies tokens within a block."""
-    return name.startswith(BLOCKS) and "norm" not in name and ".lora_" not in name
+    return name.startswith(block_lists) and "norm" not in name and ".lora_" not in name

@@ -20,7 +20,7 @@ from g2rpo.flow.sweep import (
     Velocities,
     sweep,
 )
-from g2rpo.policy import Conditioning, FluxPolicy
+from g2rpo.policy import Conditioning, Policy
 from g2rpo.rewards.base import RewardModel
 from g2rpo.seeds import gaussian
 from g2rpo.training.advantages import member_means
@@ -96,7 +96,7 @@ class RolloutEngine:
         overlap: on a GPU, scores images while the next ones are being decoded.
     """
 
-    policy: FluxPolicy
+    policy: Policy
     rewards: Mapping[str, RewardModel]
     grid: SigmaGrid
     settings: SweepSettings

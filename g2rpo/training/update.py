@@ -12,7 +12,7 @@ from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy
 from g2rpo.training.batch import (
     Loss,
     NoisedBatch,
@@ -31,12 +31,12 @@ Batch = TypeVar("Batch", bound=TrainingBatch)
 Result = TypeVar("Result")
 
 
-def loss(policy: FluxPolicy, batch: TrainingBatch, config: TrainConfig) -> Loss:
+def loss(policy: Policy, batch: TrainingBatch, config: TrainConfig) -> Loss:
     """The objective of ``batch``, a whole update or a micro-batch of it, under ``policy``."""
     return batch.loss(_velocity(policy, batch), config)
 
 
-def _velocity(policy: FluxPolicy, batch: TrainingBatch) -> Tensor:
+def _velocity(policy: Policy, batch: TrainingBatch) -> Tensor:
     chosen = batch.conditioning.select(batch.prompts.to(batch.states.device))
     return policy.velocity(batch.states, batch.times, chosen)
 
@@ -119,7 +119,7 @@ class Updater:
         return replace(batch, frozen=frozen), computed
 
     @contextlib.contextmanager
-    def _frozen(self, name: FrozenPolicy) -> Iterator[FluxPolicy]:
+    def _frozen(self, name: FrozenPolicy) -> Iterator[Policy]:
         """A frozen policy, for evaluations within the block."""
         if name == "old":
             assert self.old is not None
@@ -131,7 +131,7 @@ class Updater:
             with self.policy.lora_disabled():
                 yield self.policy
 
-    def _evaluate(self, policy: FluxPolicy, batch: TrainingBatch) -> Tensor:
+    def _evaluate(self, policy: Policy, batch: TrainingBatch) -> Tensor:
         """Velocities at the states of ``batch``, without a gradient."""
         with torch.no_grad():
             parts = batch.split(self.sizes.training.states)

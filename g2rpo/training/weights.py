@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from g2rpo.errors import UserError
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy, load_policy
 from g2rpo.policy.kernels import compile_blocks, resolve_attention, set_attention
 from g2rpo.training.collective import of_all_ranks
 from g2rpo.training.config import OptimizationConfig, TrainConfig
@@ -45,7 +45,7 @@ class TrainedWeights:
     waits = False
     """Whether they do so in the current rollout."""
 
-    def __init__(self, policy: FluxPolicy, accelerator: Accelerator) -> None:
+    def __init__(self, policy: Policy, accelerator: Accelerator) -> None:
         self.policy, self.accelerator = policy, accelerator
         self.computed = [
             (n, p) for n, p in policy.transformer.named_parameters() if p.requires_grad
@@ -90,7 +90,7 @@ class TrainedWeights:
         """A block of many forwards without gradients."""
         yield
 
-    def reference(self) -> FluxPolicy:
+    def reference(self) -> Policy:
         """The policy with a frozen copy of the transformer before training."""
         reference = copy.copy(self.policy)
         reference.transformer = copy.deepcopy(self.policy.transformer)
@@ -105,7 +105,7 @@ class MasterWeights(TrainedWeights):
     Gradients are summed over micro-batches in float32 too.
     """
 
-    def __init__(self, policy: FluxPolicy, accelerator: Accelerator) -> None:
+    def __init__(self, policy: Policy, accelerator: Accelerator) -> None:
         super().__init__(policy, accelerator)
         dtype = getattr(torch, policy.config.dtype)
         self.named = [
@@ -150,23 +150,24 @@ def _add_to(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
     return move
 
 
-def shard(transformer: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Shards ``transformer``, which is on the meta device, and allocates this rank's part.
+def shard(policy: Policy, mesh: DeviceMesh) -> None:
+    """Shards the policy's transformer, which is on the meta device, and allocates this rank's part.
 
-    Parameters stay float32 (or wider) and are gathered in ``dtype``; gradients are reduced in
-    float32. Inputs are not cast: FSDP2 would round rotary embeddings too, which a plain transformer
-    in ``dtype`` does not.
+    Parameters stay float32 (or wider) and are gathered in the policy's dtype; gradients are reduced
+    in float32. Inputs are not cast: FSDP2 would round rotary embeddings too, which a plain
+    transformer in that dtype does not.
     """
+    transformer, dtype = policy.transformer, getattr(torch, policy.config.dtype)
     stored = next(transformer.parameters()).dtype
-    policy = MixedPrecisionPolicy(
+    precision = MixedPrecisionPolicy(
         param_dtype=None if stored == dtype else dtype,
         reduce_dtype=stored,
         cast_forward_inputs=False,
     )
-    for blocks in ("transformer_blocks", "single_transformer_blocks"):
+    for blocks in policy.block_lists:
         for block in transformer.get_submodule(blocks).children():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(transformer, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(transformer, mesh=mesh, mp_policy=precision)
     transformer.to_empty(device=mesh.device_type)
 
 
@@ -179,7 +180,7 @@ class ShardedWeights(TrainedWeights):
 
     sharded = True
 
-    def __init__(self, policy: FluxPolicy, accelerator: Accelerator, rollout_weights: str) -> None:
+    def __init__(self, policy: Policy, accelerator: Accelerator, rollout_weights: str) -> None:
         """Shards the policy's transformer, which has no weights yet, and reads the base's.
 
         Args:
@@ -190,7 +191,7 @@ class ShardedWeights(TrainedWeights):
         self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         self.rollout_weights = rollout_weights
         self._logged = False
-        shard(policy.transformer, self.mesh, getattr(torch, policy.config.dtype))
+        shard(policy, self.mesh)
         policy.fill_transformer()
         policy.transformer.requires_grad_(True)
         super().__init__(policy, accelerator)
@@ -243,11 +244,11 @@ class ShardedWeights(TrainedWeights):
         self._logged = True
         return fits
 
-    def reference(self) -> FluxPolicy:
+    def reference(self) -> Policy:
         """The base, read again, frozen and sharded."""
         reference = copy.copy(self.policy)
-        reference.transformer = FluxPolicy.empty_transformer(self.policy.config, self.policy.folder)
-        shard(reference.transformer, self.mesh, getattr(torch, self.policy.config.dtype))
+        reference.transformer = reference.empty_transformer(reference.config, reference.folder)
+        shard(reference, self.mesh)
         reference.fill_transformer()
         reference.transformer.requires_grad_(False)
         return reference
@@ -263,7 +264,7 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
     A single rank has nothing to shard and holds everything, whatever ``execution.sharding`` says.
 
     Raises:
-        UserError: as :meth:`FluxPolicy.load`, or sharding is combined with LoRA.
+        UserError: as :meth:`Policy.load`, or sharding is combined with LoRA.
     """
     execution, device = config.execution, accelerator.device
     sharded = execution.sharding == "fsdp2"
@@ -273,7 +274,7 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
             "execution.sharding=replicated"
         )
     sharded = sharded and accelerator.num_processes > 1
-    policy = FluxPolicy.load(config.policy, device, weights=not sharded)
+    policy = load_policy(config.policy, device, weights=not sharded)
     policy.transformer.eval()
     if config.lora is not None:
         policy.add_lora(config.lora, config.seed)

@@ -35,7 +35,7 @@ def demo(
 
     from g2rpo.data.prompts import Prompt
     from g2rpo.flow.schedule import build_grid
-    from g2rpo.policy import FluxPolicy
+    from g2rpo.policy import load_policy
     from g2rpo.rewards.registry import load_reward
     from g2rpo.sampling import sample_ode
     from g2rpo.terminal import literal, plain_table, wide_console
@@ -45,7 +45,7 @@ def demo(
 
     profile = load_profile("mini")
     base = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
-    policy = FluxPolicy.load(base, "cpu")
+    policy = load_policy(base, "cpu")
     grid = build_grid(profile.evaluation.grid, policy.image_tokens)
     prompts = [Prompt(f"demo-{number}", caption) for number in range(images)]
     typer.echo(f"drawing {images} images with the base and with G²RPO", err=True)

@@ -34,7 +34,7 @@ from reproduce.stages.inputs import Inputs
 from slurm.graph import Needs
 
 if TYPE_CHECKING:
-    from g2rpo.policy import FluxPolicy
+    from g2rpo.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,19 @@ def _origin(device: torch.device) -> dict[str, str]:
 
 
 def _encoder(policy: PolicyConfig, device: torch.device, prompts: Sequence[str]) -> Encoder:
-    from g2rpo.policy.conditioning import TextEncoders, row_of
+    from g2rpo.policy.conditioning import row_of
+    from g2rpo.policy.load import policy_class
 
     folder = resolve_source(policy.source, policy.revision)
     dtype = getattr(torch, policy.dtype)
-    encoders = TextEncoders(folder, dtype, device, policy.max_sequence_length)
+    kind = policy_class(folder).text_encoders_class
+    encoders = kind(folder, dtype, device, policy.max_sequence_length)
     encoders.check_fit(folder, read_json(folder / "transformer" / "config.json"))
     encoders.warn_of_truncated(prompts)
     return lambda prompt: row_of(encoders.encode_one(prompt), 0)
 
 
-def attach(policy: "FluxPolicy", layout: Layout) -> None:
+def attach(policy: "Policy", layout: Layout) -> None:
     """Makes ``policy`` read its text embeddings from its cache, if it has one."""
     key = cache_key(policy.config)
     if key is not None and _cache_folder(key, layout).is_dir():

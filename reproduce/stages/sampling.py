@@ -20,9 +20,9 @@ from g2rpo.data.prompts import Prompt
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, remove
 from g2rpo.flow.schedule import build_grid
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy, load_policy
+from g2rpo.policy.base import HybridSampling
 from g2rpo.policy.checkpoint import find_checkpoint
-from g2rpo.policy.flux import HybridSampling
 from g2rpo.training.checkpoint.load import load_trained
 from reproduce.runs.folders import IMAGES, MANIFEST, listed
 from reproduce.stages import embedding
@@ -77,14 +77,14 @@ def sampling_batch(stage: EvaluationStage) -> int:
     return max(1, min(SAMPLING_BATCH, SAMPLING_PIXELS // stage.cell.policy.resolution**2))
 
 
-def _base_policy(stage: EvaluationStage) -> FluxPolicy:
-    policy = FluxPolicy.load(stage.cell.policy, device())
+def _base_policy(stage: EvaluationStage) -> Policy:
+    policy = load_policy(stage.cell.policy, device())
     embedding.attach(policy, stage.layout)
     policy.transformer.eval()
     return policy
 
 
-def _trained_policy(stage: EvaluationStage) -> FluxPolicy:
+def _trained_policy(stage: EvaluationStage) -> Policy:
     """The policy to evaluate: the base, a given checkpoint, or the last one (its EMA, if kept)."""
     cell, policy = stage.cell, _base_policy(stage)
     hybrid = cell.evaluation.hybrid
@@ -121,7 +121,7 @@ def _prepare_reference(stage: EvaluationStage, prompts: Sequence[Prompt]) -> Non
         torch.cuda.empty_cache()
 
 
-def _measure_drift(stage: EvaluationStage, prompts: Sequence[Prompt], policy: FluxPolicy) -> None:
+def _measure_drift(stage: EvaluationStage, prompts: Sequence[Prompt], policy: Policy) -> None:
     section = stage.cell.evaluation.drift
     assert section is not None
     if stage.cell.is_base:

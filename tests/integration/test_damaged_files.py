@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from benchmarks.evaluation.scoring.journal import Entry, Journal
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import load_policy
 from g2rpo.policy.folder import resolve_source
 from g2rpo.training.checkpoint.folder import (
     checkpoint_folder,
@@ -393,7 +393,7 @@ def test_every_file_of_a_checkpoint_is_compared_before_it_is_used(
             assert latest_checkpoint(run) == checkpoint_folder(run, 2), path.name
             assert path.name in caplog.text and len(caplog.records) == 1
             with pytest.raises(UserError, match=r"iteration-000003: .*train this cell again"):
-                load_trained(FluxPolicy.load(config.policy, "cpu"), run)
+                load_trained(load_policy(config.policy, "cpu"), run)
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             path.write_bytes(kept)
     assert latest_checkpoint(run) == newest

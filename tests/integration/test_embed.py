@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from g2rpo.config import parse_overrides
 from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.flow.schedule import build_grid
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import Policy, load_policy
 from g2rpo.policy.size import model_size
 from g2rpo.sampling import sample_latents
 from g2rpo.training.loop import Trainer
@@ -142,7 +142,7 @@ def test_training_from_the_cache_gives_the_same_bits(
         profile, "hps/g2rpo", "execution.device=cpu", "optimization.learning_rate=1.0e-3"
     )
     assert cell.train is not None and cell.train.optimization.iterations == 2
-    policies: dict[str, FluxPolicy] = {}
+    policies: dict[str, Policy] = {}
     for name in ("encoded", "cached", "control"):
         run = tmp_path / name
         run.mkdir()
@@ -154,8 +154,8 @@ def test_training_from_the_cache_gives_the_same_bits(
         with caplog.at_level(logging.WARNING, logger="g2rpo"):
             trainer.train()
         policies[name] = trainer.policy
-    assert policies["encoded"]._text_encoders is not None
-    assert policies["cached"]._text_encoders is None  # never in memory
+    assert policies["encoded"].text_encoders is not None
+    assert policies["cached"].text_encoders is None  # never in memory
     assert not caplog.records
 
     def weights(name: str) -> dict[str, torch.Tensor]:
@@ -180,6 +180,6 @@ def test_training_from_the_cache_gives_the_same_bits(
 
 
 def test_a_policy_without_a_cache_is_left_as_it_is(profile: Path, tmp_path: Path) -> None:
-    policy = FluxPolicy.load(cell_of(profile).policy, "cpu")
+    policy = load_policy(cell_of(profile).policy, "cpu")
     embedding.attach(policy, layout_of(tmp_path))
     assert policy.conditioning_source is None

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.files import write_json
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import load_policy
 from g2rpo.training.checkpoint.folder import checkpoint_folder, latest_checkpoint
 from g2rpo.training.checkpoint.load import export_trained, load_trained
 from g2rpo.training.loop import Trainer
@@ -229,7 +229,7 @@ def test_a_lora_run_resumes_bit_for_bit_and_keeps_its_base(
         optimization={"ema_decay": 0.5, "kl_coefficient": 0.5},
     )
     trainer = trainer_for(config, tmp_path / "run")
-    base = FluxPolicy.load(config.policy, "cpu").transformer.state_dict()
+    base = load_policy(config.policy, "cpu").transformer.state_dict()
     run_to(trainer, 2)
     resumed = trainer_for(config, tmp_path / "run")
     assert resumed.progress.iteration == 2
@@ -313,7 +313,7 @@ def test_trained_weights_are_loaded_and_exported_whatever_they_were_saved_as(
     if trainer.ema is not None:
         trainer.ema.copy_to(trainer.weights.parameters)
 
-    fresh = FluxPolicy.load(config.policy, "cpu")
+    fresh = load_policy(config.policy, "cpu")
     assert load_trained(fresh, run) == latest_checkpoint(run)
     expected = trainer.policy.transformer.state_dict()
     for name, value in fresh.transformer.state_dict().items():
@@ -338,7 +338,7 @@ def test_trained_weights_are_loaded_and_exported_whatever_they_were_saved_as(
 
 def test_impossible_settings_are_rejected_in_one_line(smoke_assets: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
-        load_trained(FluxPolicy.load(config_for(smoke_assets).policy, "cpu"), tmp_path)
+        load_trained(load_policy(config_for(smoke_assets).policy, "cpu"), tmp_path)
     config = config_for(smoke_assets, lora=LORA, execution={"sharding": "fsdp2"})
     with pytest.raises(UserError, match="not supported with lora"):
         trainer_for(config, tmp_path)

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import write_small_profile
 from training_runs import trainer_for
 from two_ranks import on_two_ranks
 
 from benchmarks.speed.methods import main, report
+from g2rpo.methods.presets import method_label, preset_names
 from g2rpo.training.config import PromptsConfig, TrainConfig
 from reproduce.experiment.cells import load_experiment
 from reproduce.experiment.profile import load_profile
@@ -53,16 +53,15 @@ def test_a_method_trains_for_an_iteration(rows: dict[str, dict[str, float]], key
     assert row["ratio_deviation"] <= 2e-5
 
 
-def test_every_method_is_timed(smoke_assets: Path, tmp_path: Path) -> None:
-    profile = write_small_profile(tmp_path / "small.yaml", smoke_assets)
-    main(str(profile), "cpu", 1, tmp_path)
-    result = json.loads((tmp_path / "methods-smoke.json").read_text())
-    assert [method["key"] for method in result["methods"]] == CELLS
+def test_every_method_is_timed(tmp_path: Path) -> None:
+    main("tiny", "cpu", 1, tmp_path)
+    result = json.loads((tmp_path / "methods-tiny.json").read_text())
+    assert [m["label"] for m in result["methods"]] == [method_label(n) for n in preset_names()]
     for method in result["methods"]:
-        assert method["seconds/sampling"] + method["seconds/training"] > 0
-        assert method["seconds/sampling"] + method["seconds/training"] < method["device_seconds"]
-    page = (tmp_path / "methods-smoke.md").read_text()
-    assert page.count("\n| ") == len(CELLS) + 2
+        parts = method["seconds/sampling"] + method["seconds/training"]
+        assert 0 < parts < method["device_seconds"]
+    page = (tmp_path / "methods-tiny.md").read_text()
+    assert page.count("\n| ") == len(preset_names()) + 2
 
 
 def test_the_page_shows_a_method_that_costs_twice_its_evaluations() -> None:
@@ -70,9 +69,9 @@ def test_the_page_shows_a_method_that_costs_twice_its_evaluations() -> None:
         "rollout_evaluations": 100, "training_forwards": 10, "training_backwards": 10,
         "images_scored": 5, "device_seconds": 3.0, "seconds/sampling": 1.0, "seconds/training": 0.6,
     }  # fmt: skip
-    methods = [plain | {"key": key, "label": key} for key in ("a", "b", "slow")]
+    methods = [plain | {"label": key} for key in ("a", "b", "slow")]
     methods[2] |= {"seconds/sampling": 2.0}
-    page = report({"profile": "p", "device": "cpu", "threads": 1, "repeats": 1, "methods": methods})
+    page = report({"size": "p", "device": "cpu", "threads": 1, "repeats": 1, "methods": methods})
     (row,) = [line for line in page.splitlines() if line.startswith("| slow")]
     assert row.endswith("| 2.00 | 1.00 |")
     assert "(10.00 and 20.00 ms)" in page

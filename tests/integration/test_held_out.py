@@ -23,7 +23,7 @@ from benchmarks.evaluation.protocol import DiversityConfig
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig
-from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy import Policy, PolicyConfig, load_policy
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import BatchedReward, RewardConfig
 from g2rpo.stop import Stopped, StopRequest
@@ -50,11 +50,11 @@ class CountingReward(BatchedReward):
 
 
 @pytest.fixture(scope="module")
-def policy(smoke_assets: Path) -> FluxPolicy:
+def policy(smoke_assets: Path) -> Policy:
     config = PolicyConfig(
         source=str(smoke_assets / "policy"), resolution=32, max_sequence_length=16
     )
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ PROTOCOL = EvaluationConfig(
 
 @pytest.fixture(scope="module")
 def sampled(
-    policy: FluxPolicy, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory
+    policy: Policy, prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The images of all prompts."""
     folder = tmp_path_factory.mktemp("sampled")
@@ -82,7 +82,7 @@ def pixels(folder: Path, prompt: Prompt) -> np.ndarray:
 
 
 def test_images_do_not_depend_on_batch_order_or_company(
-    policy: FluxPolicy, prompts: list[Prompt], sampled: Path, tmp_path: Path
+    policy: Policy, prompts: list[Prompt], sampled: Path, tmp_path: Path
 ) -> None:
     sample_images(policy, prompts[::-1], PROTOCOL, tmp_path / "pairs", batch=2)
     sample_images(policy, prompts[3:4], PROTOCOL, tmp_path / "alone", batch=1)
@@ -99,7 +99,7 @@ def test_images_do_not_depend_on_batch_order_or_company(
 
 
 def test_further_images_of_a_prompt_have_noise_of_their_own(
-    policy: FluxPolicy, prompts: list[Prompt], tmp_path: Path
+    policy: Policy, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     sample_images(policy, prompts[:2], PROTOCOL, tmp_path, batch=2)
     sample_images(policy, prompts[:2], PROTOCOL, tmp_path, batch=2, index=1)
@@ -174,7 +174,7 @@ def test_a_missing_image_is_named(prompts: list[Prompt], tmp_path: Path) -> None
 
 
 def test_sampling_stops_between_batches_and_resumes(
-    policy: FluxPolicy,
+    policy: Policy,
     prompts: list[Prompt],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -15,7 +15,7 @@ from two_ranks import on_two_ranks
 
 from benchmarks.evaluation.held_out import EvaluationConfig, image_path, sample_images
 from g2rpo.data.prompts import read_prompts
-from g2rpo.policy import FluxPolicy
+from g2rpo.policy import load_policy
 from g2rpo.training.checkpoint.folder import checkpoint_folder
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.previews import pictured_iterations, pictures_folder, save_previews
@@ -55,7 +55,7 @@ def test_images_are_those_that_an_evaluation_of_the_checkpoint_gives(
     prompts = read_prompts(smoke_assets / "prompts" / "test.txt", 3)
     shown = []
     for iteration in (1, 2):
-        loaded = FluxPolicy.load(policy, "cpu")
+        loaded = load_policy(policy, "cpu")
         loaded.load_transformer(checkpoint_folder(pictured, iteration) / "transformer")
         again = tmp_path / str(iteration)
         sample_images(loaded, prompts, protocol, again)
@@ -147,7 +147,7 @@ def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:
 
 
 def test_the_policy_elsewhere_shares_its_weights(smoke_assets: Path) -> None:
-    policy = FluxPolicy.load(config_for(smoke_assets).policy, "cpu")
+    policy = load_policy(config_for(smoke_assets).policy, "cpu")
     other = policy.at(48, 1.5)
     assert other.transformer is policy.transformer
     assert (other.config.resolution, other.config.guidance_scale) == (48, 1.5)

@@ -18,8 +18,8 @@ from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
 from g2rpo.flow.schedule import build_grid
-from g2rpo.policy import FluxPolicy, PolicyConfig
-from g2rpo.policy.flux import HybridSampling
+from g2rpo.policy import Policy, PolicyConfig, load_policy
+from g2rpo.policy.base import HybridSampling
 from g2rpo.sampling import sample_ode
 from reproduce.experiment import expand, load_experiment, load_profile
 from reproduce.experiment.layout import Layout
@@ -92,9 +92,9 @@ def finished(workplace: Path) -> dict[str, Cell]:
     return {cell.info.row: cell for cell in load_cells(folder)}
 
 
-def policy_with(workplace: Path, weights: Path | None) -> FluxPolicy:
+def policy_with(workplace: Path, weights: Path | None) -> Policy:
     profile = yaml.safe_load((workplace / "small.yaml").read_text())
-    policy = FluxPolicy.load(PolicyConfig.model_validate(profile["policy"]), "cpu")
+    policy = load_policy(PolicyConfig.model_validate(profile["policy"]), "cpu")
     if weights is not None:
         policy.transformer.load_state_dict(load_file(weights))
     return policy

@@ -16,7 +16,7 @@ from benchmarks.speed.stopwatch import CEILING_SIDE
 from g2rpo.errors import UserError
 from g2rpo.flow.transition import Transition
 from g2rpo.methods.base import RolloutShape
-from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy import PolicyConfig, load_policy
 
 APP = Typer()
 APP.command()(iteration.main)
@@ -101,7 +101,7 @@ def test_a_random_pipeline_of_any_shape_is_one_that_loads(tmp_path: Path) -> Non
     shape = FluxShape(1, 1, 2, 32, 32, 64, 24, (8, 16, 16), 4)
     write_flux(tmp_path, shape, torch.device("cpu"))
     config = PolicyConfig(source=str(tmp_path), resolution=32, max_sequence_length=24)
-    policy = FluxPolicy.load(config, "cpu")
+    policy = load_policy(config, "cpu")
     conditioning = policy.encode(["a red circle"])
     latents = torch.randn(1, policy.image_tokens, 64)
     velocity = policy.velocity(latents, torch.ones(1), conditioning)

@@ -13,7 +13,7 @@ from tiny_flux import build_tiny_flux
 from torch import Tensor
 
 from g2rpo.flow.schedule import GridConfig, build_grid
-from g2rpo.policy import FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy import Policy, PolicyConfig, export_pipeline, load_policy
 
 PROMPTS = ["a red circle above a small blue square", "two green triangles"]
 RESOLUTION = 64
@@ -24,8 +24,8 @@ Schedule = Literal["shifted", "flux_dynamic"]
 
 
 @pytest.fixture(scope="module")
-def policy(flux_folder: Path) -> FluxPolicy:
-    return load_policy(flux_folder)
+def policy(flux_folder: Path) -> Policy:
+    return policy_of(flux_folder)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def pipeline(flux_folder: Path) -> FluxPipeline:
     return load_pipeline(flux_folder)
 
 
-def load_policy(folder: Path) -> FluxPolicy:
+def policy_of(folder: Path) -> Policy:
     config = PolicyConfig(
         source=str(folder),
         resolution=RESOLUTION,
         guidance_scale=GUIDANCE,
         max_sequence_length=LENGTH,
     )
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
 def load_pipeline(folder: Path) -> FluxPipeline:
@@ -51,13 +51,13 @@ def load_pipeline(folder: Path) -> FluxPipeline:
     return pipeline
 
 
-def noise_of(policy: FluxPolicy) -> Tensor:
+def noise_of(policy: Policy) -> Tensor:
     shape = (len(PROMPTS), *policy.latent_shape)
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
 @torch.no_grad()
-def sample(policy: FluxPolicy, schedule: Schedule = "shifted") -> Tensor:
+def sample(policy: Policy, schedule: Schedule = "shifted") -> Tensor:
     """Euler steps on a grid, with exact timesteps."""
     config = GridConfig(steps=STEPS, schedule=schedule, timestep="exact")
     grid = build_grid(config, policy.image_tokens)
@@ -72,7 +72,7 @@ def sample(policy: FluxPolicy, schedule: Schedule = "shifted") -> Tensor:
 
 def pipeline_images(
     pipeline: FluxPipeline,
-    policy: FluxPolicy,
+    policy: Policy,
     output_type: str,
     schedule: Schedule = "shifted",
 ) -> list[object]:
@@ -92,7 +92,7 @@ def pipeline_images(
     return list(output.images)
 
 
-def unit_images(policy: FluxPolicy, latents: Tensor) -> Tensor:
+def unit_images(policy: Policy, latents: Tensor) -> Tensor:
     """[B, H, W, 3] in [0, 1] before rounding, straight from the autoencoder."""
     scaling, shift = policy.vae.config.scaling_factor, policy.vae.config.shift_factor
     with torch.no_grad():
@@ -100,7 +100,7 @@ def unit_images(policy: FluxPolicy, latents: Tensor) -> Tensor:
     return (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def test_encode_equals_encode_prompt(policy: FluxPolicy, pipeline: FluxPipeline) -> None:
+def test_encode_equals_encode_prompt(policy: Policy, pipeline: FluxPipeline) -> None:
     # One of them is truncated.
     prompts = [f"{prompt} number {i}" for i in range(3) for prompt in PROMPTS] + ["long " * 40]
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_encode_equals_encode_prompt(policy: FluxPolicy, pipeline: FluxPipeline)
 
 
 def test_packing_and_position_ids_equal_the_pipeline(
-    policy: FluxPolicy, pipeline: FluxPipeline
+    policy: Policy, pipeline: FluxPipeline
 ) -> None:
     noise = noise_of(policy)
     channels, height, width = policy.latent_shape
@@ -125,7 +125,7 @@ def test_packing_and_position_ids_equal_the_pipeline(
     assert torch.equal(policy.image_ids, ids)
 
 
-def test_same_image_as_the_pipeline(policy: FluxPolicy, pipeline: FluxPipeline) -> None:
+def test_same_image_as_the_pipeline(policy: Policy, pipeline: FluxPipeline) -> None:
     theirs = np.stack(pipeline_images(pipeline, policy, "np"))
     latents = sample(policy)
     ours = unit_images(policy, latents).numpy()
@@ -133,7 +133,7 @@ def test_same_image_as_the_pipeline(policy: FluxPolicy, pipeline: FluxPipeline) 
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_same_image_on_the_pipelines_own_grid(policy: FluxPolicy, flux_folder: Path) -> None:
+def test_same_image_on_the_pipelines_own_grid(policy: Policy, flux_folder: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(flux_folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     theirs = np.stack(pipeline_images(pipeline, policy, "np", "flux_dynamic"))
@@ -142,7 +142,7 @@ def test_same_image_on_the_pipelines_own_grid(policy: FluxPolicy, flux_folder: P
     assert np.abs(ours - unit_images(policy, sample(policy)).numpy()).max() > 1e-2
 
 
-def test_decoded_bytes_are_those_of_a_saved_png(policy: FluxPolicy, pipeline: FluxPipeline) -> None:
+def test_decoded_bytes_are_those_of_a_saved_png(policy: Policy, pipeline: FluxPipeline) -> None:
     saved = []
     for image in pipeline_images(pipeline, policy, "pil"):
         file = io.BytesIO()
@@ -158,9 +158,9 @@ def test_decoded_bytes_are_those_of_a_saved_png(policy: FluxPolicy, pipeline: Fl
 
 
 def test_export_is_a_pipeline_with_the_trained_transformer(
-    policy: FluxPolicy, flux_folder: Path, tmp_path: Path
+    policy: Policy, flux_folder: Path, tmp_path: Path
 ) -> None:
-    trained = load_policy(flux_folder)
+    trained = policy_of(flux_folder)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for parameter in trained.transformer.parameters():
@@ -181,15 +181,15 @@ def test_export_is_a_pipeline_with_the_trained_transformer(
 
 def test_without_guidance_embedding_the_pipeline_still_agrees(tmp_path: Path) -> None:
     folder = build_tiny_flux(tmp_path / "schnell", guidance_embeds=False)
-    policy = load_policy(folder)
+    policy = policy_of(folder)
     theirs = np.stack(pipeline_images(load_pipeline(folder), policy, "np"))
     ours = unit_images(policy, sample(policy)).numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_bfloat16_bytes_follow_diffusers_rounding(flux_folder: Path, policy: FluxPolicy) -> None:
+def test_bfloat16_bytes_follow_diffusers_rounding(flux_folder: Path, policy: Policy) -> None:
     config = policy.config.model_copy(update={"dtype": "bfloat16"})
-    half = FluxPolicy.load(config, "cpu")
+    half = load_policy(config, "cpu")
     latents = sample(policy)
     decoded = half.decode(latents)
     pipeline = FluxPipeline.from_pretrained(flux_folder, torch_dtype=torch.bfloat16)

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from g2rpo.errors import UserError
-from g2rpo.policy import CheckpointConfig, FluxPolicy, PolicyConfig
+from g2rpo.policy import CheckpointConfig, Policy, PolicyConfig, load_policy
 from g2rpo.policy.checkpoint import find_checkpoint
 
 NAME = "diffusion_pytorch_model"
 
 
 @pytest.fixture
-def base(flux_folder: Path) -> FluxPolicy:
+def base(flux_folder: Path) -> Policy:
     config = PolicyConfig(source=str(flux_folder), resolution=32, max_sequence_length=32)
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def tuned(flux_folder: Path) -> dict[str, Tensor]:
     return {key: t + 0.1 * torch.randn(t.shape, generator=draws) for key, t in state.items()}
 
 
-def load(policy: FluxPolicy, source: Path | str, **place: Any) -> None:
+def load(policy: Policy, source: Path | str, **place: Any) -> None:
     policy.load_checkpoint(find_checkpoint(CheckpointConfig(source=str(source), **place)))
 
 
-def holds(policy: FluxPolicy, state: dict[str, Tensor]) -> bool:
+def holds(policy: Policy, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(t, state[key]) for key, t in policy.transformer.state_dict().items())
 
 
@@ -62,7 +62,7 @@ def in_shards(state: dict[str, Tensor], folder: Path, *, index: bool = True) -> 
 
 
 def test_every_layout_gives_the_same_weights(
-    base: FluxPolicy, flux_folder: Path, tuned: dict[str, Tensor], tmp_path: Path
+    base: Policy, flux_folder: Path, tuned: dict[str, Tensor], tmp_path: Path
 ) -> None:
     saved = tmp_path / "repository"
     diffusers = saved / "checkpoint-300-0"
@@ -92,7 +92,7 @@ def test_every_layout_gives_the_same_weights(
 
 
 def test_weights_in_half_precision_go_into_the_base_s_own(
-    base: FluxPolicy, tuned: dict[str, Tensor], tmp_path: Path
+    base: Policy, tuned: dict[str, Tensor], tmp_path: Path
 ) -> None:
     half = {key: tensor.bfloat16() for key, tensor in tuned.items()}
     save_file(half, tmp_path / "half.safetensors")
@@ -102,7 +102,7 @@ def test_weights_in_half_precision_go_into_the_base_s_own(
 
 
 def test_the_base_beside_a_tuned_policy_stays_as_it_was(
-    base: FluxPolicy, tuned: dict[str, Tensor], tmp_path: Path
+    base: Policy, tuned: dict[str, Tensor], tmp_path: Path
 ) -> None:
     before = {key: tensor.clone() for key, tensor in base.transformer.state_dict().items()}
     other = base.with_base_transformer()
@@ -130,7 +130,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] =
 
 @pytest.mark.parametrize("case", sorted(WRONG))
 def test_wrong_tensors_are_reported_before_anything_is_changed(
-    base: FluxPolicy, tuned: dict[str, Tensor], tmp_path: Path, case: str
+    base: Policy, tuned: dict[str, Tensor], tmp_path: Path, case: str
 ) -> None:
     change, message = WRONG[case]
     before = {key: tensor.clone() for key, tensor in base.transformer.state_dict().items()}
@@ -142,7 +142,7 @@ def test_wrong_tensors_are_reported_before_anything_is_changed(
 
 
 def test_wrong_files_are_reported(
-    base: FluxPolicy, flux_folder: Path, tuned: dict[str, Tensor], tmp_path: Path
+    base: Policy, flux_folder: Path, tuned: dict[str, Tensor], tmp_path: Path
 ) -> None:
     sharded = in_shards(tuned, tmp_path / "sharded")
     (sharded / f"{NAME}-00002-of-00002.safetensors").unlink()
@@ -169,7 +169,7 @@ def test_wrong_files_are_reported(
 
 
 def test_only_what_is_named_is_fetched_from_the_hub(
-    base: FluxPolicy, tuned: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Policy, tuned: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = tmp_path / "snapshots" / ("c" * 40)
     place = snapshot / "checkpoint-300-0"

@@ -18,7 +18,7 @@ from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.flow.sweep import Key, Sweep, SweepSettings, Velocities, sweep
 from g2rpo.methods import g2rpo, mix_grpo
 from g2rpo.methods.base import RolloutShape
-from g2rpo.policy import Conditioning, FluxPolicy, LoraConfig, PolicyConfig
+from g2rpo.policy import Conditioning, LoraConfig, Policy, PolicyConfig, load_policy
 from g2rpo.policy.config import ContinuationConfig
 from g2rpo.policy.fp8 import Fp8Linear, quantise
 from g2rpo.seeds import gaussian
@@ -28,12 +28,12 @@ SHAPE = RolloutShape(6, 3, 10)
 
 
 @pytest.fixture
-def policy(flux_folder: Path) -> FluxPolicy:
+def policy(flux_folder: Path) -> Policy:
     config = PolicyConfig(source=str(flux_folder), resolution=32, max_sequence_length=32)
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
-def with_lora(policy: FluxPolicy) -> FluxPolicy:
+def with_lora(policy: Policy) -> Policy:
     """The policy with adapters that are far from zero."""
     policy.add_lora(LoraConfig(rank=4, alpha=8), seed=1)
     for name, parameter in policy.transformer.named_parameters():
@@ -50,7 +50,7 @@ PROMPTS = ["a red circle", "two blue squares above a green one"]
 GRID = build_grid(GridConfig(steps=6), image_tokens=4)
 
 
-def noise_for(policy: FluxPolicy, prompt: int, sample: int, step: int) -> Tensor:
+def noise_for(policy: Policy, prompt: int, sample: int, step: int) -> Tensor:
     return policy.pack(gaussian(policy.latent_shape, 5, "test", prompt, sample, step)[None])[0]
 
 
@@ -59,7 +59,7 @@ class Exactly:
 
     reused, cache = 0, None
 
-    def __init__(self, policy: FluxPolicy, conditioning: Conditioning) -> None:
+    def __init__(self, policy: Policy, conditioning: Conditioning) -> None:
         self.policy, self.conditioning = policy, conditioning
 
     def __call__(
@@ -72,7 +72,7 @@ class Exactly:
 
 
 def walk(
-    policy: FluxPolicy, tree: RolloutTree, config: ContinuationConfig | None, size: int = 5
+    policy: Policy, tree: RolloutTree, config: ContinuationConfig | None, size: int = 5
 ) -> tuple[Sweep, Exactly | RolloutContinuations]:
     """A walk for two prompts in batches of ``size``; and what continued it."""
     conditioning = policy.encode(PROMPTS)
@@ -174,7 +174,7 @@ def test_every_state_is_evaluated_once_by_the_velocity_that_it_is_due() -> None:
     ],
 )
 def test_an_approximation_changes_images_a_little_and_no_log_probability(
-    policy: FluxPolicy, fields: dict[str, object]
+    policy: Policy, fields: dict[str, object]
 ) -> None:
     with_lora(policy)
     tree = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0)
@@ -199,7 +199,7 @@ def test_an_approximation_changes_images_a_little_and_no_log_probability(
 
 @pytest.mark.parametrize("kind", ["first_block", "modulation"])
 def test_a_cache_that_never_reuses_is_exact_and_is_empty_at_the_end(
-    policy: FluxPolicy, kind: str
+    policy: Policy, kind: str
 ) -> None:
     tree = g2rpo.G2RPO(granularities=(1, 3)).rollout_tree(SHAPE, 0)
     expected, _ = walk(policy, tree, None)
@@ -211,7 +211,7 @@ def test_a_cache_that_never_reuses_is_exact_and_is_empty_at_the_end(
     assert not continuations.cache.entries
 
 
-def test_a_cache_works_between_the_nodes_of_the_grid(policy: FluxPolicy) -> None:
+def test_a_cache_works_between_the_nodes_of_the_grid(policy: Policy) -> None:
     tree = mix_grpo.MixGRPO(window_size=2, post_window_ratio=0.9).rollout_tree(SHAPE, 0)
     assert any(state.node != int(state.node) for state in tree.states)
     plain, _ = walk(policy, tree, None)
@@ -225,7 +225,7 @@ def test_a_cache_works_between_the_nodes_of_the_grid(policy: FluxPolicy) -> None
 
 
 @pytest.mark.parametrize("kind", ["first_block", "modulation"])
-def test_what_is_reused_does_not_depend_on_the_batch(policy: FluxPolicy, kind: str) -> None:
+def test_what_is_reused_does_not_depend_on_the_batch(policy: Policy, kind: str) -> None:
     tree = g2rpo.G2RPO(granularities=(1, 2)).rollout_tree(SHAPE, 0)
     config = config_of(step_cache={"kind": kind, "threshold": 0.5})
     (first, one), *others = (walk(policy, tree, config, size) for size in (1, 4, 64))
@@ -235,7 +235,7 @@ def test_what_is_reused_does_not_depend_on_the_batch(policy: FluxPolicy, kind: s
         torch.testing.assert_close(swept.images, first.images, atol=2e-5, rtol=0)
 
 
-def test_merging_follows_the_adapters(policy: FluxPolicy) -> None:
+def test_merging_follows_the_adapters(policy: Policy) -> None:
     with_lora(policy)
     conditioning = policy.encode(["a red circle"])
     twin = ContinuationPolicy(policy, config_of(merged_lora=True))
@@ -258,7 +258,7 @@ def test_merging_follows_the_adapters(policy: FluxPolicy) -> None:
     assert relative(first, second) > 1e-2
 
 
-def test_float8_follows_the_weights_and_leaves_the_policy_alone(policy: FluxPolicy) -> None:
+def test_float8_follows_the_weights_and_leaves_the_policy_alone(policy: Policy) -> None:
     conditioning = policy.encode(["a red circle"])
     before = {name: p.clone() for name, p in policy.transformer.state_dict().items()}
     twin = ContinuationPolicy(policy, config_of(fp8=True))
@@ -305,7 +305,7 @@ def test_a_float8_layer_is_near_its_layer_in_every_dtype() -> None:
 # --- misuse --------------------------------------------------------------------------------------
 
 
-def test_misuse_is_refused(policy: FluxPolicy) -> None:
+def test_misuse_is_refused(policy: Policy) -> None:
     with pytest.raises(UserError, match="approximate_rollout is empty"):
         config_of()
     with pytest.raises(UserError, match="threshold"):
@@ -314,6 +314,6 @@ def test_misuse_is_refused(policy: FluxPolicy) -> None:
         ContinuationPolicy(policy, config_of(merged_lora=True))
 
 
-def test_adapters_of_peft_itself_are_merged_too(policy: FluxPolicy) -> None:
+def test_adapters_of_peft_itself_are_merged_too(policy: Policy) -> None:
     policy.transformer.add_adapter(PeftConfig(r=2, target_modules=["to_q"]))  # type: ignore[operator]
     ContinuationPolicy(policy, config_of(merged_lora=True))

@@ -7,13 +7,13 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from benchmarks.mini_world import build
-from g2rpo.policy import FluxPolicy, LoraConfig, PolicyConfig
+from g2rpo.policy import LoraConfig, Policy, PolicyConfig, load_policy
 from g2rpo.policy.cpu_blocks import gelu
 
 ASSETS = Path(build.__file__).parent / "assets"
 
 
-def velocity_and_gradient(policy: FluxPolicy) -> list[Tensor]:
+def velocity_and_gradient(policy: Policy) -> list[Tensor]:
     """Of five states at different times, with the gradient of every trained parameter."""
     conditioning = policy.encode(["a red circle", "a small blue square above a green star"])
     generator = torch.Generator().manual_seed(1)
@@ -27,9 +27,9 @@ def velocity_and_gradient(policy: FluxPolicy) -> list[Tensor]:
     return [velocity.detach(), alone, torch.cat([g.flatten() for g in gradients])]
 
 
-def mini_policy() -> FluxPolicy:
+def mini_policy() -> Policy:
     config = PolicyConfig(source=str(ASSETS / "policy"), resolution=32, max_sequence_length=20)
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
 def test_velocities_and_gradients_are_those_of_diffusers() -> None:

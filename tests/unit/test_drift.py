@@ -17,7 +17,7 @@ from benchmarks.evaluation.drift import (
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
-from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy import Policy, PolicyConfig, load_policy
 from g2rpo.sampling import evaluation_noise
 from g2rpo.seeds import gaussian
 
@@ -25,9 +25,9 @@ SEED = 11
 DRIFT = DriftConfig(prompts=3, sigmas=(1.0, 0.6, 0.2))
 
 
-def load_policy(assets: Path, dtype: str = "float32") -> FluxPolicy:
+def policy_of(assets: Path, dtype: str = "float32") -> Policy:
     config = {"source": str(assets / "policy"), "resolution": 32, "max_sequence_length": 16}
-    return FluxPolicy.load(PolicyConfig.model_validate(config | {"dtype": dtype}), "cpu")
+    return load_policy(PolicyConfig.model_validate(config | {"dtype": dtype}), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +36,21 @@ def prompts(smoke_assets: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def base(smoke_assets: Path) -> FluxPolicy:
-    return load_policy(smoke_assets)
+def base(smoke_assets: Path) -> Policy:
+    return policy_of(smoke_assets)
 
 
 @pytest.fixture(scope="module")
-def grid(base: FluxPolicy) -> SigmaGrid:
+def grid(base: Policy) -> SigmaGrid:
     return build_grid(GridConfig(steps=3, timestep="exact"), base.image_tokens)
 
 
 @pytest.fixture(scope="module")
-def reference(base: FluxPolicy, prompts: list[Prompt], grid: SigmaGrid) -> DriftReference:
+def reference(base: Policy, prompts: list[Prompt], grid: SigmaGrid) -> DriftReference:
     return base_reference(base, prompts, DRIFT, grid, SEED, batch=2)
 
 
-def perturb(policy: FluxPolicy, scale: float) -> FluxPolicy:
+def perturb(policy: Policy, scale: float) -> Policy:
     """The last layer moved: velocities are linear in it, so the drift is quadratic."""
     draws = torch.Generator().manual_seed(1)
     parameters = dict(policy.transformer.named_parameters())
@@ -61,18 +61,18 @@ def perturb(policy: FluxPolicy, scale: float) -> FluxPolicy:
     return policy
 
 
-def values(policy: FluxPolicy, prompts: list[Prompt], reference: DriftReference) -> np.ndarray:
+def values(policy: Policy, prompts: list[Prompt], reference: DriftReference) -> np.ndarray:
     frame = measure_drift(policy, prompts, DRIFT, reference, batch=2)
     assert list(frame["prompt_id"]) == [prompt.id for prompt in prompts[:3]]
     return frame["value"].to_numpy()
 
 
 @torch.no_grad()
-def plain_drift(one: FluxPolicy, two: FluxPolicy, prompt: Prompt, grid: SigmaGrid) -> float:
+def plain_drift(one: Policy, two: Policy, prompt: Prompt, grid: SigmaGrid) -> float:
     """The definition, one state and one number at a time, in float64."""
     conditioning = one.encode([prompt.text])
 
-    def velocity(policy: FluxPolicy, x: torch.Tensor, time: float) -> torch.Tensor:
+    def velocity(policy: Policy, x: torch.Tensor, time: float) -> torch.Tensor:
         return policy.velocity(x[None], torch.tensor([time], dtype=x.dtype), conditioning)[0]
 
     x = evaluation_noise(one, SEED, prompt).double()
@@ -92,25 +92,25 @@ def plain_drift(one: FluxPolicy, two: FluxPolicy, prompt: Prompt, grid: SigmaGri
 def test_drift_is_that_of_a_plain_float64_loop(
     smoke_assets: Path, prompts: list[Prompt], grid: SigmaGrid, reference: DriftReference
 ) -> None:
-    found = values(perturb(load_policy(smoke_assets), 0.1), prompts, reference)
-    exact = load_policy(smoke_assets, "float64")
-    moved = perturb(load_policy(smoke_assets, "float64"), 0.1)
+    found = values(perturb(policy_of(smoke_assets), 0.1), prompts, reference)
+    exact = policy_of(smoke_assets, "float64")
+    moved = perturb(policy_of(smoke_assets, "float64"), 0.1)
     expected = [plain_drift(exact, moved, prompt, grid) for prompt in prompts[:3]]
     assert min(expected) > 1e-4
     assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_base_has_not_drifted_at_all(
-    smoke_assets: Path, base: FluxPolicy, prompts: list[Prompt], reference: DriftReference
+    smoke_assets: Path, base: Policy, prompts: list[Prompt], reference: DriftReference
 ) -> None:
     assert (values(base, prompts, reference) == 0).all()
-    assert (values(load_policy(smoke_assets), prompts, reference) == 0).all()
+    assert (values(policy_of(smoke_assets), prompts, reference) == 0).all()
     measured = measure_drift(base, prompts, DRIFT, reference, batch=2)
     assert no_drift(prompts, DRIFT).equals(measured)
 
 
 def test_inputs_depend_on_seed_prompt_and_sigma_alone(
-    base: FluxPolicy, prompts: list[Prompt], grid: SigmaGrid, reference: DriftReference
+    base: Policy, prompts: list[Prompt], grid: SigmaGrid, reference: DriftReference
 ) -> None:
     assert reference.latents.shape == (3, 3, base.image_tokens, 64)
     other = base_reference(base, prompts[::-1], DriftConfig(prompts=5, sigmas=(1.0,)), grid, SEED)

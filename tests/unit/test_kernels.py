@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import RolloutTree
 from g2rpo.flow.transition import Transition, log_prob, per_state, transition_mean
-from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy import Policy, PolicyConfig, load_policy
 from g2rpo.policy.cpu_blocks import use_diffusers_blocks
 from g2rpo.policy.kernels import (
     Attention,
@@ -34,12 +34,12 @@ def _same_backend_afterwards() -> Iterator[None]:
 
 
 @pytest.fixture
-def policy(flux_folder: Path) -> FluxPolicy:
+def policy(flux_folder: Path) -> Policy:
     config = PolicyConfig(source=str(flux_folder), resolution=32, max_sequence_length=24)
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
-def velocity_of(policy: FluxPolicy, batch: int = 3) -> Tensor:
+def velocity_of(policy: Policy, batch: int = 3) -> Tensor:
     conditioning = policy.encode(["a red circle"]).select([0] * batch)
     generator = torch.Generator().manual_seed(1)
     latents = policy.pack(torch.randn(batch, *policy.latent_shape, generator=generator))
@@ -81,7 +81,7 @@ def test_what_cannot_run_is_refused(
 
 @pytest.mark.parametrize("choice", ["native", "flash", "math"])
 def test_every_backend_gives_the_same_velocity_and_gradient(
-    policy: FluxPolicy, choice: Attention
+    policy: Policy, choice: Attention
 ) -> None:
     found = []
     for chosen in ("native", choice):
@@ -115,7 +115,7 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_blocks_give_training_the_velocity_of_the_rollout(
-    policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without gradients and with them the graphs are others; the ratio must stay 1."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of workers

@@ -10,30 +10,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from g2rpo.errors import UserError
-from g2rpo.policy import FluxPolicy, LoraConfig, PolicyConfig
+from g2rpo.policy import LoraConfig, Policy, PolicyConfig, load_policy
 from g2rpo.policy.lora import LORA_FILE, lora_parameters
 
 CONFIG = LoraConfig(rank=4, alpha=12)
 PROMPTS = ["a red cat", "two blue dogs"]
 
 
-def load(folder: Path) -> FluxPolicy:
+def load(folder: Path) -> Policy:
     config = PolicyConfig(source=str(folder), resolution=64, max_sequence_length=16)
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
-def inputs(policy: FluxPolicy) -> tuple[Tensor, Tensor]:
+def inputs(policy: Policy) -> tuple[Tensor, Tensor]:
     noise = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
     return policy.pack(noise), torch.tensor([0.9, 0.4])
 
 
 @torch.no_grad()
-def velocity(policy: FluxPolicy) -> Tensor:
+def velocity(policy: Policy) -> Tensor:
     return policy.velocity(*inputs(policy), policy.encode(PROMPTS))
 
 
 @torch.no_grad()
-def move(policy: FluxPolicy) -> None:
+def move(policy: Policy) -> None:
     """As training would: every adapter away from where it began."""
     generator = torch.Generator().manual_seed(2)
     for parameter in lora_parameters(policy.transformer).values():

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from g2rpo.policy import FluxPolicy, lora
+from g2rpo.policy import Policy, lora
 from g2rpo.policy.conditioning import Conditioning
 from g2rpo.policy.decoding import decode_size
+from g2rpo.policy.flux import FluxPolicy
 from g2rpo.policy.size import FLUX_DEV
 from g2rpo.training import weights as training_weights
 from g2rpo.training.config import TrainConfig
@@ -97,7 +98,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveBytes]:
     """Within the test all tensors are without data, on rank 0 of 16."""
     monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: FusedRMSNorm.apply(x, self.weight))
     monkeypatch.setattr(lora, "gaussian", lambda shape, *key: torch.zeros(shape))
-    monkeypatch.setattr(FluxPolicy, "fill_transformer", lambda self: None)
+    monkeypatch.setattr(Policy, "fill_transformer", lambda self: None)
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     mesh = init_device_mesh("cpu", (RANKS,))
     monkeypatch.setattr(training_weights, "init_device_mesh", lambda *args: mesh)
@@ -133,7 +134,7 @@ def fake_weights(
     return MasterWeights(policy, accelerator)
 
 
-def velocity(policy: FluxPolicy, states: int) -> Tensor:
+def velocity(policy: Policy, states: int) -> Tensor:
     embeddings = torch.empty(states, 512, 4096, dtype=torch.bfloat16)
     conditioning = Conditioning(embeddings, torch.empty(states, 768, dtype=torch.bfloat16))
     return policy.velocity(torch.empty(states, 2025, 64), torch.ones(states), conditioning)

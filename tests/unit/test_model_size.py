@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from g2rpo.errors import UserError
-from g2rpo.policy import FluxPolicy, LoraConfig, PolicyConfig
+from g2rpo.policy import LoraConfig, PolicyConfig, load_policy
 from g2rpo.policy.lora import add_lora, lora_parameters
 from g2rpo.policy.size import FLUX_DEV, ModelSize, model_size, read_size
 
@@ -66,7 +66,7 @@ def test_a_folder_is_read_and_refused_where_it_is_damaged(
     smoke_assets: Path, tmp_path: Path
 ) -> None:
     config = PolicyConfig(source=str(smoke_assets / "policy"), resolution=32)
-    policy = FluxPolicy.load(config, "cpu")
+    policy = load_policy(config, "cpu")
     size = model_size(config)
     assert size.parameters == parameters(policy.transformer)
     assert size.tokens(config) == policy.image_tokens + config.max_sequence_length

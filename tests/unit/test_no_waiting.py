@@ -15,7 +15,7 @@ from g2rpo.flow.sweep import SweepSettings, Velocities, sweep
 from g2rpo.flow.upload import indices, to_device
 from g2rpo.methods import dance_grpo, g2rpo, mix_grpo
 from g2rpo.methods.base import Method, RolloutShape
-from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy import Policy, PolicyConfig, load_policy
 from g2rpo.seeds import gaussian
 from g2rpo.training.continuation import ContinuationPolicy
 
@@ -90,12 +90,12 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 @pytest.fixture(scope="module")
-def policy(flux_folder: Path) -> FluxPolicy:
+def policy(flux_folder: Path) -> Policy:
     config = PolicyConfig(source=str(flux_folder), resolution=32, max_sequence_length=24)
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
-def noise_for(policy: FluxPolicy) -> Callable[[int, int, int], Tensor]:
+def noise_for(policy: Policy) -> Callable[[int, int, int], Tensor]:
     def noise(prompt: int, sample: int, step: int) -> Tensor:
         drawn = gaussian(policy.latent_shape, 5, "test", prompt, sample, step)
         return policy.pack(drawn[None])[0]
@@ -104,7 +104,7 @@ def noise_for(policy: FluxPolicy) -> Callable[[int, int, int], Tensor]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_is_read_back_within_the_walk(policy: FluxPolicy, name: str) -> None:
+def test_nothing_is_read_back_within_the_walk(policy: Policy, name: str) -> None:
     method, grid = METHODS[name](), build_grid(GridConfig(steps=4), policy.image_tokens)
     tree = method.rollout_tree(RolloutShape(4, 3, 10), 0)
     conditioning = policy.encode(["a red circle", "a blue square"])
@@ -166,10 +166,10 @@ def test_the_counter_counts() -> None:
     reason="torch.cuda.set_sync_debug_mode sees what the driver waits for; that needs a GPU",
 )
 @pytest.mark.parametrize("approximate", [False, True])
-def test_a_gpu_is_never_awaited_within_the_walk(policy: FluxPolicy, approximate: bool) -> None:
+def test_a_gpu_is_never_awaited_within_the_walk(policy: Policy, approximate: bool) -> None:
     from g2rpo.policy.config import ContinuationConfig
 
-    cuda = FluxPolicy.load(policy.config.model_copy(update={"dtype": "bfloat16"}), "cuda")
+    cuda = load_policy(policy.config.model_copy(update={"dtype": "bfloat16"}), "cuda")
     method, grid = g2rpo.G2RPO(granularities=(1, 2)), build_grid(GridConfig(steps=4), 4)
     tree = method.rollout_tree(RolloutShape(4, 3, 10), 0)
     conditioning = cuda.encode(["a red circle", "a blue square"])

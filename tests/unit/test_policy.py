@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from g2rpo.policy import Conditioning, FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy import Conditioning, Policy, PolicyConfig, export_pipeline, load_policy
 from g2rpo.policy.conditioning import row_of
 
 PROMPTS = ["a red square", "a blue circle on the left", "", "two triangles"]
@@ -26,13 +26,13 @@ def broken(flux_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(flux_folder: Path) -> FluxPolicy:
+def policy(flux_folder: Path) -> Policy:
     return load(flux_folder)
 
 
-def load(source: Path | str, device: str = "cpu", **changes: object) -> FluxPolicy:
+def load(source: Path | str, device: str = "cpu", **changes: object) -> Policy:
     values = {"source": str(source), "resolution": 32, "max_sequence_length": 32} | changes
-    return FluxPolicy.load(validate(PolicyConfig, values, "policy"), device)
+    return load_policy(validate(PolicyConfig, values, "policy"), device)
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -135,7 +135,7 @@ def test_impossible_settings(flux_folder: Path) -> None:
         assert "no usable CUDA GPU" in refusal(lambda: load(flux_folder, device="cuda"))
 
 
-def test_transformer_of_another_architecture(policy: FluxPolicy, tmp_path: Path) -> None:
+def test_transformer_of_another_architecture(policy: Policy, tmp_path: Path) -> None:
     other = FluxTransformer2DModel(
         in_channels=64,
         num_layers=1,
@@ -164,9 +164,7 @@ def test_export_does_not_overwrite_its_base(broken: Path) -> None:
 # Text
 
 
-def test_truncated_prompts_are_reported(
-    policy: FluxPolicy, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_truncated_prompts_are_reported(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="g2rpo"):
         policy.encode(PROMPTS)
         assert not caplog.records
@@ -183,7 +181,7 @@ def assert_same_bits(one: Conditioning, other: Conditioning) -> None:
     assert torch.equal(one.pooled_prompt_embeds, other.pooled_prompt_embeds)
 
 
-def test_an_embedding_depends_on_its_prompt_alone(policy: FluxPolicy) -> None:
+def test_an_embedding_depends_on_its_prompt_alone(policy: Policy) -> None:
     together = policy.encode(PROMPTS)
     assert len(together) == len(PROMPTS)
     for index, prompt in enumerate(PROMPTS):
@@ -210,13 +208,13 @@ class Remembered:
 
 
 def test_what_a_source_holds_is_not_encoded(
-    flux_folder: Path, policy: FluxPolicy, caplog: pytest.LogCaptureFixture
+    flux_folder: Path, policy: Policy, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoded = policy.encode(PROMPTS)
     reader = load(flux_folder)
     reader.conditioning_source = Remembered(encoded, PROMPTS)
     assert_same_bits(reader.encode([*PROMPTS[::-1], PROMPTS[1]]), encoded.select([3, 2, 1, 0, 1]))
-    assert reader._text_encoders is None
+    assert reader.text_encoders is None
     assert not caplog.records
 
     reader.conditioning_source = Remembered(encoded, PROMPTS[:2])
@@ -240,7 +238,7 @@ def test_conditioning_selects_and_joins() -> None:
 # Latents
 
 
-def test_velocity_does_not_depend_on_the_batch(policy: FluxPolicy) -> None:
+def test_velocity_does_not_depend_on_the_batch(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(3)
     conditioning = policy.encode(PROMPTS)
     latents = policy.pack(torch.randn(4, *policy.latent_shape, generator=generator))
@@ -270,7 +268,7 @@ def test_gradients_reach_the_transformer_only(flux_folder: Path) -> None:
     assert [name for name in without if not name.endswith(("to_k.bias", "add_k_proj.bias"))] == []
     assert latents.grad is not None
     assert not conditioning.prompt_embeds.requires_grad
-    encoders = policy._text_encoders
+    encoders = policy.text_encoders
     assert encoders is not None
     for frozen in (policy.vae, encoders.clip, encoders.t5):
         assert not any(parameter.requires_grad for parameter in frozen.parameters())
@@ -295,7 +293,7 @@ def test_wrapped_transformer_is_used_and_saved(flux_folder: Path, tmp_path: Path
 
 
 def test_decoding_does_not_depend_on_the_slices(
-    policy: FluxPolicy, monkeypatch: pytest.MonkeyPatch
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(2))
     whole = policy.decode(latents)

@@ -12,9 +12,9 @@ from g2rpo.config import validate
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig, SigmaGrid, build_grid
-from g2rpo.policy import FluxPolicy, PolicyConfig
+from g2rpo.policy import Policy, PolicyConfig, load_policy
+from g2rpo.policy.base import HybridSampling
 from g2rpo.policy.config import HybridConfig
-from g2rpo.policy.flux import HybridSampling
 from g2rpo.sampling import evaluation_noise, sample_latents, sample_ode
 
 SEED = 11
@@ -27,16 +27,16 @@ def prompts(smoke_assets: Path) -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def base(smoke_assets: Path) -> FluxPolicy:
+def base(smoke_assets: Path) -> Policy:
     return load(smoke_assets, "float32")
 
 
 @pytest.fixture(scope="module")
-def tuned(base: FluxPolicy) -> FluxPolicy:
+def tuned(base: Policy) -> Policy:
     return moved(base)
 
 
-def load(assets: Path, dtype: str) -> FluxPolicy:
+def load(assets: Path, dtype: str) -> Policy:
     config = PolicyConfig.model_validate(
         {
             "source": str(assets / "policy"),
@@ -45,10 +45,10 @@ def load(assets: Path, dtype: str) -> FluxPolicy:
             "dtype": dtype,
         }
     )
-    return FluxPolicy.load(config, "cpu")
+    return load_policy(config, "cpu")
 
 
-def moved(base: FluxPolicy) -> FluxPolicy:
+def moved(base: Policy) -> Policy:
     """The same architecture with clearly different weights."""
     policy = base.with_base_transformer()
     draws = torch.Generator().manual_seed(1)
@@ -59,14 +59,14 @@ def moved(base: FluxPolicy) -> FluxPolicy:
     return policy
 
 
-def hybrid(tuned: FluxPolicy, base: FluxPolicy, steps: int) -> FluxPolicy:
+def hybrid(tuned: Policy, base: Policy, steps: int) -> Policy:
     policy = copy.copy(tuned)
     policy.handover = HybridSampling(base, steps)
     return policy
 
 
 @torch.no_grad()
-def plain_loop(policies: list[FluxPolicy], prompts: list[Prompt], grid: SigmaGrid) -> Tensor:
+def plain_loop(policies: list[Policy], prompts: list[Prompt], grid: SigmaGrid) -> Tensor:
     """One prompt at a time, one policy for each step, everything in float64."""
     results = []
     for prompt in prompts:
@@ -104,11 +104,11 @@ def test_hybrid_sampling_equals_a_plain_float64_loop(
 
 @pytest.mark.parametrize("batch", [2, 64])
 def test_all_tuned_is_plain_and_none_tuned_is_the_base_bit_for_bit(
-    base: FluxPolicy, tuned: FluxPolicy, prompts: list[Prompt], batch: int
+    base: Policy, tuned: Policy, prompts: list[Prompt], batch: int
 ) -> None:
     grid = build_grid(GridConfig(steps=STEPS), base.image_tokens)
 
-    def latents(policy: FluxPolicy) -> Tensor:
+    def latents(policy: Policy) -> Tensor:
         return sample_latents(policy, prompts, grid, SEED, batch)
 
     plain, untouched = latents(tuned), latents(base)
@@ -123,7 +123,7 @@ def test_all_tuned_is_plain_and_none_tuned_is_the_base_bit_for_bit(
 
 
 def test_hybrid_images_are_those_of_the_latents(
-    base: FluxPolicy, tuned: FluxPolicy, prompts: list[Prompt]
+    base: Policy, tuned: Policy, prompts: list[Prompt]
 ) -> None:
     grid = build_grid(GridConfig(steps=STEPS), base.image_tokens)
     policy = hybrid(tuned, base, 3)
@@ -133,7 +133,7 @@ def test_hybrid_images_are_those_of_the_latents(
     assert not torch.equal(images, sample_ode(base, prompts, grid, SEED))
 
 
-def test_stretches_of_a_grid_meet(base: FluxPolicy) -> None:
+def test_stretches_of_a_grid_meet(base: Policy) -> None:
     grid = build_grid(GridConfig(steps=50, schedule="flux_dynamic"), base.image_tokens)
     first, second = grid.stretch(0, 30), grid.stretch(30, 50)
     assert (first.steps, second.steps) == (30, 20)

@@ -20,7 +20,7 @@ from g2rpo.checksums import parse_document
 from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
-from g2rpo.policy import FluxPolicy, PolicyConfig, export_pipeline
+from g2rpo.policy import Policy, PolicyConfig, export_pipeline, load_policy
 from g2rpo.policy.checkpoint import copy_whole
 from g2rpo.policy.export import write_checksums
 from g2rpo.training.checkpoint.folder import (
@@ -137,7 +137,7 @@ def _read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None)
         ) from None
 
 
-def load_trained(policy: FluxPolicy, run: Path) -> Path:
+def load_trained(policy: Policy, run: Path) -> Path:
     """Loads what ``run`` has trained into ``policy``, its base: the EMA if there is one.
 
     Args:
@@ -191,7 +191,7 @@ def export_trained(run: Path, output: Path) -> str:
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); train this cell again") from None
     # Only the base is validated: other settings may have other names in runs of older versions.
-    policy = FluxPolicy.load(validate(PolicyConfig, settings.get("policy"), str(path)), "cpu")
+    policy = load_policy(validate(PolicyConfig, settings.get("policy"), str(path)), "cpu")
     checkpoint = load_trained(policy, run)
     if policy.has_lora:
         lora = "ema_lora" if (checkpoint / "ema_lora").is_dir() else "lora"

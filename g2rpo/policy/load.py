@@ -1,0 +1,34 @@
+"""Loads the policy that a pipeline folder holds, whatever its architecture."""
+
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from g2rpo.policy.architectures import POLICIES, pipeline_name
+from g2rpo.policy.base import Policy
+from g2rpo.policy.config import PolicyConfig
+from g2rpo.policy.folder import resolve_source
+
+
+def policy_class(folder: Path) -> type[Policy]:
+    """The policy of the pipeline in ``folder``.
+
+    Raises:
+        UserError: see :func:`pipeline_name`.
+    """
+    module, name = POLICIES[pipeline_name(folder)]
+    kind: type[Policy] = getattr(import_module(module), name)
+    return kind
+
+
+def load_policy(
+    config: PolicyConfig, device: torch.device | str, *, weights: bool = True
+) -> Policy:
+    """Loads a policy of the architecture that its folder names (:meth:`Policy.load`).
+
+    Raises:
+        UserError: as :meth:`Policy.load`, or the architecture is not supported.
+    """
+    folder = resolve_source(config.source, config.revision)
+    return policy_class(folder).load(config, device, weights=weights)
