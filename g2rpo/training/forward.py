@@ -48,10 +48,12 @@ class TimesConfig(StrictModel):
         if not self.among(steps):
             raise ValueError(
                 f"objective.times: first={self.first} and until={self.until} leave none of "
-                f"{steps} steps"
+                f"{steps} steps; lower objective.times.first or raise objective.times.until"
             )
         if self.shared_noise and self.shared == "sample":
-            raise ValueError("objective.times.shared_noise needs objective.times.shared: group")
+            raise ValueError(
+                "objective.times.shared_noise needs objective.times.shared: group or iteration"
+            )
 
     def among(self, steps: int) -> range:
         """The steps to draw from, on a grid of T = ``steps`` steps."""
@@ -88,7 +90,8 @@ class OldPolicyConfig(StrictModel):
     limit: float = Field(0.5, ge=0, lt=1)
     """0 makes it the policy at the start of each iteration."""
     rollouts_after: int | None = Field(0, ge=0)
-    """Rollouts use it from this many optimizer steps on; null: they use the trained policy."""
+    """Rollouts use it after more than this many optimizer steps (before the first one, both are the
+    same); null: they use the trained policy."""
 
     def decay(self, steps: int) -> float:
         """d after ``steps`` optimizer steps."""
@@ -96,7 +99,7 @@ class OldPolicyConfig(StrictModel):
 
     def makes_rollouts(self, steps: int) -> bool:
         """Whether the rollout after ``steps`` optimizer steps uses it."""
-        return self.rollouts_after is not None and steps >= self.rollouts_after
+        return self.rollouts_after is not None and steps > self.rollouts_after
 
 
 @dataclass(frozen=True)
@@ -218,10 +221,6 @@ class AWM(ForwardObjective):
     average_weight: float = Field(1.0, ge=0)
     times: TimesConfig = TimesConfig(count=6, first=1, until=0.9, stratified=True, shared="group")
     old: OldPolicyConfig | None = OldPolicyConfig(limit=0.3, rollouts_after=None)
-
-    def group_terms(self, images: NoisedImages) -> Tensor:
-        """What the loss sums over the images of a group, [N], if it compares them."""
-        raise NotImplementedError
 
     def frozen(self, updates: int) -> tuple[FrozenPolicy, ...]:
         """The old policy if it counts; the start of the iteration if there is a second update."""

@@ -256,9 +256,9 @@ def test_a_short_grid_has_fewer_times() -> None:
 @pytest.mark.parametrize(
     ("rule", "steps", "message"),
     [
-        (TimesConfig(first=4, until=0.5), 8, "first=4 and until=0.5 leave none of 8 steps"),
+        (TimesConfig(first=4, until=0.5), 8, "first=4 and until=0.5 leave none of 8 steps; lower"),
         (TimesConfig(first=3, until=0.5), 8, None),
-        (TimesConfig(count=1, shared_noise=True), 8, "shared_noise needs"),
+        (TimesConfig(count=1, shared_noise=True), 8, "shared: group or iteration"),
     ],
 )
 def test_impossible_times_are_refused(rule: TimesConfig, steps: int, message: str | None) -> None:
@@ -281,7 +281,9 @@ def test_schedules_of_the_old_policy() -> None:
     dgpo = DGPO().old
     assert dgpo is not None
     assert [dgpo.decay(n) for n in (0, 1, 2, 500)] == [0, 0, 0.001, 0.3]
-    assert [dgpo.makes_rollouts(n) for n in (0, 199, 200)] == [False, False, True]
+    # Its code asks for more than 200.
+    assert [dgpo.makes_rollouts(n) for n in (0, 200, 201)] == [False, False, True]
+    assert [nft.makes_rollouts(n) for n in (0, 1)] == [False, True]
     awm = AWM().old
     assert awm is not None and not awm.makes_rollouts(10**6)
 
