@@ -131,13 +131,14 @@ class DPPO(TransitionObjective):
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
         """See the class; ``clip_range`` is not used."""
         del clip_range
-        ratio = torch.exp(transitions.log_prob - transitions.old_log_prob)
-        advantage = transitions.advantage.to(ratio.dtype)
-        further = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
+        change = transitions.log_prob - transitions.old_log_prob
+        advantage = transitions.advantage.to(change.dtype)
+        moved = torch.exp(change.detach())
+        further = ((moved > 1) & (advantage > 0)) | ((moved < 1) & (advantage < 0))
         dropped = (transitions.divergence.detach() >= self.threshold) & further
-        # Not a product with the mask: a ratio that overflows is dropped too, and inf * 0 is NaN.
-        loss = torch.where(dropped, torch.zeros_like(ratio), -advantage * ratio)
-        return ObjectiveTerms(loss, dropped)
+        # Masked before the exponential: where it overflows, the gradient of inf * 0 is NaN.
+        ratio = torch.exp(change.masked_fill(dropped, 0.0))
+        return ObjectiveTerms((-advantage * ratio).masked_fill(dropped, 0.0), dropped)
 
 
 def clipped_objective(

@@ -193,6 +193,23 @@ def test_before_an_update_every_ratio_is_one_and_the_loss_the_advantage(cps: boo
         assert not terms.clipped.any()
 
 
+def test_dppo_drops_a_ratio_that_overflows_with_its_gradient() -> None:
+    new = doubles([1000.0, -1000.0, 0.1]).requires_grad_()
+    far, near = torch.ones(3, 2), torch.zeros(3, 2)
+    terms = DPPO().terms(
+        Transitions(
+            new, doubles([0.0, 0.0, 0.0]), doubles([1.0, -1.0, -1.0]), near, far, near,
+            torch.ones(3, 1), torch.ones(3), torch.zeros(3, dtype=torch.int64),
+        ),
+        CLIP,
+    )  # fmt: skip
+    terms.loss.sum().backward()
+    assert new.grad is not None
+    assert terms.clipped.tolist() == [True, True, False]
+    assert terms.loss.tolist() == [0, 0, pytest.approx(math.exp(0.1))]
+    assert new.grad.tolist() == [0, 0, pytest.approx(math.exp(0.1))]
+
+
 def test_the_ratio_of_guard_does_not_depend_on_the_form_of_the_log_prob() -> None:
     one, other = (Guard().terms(seen(drifted(), cps=cps), 1e-3) for cps in (False, True))
     assert torch.equal(one.loss, other.loss)
