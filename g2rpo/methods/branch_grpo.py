@@ -68,7 +68,7 @@ class BranchGRPO(Method):
                 f"rollout.group_size={size} is not a power of two, as the leaves of "
                 f"{self.name} are; use {2**rounds} or {2 ** (rounds + 1)}"
             )
-        if rounds > max(last + 1, 1) or shape.steps < 2:
+        if rounds > max(last + 1, 1):
             raise ValueError(
                 f"grid.steps={shape.steps} is too short for {rounds} splits in its first half; "
                 "use more steps or give method.split_steps"

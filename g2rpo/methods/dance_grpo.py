@@ -43,10 +43,8 @@ class DanceGRPO(Method):
     def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:
         """G stochastic lines; the image is x_0 predicted from the last node's state."""
         tree = RolloutTree(shape.steps)
-        starts, stochastic = (
-            tree.initial_group(shape.group_size, shared=True),
-            range(shape.steps - 1),
-        )
+        starts = tree.initial_group(shape.group_size, shared=True)
+        stochastic = range(shape.steps - 1)
         tree.groups.append(Group(tree.trajectories(starts, stochastic, stochastic)))
         return tree
 

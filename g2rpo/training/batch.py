@@ -370,10 +370,8 @@ def noised_images(
     objective, iteration = config.objective, rollout.iteration
     assert isinstance(objective, ForwardObjective)
     rule, column = objective.times, {image: i for i, image in enumerate(rollout.tree.images)}
-    steps, groups = (
-        len(rollout.sigmas) - 1,
-        [rollout.tree.groups[i] for i in rollout.tree.image_groups],
-    )
+    groups = [rollout.tree.groups[i] for i in rollout.tree.image_groups]
+    steps = rollout.tree.steps
     clean, noise, times, members = [], [], [], []
     for p, prompt in enumerate(prompts):
         for place, group in enumerate(groups):

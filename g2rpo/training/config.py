@@ -22,7 +22,7 @@ from g2rpo.policy.kernels import Attention
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name
 from g2rpo.training.advantages import AdvantageConfig
-from g2rpo.training.forward import ForwardObjective, FrozenPolicy
+from g2rpo.training.forward import ForwardObjective, FrozenPolicy, OldPolicyConfig
 from g2rpo.training.objective import Clipped
 from g2rpo.training.objectives import AnyObjective, parse_objective
 
@@ -226,6 +226,14 @@ class TrainConfig(StrictModel):
             needed |= {*objective.frozen(optimization.updates_per_iteration)}
         return tuple(sorted(needed))
 
+    @property
+    def old_policy(self) -> OldPolicyConfig | None:
+        """The old policy's settings; None if neither the loss nor a rollout uses one."""
+        settings = getattr(self.objective, "old", None)
+        if settings is None or settings.rollouts_after is not None:
+            return settings
+        return settings if "old" in self.frozen_policies else None
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self.method.check(self.shape)
@@ -291,7 +299,15 @@ class TrainConfig(StrictModel):
                 "optimization.updates_per_iteration: 1"
             )
         if objective.old is None and "old" in self.frozen_policies:
-            raise ValueError(f"{name} needs objective.old")
+            raise ValueError(
+                f"{name} compares with the old policy; leave out objective.old for its default, or "
+                "give it settings"
+            )
+        if not self.method.rollout_tree(self.shape, 0).image_groups:
+            raise ValueError(
+                f"{name} needs a step whose samples have one image each, and this rollout records "
+                "none; prune fewer depths (method.pruned_depths)"
+            )
 
     def notes(self) -> list[str]:
         """Notes on this configuration for the user."""

@@ -67,6 +67,18 @@ def training_counts(config: TrainConfig) -> TrainingCounts:
     return TrainingCounts(*(round(count) for count in of_all))
 
 
+def most_states_of_update(config: TrainConfig, ranks: int) -> int:
+    """The most states that an update of the first iteration may train on each rank."""
+    tree, samples = config.method.rollout_tree(config.shape, 0), _samples_per_update(config)
+    sources: dict[int, set[int | None]] = {}
+    for index in tree.recorded:
+        state = tree.states[index]
+        assert state.sample is not None
+        update = state.step if samples is None else state.sample // samples
+        sources.setdefault(update, set()).add(state.parent)
+    return max(map(len, sources.values())) * config.rollout.prompts_per_iteration // ranks
+
+
 def iterations_within(config: TrainConfig, cost: Callable[[TrainingCounts], int], most: int) -> int:
     """The most iterations whose ``cost`` is at most ``most``; at least 1.
 

@@ -39,6 +39,7 @@ from g2rpo.training.collective import (
 )
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.continuation import ContinuationPolicy
+from g2rpo.training.counts import most_states_of_update
 from g2rpo.training.measuring import measure_agreement, measure_gradients
 from g2rpo.training.memory import check_fits
 from g2rpo.training.metrics import (
@@ -47,6 +48,7 @@ from g2rpo.training.metrics import (
     iteration_row,
     iteration_sums,
 )
+from g2rpo.training.objective import Guard
 from g2rpo.training.old_policy import OldPolicy
 from g2rpo.training.previews import save_previews
 from g2rpo.training.rollout import Rollout, RolloutEngine
@@ -95,8 +97,8 @@ class Trainer:
         optimizer = build_optimizer(config.optimization, self.weights.parameters)
         decay = config.optimization.ema_decay
         self.ema = None if decay is None else EMAModel(self.weights.parameters, decay=decay)
-        settings = getattr(config.objective, "old", None)
-        self.old = None if settings is None else OldPolicy(settings, self.weights)
+        old = config.old_policy
+        self.old = None if old is None else OldPolicy(old, self.weights)
         state = TrainingState(config, run, self.weights, optimizer, self.ema, self.old)
         self.optimizer, self.checkpoints = optimizer, CheckpointWriter(state)
         # Before a checkpoint is read: the KL's reference is the untrained policy.
@@ -128,6 +130,14 @@ class Trainer:
                 f"multiple of {halves} for rollout.prompts_per_iteration at {ranks} rank(s), not "
                 f"{config.rollout.prompts_per_iteration}"
             )
+        if isinstance(config.objective, Guard) and config.objective.published == "flow_grpo":
+            states = most_states_of_update(config, ranks)
+            if states > (held := config.execution.training_micro_batch):
+                raise UserError(
+                    f"objective.published=flow_grpo averages over the {states} states of an update "
+                    f"on a rank, but execution.training_micro_batch={held}; raise it to {states}, "
+                    "or use objective.published=verl_omni, which averages over nothing"
+                )
         if self.accelerator.device.type == "cuda":
             _, total = torch.cuda.mem_get_info(self.accelerator.device)
             size = read_size(resolve_source(config.policy.source, config.policy.revision))

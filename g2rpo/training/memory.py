@@ -54,7 +54,7 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
     parts["optimiser states"] = 2 * moment * trained / shared
     if settings.ema_decay is not None:
         parts["average of the weights"] = master * trained / shared
-    if "old" in config.frozen_policies:
+    if config.old_policy is not None:
         parts["old policy"] = master * trained / shared
     if "base" in config.frozen_policies and config.lora is None:
         parts["frozen base"] = (master if shared > 1 else computed) * trained / shared

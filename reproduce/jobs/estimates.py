@@ -275,7 +275,7 @@ def checkpoint_disk(config: TrainConfig) -> tuple[int, int, int]:
     size = model_size(config.policy)
     trained = size.parameters if config.lora is None else size.lora_parameters(config.lora)
     copies = 3 if config.optimization.ema_decay is None else 5
-    copies += "old" in config.frozen_policies
+    copies += config.old_policy is not None
     settings, total = config.checkpoints, config.optimization.iterations
     before_last = range(settings.every, total, settings.every)
     return (

@@ -1,4 +1,4 @@
-"""Whole runs with objectives on the forward process: resumed, on two ranks, short of memory."""
+"""Whole runs with the newer objectives: resumed, on two ranks, short of memory."""
 
 import json
 from dataclasses import replace
@@ -11,10 +11,14 @@ from engine_runs import config_for, exhausted_memory, relative, run_to, trained_
 from training_runs import trainer_for
 from two_ranks import on_two_ranks
 
+from g2rpo.errors import UserError
+from g2rpo.policy.size import read_size
 from g2rpo.training.batch import NoisedBatch, training_batch
 from g2rpo.training.checkpoint.folder import checkpoint_folder
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
+from g2rpo.training.memory import gpu_bytes
+from reproduce.jobs.estimates import checkpoint_disk
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "nft": {"name": "nft", "old": {"slope": 0.3, "limit": 0.9}},
@@ -141,7 +145,15 @@ def test_images_of_the_same_key_are_noised_alike(smoke_assets: Path, tmp_path: P
         ({"objective": {"name": "clipped"}}, "method.name=ode has none"),
         ({"optimization": {"update_every": "timestep"}}, "update_every: iteration"),
         ({"optimization": {"updates_per_iteration": 3}}, "a whole group"),
-        ({"objective": OBJECTIVES["dgpo"] | {"old": None}}, "needs objective.old"),
+        ({"objective": OBJECTIVES["dgpo"] | {"old": None}}, "leave out objective.old"),
+        (
+            {
+                "method": {"name": "branch_grpo", "pruned_depths": [3, 4, 5, 6]},
+                "grid": {"steps": 6},
+                "rollout": {"group_size": 8},
+            },
+            r"records none; .*method\.pruned_depths",
+        ),
         (
             {
                 "method": {
@@ -160,3 +172,47 @@ def test_impossible_combinations_are_refused(
     settings: dict[str, Any] = {"method": {"name": "ode"}, "objective": OBJECTIVES["dgpo"]}
     with pytest.raises(ValueError, match=message):
         config_for(smoke_assets, **(settings | changes))
+
+
+def test_an_old_policy_that_nothing_uses_is_not_kept(smoke_assets: Path, tmp_path: Path) -> None:
+    def config(**changes: Any) -> TrainConfig:
+        objective = {"name": "awm", "average_weight": 0.0, "times": {"count": 2}} | changes
+        return config_for(smoke_assets, method={"name": "ode"}, objective=objective)
+
+    unused, used = config(), config(old={"rollouts_after": 0})
+    trainer = trainer_for(unused, tmp_path)
+    assert trainer.old is None
+    trainer.iterate()
+    # A rollout needs it even if the loss does not.
+    assert used.frozen_policies == () and used.old_policy is not None
+    size = read_size(smoke_assets / "policy")
+    assert "old policy" not in gpu_bytes(unused, size, 1)
+    assert gpu_bytes(used, size, 1)["old policy"] == 4 * size.parameters
+    assert checkpoint_disk(used)[0] - checkpoint_disk(unused)[0] == 4 * size.parameters
+
+
+@pytest.mark.parametrize(
+    ("optimization", "states"),
+    [
+        # Per prompt one state at the first step, where the group is one state, and 3 at each other.
+        ({}, 4 * (1 + 3 * 3)),
+        ({"updates_per_iteration": 3}, 4 * 4),
+        ({"update_every": "timestep"}, 4 * 3),
+    ],
+)
+def test_guard_refuses_a_micro_batch_that_parts_an_update_before_a_rollout(
+    smoke_assets: Path, tmp_path: Path, optimization: dict[str, Any], states: int
+) -> None:
+    def config(size: int) -> TrainConfig:
+        return config_for(
+            smoke_assets,
+            method={"name": "flow_grpo"},
+            grid={"steps": 5},
+            objective={"name": "guard", "published": "flow_grpo"},
+            optimization=optimization,
+            execution={"training_micro_batch": size},
+        )
+
+    with pytest.raises(UserError, match=rf"over the {states} states .*raise it to {states},"):
+        trainer_for(config(states - 1), tmp_path)
+    trainer_for(config(states), tmp_path).iterate()
