@@ -91,6 +91,22 @@ def merged(layers: Sequence[Layer]) -> dict[str, Any]:
     return merge({}, *(layer.settings for layer in layers))
 
 
+def _of_last_name(layers: Sequence[Layer]) -> list[Layer]:
+    """``layers`` without the settings of a method or an objective that a later one replaces."""
+    kept = list(layers)
+    for section in ("method", "objective"):
+        current = None
+        for place, layer in enumerate(layers):
+            part = layer.settings.get(section)
+            name = part.get("name") if isinstance(part, Mapping) else None
+            if name is not None and current not in (None, name):
+                for below, (_, settings) in enumerate(kept[:place]):
+                    rest = {key: value for key, value in settings.items() if key != section}
+                    kept[below] = kept[below]._replace(settings=rest)
+            current = name or current
+    return kept
+
+
 class Resolver:
     """Resolves the cells of one experiment under one profile.
 
@@ -206,7 +222,7 @@ class Resolver:
         layers += [Layer("cell", cell.set), Layer("-s", self.overrides)]
         if any("seed" in layer.settings for layer in layers):
             raise UserError(f"{where}: seed: not a setting of a cell; use --seeds")
-        layers.append(Layer("--seed", {"seed": seed}))
+        layers = _of_last_name([*layers, Layer("--seed", {"seed": seed})])
         if cell.budget is not None:
             own = validate(TrainConfig, merged(layers), where)
             layers.append(Layer("budget", self._within(cell.budget, own, where)))

@@ -1,5 +1,7 @@
 """`g2rpo config`: every value of a cell, and the layer that it comes from."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -60,6 +62,30 @@ def test_budgets_and_protocols_are_layers_too() -> None:
     table3 = printed("table3", "steps10/g2rpo", "--profile", "flux")
     assert origin(table3, "evaluation", "grid", "steps") == ("10", "cell")
     assert origin(table3, "evaluation", "grid", "schedule") == ("flux_dynamic", "profile")
+
+
+def test_another_method_or_objective_takes_nothing_from_the_one_it_replaces(tmp_path: Path) -> None:
+    cell = {
+        "method": "dgpo", "preset": "released", "train": ["hps"],
+        "set": {"objective": {"name": "nft", "old": {"limit": 0.4}}},
+    }  # fmt: skip
+    path = tmp_path / "mine.yaml"
+    table = {"title": "Mine"}
+    path.write_text(yaml.safe_dump({"name": "mine", "cells": {"hps/mine": cell}, "table": table}))
+    text = printed(str(path), "hps/mine", "-s", "method.name=g2rpo")
+    for keys, expected in {
+        ("objective", "name"): ("nft", "cell"),
+        ("objective", "times", "count"): ("null", "default"),  # DGPO has 4
+        ("objective", "old", "rollouts_after"): ("0", "default"),  # 200
+        ("objective", "old", "limit"): ("0.4", "cell"),
+        ("objective", "beta"): ("1.0", "default"),  # 100
+        ("method", "name"): ("g2rpo", "-s"),  # has no solver
+        ("optimization", "clip_range"): ("0.01", "preset"),
+    }.items():
+        assert origin(text, "training", *keys) == expected, keys
+    # Where the objective stays the same, the layers below count.
+    text = printed("family", "hps/dgpo", "-s", "objective.old.limit=0.2")
+    assert origin(text, "training", "objective", "name") == ("dgpo", "preset")
 
 
 def test_what_is_not_trained_has_no_training() -> None:
