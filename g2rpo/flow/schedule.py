@@ -20,7 +20,7 @@ class GridConfig(StrictModel):
     schedule: Literal["shifted", "flux_dynamic"] = "shifted"
     """``shifted``: the same shift at every resolution, as all these methods train.
     ``flux_dynamic``: FluxPipeline's grid, whose shift grows with the number of image tokens."""
-    shift: float = Field(3.0, gt=0)
+    shift: float = Field(3.0, ge=1e-6, le=1e6)
     """Time shift s of the ``shifted`` schedule (released flag ``--shift 3``)."""
     timestep: Literal["exact", "truncated"] = "truncated"
     """``truncated`` gives the transformer int(1000 sigma)/1000, as the released code does."""
