@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from g2rpo.errors import UserError
 from g2rpo.yaml_text import parse_yaml
 
-LARGEST = 1e12
+LARGEST = 1e20
 """Of a setting: far below the largest float32, so that a few of them may be multiplied."""
 
 
@@ -42,7 +42,7 @@ class StrictModel(pydantic.BaseModel):
     """Base of all configuration models: rejects unknown keys and does not convert values.
 
     ``true`` is not a number, ``"10"`` and 10.0 are not integers and 1 is not a boolean. Integers
-    are valid floats, and lists are valid tuples. A float is at most 1e12.
+    are valid floats, and lists are valid tuples. A float is at most 1e20.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
