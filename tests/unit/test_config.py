@@ -271,7 +271,7 @@ def test_a_plain_training_configuration_is_valid() -> None:
         (["method={name: mix_grpo}", "grid.steps=2"], ("grid.steps", "MixGRPO")),
         (["method={name: dance_grpo}", "grid.steps=2"], ("method.trained_fraction",)),
         (["grid.steps=1"], ("grid.steps", "2")),
-        (["grid.shift=0"], ("grid.shift", "greater than or equal to 1e-06")),
+        (["grid.shift=0"], ("grid.shift", "greater than or equal to 0.000001")),
         (["grid.shift=1e7"], ("grid.shift", "less than or equal to 1000000")),
         (
             ["optimization.clip_range=1e21"],
