@@ -27,7 +27,7 @@ WIDTH = 32
 CLIP_LENGTH = 77
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE without merges: one token a byte."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters)]
@@ -36,7 +36,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CLIP_LENGTH)
 
 
-def _t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> T5TokenizerFast:
     """A unigram tokenizer of single characters, a word's first one marked as SentencePiece does."""
     characters = [chr(code) for code in range(33, 127)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -1.0)]
@@ -58,40 +58,49 @@ def _t5_tokenizer() -> T5TokenizerFast:
     )
 
 
+def clip_config(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextConfig:
+    """A CLIP text encoder of two layers, whose projection has half its width."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width // 2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def t5_encoder(tokenizer: T5TokenizerFast, width: int = WIDTH) -> T5EncoderModel:
+    """A T5 encoder of two layers."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=8,
+            d_ff=2 * width,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
 def build_tiny_flux(folder: Path, seed: int = 0, guidance_embeds: bool = True) -> Path:
     """Writes the pipeline to ``folder``: 8x autoencoder, 16 latent channels, two + two blocks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+        clip_tokens, t5_tokens = clip_tokenizer(), t5_tokenizer()
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-            vae=_vae(),
-            text_encoder=CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=len(clip_tokenizer),
-                    hidden_size=WIDTH,
-                    intermediate_size=2 * WIDTH,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    max_position_embeddings=CLIP_LENGTH,
-                    bos_token_id=clip_tokenizer.bos_token_id,
-                    eos_token_id=clip_tokenizer.eos_token_id,
-                    pad_token_id=clip_tokenizer.pad_token_id,
-                )
-            ),
-            tokenizer=clip_tokenizer,
-            text_encoder_2=T5EncoderModel(
-                T5Config(
-                    vocab_size=len(t5_tokenizer),
-                    d_model=WIDTH,
-                    d_kv=8,
-                    d_ff=2 * WIDTH,
-                    num_layers=2,
-                    num_heads=4,
-                    feed_forward_proj="gated-gelu",
-                )
-            ),
-            tokenizer_2=t5_tokenizer,
+            vae=autoencoder(),
+            text_encoder=CLIPTextModel(clip_config(clip_tokens)),
+            tokenizer=clip_tokens,
+            text_encoder_2=t5_encoder(t5_tokens),
+            tokenizer_2=t5_tokens,
             transformer=_transformer(guidance_embeds),
         )
     pipeline.save_pretrained(folder)
@@ -118,7 +127,7 @@ def _transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
 
 
 @torch.no_grad()
-def _vae() -> AutoencoderKL:
+def autoencoder() -> AutoencoderKL:
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         layers_per_block=1,

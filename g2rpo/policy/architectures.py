@@ -1,12 +1,46 @@
 """The architectures of policies, by the class of their diffusers pipeline."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from g2rpo.errors import UserError
 from g2rpo.files import read_json
 
-POLICIES = {"FluxPipeline": ("g2rpo.policy.flux", "FluxPolicy")}
-"""Module and class of the policy of each pipeline."""
+CLIP_TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+T5_TOKENIZER = (("tokenizer.json",), ("spiece.model",))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a pipeline folder holds, and the policy that is made of it.
+
+    Attributes:
+        module: of the policy.
+        policy: its class.
+        tokenizers: of each tokenizer, by the ending of its folder's name (``tokenizer<ending>``),
+            the sets of files of which it needs one; its encoder is ``text_encoder<ending>``.
+        optional: endings of the encoders that a pipeline may leave out (null in its
+            ``model_index.json``).
+    """
+
+    module: str
+    policy: str
+    tokenizers: Mapping[str, tuple[tuple[str, ...], ...]]
+    optional: tuple[str, ...] = ()
+
+
+ARCHITECTURES = {
+    "FluxPipeline": Architecture(
+        "g2rpo.policy.flux", "FluxPolicy", {"": CLIP_TOKENIZER, "_2": T5_TOKENIZER}
+    ),
+    "StableDiffusion3Pipeline": Architecture(
+        "g2rpo.policy.sd3",
+        "SD3Policy",
+        {"": CLIP_TOKENIZER, "_2": CLIP_TOKENIZER, "_3": T5_TOKENIZER},
+        optional=("_3",),
+    ),
+}
 
 
 def pipeline_name(folder: Path) -> str:
@@ -16,13 +50,29 @@ def pipeline_name(folder: Path) -> str:
         UserError: there is none, or none that a policy is made of.
     """
     index = folder / "model_index.json"
-    known = " or ".join(POLICIES)
+    known = " or ".join(ARCHITECTURES)
     if not index.is_file():
         raise UserError(
             f"{folder}: not a {known} folder: no model_index.json (create one with "
-            f"{next(iter(POLICIES))}.save_pretrained)"
+            f"{next(iter(ARCHITECTURES))}.save_pretrained)"
         )
     name = str(read_json(index).get("_class_name"))
-    if name not in POLICIES:
+    if name not in ARCHITECTURES:
         raise UserError(f"{folder}: a {name}, not a {known}; other models are not supported")
     return name
+
+
+def text_endings(folder: Path) -> tuple[str, ...]:
+    """The endings of the tokenizers and text encoders of the pipeline in ``folder``.
+
+    Raises:
+        UserError: see :func:`pipeline_name`.
+    """
+    architecture = ARCHITECTURES[pipeline_name(folder)]
+    index = read_json(folder / "model_index.json")
+    return tuple(
+        ending
+        for ending in architecture.tokenizers
+        if ending not in architecture.optional
+        or (index.get(f"text_encoder{ending}") or [None])[0] is not None
+    )

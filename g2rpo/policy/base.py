@@ -1,7 +1,8 @@
 """A policy: a flow-matching image model as velocities over packed latents.
 
 What the rollout, training, sampling, export and plans need. An architecture is a subclass with its
-forward pass, its packing of latents and its text encoders (:mod:`g2rpo.policy.flux`).
+forward pass, its packing of latents and its text encoders (:mod:`g2rpo.policy.flux`,
+:mod:`g2rpo.policy.sd3`).
 """
 
 import copy
@@ -83,6 +84,8 @@ class Policy(ABC):
     """The transformer's lists of blocks, in order."""
     packed_channels: ClassVar[int]
     """Channels that the transformer takes for each channel of a latent."""
+    has_step_cache: ClassVar[bool] = True
+    """Whether :mod:`g2rpo.training.step_cache` knows the blocks."""
 
     def __init__(
         self, config: PolicyConfig, folder: Path, transformer: Any, vae: AutoencoderKL

@@ -1,6 +1,7 @@
-"""Text conditioning of the transformer: CLIP's pooled vector and T5's sequence."""
+"""Text conditioning of the transformer: a pooled vector and a sequence."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from g2rpo.errors import UserError, reason
 from g2rpo.policy.folder import load_model
@@ -25,7 +25,8 @@ class Conditioning:
     """The text embeddings of P prompts.
 
     Attributes:
-        prompt_embeds: [P, L, D], T5's last hidden states, padded to L = max_sequence_length.
+        prompt_embeds: [P, L, D], a sequence for each prompt, padded to L. FLUX: T5's last hidden
+            states, L = max_sequence_length.
         pooled_prompt_embeds: [P, E], CLIP's pooled output.
     """
 
@@ -86,68 +87,65 @@ def row_of(conditioning: Conditioning, index: int) -> dict[str, Tensor]:
     }
 
 
-class TextEncoders:
-    """FLUX's two frozen text encoders with their tokenizers."""
+class TextEncoders(ABC):
+    """The frozen text encoders of a pipeline with their tokenizers.
 
+    Attributes:
+        device: theirs.
+        max_sequence_length: T5 tokens to which prompts are padded or truncated.
+        models: the encoders.
+        limits: of each tokenizer that truncates: its encoder, what limits it, itself, and its
+            longest sequence in tokens.
+    """
+
+    models: tuple[Any, ...]
+    limits: tuple[tuple[str, str, Any, int], ...]
+
+    @abstractmethod
     def __init__(
         self, folder: Path, dtype: torch.dtype, device: torch.device, max_sequence_length: int
     ) -> None:
-        """Loads both from the FluxPipeline ``folder``.
+        """Loads them from the pipeline ``folder``.
 
         Raises:
             UserError: a component cannot be read, or a tokenizer does not fit its encoder.
         """
-        self.device = device
+        self.folder, self.dtype, self.device = folder, dtype, device
         self.max_sequence_length = max_sequence_length
-        self.clip_tokenizer = self._tokenizer(CLIPTokenizer, folder / "tokenizer")
-        self.t5_tokenizer = self._tokenizer(T5TokenizerFast, folder / "tokenizer_2")
-        self.clip = load_model(CLIPTextModel, folder / "text_encoder", dtype=dtype)
-        self.t5 = load_model(T5EncoderModel, folder / "text_encoder_2", dtype=dtype)
-        for name, tokenizer, encoder in (
-            ("tokenizer", self.clip_tokenizer, self.clip),
-            ("tokenizer_2", self.t5_tokenizer, self.t5),
-        ):
-            if len(tokenizer) > encoder.config.vocab_size:
-                raise UserError(
-                    f"{folder}: {name} has {len(tokenizer)} tokens but its encoder embeds only "
-                    f"{encoder.config.vocab_size}; they belong to different models"
-                )
-            encoder.requires_grad_(False).to(device)
-        self.models = (self.clip, self.t5)
-        self._parameters = sum(
-            parameter.numel() for model in self.models for parameter in model.parameters()
-        )
 
-    @staticmethod
-    def _tokenizer(tokenizer_class: Any, folder: Path) -> Any:
+    def _load(self, ending: str, tokenizer_class: Any, model_class: Any) -> tuple[Any, Any]:
+        """The tokenizer and the encoder in the folders of this ``ending``."""
+        name = f"tokenizer{ending}"
+        path = self.folder / name
         try:
-            return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = tokenizer_class.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise UserError(f"{folder}: cannot load the tokenizer ({reason(error)})") from None
+            raise UserError(f"{path}: cannot load the tokenizer ({reason(error)})") from None
+        encoder = load_model(model_class, self.folder / f"text_encoder{ending}", dtype=self.dtype)
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise UserError(
+                f"{self.folder}: {name} has {len(tokenizer)} tokens but its encoder embeds only "
+                f"{encoder.config.vocab_size}; they belong to different models"
+            )
+        encoder.requires_grad_(False).to(self.device)
+        return tokenizer, encoder
 
+    @abstractmethod
     def check_fit(self, folder: Path, transformer: Mapping[str, Any]) -> None:
         """Checks the embeddings' widths against the configuration of a transformer.
 
         Raises:
             UserError: they differ; names ``folder``.
         """
-        widths = (self.t5.config.d_model, self.clip.config.hidden_size)
-        keys = ("joint_attention_dim", "pooled_projection_dim")
-        expected = tuple(transformer.get(key, own) for key, own in zip(keys, widths, strict=True))
-        if widths != expected:
-            raise UserError(
-                f"{folder}: text encoders of widths {widths} (T5, CLIP), but the transformer "
-                f"expects {expected}; they belong to different models"
-            )
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes P prompts as ``FluxPipeline.encode_prompt`` does, one by one.
+        """Encodes P prompts as the pipeline's ``encode_prompt`` does, one by one.
 
         Logs a warning for truncated prompts.
 
         Returns:
-            Conditioning on the encoders' device, in their dtype. Both sequences are padded to
-            their full length and the padding is attended to, as in FLUX's training.
+            Conditioning on the encoders' device, in their dtype. All sequences are padded to their
+            full length and the padding is attended to, as in the models' training.
         """
         if not prompts:
             raise ValueError("no prompts to encode")
@@ -163,17 +161,17 @@ class TextEncoders:
         batches the last bits may depend on the batch. At FLUX's 512 tokens a single prompt fills a
         GPU.
         """
-        clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
-        t5_ids = self._ids(self.t5_tokenizer, prompt, self.max_sequence_length)
         with self._threads():
-            return Conditioning(
-                prompt_embeds=self.t5(t5_ids).last_hidden_state,
-                pooled_prompt_embeds=self.clip(clip_ids).pooler_output,
-            )
+            return self._embedded(prompt)
+
+    @abstractmethod
+    def _embedded(self, prompt: str) -> Conditioning:
+        """See :meth:`encode_one`."""
 
     @contextmanager
     def _threads(self) -> Iterator[None]:
-        if self.device.type != "cpu" or self._parameters >= SMALL_ENCODERS:
+        parameters = sum(p.numel() for model in self.models for p in model.parameters())
+        if self.device.type != "cpu" or parameters >= SMALL_ENCODERS:
             yield
             return
         threads = torch.get_num_threads()
@@ -196,11 +194,7 @@ class TextEncoders:
 
     def warn_of_truncated(self, prompts: Sequence[str]) -> None:
         """Logs a warning for each encoder that truncates any of ``prompts``."""
-        limits = (
-            ("T5", "max_sequence_length", self.t5_tokenizer, self.max_sequence_length),
-            ("CLIP", "its limit", self.clip_tokenizer, self.clip_tokenizer.model_max_length),
-        )
-        for encoder, limit_name, tokenizer, limit in limits:
+        for encoder, limit_name, tokenizer, limit in self.limits:
             lengths = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
             longer = [length for length in lengths if length > limit]
             if longer:

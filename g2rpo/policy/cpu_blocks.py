@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,7 +37,9 @@ def use_cpu_blocks(transformer: Any) -> None:
 
 
 def use_diffusers_blocks(transformer: Any) -> None:
-    """Undoes :func:`use_cpu_blocks`."""
+    """Undoes :func:`use_cpu_blocks`; leaves other architectures as they are."""
+    if not isinstance(transformer, FluxTransformer2DModel):
+        return
     transformer.set_attn_processor(FluxAttnProcessor())
     for module in transformer.modules():
         vars(module).pop("forward", None)

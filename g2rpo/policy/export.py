@@ -7,7 +7,7 @@ from g2rpo.checksums import EXPORTED, FILES, checksums_of, write_document
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder
 from g2rpo.policy.base import Policy
-from g2rpo.policy.folder import COMPONENTS
+from g2rpo.policy.folder import components
 
 
 def export_pipeline(policy: Policy, folder: Path) -> None:
@@ -23,7 +23,7 @@ def export_pipeline(policy: Policy, folder: Path) -> None:
         raise UserError(f"{folder}: would overwrite the base pipeline; export to another folder")
     with atomic_folder(folder) as temporary:
         shutil.copy2(policy.folder / "model_index.json", temporary)
-        for name in COMPONENTS:
+        for name in components(policy.folder):
             if name != "transformer":
                 shutil.copytree(policy.folder / name, temporary / name)
         policy.save_transformer(temporary / "transformer")

@@ -4,17 +4,56 @@ The architecture is diffusers'. This is the part of ``FluxPipeline`` between noi
 without the sampling loop.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from g2rpo.errors import UserError
 from g2rpo.policy.base import Policy
 from g2rpo.policy.conditioning import Conditioning, TextEncoders
 from g2rpo.policy.config import PolicyConfig
 from g2rpo.policy.cpu_blocks import use_cpu_blocks
+
+
+class FluxTextEncoders(TextEncoders):
+    """CLIP, for the pooled vector, and T5, for the sequence."""
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, max_sequence_length: int
+    ) -> None:
+        super().__init__(folder, dtype, device, max_sequence_length)
+        self.clip_tokenizer, self.clip = self._load("", CLIPTokenizer, CLIPTextModel)
+        self.t5_tokenizer, self.t5 = self._load("_2", T5TokenizerFast, T5EncoderModel)
+        self.models = (self.clip, self.t5)
+        clip_length = self.clip_tokenizer.model_max_length
+        self.limits = (
+            ("T5", "max_sequence_length", self.t5_tokenizer, max_sequence_length),
+            ("CLIP", "its limit", self.clip_tokenizer, clip_length),
+        )
+
+    def check_fit(self, folder: Path, transformer: Mapping[str, Any]) -> None:
+        """See :meth:`TextEncoders.check_fit`."""
+        widths = (self.t5.config.d_model, self.clip.config.hidden_size)
+        keys = ("joint_attention_dim", "pooled_projection_dim")
+        expected = tuple(transformer.get(key, own) for key, own in zip(keys, widths, strict=True))
+        if widths != expected:
+            raise UserError(
+                f"{folder}: text encoders of widths {widths} (T5, CLIP), but the transformer "
+                f"expects {expected}; they belong to different models"
+            )
+
+    def _embedded(self, prompt: str) -> Conditioning:
+        clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
+        t5_ids = self._ids(self.t5_tokenizer, prompt, self.max_sequence_length)
+        return Conditioning(
+            prompt_embeds=self.t5(t5_ids).last_hidden_state,
+            pooled_prompt_embeds=self.clip(clip_ids).pooler_output,
+        )
 
 
 class FluxPolicy(Policy):
@@ -22,7 +61,7 @@ class FluxPolicy(Policy):
 
     transformer_class = FluxTransformer2DModel
     pipeline_class = FluxPipeline
-    text_encoders_class = TextEncoders
+    text_encoders_class = FluxTextEncoders
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     packed_channels = 4
 

@@ -1,4 +1,4 @@
-"""Finds and checks a policy's diffusers FluxPipeline folder, on disk or from the hub.
+"""Finds and checks a policy's diffusers pipeline folder, on disk or from the hub.
 
 A hub id is first resolved to the folder of its cached snapshot. Missing files are reported before
 any weights are read.
@@ -7,6 +7,7 @@ any weights are read.
 import functools
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,18 @@ from g2rpo.hub.cache import Digests
 from g2rpo.hub.catalogue import COMMIT
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.hub.lock import revision_of
-from g2rpo.policy.architectures import pipeline_name
+from g2rpo.policy.architectures import ARCHITECTURES, pipeline_name, text_endings
 from g2rpo.progress import without_library_bars
 
-MODEL_FOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-TOKENIZER_FILES = {
-    "tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
-    "tokenizer_2": (("tokenizer.json",), ("spiece.model",)),
-}
-COMPONENTS = (*MODEL_FOLDERS, *TOKENIZER_FILES, "scheduler")
-TEXT_FOLDERS = ("text_encoder", "text_encoder_2", *TOKENIZER_FILES)
-"""Everything that affects text embeddings."""
+ENDINGS = tuple(dict.fromkeys(end for known in ARCHITECTURES.values() for end in known.tokenizers))
+"""Of the text encoders and tokenizers of any architecture."""
 REMEMBERED = 10**9
 """Hashes of files of at least this many bytes are remembered between processes."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
-    """The complete FluxPipeline folder of ``source``.
+    """The complete pipeline folder of ``source``.
 
     Args:
         source: a folder, or a hub id such as ``black-forest-labs/FLUX.1-dev``.
@@ -46,7 +41,7 @@ def resolve_source(source: str, revision: str | None) -> Path:
 
     Raises:
         UserError: no such folder; the hub id is gated, unknown, or not cached while offline; the
-            folder is not a complete FluxPipeline folder, or a damaged export.
+            folder is not a complete pipeline folder, or a damaged export.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -54,8 +49,9 @@ def resolve_source(source: str, revision: str | None) -> Path:
             raise UserError(
                 f"policy source {source!r}: no such folder, and not a hub id (owner/name)"
             )
-        # Only these folders: FLUX repositories also have the same weights in other formats.
-        patterns = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
+        # Only these folders: the repositories also have the same weights in other formats.
+        parts = ("transformer", "vae", *_text_folders(ENDINGS), "scheduler")
+        patterns = ["model_index.json", *(f"{name}/*" for name in parts)]
         folder = fetch_snapshot(source, patterns, revision, "policy")
     check_pipeline_folder(folder)
     check_exported(folder)
@@ -96,7 +92,9 @@ def text_fingerprint(source: str, revision: str | None) -> str | dict[str, str] 
 @functools.cache
 def _text_hash(folder: Path) -> str:
     digests, listing = Digests(), hashlib.sha256()
-    for name in TEXT_FOLDERS:
+    # Without an index the folder is incomplete; a null encoder does not count, whatever is there.
+    known = (folder / "model_index.json").is_file()
+    for name in _text_folders(text_endings(folder) if known else ENDINGS):
         for path in sorted((folder / name).rglob("*")):
             if path.is_file():
                 large = path.stat().st_size >= REMEMBERED
@@ -105,15 +103,33 @@ def _text_hash(folder: Path) -> str:
     return listing.hexdigest()
 
 
+def _text_folders(endings: Iterable[str]) -> tuple[str, ...]:
+    endings = tuple(endings)
+    kinds = ("text_encoder", "tokenizer")
+    return tuple(f"{kind}{ending}" for kind in kinds for ending in endings)
+
+
+def components(folder: Path) -> tuple[str, ...]:
+    """The subfolders of the pipeline in ``folder`` that a policy is made of.
+
+    Raises:
+        UserError: see :func:`pipeline_name`.
+    """
+    return ("transformer", "vae", *_text_folders(text_endings(folder)), "scheduler")
+
+
 def check_pipeline_folder(folder: Path) -> None:
-    """Checks that ``folder`` is a whole diffusers FluxPipeline folder with safetensors weights.
+    """Checks that ``folder`` is a whole diffusers pipeline folder with safetensors weights.
 
     Raises:
         UserError: names all missing files.
     """
     name = pipeline_name(folder)
-    missing = [file for part in MODEL_FOLDERS for file in _missing_of_model(folder, part)]
-    for part, choices in TOKENIZER_FILES.items():
+    endings = text_endings(folder)
+    models = ("transformer", "vae", *(f"text_encoder{ending}" for ending in endings))
+    missing = [file for part in models for file in _missing_of_model(folder, part)]
+    for ending in endings:
+        part, choices = f"tokenizer{ending}", ARCHITECTURES[name].tokenizers[ending]
         # transformers silently creates an empty tokenizer from an empty folder.
         if not any(all((folder / part / file).is_file() for file in files) for files in choices):
             missing.append(" or ".join(f"{part}/{'+'.join(files)}" for files in choices))

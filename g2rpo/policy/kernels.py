@@ -76,6 +76,8 @@ def compile_blocks(transformer: Any) -> None:
     from g2rpo.policy.cpu_blocks import use_diffusers_blocks  # imports diffusers
 
     use_diffusers_blocks(transformer)  # of which the compiler fuses more
+    if not transformer._repeated_blocks:  # noqa: SLF001 - diffusers names those of some models only
+        transformer._repeated_blocks = list(transformer._no_split_modules)  # noqa: SLF001
     transformer.compile_repeated_blocks(fullgraph=True)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from g2rpo.policy.architectures import POLICIES, pipeline_name
+from g2rpo.policy.architectures import ARCHITECTURES, pipeline_name
 from g2rpo.policy.base import Policy
 from g2rpo.policy.config import PolicyConfig
 from g2rpo.policy.folder import resolve_source
@@ -17,8 +17,8 @@ def policy_class(folder: Path) -> type[Policy]:
     Raises:
         UserError: see :func:`pipeline_name`.
     """
-    module, name = POLICIES[pipeline_name(folder)]
-    kind: type[Policy] = getattr(import_module(module), name)
+    architecture = ARCHITECTURES[pipeline_name(folder)]
+    kind: type[Policy] = getattr(import_module(architecture.module), architecture.policy)
     return kind
 
 

@@ -128,6 +128,8 @@ def read_size(folder: Path) -> ModelSize:
         transformer = json.loads((folder / "transformer" / "config.json").read_text())
         autoencoder = json.loads((folder / "vae" / "config.json").read_text())
         factor = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+        if transformer.get("_class_name") == "SD3Transformer2DModel":  # roughly a FLUX
+            transformer |= {"num_single_layers": 0, "in_channels": 4 * transformer["in_channels"]}
         return ModelSize.model_validate(transformer | {"factor": factor})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

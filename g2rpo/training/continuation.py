@@ -37,8 +37,14 @@ class ContinuationPolicy:
         """Prepares the twin of ``policy``.
 
         Raises:
-            UserError: ``merged_lora`` without adapters, or sharded weights.
+            UserError: ``merged_lora`` without adapters, sharded weights, or a step cache for an
+                architecture that has none.
         """
+        if config.step_cache is not None and not policy.has_step_cache:
+            raise UserError(
+                "approximate_rollout.step_cache is not supported for a "
+                f"{policy.pipeline_class.__name__}; remove it"
+            )
         exact, twin = policy.transformer, _same_weights(policy.transformer)
         if any(isinstance(p.data, torch.distributed.tensor.DTensor) for p in exact.parameters()):
             raise UserError(

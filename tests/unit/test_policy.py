@@ -52,9 +52,9 @@ def test_folders_that_are_no_pipeline_of_flux(broken: Path, tmp_path: Path) -> N
     assert "nowhere" in line and "no such folder" in line
     assert "no model_index.json" in refusal(lambda: load(tmp_path))
     index = json.loads((broken / "model_index.json").read_text())
-    index["_class_name"] = "StableDiffusion3Pipeline"
+    index["_class_name"] = "StableDiffusionXLPipeline"
     (broken / "model_index.json").write_text(json.dumps(index))
-    assert "StableDiffusion3Pipeline" in refusal(lambda: load(broken))
+    assert "StableDiffusionXLPipeline" in refusal(lambda: load(broken))
 
 
 def test_every_missing_part_is_named(broken: Path) -> None:
