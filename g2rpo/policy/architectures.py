@@ -22,12 +22,15 @@ class Architecture:
             the sets of files of which it needs one; its encoder is ``text_encoder<ending>``.
         optional: endings of the encoders that a pipeline may leave out (null in its
             ``model_index.json``).
+        classifier_free: whether ``policy.guidance_scale`` is that of classifier-free guidance;
+            otherwise guidance is an input of the transformer, or there is none.
     """
 
     module: str
     policy: str
     tokenizers: Mapping[str, tuple[tuple[str, ...], ...]]
     optional: tuple[str, ...] = ()
+    classifier_free: bool = False
 
 
 ARCHITECTURES = {
@@ -39,8 +42,14 @@ ARCHITECTURES = {
         "SD3Policy",
         {"": CLIP_TOKENIZER, "_2": CLIP_TOKENIZER, "_3": T5_TOKENIZER},
         optional=("_3",),
+        classifier_free=True,
     ),
 }
+
+
+def evaluations_per_velocity(pipeline: str, guidance_scale: float) -> int:
+    """Forwards of the transformer (NFE) for one velocity: two with classifier-free guidance."""
+    return 2 if ARCHITECTURES[pipeline].classifier_free and guidance_scale > 1 else 1
 
 
 def pipeline_name(folder: Path) -> str:

@@ -24,6 +24,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_folder, read_json
 from g2rpo.offload import OffloadConfig, on_device
 from g2rpo.policy import lora
+from g2rpo.policy.architectures import evaluations_per_velocity
 from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
 from g2rpo.policy.conditioning import (
     Conditioning,
@@ -73,6 +74,7 @@ class Policy(ABC):
         handover: the policy that finishes held-out images; None is this one.
         conditioning_source: precomputed text embeddings; missing ones are encoded here.
         text_encoders: once a prompt has been encoded here.
+        unconditional: :meth:`empty` once it has been encoded; shared with copies made before.
     """
 
     transformer_class: ClassVar[Any]
@@ -121,6 +123,7 @@ class Policy(ABC):
         self.conditioning_source: ConditioningSource | None = None
         self._warned_missing = False
         self.text_encoders: TextEncoders | None = None
+        self.unconditional: list[Conditioning] = []
 
     @classmethod
     def load(
@@ -154,6 +157,11 @@ class Policy(ABC):
         """Image tokens in the transformer."""
         return self.latent_shape[1] * self.latent_shape[2] // 4
 
+    @property
+    def evaluations_per_velocity(self) -> int:
+        """Forwards of the transformer (NFE) for one velocity; 2 with classifier-free guidance."""
+        return evaluations_per_velocity(self.pipeline_class.__name__, self.config.guidance_scale)
+
     # Text
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -165,6 +173,22 @@ class Policy(ABC):
         Raises:
             UserError: the text encoders cannot be read or do not fit the transformer.
         """
+        if self.evaluations_per_velocity > 1:
+            self.empty()
+        return self._read(prompts)
+
+    def empty(self) -> Conditioning:
+        """The text embeddings of the empty prompt, [1, ...], encoded once.
+
+        Guidance moves away from the velocity that they give, as the pipeline's does without a
+        negative prompt.
+        """
+        if not self.unconditional:
+            self.unconditional.append(self._read([""]))
+        return self.unconditional[0]
+
+    def _read(self, prompts: Sequence[str]) -> Conditioning:
+        """The text embeddings, from ``conditioning_source`` where it has them."""
         if self.conditioning_source is None:
             return self._encode(prompts)
         rows = dict(self.conditioning_source.read(prompts))
@@ -209,13 +233,28 @@ class Policy(ABC):
     def unpack(self, latents: Tensor) -> Tensor:
         """The inverse of :meth:`pack`, for latents of this policy's ``latent_shape``."""
 
-    @abstractmethod
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The transformer's velocity, pointing from the image to the noise.
+        """The velocity, pointing from the image to the noise.
+
+        With classifier-free guidance of scale w this is v_u + w (v_c - v_u), of one forward for the
+        empty prompt and ``conditioning``, added in the transformer's dtype as the pipeline does. A
+        gradient flows through both.
 
         Takes packed latents [B, ...] at ``timesteps`` [B] in [0, 1]; returns float32, or float64
         for float64 latents. Does not synchronise with the device.
         """
+        if self.evaluations_per_velocity == 1:
+            output = self.forward(latents, timesteps, conditioning)
+        else:
+            texts = Conditioning.cat([self.empty().expand(len(latents)), conditioning])
+            twice, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+            without, given = self.forward(twice, times, texts).chunk(2)
+            output = without + self.config.guidance_scale * (given - without)
+        return output.to(torch.promote_types(latents.dtype, torch.float32))
+
+    @abstractmethod
+    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The transformer's output in its dtype, [B, ...]; see :meth:`velocity`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes packed latents [B, ...] at sigma = 0 to uint8 [B, H, W, 3] on the CPU.
@@ -341,7 +380,7 @@ class Policy(ABC):
         config = self.config.model_copy(update=update)
         other = type(self)(config, self.folder, transformer, self.vae)
         other.offload, other.conditioning_source = self.offload, self.conditioning_source
-        other.text_encoders = self.text_encoders
+        other.text_encoders, other.unconditional = self.text_encoders, self.unconditional
         return other
 
     @classmethod

@@ -47,6 +47,11 @@ class Conditioning:
         chosen = torch.as_tensor(index, dtype=torch.long, device=self.prompt_embeds.device)
         return Conditioning(self.prompt_embeds[chosen], self.pooled_prompt_embeds[chosen])
 
+    def expand(self, size: int) -> "Conditioning":
+        """The conditioning of one prompt, ``size`` times; a view."""
+        sequence, pooled = self.prompt_embeds, self.pooled_prompt_embeds
+        return Conditioning(sequence.expand(size, -1, -1), pooled.expand(size, -1))
+
     def to(self, device: torch.device | str) -> "Conditioning":
         """This conditioning on ``device``."""
         return Conditioning(self.prompt_embeds.to(device), self.pooled_prompt_embeds.to(device))

@@ -34,7 +34,8 @@ class PolicyConfig(StrictModel):
     resolution: int = Field(gt=0)
     """Side of the square images, in pixels."""
     guidance_scale: float = Field(default=3.5, ge=0)
-    """Embedded guidance; unused by a transformer without guidance_embeds."""
+    """Embedded guidance of FLUX, unused without guidance_embeds; classifier-free guidance of SD3,
+    where it is above 1, in rollouts and training alike."""
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """T5 tokens to which prompts are padded or truncated."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -92,8 +92,8 @@ class FluxPolicy(Policy):
         patches = latents.reshape(batch, height // 2, width // 2, channels, 2, 2)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
-    def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`Policy.velocity`; latents are [B, tokens, 4C]."""
+    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :meth:`Policy.forward`; latents are [B, tokens, 4C]."""
         dtype, device = getattr(torch, self.config.dtype), latents.device
         guidance = None
         if self.transformer_config["guidance_embeds"]:
@@ -110,7 +110,7 @@ class FluxPolicy(Policy):
             guidance=guidance,
             return_dict=False,
         )[0]
-        return output.to(torch.promote_types(latents.dtype, torch.float32))
+        return output
 
     def _text_position_ids(self, length: int) -> Tensor:
         if length not in self._text_ids:

@@ -119,8 +119,8 @@ class SD3Policy(Policy):
         """Latents [B, C, h, w] as they are."""
         return latents
 
-    def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :meth:`Policy.velocity`; latents are [B, C, h, w]."""
+    def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :meth:`Policy.forward`; latents are [B, C, h, w]."""
         dtype = getattr(torch, self.config.dtype)
         output: Tensor = self.transformer(
             hidden_states=latents.to(dtype),
@@ -129,4 +129,4 @@ class SD3Policy(Policy):
             timestep=timesteps * TIME_SCALE,
             return_dict=False,
         )[0]
-        return output.to(torch.promote_types(latents.dtype, torch.float32))
+        return output

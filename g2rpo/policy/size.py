@@ -7,7 +7,9 @@ from pathlib import Path
 import pydantic
 
 from g2rpo.errors import UserError, reason
+from g2rpo.policy.architectures import evaluations_per_velocity, pipeline_name
 from g2rpo.policy.config import LoraConfig, PolicyConfig
+from g2rpo.policy.folder import folder_here
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 TIME_CHANNELS = 256
@@ -115,6 +117,14 @@ def model_size(policy: PolicyConfig) -> ModelSize:
     """
     folder = Path(policy.source).expanduser()
     return read_size(folder) if (folder / "transformer" / "config.json").exists() else FLUX_DEV
+
+
+def nfe_per_velocity(policy: PolicyConfig) -> int:
+    """Forwards of the transformer for one velocity; 1 if the policy is not on this machine yet."""
+    folder = folder_here(policy.source, policy.revision)
+    if folder is None or not (folder / "model_index.json").is_file():
+        return 1
+    return evaluations_per_velocity(pipeline_name(folder), policy.guidance_scale)
 
 
 @functools.cache

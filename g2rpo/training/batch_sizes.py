@@ -31,7 +31,8 @@ def state_bytes(policy: Policy) -> int:
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     tokens = policy.image_tokens + policy.config.max_sequence_length
     dtype: torch.dtype = getattr(torch, policy.config.dtype)
-    return STATE_UNITS * tokens * width * dtype.itemsize
+    rows = policy.evaluations_per_velocity
+    return rows * STATE_UNITS * tokens * width * dtype.itemsize
 
 
 def fitting_states(policy: Policy, free_bytes: int) -> int:

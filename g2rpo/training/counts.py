@@ -9,6 +9,7 @@ import torch
 
 from g2rpo.flow.rollout_tree import RolloutTree, recorded_steps
 from g2rpo.methods.base import Method, RolloutShape, iterations_by_rollout
+from g2rpo.policy.size import nfe_per_velocity
 from g2rpo.training.checkpoint.folder import equal_cost
 from g2rpo.training.config import TrainConfig, ValidationConfig
 from g2rpo.training.forward import ForwardObjective
@@ -26,7 +27,8 @@ class TrainingCounts:
 
     Attributes:
         rollout_evaluations: velocity evaluations (NFE) in rollouts.
-        training_forwards: states that go through a forward in training, also of frozen policies.
+        training_forwards: states that go through a forward in training, also of frozen policies;
+            with classifier-free guidance each counts twice, here and below.
         training_backwards: states that go through a backward. Exact, except when each sample trains
             a random part of its steps and samples share states: then it is an average.
         images_scored: images decoded and scored in rollouts.
@@ -63,7 +65,8 @@ def training_counts(config: TrainConfig) -> TrainingCounts:
         small = config.execution.training_micro_batch < config.rollout.group_size
         forwards += states if small else 0
     prompts = config.rollout.prompts_per_iteration
-    of_all = (prompts * count for count in (evaluations, forwards, backwards, images))
+    nfe = prompts * nfe_per_velocity(config.policy)
+    of_all = (nfe * evaluations, nfe * forwards, nfe * backwards, prompts * images)
     return TrainingCounts(*(round(count) for count in of_all))
 
 

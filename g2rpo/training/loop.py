@@ -309,7 +309,8 @@ class Trainer:
         if self.old is not None:
             self.old.follow(self.optimizer_steps(iteration + 1))
         clock.end("training")
-        own = iteration_sums(rollout, batch, updates, [frozen, *measured], clock)
+        twice = self.policy.evaluations_per_velocity
+        own = iteration_sums(rollout, batch, updates, [frozen, *measured], clock, twice)
         sums = sum_over_ranks(self.accelerator, own)
         return self._count(sums, updates, advantages)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from g2rpo.errors import UserError
 from g2rpo.policy.config import LoraConfig
-from g2rpo.policy.size import DTYPE_BYTES, ModelSize
+from g2rpo.policy.size import DTYPE_BYTES, ModelSize, nfe_per_velocity
 from g2rpo.training.config import TrainConfig
 
 GIB = 2**30
@@ -77,7 +77,8 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
 
 def _unit(config: TrainConfig, size: ModelSize) -> int:
     """Bytes of a block's output for one state."""
-    return size.tokens(config.policy) * size.width * DTYPE_BYTES[config.policy.dtype]
+    values = nfe_per_velocity(config.policy) * size.tokens(config.policy) * size.width
+    return values * DTYPE_BYTES[config.policy.dtype]
 
 
 def _rollout_bytes(config: TrainConfig, size: ModelSize) -> float:

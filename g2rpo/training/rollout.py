@@ -41,7 +41,8 @@ class Rollout:
         latents: of all distinct images, at sigma = 0, [P, I, ...].
         sigmas: the T + 1 noise levels of the grid.
         rewards: for each reward, the scores of all distinct images, [P, I] float32.
-        velocity_evaluations: the number of velocity evaluations (NFE) over the P prompts.
+        velocity_evaluations: the number of velocities evaluated over the P prompts; one is a single
+            evaluation of the transformer (NFE) unless it is guided.
         reused_evaluations: those answered by a step cache, without most of the blocks.
         sampling_seconds: device-seconds of sampling, without decoding and scoring.
         states: the latents of every state of ``tree``, [P, states, ...], if kept.

@@ -17,7 +17,7 @@ from g2rpo.flow.rollout_tree import credited_to, recorded_steps
 from g2rpo.hub.prompt_sets import VALIDATION_PROMPTS, artifact_named
 from g2rpo.methods.base import iterations_by_rollout
 from g2rpo.policy import PolicyConfig
-from g2rpo.policy.size import DTYPE_BYTES, model_size
+from g2rpo.policy.size import DTYPE_BYTES, model_size, nfe_per_velocity
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import training_counts, validations
 from reproduce.experiment import Profile, ResolvedCell
@@ -104,13 +104,14 @@ class Estimator:
         if (validation := config.validation) is not None:
             images = min(validation.limit, prompt_count(Path(validation.file)))
             images *= validations(validation, total)
-            alone += self._sampled(policy, images * config.grid.steps, images)
+            alone += self._sampled(policy, _nfe(policy, images * config.grid.steps), images)
             alone += self._scored(images, _rewards(config))
         if (pictures := config.pictures) is not None and pictures.iterations(total):
             images = min(pictures.limit, prompt_count(Path(pictures.file)))
             images *= len(pictures.iterations(total))
-            shown = policy.model_copy(update={"resolution": pictures.resolution})
-            alone += self._sampled(shown, images * pictures.grid.steps, images)
+            at = {"resolution": pictures.resolution, "guidance_scale": pictures.guidance_scale}
+            shown = policy.model_copy(update=at)
+            alone += self._sampled(shown, _nfe(shown, images * pictures.grid.steps), images)
         limit, ranks = config.optimization.max_device_seconds, hardware.training_ranks
         return Estimate(
             (*(replace(part, count=part.count / ranks) for part in shared), *alone),
@@ -127,7 +128,8 @@ class Estimator:
         rollouts = min(credit.rollouts, len(iterations_by_rollout(config.method, config.shape)))
         prompts = rollouts * config.rollout.prompts_per_iteration
         repeats = rollouts * credit.repeats / config.optimization.iterations
-        evaluations = prompts * sum(part.velocity_evaluations for part in pairs)
+        velocities = prompts * sum(part.velocity_evaluations for part in pairs)
+        evaluations = _nfe(config.policy, velocities)
         images = prompts * sum(len(part.images) for part in pairs) + repeats * counts.images_scored
         parts = [
             *self._sampled(
@@ -153,7 +155,7 @@ class Estimator:
             evaluations += min(config.drift.prompts, total) * len(config.drift.sigmas)
         parts = [
             *self._started("sample"),
-            *self._sampled(cell.policy, evaluations, images),
+            *self._sampled(cell.policy, _nfe(cell.policy, evaluations), images),
             self._part("image file", images, self.speeds.image_file),
             self._part("text", prompts, self.speeds.text),
         ]
@@ -223,6 +225,10 @@ class Estimator:
 
     def _scored(self, images: float, models: Iterable[str]) -> list[Part]:
         return [self._part(f"score {m}", images, self.speeds.score_of(m)) for m in models]
+
+
+def _nfe(policy: PolicyConfig, velocities: float) -> float:
+    return nfe_per_velocity(policy) * velocities
 
 
 def _rewards(config: TrainConfig) -> list[str]:

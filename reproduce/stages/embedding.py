@@ -25,7 +25,7 @@ from g2rpo.data.prompts import prompts_of_iteration, read_prompts
 from g2rpo.files import FileState, file_state, read_json, write_json
 from g2rpo.policy import PolicyConfig
 from g2rpo.policy.folder import resolve_source, text_fingerprint
-from g2rpo.policy.size import read_size
+from g2rpo.policy.size import nfe_per_velocity, read_size
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment import Hardware, ResolvedCell
 from reproduce.experiment.layout import Layout
@@ -154,15 +154,17 @@ def _cache_folder(key: CacheKey, layout: Layout) -> Path:
 
 def prompts_by_policy(cells: Iterable[ResolvedCell]) -> list[tuple[PolicyConfig, list[str]]]:
     """The unique prompts of ``cells`` for each set of encoders."""
-    uses: dict[tuple[object, ...], tuple[PolicyConfig, dict[PromptUse, None]]] = {}
+    uses: dict[tuple[object, ...], tuple[PolicyConfig, dict[str, None]]] = {}
     for cell in cells:
         for policy, use in prompt_uses(cell):
             same = (policy.source, policy.revision, policy.max_sequence_length, policy.dtype)
-            uses.setdefault(same, (policy, {}))[1][use] = None
-    return [
-        (policy, list(dict.fromkeys(text for use in needed for text in use.read())))
-        for policy, needed in uses.values()
-    ]
+            uses.setdefault(same, (policy, {}))[1].update(dict.fromkeys(_texts(policy, use)))
+    return [(policy, list(texts)) for policy, texts in uses.values()]
+
+
+def _texts(policy: PolicyConfig, use: PromptUse) -> tuple[str, ...]:
+    """The prompts of ``use``, and the empty one that classifier-free guidance moves away from."""
+    return (*use.read(), "") if nfe_per_velocity(policy) > 1 else use.read()
 
 
 def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
@@ -173,7 +175,7 @@ def is_embedded(cell: ResolvedCell, layout: Layout) -> bool:
     """
     for policy, use in prompt_uses(cell):
         key = cache_key(policy)
-        if key is None or not _opened(_cache_folder(key, layout)).holds(use.read()):
+        if key is None or not _opened(_cache_folder(key, layout)).holds(_texts(policy, use)):
             return False
     return True
 

@@ -1,5 +1,6 @@
 """Our forward pass against diffusers' StableDiffusion3Pipeline, on the same folder and noise."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import shifted_sigmas
-from g2rpo.policy import LoraConfig, Policy, PolicyConfig, export_pipeline, load_policy
+from g2rpo.policy import (
+    Conditioning,
+    LoraConfig,
+    Policy,
+    PolicyConfig,
+    export_pipeline,
+    load_policy,
+)
 from g2rpo.policy.folder import check_pipeline_folder, text_fingerprint
 from g2rpo.policy.kernels import compile_blocks, is_compiled
 
@@ -101,13 +109,74 @@ def test_encode_equals_encode_prompt(tmp_path: Path, *, with_t5: bool) -> None:
     torch.testing.assert_close(ours.pooled_prompt_embeds, pooled, atol=1e-5, rtol=0)
     assert not torch.allclose(ours.prompt_embeds[0], ours.prompt_embeds[1], atol=1e-2)
     assert bool(ours.prompt_embeds[:, 77:].any()) == with_t5
+    with torch.no_grad():
+        _, sequence, _, pooled = pipeline.encode_prompt(
+            PROMPTS, None, None, max_sequence_length=LENGTH
+        )
+    empty = policy.empty().expand(len(PROMPTS))
+    torch.testing.assert_close(empty.prompt_embeds, sequence, atol=1e-5, rtol=0)
+    torch.testing.assert_close(empty.pooled_prompt_embeds, pooled, atol=1e-5, rtol=0)
 
 
-def test_same_image_as_the_pipeline(policy: Policy, folder: Path) -> None:
-    theirs, ours = images_of(load_pipeline(folder), policy), sample(policy).numpy()
+@pytest.mark.parametrize("guidance", [0.5, 1.0, 4.5])
+def test_same_image_as_the_pipeline(policy: Policy, folder: Path, guidance: float) -> None:
+    guided = policy.at(RESOLUTION, guidance)
+    assert guided.evaluations_per_velocity == (2 if guidance > 1 else 1)
+    theirs, ours = images_of(load_pipeline(folder), policy, guidance), sample(guided).numpy()
     assert ours.std() > 0.1, "flat images would agree whatever the sampler did"
     assert np.abs(ours[0] - ours[1]).max() > 1e-2
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    same = np.abs(ours - sample(policy).numpy()).max() < 1e-6
+    assert same == (guidance <= 1)
+
+
+def test_the_gradient_flows_through_both_branches(folder: Path) -> None:
+    policy = policy_of(folder, guidance=4.5)
+    conditioning, latents = policy.encode(PROMPTS), noise_of(policy).requires_grad_()
+    times = torch.tensor([0.9, 0.4])
+    weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
+
+    def plain(text: Conditioning) -> Tensor:
+        return policy.transformer(
+            hidden_states=latents,
+            encoder_hidden_states=text.prompt_embeds,
+            pooled_projections=text.pooled_prompt_embeds,
+            timestep=1000 * times,
+        ).sample
+
+    trained = [latents, *policy.transformer.parameters()]
+    without, given = plain(policy.empty().expand(2)), plain(conditioning)
+    expected = without + 4.5 * (given - without)
+    velocity = policy.velocity(latents, times, conditioning)
+    torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=1e-5)
+    ours, both, one = (
+        torch.autograd.grad((value * weights).sum(), trained, allow_unused=True, retain_graph=True)
+        for value in (velocity, expected, without.detach() + 4.5 * (given - without.detach()))
+    )
+    for mine, theirs in zip(ours, both, strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(mine, theirs, atol=1e-5 * scale + 1e-5, rtol=1e-4)
+    assert not torch.allclose(ours[0], one[0], rtol=0.1)
+
+
+def test_guidance_is_added_in_the_dtype_of_the_network(folder: Path) -> None:
+    config = policy_of(folder, guidance=4.5).config.model_copy(update={"dtype": "bfloat16"})
+    policy = load_policy(config, "cpu")
+    conditioning, times = policy.encode(PROMPTS), torch.tensor([0.9, 0.4])
+    with torch.no_grad():
+        velocity = policy.velocity(noise_of(policy), times, conditioning)
+    assert velocity.dtype == torch.float32
+    assert torch.equal(velocity, velocity.bfloat16().float())
+
+
+def test_copies_share_the_empty_prompt(folder: Path) -> None:
+    policy = policy_of(folder, guidance=4.5)
+    copies = [copy.copy(policy), policy.at(32, 3.0)]
+    policy.encode(PROMPTS)
+    assert all(other.empty() is policy.empty() for other in copies)
+    unguided = policy_of(folder)
+    unguided.encode(PROMPTS)
+    assert not unguided.unconditional
 
 
 @pytest.mark.parametrize("with_t5", [True, False])
@@ -121,8 +190,10 @@ def test_export_is_a_pipeline_with_the_trained_transformer(
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     export_pipeline(trained, tmp_path / "exported")
     ours = sample(trained).numpy()
-    theirs = images_of(load_pipeline(tmp_path / "exported"), trained)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+    for guidance in (1.0, 4.5):
+        theirs = images_of(load_pipeline(tmp_path / "exported"), trained, guidance)
+        guided = sample(trained.at(RESOLUTION, guidance)).numpy()
+        np.testing.assert_allclose(guided, theirs, atol=1e-4, rtol=0)
     assert np.abs(ours - sample(policy).numpy()).mean() > 1e-2
     assert (tmp_path / "exported" / "text_encoder_3").is_dir() == with_t5
 
