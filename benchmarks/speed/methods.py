@@ -109,6 +109,7 @@ def report(result: dict[str, Any]) -> str:
 {place}, median of {result["repeats"]} iterations, methods in turn; 8 prompts, groups of 8,
 8 steps, all weights trained. The last two columns are seconds per evaluation over the median of all
 methods ({1000 * usual[0]:.2f} and {1000 * usual[1]:.2f} ms); a backward counts as two evaluations.
+Where few states are trained, the optimizer step shows.
 
 {markdown_table(head, rows, "---:")}
 """

@@ -69,10 +69,10 @@ def test_all_executions_give_the_same_rewards(
         # One forward for each stochastic step: its samples share the state that they leave.
         assert execution["training_evaluations"] == ours["training_evaluations"] == 3
     assert torch.tensor(ours["rewards"]).std() > 1e-3
-    constants = result["constants"]
-    assert constants["evaluation"] == ours["seconds"]["rollout"] / ours["evaluations"]
     assert ours["images"] == len(tree.images)
-    assert constants["hps"] == ours["seconds"]["reward"] / ours["images"]
+    whole, constants = result["all_weights"]["executions"][2], result["constants"]
+    assert constants["evaluation"] == whole["seconds"]["rollout"] / whole["evaluations"]
+    assert constants["hps"] == whole["seconds"]["reward"] / whole["images"]
     page = (tmp_path / "iteration-tiny.md").read_text()
     assert "| speedup | 1.00× |" in page and "commit" in page
 
