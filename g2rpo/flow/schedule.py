@@ -17,11 +17,12 @@ class GridConfig(StrictModel):
 
     steps: int = Field(16, ge=2)
     """Denoising steps T (released flag ``--sampling_steps 16``)."""
-    schedule: Literal["shifted", "flux_dynamic"] = "shifted"
+    schedule: Literal["shifted", "flux_dynamic", "sd3"] = "shifted"
     """``shifted``: the same shift at every resolution, as all these methods train.
-    ``flux_dynamic``: FluxPipeline's grid, whose shift grows with the number of image tokens."""
+    ``flux_dynamic``: FluxPipeline's grid, whose shift grows with the number of image tokens.
+    ``sd3``: StableDiffusion3Pipeline's grid, as Flow-GRPO's released code trains."""
     shift: float = Field(3.0, ge=1e-6, le=1e6)
-    """Time shift s of the ``shifted`` schedule (released flag ``--shift 3``)."""
+    """Time shift s of the ``shifted`` and ``sd3`` schedules (released flag ``--shift 3``)."""
     timestep: Literal["exact", "truncated"] = "truncated"
     """``truncated`` gives the transformer int(1000 sigma)/1000, as the released code does."""
 
@@ -35,12 +36,15 @@ class SigmaGrid:
         timesteps: T + 1 transformer times in [0, 1] (the last is never used).
         shift: s of sigma = s u / (1 + (s - 1) u), u = 1 - node / T; None if the nodes are all.
         truncated: whether times are truncated.
+        smallest: u at the last node before T, if it is not 1 / T; before it u is linear in the
+            node too.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     shift: float | None = None
     truncated: bool = False
+    smallest: float | None = None
 
     @property
     def steps(self) -> int:
@@ -54,6 +58,8 @@ class SigmaGrid:
         if self.shift is None:
             raise ValueError(f"no noise level at node {node} of a grid without a shift")
         u = 1.0 - node / self.steps
+        if self.smallest is not None:
+            u = float(np.interp(node, (0, self.steps - 1, self.steps), (1, self.smallest, 0)))
         sigma = self.shift * u / (1.0 + (self.shift - 1.0) * u)
         if self.truncated:
             return sigma, _truncated(np.array([u], np.float32), self.shift)[0]
@@ -110,9 +116,30 @@ def flux_dynamic_sigmas(steps: int, image_tokens: int) -> tuple[float, ...]:
     return (*(float(sigma) for sigma in shift * u / (1.0 + (shift - 1.0) * u)), 0.0)
 
 
+def sd3_smallest(shift: float) -> float:
+    """The shifted 1/1000, in float32: what diffusers' scheduler takes for the smallest time."""
+    u = np.float32(1.0) / np.float32(1000.0)
+    return float(np.float32(shift) * u / (np.float32(1.0) + np.float32(shift - 1.0) * u))
+
+
+def sd3_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """linspace(1, smallest, T), shifted, then 0: the smallest one has been shifted already.
+
+    Source: diffusers' ``FlowMatchEulerDiscreteScheduler(shift=3.0).set_timesteps(T)``, which
+    StableDiffusion3Pipeline and Flow-GRPO's released code use.
+    """
+    u = np.linspace(1.0, sd3_smallest(shift), steps)[1:]
+    return (1.0, *(float(sigma) for sigma in shift * u / (1.0 + (shift - 1.0) * u)), 0.0)
+
+
 def build_grid(config: GridConfig, image_tokens: int) -> SigmaGrid:
     """The grid of ``config`` for latents of ``image_tokens`` packed tokens."""
-    if config.schedule == "flux_dynamic":
+    smallest = None
+    if config.schedule == "sd3":
+        shift, smallest = config.shift, sd3_smallest(config.shift)
+        sigmas = sd3_sigmas(config.steps, shift)
+        times = tuple(int(1000 * sigma) / 1000 for sigma in sigmas)
+    elif config.schedule == "flux_dynamic":
         shift = flux_dynamic_shift(image_tokens)
         sigmas = flux_dynamic_sigmas(config.steps, image_tokens)
         times = tuple(int(1000 * sigma) / 1000 for sigma in sigmas)
@@ -121,4 +148,4 @@ def build_grid(config: GridConfig, image_tokens: int) -> SigmaGrid:
         sigmas = shifted_sigmas(config.steps, shift)
         times = truncated_times(config.steps, shift)
     truncated = config.timestep == "truncated"
-    return SigmaGrid(sigmas, times if truncated else sigmas, shift, truncated)
+    return SigmaGrid(sigmas, times if truncated else sigmas, shift, truncated, smallest)

@@ -13,7 +13,7 @@ from tiny_sd3 import CLIP_WIDTHS, build_tiny_sd3
 from torch import Tensor
 
 from g2rpo.errors import UserError
-from g2rpo.flow.schedule import shifted_sigmas
+from g2rpo.flow.schedule import GridConfig, build_grid, shifted_sigmas
 from g2rpo.policy import (
     Conditioning,
     LoraConfig,
@@ -64,10 +64,10 @@ def noise_of(policy: Policy) -> Tensor:
 
 
 @torch.no_grad()
-def sample(policy: Policy) -> Tensor:
+def sample(policy: Policy, sigmas: tuple[float, ...] = SIGMAS) -> Tensor:
     """Images [B, H, W, 3] in [0, 1] before rounding, by Euler steps."""
     conditioning, latents = policy.encode(PROMPTS), policy.pack(noise_of(policy))
-    for sigma, after in itertools.pairwise(SIGMAS):
+    for sigma, after in itertools.pairwise(sigmas):
         velocity = policy.velocity(latents, torch.full((len(PROMPTS),), sigma), conditioning)
         latents = latents + velocity * (after - sigma)
     scaling, shift = policy.vae.config.scaling_factor, policy.vae.config.shift_factor
@@ -76,14 +76,19 @@ def sample(policy: Policy) -> Tensor:
 
 
 def images_of(
-    pipeline: StableDiffusion3Pipeline, policy: Policy, guidance: float = 1.0
+    pipeline: StableDiffusion3Pipeline,
+    policy: Policy,
+    guidance: float = 1.0,
+    *,
+    own_grid: bool = False,
 ) -> np.ndarray:
-    pipeline.scheduler.set_shift(1.0)  # it would shift even the sigmas that it is handed
+    if not own_grid:
+        pipeline.scheduler.set_shift(1.0)  # it would shift even the sigmas that it is handed
     output = pipeline(
         PROMPTS,
         height=RESOLUTION,
         width=RESOLUTION,
-        sigmas=list(SIGMAS[:-1]),
+        sigmas=None if own_grid else list(SIGMAS[:-1]),
         num_inference_steps=STEPS,
         guidance_scale=guidance,
         max_sequence_length=LENGTH,
@@ -128,6 +133,14 @@ def test_same_image_as_the_pipeline(policy: Policy, folder: Path, guidance: floa
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
     same = np.abs(ours - sample(policy).numpy()).max() < 1e-6
     assert same == (guidance <= 1)
+
+
+def test_same_image_on_the_pipelines_own_grid(policy: Policy, folder: Path) -> None:
+    theirs = images_of(load_pipeline(folder), policy, 4.5, own_grid=True)
+    grid = build_grid(GridConfig(steps=STEPS, schedule="sd3"), policy.image_tokens)
+    guided = policy.at(RESOLUTION, 4.5)
+    np.testing.assert_allclose(sample(guided, grid.sigmas).numpy(), theirs, atol=1e-4, rtol=0)
+    assert np.abs(sample(guided).numpy() - theirs).max() > 1e-2
 
 
 def test_the_gradient_flows_through_both_branches(folder: Path) -> None:

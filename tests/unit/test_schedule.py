@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from g2rpo.flow.schedule import (
     SigmaGrid,
     build_grid,
     flux_dynamic_sigmas,
+    sd3_sigmas,
     shifted_sigmas,
     truncated_times,
 )
@@ -70,7 +72,7 @@ def test_truncated_times_are_the_released_ones(shift: float) -> None:
         assert list(truncated_times(steps, shift)) == released_times(steps, shift), steps
 
 
-@pytest.mark.parametrize("schedule", ["shifted", "flux_dynamic"])
+@pytest.mark.parametrize("schedule", ["shifted", "flux_dynamic", "sd3"])
 def test_build_grid_offers_exact_and_truncated_times(schedule: str) -> None:
     exact = build_grid(GridConfig(steps=16, schedule=schedule, timestep="exact"), 2025)
     truncated = build_grid(GridConfig(steps=16, schedule=schedule, timestep="truncated"), 2025)
@@ -96,3 +98,24 @@ def test_flux_dynamic_grid(tokens: int, shift: float) -> None:
         u = 1.0 + (0.1 - 1.0) * index / 9
         assert sigma == pytest.approx(shift / (shift + 1 / u - 1), rel=2e-3)
     assert SigmaGrid(sigmas, sigmas).steps == 10
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", [2, 7, 10, 28, 40, 50])
+def test_sd3_grid_is_that_of_the_scheduler(steps: int, shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    grid = build_grid(GridConfig(steps=steps, schedule="sd3", shift=shift, timestep="exact"), 1024)
+    assert grid.sigmas == pytest.approx(scheduler.sigmas.tolist(), rel=1e-6, abs=0)
+    times = [1000 * time for time in grid.timesteps[:-1]]
+    assert times == pytest.approx(scheduler.timesteps.tolist(), rel=1e-6, abs=0)
+    levels = [grid.level(node)[0] for node in (0.5, steps - 1.5, steps - 1, steps - 0.5, steps)]
+    assert levels == sorted(levels, reverse=True)
+    for node in (*range(steps + 1), steps / 2):  # the closed form agrees with the nodes
+        assert grid.level(node + 1e-12)[0] == pytest.approx(grid.level(node)[0], abs=1e-9)
+
+
+def test_the_smallest_sigma_of_sd3_is_shifted_twice() -> None:
+    sigmas = sd3_sigmas(10, 3.0)
+    assert [round(sigma, 3) for sigma in sigmas[:3]] == [1.0, 0.960, 0.913]
+    assert [round(sigma, 4) for sigma in sigmas[-3:]] == [0.278, 0.0089, 0.0]
