@@ -218,6 +218,11 @@ class TrainConfig(StrictModel):
         )
 
     @property
+    def title(self) -> str:
+        """The method's name; the objective's if the rollout is plain sampling."""
+        return (self.method if self.method.records_transitions else self.objective).name
+
+    @property
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         """The policies without training whose velocities the loss needs."""
         objective, optimization = self.objective, self.optimization

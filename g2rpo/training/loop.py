@@ -216,7 +216,7 @@ class Trainer:
         return self.progress
 
     def _iterations(self, log: MetricsLog | None) -> None:
-        name, shown = f"train {self.config.method.name}", next(iter(self.config.rewards))
+        name, shown = f"train {self.config.title}", next(iter(self.config.rewards))
         main, done = self.accelerator.is_main_process, self.progress.iteration
         with ProgressReport(name, self.expected_iterations, done=done, enabled=main) as report:
             self._between_iterations()

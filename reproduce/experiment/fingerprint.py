@@ -157,7 +157,7 @@ def train_run_name(config: TrainConfig) -> str:
     """The readable, unique folder name of a training run."""
     rewards = "-".join(config.rewards)
     digest = content_hash(train_inputs(config))
-    return f"{config.method.name}-{rewards}-seed{config.seed}-{digest}"
+    return f"{config.title}-{rewards}-seed{config.seed}-{digest}"
 
 
 def evaluation_inputs(cell: ResolvedCell) -> dict[str, Any]:

@@ -26,7 +26,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dgpo": {
         "name": "dgpo",
         "times": {"count": 2, "until": 1.0},
-        "old": {"slope": 0.3, "limit": 0.9, "rollouts_after": 2},
+        "old": {"slope": 0.3, "limit": 0.9, "rollouts_after": 1},
     },
 }
 

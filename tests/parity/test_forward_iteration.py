@@ -21,7 +21,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "nft": {"name": "nft", "old": OLD},
     "awm": {"name": "awm", "times": {"count": 2}, "old": OLD},
     "dgpo": {
-        "name": "dgpo", "times": {"count": 2, "until": 1.0}, "old": OLD | {"rollouts_after": 2},
+        "name": "dgpo", "times": {"count": 2, "until": 1.0}, "old": OLD | {"rollouts_after": 1},
     },
 }  # fmt: skip
 DONE = 2

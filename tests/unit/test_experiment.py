@@ -114,7 +114,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "advantage.normalizer": "global_std", "optimization.clip_range": 1e-5,
     },
     "grpo_guard": {
-        "method.name": "flow_grpo", "objective.name": "guard", "objective.published": "flow_grpo",
+        "method.name": "flow_grpo", "objective.name": "guard", "objective.published": "verl_omni",
         "optimization.clip_range": 2e-6,
     },
     "flow_dppo": {
