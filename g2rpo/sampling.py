@@ -15,7 +15,7 @@ from g2rpo.seeds import gaussian
 
 
 def evaluation_noise(policy: Policy, seed: int, prompt: Prompt, image: int = 0) -> Tensor:
-    """The packed initial noise of a held-out prompt's image, [tokens, channels].
+    """The packed initial noise of a held-out prompt's image, [...].
 
     It depends only on (seed, prompt id, image index), not on batch, ranks or weights. Image 0 is
     the scored one; its key has no index.
@@ -37,7 +37,7 @@ def sample_latents(
     """The packed latents at sigma = 0 of one image per prompt, by Euler steps along ``grid``.
 
     If the policy has a ``handover``, its base takes the later steps. The noise is keyed by
-    ``seed``, prompt id and ``image``. Returns [P, tokens, channels] on the policy's device.
+    ``seed``, prompt id and ``image``. Returns [P, ...] on the policy's device.
     """
     conditioning = policy.encode([prompt.text for prompt in prompts])
     latents = torch.stack([evaluation_noise(policy, seed, prompt, image) for prompt in prompts])
@@ -65,7 +65,7 @@ def _walk(
     start: Tensor,
     batch: int | BatchSize,
 ) -> Tensor:
-    """Euler steps from ``start`` [P, tokens, channels] along ``grid``, which may be a stretch."""
+    """Euler steps from ``start`` [P, ...] along ``grid``, which may be a stretch."""
     tree = RolloutTree(grid.steps)
     tree.logged_images.append(tree.follow(tree.initial(sample=0), tuple(range(1, grid.steps))))
 

@@ -36,7 +36,7 @@ class DriftReference:
     """The fixed inputs and the base's velocities.
 
     Attributes:
-        latents: x_sigma, [prompts, sigmas, tokens, channels], float32, on the CPU.
+        latents: x_sigma, [prompts, sigmas, ...], float32, on the CPU.
         velocities: the same shape.
     """
 
@@ -97,13 +97,13 @@ def base_reference(
 def _noised(
     policy: Policy, clean: Tensor, prompt: Prompt, sigmas: Sequence[float], seed: int
 ) -> Tensor:
-    """x_sigma of one prompt at each sigma, [sigmas, tokens, channels]."""
+    """x_sigma of one prompt at each sigma, [sigmas, ...]."""
     drawn = [
         gaussian(policy.latent_shape, seed, "drift-noise", prompt.id, index)
         for index in range(len(sigmas))
     ]
     noise = policy.pack(torch.stack(drawn))
-    level = torch.tensor(sigmas, dtype=noise.dtype)[:, None, None]
+    level = torch.tensor(sigmas, dtype=noise.dtype).view(-1, *[1] * clean.ndim)
     return (1 - level) * clean + level * noise
 
 
@@ -115,7 +115,7 @@ def _velocities(
     sigmas: Sequence[float],
     batch: int,
 ) -> Tensor:
-    """Velocities [prompts, sigmas, tokens, channels] on the CPU.
+    """Velocities [prompts, sigmas, ...] on the CPU.
 
     Batches do not depend on the policy, so the base reproduces its own velocities exactly.
     """
@@ -143,7 +143,7 @@ def measure_drift(
     reference: DriftReference,
     batch: int = 64,
 ) -> pd.DataFrame:
-    """Mean squared difference of the velocities of each prompt, over sigmas, tokens and channels.
+    """Mean squared difference of the velocities of each prompt, over sigmas and latents.
 
     Rows of METRIC_COLUMNS for the prompts and noise levels of ``reference``; exactly 0 for the
     base itself.

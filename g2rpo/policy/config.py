@@ -21,14 +21,15 @@ TARGET_MODULES = (
     "ff_context.net.0.proj",
     "ff_context.net.2",
 )
-"""Attention and MLP projections, as diffusers' own FLUX LoRA training names them."""
+"""Attention and MLP projections, as diffusers' own LoRA training names them."""
 
 
 class PolicyConfig(StrictModel):
-    """Which FLUX to load, and the constants of its forward pass."""
+    """Which model to load, and the constants of its forward pass."""
 
     source: str = Field(min_length=1)
-    """A diffusers FluxPipeline folder, or a hub id such as black-forest-labs/FLUX.1-dev."""
+    """A diffusers folder of a FluxPipeline or a StableDiffusion3Pipeline, or a hub id such as
+    black-forest-labs/FLUX.1-dev."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None is the pinned one, else the default branch."""
     resolution: int = Field(gt=0)

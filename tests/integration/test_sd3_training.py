@@ -5,11 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_sd3 import build_tiny_sd3
-from training_runs import config_for, trainer_for
+from training_runs import config_for, train_one_iteration, trainer_for, weights
 
+from benchmarks.evaluation.drift import DriftConfig, base_reference, measure_drift
+from g2rpo.data.embeddings import EmbeddingCache, fill
+from g2rpo.data.prompts import read_prompts
 from g2rpo.errors import UserError
+from g2rpo.flow.schedule import GridConfig, build_grid
+from g2rpo.policy import load_policy
+from g2rpo.sampling import sample_latents, sample_ode
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import training_counts
+from reproduce.stages import embedding
 
 METHODS = {
     "g2rpo": {"name": "g2rpo", "granularities": [1, 2], "stochastic_steps": [0, 1]},
@@ -86,3 +93,46 @@ def test_there_is_no_step_cache(folder: Path, tmp_path: Path) -> None:
     config = sd3_config(folder, "g2rpo", 1.0, approximate_rollout=cached)
     with pytest.raises(UserError, match="step_cache is not supported"):
         trainer_for(config, tmp_path / "run")
+
+
+def test_evaluation_of_a_guided_policy(folder: Path) -> None:
+    policy = load_policy(sd3_config(folder, "g2rpo", 1.0).policy, "cpu").at(32, 4.5)
+    prompts = read_prompts(folder.parent / "prompts.txt", None)
+    grid = build_grid(GridConfig(steps=3, schedule="sd3", timestep="exact"), policy.image_tokens)
+    assert sample_ode(policy, prompts, grid, seed=1).shape == (3, 32, 32, 3)
+    # Guidance, batches and the place of a prompt leave its image the same.
+    alone = sample_latents(policy, prompts[1:2], grid, seed=1)
+    together = sample_latents(policy, prompts, grid, seed=1, batch=2)
+    torch.testing.assert_close(alone[0], together[1], atol=1e-4, rtol=1e-4)
+    drift = DriftConfig(prompts=2, sigmas=(1.0, 0.5))
+    reference = base_reference(policy, prompts, drift, grid, seed=1)
+    assert reference.latents.shape == (2, 2, *policy.latent_shape)
+    assert measure_drift(policy, prompts, drift, reference)["value"].tolist() == [0.0, 0.0]
+
+
+def test_the_empty_prompt_is_in_the_cache(folder: Path, tmp_path: Path) -> None:
+    guided = sd3_config(folder, "g2rpo", 4.5).policy
+    use = embedding.PromptUse(folder.parent / "prompts.txt", 2)
+    texts = embedding._texts(guided, use)
+    assert texts == (*use.read(), "")
+    assert embedding._texts(guided.model_copy(update={"guidance_scale": 1.0}), use) == use.read()
+    cache = EmbeddingCache(tmp_path / "cache")
+    fill(cache, texts, lambda missing: embedding._encoder(guided, torch.device("cpu"), missing), 1)
+    cached, encoded = load_policy(guided, "cpu"), load_policy(guided, "cpu")
+    cached.conditioning_source = cache
+    latents = torch.randn(2, *cached.latent_shape, generator=torch.Generator().manual_seed(4))
+    velocities = [
+        policy.velocity(latents, torch.tensor([0.9, 0.2]), policy.encode(use.read()))
+        for policy in (cached, encoded)
+    ]
+    assert torch.equal(*velocities)
+    assert cached.text_encoders is None
+
+
+def test_a_killed_run_ends_the_same(folder: Path, tmp_path: Path) -> None:
+    config = sd3_config(folder, "g2rpo", 4.5)
+    trainer_for(config, tmp_path / "whole").train()
+    train_one_iteration(config, tmp_path / "resumed")
+    trainer_for(config, tmp_path / "resumed").train()
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
