@@ -88,6 +88,8 @@ class Policy(ABC):
     """Channels that the transformer takes for each channel of a latent."""
     has_step_cache: ClassVar[bool] = True
     """Whether :mod:`g2rpo.training.step_cache` knows the blocks."""
+    has_attention_backends: ClassVar[bool] = True
+    """Whether diffusers lets the attention kernel be chosen; otherwise torch chooses it."""
 
     def __init__(
         self, config: PolicyConfig, folder: Path, transformer: Any, vae: AutoencoderKL

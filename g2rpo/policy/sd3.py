@@ -97,6 +97,7 @@ class SD3Policy(Policy):
     block_lists = ("transformer_blocks",)
     packed_channels = 1
     has_step_cache = False
+    has_attention_backends = False
 
     def __init__(
         self, config: PolicyConfig, folder: Path, transformer: Any, vae: AutoencoderKL

@@ -264,7 +264,8 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
     A single rank has nothing to shard and holds everything, whatever ``execution.sharding`` says.
 
     Raises:
-        UserError: as :meth:`Policy.load`, or sharding is combined with LoRA.
+        UserError: as :meth:`Policy.load`, sharding is combined with LoRA, or the attention kernel
+            cannot be chosen for this architecture.
     """
     execution, device = config.execution, accelerator.device
     sharded = execution.sharding == "fsdp2"
@@ -275,6 +276,11 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
         )
     sharded = sharded and accelerator.num_processes > 1
     policy = load_policy(config.policy, device, weights=not sharded)
+    if execution.attention not in ("auto", "native") and not policy.has_attention_backends:
+        raise UserError(
+            f"execution.attention={execution.attention} is not supported for a "
+            f"{policy.pipeline_class.__name__}; use auto"
+        )
     policy.transformer.eval()
     if config.lora is not None:
         policy.add_lora(config.lora, config.seed)

@@ -88,10 +88,21 @@ def test_approximate_continuations(
     assert row["ratio_deviation"] <= 1e-5
 
 
-def test_there_is_no_step_cache(folder: Path, tmp_path: Path) -> None:
-    cached = {"step_cache": {"threshold": 0.1}}
-    config = sd3_config(folder, "g2rpo", 1.0, approximate_rollout=cached)
-    with pytest.raises(UserError, match="step_cache is not supported"):
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"approximate_rollout": {"step_cache": {"threshold": 0.1}}},
+            "step_cache is not supported",
+        ),
+        ({"execution": {"device": "cpu", "trackers": [], "attention": "math"}}, "use auto"),
+    ],
+)
+def test_what_is_not_supported_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, object], line: str
+) -> None:
+    config = sd3_config(folder, "g2rpo", 1.0, **changes)
+    with pytest.raises(UserError, match=line):
         trainer_for(config, tmp_path / "run")
 
 
