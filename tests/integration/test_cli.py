@@ -140,7 +140,7 @@ def test_a_failed_cell_leaves_a_marked_gap_and_the_others(
 ) -> None:
     shutil.copytree(finished.parents[1], tmp_path, dirs_exist_ok=True)
     table = yaml.safe_load(yaml.safe_dump(TABLE))
-    table["cells"]["hps/mix_grpo"]["set"] = {"optimization": {"learning_rate": 1e30}}
+    table["cells"]["hps/mix_grpo"]["set"] = {"optimization": {"learning_rate": 1e19}}
     (tmp_path / "failing.yaml").write_text(yaml.safe_dump(table))
     assert g2rpo_here(tmp_path, "reproduce", "failing.yaml", "--profile", "small.yaml") == 2
     errors = capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Experiment trackers beside ``metrics.jsonl``."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ def test_tensorboard_has_each_iteration_once_after_a_resume(
     execution = {"device": "cpu", "trackers": ["tensorboard"]}
     config = config_for(smoke_assets, execution=execution)
     train_one_iteration(config, tmp_path)
+    time.sleep(1)  # files of one second are read in the order of their names' last number, as text
     trainer_for(config, tmp_path).train()
     events = EventAccumulator(str(tmp_path / "tensorboard" / "g2rpo"))
     events.Reload()

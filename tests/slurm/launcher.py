@@ -26,7 +26,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "hps/broken": {
         "method": "g2rpo",
         "train": ["hps"],
-        "set": {"optimization": {"learning_rate": 1e30}},
+        "set": {"optimization": {"learning_rate": 1e19}},
     },
 }
 CLUSTER = {
