@@ -128,8 +128,10 @@ def _print_scripts(plan: "Plan", cluster: "Cluster") -> None:
 
 
 def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
+    from reproduce.commands.plan_display import stage_estimates
     from reproduce.jobs import launch
     from reproduce.jobs.display import LocalDisplay
+    from slurm.graph import Graph
 
     if cluster.kind == "slurm":
         follow_submission(_submit(plan, cluster))
@@ -137,6 +139,9 @@ def _run(plan: "Plan", cluster: "Cluster", jobs: int | None) -> None:
     submission = launch.save_submission(plan, cluster)
     # This process writes the table at the end, because it also prints it.
     todo = plan.todo.without([plan.render.name])
+    # The longest first: a long training that begins last would leave the other workers idle.
+    seconds = {name: estimate.seconds for name, estimate in stage_estimates(plan).items()}
+    todo = Graph(sorted(todo.stages.values(), key=lambda stage: -seconds[stage.name]))
     planned = len(plan.graph) - 1  # without the table
     with LocalDisplay(submission, list(todo.stages.values()), planned) as display:
         launch.run_on_this_machine(submission, todo, jobs, display)
