@@ -75,7 +75,7 @@ endif
 	@touch $@
 
 # The half of Table 1 that is trained on HPS; all of it is `make reproduce-table1 PROFILE=mini`.
-mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one seed, 2 CPU cores, 9 minutes)
+mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one seed, 2 CPU cores, 8 minutes)
 	@if [ "$(or $(PROFILE),mini)" != mini ]; then \
 		echo "error: make mini has the profile mini; use make reproduce-table1 PROFILE=$(PROFILE)" >&2; exit 2; fi
 	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile mini --cells 'base,hps/*' $(CHOICES)
