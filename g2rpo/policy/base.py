@@ -35,11 +35,7 @@ from g2rpo.policy.conditioning import (
 )
 from g2rpo.policy.config import LoraConfig, PolicyConfig
 from g2rpo.policy.decoding import decode_size, in_slices
-from g2rpo.policy.folder import (
-    checked_device,
-    load_model,
-    resolve_source,
-)
+from g2rpo.policy.folder import load_model
 from g2rpo.policy.kernels import keep_freed_memory
 from g2rpo.progress import without_library_bars
 
@@ -129,19 +125,17 @@ class Policy(ABC):
 
     @classmethod
     def load(
-        cls, config: PolicyConfig, device: torch.device | str, *, weights: bool = True
+        cls, config: PolicyConfig, folder: Path, device: torch.device, *, weights: bool = True
     ) -> Self:
-        """Loads transformer and autoencoder onto ``device`` in ``config.dtype``.
+        """Loads transformer and autoencoder of ``folder`` onto ``device`` in ``config.dtype``.
 
         Without ``weights`` the transformer stays on the meta device, in float32 or more, to be
         sharded before :meth:`fill_transformer`.
 
         Raises:
-            UserError: the source cannot be found, fetched or read, its parts do not fit together,
-                the resolution cannot be packed, or there is no such ``device``.
+            UserError: a part cannot be read, they do not fit together, or the resolution cannot be
+                packed.
         """
-        device = checked_device(device)
-        folder = resolve_source(config.source, config.revision)
         dtype = getattr(torch, config.dtype)
         vae = load_model(AutoencoderKL, folder / "vae", torch_dtype=dtype)
         if weights:

@@ -8,7 +8,7 @@ import torch
 from g2rpo.policy.architectures import ARCHITECTURES, pipeline_name
 from g2rpo.policy.base import Policy
 from g2rpo.policy.config import PolicyConfig
-from g2rpo.policy.folder import resolve_source
+from g2rpo.policy.folder import checked_device, resolve_source
 
 
 def policy_class(folder: Path) -> type[Policy]:
@@ -28,7 +28,9 @@ def load_policy(
     """Loads a policy of the architecture that its folder names (:meth:`Policy.load`).
 
     Raises:
-        UserError: as :meth:`Policy.load`, or the architecture is not supported.
+        UserError: as :meth:`Policy.load`, the source cannot be found or fetched, its architecture
+            is not supported, or there is no such ``device``.
     """
+    device = checked_device(device)
     folder = resolve_source(config.source, config.revision)
-    return policy_class(folder).load(config, device, weights=weights)
+    return policy_class(folder).load(config, folder, device, weights=weights)

@@ -135,6 +135,14 @@ def test_impossible_settings(flux_folder: Path) -> None:
         assert "no usable CUDA GPU" in refusal(lambda: load(flux_folder, device="cuda"))
 
 
+def test_a_policy_is_verified_once(flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export's checksums cover all weights, which takes minutes at FLUX's size."""
+    verified: list[Path] = []
+    monkeypatch.setattr("g2rpo.policy.folder.check_exported", verified.append)
+    load(flux_folder)
+    assert verified == [flux_folder]
+
+
 def test_transformer_of_another_architecture(policy: Policy, tmp_path: Path) -> None:
     other = FluxTransformer2DModel(
         in_channels=64,
