@@ -1,5 +1,6 @@
 """How a benchmark is run as ``python -m``."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from g2rpo.quiet import quiet_libraries
 
 
 def run(main: Callable[..., Any]) -> None:
-    """Runs ``main`` with the arguments of the command line; a user's mistake is one line."""
+    """Runs ``main`` with the command line's arguments, offline; a user's mistake is one line."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet_libraries()
     try:
         typer.run(main)

@@ -8,7 +8,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tiny_flux import autoencoder, clip_config, clip_tokenizer, t5_encoder, t5_tokenizer
+from tiny_flux import (
+    autoencoder,
+    clip_config,
+    clip_tokenizer,
+    sharpen,
+    t5_encoder,
+    t5_tokenizer,
+)
 from transformers import CLIPTextModelWithProjection
 
 CLIP_WIDTHS = (16, 24)
@@ -43,7 +50,6 @@ def build_tiny_sd3(folder: Path, seed: int = 0, *, with_t5: bool = True) -> Path
     return folder
 
 
-@torch.no_grad()
 def _transformer() -> SD3Transformer2DModel:
     transformer = SD3Transformer2DModel(
         sample_size=16,
@@ -58,7 +64,5 @@ def _transformer() -> SD3Transformer2DModel:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    for name, parameter in transformer.named_parameters():
-        if name.startswith(("context_embedder", "time_text_embed", "norm_out")):
-            parameter.mul_(3)
+    sharpen(transformer)
     return transformer

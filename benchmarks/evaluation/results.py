@@ -63,8 +63,7 @@ class Cost(StrictModel):
     @property
     def equal_cost_evaluations(self) -> int:
         """See :func:`g2rpo.training.checkpoint.folder.equal_cost`."""
-        costs = (self.rollout_evaluations, self.training_forwards, self.training_backwards)
-        return int(equal_cost(*costs))
+        return int(equal_cost(self))
 
 
 class Protocol(StrictModel):

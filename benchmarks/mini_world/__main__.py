@@ -1,6 +1,5 @@
 """``python -m benchmarks.mini_world``: builds the mini world's assets from a seed."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,5 +26,4 @@ def main(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     run(main)

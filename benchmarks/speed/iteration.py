@@ -7,7 +7,6 @@ but in batches. The last line is ``ratio: X``, the original's seconds over ours.
 """
 
 import gc
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -330,7 +329,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Output folder.")] = OUTPUT,
 ) -> None:
     """Time one iteration each way and write iteration-SIZE.json and iteration-SIZE.md."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = ("flux" if device.type == "cuda" else "mini") if size == "auto" else size
     chosen = size_named(name)

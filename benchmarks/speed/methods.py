@@ -7,7 +7,6 @@ those of all methods together.
 """
 
 import itertools
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -122,7 +121,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Output folder.")] = OUTPUT,
 ) -> None:
     """Time an iteration of every method and write methods-SIZE.json and methods-SIZE.md."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     chosen = size_named(size, ("mini", "tiny"))
     torch.set_num_threads(1)  # fastest for such small models
     result = measure(chosen, checked_device(device), repeats)

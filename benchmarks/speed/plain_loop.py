@@ -6,7 +6,6 @@ and mathematics are ours, so rewards and gradients must agree. On the CPU, in it
 """
 
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -226,7 +225,6 @@ def main(
     output: Annotated[Path, typer.Option(help="Output folder.")] = OUTPUT,
 ) -> None:
     """Time a plain loop against ours and write plain-loop-SIZE.json and plain-loop-SIZE.md."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     chosen = size_named(size, ("mini", "tiny"))
     torch.set_num_threads(1)  # fastest for such small models
     result = measure(chosen, repeats)

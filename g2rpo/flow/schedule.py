@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ class SigmaGrid:
         u = 1.0 - node / self.steps
         if self.smallest is not None:
             u = float(np.interp(node, (0, self.steps - 1, self.steps), (1, self.smallest, 0)))
-        sigma = self.shift * u / (1.0 + (self.shift - 1.0) * u)
+        sigma = shifted(u, self.shift)
         if self.truncated:
             return sigma, _truncated(np.array([u], np.float32), self.shift)[0]
         return sigma, sigma
@@ -73,13 +73,17 @@ class SigmaGrid:
         return SigmaGrid(self.sigmas[first : last + 1], self.timesteps[first : last + 1])
 
 
-def shifted_sigmas(steps: int, shift: float) -> tuple[float, ...]:
-    """sigma = s u / (1 + (s - 1) u) for u = linspace(1, 0, T + 1), in float64.
+def shifted(u: Any, shift: float) -> Any:
+    """sigma = s u / (1 + (s - 1) u) of a number or an array, in its precision.
 
     Source: the released ``sd3_time_shift``.
     """
-    u = np.linspace(1.0, 0.0, steps + 1)
-    inner = (shift * u / (1.0 + (shift - 1.0) * u))[1:-1]
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def shifted_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """linspace(1, 0, T + 1), shifted, in float64."""
+    inner = shifted(np.linspace(1.0, 0.0, steps + 1), shift)[1:-1]
     # A shift below 1/2 would round sigma_0 away from 1, where 1 / (1 - sigma) is meaningless.
     return (1.0, *(float(sigma) for sigma in inner), 0.0)
 
@@ -95,8 +99,7 @@ def truncated_times(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def _truncated(u: npt.NDArray[np.float32], shift: float) -> tuple[float, ...]:
-    sigmas = shift * u / (1.0 + (shift - 1.0) * u)
-    return tuple(int(value) / 1000 for value in (1000.0 * sigmas).tolist())
+    return tuple(int(value) / 1000 for value in (1000.0 * shifted(u, shift)).tolist())
 
 
 def flux_dynamic_shift(image_tokens: int) -> float:
@@ -112,14 +115,13 @@ def flux_dynamic_shift(image_tokens: int) -> float:
 def flux_dynamic_sigmas(steps: int, image_tokens: int) -> tuple[float, ...]:
     """FluxPipeline's grid: linspace(1, 1/T, T) shifted by :func:`flux_dynamic_shift`, then 0."""
     shift = flux_dynamic_shift(image_tokens)
-    u = np.linspace(1.0, 1.0 / steps, steps)
-    return (*(float(sigma) for sigma in shift * u / (1.0 + (shift - 1.0) * u)), 0.0)
+    sigmas = shifted(np.linspace(1.0, 1.0 / steps, steps), shift)
+    return (*(float(sigma) for sigma in sigmas), 0.0)
 
 
 def sd3_smallest(shift: float) -> float:
     """The shifted 1/1000, in float32: what diffusers' scheduler takes for the smallest time."""
-    u = np.float32(1.0) / np.float32(1000.0)
-    return float(np.float32(shift) * u / (np.float32(1.0) + np.float32(shift - 1.0) * u))
+    return float(shifted(np.float32(1.0) / np.float32(1000.0), shift))
 
 
 def sd3_sigmas(steps: int, shift: float) -> tuple[float, ...]:
@@ -128,8 +130,8 @@ def sd3_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     Source: diffusers' ``FlowMatchEulerDiscreteScheduler(shift=3.0).set_timesteps(T)``, which
     StableDiffusion3Pipeline and Flow-GRPO's released code use.
     """
-    u = np.linspace(1.0, sd3_smallest(shift), steps)[1:]
-    return (1.0, *(float(sigma) for sigma in shift * u / (1.0 + (shift - 1.0) * u)), 0.0)
+    inner = shifted(np.linspace(1.0, sd3_smallest(shift), steps)[1:], shift)
+    return (1.0, *(float(sigma) for sigma in inner), 0.0)
 
 
 def build_grid(config: GridConfig, image_tokens: int) -> SigmaGrid:

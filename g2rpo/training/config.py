@@ -234,7 +234,8 @@ class TrainConfig(StrictModel):
     @property
     def old_policy(self) -> OldPolicyConfig | None:
         """The old policy's settings; None if neither the loss nor a rollout uses one."""
-        settings = getattr(self.objective, "old", None)
+        objective = self.objective
+        settings = objective.old if isinstance(objective, ForwardObjective) else None
         if settings is None or settings.rollouts_after is not None:
             return settings
         return settings if "old" in self.frozen_policies else None

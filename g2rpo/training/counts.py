@@ -42,8 +42,7 @@ class TrainingCounts:
     @property
     def equal_cost_evaluations(self) -> int:
         """See :func:`equal_cost`."""
-        costs = (self.rollout_evaluations, self.training_forwards, self.training_backwards)
-        return int(equal_cost(*costs))
+        return int(equal_cost(self))
 
 
 def training_counts(config: TrainConfig) -> TrainingCounts:

@@ -48,7 +48,7 @@ from g2rpo.training.metrics import (
     iteration_row,
     iteration_sums,
 )
-from g2rpo.training.objective import Guard
+from g2rpo.training.objective import TransitionObjective
 from g2rpo.training.old_policy import OldPolicy
 from g2rpo.training.previews import save_previews
 from g2rpo.training.rollout import Rollout, RolloutEngine
@@ -130,14 +130,9 @@ class Trainer:
                 f"multiple of {halves} for rollout.prompts_per_iteration at {ranks} rank(s), not "
                 f"{config.rollout.prompts_per_iteration}"
             )
-        if isinstance(config.objective, Guard) and config.objective.published == "flow_grpo":
+        if isinstance(config.objective, TransitionObjective):
             states = most_states_of_update(config, ranks)
-            if states > (held := config.execution.training_micro_batch):
-                raise UserError(
-                    f"objective.published=flow_grpo averages over the {states} states of an update "
-                    f"on a rank, but execution.training_micro_batch={held}; raise it to {states}, "
-                    "or use objective.published=verl_omni, which averages over nothing"
-                )
+            config.objective.check_micro_batch(states, config.execution.training_micro_batch)
         if self.accelerator.device.type == "cuda":
             _, total = torch.cuda.mem_get_info(self.accelerator.device)
             size = read_size(resolve_source(config.policy.source, config.policy.revision))

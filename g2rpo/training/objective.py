@@ -63,6 +63,14 @@ class TransitionObjective(StrictModel):
 
     name: str
 
+    def check_micro_batch(self, states: int, held: int) -> None:
+        """Rejects a micro-batch of ``held`` states for updates of up to ``states`` states.
+
+        Raises:
+            UserError: the objective needs a whole update at once.
+        """
+        del states, held
+
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
         """The loss of each transition; ``clip_range`` is that of the optimization."""
         raise NotImplementedError
@@ -94,6 +102,15 @@ class Guard(TransitionObjective):
     squared mean of sqrt(duration), the same for the transitions of one step. ``flow_factory``: does
     not divide. ``flow_grpo``: as ``verl_omni``, with b averaged over all transitions of the step in
     an update, which must be one micro-batch."""
+
+    def check_micro_batch(self, states: int, held: int) -> None:
+        """See :meth:`TransitionObjective.check_micro_batch`: ``flow_grpo`` averages over it."""
+        if self.published == "flow_grpo" and states > held:
+            raise UserError(
+                f"objective.published=flow_grpo averages over the {states} states of an update "
+                f"on a rank, but execution.training_micro_batch={held}; raise it to {states}, "
+                "or use objective.published=verl_omni, which averages over nothing"
+            )
 
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
         """See the class.

@@ -110,13 +110,12 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
 
 def _with_costs(curve: pd.DataFrame) -> pd.DataFrame:
     """A learning curve with every cost; the row before the first iteration has spent nothing."""
-    counted = ["rollout_evaluations", "training_forwards", "training_backwards"]
-    names = [*counted, "device_seconds"]
+    names = ["rollout_evaluations", "training_forwards", "training_backwards", "device_seconds"]
     if not {*names} <= {*curve}:
         return curve
     costs = curve[names].where(curve["iteration"] > 0, 0.0)
-    both = equal_cost(*(costs[name] for name in counted))
-    return curve.assign(**{name: costs[name] for name in names}, equal_cost_evaluations=both)
+    spent = {name: costs[name] for name in names}
+    return curve.assign(**spent, equal_cost_evaluations=equal_cost(costs))
 
 
 def _draw(axes: Axes, rows: Sequence[Row], bands: Mapping[str, Band]) -> None:

@@ -38,12 +38,13 @@ COUNTED = ("rollout_evaluations", "training_forwards", "training_backwards", "im
 """The integer costs of :class:`Progress`."""
 
 
-def equal_cost(rollout_evaluations: Any, training_forwards: Any, training_backwards: Any) -> Any:
+def equal_cost(costs: Any) -> Any:
     """The cost in velocity evaluations, where costs are to be equal; a backward counts as two.
 
-    The arguments are numbers or columns of a table.
+    Args:
+        costs: has the three counts as numbers, or as columns of a table.
     """
-    return rollout_evaluations + training_forwards + 2 * training_backwards
+    return costs.rollout_evaluations + costs.training_forwards + 2 * costs.training_backwards
 
 
 @dataclass
@@ -80,8 +81,7 @@ class Progress:
     @property
     def equal_cost_evaluations(self) -> int:
         """See :func:`equal_cost`."""
-        costs = (self.rollout_evaluations, self.training_forwards, self.training_backwards)
-        return int(equal_cost(*costs))
+        return int(equal_cost(self))
 
     def spent(self, settings: "OptimizationConfig") -> float:
         """The share of its limit on cost that the run has used; 0 without a limit."""

@@ -1,6 +1,6 @@
 """What a checkpoint holds: trained weights, their EMA and the optimiser's states, by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,18 +47,16 @@ class TrainingState:
     @property
     def averages(self) -> dict[str, Tensor]:
         """The EMA of each parameter, by name."""
-        if self.ema is None:
-            return {}
-        names = [name for name, _ in self.weights.named]
-        return dict(zip(names, self.ema.shadow_params, strict=True))
+        return {} if self.ema is None else self._by_name(self.ema.shadow_params)
 
     @property
     def old_weights(self) -> dict[str, Tensor]:
         """The old policy's parameters, by name."""
-        if self.old is None:
-            return {}
+        return {} if self.old is None else self._by_name(self.old.parameters)
+
+    def _by_name(self, copies: Sequence[Tensor]) -> dict[str, Tensor]:
         names = [name for name, _ in self.weights.named]
-        return dict(zip(names, self.old.parameters, strict=True))
+        return dict(zip(names, copies, strict=True))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
