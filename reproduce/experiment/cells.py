@@ -168,25 +168,27 @@ class Experiment(StrictModel):
             paper=cell.paper,
         )
 
-    @pydantic.model_validator(mode="before")
+    @pydantic.field_validator("cells")
     @classmethod
-    def _at_every_learning_rate(cls, data: Any) -> Any:
+    def _at_every_learning_rate(
+        cls, cells: dict[str, CellConfig], info: pydantic.ValidationInfo
+    ) -> dict[str, CellConfig]:
         """Replaces each cell by one per rate, in a group with its label."""
-        rates = data.get("learning_rates") if isinstance(data, Mapping) else None
-        if not rates or not all(isinstance(rate, int | float) for rate in rates):
-            return data
-        cells = {}
-        for key, cell in (data.get("cells") or {}).items():
-            if not isinstance(cell, Mapping) or "method" not in cell:
-                raise ValueError(f"cells.{key}: learning_rates needs cells with a method")
-            group = cell.get("label") or method_label(cell["method"])
+        rates = info.data.get("learning_rates", ())
+        if len(set(rates)) < len(rates):
+            raise ValueError("learning_rates repeats a rate")
+        trials = {}
+        for key, cell in cells.items() if rates else ():
+            if cell.method is None:
+                raise ValueError(f"{key}: learning_rates needs cells with a method")
+            group = cell.label or method_label(cell.method)
             for rate in rates:
                 mantissa, exponent = f"{rate:.6e}".split("e")
                 text = f"{float(mantissa):g}e{int(exponent)}"
-                settings = merge(cell.get("set", {}), {"optimization": {"learning_rate": rate}})
-                trial = {**cell, "label": text, "group": group, "set": settings}
-                cells[f"{key}/lr{text}"] = trial
-        return {**data, "cells": cells}
+                settings = merge(cell.set, {"optimization": {"learning_rate": rate}})
+                changes = {"label": text, "group": group, "set": settings}
+                trials[f"{key}/lr{text}"] = cell.model_copy(update=changes)
+        return trials or cells
 
     @pydantic.model_validator(mode="after")
     def _credit_is_of_methods(self) -> "Experiment":

@@ -385,6 +385,51 @@ def test_a_budget_of_seconds_is_not_ended_by_iterations_and_changes_none_of_them
         assert getattr(timed, name) == getattr(whole, name)
 
 
+TRIALS = """
+name: trials
+learning_rates: [4.5e-4, 2.0]
+cells:
+  one: {method: flow_grpo, train: [hps], set: {method: {eta: 0.5}}}
+  two: {method: g2rpo, label: Mine, train: [hps]}
+table: {title: Trials}
+"""
+
+
+def test_every_cell_is_trained_at_every_learning_rate(tmp_path: Path) -> None:
+    (tmp_path / "trials.yaml").write_text(TRIALS)
+    cells = load_experiment(str(tmp_path / "trials.yaml")).cells
+    assert [(key, cell.group, cell.label) for key, cell in cells.items()] == [
+        ("one/lr4.5e-4", "Flow-GRPO", "4.5e-4"), ("one/lr2e0", "Flow-GRPO", "2e0"),
+        ("two/lr4.5e-4", "Mine", "4.5e-4"), ("two/lr2e0", "Mine", "2e0"),
+    ]  # fmt: skip
+    rate = {"optimization": {"learning_rate": 4.5e-4}}
+    assert cells["one/lr4.5e-4"].set == {"method": {"eta": 0.5}} | rate
+    assert cells["two/lr4.5e-4"].set == rate
+
+
+@pytest.mark.parametrize(
+    ("given", "instead", "message"),
+    [
+        ("[4.5e-4, 2.0]", "[4.5e-4, 4.5e-4]", "learning_rates repeats a rate"),
+        ("[4.5e-4, 2.0]", "[fast]", "learning_rates.0: input should be a valid number"),
+        ("[4.5e-4, 2.0]", "1.0e-5", "learning_rates: input should be a valid tuple"),
+        ("method: g2rpo, label", "label", "train, set or budget"),
+        ("{method: g2rpo, label: Mine, train: [hps]}", "{}", "needs cells with a method"),
+        ("set: {method: {eta: 0.5}}", "set: 5", "cells.one.set"),
+        ("method: flow_grpo", "method: [flow_grpo]", "cells.one.method"),
+        ("method: flow_grpo", "method: flow_gpro", "no method 'flow_gpro'"),
+    ],
+)
+def test_trials_that_cannot_be_are_refused_in_one_line(
+    tmp_path: Path, given: str, instead: str, message: str
+) -> None:
+    assert given in TRIALS
+    (tmp_path / "trials.yaml").write_text(TRIALS.replace(given, instead))
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        load_experiment(str(tmp_path / "trials.yaml"))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("way", ["set", "override", "profile"])
 def test_a_seed_is_no_setting_of_a_cell(way: str) -> None:
     experiment, profile = load_experiment("table1"), load_profile("mini")
