@@ -295,6 +295,11 @@ class TrainConfig(StrictModel):
                 )
             return
         objective.times.check(self.grid.steps)
+        if self.advantage.granularity_reduction != "sum":
+            raise ValueError(
+                f"advantage.granularity_reduction={self.advantage.granularity_reduction} has no "
+                f"effect with {name}, which trains each image with its own advantage; leave it out"
+            )
         if "signal_to_noise" in self.method.measures(0):
             raise ValueError(f"method.adaptive_steps needs an objective on transitions, not {name}")
         if self.optimization.update_every == "timestep":

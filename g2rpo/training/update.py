@@ -237,7 +237,8 @@ class Updater:
                     f"iteration {iteration + 1}: the {what} is not finite (loss {update.loss:g}, "
                     f"gradient norm {update.gradient_norm:g}) for the prompts {texts} and the "
                     f"rewards {', '.join(self.config.rewards)}; lower optimization.learning_rate "
-                    "(the last checkpoint is intact)"
+                    "or, in the first iteration, the weights of the rewards and the settings of "
+                    "objective (the last checkpoint is intact)"
                 )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

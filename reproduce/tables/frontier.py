@@ -32,6 +32,8 @@ COSTS: tuple[Literal["equal_cost_evaluations", "device_seconds"], ...] = (
     "device_seconds",
 )
 """The cost on the horizontal axis of each panel."""
+SPENT = ("rollout_evaluations", "training_forwards", "training_backwards", "device_seconds")
+"""The columns of a learning curve that costs are made of; a run without them is not drawn."""
 COLOURS = "tab20"
 """Twenty colours, one per row; the number at a curve's end also names its row."""
 PARETO: dict[str, Any] = {
@@ -73,11 +75,11 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
         ``output``.
 
     Raises:
-        UserError: no cell has validation rewards.
+        UserError: no cell has validation rewards and their cost.
     """
     found: dict[str, list[pd.DataFrame]] = {}
     for cell in cells:
-        if cell.curve is not None:
+        if cell.curve is not None and {*SPENT} <= {*cell.curve}:
             found.setdefault(cell.info.row, []).append(_with_costs(cell.curve))
     rows = [row for row in table.rows if row.trained_on and row.key in found]
     rewards = [
@@ -110,11 +112,8 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
 
 def _with_costs(curve: pd.DataFrame) -> pd.DataFrame:
     """A learning curve with every cost; the row before the first iteration has spent nothing."""
-    names = ["rollout_evaluations", "training_forwards", "training_backwards", "device_seconds"]
-    if not {*names} <= {*curve}:
-        return curve
-    costs = curve[names].where(curve["iteration"] > 0, 0.0)
-    spent = {name: costs[name] for name in names}
+    costs = curve[[*SPENT]].where(curve["iteration"] > 0, 0.0)
+    spent = {name: costs[name] for name in SPENT}
     return curve.assign(**spent, equal_cost_evaluations=equal_cost(costs))
 
 

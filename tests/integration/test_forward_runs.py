@@ -146,6 +146,7 @@ def test_images_of_the_same_key_are_noised_alike(smoke_assets: Path, tmp_path: P
         ({"optimization": {"update_every": "timestep"}}, "update_every: iteration"),
         ({"optimization": {"updates_per_iteration": 3}}, "a whole group"),
         ({"objective": OBJECTIVES["dgpo"] | {"old": None}}, "leave out objective.old"),
+        ({"advantage": {"granularity_reduction": "mean"}}, "no effect with objective.name=dgpo"),
         (
             {
                 "method": {"name": "branch_grpo", "pruned_depths": [3, 4, 5, 6]},

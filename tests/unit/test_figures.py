@@ -142,6 +142,11 @@ def test_the_frontier_is_drawn_against_both_costs(tmp_path: Path) -> None:
     assert path.with_suffix(".pdf").read_bytes() == pdf
     with pytest.raises(UserError, match="no run has validation rewards"):
         frontier_figure(table, [made_cell("dear", 1)], path)
+    old = cells[0]
+    assert old.curve is not None
+    without_seconds = replace(old, curve=old.curve.drop(columns="device_seconds"))
+    with pytest.raises(UserError, match="no run has validation rewards"):
+        frontier_figure(table, [without_seconds], path)
 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
