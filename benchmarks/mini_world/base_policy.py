@@ -1,48 +1,32 @@
-"""The base policy: a small FLUX with its text encoders, trained by flow matching on latents."""
+"""Trains a small base policy with its text encoders by flow matching on latents."""
 
 import itertools
-import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 from benchmarks.mini_world import autoencoder
 from benchmarks.mini_world.attribute_training import caption_shares
 from benchmarks.mini_world.pictures import draw_pool
-from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
 from benchmarks.mini_world.training import OneCycle
 from g2rpo.config import StrictModel
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.attributes import AttributeReader
 
-GUIDANCE = 3.5
 SHIFT = 3.0
-POOLED_TOKENS, SEQUENCE_TOKENS = 22, 20
+CLIP_TOKENS, T5_TOKENS = 22, 20
 """Padded caption lengths of CLIP (with start and end tokens) and T5 (with an end token)."""
 LATENT_CHANNELS, LATENT_SIDE = 16, 8
 
 
 class PolicySettings(StrictModel):
-    """Architecture and training of the base policy."""
+    """Training of a base policy."""
 
     scenes: int = Field(default=24000, ge=1)
     steps: int = Field(default=4000, ge=1)
@@ -56,139 +40,63 @@ class PolicySettings(StrictModel):
     stop_accuracy: float = Field(default=0.73, gt=0, le=1)
     """Training stops at the first validation check with this accuracy: early, so that the policy
     errs visibly and reinforcement learning has room to improve it."""
-    double_blocks: int = 2
-    single_blocks: int = 3
-    heads: int = 4
-    head_width: int = 24
-    text_width: int = 64
 
 
-@dataclass
-class Policy:
-    """The trained modules with their tokenizers."""
+class Policy(ABC):
+    """A transformer with its text encoders, as modules of an architecture's pipeline."""
 
-    transformer: FluxTransformer2DModel
-    text_encoder: CLIPTextModel
-    text_encoder_2: T5EncoderModel
-    tokenizer: CLIPTokenizer
-    tokenizer_2: T5TokenizerFast
+    @abstractmethod
+    def pipeline(self, vae: AutoencoderKL) -> DiffusionPipeline:
+        """The diffusers pipeline of the trained modules and ``vae``."""
+
+    @abstractmethod
+    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Token ids ``[N, L]`` of each tokenizer, padded as the pipeline pads them."""
+
+    @abstractmethod
+    def velocity(self, latents: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
+        """Velocity at packed latents, time ``sigma [B]`` and token ids; of the latents' shape."""
+
+    def guided(self, latents: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
+        """The velocity for sampling."""
+        return self.velocity(latents, sigma, tokens)
+
+    def drop(self, tokens: tuple[Tensor, ...], draws: torch.Generator) -> tuple[Tensor, ...]:
+        """Token ids for a training step, of which some captions may be replaced by the empty."""
+        del draws
+        return tokens
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents ``[B, 16, 8, 8]`` as the transformer takes them."""
+        return latents
+
+    def unpack(self, latents: Tensor) -> Tensor:
+        """Inverse of :meth:`pack`."""
+        return latents
 
     def trained(self) -> nn.ModuleDict:
-        """All modules that the flow-matching loss trains."""
-        return nn.ModuleDict(
-            {
-                "transformer": self.transformer,
-                "text_encoder": self.text_encoder,
-                "text_encoder_2": self.text_encoder_2,
-            }
-        )
-
-    def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids ``[N, 22]`` and ``[N, 20]``, padded as FluxPipeline pads them."""
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        texts = list(captions)
-        pooled = self.tokenizer(texts, max_length=POOLED_TOKENS, **options)
-        sequence = self.tokenizer_2(texts, max_length=SEQUENCE_TOKENS, **options)
-        return pooled.input_ids, sequence.input_ids
-
-    def velocity(self, latents: Tensor, sigma: Tensor, tokens: tuple[Tensor, Tensor]) -> Tensor:
-        """Velocity ``[B, 16, 64]`` at packed latents, time ``sigma [B]`` and token ids."""
-        sequence = self.text_encoder_2(tokens[1]).last_hidden_state
-        velocity: Tensor = self.transformer(
-            hidden_states=latents,
-            timestep=sigma,
-            guidance=torch.full_like(sigma, GUIDANCE),
-            pooled_projections=self.text_encoder(tokens[0]).pooler_output,
-            encoder_hidden_states=sequence,
-            txt_ids=torch.zeros(sequence.shape[1], 3),
-            img_ids=image_ids(),
-            return_dict=False,
-        )[0]
-        return velocity
+        """The transformer and all text encoders, which the flow-matching loss trains."""
+        modules = {key: value for key, value in vars(self).items() if isinstance(value, nn.Module)}
+        return nn.ModuleDict(modules)
 
 
-def image_ids() -> Tensor:
-    """Position ids ``[16, 3]`` of the packed latents, as FluxPipeline numbers them."""
-    side = LATENT_SIDE // 2
-    ids = torch.zeros(side, side, 3)
-    ids[..., 1] += torch.arange(side)[:, None]
-    ids[..., 2] += torch.arange(side)[None, :]
-    return ids.reshape(side * side, 3)
+def token_ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
+    """Token ids ``[N, length]``, padded and truncated."""
+    ids: Tensor = tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+    ).input_ids
+    return ids
 
 
-def pack(latents: Tensor) -> Tensor:
-    """``[B, 16, 8, 8]`` to ``[B, 16, 64]``: each token is a 2 by 2 patch."""
-    side = LATENT_SIDE // 2
-    patches = latents.reshape(len(latents), LATENT_CHANNELS, side, 2, side, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), side * side, -1)
-
-
-def unpack(tokens: Tensor) -> Tensor:
-    """Inverse of :func:`pack`."""
-    side = LATENT_SIDE // 2
-    patches = tokens.reshape(len(tokens), side, side, LATENT_CHANNELS, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(
-        len(tokens), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of a pipeline."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False
     )
-
-
-def build(settings: PolicySettings, folder: Path) -> Policy:
-    """An untrained policy; writes the tokenizers below ``folder``."""
-    tokenizer = clip_tokenizer(folder / "tokenizer", POOLED_TOKENS)
-    tokenizer_2 = t5_tokenizer(folder / "tokenizer_2", SEQUENCE_TOKENS)
-    width = settings.text_width
-    encoders = text_encoders(tokenizer, tokenizer_2, (width, width), 2 * width, 2)
-    rest = settings.head_width - 4
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4 * LATENT_CHANNELS,
-        num_layers=settings.double_blocks,
-        num_single_layers=settings.single_blocks,
-        attention_head_dim=settings.head_width,
-        num_attention_heads=settings.heads,
-        joint_attention_dim=width,
-        pooled_projection_dim=width,
-        guidance_embeds=True,
-        axes_dims_rope=(4, rest // 2, rest // 2),
-    )
-    return Policy(transformer, *encoders, tokenizer, tokenizer_2)
-
-
-def text_encoders(
-    tokenizer: CLIPTokenizer,
-    tokenizer_2: T5TokenizerFast,
-    widths: tuple[int, int],
-    inner: int,
-    layers: int,
-) -> tuple[CLIPTextModel, T5EncoderModel]:
-    """CLIP and T5 encoders of these output ``widths`` and ``inner`` width, with random weights."""
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=widths[0],
-            intermediate_size=inner,
-            projection_dim=widths[0],
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer_2),
-            d_model=widths[1],
-            d_kv=inner // 8,
-            d_ff=inner,
-            num_layers=layers,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-    return clip, t5
 
 
 def shifted(u: Tensor) -> Tensor:
@@ -201,13 +109,13 @@ def sample(policy: Policy, captions: Sequence[str], steps: int, seed: int) -> Te
     """Normalised latents ``[N, 16, 8, 8]`` by ``steps`` Euler steps on the shifted grid."""
     noise = torch.Generator().manual_seed(seed)
     shape = (len(captions), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
-    latents = pack(torch.randn(shape, generator=noise))
+    latents = policy.pack(torch.randn(shape, generator=noise))
     tokens = policy.tokens(captions)
     grid = shifted(torch.linspace(1, 0, steps + 1))
     for sigma, following in itertools.pairwise(grid):
-        velocity = policy.velocity(latents, sigma.expand(len(latents)), tokens)
+        velocity = policy.guided(latents, sigma.expand(len(latents)), tokens)
         latents = latents + (following - sigma) * velocity
-    return unpack(latents)
+    return policy.unpack(latents)
 
 
 class MovingAverage:
@@ -236,23 +144,20 @@ class MovingAverage:
 
 
 def train(
+    policy: Policy,
     settings: PolicySettings,
     seed: int,
     vae: AutoencoderKL,
-    folder: Path,
     check: Callable[[Policy], float],
-) -> tuple[Policy, dict[str, Any]]:
-    """Trains a policy on training scenes and saves a FluxPipeline to ``folder``.
+) -> dict[str, Any]:
+    """Trains ``policy`` on training scenes; returns what it measured.
 
     ``check`` returns the accuracy of a policy on validation captions; it must not draw from the
     training's generators.
     """
-    torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as tokenizers:
-        policy = build(settings, Path(tokenizers))
     trained = policy.trained()
     pool = draw_pool(seed, "base-policy", "train", settings.scenes)
-    latents = pack(autoencoder.encode(vae, pool.images))
+    latents = policy.pack(autoencoder.encode(vae, pool.images))
     tokens = policy.tokens(pool.captions)
     del pool
     optimizer = OneCycle(
@@ -270,8 +175,9 @@ def train(
             clean = latents[index]
             noise = torch.randn(clean.shape, generator=draws)
             sigma = shifted(torch.rand(len(clean), generator=draws))
-            mixed = torch.lerp(clean, noise, sigma[:, None, None])
-            velocity = policy.velocity(mixed, sigma, (tokens[0][index], tokens[1][index]))
+            mixed = torch.lerp(clean, noise, sigma.view(-1, *[1] * (clean.ndim - 1)))
+            chosen = policy.drop(tuple(ids[index] for ids in tokens), draws)
+            velocity = policy.velocity(mixed, sigma, chosen)
             loss = (velocity - (noise - clean)).square().mean()
             optimizer.step(loss)
             average.update()
@@ -287,8 +193,7 @@ def train(
                     break
         seconds = progress.seconds
     average.swap()
-    save(policy, vae, folder)
-    return policy, {
+    return {
         "parameters": {
             name: sum(p.numel() for p in module.parameters()) for name, module in trained.items()
         },
@@ -297,23 +202,6 @@ def train(
         "validation_accuracy": history,
         "training_seconds": round(seconds, 1),
     }
-
-
-def save(policy: Policy, vae: AutoencoderKL, folder: Path) -> None:
-    """Saves a standard FluxPipeline folder."""
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False
-    )
-    pipeline = FluxPipeline(
-        scheduler=scheduler,
-        vae=vae,
-        text_encoder=policy.text_encoder,
-        tokenizer=policy.tokenizer,
-        text_encoder_2=policy.text_encoder_2,
-        tokenizer_2=policy.tokenizer_2,
-        transformer=policy.transformer,
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,17 @@ from benchmarks.mini_world import (
     autoencoder,
     base_policy,
     reward_training,
+    small_flux,
+    small_sd3,
     truth,
     world,
 )
 from benchmarks.mini_world.attribute_training import AttributeSettings
 from benchmarks.mini_world.autoencoder import AutoencoderSettings
-from benchmarks.mini_world.base_policy import PolicySettings
+from benchmarks.mini_world.base_policy import AttributeCheck, Policy, PolicySettings
 from benchmarks.mini_world.reward_training import PictureSettings, RewardSettings
+from benchmarks.mini_world.small_flux import FluxSettings
+from benchmarks.mini_world.small_sd3 import SD3Settings
 from g2rpo.config import StrictModel, content_hash
 from g2rpo.errors import UserError
 from g2rpo.files import (
@@ -75,7 +79,8 @@ class MiniWorldSettings(StrictModel):
     prompts: WorldSettings = WorldSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     attributes: AttributeSettings = AttributeSettings()
-    policy: PolicySettings = PolicySettings()
+    policy: FluxSettings = FluxSettings()
+    sd3_policy: SD3Settings = SD3Settings()
     reward_pictures: PictureSettings = PictureSettings()
     rewards: dict[str, RewardSettings] = reward_training.SETTINGS
 
@@ -129,25 +134,43 @@ def build_attributes(settings: MiniWorldSettings, assets: Path) -> dict[str, Any
 
 
 def build_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
-    """Trains the base policy and measures it on held-out captions."""
-    vae = autoencoder.load(assets)
-    reader = AttributeReader.from_folder(assets / "rewards" / "attributes")
-    chosen = settings.policy
-    validation = base_policy.AttributeCheck(
-        reader, vae, captions_of(assets, "validation"), chosen.check_steps
-    )
+    """Trains the FLUX base policy and measures it on held-out captions."""
     with tempfile.TemporaryDirectory(dir=assets) as temporary:
-        policy, report = base_policy.train(
-            chosen, settings.seed, vae, Path(temporary), validation.accuracy
-        )
+        build = partial(small_flux.build, settings.policy)
+        report = _train_policy(build, settings.policy, settings.seed, assets, Path(temporary))
         # The autoencoder's folder stays: other parts may be reading it now.
         for output in POLICY_OUTPUTS:
             remove(assets / output)
             (Path(temporary) / Path(output).name).rename(assets / output)
+    return report
+
+
+def build_sd3_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
+    """Trains the SD3 base policy and measures it on held-out captions."""
+    with atomic_folder(assets / "sd3_policy") as folder:
+        build = partial(small_sd3.build, settings.sd3_policy)
+        return _train_policy(build, settings.sd3_policy, settings.seed, assets, folder)
+
+
+def _train_policy(
+    build: Callable[[Path], Policy],
+    chosen: PolicySettings,
+    seed: int,
+    assets: Path,
+    folder: Path,
+) -> dict[str, Any]:
+    """Saves the pipeline of a policy from ``build``, trained, to ``folder``."""
+    vae = autoencoder.load(assets)
+    reader = AttributeReader.from_folder(assets / "rewards" / "attributes")
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as tokenizers:
+        policy = build(Path(tokenizers))
+    validation = AttributeCheck(reader, vae, captions_of(assets, "validation"), chosen.check_steps)
+    report = base_policy.train(policy, chosen, seed, vae, validation.accuracy)
+    policy.pipeline(vae).save_pretrained(folder, safe_serialization=True)
+    test = captions_of(assets, "test")
     report["test"] = {
-        f"{steps} steps": base_policy.AttributeCheck(
-            reader, vae, captions_of(assets, "test"), steps
-        ).report(policy)
+        f"{steps} steps": AttributeCheck(reader, vae, test, steps).report(policy)
         for steps in (chosen.check_steps, 10, 16)
     }
     return report
@@ -184,6 +207,7 @@ PARTS = (
     Part("autoencoder", ("policy/vae",), (), build_autoencoder),
     Part("attributes", ("rewards/attributes",), ("autoencoder",), build_attributes),
     Part("policy", POLICY_OUTPUTS, ("prompts", "autoencoder", "attributes"), build_policy),
+    Part("sd3_policy", ("sd3_policy",), ("prompts", "autoencoder", "attributes"), build_sd3_policy),
     *(
         Part(role, (f"rewards/{role}",), ("autoencoder",), partial(build_reward, role))
         for role in reversed(reward_training.MODELS)  # the longest training first

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from benchmarks.mini_world import attribute_training, autoencoder, base_policy, world
+from benchmarks.mini_world import attribute_training, autoencoder, base_policy, small_flux, world
 from benchmarks.mini_world.reward_training import MODELS
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tokenizers import words
@@ -59,21 +59,21 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
 
 
 def _save_policy(folder: Path) -> None:
-    settings = base_policy.PolicySettings(
+    settings = small_flux.FluxSettings(
         double_blocks=1, single_blocks=1, heads=2, head_width=16, text_width=32
     )
-    policy = base_policy.build(settings, folder)
+    policy = small_flux.build(settings, folder)
     vae = autoencoder.build(autoencoder.AutoencoderSettings(channels=(8, 16, 16)))
     for module in (*policy.trained().children(), vae):
         liven(module)
         module.eval()
     _scale_velocity(policy)
     _scale_pixels(vae)
-    base_policy.save(policy, vae, folder)
+    policy.pipeline(vae).save_pretrained(folder, safe_serialization=True)
 
 
 @torch.no_grad()
-def _scale_velocity(policy: base_policy.Policy) -> None:
+def _scale_velocity(policy: small_flux.FluxPolicy) -> None:
     """Gives velocities a standard deviation of :data:`VELOCITY_STD`."""
     captions = ["a red circle on black", "two large blue stars on gray"] * 4
     latents = torch.randn(len(captions), 16, 64)

@@ -9,7 +9,7 @@ import open_clip
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-from benchmarks.mini_world.base_policy import Policy, save, text_encoders
+from benchmarks.mini_world.small_flux import FluxPolicy, text_encoders
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
@@ -171,7 +171,8 @@ def write_flux(folder: Path, shape: FluxShape, device: torch.device) -> None:
     for module in (vae, transformer, *encoders):
         module.to(torch.bfloat16)
     with without_library_bars():
-        save(Policy(transformer, *encoders, tokenizer, tokenizer_2), vae, folder)
+        pipeline = FluxPolicy(transformer, *encoders, tokenizer, tokenizer_2).pipeline(vae)
+        pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def write_hps(folder: Path) -> None:
