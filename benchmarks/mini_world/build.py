@@ -6,6 +6,7 @@ other are built in several processes at once.
 """
 
 import json
+import logging
 import multiprocessing
 import platform
 import tempfile
@@ -56,6 +57,8 @@ from g2rpo.files import (
 )
 from g2rpo.progress import ProgressReport, without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 """Version of the world; the manifest of version 1 names none. A new one rebuilds every part."""
@@ -313,6 +316,11 @@ def build(
     if manifest["bytes"] > SIZE_LIMIT:
         raise UserError(f"{assets}: {manifest['bytes']} bytes exceed the limit of {SIZE_LIMIT}")
     return manifest
+
+
+def build_second_world(folder: Path) -> None:
+    """Builds what the profile ``mini-2`` lacks: the world of seed 2."""
+    build(MiniWorldSettings(seed=2), folder, log=logger.info)
 
 
 def _workers(processes: int) -> Executor:
