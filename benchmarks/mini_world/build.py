@@ -9,6 +9,7 @@ import json
 import logging
 import multiprocessing
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection
@@ -152,7 +153,10 @@ def build_sd3_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any
     """Trains the SD3 base policy and measures it on held-out captions."""
     with atomic_folder(assets / "sd3_policy") as folder:
         build = partial(small_sd3.build, settings.sd3_policy)
-        return _train_policy(build, settings.sd3_policy, settings.seed, assets, folder)
+        report = _train_policy(build, settings.sd3_policy, settings.seed, assets, folder)
+        # The same bytes as the first policy's, whose configuration names no folder.
+        shutil.copytree(assets / "policy" / "vae", folder / "vae", dirs_exist_ok=True)
+    return report
 
 
 def _train_policy(

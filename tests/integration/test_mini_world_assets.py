@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 
 from benchmarks.mini_world import world
 from benchmarks.mini_world.attribute_training import accuracy, caption_shares
@@ -73,9 +73,10 @@ def test_reported_quality_is_within_what_the_mini_world_needs(manifest: dict[str
     measured = {name: part["measured"] for name, part in manifest["parts"].items()}
     for kind in ("rendered", "decoded"):
         assert measured["attributes"][kind]["score"] >= 0.98
-    for report in measured["policy"]["test"].values():
-        # Room to improve, yet most attributes are shown.
-        assert 0.65 <= report["attribute_accuracy"] <= 0.75
+    for policy in ("policy", "sd3_policy"):
+        for report in measured[policy]["test"].values():
+            # Room to improve, yet most attributes are shown.
+            assert 0.65 <= report["attribute_accuracy"] <= 0.75
     for role in MODELS:
         # Over captions that differ in one attribute of any kind, relations included.
         assert measured[role]["auc"] >= 0.95, role
@@ -119,8 +120,13 @@ def test_attribute_reward_names_what_is_wrong(tmp_path: Path) -> None:
         load_reward(RewardConfig(model="attributes", source=str(tmp_path)), "cpu")
 
 
-def test_policy_draws_what_held_out_captions_say(reader: AttributeReader) -> None:
-    pipeline = FluxPipeline.from_pretrained(ASSETS / "policy", torch_dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("kind", "folder"), [(FluxPipeline, "policy"), (StableDiffusion3Pipeline, "sd3_policy")]
+)
+def test_policies_draw_what_held_out_captions_say(
+    kind: Any, folder: str, reader: AttributeReader
+) -> None:
+    pipeline = kind.from_pretrained(ASSETS / folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     captions = captions_of(ASSETS, "test")[:64]
     images = pipeline(
