@@ -1,12 +1,12 @@
 """The evaluation protocol. Nothing here imports a model library."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, unhashed
 from g2rpo.flow.schedule import GridConfig
-from g2rpo.policy.config import HybridConfig
+from g2rpo.policy.config import HybridConfig, ImageConfig
 
 
 class DiversityConfig(StrictModel):
@@ -42,7 +42,7 @@ class CreditConfig(StrictModel):
     """If a method's rollout changes during training: rollouts, evenly over its iterations."""
 
 
-class EvaluationConfig(StrictModel):
+class EvaluationConfig(ImageConfig):
     """How held-out images are sampled: the protocol that a table names."""
 
     name: str
@@ -54,13 +54,12 @@ class EvaluationConfig(StrictModel):
     """Seed of the noise, with the prompt's id (the released sampler seed)."""
     grid: GridConfig = GridConfig(steps=50, schedule="flux_dynamic", timestep="exact")
     """The released evaluation: 50 steps on diffusers' own grid."""
-    resolution: int = Field(1024, gt=0)
-    guidance_scale: float = Field(3.5, ge=0)
-    diversity: DiversityConfig | None = None
+    resolution: int | None = Field(1024, gt=0)
+    diversity: DiversityConfig | None = unhashed(None)
     """Diversity of the images of one prompt; null skips it."""
-    drift: DriftConfig | None = None
+    drift: DriftConfig | None = unhashed(None)
     """Drift of the policy from its base; null skips it."""
-    hybrid: HybridConfig | None = None
+    hybrid: HybridConfig | None = unhashed(None)
     """Finishes the images of a tuned policy with its base; null disables it."""
 
     @model_validator(mode="after")
@@ -71,12 +70,3 @@ class EvaluationConfig(StrictModel):
                 f"{self.grid.steps} steps"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent_sections(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Hashes of evaluations without these sections must not change.
-        fields: dict[str, Any] = handler(self)
-        for name in ("diversity", "drift", "hybrid"):
-            if getattr(self, name) is None:
-                fields.pop(name, None)
-        return fields

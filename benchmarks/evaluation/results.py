@@ -26,7 +26,7 @@ import pydantic
 from benchmarks.evaluation.metrics import checked_frame, checked_metrics
 from benchmarks.evaluation.protocol import DiversityConfig, DriftConfig
 from g2rpo.checksums import parse_document, write_document
-from g2rpo.config import StrictModel, validate
+from g2rpo.config import StrictModel, unhashed, validate
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_bytes, sha256_file
 from g2rpo.training.checkpoint.folder import equal_cost
@@ -71,8 +71,18 @@ class Protocol(StrictModel):
 
     name: str
     hash: str
+    size: tuple[int, int] | None = unhashed(None)
+    """Height and width in pixels of images that are not square."""
     diversity: DiversityConfig | None = None
     drift: DriftConfig | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, with the size of images that are not square."""
+        if self.size is None:
+            return self.name
+        height, width = self.size
+        return f"{self.name}, height {height} × width {width}"
 
 
 class Provenance(StrictModel):

@@ -33,7 +33,7 @@ from g2rpo.policy.conditioning import (
     joined,
     row_of,
 )
-from g2rpo.policy.config import LoraConfig, PolicyConfig
+from g2rpo.policy.config import ImageConfig, LoraConfig, PolicyConfig
 from g2rpo.policy.decoding import decode_size, in_slices
 from g2rpo.policy.folder import load_model
 from g2rpo.policy.kernels import keep_freed_memory
@@ -101,12 +101,13 @@ class Policy(ABC):
         self._shift_factor = float(vae_config["shift_factor"] or 0.0)
         factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
         channels = int(vae_config["latent_channels"])
-        if config.resolution % (2 * factor):
-            raise UserError(
-                f"policy.resolution {config.resolution} is not divisible by {2 * factor} (the "
-                f"autoencoder's factor {factor} times the 2x2 packing); nearest: "
-                f"{_nearest_multiple(config.resolution, 2 * factor)}"
-            )
+        for key, side in config.sides.items():
+            if side % (2 * factor):
+                raise UserError(
+                    f"{key} {side} is not divisible by {2 * factor} (the autoencoder's factor "
+                    f"{factor} times the 2x2 packing); nearest: "
+                    f"{_nearest_multiple(side, 2 * factor)}"
+                )
         packed = self.packed_channels * channels
         if self.transformer_config["in_channels"] != packed:
             raise UserError(
@@ -114,8 +115,8 @@ class Policy(ABC):
                 f"channels but the autoencoder's packed latents have {packed}; "
                 "they belong to different models"
             )
-        side = config.resolution // factor
-        self.latent_shape: tuple[int, int, int] = (channels, side, side)
+        height, width = config.size
+        self.latent_shape: tuple[int, int, int] = (channels, height // factor, width // factor)
         self.handover: HybridSampling | None = None
         self.offload = OffloadConfig()
         self.conditioning_source: ConditioningSource | None = None
@@ -133,8 +134,8 @@ class Policy(ABC):
         sharded before :meth:`fill_transformer`.
 
         Raises:
-            UserError: a part cannot be read, they do not fit together, or the resolution cannot be
-                packed.
+            UserError: a part cannot be read, they do not fit together, or images of this size
+                cannot be packed.
         """
         dtype = getattr(torch, config.dtype)
         vae = load_model(AutoencoderKL, folder / "vae", torch_dtype=dtype)
@@ -257,8 +258,7 @@ class Policy(ABC):
 
         The pixels equal those of a PNG of the pipeline's output.
         """
-        side = self.config.resolution
-        empty = torch.empty(0, side, side, 3, dtype=torch.uint8)
+        empty = torch.empty(0, *self.config.size, 3, dtype=torch.uint8)
         return torch.cat([empty, *self.decode_slices(latents)])
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ class Policy(ABC):
         Decodes ``size`` images at once, without tiling; ``size`` is halved on running out of
         memory.
         """
-        size = size or decode_size(self.config.resolution)
+        size = size or decode_size(self.config.pixels)
         with on_device([self.vae], self.device, offloaded=self.offload.vae):
             yield from in_slices(self._pixels, latents, size)
 
@@ -365,16 +365,14 @@ class Policy(ABC):
         other.transformer = self._read_transformer(self.config, self.folder, self.device)
         return other
 
-    def at(self, resolution: int, guidance_scale: float) -> Self:
-        """This policy at another resolution and guidance; weights and encoders are shared.
+    def at(self, images: ImageConfig) -> Self:
+        """This policy at the size and guidance of ``images``; weights and encoders are shared.
 
         Raises:
-            UserError: the resolution cannot be packed.
+            UserError: images of this size cannot be packed.
         """
-        update = {"resolution": resolution, "guidance_scale": guidance_scale}
         transformer: Any = self.transformer
-        config = self.config.model_copy(update=update)
-        other = type(self)(config, self.folder, transformer, self.vae)
+        other = type(self)(self.config.at(images), self.folder, transformer, self.vae)
         other.offload, other.conditioning_source = self.offload, self.conditioning_source
         other.text_encoders, other.unconditional = self.text_encoders, self.unconditional
         return other

@@ -1,9 +1,10 @@
 """Configuration of a policy; imports no model library, since plans read it."""
 
-from typing import Literal, Self
+import math
+from typing import Any, Literal, Self
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, SerializationInfo, SerializerFunctionWrapHandler
 
 from g2rpo.config import StrictModel
 
@@ -24,7 +25,72 @@ TARGET_MODULES = (
 """Attention and MLP projections, as diffusers' own LoRA training names them."""
 
 
-class PolicyConfig(StrictModel):
+class ImageConfig(StrictModel):
+    """The size of images in pixels, and the guidance they are sampled with.
+
+    A dump has the resolution of square images and the height and width of others, however they were
+    written, so that one size has one hash. A dump without unset values is as written: it is a layer
+    that others are merged over.
+    """
+
+    resolution: int | None = Field(None, gt=0)
+    """Side of square images, in pixels; for others, set ``height``, ``width`` or both."""
+    height: int | None = Field(None, gt=0)
+    """In pixels; null is ``resolution``."""
+    width: int | None = Field(None, gt=0)
+    """In pixels; null is ``resolution``."""
+    guidance_scale: float = Field(3.5, ge=0)
+    """Embedded guidance of FLUX, unused without guidance_embeds; classifier-free guidance of SD3,
+    where it is above 1, in rollouts and training alike."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.height or self.resolution, self.width or self.resolution
+        assert height is not None and width is not None
+        return height, width
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image."""
+        return math.prod(self.size)
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """Height and width by the key that sets them, which may be one for both."""
+        names = [
+            name if getattr(self, name) is not None else "resolution"
+            for name in ("height", "width")
+        ]
+        return dict(zip(names, self.size, strict=True))
+
+    @pydantic.field_validator("resolution", mode="before")
+    @classmethod
+    def _one_side(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            raise ValueError("one number, for square images; for others, set height and width")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _both_sides(self) -> Self:
+        if self.resolution is None and None in (self.height, self.width):
+            raise ValueError("set resolution, or height and width")
+        return self
+
+    @pydantic.model_serializer(mode="wrap")
+    def _one_way(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if info.exclude_unset:
+            return fields
+        height, width = self.size
+        left_out = {"height", "width"} if height == width else {"resolution"}
+        sides = {"resolution": height, "height": height, "width": width}
+        return {key: sides.get(key, v) for key, v in fields.items() if key not in left_out}
+
+
+class PolicyConfig(ImageConfig):
     """Which model to load, and the constants of its forward pass."""
 
     source: str = Field(min_length=1)
@@ -32,17 +98,18 @@ class PolicyConfig(StrictModel):
     black-forest-labs/FLUX.1-dev."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None is the pinned one, else the default branch."""
-    resolution: int = Field(gt=0)
-    """Side of the square images, in pixels."""
-    guidance_scale: float = Field(default=3.5, ge=0)
-    """Embedded guidance of FLUX, unused without guidance_embeds; classifier-free guidance of SD3,
-    where it is above 1, in rollouts and training alike."""
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """T5 tokens to which prompts are padded or truncated."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype. Latents stay float32 outside the transformer, and trained weights have float32
     master copies. ``float64`` is for checking numerics: everything but noise and rewards is then
     float64."""
+
+    def at(self, images: ImageConfig) -> Self:
+        """This policy at the size and guidance of ``images``."""
+        return self.model_copy(
+            update={name: getattr(images, name) for name in ImageConfig.model_fields}
+        )
 
 
 class CheckpointConfig(StrictModel):

@@ -13,10 +13,10 @@ DECODE_IMAGES = 64
 """Maximum images per slice."""
 
 
-def decode_size(resolution: int) -> BatchSize:
-    """The number of images of ``resolution`` x ``resolution`` pixels per slice."""
-    images = max(1, min(DECODE_IMAGES, DECODE_PIXELS // resolution**2))
-    hint = "use policy.dtype=bfloat16, a smaller policy.resolution or a GPU with more memory"
+def decode_size(pixels: int) -> BatchSize:
+    """The number of images of so many pixels per slice."""
+    images = max(1, min(DECODE_IMAGES, DECODE_PIXELS // pixels))
+    hint = "use policy.dtype=bfloat16, smaller images (policy.resolution) or a GPU with more memory"
     return BatchSize(images, "decoding", hint, unit="image")
 
 

@@ -104,13 +104,13 @@ class SD3Policy(Policy):
     ) -> None:
         super().__init__(config, folder, transformer, vae)
         patch, most = (self.transformer_config[k] for k in ("patch_size", "pos_embed_max_size"))
-        side = self.latent_shape[1]
-        if side > patch * most:
-            largest = patch * most * config.resolution // side
-            raise UserError(
-                f"policy.resolution {config.resolution} is more than the {largest} that the "
-                f"position embedding of {folder} covers"
-            )
+        largest = patch * most * config.size[0] // self.latent_shape[1]
+        for key, side in config.sides.items():
+            if side > largest:
+                raise UserError(
+                    f"{key} {side} is more than the {largest} that the position embedding "
+                    f"of {folder} covers"
+                )
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] as they are."""

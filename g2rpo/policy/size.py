@@ -88,7 +88,8 @@ class ModelSize(pydantic.BaseModel, frozen=True):
 
     def tokens(self, policy: PolicyConfig) -> int:
         """Tokens of one state: packed image and text."""
-        return (policy.resolution // (2 * self.factor)) ** 2 + policy.max_sequence_length
+        height, width = (side // (2 * self.factor) for side in policy.size)
+        return height * width + policy.max_sequence_length
 
     def operations(self, policy: PolicyConfig) -> float:
         """Floating-point operations of one velocity evaluation, in the blocks.

@@ -31,7 +31,7 @@ class ReaderConfig(StrictModel):
 
     version: str
     resolution: int
-    """Side of the square input; other images are resized to it."""
+    """Side of the square input; other images are stretched to it."""
     layout: tuple[int, int]
     """Rows and columns of cells."""
     shapes: list[str]

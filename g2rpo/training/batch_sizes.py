@@ -123,12 +123,12 @@ class BatchSizes:
             _states_that_fit(policy) if states == "auto" else states,
             run / "rollout_micro_batch.json",
             "the rollout",
-            "use policy.dtype=bfloat16, a smaller policy.resolution, "
+            "use policy.dtype=bfloat16, smaller images (policy.resolution), "
             "execution.offload.rewards=true or a GPU with more memory",
             lambda: weights.waits,
             policy.device,
         )
-        self.decode = decode_size(policy.config.resolution)
+        self.decode = decode_size(policy.config.pixels)
         self.training = RunBatchSize(
             config.training_micro_batch,
             run / "training_micro_batch.json",

@@ -17,7 +17,7 @@ from g2rpo.flow.schedule import GridConfig
 from g2rpo.methods.base import Method, RolloutShape, parse_method
 from g2rpo.offload import OffloadConfig
 from g2rpo.policy import LoraConfig, PolicyConfig
-from g2rpo.policy.config import ContinuationConfig
+from g2rpo.policy.config import ContinuationConfig, ImageConfig
 from g2rpo.policy.kernels import Attention
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import check_reward_name
@@ -137,7 +137,7 @@ class ValidationConfig(StrictModel):
     seed: int = 1223627
 
 
-class PicturesConfig(StrictModel):
+class PicturesConfig(ImageConfig):
     """Preview images of fixed prompts and noise during training.
 
     They are not scored in training, which is unaffected.
@@ -150,8 +150,6 @@ class PicturesConfig(StrictModel):
     """Iterations between two previews."""
     seed: int = 1223627
     grid: GridConfig = GridConfig()
-    resolution: int = Field(gt=0)
-    guidance_scale: float = Field(3.5, ge=0)
 
     def iterations(self, total: int) -> range:
         """The iterations with previews, out of ``total``; base and result have evaluations."""

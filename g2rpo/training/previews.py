@@ -1,6 +1,6 @@
 """Preview images of a few fixed prompts during training.
 
-They use the evaluation's protocol (prompts, noise, grid, resolution, guidance), so they can be
+They use the evaluation's protocol (prompts, noise, grid, size, guidance), so they can be
 compared with the held-out images of the base and of the trained policy. Training is unaffected, and
 existing images are not sampled again.
 """
@@ -66,9 +66,9 @@ def save_previews(config: TrainConfig, run: Path, weights: TrainedWeights, done:
 
 
 def _sampled(config: PicturesConfig, weights: TrainedWeights, prompts: list[Prompt]) -> Tensor:
-    """Images of the current weights at the protocol's resolution, uint8 [P, H, W, 3] on the CPU."""
-    policy = weights.policy.at(config.resolution, config.guidance_scale)
+    """Images of the current weights at the protocol's size, uint8 [P, H, W, 3] on the CPU."""
+    policy = weights.policy.at(config)
     grid = build_grid(config.grid, policy.image_tokens)
-    batch = max(1, min(len(prompts), PIXELS_AT_ONCE // config.resolution**2))
+    batch = max(1, min(len(prompts), PIXELS_AT_ONCE // config.pixels))
     with weights.rollout():
         return sample_ode(policy, prompts, grid, config.seed, batch)

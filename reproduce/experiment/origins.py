@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from g2rpo.policy.config import ImageConfig
 from reproduce.experiment.resolving import Layer, Resolver, given, reward_configs
 
 Keys = tuple[str, ...]
@@ -19,7 +20,7 @@ def explain(resolver: Resolver, key: str, seed: int) -> list[str]:
     """
     cell, profile = resolver.resolve(key, seed), resolver.profile
     rewards = reward_configs(profile)
-    shown = {name: getattr(cell.evaluation, name) for name in ("resolution", "guidance_scale")}
+    shown = {name: getattr(cell.evaluation, name) for name in ImageConfig.model_fields}
     policy = [Layer("profile", given(profile.policy)), Layer("evaluation", shown)]
     sections: list[tuple[str, Any, Sequence[Layer]]] = [
         ("policy", cell.policy, policy),

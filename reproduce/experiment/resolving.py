@@ -14,6 +14,7 @@ from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.errors import UserError
 from g2rpo.methods.presets import load_preset
 from g2rpo.policy import CheckpointConfig, PolicyConfig
+from g2rpo.policy.config import ImageConfig
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
@@ -33,7 +34,7 @@ class ResolvedCell(StrictModel):
         preset: the preset it was resolved under; None if nothing is trained.
         method: name of the method, ``base`` or ``checkpoint``.
         train: the training configuration; None if nothing is trained.
-        policy: the policy to evaluate, at the protocol's resolution and guidance scale.
+        policy: the policy to evaluate, at the protocol's size and guidance scale.
         evaluation: the evaluation protocol.
         evaluation_prompts: the held-out prompt file.
         profile: the profile.
@@ -165,7 +166,6 @@ class Resolver:
         if cell.method is not None:
             data = merged(self.training_layers(key, seed))
             train = validate(TrainConfig, data, self._where(key))
-        at = {"resolution": evaluation.resolution, "guidance_scale": evaluation.guidance_scale}
         checkpoint = cell.checkpoint
         if checkpoint is not None:
             source = {"source": absolute(checkpoint.source)}
@@ -176,7 +176,7 @@ class Resolver:
             preset=None if train is None else cell.preset or self.experiment.preset,
             method=cell.method or ("base" if cell.checkpoint is None else "checkpoint"),
             train=train,
-            policy=self._policy.model_copy(update=at),
+            policy=self._policy.at(evaluation),
             evaluation=evaluation,
             evaluation_prompts=self._prompts[evaluation.split],
             profile=self.profile,
@@ -256,8 +256,7 @@ class Resolver:
                 "every": profile.preview_every,
                 "seed": evaluation.seed,
                 "grid": evaluation.grid.model_dump(mode="json"),
-                "resolution": evaluation.resolution,
-                "guidance_scale": evaluation.guidance_scale,
+                **evaluation.model_dump(include=set(ImageConfig.model_fields)),
             }
         return shared
 

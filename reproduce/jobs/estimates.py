@@ -109,8 +109,7 @@ class Estimator:
         if (pictures := config.pictures) is not None and pictures.iterations(total):
             images = min(pictures.limit, prompt_count(Path(pictures.file)))
             images *= len(pictures.iterations(total))
-            at = {"resolution": pictures.resolution, "guidance_scale": pictures.guidance_scale}
-            shown = policy.model_copy(update=at)
+            shown = policy.at(pictures)
             alone += self._sampled(shown, _nfe(shown, images * pictures.grid.steps), images)
         limit, ranks = config.optimization.max_device_seconds, hardware.training_ranks
         return Estimate(
@@ -159,7 +158,7 @@ class Estimator:
             self._part("image file", images, self.speeds.image_file),
             self._part("text", prompts, self.speeds.text),
         ]
-        return self._evaluation(parts, images * PNG_BYTES_PER_PIXEL * config.resolution**2)
+        return self._evaluation(parts, images * PNG_BYTES_PER_PIXEL * config.pixels)
 
     def score(self, cell: ResolvedCell, share: Share = WHOLE) -> Estimate:
         """Scoring one share of a cell's images with every reward model of the profile."""
@@ -214,7 +213,7 @@ class Estimator:
         return model_size(policy).operations(policy) / self.speeds.operations
 
     def _sampled(self, policy: PolicyConfig, evaluations: float, images: float) -> list[Part]:
-        pixels = (policy.resolution / self.speeds.resolution) ** 2
+        pixels = policy.pixels / self.speeds.resolution**2
         return [
             self._part("evaluation", evaluations, self.speeds.evaluation, self._size(policy)),
             self._part("decode", images, self.speeds.decode, pixels),

@@ -32,7 +32,7 @@ class Speeds(StrictModel):
     operations: float = Field(gt=0)
     """Floating-point operations of the measured velocity evaluation."""
     resolution: int = Field(gt=0)
-    """Resolution of the measured images."""
+    """Side of the measured images, which are square."""
     evaluation: Seconds
     """One velocity evaluation of one latent."""
     training_state: Seconds

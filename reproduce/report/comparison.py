@@ -119,7 +119,7 @@ def score_sections(compared: Sequence[Member]) -> list[Section]:
     cells = [(one.letter, cell) for one in compared for run in one.runs for cell in run.cells]
     protocols: dict[str, str] = {}
     for _, cell in cells:
-        protocols.setdefault(cell.info.protocol.hash, cell.info.protocol.name)
+        protocols.setdefault(cell.info.protocol.hash, cell.info.protocol.title)
     sections = []
     for digest, name in protocols.items():
         rows = _rows(cells, digest)

@@ -19,7 +19,7 @@ def configuration_data(chapter: Chapter) -> list[dict[str, Any]]:
         info = cell.info
         seed = "" if info.seed is None else f", seed {info.seed}"
         known = {"cell": info.row, "method": info.method, "preset": info.preset}
-        known["protocol"] = info.protocol.name
+        known["protocol"] = info.protocol.title
         sections, note = _sections(chapter, cell)
         values = {key: without_root(text) for key, text in flat(known | sections).items()}
         label = f"{chapter.labels[info.row]}{seed}"

@@ -96,7 +96,7 @@ def _seed_box(seed: int | None) -> Box:
 
 
 def _protocol(info: CellInfo) -> Details:
-    return (("protocol", f"{info.protocol.name} {info.protocol.hash}"),)
+    return (("protocol", f"{info.protocol.title} {info.protocol.hash}"),)
 
 
 def origin_columns(

@@ -97,7 +97,7 @@ def _mark_notes(table: Table) -> list[str]:
 
 def _facts(chapter: Chapter) -> tuple[tuple[str, str], ...]:
     cells = chapter.cells
-    protocols = sorted({cell.info.protocol.name for cell in cells})
+    protocols = sorted({cell.info.protocol.title for cell in cells})
     prompts = sorted({cell.scores["prompt_id"].nunique() for cell in cells})
     seeds = ", ".join(map(str, chapter.seeds)) or "none"
     return (

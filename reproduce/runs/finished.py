@@ -216,6 +216,7 @@ def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
             protocol=Protocol(
                 name=f"{protocol['split']}, {protocol['grid']['steps']} steps",
                 hash=protocol_hash(inputs),
+                size=(protocol["height"], protocol["width"]) if "height" in protocol else None,
                 diversity=protocol.get("diversity"),
                 drift=protocol.get("drift"),
             ),

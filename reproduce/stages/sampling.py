@@ -74,7 +74,7 @@ def sample_share(stage: EvaluationStage) -> None:
 
 def sampling_batch(stage: EvaluationStage) -> int:
     """Images, or velocities, per batch."""
-    return max(1, min(SAMPLING_BATCH, SAMPLING_PIXELS // stage.cell.policy.resolution**2))
+    return max(1, min(SAMPLING_BATCH, SAMPLING_PIXELS // stage.cell.policy.pixels))
 
 
 def _base_policy(stage: EvaluationStage) -> Policy:

@@ -52,7 +52,7 @@ def table_notes(
     if cells:
         infos = [cell.info for cell in cells]
         counts = sorted({len(result.prompt_ids) for result in results.values()})
-        protocols = {f"{info.protocol.name} ({info.protocol.hash})" for info in infos}
+        protocols = {f"{info.protocol.title} ({info.protocol.hash})" for info in infos}
         prompts = " or ".join(str(count) for count in counts)
         notes.append(f"Evaluation: {', '.join(sorted(protocols))}, {prompts} held-out prompts.")
         notes.extend(dict.fromkeys(note for info in infos for note in _measured(info.protocol)))

@@ -166,6 +166,10 @@ REFUSALS = {
     ),
     "unknown cell": (["train", "two_rows.yaml", "hps/g2rp"], "hps/g2rpo"),
     "not an assignment": (["train", "two_rows.yaml", "hps/g2rpo", "-s", "seed"], "key=value"),
+    "size that cannot be packed": (
+        ["train", "two_rows.yaml", "hps/g2rpo", "-s", "policy.width=44"],
+        "width 44 is not divisible by 8",
+    ),
     "missing prompts": (
         ["train", "two_rows.yaml", "hps/g2rpo", "-s", "prompts.file=absent.txt"],
         "absent.txt",

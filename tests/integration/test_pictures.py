@@ -16,6 +16,7 @@ from two_ranks import on_two_ranks
 from benchmarks.evaluation.held_out import EvaluationConfig, image_path, sample_images
 from g2rpo.data.prompts import read_prompts
 from g2rpo.policy import load_policy
+from g2rpo.policy.config import ImageConfig
 from g2rpo.training.checkpoint.folder import checkpoint_folder
 from g2rpo.training.metrics import read_metrics
 from g2rpo.training.previews import pictured_iterations, pictures_folder, save_previews
@@ -26,7 +27,7 @@ GRID = {"steps": 3, "timestep": "exact"}
 def pictures_of(assets: Path, every: int = 1) -> dict[str, object]:
     return {
         "file": str(assets / "prompts" / "test.txt"), "limit": 3, "every": every, "seed": 5,
-        "grid": GRID, "resolution": 48, "guidance_scale": 2.0,
+        "grid": GRID, "height": 48, "width": 40, "guidance_scale": 2.0,
     }  # fmt: skip
 
 
@@ -48,10 +49,9 @@ def test_images_are_those_that_an_evaluation_of_the_checkpoint_gives(
     pictured: Path, smoke_assets: Path, tmp_path: Path
 ) -> None:
     assert pictured_iterations(pictured) == [1, 2]
-    protocol = EvaluationConfig(name="test", seed=5, grid=GRID, resolution=48, guidance_scale=2.0)  # type: ignore[arg-type]
-    policy = config_for(smoke_assets).policy.model_copy(
-        update={"resolution": 48, "guidance_scale": 2.0}
-    )
+    size = {"height": 48, "width": 40, "guidance_scale": 2.0}
+    protocol = EvaluationConfig(name="test", seed=5, grid=GRID, **size)  # type: ignore[arg-type]
+    policy = config_for(smoke_assets).policy.at(protocol)
     prompts = read_prompts(smoke_assets / "prompts" / "test.txt", 3)
     shown = []
     for iteration in (1, 2):
@@ -63,7 +63,7 @@ def test_images_are_those_that_an_evaluation_of_the_checkpoint_gives(
         assert {path.name for path in folder.iterdir()} == {f"{p.id}.png" for p in prompts}
         for prompt in prompts:
             ours, theirs = (np.array(Image.open(image_path(f, prompt))) for f in (folder, again))
-            assert ours.shape == (48, 48, 3)
+            assert ours.shape == (48, 40, 3)
             assert (ours == theirs).all()
             shown.append(ours)
     assert any((one != other).any() for one, other in zip(shown[:3], shown[3:], strict=True))
@@ -148,10 +148,10 @@ def test_two_ranks_share_them(smoke_assets: Path, tmp_path: Path) -> None:
 
 def test_the_policy_elsewhere_shares_its_weights(smoke_assets: Path) -> None:
     policy = load_policy(config_for(smoke_assets).policy, "cpu")
-    other = policy.at(48, 1.5)
+    other = policy.at(ImageConfig(height=48, width=40, guidance_scale=1.5))
     assert other.transformer is policy.transformer
-    assert (other.config.resolution, other.config.guidance_scale) == (48, 1.5)
-    assert policy.config.resolution == 32
+    assert (other.config.size, other.config.guidance_scale) == ((48, 40), 1.5)
+    assert policy.config.size == (32, 32)
     assert other.image_tokens > policy.image_tokens
     assert torch.equal(
         other.encode(["a red square"]).prompt_embeds, policy.encode(["a red square"]).prompt_embeds

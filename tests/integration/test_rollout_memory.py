@@ -107,7 +107,7 @@ def test_decoding_halves_its_slices_as_well(smoke_assets: Path, tmp_path: Path) 
         return decode(scaled, **rest)
 
     policy.vae.decode = limited
-    size = decode_size(policy.config.resolution)
+    size = decode_size(policy.config.pixels)
     size.states = 5
     found = torch.cat(list(policy.decode_slices(latents, size)))
     assert asked == [5, 2, 2, 2, 1]

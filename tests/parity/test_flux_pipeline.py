@@ -16,7 +16,7 @@ from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.policy import Policy, PolicyConfig, export_pipeline, load_policy
 
 PROMPTS = ["a red circle above a small blue square", "two green triangles"]
-RESOLUTION = 64
+HEIGHT, WIDTH = 48, 80
 LENGTH = 48
 GUIDANCE = 2.0
 STEPS = 6
@@ -36,7 +36,8 @@ def pipeline(flux_folder: Path) -> FluxPipeline:
 def policy_of(folder: Path) -> Policy:
     config = PolicyConfig(
         source=str(folder),
-        resolution=RESOLUTION,
+        height=HEIGHT,
+        width=WIDTH,
         guidance_scale=GUIDANCE,
         max_sequence_length=LENGTH,
     )
@@ -80,8 +81,8 @@ def pipeline_images(
     grid = build_grid(GridConfig(steps=STEPS), policy.image_tokens)
     output = pipeline(
         PROMPTS,
-        height=RESOLUTION,
-        width=RESOLUTION,
+        height=HEIGHT,
+        width=WIDTH,
         sigmas=list(grid.sigmas[:-1]) if schedule == "shifted" else None,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
@@ -119,7 +120,7 @@ def test_packing_and_position_ids_equal_the_pipeline(
     channels, height, width = policy.latent_shape
     packed = pipeline._pack_latents(noise, len(noise), channels, height, width)
     assert torch.equal(policy.pack(noise), packed)
-    unpacked = pipeline._unpack_latents(packed, RESOLUTION, RESOLUTION, pipeline.vae_scale_factor)
+    unpacked = pipeline._unpack_latents(packed, HEIGHT, WIDTH, pipeline.vae_scale_factor)
     assert torch.equal(policy.unpack(packed), unpacked)
     ids = pipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
     assert torch.equal(policy.image_ids, ids)
@@ -151,7 +152,7 @@ def test_decoded_bytes_are_those_of_a_saved_png(policy: Policy, pipeline: FluxPi
     theirs = np.stack(saved).astype(int)
     decoded = policy.decode(sample(policy))
     assert decoded.dtype == torch.uint8
-    assert decoded.shape == (len(PROMPTS), RESOLUTION, RESOLUTION, 3)
+    assert decoded.shape == (len(PROMPTS), HEIGHT, WIDTH, 3)
     difference = np.abs(decoded.numpy().astype(int) - theirs)
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3

@@ -22,11 +22,12 @@ from g2rpo.policy import (
     export_pipeline,
     load_policy,
 )
+from g2rpo.policy.config import ImageConfig
 from g2rpo.policy.folder import check_pipeline_folder, text_fingerprint
 from g2rpo.policy.kernels import compile_blocks, is_compiled
 
 PROMPTS = ["a red circle above a small blue square", "two green triangles"]
-RESOLUTION, LENGTH, STEPS = 64, 48, 6
+HEIGHT, WIDTH, LENGTH, STEPS = 48, 80, 48, 6
 SIGMAS = shifted_sigmas(STEPS, 3.0)
 
 
@@ -43,11 +44,16 @@ def policy(folder: Path) -> Policy:
 def policy_of(folder: Path, guidance: float = 1.0) -> Policy:
     config = PolicyConfig(
         source=str(folder),
-        resolution=RESOLUTION,
+        height=HEIGHT,
+        width=WIDTH,
         guidance_scale=guidance,
         max_sequence_length=LENGTH,
     )
     return load_policy(config, "cpu")
+
+
+def at(policy: Policy, guidance: float, height: int = HEIGHT, width: int = WIDTH) -> Policy:
+    return policy.at(ImageConfig(height=height, width=width, guidance_scale=guidance))
 
 
 def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
@@ -86,8 +92,8 @@ def images_of(
         pipeline.scheduler.set_shift(1.0)  # it would shift even the sigmas that it is handed
     output = pipeline(
         PROMPTS,
-        height=RESOLUTION,
-        width=RESOLUTION,
+        height=HEIGHT,
+        width=WIDTH,
         sigmas=None if own_grid else list(SIGMAS[:-1]),
         num_inference_steps=STEPS,
         guidance_scale=guidance,
@@ -125,7 +131,7 @@ def test_encode_equals_encode_prompt(tmp_path: Path, *, with_t5: bool) -> None:
 
 @pytest.mark.parametrize("guidance", [0.5, 1.0, 4.5])
 def test_same_image_as_the_pipeline(policy: Policy, folder: Path, guidance: float) -> None:
-    guided = policy.at(RESOLUTION, guidance)
+    guided = at(policy, guidance)
     assert guided.evaluations_per_velocity == (2 if guidance > 1 else 1)
     theirs, ours = images_of(load_pipeline(folder), policy, guidance), sample(guided).numpy()
     assert ours.std() > 0.1, "flat images would agree whatever the sampler did"
@@ -138,7 +144,7 @@ def test_same_image_as_the_pipeline(policy: Policy, folder: Path, guidance: floa
 def test_same_image_on_the_pipelines_own_grid(policy: Policy, folder: Path) -> None:
     theirs = images_of(load_pipeline(folder), policy, 4.5, own_grid=True)
     grid = build_grid(GridConfig(steps=STEPS, schedule="sd3"), policy.image_tokens)
-    guided = policy.at(RESOLUTION, 4.5)
+    guided = at(policy, 4.5)
     np.testing.assert_allclose(sample(guided, grid.sigmas).numpy(), theirs, atol=1e-4, rtol=0)
     assert np.abs(sample(guided).numpy() - theirs).max() > 1e-2
 
@@ -184,7 +190,7 @@ def test_guidance_is_added_in_the_dtype_of_the_network(folder: Path) -> None:
 
 def test_copies_share_the_empty_prompt(folder: Path) -> None:
     policy = policy_of(folder, guidance=4.5)
-    copies = [copy.copy(policy), policy.at(32, 3.0)]
+    copies = [copy.copy(policy), at(policy, 3.0, 32, 32)]
     policy.encode(PROMPTS)
     assert all(other.empty() is policy.empty() for other in copies)
     unguided = policy_of(folder)
@@ -205,7 +211,7 @@ def test_export_is_a_pipeline_with_the_trained_transformer(
     ours = sample(trained).numpy()
     for guidance in (1.0, 4.5):
         theirs = images_of(load_pipeline(tmp_path / "exported"), trained, guidance)
-        guided = sample(trained.at(RESOLUTION, guidance)).numpy()
+        guided = sample(at(trained, guidance)).numpy()
         np.testing.assert_allclose(guided, theirs, atol=1e-4, rtol=0)
     assert np.abs(ours - sample(policy).numpy()).mean() > 1e-2
     assert (tmp_path / "exported" / "text_encoder_3").is_dir() == with_t5
@@ -261,6 +267,8 @@ def test_parts_that_do_not_fit(folder: Path, policy: Policy) -> None:
     with pytest.raises(UserError, match="different models"):
         encoders.check_fit(folder, {"pooled_projection_dim": sum(CLIP_WIDTHS)})
     # Eight patches of 2 x 8 pixels at most.
-    assert policy.at(128, 1.0).latent_shape == (16, 16, 16)
-    with pytest.raises(UserError, match="more than the 128"):
-        policy.at(144, 1.0)
+    assert at(policy, 1.0, 128, 16).latent_shape == (16, 16, 2)
+    assert at(policy, 1.0, 16, 128).latent_shape == (16, 2, 16)
+    for name, sides in (("height", (144, 16)), ("width", (16, 144))):
+        with pytest.raises(UserError, match=f"^{name} 144 is more than the 128"):
+            at(policy, 1.0, *sides)

@@ -97,19 +97,20 @@ def test_training_on_16_gpus_takes_a_16th_of_the_rollouts() -> None:
     assert estimator_of(profile, gpus=16).train(limited).seconds == 10
 
 
-def test_another_resolution_is_scaled_and_told_as_not_measured() -> None:
+def test_another_size_is_scaled_and_told_as_not_measured() -> None:
     profile = load_profile("mini")
     config, estimator = training_of(profile), estimator_of(profile)
     assert estimator.train(config).measured
-    larger = config.model_copy(
-        update={"policy": config.policy.model_copy(update={"resolution": 64})}
-    )
+    larger = config.model_copy(update={"policy": config.policy.model_copy(update={"height": 128})})
     scaled = estimator.train(larger)
     assert not scaled.measured
     size = model_size(config.policy)
     ratio = size.operations(larger.policy) / size.operations(config.policy)
     before = estimator.train(config).seconds
     assert 1.5 * before < scaled.seconds < max(4, ratio) * before
+    square = config.policy.model_copy(update={"resolution": 64})  # of as many pixels
+    same = estimator.train(config.model_copy(update={"policy": square}))
+    assert same.seconds == pytest.approx(scaled.seconds)
 
 
 @pytest.mark.parametrize(

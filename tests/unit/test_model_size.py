@@ -65,7 +65,7 @@ def test_flux_dev_has_its_published_size() -> None:
 def test_a_folder_is_read_and_refused_where_it_is_damaged(
     smoke_assets: Path, tmp_path: Path
 ) -> None:
-    config = PolicyConfig(source=str(smoke_assets / "policy"), resolution=32)
+    config = PolicyConfig(source=str(smoke_assets / "policy"), height=32, width=48)
     policy = load_policy(config, "cpu")
     size = model_size(config)
     assert size.parameters == parameters(policy.transformer)

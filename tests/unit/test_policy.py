@@ -124,8 +124,9 @@ def test_hub_snapshot_is_loaded_like_a_folder(
 
 
 def test_impossible_settings(flux_folder: Path) -> None:
-    line = refusal(lambda: load(flux_folder, resolution=40))
-    assert "not divisible by 16" in line and "nearest" in line
+    for key in ("resolution", "height", "width"):
+        line = refusal(lambda key=key: load(flux_folder, **{key: 40}))
+        assert line.startswith(f"{key} 40 is not divisible by 16") and line.endswith("nearest: 32")
     for key, value in (
         ("max_sequence_length", 513), ("resolution", 0), ("dtype", "float16"), ("guidance", 1.0),
     ):  # fmt: skip
