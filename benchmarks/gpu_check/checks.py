@@ -104,8 +104,8 @@ def write_models(place: Place) -> Measured:
     if place.device == "cuda":
         memory = torch.cuda.mem_get_info()[1]
         random_flux(place.folder, deepest_flux(memory, MOST_DOUBLE_BLOCKS))
-    size = read_size(place.models.policy)
-    return {"double blocks": size.num_layers, "single blocks": size.num_single_layers}
+    config = read_json(place.models.policy / "transformer" / "config.json")
+    return {"double blocks": config["num_layers"], "single blocks": config["num_single_layers"]}
 
 
 def autocast_backward(place: Place) -> Measured:

@@ -15,7 +15,7 @@ from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
 from g2rpo.config import nearest, validate
 from g2rpo.errors import UserError
-from g2rpo.policy.size import ModelSize
+from g2rpo.policy.flux_size import FluxSize
 from g2rpo.progress import without_library_bars
 from g2rpo.rewards.hps import CHECKPOINTS
 from g2rpo.rewards.open_clip_reward import build_clip
@@ -129,7 +129,7 @@ def deepest_flux(memory: float, most: int = FluxShape.double_blocks) -> FluxShap
     It has at most ``most`` double-stream blocks and twice as many single-stream blocks.
     """
     for double in range(most, 1, -1):
-        size = ModelSize(num_layers=double, num_single_layers=2 * double, guidance_embeds=True)
+        size = FluxSize(num_layers=double, num_single_layers=2 * double, guidance_embeds=True)
         if FULL_TRAINING_BYTES * size.parameters <= TRAINED_SHARE * memory:
             return FluxShape(double_blocks=double, single_blocks=2 * double)
     return FluxShape(double_blocks=1, single_blocks=2)

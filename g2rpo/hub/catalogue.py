@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,16 @@ class PublishedFile(StrictModel):
     sha256: str | None = Field(None, pattern=SHA256)
 
 
+class PublishedPolicy(StrictModel):
+    """What plans need to know of a policy before it is fetched."""
+
+    pipeline: str
+    """The class of its diffusers pipeline."""
+    transformer: dict[str, Any]
+    """The configuration of its transformer, where it differs from diffusers' defaults."""
+    text_encoder_parameters: int = Field(ge=0)
+
+
 class Artifact(StrictModel):
     """Files that are published, fetched and checked together."""
 
@@ -43,6 +53,8 @@ class Artifact(StrictModel):
     page: str
     """The web page of the artifact."""
     purpose: Literal["policy", "reward", "checkpoint", "prompts"]
+    architecture: PublishedPolicy | None = None
+    """Of a policy."""
     reward: str | None = None
     """Registry name of the reward that uses it."""
     variant: str | None = None

@@ -18,6 +18,7 @@ class Architecture:
     Attributes:
         module: of the policy.
         policy: its class.
+        size: of its size (:class:`g2rpo.policy.size.ModelSize`), with the module.
         tokenizers: of each tokenizer, by the ending of its folder's name (``tokenizer<ending>``),
             the sets of files of which it needs one; its encoder is ``text_encoder<ending>``.
         optional: endings of the encoders that a pipeline may leave out (null in its
@@ -28,6 +29,7 @@ class Architecture:
 
     module: str
     policy: str
+    size: str
     tokenizers: Mapping[str, tuple[tuple[str, ...], ...]]
     optional: tuple[str, ...] = ()
     classifier_free: bool = False
@@ -35,11 +37,15 @@ class Architecture:
 
 ARCHITECTURES = {
     "FluxPipeline": Architecture(
-        "g2rpo.policy.flux", "FluxPolicy", {"": CLIP_TOKENIZER, "_2": T5_TOKENIZER}
+        "g2rpo.policy.flux",
+        "FluxPolicy",
+        "g2rpo.policy.flux_size:FluxSize",
+        {"": CLIP_TOKENIZER, "_2": T5_TOKENIZER},
     ),
     "StableDiffusion3Pipeline": Architecture(
         "g2rpo.policy.sd3",
         "SD3Policy",
+        "g2rpo.policy.sd3_size:SD3Size",
         {"": CLIP_TOKENIZER, "_2": CLIP_TOKENIZER, "_3": T5_TOKENIZER},
         optional=("_3",),
         classifier_free=True,

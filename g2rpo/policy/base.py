@@ -37,6 +37,7 @@ from g2rpo.policy.config import ImageConfig, LoraConfig, PolicyConfig
 from g2rpo.policy.decoding import decode_size, in_slices
 from g2rpo.policy.folder import load_model
 from g2rpo.policy.kernels import keep_freed_memory
+from g2rpo.policy.size import ModelSize, size_class
 from g2rpo.progress import without_library_bars
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Policy(ABC):
         vae_config = vae.config
         self._scaling_factor = float(vae_config["scaling_factor"])
         self._shift_factor = float(vae_config["shift_factor"] or 0.0)
-        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        self._factor = factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
         channels = int(vae_config["latent_channels"])
         for key, side in config.sides.items():
             if side % (2 * factor):
@@ -153,6 +154,12 @@ class Policy(ABC):
     def image_tokens(self) -> int:
         """Image tokens in the transformer."""
         return self.latent_shape[1] * self.latent_shape[2] // 4
+
+    @property
+    def model_size(self) -> ModelSize:
+        """The size of the transformer and the autoencoder."""
+        kind = size_class(self.pipeline_class.__name__)
+        return kind.model_validate(self.transformer_config | {"factor": self._factor})
 
     @property
     def evaluations_per_velocity(self) -> int:

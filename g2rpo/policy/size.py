@@ -1,168 +1,303 @@
-"""The size of a FLUX policy, from its configuration: parameters, tokens, operations."""
+"""The size of a policy, from its configuration: parameters, tokens, operations, numbers kept.
+
+Each architecture has a subclass of :class:`ModelSize`. Nothing here imports a model library, since
+plans read it.
+"""
 
 import functools
-import json
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
 
 import pydantic
 
 from g2rpo.errors import UserError, reason
-from g2rpo.policy.architectures import evaluations_per_velocity, pipeline_name
+from g2rpo.files import read_json
+from g2rpo.hub.catalogue import PublishedPolicy, catalogue
+from g2rpo.policy.architectures import ARCHITECTURES, evaluations_per_velocity, pipeline_name
 from g2rpo.policy.config import LoraConfig, PolicyConfig
 from g2rpo.policy.folder import folder_here
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 TIME_CHANNELS = 256
 """Width of the sinusoidal embedding of time and guidance."""
-Linears = dict[str, tuple[int, int]]
+ASSUMED = "black-forest-labs/FLUX.1-dev"
+"""What a policy is taken for that is neither on this machine nor in the catalogue."""
+Rows = Literal["image", "text", "all", "one"]
+"""What a layer runs over: the tokens of a state, or once for all of them."""
 
 
-class ModelSize(pydantic.BaseModel, frozen=True):
-    """The configuration of a ``FluxTransformer2DModel`` and its autoencoder.
+class Layer(NamedTuple):
+    """A linear layer, or the convolution that turns patches into tokens."""
+
+    inputs: int
+    outputs: int
+    rows: Rows
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases."""
+        return (self.inputs + 1) * self.outputs
+
+
+Layers = dict[str, Layer]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a transformer.
+
+    Attributes:
+        layers: its linear layers by name.
+        norms: parameters of its norms.
+        attentions: the tokens of each attention.
+        kept: block outputs that a forward keeps for the backward in full fine-tuning, by their
+            tokens.
+        kept_frozen: the same with frozen weights; adapters also keep their inputs.
+    """
+
+    layers: Layers
+    norms: int
+    attentions: tuple[Rows, ...]
+    kept: Mapping[Rows, float]
+    kept_frozen: Mapping[Rows, float]
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return sum(layer.parameters for layer in self.layers.values()) + self.norms
+
+
+class ModelSize(pydantic.BaseModel, ABC, frozen=True):
+    """The configuration of a transformer and its autoencoder.
 
     Names and defaults are those of diffusers.
     """
 
-    num_layers: int = 19
-    """Double-stream blocks: separate weights for image and text."""
-    num_single_layers: int = 38
-    """Single-stream blocks: shared weights."""
-    num_attention_heads: int = 24
-    attention_head_dim: int = 128
-    in_channels: int = 64
+    num_attention_heads: int
+    attention_head_dim: int
     joint_attention_dim: int = 4096
-    pooled_projection_dim: int = 768
-    guidance_embeds: bool = False
+    pooled_projection_dim: int
     factor: int = 8
     """Pixels per latent, along each side."""
+    clip_tokens: ClassVar[int] = 0
+    """Tokens of the text sequence besides T5's."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> dict[str, Block]:
+        """The blocks by name."""
+
+    @property
+    @abstractmethod
+    def other_layers(self) -> Layers:
+        """The linear layers outside the blocks."""
+
+    @property
+    def buffers(self) -> int:
+        """Numbers that the transformer holds besides its parameters."""
+        return 0
 
     @property
     def width(self) -> int:
         """Width of the hidden states."""
         return self.num_attention_heads * self.attention_head_dim
 
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of both kinds."""
-        return self.num_layers + self.num_single_layers
-
     @functools.cached_property
-    def linears(self) -> Linears:
-        """(inputs, outputs) of every linear layer, by name."""
-        d = self.width
-        layers = {"x_embedder": (self.in_channels, d), "proj_out": (d, self.in_channels)}
-        layers |= {"context_embedder": (self.joint_attention_dim, d), "norm_out.linear": (d, 2 * d)}
-        embedders = {"timestep": TIME_CHANNELS, "text": self.pooled_projection_dim}
-        if self.guidance_embeds:
-            embedders["guidance"] = TIME_CHANNELS
-        for name, inputs in embedders.items():
-            layers[f"time_text_embed.{name}_embedder.linear_1"] = (inputs, d)
-            layers[f"time_text_embed.{name}_embedder.linear_2"] = (d, d)
-        for index in range(self.num_layers):
-            block = _double_block(d).items()
-            layers |= {f"transformer_blocks.{index}.{name}": sides for name, sides in block}
-        for index in range(self.num_single_layers):
-            block = _single_block(d).items()
-            layers |= {f"single_transformer_blocks.{index}.{name}": sides for name, sides in block}
+    def layers(self) -> Layers:
+        """Every linear layer by name."""
+        layers = dict(self.other_layers)
+        for place, block in self.blocks.items():
+            layers |= _inside(place, block.layers)
         return layers
 
     @functools.cached_property
     def parameters(self) -> int:
         """Parameters of the transformer."""
-        norms = (4 * self.num_layers + 2 * self.num_single_layers) * self.attention_head_dim
-        return _parameters(self.linears) + norms
+        others = sum(layer.parameters for layer in self.other_layers.values())
+        return others + sum(block.parameters for block in self.blocks.values())
 
     @property
     def largest_block(self) -> int:
         """Parameters of the largest block."""
-        double = _parameters(_double_block(self.width)) + 4 * self.attention_head_dim
-        single = _parameters(_single_block(self.width)) + 2 * self.attention_head_dim
-        return double if self.num_layers else single
+        return max(block.parameters for block in self.blocks.values())
 
     def lora_parameters(self, config: LoraConfig) -> int:
         """Parameters of adapters on the ``target_modules`` of ``config``."""
-        ends = tuple(f".{target}" for target in config.target_modules)
-        return config.rank * sum(
-            sum(sides) for name, sides in self.linears.items() if f".{name}".endswith(ends)
-        )
+        adapted = _adapted(self.layers, config).values()
+        return config.rank * sum(layer.inputs + layer.outputs for layer in adapted)
+
+    def rows(self, policy: PolicyConfig) -> dict[Rows, int]:
+        """Tokens of one state by kind; an image token is a patch of 2x2 latents."""
+        height, width = (side // (2 * self.factor) for side in policy.size)
+        image = height * width
+        text = self.clip_tokens + policy.max_sequence_length
+        return {"image": image, "text": text, "all": image + text, "one": 1}
 
     def tokens(self, policy: PolicyConfig) -> int:
-        """Tokens of one state: packed image and text."""
-        height, width = (side // (2 * self.factor) for side in policy.size)
-        return height * width + policy.max_sequence_length
+        """Tokens of one state, image and text."""
+        return self.rows(policy)["all"]
+
+    @functools.cached_property
+    def _products(self) -> Counter[Rows]:
+        """Multiplications of one row by all layers over such rows."""
+        found: Counter[Rows] = Counter()
+        for layer in self.layers.values():
+            found[layer.rows] += layer.inputs * layer.outputs
+        return found
+
+    @functools.cached_property
+    def _attentions(self) -> Counter[Rows]:
+        return Counter(rows for block in self.blocks.values() for rows in block.attentions)
 
     def operations(self, policy: PolicyConfig) -> float:
-        """Floating-point operations of one velocity evaluation, in the blocks.
+        """Floating-point operations of one forward: matrix products and attention."""
+        rows = self.rows(policy)
+        products = sum(rows[kind] * count for kind, count in self._products.items())
+        pairs = sum(rows[kind] ** 2 * count for kind, count in self._attentions.items())
+        return 2.0 * products + 4.0 * pairs * self.width
 
-        Per block, each token is multiplied with 12 matrices of width x width; attention adds
-        4 x tokens^2 x width.
+    def kept(self, policy: PolicyConfig, lora: LoraConfig | None) -> list[float]:
+        """Numbers that each block keeps from one forward for its backward.
+
+        ``lora``: the adapters that are trained; None trains all weights.
         """
-        tokens = self.tokens(policy)
-        return self.blocks * (24.0 * self.width**2 * tokens + 4.0 * tokens**2 * self.width)
+        rows = self.rows(policy)
+
+        def of(place: str, block: Block) -> float:
+            outputs = block.kept if lora is None else block.kept_frozen
+            numbers = self.width * sum(rows[kind] * count for kind, count in outputs.items())
+            adapted = {} if lora is None else _adapted(_inside(place, block.layers), lora)
+            # Queries, keys and values have one input.
+            inputs = {
+                re.sub("(to|add)_[qkv]", "qkv", name): layer.inputs * rows[layer.rows]
+                for name, layer in adapted.items()
+            }
+            return numbers + sum(inputs.values())
+
+        return [of(place, block) for place, block in self.blocks.items()]
+
+    def output_bytes(self, policy: PolicyConfig) -> int:
+        """Bytes of a block's output in one forward."""
+        return self.tokens(policy) * self.width * DTYPE_BYTES[policy.dtype]
 
     def embedding_bytes(self, policy: PolicyConfig) -> int:
         """Bytes of one prompt's text embeddings: the sequence and the pooled vector."""
-        numbers = policy.max_sequence_length * self.joint_attention_dim
+        numbers = self.rows(policy)["text"] * self.joint_attention_dim
         return (numbers + self.pooled_projection_dim) * DTYPE_BYTES[policy.dtype]
 
 
-FLUX_DEV = ModelSize(guidance_embeds=True)
-"""FLUX.1-dev, as published."""
-
-
 def model_size(policy: PolicyConfig) -> ModelSize:
-    """The size of a policy: from its folder if it is local, else FLUX.1-dev's.
+    """The size of a policy: of its folder, else of the catalogue; see :func:`assumption`.
 
     Raises:
         UserError: the folder's configuration cannot be read.
     """
-    folder = Path(policy.source).expanduser()
-    return read_size(folder) if (folder / "transformer" / "config.json").exists() else FLUX_DEV
+    folder = _folder(policy)
+    return _published_size(policy.source) if folder is None else read_size(folder)
 
 
 def nfe_per_velocity(policy: PolicyConfig) -> int:
-    """Forwards of the transformer for one velocity; 1 if the policy is not on this machine yet."""
-    folder = folder_here(policy.source, policy.revision)
-    if folder is None or not (folder / "model_index.json").is_file():
-        return 1
-    return evaluations_per_velocity(pipeline_name(folder), policy.guidance_scale)
+    """Forwards of the transformer (NFE) for one velocity; see :func:`model_size`."""
+    folder = _folder(policy)
+    pipeline = published(policy.source).pipeline if folder is None else pipeline_name(folder)
+    return evaluations_per_velocity(pipeline, policy.guidance_scale)
+
+
+def assumption(policy: PolicyConfig) -> str | None:
+    """What is assumed of a policy that is neither on this machine nor in the catalogue."""
+    if _folder(policy) is not None or _in_catalogue(policy.source) is not None:
+        return None
+    return (
+        f"policy {policy.source} is neither on this machine nor in the catalogue (`g2rpo weights "
+        f"list`), so memory, hours and disk are those of {ASSUMED}; fetch it first"
+    )
+
+
+def published(source: str) -> PublishedPolicy:
+    """What the catalogue says of the policy with the hub id ``source``, else of ``ASSUMED``."""
+    found = _in_catalogue(source) or _in_catalogue(ASSUMED)
+    assert found is not None
+    return found
+
+
+def _in_catalogue(source: str) -> PublishedPolicy | None:
+    found = (artifact.architecture for artifact in catalogue().of_repository(source))
+    return next((each for each in found if each is not None), None)
+
+
+def size_class(pipeline: str) -> type[ModelSize]:
+    """The size of policies of a diffusers pipeline."""
+    found: type[ModelSize] = pkgutil.resolve_name(ARCHITECTURES[pipeline].size)
+    return found
 
 
 @functools.cache
 def read_size(folder: Path) -> ModelSize:
-    """The size of the FluxPipeline in ``folder``.
+    """The size of the pipeline in ``folder``.
 
     Raises:
         UserError: its configuration cannot be read.
     """
+    pipeline = pipeline_name(folder)
     try:
-        transformer = json.loads((folder / "transformer" / "config.json").read_text())
-        autoencoder = json.loads((folder / "vae" / "config.json").read_text())
+        transformer, autoencoder = (
+            read_json(folder / part / "config.json") for part in ("transformer", "vae")
+        )
         factor = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-        if transformer.get("_class_name") == "SD3Transformer2DModel":  # roughly a FLUX
-            transformer |= {"num_single_layers": 0, "in_channels": 4 * transformer["in_channels"]}
-        return ModelSize.model_validate(transformer | {"factor": factor})
+        return size_class(pipeline).model_validate(transformer | {"factor": factor})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: transformer/config.json and vae/config.json are not those of FLUX "
+            f"{folder}: transformer/config.json and vae/config.json are not those of a {pipeline} "
             f"({reason(error)}); fetch the folder again"
         ) from None
 
 
-def _double_block(d: int) -> Linears:
-    text = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    layers = {f"attn.{name}": (d, d) for name in ("to_q", "to_k", "to_v", "to_out.0", *text)}
-    for suffix in ("", "_context"):
-        layers[f"norm1{suffix}.linear"] = (d, 6 * d)
-        layers[f"ff{suffix}.net.0.proj"] = (d, 4 * d)
-        layers[f"ff{suffix}.net.2"] = (4 * d, d)
+@functools.cache
+def _published_size(source: str) -> ModelSize:
+    known = published(source)
+    return size_class(known.pipeline).model_validate(known.transformer)
+
+
+def _folder(policy: PolicyConfig) -> Path | None:
+    """The folder of a policy, if its configuration is on this machine."""
+    folder = folder_here(policy.source, policy.revision)
+    files = ("model_index.json", "transformer/config.json", "vae/config.json")
+    here = folder is not None and all((folder / file).is_file() for file in files)
+    return folder if here else None
+
+
+def _inside(place: str, layers: Layers) -> Layers:
+    return {f"{place}.{name}": layer for name, layer in layers.items()}
+
+
+def _adapted(layers: Layers, config: LoraConfig) -> Layers:
+    ends = tuple(f".{target}" for target in config.target_modules)
+    return {name: layer for name, layer in layers.items() if f".{name}".endswith(ends)}
+
+
+def joint_layers(width: int) -> Layers:
+    """The linear layers of a block with separate weights for image and text."""
+    image, text = ("to_q", "to_k", "to_v", "to_out.0"), ("add_q_proj", "add_k_proj", "add_v_proj")
+    layers = {f"attn.{name}": Layer(width, width, "image") for name in image}
+    layers |= {f"attn.{name}": Layer(width, width, "text") for name in (*text, "to_add_out")}
+    streams: tuple[tuple[str, Rows], ...] = (("", "image"), ("_context", "text"))
+    for suffix, rows in streams:
+        layers[f"norm1{suffix}.linear"] = Layer(width, 6 * width, "one")
+        layers[f"ff{suffix}.net.0.proj"] = Layer(width, 4 * width, rows)
+        layers[f"ff{suffix}.net.2"] = Layer(4 * width, width, rows)
     return layers
 
 
-def _single_block(d: int) -> Linears:
-    layers = {f"attn.{name}": (d, d) for name in ("to_q", "to_k", "to_v")}
-    return layers | {"norm.linear": (d, 3 * d), "proj_mlp": (d, 4 * d), "proj_out": (5 * d, d)}
-
-
-def _parameters(layers: Linears) -> int:
-    return sum((inputs + 1) * outputs for inputs, outputs in layers.values())
+def time_text_layers(inputs: Mapping[str, int], width: int) -> Layers:
+    """The embedders of ``time_text_embed``, by name and width of their input."""
+    layers = {}
+    for name, channels in inputs.items():
+        layers[f"time_text_embed.{name}_embedder.linear_1"] = Layer(channels, width, "one")
+        layers[f"time_text_embed.{name}_embedder.linear_2"] = Layer(width, width, "one")
+    return layers

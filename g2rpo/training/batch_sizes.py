@@ -27,12 +27,8 @@ USED_SHARE = 0.8
 
 def state_bytes(policy: Policy) -> int:
     """Estimated memory of one state in a forward without gradients."""
-    config = policy.transformer_config
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    tokens = policy.image_tokens + policy.config.max_sequence_length
-    dtype: torch.dtype = getattr(torch, policy.config.dtype)
-    rows = policy.evaluations_per_velocity
-    return rows * STATE_UNITS * tokens * width * dtype.itemsize
+    forwards = policy.evaluations_per_velocity
+    return forwards * STATE_UNITS * policy.model_size.output_bytes(policy.config)
 
 
 def fitting_states(policy: Policy, free_bytes: int) -> int:

@@ -1,10 +1,7 @@
 """Estimates the GPU memory of a training run before anything is loaded.
 
-Storage per parameter is counted exactly. Activations are counted in units of one block's output
-(tokens times width): 12.5 per block with LoRA, from 34.0 GiB against 24.6 GiB measured on
-FLUX.1-dev at 720x720 without and with gradient checkpointing. Full fine-tuning keeps the inputs of
-all linear layers: 22 units in a double-stream and 19 in a single-stream block, counted by running
-the modules on tensors without data (``tests/unit/test_memory_by_fake_tensors.py``).
+Storage per parameter is counted exactly, and activations as :meth:`ModelSize.kept` counts them.
+Text encoders are not in memory: the stage before has encoded the prompts (:func:`encoding_bytes`).
 
 A phase's own memory counts only as far as it exceeds that of the backward.
 """
@@ -14,16 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from g2rpo.errors import UserError
-from g2rpo.policy.config import LoraConfig
-from g2rpo.policy.size import DTYPE_BYTES, ModelSize, nfe_per_velocity
+from g2rpo.policy.config import LoraConfig, PolicyConfig
+from g2rpo.policy.size import DTYPE_BYTES, ModelSize, nfe_per_velocity, published
 from g2rpo.training.config import TrainConfig
 
 GIB = 2**30
-LORA_UNITS, FULL_UNITS = 12.5, 20.0
-"""Activations kept for a block's backward, in block outputs, without gradient checkpointing."""
 STATE_UNITS = 24
-"""Peak memory of a forward without gradients, per state, in the same units: 17.3 counted in the
-same way, the rest is a margin."""
+"""Peak memory of a forward without gradients, per state, in block outputs: 17.3 counted for FLUX,
+less for SD3 (``tests/unit/test_memory_by_fake_tensors.py``), the rest is a margin."""
 WORKING_BYTES = 4 * GIB
 """Margin for latents, decoding, kernel workspaces and fragmentation; not measured."""
 USABLE = 0.97
@@ -45,9 +40,9 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
         # The current and the next block, gathered, one block's gradient, and the gradients of two
         # on their way to the other ranks.
         parts["gathered blocks"] = (3 * computed + 2 * master) * size.largest_block
-        parts["weights"] = master * size.parameters / shared
+        parts["weights"] = master * (size.parameters / shared + size.buffers)
     else:
-        frozen = 0 if config.lora is None else size.parameters
+        frozen = size.buffers + (0 if config.lora is None else size.parameters)
         masters = master * trained if master > computed else 0
         parts["weights"] = computed * (frozen + trained) + masters
     parts["gradients"] = master * trained / shared
@@ -75,23 +70,43 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
     return parts
 
 
-def _unit(config: TrainConfig, size: ModelSize) -> int:
-    """Bytes of a block's output for one state."""
-    values = nfe_per_velocity(config.policy) * size.tokens(config.policy) * size.width
-    return values * DTYPE_BYTES[config.policy.dtype]
-
-
 def _rollout_bytes(config: TrainConfig, size: ModelSize) -> float:
     states = config.execution.rollout_micro_batch
-    return (1 if states == "auto" else states) * STATE_UNITS * _unit(config, size)
+    forwards = nfe_per_velocity(config.policy) * (1 if states == "auto" else states)
+    return forwards * STATE_UNITS * size.output_bytes(config.policy)
 
 
 def _activation_bytes(config: TrainConfig, size: ModelSize) -> float:
-    kept = FULL_UNITS if config.lora is None else LORA_UNITS
-    # With gradient checkpointing: every block's input, and one block that is recomputed.
-    checkpointed = config.execution.gradient_checkpointing
-    units = size.blocks + kept if checkpointed else size.blocks * kept
-    return config.execution.training_micro_batch * units * _unit(config, size)
+    of_blocks = size.kept(config.policy, config.lora)
+    each = DTYPE_BYTES[config.policy.dtype] * sum(of_blocks)
+    if config.execution.gradient_checkpointing:
+        # Every block's input, and one block that is recomputed.
+        inputs = len(of_blocks) * size.output_bytes(config.policy)
+        each = inputs + DTYPE_BYTES[config.policy.dtype] * max(of_blocks)
+    forwards = nfe_per_velocity(config.policy) * config.execution.training_micro_batch
+    return forwards * each
+
+
+def encoding_bytes(policy: PolicyConfig) -> int:
+    """Bytes of the text encoders, which encode one prompt at a time."""
+    folder = Path(policy.source).expanduser()
+    if folder.is_dir():
+        return sum(weights_bytes(part) for part in folder.glob("text_encoder*"))
+    return DTYPE_BYTES[policy.dtype] * published(policy.source).text_encoder_parameters
+
+
+def check_encoders_fit(policy: PolicyConfig, available: float) -> None:
+    """Checks that :func:`encoding_bytes` fit into ``available`` bytes of a GPU.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    need = encoding_bytes(policy)
+    if need > USABLE * available:
+        raise UserError(
+            f"the text encoders need about {need / GIB:.1f} GiB of a GPU, but the GPUs have "
+            f"{available / GIB:.1f} GiB; use policy.dtype=bfloat16 or GPUs with more memory"
+        )
 
 
 @functools.cache

@@ -7,8 +7,10 @@ from rich import filesize
 
 from benchmarks.evaluation.protocol import CreditConfig
 from g2rpo.errors import UserError
+from g2rpo.policy.size import assumption, model_size
 from g2rpo.terminal import literal, plain_table, wide_console
 from g2rpo.training.config import TrainConfig
+from g2rpo.training.memory import GIB, encoding_bytes, gpu_bytes
 from reproduce.experiment import ResolvedCell, absolute
 from reproduce.experiment.weights import missing_weights
 from reproduce.jobs.estimates import Estimate, Estimator
@@ -143,13 +145,28 @@ def _notes(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> l
     speeds = speeds_of(plan.profile)
     notes = [
         f"wall time: about {_wall(plan, cluster, estimates)}",
+        *_memory(plan),
         f"speeds: {speeds.hardware} (reproduce/jobs/speeds.yaml)",
     ]
     if cluster.gpu_type is not None and cluster.gpu_type.lower() not in speeds.hardware.lower():
         notes.append(f"the cluster has {cluster.gpu_type} GPUs, so hours and wall time will differ")
     if any(not estimates[name].measured for name in plan.todo.stages):
         notes.append("~ marks estimates that are derived, not measured")
-    return notes
+    assumed = (assumption(cell.policy) for cell in plan.cells)
+    return [*notes, *dict.fromkeys(note for note in assumed if note is not None)]
+
+
+def _memory(plan: Plan) -> list[str]:
+    """The most memory that a GPU needs."""
+    hardware = plan.profile.hardware
+    trained = {cell.key: cell.train for cell in plan.cells if cell.train is not None}.values()
+    if not hardware.gpus or not trained:
+        return []
+    ranks = hardware.training_ranks
+    most = max(sum(gpu_bytes(each, model_size(each.policy), ranks).values()) for each in trained)
+    encoders = encoding_bytes(plan.cells[0].policy)
+    found = f"about {most / GIB:.1f} GiB to train, {encoders / GIB:.1f} GiB to encode prompts"
+    return [f"memory per GPU: {found}"]
 
 
 def _wall(plan: Plan, cluster: Cluster, estimates: Mapping[str, Estimate]) -> str:

@@ -174,9 +174,11 @@ class Estimator:
 
     def embed(self, cells: Iterable[ResolvedCell]) -> Estimate:
         """Embedding all prompts: those drawn in training, validation and held-out prompts."""
+        policy = self.profile.policy
         files: set[str] = set()
         drawn: dict[tuple[str, int], int] = {}
         for cell in cells:
+            policy = cell.policy
             files.add(cell.evaluation_prompts)
             if (train := cell.train) is None:
                 continue
@@ -189,7 +191,6 @@ class Estimator:
         for file in {file for file, _ in drawn}:
             draws = sum(count for (source, _), count in drawn.items() if source == file)
             prompts += min(draws, prompt_count(Path(file)))
-        policy = self.profile.policy
         parts = [*self._started("embed"), self._part("text", prompts, self.speeds.text)]
         return self._evaluation(parts, prompts * model_size(policy).embedding_bytes(policy))
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from g2rpo.errors import UserError
-from g2rpo.policy import PolicyConfig
-from g2rpo.policy.folder import folder_here
-from g2rpo.policy.size import ModelSize, read_size
-from g2rpo.training.memory import GIB, check_fits
+from g2rpo.policy.size import assumption, model_size
+from g2rpo.training.memory import GIB, check_encoders_fit, check_fits
 from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
 from slurm.cluster import Cluster, has_slurm
 
@@ -48,9 +46,9 @@ def check_hardware(profile: Profile, experiment: Experiment, cluster: Cluster) -
 
 
 def check_memory(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
-    """Rejects trainings that do not fit in GPU memory, before anything is submitted or loaded.
+    """Rejects what does not fit in GPU memory, before anything is submitted or loaded.
 
-    If the base model is not on this machine, the job checks before loading it.
+    If nothing is known of the base model yet, the job checks before loading it.
 
     Raises:
         UserError: states the memory needed and what would fit.
@@ -60,21 +58,16 @@ def check_memory(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
         return
     available = float(needs.gpu_memory_gb * GIB)
     for cell in cells:
-        config = cell.train
-        size = None if config is None else _size_here(config.policy)
-        if config is None or size is None:
+        if assumption(cell.policy) is not None:
             continue
         try:
-            check_fits(config, size, needs.training_ranks, available)
+            if needs.evaluation_devices:
+                check_encoders_fit(cell.policy, available)
+            if cell.train is not None:
+                size = model_size(cell.train.policy)
+                check_fits(cell.train, size, needs.training_ranks, available)
         except UserError as error:
             raise UserError(f"{cell.key}, profile {profile.name}: {error}") from None
-
-
-def _size_here(policy: PolicyConfig) -> ModelSize | None:
-    folder = folder_here(policy.source, policy.revision)
-    if folder is None or not (folder / "transformer" / "config.json").exists():
-        return None
-    return read_size(folder)
 
 
 def build_assets(profile: Profile) -> None:
