@@ -215,7 +215,7 @@ def assumption(policy: PolicyConfig) -> str | None:
         return None
     return (
         f"policy {policy.source} is neither on this machine nor in the catalogue (`g2rpo weights "
-        f"list`), so memory, hours and disk are those of {ASSUMED}; fetch it first"
+        f"list`), so it is planned as {ASSUMED}"
     )
 
 

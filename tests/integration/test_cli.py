@@ -211,6 +211,35 @@ def test_only_the_chosen_cells_are_planned(
     assert found == {"base", "hps/g2rpo", "hps/g2rpo_no_mgai"}
 
 
+def test_a_policy_is_planned_before_it_is_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(source: str, guidance: float) -> tuple[float, str]:
+        images = {"resolution": 512, "guidance_scale": guidance}
+        profile = {
+            "name": "mine", "extends": "flux-lora", "description": "Another policy.",
+            "paper_model": False, "policy": {"source": source, **images},
+            "training": {"lora": {"rank": 32, "alpha": 64}},
+            "evaluation": {"grid": {"schedule": "shifted", "shift": 3.0}, **images},
+        }  # fmt: skip
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(profile))
+        command = ["plan", "table1", "--profile", "mine.yaml", "--cells", "hps/g2rpo"]
+        assert g2rpo_here(tmp_path, *command) == 0
+        told = capsys.readouterr().out
+        (hours,) = re.findall(r"^train\s.*~([\d.,]+)", told, re.MULTILINE)
+        return float(hours.replace(",", "")), told
+
+    medium = "stabilityai/stable-diffusion-3.5-medium"
+    (guided, told), (unguided, _), (flux, _) = (
+        plan(medium, 4.5), plan(medium, 1.0), plan("black-forest-labs/FLUX.1-dev", 3.5),
+    )  # fmt: skip
+    assert 1.5 * unguided < guided < 2 * unguided < flux
+    assert "10.4 GiB to encode prompts" in told and "planned as" not in told
+    unknown, told = plan("nobody/nothing", 4.5)
+    assert unknown == flux
+    assert "policy nobody/nothing is neither on this machine nor in the catalogue" in told
+
+
 def test_a_reward_model_added_later_scores_the_same_images(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check.checks import CHECKS, Check, CheckFailedError, Measured, Place
 from benchmarks.speed.sizes import FULL_TRAINING_BYTES, FluxShape, deepest_flux
 from g2rpo.errors import UserError
-from g2rpo.policy.size import ModelSize
+from g2rpo.policy.flux_size import FluxSize
 
 
 def test_every_check_passes_on_tiny_models(
@@ -90,7 +90,7 @@ def test_a_check_that_fails_does_not_end_the_others(
 @pytest.mark.parametrize("memory", [24, 80, 141])
 def test_the_depth_follows_the_memory(memory: int) -> None:
     def need(shape: FluxShape) -> int:
-        size = ModelSize(
+        size = FluxSize(
             num_layers=shape.double_blocks, num_single_layers=shape.single_blocks,
             guidance_embeds=True,
         )  # fmt: skip

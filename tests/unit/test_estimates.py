@@ -7,7 +7,8 @@ import pytest
 
 from g2rpo.errors import UserError
 from g2rpo.policy import LoraConfig
-from g2rpo.policy.size import FLUX_DEV, model_size
+from g2rpo.policy.flux_size import FluxSize
+from g2rpo.policy.size import model_size
 from g2rpo.training.config import CheckpointConfig, TrainConfig
 from g2rpo.training.counts import training_counts
 from reproduce.commands.plan_display import KINDS, stage_estimates, wall_seconds
@@ -138,9 +139,11 @@ def test_checkpoints_at_a_time(settings: dict[str, int], most: int) -> None:
 
 def test_a_checkpoint_of_flux_is_weights_and_two_moments() -> None:
     config = training_of(load_profile("flux"))
-    assert checkpoint_disk(config)[0] == 12 * FLUX_DEV.parameters
+    assert checkpoint_disk(config)[0] == 12 * FluxSize(guidance_embeds=True).parameters
     adapters = config.model_copy(update={"lora": LoraConfig()})
-    assert checkpoint_disk(adapters)[0] == 12 * FLUX_DEV.lora_parameters(LoraConfig())
+    assert checkpoint_disk(adapters)[0] == 12 * FluxSize(guidance_embeds=True).lora_parameters(
+        LoraConfig()
+    )
 
 
 # Evaluation

@@ -8,10 +8,9 @@ from engine_runs import config_for
 
 from g2rpo.errors import UserError
 from g2rpo.policy.config import LoraConfig
-from g2rpo.policy.size import FLUX_DEV, ModelSize
+from g2rpo.policy.flux_size import FluxSize
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.memory import (
-    FULL_UNITS,
     GIB,
     STATE_UNITS,
     WORKING_BYTES,
@@ -22,7 +21,8 @@ from g2rpo.training.memory import (
 from reproduce.experiment import Hardware, expand, load_experiment, load_profile
 from reproduce.jobs import runner
 
-SMALL = ModelSize(
+FLUX_DEV = FluxSize(guidance_embeds=True)
+SMALL = FluxSize(
     num_layers=1, num_single_layers=1, num_attention_heads=1, attention_head_dim=8,
     joint_attention_dim=40, pooled_projection_dim=20,
 )  # fmt: skip
@@ -40,20 +40,23 @@ def test_stored_parameters_are_counted_byte_by_byte(smoke_assets: Path) -> None:
     assert whole["weights"] == 2 * n + 4 * n  # bfloat16 and the masters
     assert whole["gradients"] == 4 * n
     assert whole["optimiser states"] == 8 * n
-    assert whole["activations"] == 2 * FULL_UNITS * tokens * 8 * 2
+    assert whole["activations"] == (22 + 19) * tokens * 8 * 2
     settings = {"optimizer": "adamw_8bit", "ema_decay": 0.9, "kl_coefficient": 0.1}
     more = gpu_bytes(config(smoke_assets, optimization=settings), SMALL, 1)
     assert more["optimiser states"] == 2 * n
     assert more["average of the weights"] == 4 * n
     assert more["frozen base"] == 2 * n
 
-    execution = {"sharding": "fsdp2", "rollout_weights": "gathered", "gradient_checkpointing": True}
+    execution = {
+        "sharding": "fsdp2", "rollout_weights": "gathered", "gradient_checkpointing": True,
+        "rollout_micro_batch": 2,
+    }  # fmt: skip
     sharded = gpu_bytes(config(smoke_assets, execution=execution), SMALL, 4)
     assert sharded["weights"] == sharded["gradients"] == n
     assert sharded["optimiser states"] == 2 * n
     assert sharded["gathered blocks"] == (3 * 2 + 2 * 4) * SMALL.largest_block
-    assert sharded["activations"] == (2 + FULL_UNITS) * tokens * 8 * 2
-    rollout = STATE_UNITS * tokens * 8 * 2 + 2 * n
+    assert sharded["activations"] == (2 + 22) * tokens * 8 * 2
+    rollout = 2 * STATE_UNITS * tokens * 8 * 2 + 2 * n
     beside = sum(sharded[part] for part in ("activations", "gathered blocks", "gradients"))
     assert sharded["more for rollouts"] == rollout - beside > 0
 
@@ -86,30 +89,32 @@ def test_the_profiles_fit_their_gpus(smoke_assets: Path) -> None:
     assert need(1, lora={}) * GIB > WORKING_BYTES
 
 
-def test_what_does_not_fit_is_refused_before_it_is_submitted(
-    smoke_assets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "read_size", lambda _: FLUX_DEV)
-    profile = load_profile("smoke").model_copy(
-        update={
-            "policy": config(smoke_assets).policy,
-            "hardware": Hardware(gpus=1, gpu_memory_gb=80),
-        }
-    )
-    cells = expand(load_experiment("table1"), profile, (1, 2), {})
-    with pytest.raises(UserError) as caught:
+def test_what_does_not_fit_is_refused_before_it_is_submitted(smoke_assets: Path) -> None:
+    def check(source: str, memory: int, **overrides: Any) -> None:
+        policy = config(smoke_assets).policy.model_copy(update={"source": source})
+        hardware = Hardware(gpus=1, gpu_memory_gb=memory) if memory else Hardware()
+        update = {"policy": policy, "hardware": hardware}
+        profile = load_profile("smoke").model_copy(update=update)
+        execution = {"training_micro_batch": 1}
+        cells = expand(
+            load_experiment("table1"), profile, (1, 2), {"execution": execution} | overrides
+        )
         runner.check_memory(profile, cells)
+
+    flux, sd35 = "black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3.5-medium"
+    with pytest.raises(UserError) as caught:
+        check(flux, 80)
     assert str(caught.value).startswith("hps/")
     assert "profile smoke: this run needs about" in str(caught.value)
     assert "GPUs have 80.0 GiB" in str(caught.value)
-    lora = {"lora": {}, "execution": {"training_micro_batch": 1}}
-    runner.check_memory(profile, expand(load_experiment("table1"), profile, (1, 2), lora))
-    absent = profile.model_copy(
-        update={"policy": profile.policy.model_copy(update={"source": "nobody/nothing"})}
-    )
-    runner.check_memory(absent, expand(load_experiment("table1"), absent, (1,), {}))
-    without = profile.model_copy(update={"hardware": Hardware()})
-    runner.check_memory(without, cells)
+    check(flux, 80, lora={})
+    check(sd35, 80)
+    check("nobody/nothing", 80)  # of unknown size
+    check(flux, 0)
+    with pytest.raises(
+        UserError, match=r"encoders need about 10\.4 GiB of a GPU, but the GPUs have 8"
+    ):
+        check(sd35, 8, lora={})
 
 
 def test_an_error_names_what_would_fit(smoke_assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """The memory that is planned, against the real modules run on tensors without data.
 
-``FakeTensorMode`` runs the transformer, its backward, FSDP2 and AdamW at FLUX.1-dev's width and
-length and allocates nothing. Memory is linear in the number of blocks of either kind, so three
-small depths give the whole model's.
+``FakeTensorMode`` runs the transformer, its backward, FSDP2 and AdamW at the width and length of
+FLUX.1-dev and Stable Diffusion 3.5 Medium and allocates nothing. Memory is linear in the number of
+blocks of either kind, so three small depths give the whole model's.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL
 from engine_runs import config_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,17 +30,55 @@ from g2rpo.policy import Policy, lora
 from g2rpo.policy.conditioning import Conditioning
 from g2rpo.policy.decoding import decode_size
 from g2rpo.policy.flux import FluxPolicy
-from g2rpo.policy.size import FLUX_DEV
+from g2rpo.policy.sd3 import SD3Policy
+from g2rpo.policy.size import model_size, published
 from g2rpo.training import weights as training_weights
+from g2rpo.training.batch_sizes import state_bytes
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.memory import STATE_UNITS, WORKING_BYTES, gpu_bytes
+from g2rpo.training.memory import WORKING_BYTES, gpu_bytes
 from g2rpo.training.weights import MasterWeights, ShardedWeights, TrainedWeights
 from reproduce.experiment import load_profile
 
 RANKS = 16
 DEPTHS = ((1, 1), (2, 1), (1, 2))
-UNIT = 2 * (2025 + 512) * FLUX_DEV.width
-"""Bytes of a block's output in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model with blocks of two kinds.
+
+    Attributes:
+        source: its hub id.
+        policy: its class.
+        blocks: the number of blocks of either kind.
+        depth: the settings of its transformer with other numbers.
+    """
+
+    source: str
+    policy: type[Policy]
+    blocks: tuple[int, int]
+    depth: Callable[[int, int], dict[str, Any]]
+
+    def transformer(self, *blocks: int) -> Any:
+        settings = published(self.source).transformer | self.depth(*blocks)
+        return self.policy.transformer_class(**settings).eval()
+
+
+FLUX = Model(
+    "black-forest-labs/FLUX.1-dev", FluxPolicy, (19, 38),
+    lambda double, single: {"num_layers": double, "num_single_layers": single},
+)  # fmt: skip
+SD35 = Model(
+    "stabilityai/stable-diffusion-3.5-medium", SD3Policy, (13, 11),
+    lambda dual, plain: {
+        "num_layers": dual + plain, "dual_attention_layers": tuple(range(dual))
+    },
+)  # fmt: skip
+SD35_POLICY = {
+    "source": SD35.source, "dtype": "bfloat16", "resolution": 512, "guidance_scale": 4.5,
+    "max_sequence_length": 256,
+}  # fmt: skip
+ADAPTERS = {"rank": 32, "alpha": 64}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -109,18 +148,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveBytes]:
 
 
 def fake_weights(
-    config: TrainConfig, double: int, single: int, monkeypatch: pytest.MonkeyPatch
+    model: Model, config: TrainConfig, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> TrainedWeights:
     sharded = config.execution.sharding == "fsdp2"
-    with default_dtype(torch.float32 if sharded else torch.bfloat16):
-        transformer = FluxTransformer2DModel(
-            num_layers=double, num_single_layers=single, guidance_embeds=True
-        ).eval()
+    dtype = torch.float32 if sharded else torch.bfloat16
+    with default_dtype(dtype):
+        transformer = model.transformer(*blocks)
+    for name, buffer in list(transformer.named_buffers()):
+        place, _, last = name.rpartition(".")
+        setattr(transformer.get_submodule(place), last, buffer.to(dtype))
     autoencoder = AutoencoderKL(block_out_channels=(4, 4, 4, 4), latent_channels=16,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         norm_num_groups=1, scaling_factor=0.3611, shift_factor=0.1159,
     )  # fmt: skip
-    policy = FluxPolicy(config.policy, Path(), transformer, autoencoder)
+    policy = model.policy(config.policy, Path(), transformer, autoencoder)
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"), num_processes=RANKS)
     if config.execution.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -135,44 +176,76 @@ def fake_weights(
 
 
 def velocity(policy: Policy, states: int) -> Tensor:
-    embeddings = torch.empty(states, 512, 4096, dtype=torch.bfloat16)
-    conditioning = Conditioning(embeddings, torch.empty(states, 768, dtype=torch.bfloat16))
-    return policy.velocity(torch.empty(states, 2025, 64), torch.ones(states), conditioning)
+    size = policy.model_size
+
+    def text(prompts: int) -> Conditioning:
+        shape = (size.rows(policy.config)["text"], size.joint_attention_dim)
+        pooled = torch.empty(prompts, size.pooled_projection_dim, dtype=torch.bfloat16)
+        return Conditioning(torch.empty(prompts, *shape, dtype=torch.bfloat16), pooled)
+
+    policy.unconditional = [text(1)]
+    latents = policy.pack(torch.empty(states, *policy.latent_shape))
+    return policy.velocity(latents, torch.ones(states), text(states))
 
 
-def of_whole_model(at_depth: Callable[[int, int], int]) -> int:
-    """Extrapolates from three depths to FLUX.1-dev's."""
-    one, double, single = (at_depth(*depth) for depth in DEPTHS)
-    doubles = (FLUX_DEV.num_layers - 1) * (double - one)
-    return one + doubles + (FLUX_DEV.num_single_layers - 1) * (single - one)
+def of_whole_model(model: Model, at_depth: Callable[[tuple[int, int]], int]) -> int:
+    """Extrapolates from three depths to that of ``model``."""
+    one, *more = map(at_depth, DEPTHS)
+    return one + sum(
+        (blocks - 1) * (two - one) for blocks, two in zip(model.blocks, more, strict=True)
+    )
 
 
 def profile_config(assets: Path, name: str) -> TrainConfig:
     """What determines the memory of a profile's training."""
     profile = load_profile(name)
     execution = dict(profile.training["execution"]) | {"device": "cpu"}
-    policy = {key: getattr(profile.policy, key) for key in ("dtype", "resolution")}
+    names = ("source", "dtype", "resolution", "max_sequence_length", "guidance_scale")
     return config_for(
         assets,
-        policy=policy | {"max_sequence_length": profile.policy.max_sequence_length},
+        policy={key: getattr(profile.policy, key) for key in names},
         lora=profile.training.get("lora"),
         execution=execution,
     )
 
 
-@pytest.mark.parametrize("name", ["flux", "flux-lora", "flux-lora-40gb"])
+def sd35_config(assets: Path, **training: Any) -> TrainConfig:
+    execution = {"training_micro_batch": 1} | training.pop("execution", {})
+    return config_for(assets, policy=SD35_POLICY, execution=execution, **training)
+
+
+TRAININGS: dict[str, tuple[Model, Callable[[Path], TrainConfig]]] = {
+    **{
+        name: (FLUX, lambda assets, name=name: profile_config(assets, name))
+        for name in ("flux", "flux-lora", "flux-lora-40gb")
+    },
+    "sd35": (
+        SD35, lambda assets: sd35_config(assets, execution={"sharding": "fsdp2"})
+    ),
+    "sd35-lora": (SD35, lambda assets: sd35_config(assets, lora=ADAPTERS)),
+    "sd35-lora-checkpointed": (
+        SD35,
+        lambda assets: sd35_config(
+            assets, lora=ADAPTERS, execution={"gradient_checkpointing": True}
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_takes_what_is_planned(
     fake: LiveBytes, smoke_assets: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    config = profile_config(smoke_assets, name)
+    model, made = TRAININGS[name]
+    config = made(smoke_assets)
     ranks = RANKS if config.execution.sharding == "fsdp2" else 1
-    expected = gpu_bytes(config, FLUX_DEV, ranks)
+    expected = gpu_bytes(config, model_size(config.policy), ranks)
 
     beside: list[int] = []
 
-    def after_forward(double: int, single: int) -> int:
+    def after_forward(blocks: tuple[int, int]) -> int:
         fake.alive.clear()  # the model before is not yet collected
-        weights = fake_weights(config, double, single, monkeypatch)
+        weights = fake_weights(model, config, blocks, monkeypatch)
         output = velocity(weights.policy, 1)
         kept = fake.now
         if not beside:
@@ -184,7 +257,7 @@ def test_a_training_takes_what_is_planned(
 
     # When the backward begins, all activations are there; what it needs beside them is that of a
     # few blocks, however many there are.
-    found = of_whole_model(after_forward) + beside[0]
+    found = of_whole_model(model, after_forward) + beside[0]
     parts = ("weights", "activations", "gathered blocks")
     assert found == pytest.approx(sum(expected.get(part, 0) for part in parts), rel=0.15)
     # A later micro-batch finds gradients and the optimiser's moments, whose sizes are exact.
@@ -197,7 +270,8 @@ def test_an_optimiser_step_takes_what_is_planned(
     fake: LiveBytes, smoke_assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdamW's moments, and the temporary of all parameters that it makes on a GPU."""
-    weights = fake_weights(profile_config(smoke_assets, "flux-lora"), 1, 1, monkeypatch)
+    config = profile_config(smoke_assets, "flux-lora")
+    weights = fake_weights(FLUX, config, (1, 1), monkeypatch)
     for parameter in weights.parameters:
         parameter.grad = torch.empty_like(parameter)
     trained = sum(parameter.numel() for parameter in weights.parameters)
@@ -208,18 +282,20 @@ def test_an_optimiser_step_takes_what_is_planned(
     assert fake.peak - fake.now == pytest.approx(4 * trained, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["flux-lora", "sd35-lora"])
 def test_a_rollout_state_takes_less_than_is_reckoned(
-    fake: LiveBytes, smoke_assets: Path, monkeypatch: pytest.MonkeyPatch
+    fake: LiveBytes, smoke_assets: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Blocks are run one after the other, so the depth does not matter."""
-    weights = fake_weights(profile_config(smoke_assets, "flux-lora"), 1, 1, monkeypatch)
+    model, made = TRAININGS[name]
+    weights = fake_weights(model, made(smoke_assets), (1, 1), monkeypatch)
     peaks = []
     for states in (2, 3):
         fake.peak = 0
         with torch.no_grad():
             velocity(weights.policy, states)
         peaks.append(fake.peak)
-    assert 0.7 * STATE_UNITS * UNIT < peaks[1] - peaks[0] < STATE_UNITS * UNIT
+    assert 0.6 * state_bytes(weights.policy) < peaks[1] - peaks[0] < state_bytes(weights.policy)
 
 
 def test_decoding_fits_the_margin(fake: LiveBytes) -> None:
