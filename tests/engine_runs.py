@@ -41,6 +41,21 @@ def config_for(assets: Path, **changes: Any) -> TrainConfig:
     return training_runs.config_for(assets, **merge(defaults, changes))
 
 
+GUIDED: dict[str, dict[str, Any]] = {
+    "rollouts and training": {},
+    "detached": {"detach_unconditional": True},
+    "rollouts alone": {"training_scale": 1.0},
+    "another in training": {"training_scale": 2.5, "detach_unconditional": True},
+}
+"""Classifier-free guidance of rollouts, and that of training; the last two not for transitions."""
+
+
+def guided(assets: Path, which: str, **changes: Any) -> dict[str, Any]:
+    """Changes of a configuration to a Stable Diffusion 3 with guidance."""
+    policy = {"source": str(assets / "sd3_policy"), "guidance_scale": 4.5}
+    return merge({"policy": policy, "guidance": GUIDED[which]}, changes)
+
+
 def run_to(trainer: Trainer, iteration: int) -> None:
     """Iterates to ``iteration`` and writes a checkpoint, as a run that is stopped there does."""
     while trainer.progress.iteration < iteration:

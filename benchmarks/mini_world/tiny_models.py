@@ -6,12 +6,20 @@ pixels are scaled to a realistic size.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from benchmarks.mini_world import attribute_training, autoencoder, base_policy, small_flux, world
+from benchmarks.mini_world import (
+    attribute_training,
+    autoencoder,
+    base_policy,
+    small_flux,
+    small_sd3,
+    world,
+)
 from benchmarks.mini_world.reward_training import MODELS
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tokenizers import words
@@ -20,14 +28,16 @@ from g2rpo.progress import without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
 
 PROMPTS = {"train": 16, "validation": 4, "test": 8}
-VERSION = "2"
+VERSION = "3"
 """Changes with the models, so that old folders are rebuilt."""
 VELOCITY_STD = 1.0
 PIXEL_STD = 0.6
 
 
 def build_tiny_models(folder: Path, seed: int = 0) -> Path:
-    """Builds ``policy/``, ``rewards/<name>/`` and ``prompts/<split>.txt`` in ``folder``.
+    """Builds ``policy/``, ``rewards/<name>/``, ``prompts/<split>.txt`` and ``sd3_policy/``.
+
+    The first policy is a FLUX, the last one a Stable Diffusion 3.5.
 
     A folder built earlier with this seed is kept. The build is atomic.
 
@@ -44,7 +54,10 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
         atomic_folder(folder) as temporary,
     ):
         torch.manual_seed(seed)
-        _save_policy(temporary / "policy")
+        settings = small_flux.FluxSettings(
+            double_blocks=1, single_blocks=1, heads=2, head_width=16, text_width=32
+        )
+        _save_policy(small_flux.build(settings, temporary / "policy"), temporary / "policy")
         for name, build in MODELS.items():
             reward = build(words())
             liven(reward)
@@ -54,15 +67,15 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
             captions = world.make_captions(seed, split, number)
             text = "".join(caption + "\n" for caption in captions)
             atomic_write_text(temporary / "prompts" / f"{split}.txt", text)
+        sd3 = small_sd3.SD3Settings(
+            blocks=2, dual_attention_blocks=1, heads=2, head_width=16, clip_width=16
+        )
+        _save_policy(small_sd3.build(sd3, temporary / "sd3_policy"), temporary / "sd3_policy")
         atomic_write_text(temporary / "BUILT", mark)
     return folder
 
 
-def _save_policy(folder: Path) -> None:
-    settings = small_flux.FluxSettings(
-        double_blocks=1, single_blocks=1, heads=2, head_width=16, text_width=32
-    )
-    policy = small_flux.build(settings, folder)
+def _save_policy(policy: base_policy.Policy, folder: Path) -> None:
     vae = autoencoder.build(autoencoder.AutoencoderSettings(channels=(8, 16, 16)))
     for module in (*policy.trained().children(), vae):
         liven(module)
@@ -73,15 +86,17 @@ def _save_policy(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _scale_velocity(policy: small_flux.FluxPolicy) -> None:
+def _scale_velocity(policy: base_policy.Policy) -> None:
     """Gives velocities a standard deviation of :data:`VELOCITY_STD`."""
     captions = ["a red circle on black", "two large blue stars on gray"] * 4
-    latents = torch.randn(len(captions), 16, 64)
+    side = base_policy.LATENT_SIDE
+    packed = policy.pack(torch.empty(len(captions), base_policy.LATENT_CHANNELS, side, side))
+    latents = torch.randn_like(packed)
     sigma = torch.linspace(0.1, 1.0, len(captions))
     velocity = policy.velocity(latents, sigma, policy.tokens(captions))
-    output = policy.transformer.proj_out
-    output.weight.mul_(VELOCITY_STD / velocity.std())
-    output.bias.zero_()
+    transformer: Any = policy.trained()["transformer"]
+    transformer.proj_out.weight.mul_(VELOCITY_STD / velocity.std())
+    transformer.proj_out.bias.zero_()
 
 
 @torch.no_grad()

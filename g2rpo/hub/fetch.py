@@ -34,8 +34,8 @@ from g2rpo.hub.lock import Expected, Lock, expected, expected_of, revision_of
 ABANDONED = 3600
 """Age in seconds at which a partial download no longer belongs to a live process."""
 RAW_GITHUB = "https://raw.githubusercontent.com"
-OTHER_FORMATS = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.h5"]
-"""The same weights in formats that are not used."""
+OTHER_FORMATS = ["*.bin", "*.msgpack", "*.onnx", "*.onnx_data", "*.h5", "*.fp16*"]
+"""The same weights in formats and variants that are not used."""
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,20 @@
 Each method has a YAML next to its module; one that only combines the rollout of another with an
 objective or a kernel is a YAML alone. ``released`` follows its released code; ``matched`` holds
 only the method, for comparisons where everything else is the same for all methods.
+
+Code that trains several models has settings for each. A preset may hold a section named by the
+class of a diffusers pipeline, which is merged over the rest of the preset for policies of that
+class: what is published for Stable Diffusion 3.5 is not another preset, but the same one there.
 """
 
 import itertools
 from pathlib import Path
 from typing import Any
 
-from g2rpo.config import load_yaml, nearest
+from g2rpo.config import load_yaml, merge, nearest
 from g2rpo.errors import UserError
 from g2rpo.methods.base import method_names
+from g2rpo.policy.architectures import ARCHITECTURES
 
 
 def preset_names() -> list[str]:
@@ -26,12 +31,13 @@ def method_summary(name: str) -> str:
     return " ".join(line.removeprefix("# ") for line in lines).partition(". ")[0]
 
 
-def load_preset(method: str, preset: str) -> dict[str, Any]:
+def load_preset(method: str, preset: str, pipeline: str = "") -> dict[str, Any]:
     """The settings of ``preset``: a layer for :func:`g2rpo.config.merge`.
 
     Args:
         method: the name of a method, or the path of a YAML with presets.
         preset: the name of the preset.
+        pipeline: the class of the policy's pipeline; empty for the settings of all of them.
 
     Raises:
         UserError: unknown method or preset.
@@ -40,7 +46,9 @@ def load_preset(method: str, preset: str) -> dict[str, Any]:
     sections = {name: section for name, section in data.items() if isinstance(section, dict)}
     if preset not in sections:
         raise UserError(f"no preset {preset!r} for {method}; {nearest(preset, sections)}")
-    return sections[preset]
+    section = sections[preset]
+    shared = {key: value for key, value in section.items() if key not in ARCHITECTURES}
+    return merge(shared, section.get(pipeline, {}))
 
 
 def method_label(method: str) -> str:

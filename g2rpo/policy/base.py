@@ -72,6 +72,7 @@ class Policy(ABC):
         conditioning_source: precomputed text embeddings; missing ones are encoded here.
         text_encoders: once a prompt has been encoded here.
         unconditional: :meth:`empty` once it has been encoded; shared with copies made before.
+        detach_unconditional: whether no gradient flows through the velocity of the empty prompt.
     """
 
     transformer_class: ClassVar[Any]
@@ -124,6 +125,7 @@ class Policy(ABC):
         self._warned_missing = False
         self.text_encoders: TextEncoders | None = None
         self.unconditional: list[Conditioning] = []
+        self.detach_unconditional = False
 
     @classmethod
     def load(
@@ -242,7 +244,7 @@ class Policy(ABC):
 
         With classifier-free guidance of scale w this is v_u + w (v_c - v_u), of one forward for the
         empty prompt and ``conditioning``, added in the transformer's dtype as the pipeline does. A
-        gradient flows through both.
+        gradient flows through both, unless ``detach_unconditional``.
 
         Takes packed latents [B, ...] at ``timesteps`` [B] in [0, 1]; returns float32, or float64
         for float64 latents. Does not synchronise with the device.
@@ -250,9 +252,16 @@ class Policy(ABC):
         if self.evaluations_per_velocity == 1:
             output = self.forward(latents, timesteps, conditioning)
         else:
-            texts = Conditioning.cat([self.empty().expand(len(latents)), conditioning])
-            twice, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            without, given = self.forward(twice, times, texts).chunk(2)
+            empty = self.empty().expand(len(latents))
+            if self.detach_unconditional and torch.is_grad_enabled():
+                # In a forward of its own, so that nothing of it is kept for a backward.
+                with torch.no_grad():
+                    without = self.forward(latents, timesteps, empty)
+                given = self.forward(latents, timesteps, conditioning)
+            else:
+                texts = Conditioning.cat([empty, conditioning])
+                twice, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+                without, given = self.forward(twice, times, texts).chunk(2)
             output = without + self.config.guidance_scale * (given - without)
         return output.to(torch.promote_types(latents.dtype, torch.float32))
 
@@ -382,6 +391,25 @@ class Policy(ABC):
         other = type(self)(self.config.at(images), self.folder, transformer, self.vae)
         other.offload, other.conditioning_source = self.offload, self.conditioning_source
         other.text_encoders, other.unconditional = self.text_encoders, self.unconditional
+        return other
+
+    def guided(self, scale: float, *, detach_unconditional: bool = False) -> Self:
+        """This policy with another guidance; everything else is shared.
+
+        Raises:
+            UserError: ``detach_unconditional`` without classifier-free guidance.
+        """
+        if (scale, detach_unconditional) == (self.config.guidance_scale, self.detach_unconditional):
+            return self
+        other = copy.copy(self)
+        other.config = self.config.model_copy(update={"guidance_scale": scale})
+        other.detach_unconditional = detach_unconditional
+        if detach_unconditional and other.evaluations_per_velocity == 1:
+            raise UserError(
+                "guidance.detach_unconditional needs classifier-free guidance, which this "
+                f"{self.pipeline_class.__name__} does not have at a guidance scale of {scale:g}; "
+                "remove it"
+            )
         return other
 
     @classmethod

@@ -6,9 +6,10 @@ from typing import Any, Literal, Self
 import pydantic
 from pydantic import Field, SerializationInfo, SerializerFunctionWrapHandler
 
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, nearest, unhashed
+from g2rpo.policy.architectures import ARCHITECTURES
 
-TARGET_MODULES = (
+ATTENTION_MODULES = (
     "attn.to_q",
     "attn.to_k",
     "attn.to_v",
@@ -17,6 +18,10 @@ TARGET_MODULES = (
     "attn.add_k_proj",
     "attn.add_v_proj",
     "attn.to_add_out",
+)
+"""The joint attention's projections; not those of SD3.5's second attention (``attn2``)."""
+TARGET_MODULES = (
+    *ATTENTION_MODULES,
     "ff.net.0.proj",
     "ff.net.2",
     "ff_context.net.0.proj",
@@ -41,7 +46,7 @@ class ImageConfig(StrictModel):
     """In pixels; null is ``resolution``."""
     guidance_scale: float = Field(3.5, ge=0)
     """Embedded guidance of FLUX, unused without guidance_embeds; classifier-free guidance of SD3,
-    where it is above 1, in rollouts and training alike."""
+    where it is above 1. Training may have another (``guidance.training_scale``)."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -98,12 +103,22 @@ class PolicyConfig(ImageConfig):
     black-forest-labs/FLUX.1-dev."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None is the pinned one, else the default branch."""
+    pipeline: str | None = unhashed(None)
+    """The class of its diffusers pipeline, for a policy that is neither on this machine yet nor in
+    the catalogue; plans and presets depend on it."""
     max_sequence_length: int = Field(default=512, ge=1, le=512)
     """T5 tokens to which prompts are padded or truncated."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute dtype. Latents stay float32 outside the transformer, and trained weights have float32
     master copies. ``float64`` is for checking numerics: everything but noise and rewards is then
     float64."""
+
+    @pydantic.field_validator("pipeline")
+    @classmethod
+    def _supported(cls, value: str | None) -> str | None:
+        if value is not None and value not in ARCHITECTURES:
+            raise ValueError(f"not supported; {nearest(value, ARCHITECTURES)}")
+        return value
 
     def at(self, images: ImageConfig) -> Self:
         """This policy at the size and guidance of ``images``."""
@@ -135,7 +150,13 @@ class LoraConfig(StrictModel):
     alpha: float = Field(256.0, gt=0)
     """The adapters' output is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = Field(TARGET_MODULES, min_length=1)
-    """Suffixes of the linear layers with an adapter."""
+    """Suffixes of the linear layers with an adapter; ``attention`` stands for those of the joint
+    attention, as Flow-GRPO's code has them."""
+
+    @pydantic.field_validator("target_modules", mode="before")
+    @classmethod
+    def _attention(cls, value: Any) -> Any:
+        return ATTENTION_MODULES if value == "attention" else value
 
 
 class HybridConfig(StrictModel):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from g2rpo.errors import UserError
 from g2rpo.policy.architectures import ARCHITECTURES, pipeline_name
 from g2rpo.policy.base import Policy
 from g2rpo.policy.config import PolicyConfig
@@ -29,8 +30,13 @@ def load_policy(
 
     Raises:
         UserError: as :meth:`Policy.load`, the source cannot be found or fetched, its architecture
-            is not supported, or there is no such ``device``.
+            is not supported or not ``config.pipeline``, or there is no such ``device``.
     """
     device = checked_device(device)
     folder = resolve_source(config.source, config.revision)
+    found = pipeline_name(folder)
+    if config.pipeline not in (None, found):
+        raise UserError(
+            f"policy.pipeline is {config.pipeline}, but {folder} has a {found}; remove it"
+        )
     return policy_class(folder).load(config, folder, device, weights=weights)

@@ -203,10 +203,20 @@ def model_size(policy: PolicyConfig) -> ModelSize:
 
 
 def nfe_per_velocity(policy: PolicyConfig) -> int:
-    """Forwards of the transformer (NFE) for one velocity; see :func:`model_size`."""
+    """Forwards of the transformer (NFE) for one velocity."""
+    return evaluations_per_velocity(pipeline_of(policy), policy.guidance_scale)
+
+
+def pipeline_of(policy: PolicyConfig) -> str:
+    """The class of a policy's pipeline: the configured, its folder's, or the catalogue's.
+
+    Raises:
+        UserError: its folder has a pipeline that no policy is made of.
+    """
+    if policy.pipeline is not None:
+        return policy.pipeline
     folder = _folder(policy)
-    pipeline = published(policy.source).pipeline if folder is None else pipeline_name(folder)
-    return evaluations_per_velocity(pipeline, policy.guidance_scale)
+    return published(policy.source).pipeline if folder is None else pipeline_name(folder)
 
 
 def assumption(policy: PolicyConfig) -> str | None:

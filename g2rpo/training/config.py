@@ -70,6 +70,17 @@ class RolloutConfig(StrictModel):
     """Prompts over all ranks (the paper: one on each of 16 GPUs)."""
 
 
+class GuidanceConfig(StrictModel):
+    """The guidance of velocities in training; rollouts have ``policy.guidance_scale``."""
+
+    training_scale: float | None = Field(None, ge=0)
+    """Null is that of rollouts. An objective on the forward process may have another, 1 for none;
+    the ratio of an objective on transitions is that of one velocity."""
+    detach_unconditional: bool = False
+    """Classifier-free guidance without a gradient through the velocity of the empty prompt: the
+    gradient is the scale times that of the other velocity (Flow-GRPO's code before 2025-08-19)."""
+
+
 class OptimizationConfig(StrictModel):
     """The optimiser and the updates of an iteration."""
 
@@ -194,6 +205,7 @@ class TrainConfig(StrictModel):
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)]
     lora: LoraConfig | None = unhashed(None)
     """Trains adapters; null trains the transformer's own weights."""
+    guidance: GuidanceConfig = unhashed(GuidanceConfig())
     approximate_rollout: ContinuationConfig | None = unhashed(None)
     """Approximates what no log-prob depends on; null computes everything exactly."""
     rollout: RolloutConfig = RolloutConfig()
@@ -221,6 +233,14 @@ class TrainConfig(StrictModel):
         return (self.method if self.method.records_transitions else self.objective).name
 
     @property
+    def trained_policy(self) -> PolicyConfig:
+        """The policy with the guidance of training."""
+        scale = self.guidance.training_scale
+        if scale is None:
+            return self.policy
+        return self.policy.model_copy(update={"guidance_scale": scale})
+
+    @property
     def frozen_policies(self) -> tuple[FrozenPolicy, ...]:
         """The policies without training whose velocities the loss needs."""
         objective, optimization = self.objective, self.optimization
@@ -242,6 +262,15 @@ class TrainConfig(StrictModel):
     def _possible(self) -> Self:
         self.method.check(self.shape)
         self._check_objective()
+        if self.guidance.detach_unconditional and self.trained_policy.guidance_scale <= 1:
+            raise ValueError(
+                "guidance.detach_unconditional needs guidance above 1 in training; remove it"
+            )
+        if self.execution.sharding == "fsdp2" and self.lora is not None:
+            raise ValueError(
+                "execution.sharding=fsdp2 is not supported with lora, whose adapters are small; "
+                "use execution.sharding=replicated, or lora=null for all weights"
+            )
         if (
             self.approximate_rollout is not None
             and self.approximate_rollout.merged_lora
@@ -286,6 +315,13 @@ class TrainConfig(StrictModel):
         """Rejects an objective that this rollout or its updates do not suit."""
         objective, name = self.objective, f"objective.name={self.objective.name}"
         if not isinstance(objective, ForwardObjective):
+            scale = self.trained_policy.guidance_scale
+            if scale != self.policy.guidance_scale:
+                raise ValueError(
+                    f"guidance.training_scale={scale:g} differs from policy.guidance_scale="
+                    f"{self.policy.guidance_scale:g}, and the ratio of {name} is that of one "
+                    "velocity; remove it, or use objective.name=nft, awm or dgpo"
+                )
             if not self.method.records_transitions:
                 raise ValueError(
                     f"{name} trains stochastic steps, but method.name={self.method.name} has none; "

@@ -28,9 +28,10 @@ class TrainingCounts:
     Attributes:
         rollout_evaluations: velocity evaluations (NFE) in rollouts.
         training_forwards: states that go through a forward in training, also of frozen policies;
-            with classifier-free guidance each counts twice, here and below.
-        training_backwards: states that go through a backward. Exact, except when each sample trains
-            a random part of its steps and samples share states: then it is an average.
+            where training has classifier-free guidance, each counts twice.
+        training_backwards: states that go through a backward, counted likewise unless the velocity
+            of the empty prompt is detached. Exact, except when each sample trains a random part of
+            its steps and samples share states: then it is an average.
         images_scored: images decoded and scored in rollouts.
     """
 
@@ -64,9 +65,14 @@ def training_counts(config: TrainConfig) -> TrainingCounts:
         small = config.execution.training_micro_batch < config.rollout.group_size
         forwards += states if small else 0
     prompts = config.rollout.prompts_per_iteration
-    nfe = prompts * nfe_per_velocity(config.policy)
-    of_all = (nfe * evaluations, nfe * forwards, nfe * backwards, prompts * images)
-    return TrainingCounts(*(round(count) for count in of_all))
+    trained = nfe_per_velocity(config.trained_policy)
+    counts = (
+        nfe_per_velocity(config.policy) * evaluations,
+        trained * forwards,
+        (1 if config.guidance.detach_unconditional else trained) * backwards,
+        images,
+    )
+    return TrainingCounts(*(round(prompts * count) for count in counts))
 
 
 def most_states_of_update(config: TrainConfig, ranks: int) -> int:

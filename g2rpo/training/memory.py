@@ -83,8 +83,9 @@ def _activation_bytes(config: TrainConfig, size: ModelSize) -> float:
         # Every block's input, and one block that is recomputed.
         inputs = len(of_blocks) * size.output_bytes(config.policy)
         each = inputs + DTYPE_BYTES[config.policy.dtype] * max(of_blocks)
-    forwards = nfe_per_velocity(config.policy) * config.execution.training_micro_batch
-    return forwards * each
+    detached = config.guidance.detach_unconditional
+    forwards = 1 if detached else nfe_per_velocity(config.trained_policy)
+    return forwards * config.execution.training_micro_batch * each
 
 
 def encoding_bytes(policy: PolicyConfig) -> int:

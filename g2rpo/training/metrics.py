@@ -125,16 +125,16 @@ def iteration_sums(
 ) -> dict[str, float]:
     """One rank's share of an iteration's costs and metrics, to be summed over ranks.
 
-    ``measured`` are forwards and backwards beside those of the updates. Each velocity takes
-    ``evaluations`` of the transformer.
+    ``measured`` are forwards and backwards beside those of the updates. Each velocity of a rollout
+    takes ``evaluations`` of the transformer.
     """
     computed = (*updates, *measured)
     sums = {
         "rollout_evaluations": evaluations * rollout.velocity_evaluations,
         "reused_evaluations": evaluations * rollout.reused_evaluations,
         "images_scored": len(rollout.tree.images) * len(rollout.conditioning),
-        "training_forwards": evaluations * sum(part.forwards for part in computed),
-        "training_backwards": evaluations * sum(part.backwards for part in computed),
+        "training_forwards": sum(part.forwards for part in computed),
+        "training_backwards": sum(part.backwards for part in computed),
         "clipped": sum(update.clipped for update in updates),
         "transitions": sum(update.transitions for update in updates),
         "kl": sum(update.kl for update in updates),

@@ -41,6 +41,14 @@ def _velocity(policy: Policy, batch: TrainingBatch) -> Tensor:
     return policy.velocity(batch.states, batch.times, chosen)
 
 
+def _guided(policy: Policy, config: TrainConfig) -> Policy:
+    """``policy`` with the guidance of training."""
+    return policy.guided(
+        config.trained_policy.guidance_scale,
+        detach_unconditional=config.guidance.detach_unconditional,
+    )
+
+
 @dataclass
 class UpdateStatistics:
     """Measurements of one update on this rank.
@@ -52,8 +60,8 @@ class UpdateStatistics:
         clipped: transitions or images limited by the objective.
         transitions: transitions or noised images trained.
         kl: penalty on the distance from the base, summed over them.
-        forwards: states that went through a forward, also of a frozen policy.
-        backwards: states that went through a backward.
+        forwards: of the transformer (NFE), also of a frozen policy.
+        backwards: of the transformer.
     """
 
     loss: float = 0.0
@@ -65,8 +73,8 @@ class UpdateStatistics:
     forwards: int = 0
     backwards: int = 0
 
-    def add(self, part: TrainingBatch, terms: Loss) -> None:
-        """Adds a micro-batch after its backward."""
+    def add(self, part: TrainingBatch, terms: Loss, policy: Policy) -> None:
+        """Adds a micro-batch after its backward under ``policy``."""
         self.loss += float(terms.loss.detach())
         if terms.ratio is not None:
             # A NaN must trip the ratio check, but Python's max() may drop it.
@@ -76,8 +84,9 @@ class UpdateStatistics:
         self.clipped += int(terms.clipped.sum())
         self.transitions += len(part)
         self.kl += 0.0 if terms.kl is None else float(terms.kl.detach())
-        self.forwards += len(part.states)
-        self.backwards += len(part.states)
+        evaluations = policy.evaluations_per_velocity
+        self.forwards += evaluations * len(part.states)
+        self.backwards += (1 if policy.detach_unconditional else evaluations) * len(part.states)
 
 
 class Updater:
@@ -86,6 +95,7 @@ class Updater:
     Attributes:
         config: the run's configuration.
         weights: the trained weights.
+        policy: the policy with the guidance of training.
         optimizer: their optimiser.
         sizes: states per training forward, halved when memory runs out.
         old: the old policy, if the objective has one.
@@ -99,12 +109,12 @@ class Updater:
         sizes: BatchSizes,
         old: OldPolicy | None = None,
     ) -> None:
-        self.config, self.weights, self.policy = config, weights, weights.policy
+        self.config, self.weights, self.policy = config, weights, _guided(weights.policy, config)
         self.accelerator, self.optimizer, self.sizes = weights.accelerator, optimizer, sizes
         self.old = old
         # With adapters the base is the transformer without them.
         apart = "base" in config.frozen_policies and config.lora is None
-        self._base = weights.reference() if apart else None
+        self._base = _guided(weights.reference(), config) if apart else None
 
     def with_frozen(self, batch: Batch) -> tuple[Batch, UpdateStatistics]:
         """``batch`` with the velocities of the frozen policies, and what that computed.
@@ -115,7 +125,7 @@ class Updater:
         for name in self.config.frozen_policies:
             with self._frozen(name) as policy:
                 frozen[name] = self._within_memory(functools.partial(self._evaluate, policy, batch))
-            computed.forwards += len(batch.states)
+            computed.forwards += self.policy.evaluations_per_velocity * len(batch.states)
         return replace(batch, frozen=frozen), computed
 
     @contextlib.contextmanager
@@ -201,13 +211,13 @@ class Updater:
                 terms_of_groups = update.group_terms(velocity, self.config)
                 sums = sums_of_groups(terms_of_groups, update.groups)
                 update = replace(update, group_sums=sums)
-                statistics.forwards += len(update)
+                statistics.forwards += self.policy.evaluations_per_velocity * len(update)
             else:
                 size -= size % group_size
         for part in update.split(size):
             terms = loss(self.policy, part, self.config)
             terms.loss.backward()
-            statistics.add(part, terms)
+            statistics.add(part, terms, self.policy)
         return statistics
 
     def _check_ratio(self, deviation: float, iteration: int) -> None:

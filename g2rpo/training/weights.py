@@ -264,17 +264,11 @@ def build_weights(config: TrainConfig, accelerator: Accelerator) -> TrainedWeigh
     A single rank has nothing to shard and holds everything, whatever ``execution.sharding`` says.
 
     Raises:
-        UserError: as :meth:`Policy.load`, sharding is combined with LoRA, or the attention kernel
-            cannot be chosen for this architecture.
+        UserError: as :meth:`Policy.load`, or the attention kernel cannot be chosen for this
+            architecture.
     """
     execution, device = config.execution, accelerator.device
-    sharded = execution.sharding == "fsdp2"
-    if sharded and config.lora is not None:
-        raise UserError(
-            "execution.sharding=fsdp2 is not supported with lora, whose adapters are small; use "
-            "execution.sharding=replicated"
-        )
-    sharded = sharded and accelerator.num_processes > 1
+    sharded = execution.sharding == "fsdp2" and accelerator.num_processes > 1
     policy = load_policy(config.policy, device, weights=not sharded)
     if execution.attention not in ("auto", "native") and not policy.has_attention_backends:
         raise UserError(

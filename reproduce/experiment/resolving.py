@@ -15,6 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.methods.presets import load_preset
 from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.policy.config import ImageConfig
+from g2rpo.policy.size import pipeline_of
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
@@ -142,8 +143,9 @@ class Resolver:
         self._prompts = {
             split: absolute(getattr(profile.prompts, split)) for split in PromptSplits.model_fields
         }
+        pipeline = pipeline_of(self._policy)
         self._presets = {
-            (cell.method, preset): load_preset(cell.method, preset)
+            (cell.method, preset): load_preset(cell.method, preset, pipeline)
             for cell in experiment.cells.values()
             if cell.method is not None
             for preset in (cell.preset or experiment.preset,)

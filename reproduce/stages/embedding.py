@@ -128,8 +128,10 @@ def prompt_uses(cell: ResolvedCell) -> list[tuple[PolicyConfig, PromptUse]]:
     Of the training prompts, only those that the iterations draw with the cell's seed.
     """
     uses = [(cell.policy, PromptUse(Path(cell.evaluation_prompts), cell.evaluation.limit))]
-    if cell.train is not None:
-        uses = [*((cell.train.policy, use) for use in _training_uses(cell.train)), *uses]
+    if (train := cell.train) is not None:
+        # The empty prompt is needed where rollouts or training are guided.
+        policy = max(train.policy, train.trained_policy, key=nfe_per_velocity)
+        uses = [*((policy, use) for use in _training_uses(train)), *uses]
     return uses
 
 

@@ -1,4 +1,4 @@
-"""Every method of the experiment ``family``: on the path of ``flux``, and timed."""
+"""Every method on the paths of ``flux`` and ``sd35``, as released on SD3.5, and timed."""
 
 import json
 from pathlib import Path
@@ -8,39 +8,46 @@ from training_runs import trainer_for
 from two_ranks import on_two_ranks
 
 from benchmarks.speed.methods import main, report
-from g2rpo.methods.presets import method_label, preset_names
+from g2rpo.methods.presets import load_preset, method_label, preset_names
 from g2rpo.training.config import PromptsConfig, TrainConfig
 from reproduce.experiment.cells import load_experiment
 from reproduce.experiment.profile import load_profile
 from reproduce.experiment.resolving import resolve
 
+SD3 = "StableDiffusion3Pipeline"
 CELLS = [key for key, cell in load_experiment("family").cells.items() if cell.method is not None]
 
 
-def config_of(assets: Path, key: str) -> TrainConfig:
-    cell = resolve(load_experiment("family"), load_profile("flux-tiny"), key, 1)
-    assert cell.train is not None
-    policy = cell.train.policy.model_copy(update={"source": str(assets / "policy")})
+RELEASED = sorted(name for name in preset_names() if "lora" in load_preset(name, "released", SD3))
+"""The methods whose code trains Stable Diffusion 3.5."""
+
+
+def on_assets(config: TrainConfig | None, assets: Path) -> TrainConfig:
+    """``config`` with the tiny models and prompts in ``assets``."""
+    assert config is not None
+    source = assets / Path(config.policy.source).name
+    policy = config.policy.model_copy(update={"source": str(source)})
     prompts = PromptsConfig(file=str(assets / "prompts" / "train.txt"))
     changes = {"policy": policy, "prompts": prompts, "validation": None, "pictures": None}
-    return cell.train.model_copy(update=changes)
+    return config.model_copy(update=changes)
 
 
-def train_each(assets: Path, folder: Path) -> None:
+def train_each(assets: Path, folder: Path, profile: str) -> None:
     found = {}
     for key in CELLS:
-        trainer = trainer_for(config_of(assets, key), folder / key.replace("/", "-"))
+        cell = resolve(load_experiment("family"), load_profile(profile), key, 1)
+        trainer = trainer_for(on_assets(cell.train, assets), folder / key.replace("/", "-"))
         found[key] = trainer.iterate()
     if trainer.accelerator.is_main_process:
         (folder / "rows.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["flux-tiny", "sd35-tiny"])
 def rows(
-    smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory
+    smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("family")
-    assert on_two_ranks(train_each, smoke_assets, folder) == 0
+    assert on_two_ranks(train_each, smoke_assets, folder, request.param) == 0
     found: dict[str, dict[str, float]] = json.loads((folder / "rows.json").read_text())
     return found
 
@@ -50,6 +57,22 @@ def test_a_method_trains_for_an_iteration(rows: dict[str, dict[str, float]], key
     row = rows[key]
     assert row["gradient_norm"] > 0
     assert row["training_backwards"] > 0
+    assert row["ratio_deviation"] <= 2e-5
+
+
+@pytest.mark.parametrize("method", RELEASED)
+def test_a_method_released_on_sd35_trains_for_an_iteration(
+    smoke_assets: Path, tmp_path: Path, method: str
+) -> None:
+    experiment = load_experiment("family")
+    cell = experiment.cells["hps/g2rpo"].model_copy(update={"method": method})
+    released = experiment.model_copy(update={"preset": "released", "cells": {"cell": cell}})
+    few = {"rollout": {"group_size": 4, "prompts_per_iteration": 2}}
+    resolved = resolve(released, load_profile("sd35-smoke"), "cell", 1, few)
+    trainer = trainer_for(on_assets(resolved.train, smoke_assets), tmp_path)
+    assert trainer.policy.has_lora
+    row = trainer.iterate()
+    assert row["gradient_norm"] > 0
     assert row["ratio_deviation"] <= 2e-5
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config_for, exhausted_memory, relative, run_to, trained_weights
+from engine_runs import (
+    GUIDED,
+    config_for,
+    exhausted_memory,
+    guided,
+    relative,
+    run_to,
+    trained_weights,
+)
 from training_runs import trainer_for
 from two_ranks import on_two_ranks
 
@@ -31,7 +39,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(assets: Path, name: str, **changes: Any) -> TrainConfig:
+def config_of(assets: Path, name: str, guidance: str | None = None, **changes: Any) -> TrainConfig:
+    changes = changes if guidance is None else guided(assets, guidance, **changes)
     return config_for(
         assets,
         method={"name": "ode"},
@@ -41,12 +50,18 @@ def config_of(assets: Path, name: str, **changes: Any) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("name", "guidance"), [*((name, None) for name in OBJECTIVES), ("dgpo", "rollouts alone")]
+)
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
 def test_a_run_resumes_bit_for_bit_with_its_old_policy(
-    smoke_assets: Path, tmp_path: Path, name: str, lora: dict[str, Any] | None
+    smoke_assets: Path,
+    tmp_path: Path,
+    name: str,
+    guidance: str | None,
+    lora: dict[str, Any] | None,
 ) -> None:
-    config = config_of(smoke_assets, name, lora=lora)
+    config = config_of(smoke_assets, name, guidance, lora=lora)
     trainer = trainer_for(config, tmp_path / "run")
     run_to(trainer, 2)
     resumed = trainer_for(config, tmp_path / "run")
@@ -65,17 +80,21 @@ def test_a_run_resumes_bit_for_bit_with_its_old_policy(
     assert "old_policy.safetensors" in saved
 
 
-def two_iterations(assets: Path, folder: Path, name: str, sharding: str) -> Trainer:
+Case = tuple[str, str | None]
+"""An objective, and the guidance of a Stable Diffusion 3; None is a FLUX."""
+
+
+def two_iterations(assets: Path, folder: Path, case: Case, sharding: str) -> Trainer:
     execution = {"sharding": sharding}
-    config = config_of(assets, name, policy={"dtype": "float64"}, execution=execution)
+    config = config_of(assets, *case, policy={"dtype": "float64"}, execution=execution)
     trainer = trainer_for(config, folder)
     for _ in range(3):
         trainer.iterate()
     return trainer
 
 
-def write_weights(assets: Path, folder: Path, name: str, sharding: str) -> None:
-    trainer = two_iterations(assets, folder / "run", name, sharding)
+def write_weights(assets: Path, folder: Path, case: Case, sharding: str) -> None:
+    trainer = two_iterations(assets, folder / "run", case, sharding)
     weights = trained_weights(trainer)
     if trainer.accelerator.is_main_process:
         torch.save(weights, folder / "weights.pt")
@@ -84,17 +103,24 @@ def write_weights(assets: Path, folder: Path, name: str, sharding: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sharding"),
-    [("nft", "replicated"), ("nft", "fsdp2"), ("awm", "replicated"), ("dgpo", "fsdp2")],
+    ("case", "sharding"),
+    [
+        (("nft", None), "replicated"),
+        (("nft", None), "fsdp2"),
+        (("awm", None), "replicated"),
+        (("dgpo", None), "fsdp2"),
+        (("dgpo", "rollouts alone"), "replicated"),
+        (("nft", "detached"), "fsdp2"),
+    ],
 )
 def test_two_ranks_train_as_one_does(
-    smoke_assets: Path, tmp_path: Path, name: str, sharding: str
+    smoke_assets: Path, tmp_path: Path, case: Case, sharding: str
 ) -> None:
-    assert on_two_ranks(write_weights, smoke_assets, tmp_path, name, sharding) == 0
-    alone = two_iterations(smoke_assets, tmp_path / "alone", name, "replicated")
+    assert on_two_ranks(write_weights, smoke_assets, tmp_path, case, sharding) == 0
+    alone = two_iterations(smoke_assets, tmp_path / "alone", case, "replicated")
     weights = trained_weights(alone)
     start = trained_weights(
-        trainer_for(config_of(smoke_assets, name, policy={"dtype": "float64"}), tmp_path / "start")
+        trainer_for(config_of(smoke_assets, *case, policy={"dtype": "float64"}), tmp_path / "start")
     )
     both = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert relative(both, weights, start) < 1e-6
@@ -102,17 +128,20 @@ def test_two_ranks_train_as_one_does(
     assert counters == vars(replace(alone.progress, device_seconds=0))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    [*((name, None) for name in OBJECTIVES), *(("dgpo", guidance) for guidance in GUIDED)],
+)
 def test_short_memory_halves_the_micro_batch_and_changes_nothing_else(
-    smoke_assets: Path, tmp_path: Path, name: str
+    smoke_assets: Path, tmp_path: Path, name: str, guidance: str | None
 ) -> None:
     """Also where a micro-batch no longer holds the images of a group that are compared."""
     changes = {"policy": {"dtype": "float64"}, "execution": {"training_micro_batch": 8}}
-    config = config_of(smoke_assets, name, **changes)
+    config = config_of(smoke_assets, name, guidance, **changes)
     plenty, short = (trainer_for(config, tmp_path / run) for run in ("plenty", "short"))
     start = trained_weights(plenty)
     plenty.iterate()
-    with exhausted_memory(short.policy, 2) as asked:
+    with exhausted_memory(short.updater.policy, 2) as asked:
         row = short.iterate()
     assert max(asked) > 2 and row["training_micro_batch"] == 2
     assert relative(trained_weights(short), trained_weights(plenty), start) < 1e-6

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import config_for, relative, trained_weights
+from engine_runs import GUIDED, config_for, guided, relative, trained_weights
 from torch import Tensor
 from training_runs import Brightness, trainer_for
 
+from g2rpo.config import merge
+from g2rpo.policy.sd3 import SD3Policy
 from g2rpo.seeds import gaussian
 from g2rpo.training.batch import training_batch
 from g2rpo.training.config import TrainConfig
@@ -60,6 +62,9 @@ Row = tuple[Tensor, Tensor, float]
 class Plain:
     """The next iteration of a trainer, with weights set by hand for every velocity."""
 
+    sampling = False
+    """Whether velocities are those of a rollout."""
+
     def __init__(self, trainer: Trainer, base: dict[str, Tensor]) -> None:
         assert trainer.old is not None
         self.trainer, self.policy = trainer, trainer.policy
@@ -76,12 +81,22 @@ class Plain:
 
     def velocity(self, which: str, x: Tensor, t: float, prompt: int) -> Tensor:
         self.hold(which)
-        text = self.policy.encode([self.prompts[prompt].text])
+        text, empty = (self.policy.encode([text]) for text in (self.prompts[prompt].text, ""))
+        config, time = self.trainer.config, torch.tensor([t], dtype=x.dtype)
+        own = config.guidance.training_scale
+        scale = config.policy.guidance_scale if self.sampling or own is None else own
         with torch.set_grad_enabled(which == "new"):
-            return self.policy.velocity(x[None], torch.tensor([t], dtype=x.dtype), text)[0]
+            if not isinstance(self.policy, SD3Policy):
+                return self.policy.velocity(x[None], time, text)[0]
+            given = self.policy.forward(x[None], time, text)[0]
+            without = self.policy.forward(x[None], time, empty)[0]
+        if config.guidance.detach_unconditional:
+            without = without.detach()
+        return scale * given + (1 - scale) * without
 
     def images(self, prompt: int, sampler: str) -> list[Tensor]:
         """Euler steps from each sample's noise."""
+        self.sampling = True
         grid, found = self.trainer.grid, []
         noise = self.trainer.engine.noise(self.prompts, DONE)
         for g in range(self.trainer.config.rollout.group_size):
@@ -90,6 +105,7 @@ class Plain:
                 v = self.velocity(sampler, x, grid.timesteps[k], prompt).detach()
                 x = x + v * (grid.sigmas[k + 1] - grid.sigmas[k])
             found.append(x)
+        self.sampling = False
         return found
 
     def advantages(self, prompt: int, images: list[Tensor]) -> list[float]:
@@ -154,15 +170,19 @@ class Plain:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("guidance", [None, *GUIDED])
 def test_the_gradient_of_an_iteration_equals_that_of_plain_loops(
-    smoke_assets: Path, tmp_path: Path, name: str
+    smoke_assets: Path, tmp_path: Path, name: str, guidance: str | None
 ) -> None:
     config: TrainConfig = config_for(
         smoke_assets,
         method={"name": "ode"},
         objective=OBJECTIVES[name],
         optimization={"clip_range": 0.01, "kl_coefficient": 0.1},
-        policy={"dtype": "float64"},
+        **merge(
+            {"policy": {"dtype": "float64"}},
+            {} if guidance is None else guided(smoke_assets, guidance),
+        ),
     )
     trainer = trainer_for(config, tmp_path)
     base = {key: value.clone() for key, value in trained_weights(trainer).items()}

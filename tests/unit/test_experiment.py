@@ -1,5 +1,6 @@
 """Profiles, presets and experiments: what a cell resolves to and what its run is called."""
 
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 from g2rpo import provenance
 from g2rpo.config import merge
 from g2rpo.errors import UserError
+from g2rpo.flow.rollout_tree import recorded_steps
+from g2rpo.flow.schedule import build_grid
 from g2rpo.methods.presets import load_preset, preset_names
-from g2rpo.training.config import TrainConfig
+from g2rpo.policy.config import ATTENTION_MODULES
+from g2rpo.training.config import GuidanceConfig, TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts, validations
 from reproduce.experiment import (
     HERE,
@@ -48,7 +52,12 @@ def test_every_experiment_resolves_under_every_profile(experiment: str, profile:
         with pytest.raises(UserError, match=f"needs the policy {loaded.policy}.*--profile flux"):
             expand(loaded, chosen, [1])
         return
-    cells = expand(loaded, chosen, [1, 2])
+    overrides: dict[str, Any] = {}
+    if experiment == "released-vs-matched" and profile in ("sd35", "sd35-tiny"):
+        with pytest.raises(UserError, match=r"not supported with lora.* lora=null"):
+            expand(loaded, chosen, [1])
+        overrides = {"lora": None}
+    cells = expand(loaded, chosen, [1, 2], overrides)
     keys = [(cell.key, cell.seed) for cell in cells]
     assert len(set(keys)) == len(keys)
     for cell in cells:
@@ -152,22 +161,97 @@ RELEASED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_released_presets_state_the_released_settings(method: str) -> None:
+def released_cell(method: str, profile: str) -> ResolvedCell:
     experiment = load_experiment("table1")
     row = experiment.cells["hps/g2rpo"].model_copy(update={"method": method})
     released = experiment.model_copy(update={"preset": "released", "cells": {"row": row}})
-    cell = resolve(released, load_profile("mini"), "row", 42)
+    return resolve(released, load_profile(profile), "row", 42)
+
+
+def setting(config: TrainConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_released_presets_state_the_released_settings(method: str) -> None:
+    cell = released_cell(method, "mini")
     assert cell.preset == "released"
     for key, expected in RELEASED[method].items():
-        value: Any = trained(cell)
-        for part in key.split("."):
-            value = getattr(value, part)
-        assert value == expected, key
+        assert setting(trained(cell), key) == expected, key
     optimization = trained(cell).optimization
     assert optimization.clip_range == RELEASED[method].get("optimization.clip_range", 1e-4)
     assert optimization.weight_decay == RELEASED[method].get("optimization.weight_decay", 1e-4)
     assert optimization.max_grad_norm == 1.0
+
+
+# What the methods' own code has for SD3.5-M, where it is not what RELEASED has.
+GUIDED = {
+    "policy.guidance_scale": 4.5, "trained_policy.guidance_scale": 4.5, "grid.schedule": "sd3",
+    "grid.steps": 10, "optimization.learning_rate": 3e-4, "lora.rank": 32, "lora.alpha": 64.0,
+    "lora.target_modules": ATTENTION_MODULES,
+}  # fmt: skip
+UNGUIDED = GUIDED | {"policy.guidance_scale": 1.0, "trained_policy.guidance_scale": 1.0}
+RELEASED_ON_SD35: dict[str, dict[str, Any]] = {
+    "flow_grpo": GUIDED | {"grid.timestep": "exact"},
+    "flow_grpo_fast": GUIDED | {
+        "method.eta": 0.8, "method.stochastic_count": 2, "method.among": 9,
+        "rollout.group_size": 24, "rollout.prompts_per_iteration": 48,
+    },
+    "flow_cps": UNGUIDED | {"rollout.group_size": 18, "rollout.prompts_per_iteration": 64},
+    "grpo_guard": GUIDED | {
+        "optimization.learning_rate": 1e-4, "advantage.normalizer": "group", "advantage.ddof": 0,
+        "optimization.kl_coefficient": 0.0, "rollout.group_size": 24,
+    },
+    "flow_dppo": UNGUIDED | {"grid.schedule": "shifted", "method.stochastic_count": 3},
+    "tempflow_grpo": GUIDED | {
+        "method.eta": 0.7, "method.weight_scale": 2.25, "optimization.kl_coefficient": 0.001,
+        "optimization.iterations": 1000,
+    },
+    "diffusion_nft": UNGUIDED | {"grid.timestep": "truncated"},
+    "awm": UNGUIDED | {"grid.steps": 14},
+    "dgpo": GUIDED | {
+        "trained_policy.guidance_scale": 1.0, "grid.schedule": "shifted", "lora.rank": 64,
+        "lora.alpha": 128.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", RELEASED_ON_SD35)
+def test_released_presets_are_those_of_sd35_on_it(method: str) -> None:
+    config = trained(released_cell(method, "sd35-lora"))
+    for key, expected in (RELEASED[method] | RELEASED_ON_SD35[method]).items():
+        assert setting(config, key) == expected, key
+    assert config.policy.resolution == 512
+    grid = build_grid(config.grid, image_tokens=1024).sigmas
+    if config.grid.schedule == "sd3" and len(grid) == 11:
+        published = (1, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.0089, 0)
+        assert grid == pytest.approx(published, abs=5e-4)
+    if config.method.name == "flow_grpo":
+        steps = recorded_steps(config.method.rollout_tree(config.shape, 0))
+        assert list(steps) == list(range(9))
+
+
+def test_released_presets_are_the_same_on_every_other_policy() -> None:
+    for method in METHODS:
+        flux = trained(released_cell(method, "flux"))
+        plain = load_preset(method, "released")
+        assert flux.lora is None and flux.guidance == GuidanceConfig()
+        assert flux.grid.schedule == plain["grid"]["schedule"] == "shifted"
+        assert flux.policy.guidance_scale == 3.5
+        assert (method in RELEASED_ON_SD35) == (
+            load_preset(method, "released", "StableDiffusion3Pipeline") != plain
+        )
+
+
+def test_the_evaluation_of_sd35_is_that_of_flow_grpo() -> None:
+    for name in ("sd35", "sd35-lora"):
+        cell = resolve(load_experiment("table1"), load_profile(name), "hps/flow_grpo", 1)
+        evaluation = cell.evaluation
+        assert (evaluation.grid.steps, evaluation.grid.schedule) == (40, "sd3")
+        assert (evaluation.resolution, cell.policy.guidance_scale) == (512, 4.5)
+        assert trained(cell).lora is None or trained(cell).lora == trained(
+            released_cell("flow_grpo", name)
+        ).lora  # fmt: skip
 
 
 RATES = {"g2rpo": 0.125, "g2rpo_no_mgai": 0.25}
@@ -223,12 +307,14 @@ def test_the_profiles_of_flux_differ_in_their_engine_alone(name: str) -> None:
     assert ("lora" in other.training) == (other.engine == "lora")
 
 
-def test_flux_tiny_takes_the_path_of_flux_on_the_cpu() -> None:
-    tiny, flux = load_profile("flux-tiny"), load_profile("flux")
-    assert tiny.engine == flux.engine == "sharded"
+@pytest.mark.parametrize("name", ["flux", "sd35"])
+def test_a_tiny_profile_takes_the_path_of_its_model_on_the_cpu(name: str) -> None:
+    tiny, whole = load_profile(f"{name}-tiny"), load_profile(name)
+    assert tiny.engine == whole.engine == "sharded"
     assert tiny.hardware.training_ranks == 2
-    assert tiny.policy.dtype == flux.policy.dtype
-    assert tiny.training["execution"]["sharding"] == flux.training["execution"]["sharding"]
+    assert tiny.policy.dtype == whole.policy.dtype
+    assert tiny.policy.pipeline == whole.policy.pipeline
+    assert tiny.training["execution"]["sharding"] == whole.training["execution"]["sharding"]
 
 
 def test_what_a_run_has_not_leaves_its_name(smoke_assets: Path) -> None:
