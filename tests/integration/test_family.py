@@ -4,11 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
 from training_runs import trainer_for
 from two_ranks import on_two_ranks
 
 from benchmarks.speed.methods import main, report
+from g2rpo.data.prompts import read_prompts
+from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.methods.presets import load_preset, method_label, preset_names
+from g2rpo.sampling import evaluation_noise, sample_ode
+from g2rpo.training.checkpoint.load import export_trained
 from g2rpo.training.config import PromptsConfig, TrainConfig
 from reproduce.experiment.cells import load_experiment
 from reproduce.experiment.profile import load_profile
@@ -30,6 +37,15 @@ def on_assets(config: TrainConfig | None, assets: Path) -> TrainConfig:
     prompts = PromptsConfig(file=str(assets / "prompts" / "train.txt"))
     changes = {"policy": policy, "prompts": prompts, "validation": None, "pictures": None}
     return config.model_copy(update=changes)
+
+
+def released_on_sd35(assets: Path, method: str) -> TrainConfig:
+    """The preset ``released`` of ``method`` on the profile sd35-smoke, with fewer samples."""
+    experiment = load_experiment("family")
+    cell = experiment.cells["hps/g2rpo"].model_copy(update={"method": method})
+    released = experiment.model_copy(update={"preset": "released", "cells": {"cell": cell}})
+    few = {"rollout": {"group_size": 4, "prompts_per_iteration": 2}}
+    return on_assets(resolve(released, load_profile("sd35-smoke"), "cell", 1, few).train, assets)
 
 
 def train_each(assets: Path, folder: Path, profile: str) -> None:
@@ -64,16 +80,49 @@ def test_a_method_trains_for_an_iteration(rows: dict[str, dict[str, float]], key
 def test_a_method_released_on_sd35_trains_for_an_iteration(
     smoke_assets: Path, tmp_path: Path, method: str
 ) -> None:
-    experiment = load_experiment("family")
-    cell = experiment.cells["hps/g2rpo"].model_copy(update={"method": method})
-    released = experiment.model_copy(update={"preset": "released", "cells": {"cell": cell}})
-    few = {"rollout": {"group_size": 4, "prompts_per_iteration": 2}}
-    resolved = resolve(released, load_profile("sd35-smoke"), "cell", 1, few)
-    trainer = trainer_for(on_assets(resolved.train, smoke_assets), tmp_path)
+    trainer = trainer_for(released_on_sd35(smoke_assets, method), tmp_path)
     assert trainer.policy.has_lora
     row = trainer.iterate()
     assert row["gradient_norm"] > 0
     assert row["ratio_deviation"] <= 2e-5
+
+
+def test_a_lora_trained_on_sd35_gives_diffusers_the_same_images(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    config, run = released_on_sd35(smoke_assets, "flow_grpo"), tmp_path / "run"
+    optimization = config.optimization.model_copy(
+        update={"iterations": 2, "learning_rate": 0.1, "ema_decay": None}
+    )
+    config = config.model_copy(update={"optimization": optimization})
+    trainer = trainer_for(config, run)
+    trainer.train()
+    assert export_trained(run, tmp_path / "lora") == "LoRA file of iteration-000002"
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(config.policy.source)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = read_prompts(Path(config.prompts.file), 2)
+    noise = torch.stack([evaluation_noise(trainer.policy, 5, prompt) for prompt in prompts])
+
+    def images() -> Tensor:
+        output = pipeline(
+            [prompt.text for prompt in prompts],
+            height=config.policy.resolution,
+            width=config.policy.resolution,
+            num_inference_steps=4,
+            guidance_scale=4.5,
+            max_sequence_length=config.policy.max_sequence_length,
+            latents=noise,
+            output_type="np",
+        )
+        return 255 * torch.from_numpy(output.images)
+
+    base = images()
+    pipeline.load_lora_weights(tmp_path / "lora")
+    grid = build_grid(GridConfig(steps=4, schedule="sd3", timestep="exact"), image_tokens=1)
+    trained = sample_ode(trainer.policy, prompts, grid, seed=5).float()
+    assert (images() - trained).abs().max() < 0.6
+    assert (images() - base).abs().mean() > 2
 
 
 def test_every_method_is_timed(tmp_path: Path) -> None:

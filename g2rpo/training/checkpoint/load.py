@@ -174,8 +174,8 @@ def load_trained(policy: Policy, run: Path) -> Path:
 def export_trained(run: Path, output: Path) -> str:
     """Writes what ``run`` has trained in diffusers' format, in the policy's dtype.
 
-    Full fine-tuning gives a FluxPipeline folder, LoRA a file for
-    ``FluxPipeline.load_lora_weights``.
+    Full fine-tuning gives a folder of the policy's pipeline, LoRA a file for its
+    ``load_lora_weights``.
 
     Returns:
         What was written, in words.
@@ -200,4 +200,4 @@ def export_trained(run: Path, output: Path) -> str:
             write_checksums(temporary)
         return f"LoRA file of {checkpoint.name}"
     export_pipeline(policy, output)
-    return f"FluxPipeline folder of {checkpoint.name}"
+    return f"{policy.pipeline_class.__name__} folder of {checkpoint.name}"
