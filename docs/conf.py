@@ -48,7 +48,7 @@ contents_sections = {
     "Use": ["get_started", "experiments", "measured", "results", "faq"],
     "Images": ["scoring", "rewards", "weights"],
     "Clusters": ["cluster", "containers", "flux"],
-    "Methods": ["extending", "mathematics", "fidelity", "statistics", "mini_world"],
+    "Methods": ["extending", "policy", "mathematics", "fidelity", "statistics", "mini_world"],
     "Reference": [
         "generated/cli",
         "generated/config",

@@ -231,13 +231,13 @@ class Policy(ABC):
 
     # Latents
 
-    @abstractmethod
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] as the transformer takes them."""
+        """Latents [B, C, h, w] as the transformer takes them; by default as they are."""
+        return latents
 
-    @abstractmethod
     def unpack(self, latents: Tensor) -> Tensor:
         """The inverse of :meth:`pack`, for latents of this policy's ``latent_shape``."""
+        return latents
 
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity, pointing from the image to the noise.

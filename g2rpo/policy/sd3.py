@@ -112,14 +112,6 @@ class SD3Policy(Policy):
                     f"of {folder} covers"
                 )
 
-    def pack(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] as they are."""
-        return latents
-
-    def unpack(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] as they are."""
-        return latents
-
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`Policy.forward`; latents are [B, C, h, w]."""
         dtype = getattr(torch, self.config.dtype)

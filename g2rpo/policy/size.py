@@ -38,11 +38,12 @@ class Layer(NamedTuple):
     inputs: int
     outputs: int
     rows: Rows
+    bias: bool = True
 
     @property
     def parameters(self) -> int:
         """Weights and biases."""
-        return (self.inputs + 1) * self.outputs
+        return (self.inputs + self.bias) * self.outputs
 
 
 Layers = dict[str, Layer]
@@ -82,7 +83,7 @@ class ModelSize(pydantic.BaseModel, ABC, frozen=True):
     num_attention_heads: int
     attention_head_dim: int
     joint_attention_dim: int = 4096
-    pooled_projection_dim: int
+    pooled_projection_dim: int = 0
     factor: int = 8
     """Pixels per latent, along each side."""
     clip_tokens: ClassVar[int] = 0

@@ -208,9 +208,10 @@ def test_a_page_starts_with_its_purpose_and_a_command(page: Path) -> None:
 
 def test_the_documentation_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
-    # The ledger grows with every method.
-    pages = [page for page in DOCS if page.name != "fidelity.md"]
-    assert sum(len(page.read_text().split()) for page in pages) <= 10_300
+    # The ledger grows with every method, and examples are whole files.
+    pages = [page.read_text() for page in DOCS if page.name != "fidelity.md"]
+    prose = [re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE) for page in pages]
+    assert sum(len(page.split()) for page in prose) <= 10_300
 
 
 def test_the_generated_reference_has_every_command_and_key() -> None:
