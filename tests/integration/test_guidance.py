@@ -93,10 +93,11 @@ def test_the_gradient_of_transitions_equals_that_of_a_plain_loop(
     rollout = trainer.rollout(prompts)
     batch = training_batch(rollout, prompts, config, trainer.advantages(rollout))
     batch, _ = trainer.updater.with_frozen(batch)
-    sigmas, detach = trainer.grid.sigmas, which == "detached"
+    sigmas, times = trainer.grid.sigmas, trainer.grid.timesteps
+    detach = which == "detached"
     taken = transitions(trainer, rollout, prompts)
     with torch.no_grad():
-        before = [velocity(trainer, x, sigmas[k], p, detach=False) for x, _, k, p, _ in taken]
+        before = [velocity(trainer, x, times[k], p, detach=False) for x, _, k, p, _ in taken]
         for number, parameter in enumerate(trainer.weights.parameters):
             draws = torch.Generator().manual_seed(number)
             noise = torch.randn(parameter.shape, generator=draws, dtype=parameter.dtype)
@@ -105,7 +106,7 @@ def test_the_gradient_of_transitions_equals_that_of_a_plain_loop(
 
     losses, clipped = [], 0
     for (x, following, k, prompt, advantage), old in zip(taken, before, strict=True):
-        mean, std = step(x, velocity(trainer, x, sigmas[k], prompt, detach=detach), sigmas, k)
+        mean, std = step(x, velocity(trainer, x, times[k], prompt, detach=detach), sigmas, k)
         base, _ = step(x, old, sigmas, k)
         ratio = torch.exp(log_prob(following, mean, std) - log_prob(following, base, std))
         clipped += abs(float(ratio.detach()) - 1) > 0.01
