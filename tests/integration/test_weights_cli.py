@@ -47,6 +47,14 @@ class Run:
         return code, captured.out, captured.err
 
 
+def test_the_weights_of_a_profile_are_those_that_it_needs(run: Run, hub: FakeHub) -> None:
+    code, out, _ = run("weights", "list", "--profile", "sd35-lora")
+    names = {line.split()[0] for line in out.splitlines()}
+    assert code == 0 and {"sd35-medium", "hps-v2.1", "pick-score"} <= names
+    assert not any(name == "flux-dev" or name.endswith("-released") for name in names)
+    assert "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium" in out
+
+
 def test_list_fetch_lock_verify_and_fix(run: Run, hub: FakeHub) -> None:
     code, out, _ = run("weights", "list", "--profile", "flux-lora")
     assert code == 0

@@ -19,6 +19,7 @@ from g2rpo.flow.rollout_tree import recorded_steps
 from g2rpo.flow.schedule import build_grid
 from g2rpo.methods.presets import load_preset, preset_names
 from g2rpo.policy.config import ATTENTION_MODULES
+from g2rpo.policy.size import nfe_per_velocity
 from g2rpo.training.config import GuidanceConfig, TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts, validations
 from reproduce.experiment import (
@@ -241,6 +242,19 @@ def test_released_presets_are_the_same_on_every_other_policy() -> None:
         assert (method in RELEASED_ON_SD35) == (
             load_preset(method, "released", "StableDiffusion3Pipeline") != plain
         )
+
+
+def test_a_preset_is_that_of_the_pipeline_before_and_after_it_is_built(
+    smoke_assets: Path, tmp_path: Path
+) -> None:
+    profile, folder = tmp_path / "profile.yaml", tmp_path / "policy"
+    profile.write_text(f"name: later\nextends: sd35-smoke\npolicy: {{source: {folder}}}\n")
+    before = trained(released_cell("flow_grpo", str(profile)))
+    assert before.lora is not None and nfe_per_velocity(before.policy) == 2
+    shutil.copytree(smoke_assets / "sd3_policy", folder)
+    assert trained(released_cell("flow_grpo", str(profile))) == before
+    assert nfe_per_velocity(before.policy) == 2
+    assert nfe_per_velocity(load_profile("sd35-lora").policy) == 2
 
 
 def test_the_evaluation_of_sd35_is_that_of_flow_grpo() -> None:
