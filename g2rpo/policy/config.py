@@ -39,7 +39,7 @@ class ImageConfig(StrictModel):
     """
 
     resolution: int | None = Field(None, gt=0)
-    """Side of square images, in pixels; for others, set ``height``, ``width`` or both."""
+    """Side of square images, in pixels; not needed where ``height`` and ``width`` are set."""
     height: int | None = Field(None, gt=0)
     """In pixels; null is ``resolution``."""
     width: int | None = Field(None, gt=0)

@@ -12,6 +12,7 @@ from two_ranks import on_two_ranks
 
 from benchmarks.speed.methods import main, report
 from g2rpo.data.prompts import read_prompts
+from g2rpo.files import write_json
 from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.methods.presets import load_preset, method_label, preset_names
 from g2rpo.sampling import evaluation_noise, sample_ode
@@ -97,6 +98,7 @@ def test_a_lora_trained_on_sd35_gives_diffusers_the_same_images(
     config = config.model_copy(update={"optimization": optimization})
     trainer = trainer_for(config, run)
     trainer.train()
+    write_json(run / "config.json", config.model_dump(mode="json"))
     assert export_trained(run, tmp_path / "lora") == "LoRA file of iteration-000002"
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(config.policy.source)

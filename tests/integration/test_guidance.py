@@ -22,7 +22,10 @@ from g2rpo.training.rollout import Rollout
 
 TRANSITIONS = ("rollouts and training", "detached")
 """What objectives on transitions allow."""
-FLOW_GRPO: dict[str, Any] = {"method": {"name": "flow_grpo"}, "grid": {"schedule": "sd3"}}
+FLOW_GRPO: dict[str, Any] = {
+    "method": {"name": "flow_grpo"},
+    "grid": {"steps": 5, "schedule": "sd3"},
+}
 DGPO: dict[str, Any] = {
     "method": {"name": "ode"},
     "objective": {"name": "dgpo", "times": {"count": 2, "until": 1.0}},

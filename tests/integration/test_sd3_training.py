@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sd3_config(folder: Path, method: str, guidance: float, **changes: object) -> TrainConfig:
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("a red circle\ntwo green triangles\na blue square\n")
-    policy = {"source": str(folder), "resolution": 32, "max_sequence_length": 16}
+    policy = {"source": str(folder), "height": 32, "width": 48, "max_sequence_length": 16}
     data = {
         "policy": policy | {"guidance_scale": guidance},
         "prompts": {"file": str(prompts)},
@@ -107,10 +107,10 @@ def test_what_is_not_supported_is_refused(
 
 
 def test_evaluation_of_a_guided_policy(folder: Path) -> None:
-    policy = load_policy(sd3_config(folder, "g2rpo", 1.0).policy, "cpu").at(32, 4.5)
+    policy = load_policy(sd3_config(folder, "g2rpo", 4.5).policy, "cpu")
     prompts = read_prompts(folder.parent / "prompts.txt", None)
     grid = build_grid(GridConfig(steps=3, schedule="sd3", timestep="exact"), policy.image_tokens)
-    assert sample_ode(policy, prompts, grid, seed=1).shape == (3, 32, 32, 3)
+    assert sample_ode(policy, prompts, grid, seed=1).shape == (3, 32, 48, 3)
     # Guidance, batches and the place of a prompt leave its image the same.
     alone = sample_latents(policy, prompts[1:2], grid, seed=1)
     together = sample_latents(policy, prompts, grid, seed=1, batch=2)

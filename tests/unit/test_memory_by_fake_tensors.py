@@ -306,7 +306,7 @@ def test_decoding_fits_the_margin(fake: LiveBytes) -> None:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
             use_quant_conv=False, use_post_quant_conv=False,
         )  # fmt: skip
-    images = decode_size(720).states
+    images = decode_size(720**2).states
     before, fake.peak = fake.now, 0
     with torch.no_grad():
         decoder.decode(torch.empty(images, 16, 90, 90, dtype=torch.bfloat16))
