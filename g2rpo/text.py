@@ -38,3 +38,9 @@ def csv_text(text: str) -> str:
     except ValueError:
         return f"'{visible(text)}"
     return text
+
+
+def excerpt(text: str, limit: int = 200) -> str:
+    """The end of ``text``, where causes are, as one line of at most ``limit`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else "…" + line[1 - limit :]

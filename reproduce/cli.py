@@ -24,6 +24,7 @@ from reproduce.commands import (
     report,
     run,
     runs,
+    serve,
     stages,
     weights,
 )
@@ -35,7 +36,7 @@ RUN, RESULTS, INPUTS = "Run experiments", "Look at results", "Weights, prompts a
 COMMANDS = {
     RUN: (
         demo.demo, run.reproduce, run.plan, power.power, config.config, stages.train, stages.sample,
-        stages.score, embed.embed,
+        stages.score, embed.embed, serve.serve_reward,
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),
     RESULTS: (runs.runs, compare.compare, render.render, report.report, export.export),

@@ -79,24 +79,33 @@ def load_image(path: Path) -> LoadedImage:
         raise UserError(f"{path}: no such image") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return LoadedImage(decode_image(data, str(path)), hashlib.sha256(data).hexdigest())
+
+
+def decode_image(data: bytes, name: str) -> Tensor:
+    """The pixels of an image file with the content ``data``, uint8 ``[H, W, 3]``.
+
+    Raises:
+        UserError: not an image, damaged, or of a rejected kind; begins with ``name``.
+    """
     try:
         with _opened(io.BytesIO(_without_text(data))) as image:
             pixels = np.array(to_rgb(image))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UserError(
-            f"{path}: more than {limit / 1e6:.3g} megapixels, which is the limit; make it smaller"
+            f"{name}: more than {limit / 1e6:.3g} megapixels, which is the limit; make it smaller"
         ) from None
     except UnidentifiedImageError:
         raise UserError(
-            f"{path}: not a readable image (empty, or of an unknown format or depth)"
+            f"{name}: not a readable image (empty, or of an unknown format or depth)"
         ) from None
     # Pillow's decoders raise nearly anything for damaged files.
     except Exception as error:
-        raise UserError(f"{path}: not a readable image ({reason(error)})") from None
-    return LoadedImage(torch.from_numpy(pixels), hashlib.sha256(data).hexdigest())
+        raise UserError(f"{name}: not a readable image ({reason(error)})") from None
+    return torch.from_numpy(pixels)
 
 
 def is_image(path: Path) -> bool:

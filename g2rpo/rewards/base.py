@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from g2rpo.config import StrictModel, nearest
+from g2rpo.config import StrictModel, nearest, unhashed
 from g2rpo.errors import UserError
 from g2rpo.offload import on_device
 from g2rpo.rewards.question import QuestionConfig
+from g2rpo.rewards.server import ServerConfig
 
 Images = Tensor | Sequence[Tensor]
 """uint8 RGB: one tensor ``[N, H, W, 3]``, or N of ``[H, W, 3]``, each of its own size."""
@@ -39,16 +40,22 @@ class RewardConfig(StrictModel):
     """One of the model's published variants or score scales; None is its default."""
     batch_size: int = Field(default=32, ge=1)
     """Images per forward pass; affects scores only by float32 rounding."""
-    question: QuestionConfig | None = None
+    question: QuestionConfig | None = unhashed(None)
     """The question to a vision-language model; only for rewards that ask one."""
+    server: ServerConfig | None = unhashed(None)
+    """The server of the reward ``http``."""
 
-    @model_serializer(mode="wrap")
-    def _without_an_absent_question(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Run names hash this dump: those of the other models must not change.
-        fields: dict[str, Any] = handler(self)
-        if self.question is None:
-            fields.pop("question", None)
-        return fields
+    @model_validator(mode="after")
+    def _served(self) -> Self:
+        if (self.model == "http") != (self.server is not None):
+            raise ValueError(
+                "the reward http, and only that, needs server: {url: http://host:8000}"
+            )
+        if self.server is not None and (self.source or self.revision or self.variant):
+            raise ValueError(
+                "the server of the reward http has the model; remove source, revision and variant"
+            )
+        return self
 
 
 class RewardModel(Protocol):

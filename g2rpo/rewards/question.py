@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from g2rpo.config import StrictModel
+from g2rpo.rewards.server import ServerConfig
 
 ASPECTS = ("alignment", "coherence", "style")
 
@@ -37,38 +37,11 @@ Aggregate = Annotated[
 ]
 
 
-class ServerConfig(StrictModel):
+class ModelServerConfig(ServerConfig):
     """An OpenAI-compatible server, e.g. ``vllm serve``."""
 
-    url: str
-    """Its root, e.g. ``http://node7:8000``; a trailing ``/v1`` is optional."""
     model: str = Field(min_length=1)
     """The model's name on the server."""
-    api_key_env: str | None = None
-    """Name of the environment variable with the key; None if the server needs none."""
-    timeout_seconds: float = Field(default=120.0, gt=0)
-    """Per attempt."""
-    retries: int = Field(default=5, ge=0)
-    """Retries after a refused connection, a timeout or HTTP 408, 409, 429 and 5xx."""
-    concurrency: int = Field(default=8, ge=1)
-    """Concurrent questions per process."""
-
-    # Of the whole model, so that an error does not show the URL: it may contain a password.
-    @model_validator(mode="after")
-    def _plain_url(self) -> "ServerConfig":
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("url must be like http://host:8000")
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError(
-                "url must not contain a password, query or fragment; put the key in an environment "
-                "variable and name it in api_key_env"
-            )
-        return self
-
-    def api(self) -> str:
-        """The address of the API."""
-        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1"
 
 
 class QuestionConfig(StrictModel):
@@ -86,7 +59,7 @@ class QuestionConfig(StrictModel):
     """Answers are truncated here; one truncated before its scores is an error."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of a model in this process; None is float32 on the CPU and bfloat16 on CUDA."""
-    server: ServerConfig | None = None
+    server: ModelServerConfig | None = None
     """Uses this server; None is a model in this process."""
     cache: bool = True
     """Whether well-formed answers are cached on disk."""

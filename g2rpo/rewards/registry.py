@@ -18,6 +18,7 @@ REWARDS: dict[str, str] = {
     "image_reward": "g2rpo.rewards.image_reward:ImageReward",
     "unified_reward": "g2rpo.rewards.unified_reward.reward:UnifiedReward",
     "attributes": "g2rpo.rewards.attributes:AttributeReward",
+    "http": "g2rpo.rewards.http:HTTPReward",
 }
 
 

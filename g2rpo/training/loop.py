@@ -314,19 +314,28 @@ class Trainer:
         return iterations * self.config.optimization.updates_per_iteration
 
     def rollout(self, prompts: list[Prompt]) -> Rollout:
-        """Draws and scores this rank's samples of the next iteration."""
+        """Draws and scores this rank's samples of the next iteration.
+
+        Raises:
+            UserError: on all ranks, a reward failed, after a checkpoint of the iterations so far.
+        """
         iteration = self.progress.iteration
         method, measurements = self.config.method, self.progress.measurements
         tree = method.rollout_tree(self.config.shape, iteration, measurements)
         old = self.old
         if old is not None and not old.config.makes_rollouts(self.optimizer_steps(iteration)):
             old = None
-        with (
-            nullcontext() if old is None else old.in_use(),
-            raise_on_all_ranks(self.accelerator),
-            self.weights.rollout(),
-        ):
-            rollout = self.engine.run(tree, prompts, iteration)
+        try:
+            with (
+                nullcontext() if old is None else old.in_use(),
+                raise_on_all_ranks(self.accelerator),
+                self.weights.rollout(),
+            ):
+                rollout = self.engine.run(tree, prompts, iteration)
+        except UserError:  # a server of rewards may be gone: nothing else is lost
+            if iteration > self._saved:
+                self.save()
+            raise
         self.sizes.share_rollout()
         return rollout
 

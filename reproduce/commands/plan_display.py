@@ -194,4 +194,23 @@ def _missing_inputs(plan: Plan) -> list[str]:
         lines.append(
             f"missing weights: {', '.join(names)}; run `g2rpo weights fetch {' '.join(names)}`"
         )
+    return [*lines, *_absent_servers(plan)]
+
+
+def _absent_servers(plan: Plan) -> list[str]:
+    """The servers of rewards that do not answer: runs are named by what they report."""
+    servers = {name: reward.server for name, reward in plan.profile.rewards.items()}
+    lines = []
+    for name, server in servers.items():
+        if server is None:
+            continue
+        from g2rpo.rewards.http import server_info  # slow: a client library
+
+        try:
+            server_info(server)
+        except UserError as error:
+            lines.append(
+                f"reward {name}: {error}; without its answer, the plan cannot find the runs that "
+                "are done"
+            )
     return lines

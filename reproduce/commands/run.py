@@ -79,11 +79,11 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Show what would run: stages, GPUs, hours and disk, and what is already done."""
-    from reproduce.experiment.fingerprint import absent_prompts_named
+    from reproduce.experiment.fingerprint import absent_inputs_named
 
     # Thousands of cells live until the end; collecting in between only costs time.
     gc.disable()
-    with absent_prompts_named():
+    with absent_inputs_named():
         layout = layout_of(results, publish=publish)
         made, place = plan_for(
             experiment,

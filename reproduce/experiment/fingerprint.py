@@ -21,6 +21,7 @@ from g2rpo.policy import CheckpointConfig, PolicyConfig
 from g2rpo.policy.checkpoint import files_at, find_checkpoint, local_path
 from g2rpo.provenance import file_hash, source_fingerprint
 from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.server import ServerConfig
 from g2rpo.rewards.unified_reward.template import question_inputs
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment.resolving import ResolvedCell
@@ -53,10 +54,30 @@ def policy_inputs(config: PolicyConfig) -> dict[str, Any]:
 
 def reward_inputs(config: RewardConfig) -> dict[str, Any]:
     """A reward's configuration with a hash of its weights."""
-    settings = config.model_dump(mode="json", exclude={"question", *NOT_HASHED["reward"]})
+    apart = {"question", "server", *NOT_HASHED["reward"]}
+    settings = config.model_dump(mode="json", exclude=apart)
     if config.question is not None:
         settings["question"] = question_inputs(config.question)
+    if config.server is not None:
+        settings["server"] = server_inputs(config.server)
     return settings | {"weights": source_fingerprint(config.source, config.revision)}
+
+
+def server_inputs(server: ServerConfig) -> dict[str, Any]:
+    """The model that a server of rewards reports, wherever the server is.
+
+    Raises:
+        UserError: the server does not answer.
+    """
+    from g2rpo.rewards.http import server_info  # slow: a client library
+
+    try:
+        found = server_info(server)
+    except UserError:
+        if _absent_inputs.get():
+            return {"absent": server.url}
+        raise
+    return found.model_dump(include={"name", "version", "weights_hash", "template_hash"})
 
 
 def checkpoint_inputs(config: CheckpointConfig) -> str | dict[str, str | None]:
@@ -88,17 +109,17 @@ def _prompts_hash(path: Path, state: FileState | None) -> str:
     return sha256_file(path)
 
 
-_absent_prompts: ContextVar[bool] = ContextVar("absent_prompts", default=False)
+_absent_inputs: ContextVar[bool] = ContextVar("absent_inputs", default=False)
 
 
 @contextmanager
-def absent_prompts_named() -> Iterator[None]:
-    """Allows runs to be named, for a plan, before their prompt files exist."""
-    token = _absent_prompts.set(True)
+def absent_inputs_named() -> Iterator[None]:
+    """Allows runs to be named, for a plan, before their prompt files exist or servers run."""
+    token = _absent_inputs.set(True)
     try:
         yield
     finally:
-        _absent_prompts.reset(token)
+        _absent_inputs.reset(token)
 
 
 def prompts_hash(path: Path) -> str:
@@ -107,7 +128,7 @@ def prompts_hash(path: Path) -> str:
     Raises:
         UserError: the file is missing or invalid.
     """
-    if _absent_prompts.get() and not path.exists():
+    if _absent_inputs.get() and not path.exists():
         return f"absent: {path}"
     # Thousands of cells share a file, so it is only read again if it changed.
     return _prompts_hash(path, file_state(path))

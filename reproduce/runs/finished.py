@@ -288,10 +288,9 @@ def settings_of(cell: Cell, path: Path) -> dict[str, Any] | None:
     profile, experiment = path.parts[-4], path.parts[-3]
     try:
         loaded = load_experiment(experiment)
-        resolved = resolve(loaded, load_profile(profile), cell.info.row, cell.info.seed)
+        train = resolve(loaded, load_profile(profile), cell.info.row, cell.info.seed).train
+        if train is None or train_run_name(train) != cell.info.runs.get("train"):
+            return None
     except UserError:
-        return None
-    train = resolved.train
-    if train is None or train_run_name(train) != cell.info.runs.get("train"):
         return None
     return train.model_dump(mode="json")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ class FullCheckpoint(Disturbed):
             Path("/dev/full").write_text("weights")
 
         self.policy.save_transformer = write  # type: ignore[method-assign]
+
+
+class Unscored(Disturbed):
+    """The reward model can no longer be reached."""
+
+    def disturb(self) -> None:
+        def fail(scores: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            raise UserError("http://node7:8000: connection failed")
+
+        self.engine.rewards["hps"] = Brightness(fail)
 
 
 class Overtaken(Disturbed):
@@ -163,6 +174,15 @@ def test_a_checkpoint_on_a_full_disk(smoke_assets: Path, undisturbed: Path, tmp_
     ):
         trainer.train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration-000001"]
+    made(Trainer, config, tmp_path).train()
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_reward_that_fails(smoke_assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = config_of(smoke_assets, SELDOM)
+    with pytest.raises(UserError, match="node7:8000: connection failed"):
+        made(Unscored, config, tmp_path, at=3).train()
+    assert saved_iterations(tmp_path) == [3]
     made(Trainer, config, tmp_path).train()
     assert_same_run(tmp_path, undisturbed)
 

@@ -24,6 +24,7 @@ from benchmarks.evaluation.protocol import EvaluationConfig
 from g2rpo.methods.base import Method, method_names, parse_method
 from g2rpo.policy.config import CheckpointConfig
 from g2rpo.rewards.question import QuestionConfig
+from g2rpo.rewards.server import ServerConfig
 from g2rpo.training.config import TrainConfig
 from reproduce.cli import app
 from reproduce.experiment import ROOT, Hardware, load_experiment
@@ -39,6 +40,7 @@ SECTIONS: dict[str, list[Any]] = {
     "evaluation": [EvaluationConfig],
     "hardware": [Hardware],
     "question": [QuestionConfig],
+    "server": [ServerConfig],
     "checkpoint": [CheckpointConfig],
 }
 """The first part of a dotted key, and the models that have the rest."""
@@ -127,12 +129,16 @@ TYPED = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 def test_targets_and_verbs_that_a_page_names_exist(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z0-9-]+)(?= [a-z0-9 -]*:|:)", makefile, re.MULTILINE))
-    verbs = {str(c.name or c.callback.__name__) for c in app.registered_commands if c.callback}
+    verbs = {
+        str(c.name or c.callback.__name__).replace("_", "-")
+        for c in app.registered_commands
+        if c.callback
+    }
     verbs |= {str(group.name) for group in app.registered_groups}
     for line in commands(page):
         if made := re.match(r"\s*make ((?:[a-z0-9-]+ ?)+)", line):
             assert set(made[1].split()) - targets == set(), line
-        if called := re.match(r"\s*(?:\.venv/bin/)?g2rpo ([a-z]+)\b", line):
+        if called := re.match(r"\s*(?:\.venv/bin/)?g2rpo ([a-z-]+)\b", line):
             assert called[1] in verbs, line
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import string
 from pathlib import Path
 
 import jinja2
@@ -18,7 +19,7 @@ from benchmarks.evaluation.scoring import summary
 from benchmarks.evaluation.statistics import ALPHA, p_text, signed
 from g2rpo.config import validate
 from g2rpo.terminal import PlainTable
-from g2rpo.text import csv_text, plain_value, visible
+from g2rpo.text import csv_text, excerpt, plain_value, visible
 from reproduce.experiment.table import TableSpec
 from reproduce.tables.markdown import markdown_escape
 
@@ -186,3 +187,10 @@ def test_a_narrow_table_cuts_no_number(width: int, box: Box | None) -> None:
     assert "…" not in text
     for figure in figures:
         assert text.split().count(figure) == 3
+
+
+@given(st.text(alphabet=string.printable, max_size=500))
+def test_an_excerpt_is_one_short_line(text: str) -> None:
+    line = excerpt(text)
+    assert len(line) <= 200 and "\n" not in line
+    assert " ".join(text.split()).endswith(line.removeprefix("…"))

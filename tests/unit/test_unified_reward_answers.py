@@ -1,7 +1,6 @@
 """Reading scores out of answers: many spellings of a score, and nothing that is not one."""
 
 import re
-import string
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,6 @@ from g2rpo.rewards.question import ASPECTS
 from g2rpo.rewards.unified_reward.answers import (
     MalformedAnswerError,
     Scores,
-    excerpt,
     read_scores,
     well_formed,
 )
@@ -105,10 +103,3 @@ def test_pieces_of_answers_give_scores_in_range_or_nothing(text: str) -> None:
 
 def test_long_runs_of_marks_are_read_in_linear_time() -> None:
     assert not well_formed("alignment" + "*" * 200_000 + "style (" * 50_000, 1, 5)
-
-
-@given(st.text(alphabet=string.printable, max_size=500))
-def test_an_excerpt_is_one_short_line(text: str) -> None:
-    line = excerpt(text)
-    assert len(line) <= 200 and "\n" not in line
-    assert " ".join(text.split()).endswith(line.removeprefix("…"))

@@ -4,18 +4,14 @@ import asyncio
 import base64
 import io
 import json
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_server import SOON, FakeServer, Reply, unused_url
 from PIL import Image
 from torch import Tensor
 
@@ -25,18 +21,6 @@ from g2rpo.rewards.registry import load_reward
 from g2rpo.rewards.unified_reward.reward import UnifiedReward
 
 MODEL, KEY = "raters/small", "sk-very-secret"
-SOON = {"Retry-After-Ms": "1"}
-
-
-@dataclass
-class Reply:
-    """What the server says to one request."""
-
-    status: int = 200
-    body: str | bytes = ""
-    headers: dict[str, str] = field(default_factory=dict)
-    wait: float = 0.0
-    hang_up: bool = False
 
 
 def says(text: str | None) -> Reply:
@@ -51,85 +35,13 @@ def good(alignment: float = 4, coherence: float = 3, style: float = 5) -> Reply:
     )
 
 
-class FakeServer:
-    """Speaks the chat-completions protocol; ``answer`` decides what it says."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[dict[str, Any], int], Reply] = lambda body, number: good()
-        self.requests: list[dict[str, Any]] = []
-        self.authorizations: list[str | None] = []
-        self.models: list[str] | None = [MODEL, "raters/large"]
-        self.now = self.most = 0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                pass
-
-            def do_GET(self) -> None:
-                if self.path == "/v1/models" and outer.models is not None:
-                    listed = {"data": [{"id": model} for model in outer.models]}
-                    self.send(Reply(body=json.dumps(listed)))
-                else:
-                    self.send(Reply(404, "no such page"))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append(body)
-                    outer.authorizations.append(self.headers["Authorization"])
-                    number = len(outer.requests)
-                    outer.now += 1
-                    outer.most = max(outer.most, outer.now)
-                reply = outer.answer(body, number)
-                if self.path != "/v1/chat/completions":
-                    reply = Reply(404, "no such page")
-                elif body["model"] != MODEL:
-                    reply = Reply(404, json.dumps({"error": "no such model"}))
-                time.sleep(reply.wait)
-                with outer.lock:
-                    outer.now -= 1
-                if reply.hang_up:
-                    self.close_connection = True
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                else:
-                    self.send(reply)
-
-            def send(self, reply: Reply) -> None:
-                data = reply.body.encode() if isinstance(reply.body, str) else reply.body
-                try:
-                    self.send_response(reply.status)
-                    for name, value in reply.headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:  # the client has given up waiting
-                    self.close_connection = True
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-
-    def sequence(self, *replies: Reply) -> None:
-        """The replies in turn, the last of them for ever."""
-        self.answer = lambda body, number: replies[min(number, len(replies)) - 1]
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
-
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    yield fake
-    fake.close()
+    fake = FakeServer("/v1/chat/completions", lambda body, number: good())
+    listed = {"data": [{"id": MODEL}, {"id": "raters/large"}]}
+    fake.pages["/v1/models"] = Reply(body=json.dumps(listed))
+    with fake.running():
+        yield fake
 
 
 @pytest.fixture(autouse=True)
@@ -307,6 +219,7 @@ class TestRefusals:
             assert KEY not in repr(caught.value) + repr(caught.value.__context__) + caplog.text
 
     def test_a_model_that_is_not_served(self, server: FakeServer) -> None:
+        server.answer = lambda body, number: Reply(404, json.dumps({"error": "no such model"}))
         with pytest.raises(
             UserError, match="model 'other'; served models: raters/small, raters/large"
         ):
@@ -314,14 +227,12 @@ class TestRefusals:
         assert len(server.requests) == 1
 
     def test_a_server_of_something_else(self, server: FakeServer) -> None:
-        server.models = None
+        server.pages.clear()
         with pytest.raises(UserError, match=r"not an OpenAI-compatible API; .*server's root"):
             scores(load(f"{server.url}/elsewhere"))
 
     def test_nothing_listens(self) -> None:
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        url = unused_url()
         with pytest.raises(UserError, match=rf"^{url}: .* after 3 attempts: connection failed"):
             scores(load(url, retries=2))
 

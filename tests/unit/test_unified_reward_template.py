@@ -11,8 +11,9 @@ from g2rpo.errors import UserError
 from g2rpo.hub.cache import repository_folder
 from g2rpo.hub.catalogue import catalogue
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.question import ASPECTS, QuestionConfig, ServerConfig
+from g2rpo.rewards.question import ASPECTS, QuestionConfig
 from g2rpo.rewards.registry import load_reward
+from g2rpo.rewards.server import ServerConfig
 from g2rpo.rewards.unified_reward.template import (
     OWN_FILE,
     Template,
@@ -132,8 +133,7 @@ class TestConfig:
         "url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"]
     )
     def test_the_root_and_v1_are_the_same(self, url: str) -> None:
-        config = ServerConfig(url=url, model="m")
-        assert config.api() == "http://h:1/v1"
+        assert ServerConfig(url=url).api() == "http://h:1/v1"
 
     def test_weights(self) -> None:
         assert QuestionConfig().weights() == pytest.approx(dict.fromkeys(ASPECTS, 1 / 3))

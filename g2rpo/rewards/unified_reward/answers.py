@@ -91,9 +91,3 @@ def _statements(answer: str, low: float, high: float) -> Iterator[tuple[str, flo
         if number["top"] is not None and float(number["top"]) != high:
             raise MalformedAnswerError(f"{aspect} is out of {number['top']}, not of {high:g}")
         yield aspect, float(number["value"])
-
-
-def excerpt(text: str, limit: int = 200) -> str:
-    """The end of ``text``, where the scores are, as one line of at most ``limit`` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else "…" + line[1 - limit :]

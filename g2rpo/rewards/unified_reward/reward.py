@@ -23,11 +23,11 @@ from g2rpo.rewards.question import ASPECTS, QuestionConfig
 from g2rpo.rewards.unified_reward.answers import (
     MalformedAnswerError,
     Scores,
-    excerpt,
     read_scores,
     well_formed,
 )
 from g2rpo.rewards.unified_reward.template import Template, choose_template
+from g2rpo.text import excerpt
 
 PUBLISHED = "CodeGoat24/UnifiedReward-qwen-7b"
 CACHE_VERSION = 1
