@@ -11,7 +11,7 @@ import yaml
 from reproduce.checks.scale import needs_by_kind
 from reproduce.commands.plan_display import KINDS, print_plan, stage_estimates
 from reproduce.experiment import Profile, expand, load_experiment, load_profile
-from reproduce.experiment.fingerprint import absent_prompts_named
+from reproduce.experiment.fingerprint import absent_inputs_named
 from reproduce.experiment.layout import Layout
 from reproduce.jobs.plan import Plan, make_plan
 from reproduce.stages.evaluation import Score
@@ -135,7 +135,7 @@ def test_the_paper_s_scale_is_planned_before_anything_is_fetched(
     prompts = profile.prompts.model_copy(update=changes)
     profile = profile.model_copy(update={"prompts": prompts})
     experiment = load_experiment("table1")
-    with absent_prompts_named():
+    with absent_inputs_named():
         cells = expand(experiment, profile, (1,))
         layout = Layout(tmp_path / "runs", tmp_path / "runs")
         plan = make_plan(experiment, profile, cells, layout)

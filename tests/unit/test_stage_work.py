@@ -15,7 +15,7 @@ from g2rpo.errors import UserError
 from g2rpo.lease import Lease
 from g2rpo.stop import Stopped
 from reproduce.experiment import HERE, Profile, ResolvedCell, expand, load_experiment, load_profile
-from reproduce.experiment.fingerprint import absent_prompts_named
+from reproduce.experiment.fingerprint import absent_inputs_named
 from reproduce.experiment.layout import Layout
 from reproduce.jobs.plan import make_plan
 from reproduce.runs.state import latest_attempt
@@ -52,7 +52,7 @@ def test_every_bundled_cell_survives_being_written(profile: str, tmp_path: Path)
         for cell in cells:
             found = written_and_read(cell, loaded)
             assert found == cell
-            with absent_prompts_named():
+            with absent_inputs_named():
                 assert layout.training(found) == layout.training(cell)
                 assert layout.evaluation(found) == layout.evaluation(cell)
             if cell.train is not None and found.train is not None:
@@ -89,7 +89,7 @@ def test_a_stage_with_a_damaged_manifest_is_done_again(tmp_path: Path, content: 
     layout = Layout(tmp_path, tmp_path)
     cell = expand(load_experiment("table1"), load_profile("mini"), (1,))[-1]
     share = Share(0, 2)
-    with absent_prompts_named():
+    with absent_inputs_named():
         train, score = Train(layout, cell), Score(layout, cell, share)
         run, evaluation = layout.training(cell), layout.evaluation(cell)
         for path in (run / "manifest.json", evaluation / "manifest.json"):
