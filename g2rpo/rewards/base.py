@@ -43,13 +43,22 @@ class RewardConfig(StrictModel):
     question: QuestionConfig | None = unhashed(None)
     """The question to a vision-language model; only for rewards that ask one."""
     server: ServerConfig | None = unhashed(None)
-    """The server of the reward ``http``."""
+    """The server of the reward ``http``. ``url: http://host:8000`` is short for it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _url(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "url" not in data or "server" in data:
+            return data
+        return {key: value for key, value in data.items() if key != "url"} | {
+            "server": {"url": data["url"]}
+        }
 
     @model_validator(mode="after")
     def _served(self) -> Self:
         if (self.model == "http") != (self.server is not None):
             raise ValueError(
-                "the reward http, and only that, needs server: {url: http://host:8000}"
+                "the reward http, and only that, needs url: http://host:8000 or a section server"
             )
         if self.server is not None and (self.source or self.revision or self.variant):
             raise ValueError(

@@ -301,6 +301,12 @@ class TestNamesOfRuns:
         http._asked.cache_clear()
         assert inputs(server.url) != one
 
+    def test_a_url_is_short_for_a_server(self) -> None:
+        settings = {"model": "http", "url": "http://h:1"}
+        server = ServerConfig(url="http://h:1")
+        assert RewardConfig.model_validate(settings) == RewardConfig(model="http", server=server)
+        assert settings == {"model": "http", "url": "http://h:1"}
+
     def test_a_plan_needs_no_server(self) -> None:
         config = RewardConfig(model="http", server=ServerConfig(url=unused_url(), retries=0))
         with pytest.raises(UserError, match="connection failed"):
@@ -311,8 +317,11 @@ class TestNamesOfRuns:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"model": "http"}, r"needs server: \{url"),
-            ({"model": "hps", "server": {"url": "http://h:1"}}, "only that, needs server"),
+            ({"model": "http"}, "needs url: http://host:8000"),
+            ({"model": "hps", "url": "http://h:1"}, "only that, needs url"),
+            ({"model": "http", "url": "h:1"}, "url must be like http://host:8000"),
+            ({"model": "http", "url": "http://h:1", "server": {}}, "url"),
+            ({"model": "hps", "server": {"url": "http://h:1"}}, "only that, needs url"),
             ({"model": "http", "server": {"url": "h:1"}}, "url must be like http://host:8000"),
             ({"model": "http", "source": "x", "server": {"url": "http://h:1"}}, "remove source"),
             ({"model": "http", "server": {"uri": "http://h:1"}}, "did you mean 'url'"),
