@@ -1,9 +1,14 @@
-"""A tiny random Qwen2.5-VL in the files of the large ones, made offline."""
+"""A tiny random Qwen2.5-VL, and a tiny HPSv3, in the files of the large ones, made offline."""
 
 import json
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import open_clip
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -11,11 +16,14 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2TokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
 
-from g2rpo.files import atomic_folder, atomic_write_text
+from g2rpo.files import atomic_folder, atomic_write_text, write_json
+from g2rpo.rewards import hpsv3
 from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER
 
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -46,10 +54,49 @@ CORPUS = [
     "system user assistant",
     *(f"{aspect} Score (1-5): {mark}\n" for aspect in ASPECTS for mark in MARKS),
 ]
+HPSV3_QUESTION = f"Rate the image for: {PLACEHOLDER}\n\nThe rating: {hpsv3.REWARD_TOKEN}\n\nEND\n"
+HPSV3_PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2VLProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": PATCH,
+    "merge_size": MERGE,
+    "temporal_patch_size": 2,
+    "image_mean": open_clip.OPENAI_DATASET_MEAN,
+    "image_std": open_clip.OPENAI_DATASET_STD,
+}
+HPSV3_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 2,
+        "embed_dim": VISION_WIDTH,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "hidden_size": WIDTH,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+    },
+}
 
 
-def build_small_vlm(folder: Path, seed: int = 0) -> Path:
+def build_small_vlm(folder: Path, seed: int = 0, scale: float = 1.0) -> Path:
     """Builds a random network of two layers, its processor and its question in ``folder``.
+
+    ``scale`` multiplies its logits, which are nearly equal.
 
     Returns:
         ``folder``, as ``unified_reward`` loads it by ``source``.
@@ -58,12 +105,82 @@ def build_small_vlm(folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         processor = _processor()
         processor.save_pretrained(temporary)
-        _network(processor.tokenizer).save_pretrained(temporary)
+        network = _network(processor.tokenizer)
+        network.lm_head.weight.data.mul_(scale)
+        network.save_pretrained(temporary)
         atomic_write_text(temporary / BESIDE_THE_MODEL, QUESTION)
     return folder
 
 
+def build_small_hpsv3(folder: Path) -> Path:
+    """Builds HPSv3 of two layers with the files, and the names of tensors, of the published one.
+
+    Each tensor's values are drawn by its name, so that they depend on no version of a library.
+
+    Returns:
+        ``folder``, as ``hpsv3`` loads it by ``source``.
+    """
+    with atomic_folder(folder) as temporary:
+        tokenizer = _tokenizer([])
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "chat_template.json", {"chat_template": CHAT})
+        write_json(temporary / "preprocessor_config.json", HPSV3_PREPROCESSOR)
+        ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(CONTROL), strict=True))
+        config = HPSV3_CONFIG | {
+            "vocab_size": len(tokenizer) + 8,  # rounded up
+            "bos_token_id": ids[END_OF_TEXT],
+            "eos_token_id": ids[END_OF_TURN],
+            "vision_start_token_id": ids[VISION_START],
+            "vision_end_token_id": ids[VISION_END],
+            "image_token_id": ids[IMAGE],
+            "video_token_id": ids[VIDEO],
+        }
+        write_json(temporary / "config.json", config)
+        atomic_write_text(temporary / BESIDE_THE_MODEL, HPSV3_QUESTION)
+        network = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config))
+        network.save_pretrained(temporary / "names")
+        names = safetensors.torch.load_file(temporary / "names" / "model.safetensors")
+        shapes = {key: value.shape for key, value in names.items()}
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            shapes[key] = torch.Size((len(tokenizer) + 1, WIDTH))
+        head = hpsv3.HPSv3Network(network.config).rm_head.state_dict()
+        shapes |= {f"rm_head.{key}": value.shape for key, value in head.items()}
+        state = {key: _drawn(key, shape) for key, shape in shapes.items()}
+        safetensors.torch.save_file(state, temporary / hpsv3.WEIGHTS)
+        for path in sorted((temporary / "names").iterdir()):
+            path.unlink()
+        (temporary / "names").rmdir()
+    return folder
+
+
+def _drawn(name: str, shape: Sequence[int]) -> torch.Tensor:
+    """Normal values of a size that preserves that of activations, rounded to bfloat16."""
+    # Of NumPy's generators, the values of this one never change.
+    draws = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) > 1:
+        size = 1 if "embed_tokens" in name else int(np.prod(shape[1:]))
+        values = draws * (2 if name.startswith("rm_head") else 1) / size**0.5
+    else:
+        values = 0.1 * draws + float(name.endswith("weight"))
+    tensor = torch.from_numpy(values).to(torch.bfloat16)
+    return tensor.float() if name.startswith("rm_head") else tensor
+
+
 def _processor() -> Qwen2_5_VLProcessor:
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            patch_size=PATCH,
+            merge_size=MERGE,
+            temporal_patch_size=2,
+            size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": (4 * PATCH * MERGE) ** 2},
+        ),
+        tokenizer=_tokenizer(CORPUS),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT,
+    )
+
+
+def _tokenizer(corpus: Sequence[str]) -> Qwen2TokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,27 +189,16 @@ def _processor() -> Qwen2_5_VLProcessor:
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=alphabet, special_tokens=CONTROL, show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     written = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in written["merges"]]
-    fast = Qwen2TokenizerFast(
+    return Qwen2TokenizerFast(
         vocab=written["vocab"],
         merges=merges,
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
         additional_special_tokens=CONTROL[1:],
-    )
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            patch_size=PATCH,
-            merge_size=MERGE,
-            temporal_patch_size=2,
-            size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": (4 * PATCH * MERGE) ** 2},
-        ),
-        tokenizer=fast,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT,
     )
 
 

@@ -25,11 +25,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.file_download import http_get
 
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_path, atomic_write_text
+from g2rpo.files import atomic_path, atomic_write_text, sha256_file
 from g2rpo.hub import cache
 from g2rpo.hub.catalogue import COMMIT, SHA256, Artifact, PublishedFile, catalogue
 from g2rpo.hub.errors import Wanted, one_line
-from g2rpo.hub.lock import Expected, Lock, expected, expected_of, revision_of
+from g2rpo.hub.lock import Expected, Lock, expected, expected_of, read_lock, revision_of
 
 ABANDONED = 3600
 """Age in seconds at which a partial download no longer belongs to a live process."""
@@ -213,6 +213,24 @@ def _copy(artifact: Artifact, file: PublishedFile, revision: str | None, source:
 
 
 # --- loaders --------------------------------------------------------------------------------------
+
+
+def fetched_file(name: str) -> Path:
+    """The only file of the reward's artifact ``name``, which must have been fetched.
+
+    Raises:
+        UserError: it is not in the cache, or not the one in the catalogue or the lock file.
+    """
+    (artifact,) = catalogue().select([name], ("reward",))
+    (file,) = artifact.files
+    want = expected(artifact, file, read_lock())
+    path = cache.find(artifact, file, want.revision)
+    if path is None:
+        raise UserError(f"{name} is not in the cache; run `g2rpo weights fetch {name}`")
+    problem = difference(path, sha256_file(path), want)
+    if problem is not None:
+        raise UserError(f"{name} is {problem}; run `g2rpo weights fetch {name}`")
+    return path
 
 
 def fetch_first(repo: str, names: Sequence[str], revision: str | None) -> Path:

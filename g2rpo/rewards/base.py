@@ -124,6 +124,23 @@ def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> None:
         )
 
 
+def question_of(config: RewardConfig) -> QuestionConfig:
+    """The question of a reward that asks a vision-language model and has no variants.
+
+    Raises:
+        UserError: there is a variant, or both a server and weights.
+    """
+    question = config.question or QuestionConfig()
+    if config.variant is not None:
+        raise UserError(f"reward {config.model}: has no variants; remove `variant`")
+    if question.server is not None and (config.source or config.revision):
+        raise UserError(
+            f"reward {config.model}: question.server selects the model; remove `source` and "
+            "`revision`"
+        )
+    return question
+
+
 def choose_variant(config: RewardConfig, valid: Sequence[str]) -> str:
     """The configured variant, or the first of ``valid``, which is the default.
 
@@ -148,6 +165,8 @@ class BatchedReward(ABC):
     name: ClassVar[str]
     part_names: tuple[str, ...] = ()
     """Names of the partial scores, where there are any."""
+    asks_question: ClassVar[bool] = False
+    """Whether the configuration may have a ``question``."""
     template_hash: str | None = None
     """SHA-256 of the question, for vision-language models."""
 

@@ -75,6 +75,20 @@ def published_key(key: str) -> str:
     return key
 
 
+def linear_head(width: int) -> nn.Sequential:
+    """The head of ImageReward and of the aesthetic score: it has no activations."""
+    return nn.Sequential(
+        nn.Linear(width, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
+
+
 class ImageRewardNetwork(nn.Module):
     """A vision tower, a text tower with cross-attention to it, and a head on the first token."""
 
@@ -104,17 +118,7 @@ class ImageRewardNetwork(nn.Module):
             ),
             add_pooling_layer=False,
         )
-        # The published head has no activations between its linear layers.
-        self.head = nn.Sequential(
-            nn.Linear(int(text["hidden_size"]), 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        self.head = linear_head(int(text["hidden_size"]))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Tokens ``[N, tokens, width]`` of pixels ``[N, 3, S, S]``."""

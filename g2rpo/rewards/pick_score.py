@@ -44,6 +44,13 @@ def scale_of(name: str, logit_scale: float) -> tuple[float, float]:
     }[name]
 
 
+def locate_clip(source: str, revision: str | None) -> tuple[Path, Path]:
+    """The weights of a CLIPModel and the folder with its two configurations."""
+    weights = locate(source, ("model.safetensors", "pytorch_model.bin"), revision)
+    locate(source, ("preprocessor_config.json",), revision)
+    return weights, locate(source, ("config.json",), revision).parent
+
+
 def read_preprocessing(path: Path) -> Preprocessing:
     """Reads the ``preprocessor_config.json`` of a CLIP processor."""
     config = read_json(path)
@@ -91,9 +98,7 @@ class PickScore(ImageTower):
         """Loads the model; see :meth:`BatchedReward.load`."""
         scale = choose_variant(config, SCALES)
         source = config.source or PUBLISHED
-        weights = locate(source, ("model.safetensors", "pytorch_model.bin"), config.revision)
-        folder = locate(source, ("config.json",), config.revision).parent
-        locate(source, ("preprocessor_config.json",), config.revision)
+        weights, folder = locate_clip(source, config.revision)
         if not Path(source).is_dir():
             for file in TOKENIZER_FILES:
                 locate(source, (file,), config.revision)

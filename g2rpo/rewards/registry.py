@@ -17,6 +17,9 @@ REWARDS: dict[str, str] = {
     "pick_score": "g2rpo.rewards.pick_score:PickScore",
     "image_reward": "g2rpo.rewards.image_reward:ImageReward",
     "unified_reward": "g2rpo.rewards.unified_reward.reward:UnifiedReward",
+    "hpsv3": "g2rpo.rewards.hpsv3:HPSv3",
+    "aesthetic": "g2rpo.rewards.aesthetic:AestheticScore",
+    "vqa_score": "g2rpo.rewards.vqa_score:VQAScore",
     "attributes": "g2rpo.rewards.attributes:AttributeReward",
     "http": "g2rpo.rewards.http:HTTPReward",
 }
@@ -37,7 +40,7 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedRewa
     check_reward_name(config.model)
     module, _, cls = REWARDS[config.model].partition(":")
     loader = getattr(import_module(module), cls)
-    if config.question is not None and not loader.part_names:
+    if config.question is not None and not loader.asks_question:
         raise UserError(f"reward {config.model}: asks no question; remove `question`")
     with without_library_bars():
         return cast(BatchedReward, loader.load(config, device))

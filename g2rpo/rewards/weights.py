@@ -39,8 +39,8 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
     return fetch_first(source, names, revision)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in ``path``, floating-point tensors as float32 on the CPU."""
+def read_weights(path: Path, *, as_float32: bool = True) -> dict[str, Tensor]:
+    """The state dict in ``path`` on the CPU, floating-point tensors as float32 or as stored."""
     try:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)
@@ -52,7 +52,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     state = state.get("state_dict", state)
     return {
-        key: value.float() if value.is_floating_point() else value
+        key: value.float() if as_float32 and value.is_floating_point() else value
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
@@ -63,6 +63,8 @@ def load_state(
 ) -> None:
     """Loads ``state`` into ``module``, then freezes it in evaluation mode.
 
+    A module on the meta device takes over the tensors of ``state``.
+
     ``ignored``: prefixes of keys in the file that the module does not need.
 
     Raises:
@@ -72,7 +74,7 @@ def load_state(
     shapes = {key: value.shape for key, value in given.items()}
     wanted = {key: value.shape for key, value in module.state_dict().items()}
     check_shapes(shapes, wanted, str(path), "use the weights that belong to the configuration")
-    module.load_state_dict(given)
+    module.load_state_dict(given, assign=any(each.is_meta for each in module.parameters()))
     module.eval().requires_grad_(False)
 
 

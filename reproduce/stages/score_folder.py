@@ -21,7 +21,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, atomic_write_text, sha256_file
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.registry import load_reward
+from g2rpo.rewards.registry import REWARDS, load_reward
 from g2rpo.terminal import literal, wide_console
 from g2rpo.text import visible
 from reproduce.experiment import Profile, reward_configs
@@ -57,23 +57,24 @@ def chosen_rewards(
     overrides: Mapping[str, Any],
     batch_size: int | None = None,
 ) -> dict[str, RewardConfig]:
-    """The reward models called ``names`` in ``profile``, with ``overrides``.
+    """The reward models called ``names`` in ``profile``, or as published, with ``overrides``.
 
     Args:
         profile: the profile.
-        names: names of rewards; empty for all.
+        names: names of rewards; empty for all of the profile.
         overrides: changed settings by reward.
         batch_size: images per batch; None for each reward's default.
 
     Raises:
-        UserError: the profile has no such reward, or an override is invalid.
+        UserError: there is no such reward, or an override is invalid.
     """
-    known = reward_configs(profile)
+    own = reward_configs(profile)
+    known = {name: RewardConfig(model=name) for name in REWARDS} | own
     for name in (*names, *overrides):
         if name not in known:
             hint = nearest(name, known)
             raise UserError(f"profile {profile.name} has no reward {name!r}; {hint}")
-    configs = {name: known[name] for name in names or known}
+    configs = {name: known[name] for name in names or own}
     for name, changes in overrides.items():
         if name not in configs:
             raise UserError(f"-s {name}: not among the rewards to score; add it to --rewards")

@@ -33,6 +33,9 @@ REWARDS: dict[str, tuple[str, ...]] = {
     "pick_score": ("kirstain2023pickapic",),
     "image_reward": ("xu2023imagereward",),
     "unified_reward": ("wang2025unifiedreward",),
+    "hpsv3": ("ma2025hpsv3",),
+    "aesthetic": ("schuhmann2022laion5b",),
+    "vqa_score": ("lin2024vqascore",),
     "attributes": (),  # the mini world's own evaluator
 }
 MEASURES: dict[str, tuple[str, ...]] = {

@@ -1,6 +1,7 @@
 """The reward models against the packages they stand for, on the same random weights."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,14 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
+from hpsv3_package import PROMPTS as HPSV3_PROMPTS
+from hpsv3_package import pictures as hpsv3_pictures
 from PIL import Image
 from reward_packages import image_reward_package
+from small_aesthetic import build_small_aesthetic
+from small_vlm import build_small_hpsv3
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
@@ -23,9 +29,11 @@ from benchmarks.mini_world.small_rewards import (
 )
 from benchmarks.mini_world.tokenizers import words
 from g2rpo.rewards import image_reward
+from g2rpo.rewards.aesthetic import HEAD, AestheticScore
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.clip_score import CLIPScore
 from g2rpo.rewards.hps import CHECKPOINTS, HPS
+from g2rpo.rewards.hpsv3 import WEIGHTS, HPSv3
 from g2rpo.rewards.open_clip_reward import WEIGHTS_FILES, build_clip
 from g2rpo.rewards.pick_score import PickScore
 from g2rpo.rewards.preprocessing import Preprocessing
@@ -40,6 +48,7 @@ TOY_CLIP: dict[str, Any] = {
         "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2,
     },
 }  # fmt: skip
+HPSV3_VALUES = Path(__file__).with_name("hpsv3_package.json")
 SHAPES = [(224, 224), (300, 100), (100, 300), (7, 9), (512, 640), (1600, 2200)]
 
 
@@ -185,3 +194,53 @@ def _image_reward_agrees(package: Any, small: SmallImageReward, med_config: Path
         scores = ours.score(images, PROMPTS)
         assert scores.std() > 1e-2
         np.testing.assert_allclose(scores.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.1)], ids=["float32", "bfloat16"]
+)
+def test_hpsv3_equals_the_package(tmp_path: Path, variant: str, tolerance: float) -> None:
+    """What the package computed is in ``hpsv3_package.json``; ``hpsv3_package.py`` says how."""
+    folder = build_small_hpsv3(tmp_path / "hpsv3")
+    expected = torch.tensor(json.loads(HPSV3_VALUES.read_text())[variant])
+    assert expected.std(0).min() > 5 * tolerance
+    images = [torch.from_numpy(picture) for picture in hpsv3_pictures()]
+
+    def scores() -> Tensor:
+        config = RewardConfig(model="hpsv3", source=str(folder), variant=variant)
+        return HPSv3.load(config, "cpu").score(images, HPSV3_PROMPTS)
+
+    found = scores()
+    torch.testing.assert_close(found, expected[:, 0], atol=tolerance, rtol=0)
+    # The same weights with the names that newer versions of transformers give them.
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    newer = {
+        re.sub(
+            r"^model\.(?!visual)", "model.language_model.", re.sub("^visual", "model.visual", key)
+        ): value
+        for key, value in state.items()
+    }
+    assert newer.keys() != state.keys()
+    safetensors.torch.save_file(newer, folder / WEIGHTS)
+    assert torch.equal(scores(), found)
+
+
+def test_aesthetic_equals_the_authors_script(tmp_path: Path) -> None:
+    """Their script, written again: CLIP's features, normalised by NumPy, through linear layers."""
+    folder = build_small_aesthetic(tmp_path)
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    head = torch.load(folder / f"{HEAD}.pth", weights_only=True)
+    ours = AestheticScore.load(RewardConfig(model="aesthetic", source=str(folder)), "cpu")
+    for height, width in SHAPES:
+        images = pictures(height, width)
+        with torch.no_grad():
+            pixels = processor(as_pil(images), return_tensors="pt").pixel_values
+            found = model.get_image_features(pixel_values=pixels).pooler_output.numpy()
+        values = found / np.linalg.norm(found, axis=1, keepdims=True)
+        for layer in (0, 2, 4, 6, 7):
+            weight, bias = (head[f"layers.{layer}.{name}"].numpy() for name in ("weight", "bias"))
+            values = values @ weight.T + bias
+        scores = ours.score(images, PROMPTS)
+        assert scores.std() > 1e-3
+        np.testing.assert_allclose(scores.numpy(), values[:, 0], atol=1e-5)

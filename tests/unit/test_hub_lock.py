@@ -15,7 +15,7 @@ from g2rpo.hub.catalogue import Artifact, PublishedFile, catalogue
 from g2rpo.hub.fetch import FetchOptions, fetch
 from g2rpo.hub.lock import Lock, expected, lock_path, read_lock, revision_of, write_lock
 from g2rpo.hub.status import artifact_state, file_state, lock_cached
-from g2rpo.rewards import clip_score, hps, image_reward, pick_score
+from g2rpo.rewards import aesthetic, clip_score, hps, hpsv3, image_reward, pick_score, vqa_score
 from g2rpo.rewards.weights import locate
 
 OTHER = "d" * 40
@@ -58,7 +58,15 @@ def test_the_catalogue_has_what_the_rewards_load_by_default() -> None:
         (image_reward.PUBLISHED, "ImageReward.pt"),
         (image_reward.PUBLISHED, "med_config.json"),
     }
-    needed |= {(image_reward.PUBLISHED_TOKENIZER, "tokenizer.json")}
+    needed |= {
+        (image_reward.PUBLISHED_TOKENIZER, "tokenizer.json"),
+        (hpsv3.PUBLISHED, hpsv3.WEIGHTS),
+        (hpsv3.PUBLISHED_BASE, "config.json"),
+        (aesthetic.PUBLISHED_CLIP, "model.safetensors"),
+        (vqa_score.PUBLISHED_MODEL, "config.json"),
+    }
+    for name in (hpsv3.QUESTION_ARTIFACT, aesthetic.HEAD_ARTIFACT):
+        assert named(name).revision is not None and len(named(name).files) == 1
     assert needed <= files
 
 

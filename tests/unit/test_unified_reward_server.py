@@ -4,7 +4,8 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,56 @@ class TestRefusals:
         with pytest.raises(UserError, match="HTTP 400: too large"):
             scores(load(server.url, concurrency=4), 12)
         assert len(server.requests) <= 6  # nobody has waited and asked again
+
+
+class TestVQAScore:
+    """The other reward that asks a server, by the log-probabilities of the first token."""
+
+    @staticmethod
+    def score(url: str, number: int = 1) -> list[float]:
+        question = {"server": {"url": url, "model": MODEL, "retries": 0}}
+        reward = load_reward(
+            RewardConfig.model_validate({"model": "vqa_score", "question": question}), "cpu"
+        )
+        assert (reward.version, reward.weights_hash) == (f"{MODEL}-yes", f"server:{MODEL}")
+        assert reward.networks() == []
+        prompts = [f"drawing {i} x" for i in range(number)]
+        return reward.score([picture(i) for i in range(number)], prompts).tolist()
+
+    @staticmethod
+    def lists(**logprobs: float) -> Reply:
+        top = [
+            {"token": token, "logprob": value, "bytes": None} for token, value in logprobs.items()
+        ]
+        content = {"content": [{**top[0], "top_logprobs": top}]} if top else None
+        message = {"role": "assistant", "content": "Yes"}
+        choice = {"index": 0, "message": message, "logprobs": content}
+        return Reply(body=json.dumps({"choices": [choice]}))
+
+    def test_what_is_asked_and_read(self, server: FakeServer) -> None:
+        server.answer = lambda body, number: self.lists(
+            No=-0.5, yes=-0.6, Yes=-1.0 - number_in(body)
+        )
+        found = self.score(server.url, 3)
+        assert found == pytest.approx([math.exp(-1 - i) for i in range(3)], rel=1e-6)
+        body = server.requests[0]
+        assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+        which = number_in(body)
+        assert body["messages"][0]["content"][1]["text"] == (
+            f'Does this figure show "drawing {which} x"? Please answer yes or no.'
+        )
+
+    def test_an_answer_that_is_not_listed_is_negligible_or_refused(
+        self, server: FakeServer
+    ) -> None:
+        server.answer = lambda body, number: self.lists(No=-0.01, no=-11.0)
+        assert self.score(server.url) == [0.0]
+        server.answer = lambda body, number: self.lists(No=-0.01, no=-5.0)
+        with pytest.raises(UserError, match=r"'Yes' is not among the 2 .*'drawing 0 x'.* 0\.0067"):
+            self.score(server.url)
+
+    def test_a_server_without_log_probabilities(self, server: FakeServer) -> None:
+        for reply in (self.lists(), says("Yes"), Reply(body="[]")):
+            server.answer = lambda body, number, r=reply: r  # type: ignore[misc]
+            with pytest.raises(UserError, match="not a chat completion with log-probabilities; "):
+                self.score(server.url)

@@ -47,13 +47,49 @@ def hash_files(folder: Path, patterns: Sequence[str]) -> str:
     return sha256_files(sorted({path for pattern in patterns for path in folder.glob(pattern)}))
 
 
+class ChatInputs:
+    """Turns pictures and questions into a model's padded inputs; thread-safe."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        """``options``: arguments of the processor in ``folder``, for every call.
+
+        Raises:
+            UserError: the processor cannot be loaded.
+        """
+        try:
+            self.processor = AutoProcessor.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder}: cannot load the processor ({reason(error)})") from None
+        self.tokenizer = self.processor.tokenizer
+        self._options = options
+        self._lock = threading.Lock()
+
+    def __call__(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> BatchFeature:
+        """One turn of a user for each of N pictures and questions, none of them truncated."""
+        chats = []
+        for picture, question in zip(pictures, questions, strict=True):
+            content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+            chats.append([{"role": "user", "content": content}])
+        # Fast tokenizers are not thread-safe: they store the options of the last call.
+        with self._lock:
+            return self.processor.apply_chat_template(
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                sanitize_control_tokens=True,  # prompts may contain text such as <|image_pad|>
+                processor_kwargs={"padding": True, **self._options},
+            )
+
+
 class LocalModel:
     """Answers greedily, in left-padded batches; an answer does not depend on its batch."""
 
     def __init__(
-        self, folder: Path, name: str, config: QuestionConfig, device: torch.device
+        self, folder: Path, source: str, config: QuestionConfig, device: torch.device
     ) -> None:
-        self.model = name
+        self.model = source if is_hub_id(source) else folder.resolve().name
         self.device = device
         self.weights_hash = hash_files(folder, ("*.safetensors",))
         dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -65,8 +101,8 @@ class LocalModel:
             "max_answer_tokens": config.max_answer_tokens,
         }
         self.network = _load_network(folder, dtype).to(device)
-        self.processor = _load_processor(folder)
-        tokenizer = self.processor.tokenizer
+        self._inputs = ChatInputs(folder)
+        self.processor, tokenizer = self._inputs.processor, self._inputs.tokenizer
         vocabulary = self.network.config.get_text_config().vocab_size
         # Published vocabularies are rounded up, so the sizes may differ a little.
         if not vocabulary // 2 <= len(tokenizer) <= vocabulary:
@@ -86,26 +122,10 @@ class LocalModel:
             max_new_tokens=config.max_answer_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
-        self._lock = threading.Lock()
 
     def prepare(self, images: Sequence[Tensor], questions: Sequence[str]) -> BatchFeature:
         """See :meth:`Backend.prepare`."""
-        chats = []
-        for image, question in zip(images, questions, strict=True):
-            picture = {"type": "image", "image": Image.fromarray(image.numpy())}
-            content = [picture, {"type": "text", "text": question}]
-            chats.append([{"role": "user", "content": content}])
-        # Fast tokenizers are not thread-safe: they store the options of the last call.
-        with self._lock:
-            return self.processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                sanitize_control_tokens=True,  # prompts may contain text such as <|image_pad|>
-                processor_kwargs={"padding": True},
-            )
+        return self._inputs([Image.fromarray(image.numpy()) for image in images], questions)
 
     @torch.no_grad()
     def ask(self, inputs: BatchFeature) -> list[str]:
@@ -123,6 +143,23 @@ class LocalModel:
             clean_up_tokenization_spaces=False,
         )
         return answers
+
+    @torch.no_grad()
+    def first_token(self, inputs: BatchFeature, answer: str) -> Tensor:
+        """The probability ``[N]`` of ``answer``'s first token as the first of the model's answer.
+
+        The model's own distribution: the softmax in float32 of its logits, without the penalties
+        of its generation settings.
+        """
+        output = self.network.generate(
+            **inputs.to(self.device),
+            max_new_tokens=1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        token = self.processor.tokenizer.encode(answer, add_special_tokens=False)[0]
+        probabilities: Tensor = output.logits[0].float().softmax(-1)[:, token]
+        return probabilities
 
 
 def _load_network(folder: Path, dtype: str) -> Any:
@@ -149,10 +186,3 @@ def _load_network(folder: Path, dtype: str) -> Any:
             f"another shape ({len(missing)} in all)"
         )
     return network.eval().requires_grad_(False)
-
-
-def _load_processor(folder: Path) -> Any:
-    try:
-        return AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: cannot load the processor ({reason(error)})") from None

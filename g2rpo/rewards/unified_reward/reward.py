@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from g2rpo.hub.cache import own_cache
-from g2rpo.rewards.base import BatchedReward, RewardConfig
+from g2rpo.rewards.base import BatchedReward, RewardConfig, question_of
 from g2rpo.rewards.question import ASPECTS, QuestionConfig
 from g2rpo.rewards.unified_reward.answers import (
     MalformedAnswerError,
@@ -84,6 +84,7 @@ class UnifiedReward(BatchedReward):
     """The mean (by default) of three scores on the question's scale, usually 1 to 5."""
 
     name: ClassVar[str] = "unified_reward"
+    asks_question = True
     part_names = ASPECTS
 
     def __init__(
@@ -115,16 +116,9 @@ class UnifiedReward(BatchedReward):
         Raises:
             UserError: the weights, the template or the key is missing; says how to get it.
         """
-        question = config.question or QuestionConfig()
-        if config.variant is not None:
-            raise UserError("reward unified_reward: has no variants; remove `variant`")
+        question = question_of(config)
         backend: Backend
         if question.server is not None:
-            if config.source is not None or config.revision is not None:
-                raise UserError(
-                    "reward unified_reward: question.server selects the model; remove `source` "
-                    "and `revision`"
-                )
             from g2rpo.rewards.unified_reward.server import ServerModel
 
             template = choose_template(question, question.server.model)
@@ -145,8 +139,7 @@ class UnifiedReward(BatchedReward):
                 choose_template(question, source)
             folder = model_folder(source, config.revision)
             template = choose_template(question, source, folder)
-            name = source if is_hub_id(source) else folder.resolve().name
-            backend = LocalModel(folder, name, question, torch.device(device))
+            backend = LocalModel(folder, source, question, torch.device(device))
         return cls(backend, template, question, device, config.batch_size)
 
     def networks(self) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """A vision-language model on an OpenAI-compatible server, such as vLLM."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
@@ -12,17 +13,37 @@ from g2rpo.rewards.client import ServerClient, png_base64
 from g2rpo.rewards.question import ModelServerConfig
 
 
+def _text(completion: ChatCompletion) -> str | None:
+    text = completion.choices[0].message.content
+    return text if isinstance(text, str) else None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer is; ``read`` returns None, or fails, if it is not in the completion."""
+
+    what: str = "text"
+    read: Callable[[ChatCompletion], str | None] = _text
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of a request."""
+
+
 class ServerModel(ServerClient):
     """Asks a server several questions at a time."""
 
     def __init__(
-        self, config: ModelServerConfig, max_answer_tokens: int, accept: Callable[[str], bool]
+        self,
+        config: ModelServerConfig,
+        max_answer_tokens: int,
+        accept: Callable[[str], bool],
+        reading: Reading = Reading(),
     ) -> None:
         """Args:
             config: the server.
             max_answer_tokens: maximum length of an answer.
             accept: whether an answer is well-formed. If not, the question is asked once more:
                 answers of servers depend on how they batch requests.
+            reading: what an answer is.
 
         Raises:
             UserError: the environment variable with the key is not set.
@@ -35,7 +56,7 @@ class ServerModel(ServerClient):
             "temperature": 0,
             "max_answer_tokens": max_answer_tokens,
         }
-        self._accept = accept
+        self._accept, self._reading = accept, reading
 
     def prepare(
         self, images: Sequence[Tensor], questions: Sequence[str]
@@ -56,31 +77,36 @@ class ServerModel(ServerClient):
                 return answer
         if answer is None:
             raise UserError(
-                f"{self.config.url}: the response is not a chat completion with text; "
-                "check that question.server.url is the root of an OpenAI-compatible server"
+                f"{self.config.url}: the response is not a chat completion with "
+                f"{self._reading.what}; check that question.server.url is the root of an "
+                "OpenAI-compatible server"
             )
         return answer
 
     async def _complete(
         self, client: openai.AsyncOpenAI, message: ChatCompletionUserMessageParam
     ) -> str | None:
-        """The text of one completion; None if the response has none."""
+        """The answer in one completion; None if the response has none."""
         request = client.chat.completions.create(
             model=self.model,
             messages=[message],
             temperature=self.settings["temperature"],
             max_tokens=self.settings["max_answer_tokens"],
             extra_headers=self.headers,
+            **self._reading.options,
         )
         completion = await self.reply(client, request)
-        return None if completion is None else _text(completion)
+        try:
+            return None if completion is None else self._reading.read(completion)
+        except (AttributeError, LookupError, TypeError, ValueError):  # responses are not validated
+            return None
 
     async def not_found(self, client: openai.AsyncOpenAI) -> str:
         """See :meth:`ServerClient.not_found`; lists the models that are served."""
         try:
             models = client.with_options(max_retries=0).models.list(extra_headers=self.headers)
             served = [model.id async for model in models]
-        except (openai.APIError, ValueError, AttributeError, TypeError):  # as in _text
+        except (openai.APIError, ValueError, AttributeError, TypeError):  # as in _complete
             return (
                 ", not an OpenAI-compatible API; set question.server.url to the server's root, "
                 "e.g. http://host:8000"
@@ -100,9 +126,3 @@ def _message(image: Tensor, question: str) -> ChatCompletionUserMessageParam:
     }
 
 
-def _text(completion: ChatCompletion) -> str | None:
-    try:
-        text = completion.choices[0].message.content
-    except (AttributeError, LookupError, TypeError):  # the client does not validate responses
-        return None
-    return text if isinstance(text, str) else None

@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.errors import UserError
-from g2rpo.files import sha256_file
-from g2rpo.hub import cache
-from g2rpo.hub.catalogue import catalogue
-from g2rpo.hub.fetch import difference
-from g2rpo.hub.lock import expected, read_lock
+from g2rpo.hub.fetch import fetched_file
 from g2rpo.rewards.question import QuestionConfig
 
 OWN, PUBLISHED = "own", "published"
@@ -44,6 +40,11 @@ class Template:
         """The question about an image of ``prompt``."""
         # Not str.format: braces in the template or the prompt are ordinary characters.
         return self.text.replace(PLACEHOLDER, prompt)
+
+    @classmethod
+    def of(cls, text: str) -> "Template":
+        """A template of ``text`` alone, with the hash of ``text``."""
+        return cls(text, hashlib.sha256(text.encode()).hexdigest())
 
     @classmethod
     def read(cls, path: Path) -> "Template":
@@ -76,21 +77,30 @@ class Template:
         return cls(text, hashlib.sha256(data).hexdigest(), low, high)
 
 
-def choose_template(config: QuestionConfig, model: str, folder: Path | None = None) -> Template:
+def choose_template(
+    config: QuestionConfig,
+    model: str,
+    folder: Path | None = None,
+    default: Template | None = None,
+) -> Template:
     """The template for ``model``, whose files are in ``folder`` if it is a local one.
+
+    ``default``: the reward's own, where neither ``config`` nor ``folder`` has one.
 
     Raises:
         UserError: neither ``config`` nor the model has a template, it cannot be read, or its hash
             is not the configured one.
     """
     if config.template == PUBLISHED:
-        return _checked(published_question(published_script()), PUBLISHED, config)
+        return _checked(published_question(fetched_file(QUESTION_ARTIFACT)), PUBLISHED, config)
     if config.template == OWN:
         path = OWN_FILE
     elif config.template is not None:
         path = Path(config.template).expanduser()
     elif folder is not None and (folder / BESIDE_THE_MODEL).is_file():
         path = folder / BESIDE_THE_MODEL
+    elif default is not None:
+        return _checked(default, "the reward's question", config)
     elif model.startswith(PUBLISHERS):
         raise UserError(
             f"reward unified_reward: {model} was trained on its authors' question, which is not "
@@ -112,29 +122,6 @@ def _checked(template: Template, where: str, config: QuestionConfig) -> Template
             f"question.template_sha256 is {config.template_sha256}; fix one of them"
         )
     return template
-
-
-def published_script() -> Path:
-    """The authors' example script in the cache.
-
-    Raises:
-        UserError: it has not been fetched, or is not the one in the catalogue or the lock file.
-    """
-    (artifact,) = catalogue().select([QUESTION_ARTIFACT], ("reward",))
-    (file,) = artifact.files
-    want = expected(artifact, file, read_lock())
-    path = cache.find(artifact, file, want.revision)
-    if path is None:
-        raise UserError(
-            "reward unified_reward: the published question is not in the cache; run "
-            f"`g2rpo weights fetch {QUESTION_ARTIFACT}`"
-        )
-    problem = difference(path, sha256_file(path), want)
-    if problem is not None:
-        raise UserError(
-            f"{QUESTION_ARTIFACT} is {problem}; run `g2rpo weights fetch {QUESTION_ARTIFACT}`"
-        )
-    return path
 
 
 def published_question(script: Path) -> Template:
@@ -160,7 +147,7 @@ def published_question(script: Path) -> Template:
             "set question.template to it"
         )
     (text,) = texts
-    return Template(text, hashlib.sha256(text.encode()).hexdigest())
+    return Template.of(text)
 
 
 def _template_text(node: ast.JoinedStr) -> str | None:

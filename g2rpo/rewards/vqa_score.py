@@ -1,0 +1,135 @@
+"""VQAScore: how sure a vision-language model is that an image shows its prompt (arXiv 2404.01291).
+
+The score is P("Yes"), the probability that the model's answer to the question starts with the first
+token of "Yes" (with the models in use, the whole word): the softmax of the model's logits there,
+without a temperature or penalties. "yes", " Yes" and other spellings do not count. The authors'
+package t2v_metrics computes the same for Qwen-VL models, but asks 'Does this image show "..."?' and
+applies the penalties of the model's generation settings. For their CLIP-FlanT5 it also includes the
+end of the answer: its scores are those of another model and are not comparable.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self, Union
+
+import torch
+from torch import Tensor, nn
+
+from g2rpo.errors import UserError
+from g2rpo.rewards.base import BatchedReward, RewardConfig, question_of
+from g2rpo.rewards.question import QuestionConfig
+from g2rpo.rewards.unified_reward.local import LocalModel, model_folder
+from g2rpo.rewards.unified_reward.template import OWN, PUBLISHED, Template, choose_template
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletion
+
+    from g2rpo.rewards.unified_reward.server import ServerModel
+
+PUBLISHED_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+QUESTION = Template.of('Does this figure show "{prompt}"? Please answer yes or no.')
+ANSWER = "Yes"
+LISTED = 20
+"""Likeliest first tokens that a server is asked for; most servers list no more."""
+NEGLIGIBLE = 1e-4
+"""A probability below this may count as 0."""
+_WITHOUT_EFFECT = ("aggregate", "max_answer_tokens", "cache", "cache_folder")
+
+
+class VQAScore(BatchedReward):
+    """P("Yes"), 0 to 1, of a model in this process or on a server that lists log-probabilities.
+
+    ``question.template`` is a file, or None for the ``question_template.txt`` in the model's folder
+    or else the paper's question.
+    """
+
+    name = "vqa_score"
+    asks_question = True
+
+    def __init__(
+        self,
+        backend: Union[LocalModel, "ServerModel"],
+        template: Template,
+        device: torch.device | str,
+        batch_size: int,
+    ) -> None:
+        super().__init__(device, batch_size, f"{backend.model}-yes", backend.weights_hash)
+        self.backend, self.template, self.template_hash = backend, template, template.sha256
+
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> Self:
+        """Loads the model, or sets up the client of its server without contacting it.
+
+        Raises:
+            UserError: the weights, the template or the key is missing, or a setting has no effect.
+        """
+        question = question_of(config)
+        _check(question)
+        if question.server is not None:
+            from g2rpo.rewards.unified_reward.server import Reading, ServerModel
+
+            options = {"logprobs": True, "top_logprobs": LISTED}
+            reading = Reading("log-probabilities", _likeliest, options)
+            server = ServerModel(question.server, 1, bool, reading)
+            template = choose_template(question, server.model, default=QUESTION)
+            return cls(server, template, device, config.batch_size)
+        source = config.source or PUBLISHED_MODEL
+        folder = model_folder(source, config.revision)
+        template = choose_template(question, source, folder, QUESTION)
+        local = LocalModel(folder, source, question, torch.device(device))
+        return cls(local, template, device, config.batch_size)
+
+    def networks(self) -> list[nn.Module]:
+        """See :meth:`BatchedReward.networks`."""
+        return [self.backend.network] if isinstance(self.backend, LocalModel) else []
+
+    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> tuple[list[str], Any]:
+        """See :meth:`BatchedReward.prepare`."""
+        questions = [self.template.question(prompt) for prompt in prompts]
+        return list(prompts), self.backend.prepare(images, questions)
+
+    def evaluate(self, prepared: tuple[list[str], Any]) -> Tensor:
+        """Scores ``[B]``.
+
+        Raises:
+            UserError: a server does not list the answer, which may yet be likely; names the prompt.
+        """
+        prompts, inputs = prepared
+        if isinstance(self.backend, LocalModel):
+            return self.backend.first_token(inputs, ANSWER)
+        pairs = zip(prompts, self.backend.ask(inputs), strict=True)
+        return torch.tensor([_probability(*pair) for pair in pairs])
+
+
+def _check(question: QuestionConfig) -> None:
+    """Raises :class:`UserError` for settings of UnifiedReward that have no effect here."""
+    idle = [name for name in _WITHOUT_EFFECT if name in question.model_fields_set]
+    if idle:
+        raise UserError(f"reward vqa_score: question.{idle[0]} has no effect; remove it")
+    if question.template in (OWN, PUBLISHED):
+        raise UserError(
+            f"reward vqa_score: question.template {question.template!r} is UnifiedReward's; remove "
+            "it, or set it to a file"
+        )
+
+
+def _likeliest(completion: "ChatCompletion") -> str | None:
+    """The log-probabilities of the likeliest first tokens, as JSON."""
+    logprobs = completion.choices[0].logprobs
+    listed = logprobs.content[0].top_logprobs if logprobs and logprobs.content else []
+    return json.dumps({each.token: float(each.logprob) for each in listed}) if listed else None
+
+
+def _probability(prompt: str, likeliest: str) -> float:
+    listed: dict[str, float] = json.loads(likeliest)
+    if ANSWER in listed:
+        return math.exp(listed[ANSWER])
+    most = math.exp(min(listed.values()))
+    if most > NEGLIGIBLE:
+        raise UserError(
+            f"reward vqa_score: {ANSWER!r} is not among the {len(listed)} likeliest tokens that "
+            f"the server lists for prompt {prompt!r}, and may have a probability up to {most:.2g}; "
+            f"let the server list {LISTED}, ask another model, or run it in this process"
+        )
+    return 0.0
