@@ -28,6 +28,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def small_hpsv3_images() -> Iterator[None]:
+    """HPSv3 sees a few tokens of an image, where the published size has 256."""
+    from g2rpo.rewards import hpsv3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hpsv3, "PIXELS", 6 * 28 * 28)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_stop_request() -> Iterator[None]:
     from g2rpo.stop import StopRequest

@@ -1,6 +1,7 @@
 """A tiny random Qwen2.5-VL, and a tiny HPSv3, in the files of the large ones, made offline."""
 
 import json
+import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,15 +67,18 @@ HPSV3_PREPROCESSOR = {
     "image_mean": open_clip.OPENAI_DATASET_MEAN,
     "image_std": open_clip.OPENAI_DATASET_STD,
 }
-HPSV3_CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen2VLForConditionalGeneration"],
-    "model_type": "qwen2_vl",
+TEXT_SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
+}
+HPSV3_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "model_type": "qwen2_vl",
+    **TEXT_SIZES,
     "rope_theta": 10000.0,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
     "rms_norm_eps": 1e-6,
@@ -138,18 +142,16 @@ def build_small_hpsv3(folder: Path) -> Path:
         write_json(temporary / "config.json", config)
         atomic_write_text(temporary / BESIDE_THE_MODEL, HPSV3_QUESTION)
         network = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config))
-        network.save_pretrained(temporary / "names")
-        names = safetensors.torch.load_file(temporary / "names" / "model.safetensors")
-        shapes = {key: value.shape for key, value in names.items()}
+        with tempfile.TemporaryDirectory() as saved:  # under the names that files have
+            network.save_pretrained(saved)
+            values = safetensors.torch.load_file(Path(saved) / "model.safetensors")
+        shapes = {key: value.shape for key, value in values.items()}
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
             shapes[key] = torch.Size((len(tokenizer) + 1, WIDTH))
         head = hpsv3.HPSv3Network(network.config).rm_head.state_dict()
         shapes |= {f"rm_head.{key}": value.shape for key, value in head.items()}
         state = {key: _drawn(key, shape) for key, shape in shapes.items()}
         safetensors.torch.save_file(state, temporary / hpsv3.WEIGHTS)
-        for path in sorted((temporary / "names").iterdir()):
-            path.unlink()
-        (temporary / "names").rmdir()
     return folder
 
 
@@ -207,12 +209,7 @@ def _network(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
+            **TEXT_SIZES,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,

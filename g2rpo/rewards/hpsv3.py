@@ -146,13 +146,14 @@ class HPSv3(BatchedReward):
     ) -> None:
         super().__init__(device, batch_size, f"v3-{dtype}", sha256_file(weights))
         self.template, self.template_hash = template, template.sha256
-        self._inputs = ChatInputs(folder, do_resize=False)
-        tokenizer = self._inputs.tokenizer
+        self.inputs = ChatInputs(folder, do_resize=False)
+        tokenizer = self.inputs.tokenizer
         tokenizer.padding_side = "right"
         # Not a special token: those are plain text where they occur in a question.
         tokenizer.add_tokens([REWARD_TOKEN])
-        self._reward_token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
-        if template.question("").count(REWARD_TOKEN) != 1:
+        self.reward_token = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+        asked = self.inputs([Image.new("RGB", (28, 28))], [template.question("a cat")])
+        if int((asked["input_ids"] == self.reward_token).sum()) != 1:
             raise UserError(f"{folder}: HPSv3's question must contain {REWARD_TOKEN} once")
         config = _read_config(folder)
         config.text_config.vocab_size = len(tokenizer)
@@ -184,11 +185,11 @@ class HPSv3(BatchedReward):
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> BatchFeature:
         """See :meth:`BatchedReward.prepare`."""
         questions = [self.template.question(prompt) for prompt in prompts]
-        return self._inputs([_resized(image) for image in images], questions)
+        return self.inputs([_resized(image) for image in images], questions)
 
     def evaluate(self, prepared: BatchFeature) -> Tensor:
         """Scores ``[B]``."""
-        outputs: Tensor = self.network(prepared.to(self.device), self._reward_token)
+        outputs: Tensor = self.network(prepared.to(self.device), self.reward_token)
         return outputs[:, 0]
 
 

@@ -50,7 +50,7 @@ class QuestionConfig(StrictModel):
     template: str | None = None
     """File with the question, ``{prompt}`` in place of the caption. ``own`` is the project's,
     ``published`` the authors' (fetched with ``g2rpo weights fetch unified-reward-question``), None
-    the ``question_template.txt`` in the model's folder."""
+    the ``question_template.txt`` in the model's folder, else the reward's own if it has one."""
     template_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """The expected SHA-256 of the template file."""
     aggregate: Aggregate = "mean"

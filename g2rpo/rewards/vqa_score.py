@@ -3,9 +3,9 @@
 The score is P("Yes"), the probability that the model's answer to the question starts with the first
 token of "Yes" (with the models in use, the whole word): the softmax of the model's logits there,
 without a temperature or penalties. "yes", " Yes" and other spellings do not count. The authors'
-package t2v_metrics computes the same for Qwen-VL models, but asks 'Does this image show "..."?' and
-applies the penalties of the model's generation settings. For their CLIP-FlanT5 it also includes the
-end of the answer: its scores are those of another model and are not comparable.
+package t2v_metrics 3.0 computes the same for Qwen-VL models, but asks 'Does this image show "..."?'
+and applies the penalties of the model's generation settings. The paper's own model, CLIP-FlanT5, is
+not among transformers'; its score is the geometric mean of P("Yes") and of the answer's end.
 """
 
 import json
@@ -69,7 +69,8 @@ class VQAScore(BatchedReward):
         if question.server is not None:
             from g2rpo.rewards.unified_reward.server import Reading, ServerModel
 
-            options = {"logprobs": True, "top_logprobs": LISTED}
+            # Some servers list log-probabilities at the temperature of a request.
+            options = {"temperature": 1, "logprobs": True, "top_logprobs": LISTED}
             reading = Reading("log-probabilities", _likeliest, options)
             server = ServerModel(question.server, 1, bool, reading)
             template = choose_template(question, server.model, default=QUESTION)

@@ -14,6 +14,8 @@ import torch
 from command_line import told_here
 from forked import Command
 from PIL import Image
+from small_aesthetic import build_small_aesthetic
+from small_vlm import build_small_hpsv3, build_small_vlm
 
 from benchmarks.mini_world import world
 from g2rpo.data.images import load_image
@@ -106,6 +108,39 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert set(again["reward"]) == {"hps", "clip", "attributes"}
     assert set(again["style"]) == {"one"}
+
+
+@pytest.mark.usefixtures("small_hpsv3_images")
+def test_rewards_that_the_profile_does_not_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, size in {"wide": (90, 30), "tall": (40, 64)}.items():
+        Image.new("RGB", size, "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(f"a {name} red picture")
+    sources = {
+        "hpsv3": build_small_hpsv3(tmp_path / "hpsv3"),
+        "aesthetic": build_small_aesthetic(tmp_path / "aesthetic"),
+        "vqa_score": build_small_vlm(tmp_path / "vlm"),
+    }
+    changes = [part for name, at in sources.items() for part in ("-s", f"{name}.source={at}")]
+    options = ["--rewards", ",".join(sources), "--output", tmp_path / "out", *changes]
+    code, _, errors = score_here(capsys, images, *options)
+    assert code == 0, errors
+    scores = pd.read_parquet(tmp_path / "out" / "scores.parquet")
+    assert scores.groupby("reward")["version"].agg("unique").map(list).to_dict() == {
+        "hpsv3": ["v3-bfloat16"],
+        "aesthetic": ["sac+logos+ava1-l14-linearMSE"],
+        "vqa_score": ["vlm-yes"],
+    }
+    assert scores["score"].notna().all() and len(scores) == 6
+    asked = scores[scores["reward"] != "aesthetic"]
+    assert asked["template_hash"].str.len().eq(64).all()
+    assert scores["weights_hash"].nunique() == 3
+    code, _, errors = score_here(capsys, images, "--rewards", "hpsv4")
+    assert code == 2
+    assert "profile flux has no reward 'hpsv4'; did you mean 'hpsv3'" in " ".join(errors.split())
 
 
 @pytest.mark.parametrize("width", [20, 200])

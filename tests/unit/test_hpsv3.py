@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import safetensors.torch
 import torch
 from small_vlm import CONTROL, build_small_hpsv3
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from g2rpo.errors import UserError
 from g2rpo.hub.cache import repository_folder
@@ -20,14 +20,8 @@ from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
 from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL
 
+pytestmark = pytest.mark.usefixtures("small_hpsv3_images")
 IMAGES = [torch.full((40, 60, 3), value, dtype=torch.uint8) for value in (0, 128, 255)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_images() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hpsv3, "PIXELS", 6 * 28 * 28)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ class TestPrompts:
 
     def test_control_tokens_in_a_prompt_are_plain_text(self, built: Path) -> None:
         reward, prompt = load(built), " ".join(CONTROL)
-        tokenizer = reward._inputs.tokenizer
+        tokenizer = reward.inputs.tokenizer
         asked, plainly = (
             reward.prepare(IMAGES[:1], [text])["input_ids"][0] for text in (prompt, "a cat")
         )
@@ -72,7 +66,7 @@ class TestPrompts:
         reward = load(built)
         words = f"cat {hpsv3.REWARD_TOKEN} dog"
         prepared = reward.prepare(IMAGES[:1], [words])
-        places = (prepared["input_ids"][0] == reward._reward_token).nonzero().flatten()
+        places = (prepared["input_ids"][0] == reward.reward_token).nonzero().flatten()
         assert len(places) == 2
         with torch.no_grad():
             length = prepared["input_ids"].shape[1]
@@ -129,6 +123,14 @@ def test_files_of_another_model_are_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
     with pytest.raises(UserError, match=r"config\.json is not that of Qwen2-VL"):
         load(folder)
+
+
+def test_the_question_must_contain_the_reward_token(folder: Path) -> None:
+    before = score(load(folder), "a cat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [hpsv3.REWARD_TOKEN]})
+    tokenizer.save_pretrained(folder)
+    assert torch.equal(score(load(folder), "a cat"), before)
     (folder / BESIDE_THE_MODEL).write_text("How good is this {prompt}?")
     with pytest.raises(UserError, match=r"must contain <\|Reward\|> once"):
         load(folder)

@@ -1,7 +1,6 @@
 """The reward models on tiny random weights: one protocol, same scores however they are batched."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,12 @@ from torch import Tensor
 from benchmarks.mini_world import world
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from g2rpo.errors import UserError
-from g2rpo.rewards import hpsv3
+from g2rpo.rewards.aesthetic import HEAD
 from g2rpo.rewards.base import RewardConfig, RewardModel
 from g2rpo.rewards.preprocessing import Preprocessing
 from g2rpo.rewards.registry import load_reward
 
+pytestmark = pytest.mark.usefixtures("small_hpsv3_images")
 PROMPTS = world.make_captions(7, "train", 6) * 2
 WEIGHTS = {
     "hps": "open_clip_model.safetensors",
@@ -31,14 +31,6 @@ WEIGHTS = {
 }
 EXACT: dict[str, dict[str, object]] = {"hpsv3": {"variant": "float32"}}
 """Settings for scores that depend on the batch by float32 rounding alone."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_images() -> Iterator[None]:
-    """HPSv3 sees a few tokens of an image, where the published size has 256."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hpsv3, "PIXELS", 6 * 28 * 28)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +218,26 @@ def test_prompts_longer_than_the_context_are_reported(tiny: Path, name: str, wor
         for text in (" ".join(["red"] * (words + 5)), " ".join(["red"] * (words + 9)))
     )
     torch.testing.assert_close(whole, cut)
+
+
+def test_the_head_of_the_aesthetic_score_is_checked(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("G2RPO_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny / "rewards" / "aesthetic", tmp_path / "rewards" / "aesthetic")
+    path = tmp_path / "rewards" / "aesthetic" / f"{HEAD}.pth"
+    state = torch.load(path, weights_only=True)
+    for change, message in (
+        ({"layers.7.bias": Path("code")}, "cannot read the weights .*fetch it again"),
+        ({"layers.8.bias": torch.ones(1)}, "8.bias is unknown"),
+        ({"layers.0.weight": torch.ones(1024, 64)}, "0.weight has shape"),
+    ):
+        torch.save(state | change, path)
+        with pytest.raises(UserError, match=message):
+            load(tmp_path, "aesthetic")
+    path.unlink()
+    with pytest.raises(UserError, match="weights fetch aesthetic-head"):
+        load(tmp_path, "aesthetic")
 
 
 class TestPreprocessing:

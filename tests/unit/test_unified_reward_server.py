@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,7 @@ class TestVQAScore:
         assert found == pytest.approx([math.exp(-1 - i) for i in range(3)], rel=1e-6)
         body = server.requests[0]
         assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+        assert body["temperature"] == 1
         which = number_in(body)
         assert body["messages"][0]["content"][1]["text"] == (
             f'Does this figure show "drawing {which} x"? Please answer yes or no.'

@@ -90,10 +90,9 @@ class ServerModel(ServerClient):
         request = client.chat.completions.create(
             model=self.model,
             messages=[message],
-            temperature=self.settings["temperature"],
             max_tokens=self.settings["max_answer_tokens"],
             extra_headers=self.headers,
-            **self._reading.options,
+            **{"temperature": self.settings["temperature"], **self._reading.options},
         )
         completion = await self.reply(client, request)
         try:
@@ -124,5 +123,3 @@ def _message(image: Tensor, question: str) -> ChatCompletionUserMessageParam:
             {"type": "text", "text": question},
         ],
     }
-
-
