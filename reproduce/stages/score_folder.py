@@ -69,14 +69,15 @@ def chosen_rewards(
         UserError: there is no such reward, or an override is invalid.
     """
     own = reward_configs(profile)
-    known = {name: RewardConfig(model=name) for name in REWARDS} | own
+    known: dict[str, dict[str, Any]] = {name: {"model": name} for name in REWARDS}
+    known |= {name: config.model_dump(mode="json") for name, config in own.items()}
     for name in (*names, *overrides):
         if name not in known:
             hint = nearest(name, known)
             raise UserError(f"profile {profile.name} has no reward {name!r}; {hint}")
-    configs = {name: known[name] for name in names or own}
+    chosen = {name: known[name] for name in names or own}
     for name, changes in overrides.items():
-        if name not in configs:
+        if name not in chosen:
             raise UserError(f"-s {name}: not among the rewards to score; add it to --rewards")
         if not isinstance(changes, Mapping) or "model" in changes:
             raise UserError(
@@ -86,10 +87,10 @@ def chosen_rewards(
     return {
         name: validate(
             RewardConfig,
-            merge(config.model_dump(mode="json"), size, overrides.get(name, {})),
+            merge(settings, size, overrides.get(name, {})),
             f"reward {name}",
         )
-        for name, config in configs.items()
+        for name, settings in chosen.items()
     }
 
 
