@@ -27,7 +27,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 TIME_CHANNELS = 256
 """Width of the sinusoidal embedding of time and guidance."""
 ASSUMED = "black-forest-labs/FLUX.1-dev"
-"""What a policy is taken for that is neither on this machine nor in the catalogue."""
+"""What a policy is taken for that is neither on this machine nor in the catalogue, and names no
+pipeline."""
 Rows = Literal["image", "text", "all", "one"]
 """What a layer runs over: the tokens of a state, or once for all of them."""
 
@@ -200,7 +201,10 @@ def model_size(policy: PolicyConfig) -> ModelSize:
         UserError: the folder's configuration cannot be read.
     """
     folder = _folder(policy)
-    return _published_size(policy.source) if folder is None else read_size(folder)
+    if folder is not None:
+        return read_size(folder)
+    known = published(policy.source, policy.pipeline)
+    return size_class(known.pipeline).model_validate(known.transformer)
 
 
 def nfe_per_velocity(policy: PolicyConfig) -> int:
@@ -217,7 +221,11 @@ def pipeline_of(policy: PolicyConfig) -> str:
     if policy.pipeline is not None:
         return policy.pipeline
     folder = _folder(policy)
-    return published(policy.source).pipeline if folder is None else pipeline_name(folder)
+    return (
+        published(policy.source, policy.pipeline).pipeline
+        if folder is None
+        else pipeline_name(folder)
+    )
 
 
 def assumption(policy: PolicyConfig) -> str | None:
@@ -226,15 +234,22 @@ def assumption(policy: PolicyConfig) -> str | None:
         return None
     return (
         f"policy {policy.source} is neither on this machine nor in the catalogue (`g2rpo weights "
-        f"list`), so it is planned as {ASSUMED}"
+        f"list`), so it is planned as {_assumed(policy.pipeline)}"
     )
 
 
-def published(source: str) -> PublishedPolicy:
-    """What the catalogue says of the policy with the hub id ``source``, else of ``ASSUMED``."""
-    found = _in_catalogue(source) or _in_catalogue(ASSUMED)
+def published(source: str, pipeline: str | None = None) -> PublishedPolicy:
+    """What the catalogue says of a policy by its hub id, else of the one that it is taken for."""
+    found = _in_catalogue(source) or _in_catalogue(_assumed(pipeline))
     assert found is not None
     return found
+
+
+def _assumed(pipeline: str | None) -> str:
+    """The hub id of the catalogue's first policy of ``pipeline``; without one ``ASSUMED``."""
+    policies = ((a.repo, a.architecture) for a in catalogue().artifacts)
+    found = (repo for repo, known in policies if known is not None and known.pipeline == pipeline)
+    return next(found, ASSUMED)
 
 
 def _in_catalogue(source: str) -> PublishedPolicy | None:
@@ -267,12 +282,6 @@ def read_size(folder: Path) -> ModelSize:
             f"{folder}: transformer/config.json and vae/config.json are not those of a {pipeline} "
             f"({reason(error)}); fetch the folder again"
         ) from None
-
-
-@functools.cache
-def _published_size(source: str) -> ModelSize:
-    known = published(source)
-    return size_class(known.pipeline).model_validate(known.transformer)
 
 
 def _folder(policy: PolicyConfig) -> Path | None:

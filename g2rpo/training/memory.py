@@ -93,7 +93,10 @@ def encoding_bytes(policy: PolicyConfig) -> int:
     folder = Path(policy.source).expanduser()
     if folder.is_dir():
         return sum(weights_bytes(part) for part in folder.glob("text_encoder*"))
-    return DTYPE_BYTES[policy.dtype] * published(policy.source).text_encoder_parameters
+    return (
+        DTYPE_BYTES[policy.dtype]
+        * published(policy.source, policy.pipeline).text_encoder_parameters
+    )
 
 
 def check_encoders_fit(policy: PolicyConfig, available: float) -> None:

@@ -56,7 +56,7 @@ def test_the_build_context_has_the_code_and_is_small() -> None:
     } <= set(context)  # fmt: skip
     package = re.compile(r"^(benchmarks|g2rpo|reproduce|slurm)/")
     assert not [name for name in listed if package.match(name) and name not in context]
-    assert sum((ROOT / name).stat().st_size for name in context) < 30e6
+    assert sum((ROOT / name).stat().st_size for name in context) < 35e6
 
 
 def targets() -> set[str]:

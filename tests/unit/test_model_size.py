@@ -174,6 +174,16 @@ def test_an_unknown_policy_is_planned_as_flux_dev_and_said_to_be() -> None:
     assert "nobody/nothing is neither on this machine nor in" in str(assumption(unknown))
 
 
+def test_an_unknown_policy_of_a_pipeline_is_planned_as_the_catalogue_s_policy_of_it() -> None:
+    unknown = PolicyConfig(
+        source="nobody/nothing", pipeline="StableDiffusion3Pipeline", resolution=512
+    )
+    known = unknown.model_copy(update={"source": SD35_MEDIUM})
+    assert model_size(unknown) == model_size(known)
+    assert nfe_per_velocity(unknown) == nfe_per_velocity(known) == 2
+    assert f"planned as {SD35_MEDIUM}" in str(assumption(unknown))
+
+
 def test_the_catalogue_knows_the_architecture_of_every_policy() -> None:
     clip_g = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
     with torch.device("meta"):
