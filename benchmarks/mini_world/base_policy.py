@@ -80,18 +80,6 @@ class Policy(ABC):
         return nn.ModuleDict(modules)
 
 
-def token_ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
-    """Token ids ``[N, length]``, padded and truncated."""
-    ids: Tensor = tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=length,
-        return_tensors="pt",
-    ).input_ids
-    return ids
-
-
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a pipeline."""
     return FlowMatchEulerDiscreteScheduler(

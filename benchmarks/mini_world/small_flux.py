@@ -24,9 +24,8 @@ from benchmarks.mini_world.base_policy import (
     Policy,
     PolicySettings,
     scheduler,
-    token_ids,
 )
-from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
+from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer, token_ids
 
 GUIDANCE = 3.5
 

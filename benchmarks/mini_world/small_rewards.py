@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.mini_world.tokenizers import token_ids
 from g2rpo.files import write_json
 from g2rpo.rewards.image_reward import (
     MAX_TOKENS,
@@ -135,14 +136,7 @@ class SmallReward(ABC, nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Token ids ``[N, CONTEXT_LENGTH]``, padded with ``PAD_ID``."""
-        ids: Tensor = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=CONTEXT_LENGTH,
-            return_tensors="pt",
-        ).input_ids
-        return ids
+        return token_ids(self.tokenizer, captions, CONTEXT_LENGTH)
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A small Stable Diffusion 3.5 with its three text encoders, untrained."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,9 @@ from benchmarks.mini_world.base_policy import (
     Policy,
     PolicySettings,
     scheduler,
-    token_ids,
 )
 from benchmarks.mini_world.small_flux import clip_config, t5_encoder
-from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer
+from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer, token_ids
 
 
 class SD3Settings(PolicySettings):
@@ -67,10 +67,15 @@ class SD3Policy(Policy):
             token_ids(self.tokenizer_3, captions, T5_TOKENS),
         )
 
+    @functools.cached_property
+    def empty(self) -> tuple[Tensor, ...]:
+        """Token ids of the empty caption."""
+        return self.tokens([""])
+
     def drop(self, tokens: tuple[Tensor, ...], draws: torch.Generator) -> tuple[Tensor, ...]:
         """See :meth:`Policy.drop`."""
         dropped = torch.rand(len(tokens[0]), 1, generator=draws) < self.settings.caption_dropout
-        pairs = zip(self.tokens([""]), tokens, strict=True)
+        pairs = zip(self.empty, tokens, strict=True)
         return tuple(torch.where(dropped, empty, ids) for empty, ids in pairs)
 
     def velocity(self, latents: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
@@ -93,7 +98,7 @@ class SD3Policy(Policy):
 
     def guided(self, latents: Tensor, sigma: Tensor, tokens: tuple[Tensor, ...]) -> Tensor:
         """The velocity with classifier-free guidance."""
-        empty = tuple(ids.expand(len(latents), -1) for ids in self.tokens([""]))
+        empty = tuple(ids.expand(len(latents), -1) for ids in self.empty)
         given = self.velocity(latents, sigma, tokens)
         without = self.velocity(latents, sigma, empty)
         return without + self.settings.guidance_scale * (given - without)

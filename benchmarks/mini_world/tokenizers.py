@@ -5,11 +5,14 @@ Every other character has a token too, so any prompt can be tokenized.
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from benchmarks.mini_world import world
@@ -99,3 +102,15 @@ def t5_tokenizer(folder: Path, length: int) -> T5TokenizerFast:
     )
     wrapped.save_pretrained(folder)
     return T5TokenizerFast.from_pretrained(folder)
+
+
+def token_ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
+    """Token ids ``[N, length]``, padded and truncated."""
+    ids: Tensor = tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+    ).input_ids
+    return ids

@@ -221,11 +221,7 @@ def pipeline_of(policy: PolicyConfig) -> str:
     if policy.pipeline is not None:
         return policy.pipeline
     folder = _folder(policy)
-    return (
-        published(policy.source, policy.pipeline).pipeline
-        if folder is None
-        else pipeline_name(folder)
-    )
+    return published(policy.source).pipeline if folder is None else pipeline_name(folder)
 
 
 def assumption(policy: PolicyConfig) -> str | None:
