@@ -21,7 +21,7 @@ UV := .uv/bin/uv
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.setup-done
 # In this order they share most trainings.
-STUDIES := table1 table2 table3 granularity eta fusion steps group equal-cost frontier choices released-vs-matched credit
+STUDIES := table1 table2 table3 family granularity eta fusion steps group equal-cost frontier rewards choices released-vs-matched credit
 PUBLISHED = $(if $(PUBLISH),--publish)
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales need no downloads, so nothing may wait for a network.
@@ -34,7 +34,7 @@ ifdef PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE ?= 1
 endif
 
-.PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning clean \
+.PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning family-tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
 	lock audit image sif check-image bench-speed bench-loop bench-methods bench-numerics bench-approximations check-gpu \
@@ -46,8 +46,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)$$/\1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 		| while IFS='|' read -r name text; do printf '  %-29s %s\n' "$$name" "$$text"; done
 
-tuning: $(READY) ## run the learning-rate trials (PROFILE=mini by default)
-	$(OFFLINE) $(RUN)/g2rpo reproduce tuning --profile $(or $(PROFILE),mini) --seeds $(or $(SEEDS),101)
+tuning: $(READY) ## run the learning-rate trials of Table 1's methods (PROFILE=mini by default)
+family-tuning: $(READY) ## run the learning-rate trials of the other methods
+tuning family-tuning:
+	$(OFFLINE) $(RUN)/g2rpo reproduce $@ --profile $(or $(PROFILE),mini) --seeds $(or $(SEEDS),101)
 
 setup: $(READY) ## install everything into .venv (a minute, 6 GB; TORCH_INDEX=URL for another build of torch)
 
@@ -161,6 +163,8 @@ reproduce-group: $(READY) ## study: the group size
 reproduce-credit: $(READY) ## study: reward variance and gradient signal of each step
 reproduce-equal-cost: $(READY) ## study: all methods at equal NFE or device-seconds
 reproduce-frontier: $(READY) ## study: reward against cost, with cheaper settings of G²RPO
+reproduce-family: $(READY) ## every method under matched settings
+reproduce-rewards: $(READY) ## study: which rewards to train on, and how they are combined
 reproduce-choices: $(READY) ## study: one setting changed at a time
 reproduce-released-vs-matched: $(READY) ## study: each method's own settings against matched ones
 $(STUDIES:%=reproduce-%) reproduce-released:

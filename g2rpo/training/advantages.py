@@ -39,10 +39,11 @@ class AdvantageConfig(StrictModel):
     """Added to the std."""
     clip: float = Field(5.0, gt=0)
     """The summed advantage is clamped to +- this (released flag ``--adv_clip_max 5``)."""
-    combination: Literal["sum", "normalized_weights", "sum_of_rewards"] = "sum"
+    combination: Literal["sum", "normalized_weights", "sum_of_rewards", "mean_of_ranks"] = "sum"
     """``sum``: weighted sum of each reward's advantages (G2RPO, DanceGRPO). ``normalized_weights``:
     the same with weights that sum to 1 (MixGRPO). ``sum_of_rewards``: rewards are summed before
-    they are normalised (Flow-GRPO)."""
+    they are normalised (Flow-GRPO). ``mean_of_ranks``: the same with each reward's ranks in its
+    group, so that no reward's scale or outliers count."""
     granularity_reduction: GranularityReduction = unhashed("sum")
     """How the advantages of a step's granularities are combined; the paper uses ``sum``."""
     trimmed_ratio: float = unhashed(0.0, ge=0, lt=1)
@@ -128,6 +129,24 @@ def normalize(
     centered = torch.where(none, torch.zeros_like(values), values - mean)
     scale = torch.where(equal & (std + config.epsilon == 0), torch.ones_like(std), std)
     return Normalized(centered / (scale + config.epsilon), equal.squeeze(-1))
+
+
+def ranks(rewards: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+    """The ranks of rewards in their group, from 1; ties share their mean rank.
+
+    Args:
+        rewards: [..., G].
+        present: [..., G] bool, which rewards count, as in :func:`normalize`.
+
+    Returns:
+        [..., G] float64; rewards equal up to float32 rounding are ties.
+    """
+    values = rewards.to(torch.float64)
+    apart = values[..., :, None] - values[..., None, :]
+    counted = torch.ones_like(values) if present is None else present.expand_as(values).double()
+    largest = (values.abs() * counted).amax(dim=-1)[..., None, None]
+    above = torch.where(apart.abs() <= EQUAL_REWARDS_TOLERANCE * largest, 0.0, apart.sign())
+    return (0.5 * (above + 1.0) * counted[..., None, :]).sum(dim=-1) + 0.5
 
 
 def member_means(rewards: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
@@ -249,7 +268,7 @@ def group_advantages(
     zero_std_groups = {}
     values = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float64)
     present = members(groups, values.shape[-1])
-    for name, reward, weight, magnitude in _terms(rewards, weights, config):
+    for name, reward, weight, magnitude in _terms(rewards, weights, config, present):
         normalized = normalize(reward, config, magnitude, present)
         zero_std_groups[name] = normalized.zero_std_groups
         part = weight * normalized.values
@@ -263,9 +282,16 @@ def group_advantages(
 
 
 def _terms(
-    rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], config: AdvantageConfig
+    rewards: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    config: AdvantageConfig,
+    present: torch.Tensor | None,
 ) -> list[tuple[str, torch.Tensor, float, torch.Tensor | None]]:
     """The terms normalised separately: name, rewards, weight, and the magnitude of rounding."""
+    if config.combination == "mean_of_ranks":
+        total = sum(weights.values())
+        terms = [weights[name] / total * ranks(r, present) for name, r in rewards.items()]
+        return [("ranks", torch.stack(terms).sum(0), 1.0, None)]
     if config.combination == "sum_of_rewards":
         terms = torch.stack([weights[name] * r.double() for name, r in rewards.items()])
         return [("sum", terms.sum(0), 1.0, terms.abs().sum(0))]

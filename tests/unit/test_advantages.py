@@ -14,6 +14,7 @@ from g2rpo.training.advantages import (
     GranularityReduction,
     group_advantages,
     normalize,
+    ranks,
     step_advantages,
     transition_advantages,
 )
@@ -214,7 +215,16 @@ REWARDS = {"hps": random_rewards(2, 3, 6, seed=1), "clip": 8 * random_rewards(2,
 WEIGHTS = {"hps": 2.0, "clip": 0.5}
 
 
-@pytest.mark.parametrize("combination", ["sum", "normalized_weights", "sum_of_rewards"])
+def loop_ranks(values: list[float]) -> list[float]:
+    return [
+        sum(1.0 if other < one else 0.5 if other == one else 0.0 for other in values) + 0.5
+        for one in values
+    ]
+
+
+@pytest.mark.parametrize(
+    "combination", ["sum", "normalized_weights", "sum_of_rewards", "mean_of_ranks"]
+)
 def test_combinations_equal_the_loop(combination: str) -> None:
     found = group_advantages(REWARDS, WEIGHTS, AdvantageConfig(combination=combination))
     for prompt in range(2):
@@ -224,11 +234,30 @@ def test_combinations_equal_the_loop(combination: str) -> None:
             if combination == "sum_of_rewards":
                 summed = [2.0 * h + 0.5 * c for h, c in zip(hps, clip, strict=True)]
                 expected = loop_group(summed, 1, 1e-8)
+            elif combination == "mean_of_ranks":
+                pairs = zip(loop_ranks(hps), loop_ranks(clip), strict=True)
+                expected = loop_group([0.8 * h + 0.2 * c for h, c in pairs], 1, 1e-8)
             else:
                 a, b = loop_group(hps, 1, 1e-8), loop_group(clip, 1, 1e-8)
                 total = 2.5 if combination == "normalized_weights" else 1.0
                 expected = [(2.0 * x + 0.5 * y) / total for x, y in zip(a, b, strict=True)]
             assert found.values[prompt, group].tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_ranks_share_ties_and_leave_out_absent_rewards() -> None:
+    rewards = torch.tensor([[0.3, 0.1, 0.3 + 1e-8, 0.2], [0.7, 0.7, 0.7, 0.7]])
+    assert ranks(rewards).tolist() == [[3.5, 1.0, 3.5, 2.0], [2.5, 2.5, 2.5, 2.5]]
+    present = torch.tensor([True, True, False, True])
+    assert ranks(rewards, present)[:, present].tolist() == [[3.0, 1.0, 2.0], [2.0, 2.0, 2.0]]
+
+
+def test_mean_of_ranks_ignores_the_scale_of_a_reward() -> None:
+    config = AdvantageConfig(combination="mean_of_ranks")
+    stretched = {"hps": 3 * REWARDS["hps"], "clip": (REWARDS["clip"] / 32).sinh()}
+    one, two = (group_advantages(rewards, WEIGHTS, config) for rewards in (REWARDS, stretched))
+    assert torch.equal(one.values, two.values)
+    equal = {name: torch.full((1, 1, 4), 0.3) for name in WEIGHTS}
+    assert group_advantages(equal, WEIGHTS, config).values.eq(0).all()
 
 
 def test_equal_groups_are_counted_per_reward() -> None:
@@ -339,7 +368,7 @@ def test_a_granularity_whose_rewards_are_equal_has_no_weight() -> None:
     assert result.by_step[0][0].eq(0).all()
 
 
-@pytest.mark.parametrize("combination", ["sum_of_rewards", "normalized_weights"])
+@pytest.mark.parametrize("combination", ["sum_of_rewards", "normalized_weights", "mean_of_ranks"])
 @pytest.mark.parametrize("rule", RULES[1:])
 def test_one_granularity_is_the_same_under_every_rule(
     rule: GranularityReduction, combination: str
