@@ -37,7 +37,7 @@ endif
 .PHONY: help setup mini smoke test check-mini lint docs readme mini-world tuning family-tuning clean \
 	$(STUDIES:%=reproduce-%) reproduce-released reproduce-all \
 	plan submit status check report test-browser \
-	lock audit image sif check-image bench-speed bench-loop bench-methods bench-numerics bench-approximations check-gpu \
+	lock audit image sif check-image bench-speed bench-loop bench-methods bench-rewards bench-numerics bench-approximations check-gpu \
 	slurm-up slurm-down test-slurm test-slurm-core \
 	test-latex
 
@@ -203,6 +203,9 @@ bench-loop: $(READY) ## time one iteration on the mini world: a plain Flow-GRPO 
 
 bench-methods: $(READY) ## time one iteration of every method on the mini world
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.methods
+
+bench-rewards: $(READY) ## time reward models of the published sizes beside their packages (minutes on a CPU)
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.rewards
 
 bench-numerics: $(READY) ## deviation of the ratio from 1 before an update, at FLUX's width and length (minutes)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.numerics

@@ -31,18 +31,22 @@ from reproduce.tables.model import Table
 from reproduce.tables.table import compute_table
 from reproduce.tables.terminal import print_table
 
-MINI = ROOT / "results" / "mini"
-EXPERIMENTS = sorted(folder.parent.name for folder in MINI.glob("*/cells"))
+RESULTS = ROOT / "results"
+EXPERIMENTS = sorted(
+    str(cells.parent.relative_to(RESULTS)) for cells in RESULTS.glob("mini*/*/cells")
+)
+"""The committed experiments, ``PROFILE/NAME``."""
 
 
 @cache
 def cells_of(experiment: str) -> list[Cell]:
-    return load_cells(MINI / experiment / "cells")
+    return load_cells(RESULTS / experiment / "cells")
 
 
 def table_of(experiment: str) -> Table:
-    spec = load_experiment(experiment).table_spec(load_profile("mini"))
-    return compute_table(spec, cells_of(experiment), "mini")
+    profile, _, name = experiment.partition("/")
+    spec = load_experiment(name).table_spec(load_profile(profile))
+    return compute_table(spec, cells_of(experiment), profile)
 
 
 def rendered(experiment: str, output: Path) -> dict[str, str]:

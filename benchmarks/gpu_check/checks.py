@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.hpsv2_package import hpsv2_open_clip
+from benchmarks.reward_packages import hpsv2_open_clip
 from benchmarks.speed import iteration, numerics
 from benchmarks.speed.sizes import MINI, SIZES, Models, Size, deepest_flux, random_flux
 from benchmarks.speed.stopwatch import Stopwatch

@@ -290,8 +290,10 @@ def _terms(
     """The terms normalised separately: name, rewards, weight, and the magnitude of rounding."""
     if config.combination == "mean_of_ranks":
         total = sum(weights.values())
-        terms = [weights[name] / total * ranks(r, present) for name, r in rewards.items()]
-        return [("ranks", torch.stack(terms).sum(0), 1.0, None)]
+        terms = torch.stack(
+            [weights[name] / total * ranks(r, present) for name, r in rewards.items()]
+        )
+        return [("ranks", terms.sum(0), 1.0, None)]
     if config.combination == "sum_of_rewards":
         terms = torch.stack([weights[name] * r.double() for name, r in rewards.items()])
         return [("sum", terms.sum(0), 1.0, terms.abs().sum(0))]

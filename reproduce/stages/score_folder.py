@@ -224,6 +224,7 @@ def _write(
             "skipped": len(bad),
             "too_long": scorer.findings.too_long,
             "batch_size": scorer.findings.batch_size,
+            "waiting": scorer.findings.waiting,
             "provenance": provenance(weights),
         },
         [request.output / name for name in ("scores.parquet", "summary.csv", "skipped.csv")],

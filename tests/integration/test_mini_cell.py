@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from command_line import g2rpo
-from golden import MINI
+from golden import RESULTS
 
 CELL = "hps/g2rpo"
 TOLERANCE = 0.02
@@ -15,7 +15,7 @@ TOLERANCE = 0.02
 
 @pytest.mark.mini
 def test_a_committed_cell_is_reproduced(tmp_path: Path) -> None:
-    committed = MINI / "table1" / "cells" / f"{CELL.replace('/', '--')}__seed1"
+    committed = RESULTS / "mini" / "table1" / "cells" / f"{CELL.replace('/', '--')}__seed1"
     for verb in ("train", "sample", "score"):
         done = g2rpo(
             tmp_path, verb, "table1", CELL, "--profile", "mini", "--seed", "1",

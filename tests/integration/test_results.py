@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from golden import EXPERIMENTS, MINI, cells_of, rendered
+from golden import EXPERIMENTS, RESULTS, cells_of, rendered
 
 from reproduce.experiment import load_experiment, load_profile
 
@@ -13,17 +13,18 @@ GROUP = "hps/"
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_committed_cells_are_of_clean_code_and_all_prompts(experiment: str) -> None:
-    rows = load_experiment(experiment).cells
+    rows = load_experiment(Path(experiment).name).cells
     for cell in cells_of(experiment):
         assert cell.info.row in rows
         assert cell.info.provenance.git_dirty is False
-        prompts = 200 if experiment == "tuning" else 400
+        prompts = 200 if experiment == "mini/tuning" else 400
         assert len(cell.scores["prompt_id"].unique()) == prompts
 
 
-def test_the_methods_of_table_1_have_equal_seeds() -> None:
+@pytest.mark.parametrize("profile", ["mini", "mini-sd3"])
+def test_the_methods_of_table_1_have_equal_seeds(profile: str) -> None:
     seeds: dict[str, set[int | None]] = {}
-    for cell in cells_of("table1"):
+    for cell in cells_of(f"{profile}/table1"):
         seeds.setdefault(cell.info.row, set()).add(cell.info.seed)
     assert seeds.pop("base") == {None}
     rows = [row for row in load_experiment("table1").cells if row.startswith(GROUP)]
@@ -36,13 +37,13 @@ def test_committed_texts_are_rendered_from_the_committed_cells(
     experiment: str, tmp_path: Path
 ) -> None:
     for name, text in rendered(experiment, tmp_path).items():
-        assert text == (MINI / experiment / name).read_text(), name
+        assert text == (RESULTS / experiment / name).read_text(), name
 
 
 def test_shipped_learning_rates_won_the_trials() -> None:
     means: dict[str, dict[float, float]] = {}
     experiment = load_experiment("tuning")
-    for cell in cells_of("tuning"):
+    for cell in cells_of("mini/tuning"):
         method = cell.info.row.split("/")[0]
         rate = float(experiment.cells[cell.info.row].set["optimization"]["learning_rate"])
         means.setdefault(method, {})[rate] = cell.means()["hps"]

@@ -14,13 +14,11 @@ import torch
 from hpsv3_package import PROMPTS as HPSV3_PROMPTS
 from hpsv3_package import pictures as hpsv3_pictures
 from PIL import Image
-from reward_packages import image_reward_package
 from small_aesthetic import build_small_aesthetic
 from small_vlm import build_small_hpsv3
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from benchmarks.hpsv2_package import hpsv2_open_clip
 from benchmarks.mini_world.small_rewards import (
     SmallImageReward,
     SmallPickScore,
@@ -28,6 +26,7 @@ from benchmarks.mini_world.small_rewards import (
     save_open_clip,
 )
 from benchmarks.mini_world.tokenizers import words
+from benchmarks.reward_packages import hpsv2_open_clip, image_reward_package
 from g2rpo.rewards import image_reward
 from g2rpo.rewards.aesthetic import HEAD, AestheticScore
 from g2rpo.rewards.base import RewardConfig

@@ -6,6 +6,7 @@ run can be resumed with any number of processes.
 
 import hashlib
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,11 +79,13 @@ class Findings:
         skipped: pairs of a skipped item's id and the reason.
         too_long: for each reward, the ids of the prompts that it truncated.
         batch_size: for each reward, the largest batch that fit into memory.
+        waiting: for each reward, the share of the time in which the model waited for images.
     """
 
     skipped: list[tuple[str, str]] = field(default_factory=list)
     too_long: dict[str, list[str]] = field(default_factory=dict)
     batch_size: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,12 +192,16 @@ class Scorer:
             ) as report,
         ):
             prepare = partial(_prepare, model, readers)
-            stop = None
+            stop, waited, started = None, 0.0, time.perf_counter()
+            asked = started
             for prepared in _prepared_ahead(lambda: model.batch_size, mine, prepare):
+                waited += time.perf_counter() - asked
                 if (stop := StopRequest.requested()) is not None:
                     break
                 journal.append(_evaluate(model, prepared, prepare))
                 report.advance(len(prepared.items))
+                asked = time.perf_counter()
+            self.findings.waiting[name] = waited / (time.perf_counter() - started)
         self.findings.batch_size[name] = model.batch_size
         self.ranks.wait()
         self._stop_together(stop)

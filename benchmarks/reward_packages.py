@@ -1,20 +1,48 @@
-"""The package ImageReward, made to run beside today's libraries without a network.
+"""The packages hpsv2 and ImageReward, made to run beside today's libraries without a network."""
 
-image-reward 1.5 imports and calls what transformers 5 dropped. The context manager repairs that
-while it is open, and no weights are fetched.
-"""
-
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import open_clip
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.hpsv2_package import replaced_modules
+
+@contextmanager
+def replaced_modules(replaced: Mapping[str, Any]) -> Iterator[None]:
+    """Other modules under these names; unlike under ``patch.dict``, what is imported stays."""
+    before = {name: sys.modules.get(name) for name in replaced}
+    sys.modules.update(replaced)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+@contextmanager
+def hpsv2_open_clip() -> Iterator[Any]:
+    """hpsv2's own copy of open_clip, ``hpsv2.src.open_clip``.
+
+    hpsv2 1.2.0 lacks a file of its tokenizer and imports tkinter's turtle.
+    """
+    # Its tokenizer is open_clip's, but its word list is not in the wheel.
+    faults = {
+        "hpsv2.src.open_clip.tokenizer": open_clip.tokenizer,
+        "turtle": types.SimpleNamespace(forward=None),
+    }
+    with replaced_modules(faults):
+        import hpsv2.src.open_clip as vendored
+
+        yield vendored
 
 
 def _inverted_mask(self: Any, mask: Tensor) -> Tensor:
@@ -31,7 +59,9 @@ def _no_head_mask(self: Any, mask: Any, layers: int, *rest: Any) -> list[None]:
 def image_reward_package(
     tokenizer: PreTrainedTokenizerBase, vision: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """The package ``ImageReward`` on transformers 5.
+    """The package ``ImageReward`` on transformers 5; no weights are fetched.
+
+    image-reward 1.5 imports and calls what transformers 5 dropped.
 
     Args:
         tokenizer: in place of BERT's with BLIP's two tokens, which it would fetch.
