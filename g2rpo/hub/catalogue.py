@@ -117,6 +117,18 @@ class Catalogue(StrictModel):
         """The artifacts of the Hugging Face model ``repo``."""
         return tuple(a for a in self.artifacts if a.kind == "model" and a.repo == repo)
 
+    def of_reward(
+        self, model: str, source: str | None = None, variant: str | None = None
+    ) -> tuple[Artifact, ...]:
+        """The artifacts of a reward model by its configuration; none if ``source`` is a folder."""
+        return tuple(
+            a
+            for a in self.artifacts
+            if a.reward == model
+            and source in (None, a.repo)
+            and (a.variant in (None, variant) if variant else a.default)
+        )
+
 
 @functools.cache
 def catalogue() -> Catalogue:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from g2rpo.errors import UserError
+from g2rpo.hub.catalogue import catalogue
 from g2rpo.policy.config import LoraConfig, PolicyConfig
 from g2rpo.policy.size import DTYPE_BYTES, ModelSize, nfe_per_velocity, published
+from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
 
 GIB = 2**30
@@ -65,9 +67,16 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
     if computed * size.parameters > GIB:  # small models need little working memory
         parts["working memory"] = WORKING_BYTES
     if not config.execution.offload.rewards:
-        sources = [term.reward.source for term in config.rewards.values()]
-        parts["reward models"] = sum(weights_bytes(Path(source)) for source in sources if source)
+        parts["reward models"] = sum(_reward_bytes(term.reward) for term in config.rewards.values())
     return parts
+
+
+def _reward_bytes(reward: RewardConfig) -> int:
+    """The size of a reward model's files: those of its folder, else the catalogue's."""
+    if reward.source is not None and Path(reward.source).exists():
+        return weights_bytes(Path(reward.source))
+    published = catalogue().of_reward(reward.model, reward.source, reward.variant)
+    return sum(artifact.size()[0] or 0 for artifact in published)
 
 
 def _rollout_bytes(config: TrainConfig, size: ModelSize) -> float:

@@ -8,18 +8,13 @@ from reproduce.experiment.profile import Profile
 
 def needed_weights(profile: Profile) -> tuple[Artifact, ...]:
     """The published artifacts of the profile's policy and rewards."""
-    published = catalogue().select([], WEIGHTS)
-    return tuple(artifact for artifact in published if _needs(profile, artifact))
-
-
-def _needs(profile: Profile, artifact: Artifact) -> bool:
-    if artifact.purpose == "policy":
-        return profile.policy.source == artifact.repo
-    return any(
-        config.model == artifact.reward
-        and config.source in (None, artifact.repo)
-        and (artifact.variant in (None, config.variant) if config.variant else artifact.default)
-        for config in profile.rewards.values()
+    rewards = profile.rewards.values()
+    needed = {a.name for c in rewards for a in catalogue().of_reward(c.model, c.source, c.variant)}
+    return tuple(
+        artifact
+        for artifact in catalogue().select([], WEIGHTS)
+        if artifact.name in needed
+        or (artifact.purpose == "policy" and artifact.repo == profile.policy.source)
     )
 
 

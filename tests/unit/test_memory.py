@@ -132,13 +132,25 @@ def test_an_error_names_what_would_fit(smoke_assets: Path, monkeypatch: pytest.M
         check_fits(large, FLUX_DEV, 1, 79 * GIB)
     monkeypatch.setattr("g2rpo.training.memory.weights_bytes", lambda _: 10 * GIB)
     rewards = config(
-        smoke_assets, lora={}, rewards={"hps": {"reward": {"model": "hps", "source": "here"}}}
+        smoke_assets, lora={}, rewards={"hps": {"reward": {"model": "hps", "source": str(smoke_assets)}}}
     )
     assert check_fits(rewards, FLUX_DEV, 1, 79 * GIB)["reward models"] == 10 * GIB
     with pytest.raises(UserError, match=r"; use execution\.offload\.rewards=true"):
         check_fits(rewards, FLUX_DEV, 1, 50 * GIB)
     with pytest.raises(UserError, match="GPUs with more memory"):
         check_fits(rewards, FLUX_DEV, 1, 10 * GIB)
+
+
+def test_published_rewards_count_as_in_the_catalogue(smoke_assets: Path) -> None:
+    def bytes_of(**rewards: dict[str, str]) -> float:
+        terms = {name: {"reward": reward} for name, reward in rewards.items()}
+        changed = config(smoke_assets, lora={}, rewards=terms)
+        return gpu_bytes(changed, FLUX_DEV, 1)["reward models"]
+
+    assert bytes_of(hps={"model": "hps"}) == 1_972_000_000
+    assert bytes_of(clip={"model": "clip", "variant": "378"}) == 3_947_000_000
+    both = bytes_of(hps={"model": "hps"}, pick_score={"model": "pick_score"})
+    assert both == 1_972_000_000 + 3_944_000_000
 
 
 def test_weight_files_are_counted(tmp_path: Path) -> None:
