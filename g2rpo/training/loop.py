@@ -217,23 +217,29 @@ class Trainer:
             self._between_iterations()
             while not self.finished:
                 save_previews(self.config, self.run, self.weights, self.progress.iteration)
-                row = self.iterate() | self.validate()
+                row = self.iterate()
+                try:
+                    row |= self.validate()
+                except UserError:  # a server of rewards may be gone: validates on resume
+                    self._record(log, row)
+                    self.save()
+                    raise
                 self._record(log, row)
                 report.expect(self.expected_iterations)
                 report.advance(note=f"{shown} {row[f'reward/{shown}/mean']:.4f}")
                 self._between_iterations()
 
     def _open_log(self) -> MetricsLog | None:
-        """Opens the first rank's metrics; validates before the first iteration."""
+        """Opens the first rank's metrics; validates at the start, and where a validation failed."""
         log = None
         with raise_on_all_ranks(self.accelerator), writing(self.run, METRICS_FILE):
             if self.accelerator.is_main_process:
                 log = MetricsLog(self.run / METRICS_FILE, self.progress.iteration)
-        begins = any(of_all_ranks(self.accelerator, log is not None and log.empty))
-        first = self.validate() if begins else {}
+        missing = any(of_all_ranks(self.accelerator, log is not None and not log.validated))
+        found = self.validate() if missing else {}
         with raise_on_all_ranks(self.accelerator), writing(self.run, METRICS_FILE):
-            if first and log is not None:
-                log.append({"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0} | first)
+            if found and log is not None:
+                log.add_validation(found)
         return log
 
     def _record(self, log: MetricsLog | None, row: dict[str, Any]) -> None:
@@ -271,6 +277,9 @@ class Trainer:
         """Mean in-domain rewards on the validation prompts if a validation is due, else nothing.
 
         Their cost is not part of the run's counters.
+
+        Raises:
+            UserError: on all ranks, a reward failed.
         """
         config = self.config.validation
         if config is None or (self.progress.iteration % config.every and not self.finished):

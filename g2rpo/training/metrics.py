@@ -73,18 +73,28 @@ class MetricsLog:
 
     On resume, rows after the checkpoint's iteration are dropped, since those iterations run again.
 
-    Attributes:
-        empty: whether there were no rows from an earlier start.
-
     Raises:
         UserError: the file is damaged before its last line; it is left unchanged.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["iteration"] <= iteration]
-        self.empty = not kept
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._kept = [row for row in read_metrics(path) if row["iteration"] <= iteration]
+        self._write()
+
+    @property
+    def validated(self) -> bool:
+        """Whether the last row of an earlier start has a validation."""
+        return any(key.startswith("validation/") for row in self._kept[-1:] for key in row)
+
+    def add_validation(self, values: Mapping[str, float]) -> None:
+        """Adds a validation to the last row of an earlier start, or as the first row."""
+        self._kept = self._kept or [{"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0}]
+        self._kept[-1] |= values
+        self._write()
+
+    def _write(self) -> None:
+        atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in self._kept))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one iteration's row, if this process holds the lease (:mod:`g2rpo.files`)."""

@@ -178,11 +178,15 @@ def test_a_checkpoint_on_a_full_disk(smoke_assets: Path, undisturbed: Path, tmp_
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_reward_that_fails(smoke_assets: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [2, 3, ITERATIONS])
+def test_a_reward_that_fails(
+    smoke_assets: Path, undisturbed: Path, tmp_path: Path, at: int
+) -> None:
+    """In the validation after iteration 2 or the last, or in the rollouts of iteration 4."""
     config = config_of(smoke_assets, SELDOM)
     with pytest.raises(UserError, match="node7:8000: connection failed"):
-        made(Unscored, config, tmp_path, at=3).train()
-    assert saved_iterations(tmp_path) == [3]
+        made(Unscored, config, tmp_path, at=at).train()
+    assert saved_iterations(tmp_path) == [at]
     made(Trainer, config, tmp_path).train()
     assert_same_run(tmp_path, undisturbed)
 

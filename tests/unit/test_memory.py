@@ -132,7 +132,9 @@ def test_an_error_names_what_would_fit(smoke_assets: Path, monkeypatch: pytest.M
         check_fits(large, FLUX_DEV, 1, 79 * GIB)
     monkeypatch.setattr("g2rpo.training.memory.weights_bytes", lambda _: 10 * GIB)
     rewards = config(
-        smoke_assets, lora={}, rewards={"hps": {"reward": {"model": "hps", "source": str(smoke_assets)}}}
+        smoke_assets,
+        lora={},
+        rewards={"hps": {"reward": {"model": "hps", "source": str(smoke_assets)}}},
     )
     assert check_fits(rewards, FLUX_DEV, 1, 79 * GIB)["reward models"] == 10 * GIB
     with pytest.raises(UserError, match=r"; use execution\.offload\.rewards=true"):

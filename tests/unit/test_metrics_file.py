@@ -48,7 +48,6 @@ def test_a_last_line_cut_short_is_left_out_and_written_over(tmp_path: Path, line
     assert read_metrics(path) == ROWS[:3]
     log = MetricsLog(path, 3)
     log.append(ROWS[3])
-    assert not log.empty
     assert read_metrics(path) == ROWS
 
 
@@ -57,7 +56,20 @@ def test_rows_after_the_checkpoint_are_dropped_and_empty_lines_are_nothing(tmp_p
     assert read_metrics(path) == ROWS
     MetricsLog(path, 2)
     assert read_metrics(path) == ROWS[:2]
-    assert MetricsLog(tmp_path / "absent.jsonl", 2).empty
+
+
+def test_a_validation_is_added_to_the_last_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsLog(path, 0)
+    assert not first.validated
+    first.add_validation({"validation/hps": 0.5})
+    first.append({"iteration": 1, "loss": 2.0})
+    resumed = MetricsLog(path, 1)
+    assert not resumed.validated
+    resumed.add_validation({"validation/hps": 0.75})
+    assert MetricsLog(path, 1).validated
+    start = {"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0, "validation/hps": 0.5}
+    assert read_metrics(path) == [start, {"iteration": 1, "loss": 2.0, "validation/hps": 0.75}]
 
 
 @pytest.mark.parametrize("value", ["null", '"0.2"', "NaN", "true", "[]"])
