@@ -14,6 +14,7 @@ from reproduce.commands import (
     config,
     demo,
     embed,
+    exchange,
     export,
     jobs,
     locales,
@@ -36,7 +37,8 @@ RUN, RESULTS, INPUTS = "Run experiments", "Look at results", "Weights, prompts a
 COMMANDS = {
     RUN: (
         demo.demo, run.reproduce, run.plan, power.power, config.config, stages.train, stages.sample,
-        stages.score, embed.embed, serve.serve_reward,
+        stages.score, exchange.export_images, exchange.import_scores, embed.embed,
+        serve.serve_reward,
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),
     RESULTS: (runs.runs, compare.compare, render.render, report.report, export.export),

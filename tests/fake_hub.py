@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self.hub.log.append(request)
         # raw/REPO/COMMIT/FILE, [datasets/]REPO/resolve/COMMIT/FILE, api/models/REPO/WHAT/COMMIT
-        parts = urlsplit(self.path).path.removeprefix("/api").lstrip("/").split("/")
+        parts = unquote(urlsplit(self.path).path).removeprefix("/api").lstrip("/").split("/")
         raw = parts[0] == "raw"
         parts = parts[1:] if parts[0] in ("raw", "datasets", "models") else parts
         repo, parts = "/".join(parts[:2]), parts[2:] if raw else parts[3:]

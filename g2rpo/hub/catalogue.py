@@ -63,6 +63,8 @@ class Artifact(StrictModel):
     """Whether ``variant`` is the reward's default."""
     prompts: int | None = Field(None, ge=1)
     """Number of prompts, all files together."""
+    categories: int | None = Field(None, ge=1)
+    """Number of their categories."""
     approximate_size: int | None = Field(None, ge=0)
     """Approximate bytes; see ``size_note``."""
     size_note: str | None = None

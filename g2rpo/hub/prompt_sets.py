@@ -1,24 +1,30 @@
-"""Fetches the published prompt sets, counts them, and writes them as the profiles expect.
+"""Fetches the published prompt sets, counts them, and writes them for profiles and scorers.
 
-``hpdv2`` becomes ``train.txt``, ``validation.txt`` and ``test.txt``; ``hpsv2-benchmark`` becomes
-``benchmark.jsonl``, with styles.
+``hpdv2`` becomes ``train.txt``, ``validation.txt`` and ``test.txt``. Every benchmark becomes one
+JSON Lines file with ``prompt``, ``id``, its category as ``style``, and, where the published set has
+more that a scorer needs, those keys as published.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from g2rpo.data.overlap import normalise
 from g2rpo.data.prompts import Prompt, write_prompts
+from g2rpo.data.tables import PROMPT_COLUMNS, read_table, read_text
 from g2rpo.errors import UserError
+from g2rpo.files import atomic_write_text
 from g2rpo.hub.catalogue import Artifact, catalogue
 from g2rpo.hub.fetch import FetchOptions, fetch
 from g2rpo.hub.lock import Lock
 
+Entry = dict[str, Any]
+"""A prompt of a benchmark: ``prompt``, ``id``, perhaps ``style``, and keys as published."""
 VALIDATION_PROMPTS = 400
 """As many as in the test list."""
-SETS = {"hpdv2": ("hpdv2-train", "hpdv2-test"), "hpsv2-benchmark": ("hpsv2-benchmark",)}
 
 
 def artifact_named(name: str) -> Artifact:
@@ -26,12 +32,13 @@ def artifact_named(name: str) -> Artifact:
     return catalogue().select([name], ("prompts",))[0]
 
 
-def check_count(artifact: Artifact, found: int) -> None:
-    """Raises :class:`UserError` unless a list has the number of prompts in the catalogue."""
-    if artifact.prompts is not None and found != artifact.prompts:
+def check_count(artifact: Artifact, found: int, what: str = "prompts") -> None:
+    """Raises :class:`UserError` unless a list has as many ``what`` as the catalogue says."""
+    stated = getattr(artifact, what)
+    if stated is not None and found != stated:
         raise UserError(
-            f"{artifact.name}: {found} prompts, expected {artifact.prompts}; the published list "
-            f"has changed, see {artifact.page}"
+            f"{artifact.name}: {found} {what}, expected {stated}; the published list has changed, "
+            f"see {artifact.page}"
         )
 
 
@@ -80,16 +87,9 @@ def _numbered(texts: Sequence[str]) -> list[Prompt]:
     return [Prompt(f"{number:06d}", text) for number, text in enumerate(texts)]
 
 
-def fetch_hpdv2(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
-    """Writes ``train.txt``, ``validation.txt`` and ``test.txt`` to ``folder``; returns the paths.
-
-    Raises:
-        UserError: a list cannot be fetched, or is not the published one.
-    """
-    lists = []
-    for name in SETS["hpdv2"]:
-        artifact = artifact_named(name)
-        lists.append(read_lines(artifact, fetch(artifact, lock, options)[0]))
+def _fetch_hpdv2(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
+    artifacts = map(artifact_named, SETS["hpdv2"])
+    lists = [read_lines(each, fetch(each, lock, options)[0]) for each in artifacts]
     train, validation = split_validation(lists[0], lists[1], VALIDATION_PROMPTS)
     parts = {"train.txt": train, "validation.txt": validation, "test.txt": lists[1]}
     for name, texts in parts.items():
@@ -97,24 +97,123 @@ def fetch_hpdv2(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
     return [folder / name for name in parts]
 
 
-def fetch_benchmark(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
-    """Writes ``benchmark.jsonl``: the HPS benchmark with styles and ids ``STYLE-NUMBER``.
+def _json_list(path: Path) -> list[Entry]:
+    """A list of strings; the file is named after their category."""
+    try:
+        texts = json.loads(read_text(path))
+    except ValueError:
+        raise UserError(f"{path} is not valid JSON; fetch it again") from None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path} is not a list of prompts")
+    return _of_category(texts, path.stem)
+
+
+def _text_lines(path: Path) -> list[Entry]:
+    """One prompt per line; the file is named CATEGORY_val.txt."""
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    return _of_category([line for line in lines if line.strip()], path.stem.removesuffix("_val"))
+
+
+def _of_category(texts: Sequence[str], style: str) -> list[Entry]:
+    return [
+        {"prompt": text.strip(), "id": f"{style}-{number:05d}", "style": style}
+        for number, text in enumerate(texts)
+    ]
+
+
+@dataclass(frozen=True)
+class _TableReader:
+    """Reads a table with one prompt per row.
+
+    Attributes:
+        style: the category of a row.
+        keep: columns that are kept as published, where a row has them.
+    """
+
+    style: Callable[[Entry], str]
+    keep: tuple[str, ...] = ()
+
+    def __call__(self, path: Path) -> list[Entry]:
+        table = read_table(path, (*PROMPT_COLUMNS, "category"))
+        column = table.column(PROMPT_COLUMNS)
+        entries: list[Entry] = []
+        for row in table.rows:
+            if row.is_blank:
+                continue
+            values = dict(row.values)
+            try:
+                entry = {
+                    "prompt": values[column].strip(),
+                    "id": f"{len(entries):05d}",
+                    "style": self.style(values),
+                }
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise UserError(f"{path}, {row.place}: not in the published format") from None
+            entries.append(entry | {key: values[key] for key in self.keep if key in values})
+        return entries
+
+
+DPG_COLUMNS = (
+    "proposition_id", "dependency", "category_broad", "category_detailed", "tuple",
+    "question_natural_language",
+)  # fmt: skip
+"""What DPG-Bench's scorer reads of a question; categories are of questions, not of prompts."""
+
+
+def _dpg_bench(path: Path) -> list[Entry]:
+    """One row per question; those of a prompt share ``item_id``."""
+    table = read_table(path, ("item_id", "text", *DPG_COLUMNS))
+    entries: dict[str, Entry] = {}
+    for row in table.rows:
+        if row.is_blank:
+            continue
+        try:
+            identity, text = row.values["item_id"].strip(), row.values["text"].strip()
+            question = {column: row.values[column] for column in DPG_COLUMNS}
+        except KeyError:
+            raise UserError(f"{path}, {row.place}: not in the published format") from None
+        entry = entries.setdefault(identity, {"prompt": text, "id": identity, "questions": []})
+        if entry["prompt"] != text:
+            raise UserError(f"{path}, {row.place}: {identity} has two texts")
+        entry["questions"].append(question)
+    return list(entries.values())
+
+
+BENCHMARKS: dict[str, Callable[[Path], list[Entry]]] = {
+    "hpsv2-benchmark": _json_list,
+    "drawbench": _TableReader(lambda row: row["category"].strip()),
+    "partiprompts": _TableReader(lambda row: row["category"].strip(), ("challenge",)),
+    "geneval": _TableReader(lambda row: row["tag"], ("tag", "include", "exclude")),
+    "geneval2": _TableReader(
+        lambda row: f"{row['atom_count']:02d} atoms", ("atom_count", "vqa_list", "skills")
+    ),
+    "t2i-compbench": _text_lines,
+    "dpg-bench": _dpg_bench,
+}
+"""Reads a file of the artifact of the same name."""
+SETS: dict[str, dict[str, Path]] = {
+    "hpdv2": {"hpdv2-train": Path("hpdv2/train.txt"), "hpdv2-test": Path("hpdv2/test.txt")},
+    **{name: {name: Path("prompts", f"{name}.jsonl")} for name in BENCHMARKS},
+    "hpsv2-benchmark": {"hpsv2-benchmark": Path("hpdv2/benchmark.jsonl")},
+}
+"""The artifacts of each set, and the files they become, below the folder of all data."""
+
+
+def fetch_set(name: str, folder: Path | None, lock: Lock, options: FetchOptions) -> list[Path]:
+    """Writes the set ``name`` to ``folder`` (None: its own, below ``data``); returns the paths.
 
     Raises:
         UserError: a list cannot be fetched, or is not the published one.
     """
-    artifact = artifact_named("hpsv2-benchmark")
-    prompts: list[Prompt] = []
-    for path in fetch(artifact, lock, options):
-        style = path.stem
-        try:
-            texts = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{artifact.name}: {path} is not valid JSON; fetch it again") from None
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{artifact.name}: {path} is not a list of prompts")
-        numbered = enumerate(texts)
-        prompts += [Prompt(f"{style}-{n:05d}", text.strip(), style) for n, text in numbered]
-    check_count(artifact, len(prompts))
-    write_prompts(folder / "benchmark.jsonl", prompts)
-    return [folder / "benchmark.jsonl"]
+    place = Path("data") / next(iter(SETS[name].values()))
+    path = place if folder is None else folder / place.name
+    if name == "hpdv2":
+        return _fetch_hpdv2(path.parent, lock, options)
+    artifact = artifact_named(name)
+    files = fetch(artifact, lock, options)
+    entries = [entry for file in files for entry in BENCHMARKS[name](file)]
+    check_count(artifact, len(entries))
+    check_count(artifact, len({entry.get("style") for entry in entries} - {None}), "categories")
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    atomic_write_text(path, "".join(lines))
+    return [path]

@@ -5,7 +5,7 @@ one float32 number per image. A score that is not finite is an error.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
@@ -47,12 +47,16 @@ class RewardConfig(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _url(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "url" not in data or "server" in data:
+    def _shorthands(cls, data: Any) -> Any:
+        """``url: URL`` is short for ``server: {url: URL}``, and ``questions`` likewise."""
+        if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if key != "url"} | {
-            "server": {"url": data["url"]}
-        }
+        data = dict(data)
+        if "url" in data and "server" not in data:
+            data["server"] = {"url": data.pop("url")}
+        if "questions" in data:
+            data["question"] = {**(data.get("question") or {}), "questions": data.pop("questions")}
+        return data
 
     @model_validator(mode="after")
     def _served(self) -> Self:
@@ -167,6 +171,8 @@ class BatchedReward(ABC):
     """Names of the partial scores, where there are any."""
     asks_question: ClassVar[bool] = False
     """Whether the configuration may have a ``question``."""
+    has_questions: ClassVar[bool] = False
+    """Whether it may have ``questions``, which differ from prompt to prompt."""
     template_hash: str | None = None
     """SHA-256 of the question, for vision-language models."""
 
@@ -188,6 +194,15 @@ class BatchedReward(ABC):
         Raises:
             UserError: the weights are missing or do not fit; says how to get them.
         """
+
+    @classmethod
+    def check_prompts(cls, config: RewardConfig, prompts: Iterable[str]) -> None:
+        """Checks, before the model is loaded, that it can score images of ``prompts``.
+
+        Raises:
+            UserError: it cannot; names the first prompt.
+        """
+        del config, prompts  # most models score any
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
         """Preprocesses B checked images and prompts for :meth:`evaluate`; thread-safe."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from g2rpo.config import StrictModel
+from g2rpo.config import StrictModel, unhashed
 from g2rpo.rewards.server import ServerConfig
 
 ASPECTS = ("alignment", "coherence", "style")
@@ -57,6 +57,8 @@ class QuestionConfig(StrictModel):
     """How the three aspects become one score: their mean, one of them, or a weighted mean."""
     max_answer_tokens: int = Field(default=4096, ge=1)
     """Answers are truncated here; one truncated before its scores is an error."""
+    questions: str | None = unhashed(None)
+    """Of ``soft_tifa``: the prompt set with the questions of each prompt (``vqa_list``)."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of a model in this process; None is float32 on the CPU and bfloat16 on CUDA."""
     server: ModelServerConfig | None = None

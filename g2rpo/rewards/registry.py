@@ -20,6 +20,7 @@ REWARDS: dict[str, str] = {
     "hpsv3": "g2rpo.rewards.hpsv3:HPSv3",
     "aesthetic": "g2rpo.rewards.aesthetic:AestheticScore",
     "vqa_score": "g2rpo.rewards.vqa_score:VQAScore",
+    "soft_tifa": "g2rpo.rewards.soft_tifa:SoftTIFA",
     "attributes": "g2rpo.rewards.attributes:AttributeReward",
     "http": "g2rpo.rewards.http:HTTPReward",
 }
@@ -31,16 +32,28 @@ def check_reward_name(name: str) -> None:
         raise UserError(f"unknown reward {name!r}; {nearest(name, REWARDS)}")
 
 
+def reward_class(config: RewardConfig) -> type[BatchedReward]:
+    """The class of the reward model that ``config`` names.
+
+    Raises:
+        UserError: the name is not registered, or ``config`` has a question that it does not ask.
+    """
+    check_reward_name(config.model)
+    module, _, name = REWARDS[config.model].partition(":")
+    found = cast(type[BatchedReward], getattr(import_module(module), name))
+    if config.question is not None and not found.asks_question:
+        raise UserError(f"reward {config.model}: asks no question; remove `question`")
+    if config.question is not None and config.question.questions and not found.has_questions:
+        raise UserError(f"reward {config.model}: asks one question; remove `questions`")
+    return found
+
+
 def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedReward:
     """Loads the reward model that ``config`` names.
 
     Raises:
         UserError: the name is not registered, or the weights cannot be loaded.
     """
-    check_reward_name(config.model)
-    module, _, cls = REWARDS[config.model].partition(":")
-    loader = getattr(import_module(module), cls)
-    if config.question is not None and not loader.asks_question:
-        raise UserError(f"reward {config.model}: asks no question; remove `question`")
+    found = reward_class(config)
     with without_library_bars():
-        return cast(BatchedReward, loader.load(config, device))
+        return found.load(config, device)

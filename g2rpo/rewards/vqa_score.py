@@ -11,7 +11,7 @@ not among transformers'; its score is the geometric mean of P("Yes") and of the 
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Union
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ LISTED = 20
 NEGLIGIBLE = 1e-4
 """A probability below this may count as 0."""
 _WITHOUT_EFFECT = ("aggregate", "max_answer_tokens", "cache", "cache_folder")
+Asked = tuple[list[str], list[Sequence[str]], Any]
+"""The prompts of N questions, their answers, and the backend's inputs."""
 
 
 class VQAScore(BatchedReward):
@@ -46,6 +48,10 @@ class VQAScore(BatchedReward):
 
     name = "vqa_score"
     asks_question = True
+    published: ClassVar[str] = PUBLISHED_MODEL
+    default_question: ClassVar[Template] = QUESTION
+    suffix: ClassVar[str] = "yes"
+    """The end of the version."""
 
     def __init__(
         self,
@@ -54,7 +60,7 @@ class VQAScore(BatchedReward):
         device: torch.device | str,
         batch_size: int,
     ) -> None:
-        super().__init__(device, batch_size, f"{backend.model}-yes", backend.weights_hash)
+        super().__init__(device, batch_size, f"{backend.model}-{self.suffix}", backend.weights_hash)
         self.backend, self.template, self.template_hash = backend, template, template.sha256
 
     @classmethod
@@ -65,7 +71,7 @@ class VQAScore(BatchedReward):
             UserError: the weights, the template or the key is missing, or a setting has no effect.
         """
         question = question_of(config)
-        _check(question)
+        _check(cls.name, question)
         if question.server is not None:
             from g2rpo.rewards.unified_reward.server import Reading, ServerModel
 
@@ -73,11 +79,11 @@ class VQAScore(BatchedReward):
             options = {"temperature": 1, "logprobs": True, "top_logprobs": LISTED}
             reading = Reading("log-probabilities", _likeliest, options)
             server = ServerModel(question.server, 1, bool, reading)
-            template = choose_template(question, server.model, default=QUESTION)
+            template = choose_template(question, server.model, default=cls.default_question)
             return cls(server, template, device, config.batch_size)
-        source = config.source or PUBLISHED_MODEL
+        source = config.source or cls.published
         folder = model_folder(source, config.revision)
-        template = choose_template(question, source, folder, QUESTION)
+        template = choose_template(question, source, folder, cls.default_question)
         local = LocalModel(folder, source, question, torch.device(device))
         return cls(local, template, device, config.batch_size)
 
@@ -85,32 +91,45 @@ class VQAScore(BatchedReward):
         """See :meth:`BatchedReward.networks`."""
         return [self.backend.network] if isinstance(self.backend, LocalModel) else []
 
-    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> tuple[list[str], Any]:
+    def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
         """See :meth:`BatchedReward.prepare`."""
-        questions = [self.template.question(prompt) for prompt in prompts]
-        return list(prompts), self.backend.prepare(images, questions)
+        return self._ask_about(images, prompts, prompts, [(ANSWER,)] * len(prompts))
 
-    def evaluate(self, prepared: tuple[list[str], Any]) -> Tensor:
+    def evaluate(self, prepared: Any) -> Tensor:
         """Scores ``[B]``.
 
         Raises:
             UserError: a server does not list the answer, which may yet be likely; names the prompt.
         """
-        prompts, inputs = prepared
+        return self._probabilities(prepared)
+
+    def _ask_about(
+        self,
+        images: Sequence[Tensor],
+        prompts: Sequence[str],
+        questions: Sequence[str],
+        answers: Sequence[Sequence[str]],
+    ) -> Asked:
+        texts = [self.template.question(question) for question in questions]
+        return list(prompts), list(answers), self.backend.prepare(images, texts)
+
+    def _probabilities(self, asked: Asked) -> Tensor:
+        """The probabilities ``[N]`` of the answers to N questions."""
+        prompts, answers, inputs = asked
         if isinstance(self.backend, LocalModel):
-            return self.backend.first_token(inputs, ANSWER)
-        pairs = zip(prompts, self.backend.ask(inputs), strict=True)
-        return torch.tensor([_probability(*pair) for pair in pairs])
+            return self.backend.first_token(inputs, answers)
+        listed = zip(prompts, answers, self.backend.ask(inputs), strict=True)
+        return torch.tensor([_probability(self.name, *each) for each in listed])
 
 
-def _check(question: QuestionConfig) -> None:
+def _check(name: str, question: QuestionConfig) -> None:
     """Raises :class:`UserError` for settings of UnifiedReward that have no effect here."""
-    idle = [name for name in _WITHOUT_EFFECT if name in question.model_fields_set]
+    idle = [key for key in _WITHOUT_EFFECT if key in question.model_fields_set]
     if idle:
-        raise UserError(f"reward vqa_score: question.{idle[0]} has no effect; remove it")
+        raise UserError(f"reward {name}: question.{idle[0]} has no effect; remove it")
     if question.template in (OWN, PUBLISHED):
         raise UserError(
-            f"reward vqa_score: question.template {question.template!r} is UnifiedReward's; remove "
+            f"reward {name}: question.template {question.template!r} is UnifiedReward's; remove "
             "it, or set it to a file"
         )
 
@@ -122,15 +141,14 @@ def _likeliest(completion: "ChatCompletion") -> str | None:
     return json.dumps({each.token: float(each.logprob) for each in listed}) if listed else None
 
 
-def _probability(prompt: str, likeliest: str) -> float:
+def _probability(name: str, prompt: str, answers: Sequence[str], likeliest: str) -> float:
     listed: dict[str, float] = json.loads(likeliest)
-    if ANSWER in listed:
-        return math.exp(listed[ANSWER])
+    found = [math.exp(listed[answer]) for answer in answers if answer in listed]
     most = math.exp(min(listed.values()))
-    if most > NEGLIGIBLE:
+    if not found and most > NEGLIGIBLE:
         raise UserError(
-            f"reward vqa_score: {ANSWER!r} is not among the {len(listed)} likeliest tokens that "
+            f"reward {name}: {answers[0]!r} is not among the {len(listed)} likeliest tokens that "
             f"the server lists for prompt {prompt!r}, and may have a probability up to {most:.2g}; "
             f"let the server list {LISTED}, ask another model, or run it in this process"
         )
-    return 0.0
+    return math.fsum(found)

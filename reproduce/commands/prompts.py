@@ -13,7 +13,6 @@ from reproduce.commands.weights import (
     Offline,
     fetch_options,
     print_table,
-    readable_size,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Fetch published prompt sets, and check your own.")
@@ -22,56 +21,68 @@ EXAMPLES = 10
 
 @app.command("list")
 def list_prompts() -> None:
-    """List published prompt sets and whether they are cached. Works offline."""
-    from g2rpo.hub.lock import read_lock
+    """List published prompt sets, whether they are cached or written, and hashes. Works offline.
+
+    The hash is that of the file that was written, else of the published one where it is known.
+    """
+    from g2rpo.files import sha256_file
+    from g2rpo.hub.lock import expected, read_lock
     from g2rpo.hub.prompt_sets import SETS, artifact_named
     from g2rpo.hub.status import artifact_state
 
     lock = read_lock()
     rows = []
-    for set_name, names in SETS.items():
-        for artifact in map(artifact_named, names):
-            state = artifact_state(artifact, lock)
+    for set_name, files in SETS.items():
+        for name, file in files.items():
+            artifact, written = artifact_named(name), Path("data") / file
+            state: str = artifact_state(artifact, lock).word
+            hashes = [expected(artifact, published, lock).sha256 for published in artifact.files]
+            sha256 = hashes[0] if len(hashes) == 1 else None
+            if written.is_file():
+                state, sha256 = f"{state}, written", sha256_file(written)
             rows.append(
                 (
                     set_name,
-                    artifact.name,
+                    name,
                     str(artifact.prompts or "?"),
-                    readable_size(artifact),
+                    str(artifact.categories or "–"),
                     artifact.licence or "not stated",
                     artifact.page,
-                    state.word,
+                    state,
+                    sha256 or "–",
                 )
             )
-    print_table(("set", "list", "prompts", "size", "licence", "page", "state"), rows)
+    columns = ("set", "list", "prompts", "categories", "licence", "page", "state", "SHA-256")
+    print_table(columns, rows)
 
 
 @app.command()
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(help="hpdv2 or hpsv2-benchmark; default: hpdv2.")
+        list[str] | None,
+        typer.Argument(help="Sets from `g2rpo prompts list`; default: hpdv2."),
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Output folder; the flux profile reads the default one.")
-    ] = Path("data/hpdv2"),
+        Path | None,
+        typer.Option(help="Output folder; default: data/hpdv2 and data/prompts."),
+    ] = None,
     mirror: Mirror = None,
     offline: Offline = False,
 ) -> None:
-    """Fetch published prompt sets, verify them, and write them in the format of the flux profile.
+    """Fetch published prompt sets, verify them, and write them as profiles and `score` read them.
 
-    A fixed set of 400 validation prompts is held out of the training prompts.
+    Of hpdv2, a fixed set of 400 validation prompts is held out of the training prompts.
     """
     from g2rpo.hub.lock import read_lock
-    from g2rpo.hub.prompt_sets import fetch_benchmark, fetch_hpdv2
+    from g2rpo.hub.prompt_sets import SETS, fetch_set
 
-    writers = {"hpdv2": fetch_hpdv2, "hpsv2-benchmark": fetch_benchmark}
     chosen = names or ["hpdv2"]
     for name in chosen:
-        if name not in writers:
-            raise UserError(f"unknown prompt set {name!r}; {nearest(name, writers)}")
+        if name not in SETS:
+            raise UserError(f"unknown prompt set {name!r}; {nearest(name, SETS)}")
     lock, options = read_lock(), fetch_options(mirror, offline=offline)
     for name in chosen:
-        for path in writers[name](output, lock, options):
+        for path in fetch_set(name, output, lock, options):
             _describe(path)
 
 

@@ -18,14 +18,18 @@ from g2rpo.config import content_hash, merge, nearest, validate
 from g2rpo.data.prompts import read_prompt_set
 from g2rpo.data.tables import is_unicode
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_path, atomic_write_text, sha256_file
+from g2rpo.files import atomic_path, atomic_write_text, sha256_file, write_json
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.registry import REWARDS, load_reward
+from g2rpo.rewards.registry import REWARDS, load_reward, reward_class
 from g2rpo.terminal import literal, wide_console
 from g2rpo.text import visible
 from reproduce.experiment import Profile, reward_configs
 from reproduce.runs.folders import MANIFEST, listed, write_manifest
+
+SCORES = "scores.parquet"
+OUTPUTS = (SCORES, "scores.csv", "summary.csv", "summary.json", "skipped.csv")
+"""The files of a folder of scores, besides its manifest."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def chosen_rewards(
 
 
 def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame:
-    """Writes ``scores.parquet``, ``summary.csv`` and ``manifest.json``, and prints a table.
+    """Writes :data:`OUTPUTS` and ``manifest.json``, and prints a table.
 
     An interrupted run resumes. Scores of other rewards from an earlier run are kept if they are of
     the same images and prompts.
@@ -104,11 +108,10 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
         UserError: an image cannot be scored; finished scores are kept.
     """
     ranks = Ranks.launched()
-    source = _read(request, ranks)
-    old = None
-    if ranks.main:
-        _check_writable(request.output)
-        old = _earlier_scores(request.output / "scores.parquet")
+    source = read_items(request, ranks)
+    for config in rewards.values():
+        reward_class(config).check_prompts(config, (item.prompt for item in source.items))
+    old = earlier_scores(request.output) if ranks.main else None
     scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = f"cuda:{ranks.local % count}" if count else "cpu"
@@ -121,16 +124,21 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
             torch.cuda.empty_cache()
     scores = pd.concat(frames, ignore_index=True)
     if ranks.main:
-        earlier, dropped = _still_valid(old, scores)
+        earlier, dropped = still_valid(old, scores)
         scores = pd.concat([*earlier, scores], ignore_index=True)
-        _write(request, rewards, source, scorer, scores)
+        settings = {name: config.model_dump(mode="json") for name, config in rewards.items()}
+        write_scores(request, settings, source, scorer, scores)
         for name in dropped:
             typer.echo(visible(f"dropped earlier scores of {name}: other images or prompts"))
     return scores
 
 
-def _read(request: Request, ranks: Ranks) -> Source:
-    """The images to score; prints which columns were read."""
+def read_items(request: Request, ranks: Ranks) -> Source:
+    """The images to score; prints which columns were read.
+
+    Raises:
+        UserError: an image cannot be scored and is not skipped, or none can.
+    """
     known = None if request.prompts is None else read_prompt_set(request.prompts)
     source = read_source(request.source, None if known is None else known.prompts)
     if known is not None and known.note:
@@ -153,13 +161,19 @@ def _check_writable(output: Path) -> None:
         raise UserError(
             f"{output}: cannot be written ({error.strerror}); choose another --output"
         ) from None
-    for name in ("scores.parquet", "summary.csv", "skipped.csv", "manifest.json"):
+    for name in (*OUTPUTS, MANIFEST):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: is a folder; choose another --output")
 
 
-def _earlier_scores(path: Path) -> pd.DataFrame | None:
-    """The scores of an earlier run; None if there is none."""
+def earlier_scores(output: Path) -> pd.DataFrame | None:
+    """The scores of an earlier run; None if there is none.
+
+    Raises:
+        UserError: they are damaged, or results cannot be written to ``output``.
+    """
+    _check_writable(output)
+    path = output / SCORES
     if not path.is_file():
         return None
     for damaged, problem in problems(path.parent, listed(path.with_name(MANIFEST), FILES)):
@@ -174,7 +188,7 @@ def _earlier_scores(path: Path) -> pd.DataFrame | None:
     return old
 
 
-def _still_valid(
+def still_valid(
     old: pd.DataFrame | None, scores: pd.DataFrame
 ) -> tuple[list[pd.DataFrame], list[str]]:
     """Earlier rows of other rewards, and the rewards whose rows no longer match."""
@@ -194,45 +208,58 @@ def _still_valid(
     return kept, dropped
 
 
-def _write(
+def write_scores(
     request: Request,
-    rewards: Mapping[str, RewardConfig],
+    settings: Mapping[str, Any],
     source: Source,
     scorer: Scorer,
     scores: pd.DataFrame,
 ) -> None:
+    """Writes and prints ``scores``; ``settings``: how this run's rewards were scored."""
     bad = [*source.bad, *scorer.findings.skipped]
     scored = len(scorer.items)
     if scored + len(bad) != source.found:
         raise RuntimeError(f"{source.found} found, but {scored} scored and {len(bad)} skipped")
     lines = summary.summarise(scores)
-    with atomic_path(request.output / "scores.parquet") as temporary:
+    with atomic_path(request.output / SCORES) as temporary:
         scores.to_parquet(temporary, index=False)
     skipped = pd.DataFrame(bad, columns=["item", "reason"])
-    for name, frame in (("summary.csv", summary.as_frame(lines)), ("skipped.csv", skipped)):
-        atomic_write_text(request.output / name, summary.as_csv(frame))
+    for name, text in (
+        ("scores.csv", summary.exact_csv(scores)),
+        ("summary.csv", summary.as_csv(summary.as_frame(lines))),
+        ("skipped.csv", summary.as_csv(skipped)),
+    ):
+        atomic_write_text(request.output / name, text)
+    counts = {"images": scored, "skipped": len(bad)}
+    write_json(request.output / "summary.json", counts | {"lines": summary.as_records(lines)})
     hashes = scores.groupby("reward", sort=False)["weights_hash"].first()
     weights = {str(reward): str(sha256) for reward, sha256 in hashes.items()}
+    findings = {
+        "rewards": dict(settings),
+        "too_long": scorer.findings.too_long,
+        "batch_size": scorer.findings.batch_size,
+        "waiting": scorer.findings.waiting,
+    }
+    for section, found in findings.items():
+        earlier = listed(request.output / MANIFEST, section)
+        kept = {name: value for name, value in earlier.items() if name in weights}
+        findings[section] = kept | found
     write_manifest(
         request.output,
         {
             "stage": "score",
-            "images": scored,
+            **counts,
             "images_sha256": content_hash(scorer.keys),
             "prompts_sha256": None if request.prompts is None else sha256_file(request.prompts),
-            "rewards": {name: config.model_dump(mode="json") for name, config in rewards.items()},
-            "skipped": len(bad),
-            "too_long": scorer.findings.too_long,
-            "batch_size": scorer.findings.batch_size,
-            "waiting": scorer.findings.waiting,
+            **findings,
             "provenance": provenance(weights),
         },
-        [request.output / name for name in ("scores.parquet", "summary.csv", "skipped.csv")],
+        [request.output / name for name in OUTPUTS],
     )
     console = wide_console()
     summary.show(lines, scorer.findings.too_long, console)
     for name, reason in bad:
         console.print(literal(f"skipped {name}: {reason}"), soft_wrap=True)
-    console.print(literal(str(request.output / "scores.parquet")), soft_wrap=True)
+    console.print(literal(str(request.output / SCORES)), soft_wrap=True)
     rest = f"; {len(bad)} skipped: {first_of(bad)}" if bad else ""
     console.print(literal(f"scored {scored} of {source.found}{rest}"), soft_wrap=True)

@@ -1,5 +1,7 @@
 """The scoring engine: nothing lost, nothing scored twice, nothing skipped silently."""
 
+import csv
+import io
 import json
 import math
 import random
@@ -364,3 +366,45 @@ def test_the_summary_averages_a_prompts_images_first(items: list[Item], tmp_path
     assert total.interval.low < total.mean < total.interval.high
     assert {line.style for line in lines} == {None, "a", "b"}
     assert len(summary.as_frame(lines)) == 9
+
+
+ODD = (
+    "=1+1",
+    "+49, @home -1",
+    'say "hi", twice\nand\tonce, \\ more',
+    "a \r return",
+    "猫 🐈‍⬛ café cafe\u0301 \u2028 line",
+    "NA",
+    "word " * 499 + "word",
+    "'quoted",
+)
+
+
+def test_programs_read_the_csv_as_the_parquet(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (1, 2, 4)).save(tmp_path / "one.png")
+    ids = [f"00{number}" for number in range(len(ODD))]
+    made = [
+        Item(f"{prompt_id}_0", tmp_path / "one.png", prompt, prompt_id, style, f"{prompt_id}.png")
+        for prompt_id, prompt, style in zip(ids, ODD, ["=a", None] * (len(ODD) // 2), strict=True)
+    ]
+    scores = Scorer(tmp_path / "journal", made).score("light", Brightness())
+    scores.to_parquet(tmp_path / "scores.parquet", index=False)
+    text = summary.exact_csv(scores)
+    (tmp_path / "scores.csv").write_bytes(text.encode())
+    known = pd.read_parquet(tmp_path / "scores.parquet")
+    read = pd.read_csv(
+        tmp_path / "scores.csv",
+        dtype={name: str for name in COLUMNS if name != "score"},
+        keep_default_na=False,
+        float_precision="round_trip",
+    )
+    assert read["score"].tolist() == known["score"].astype(float).tolist()
+    read["score"] = read["score"].astype(np.float32)
+    known = known.fillna({"style": "", "template_hash": ""})
+    pd.testing.assert_frame_equal(read.astype(object), known.astype(object))
+    # Python's own reader, which takes every mark at its word.
+    rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    assert [row[2] for row in rows[1 : len(ODD) + 1]] == list(ODD)
+    assert text.count("\r\n") == len(rows)
+    lines = summary.as_records(summary.summarise(scores))
+    assert json.loads(json.dumps(lines, allow_nan=False)) == lines

@@ -306,3 +306,23 @@ class TestVQAScore:
             server.answer = lambda body, number, r=reply: r  # type: ignore[misc]
             with pytest.raises(UserError, match="not a chat completion with log-probabilities; "):
                 self.score(server.url)
+
+    def test_soft_tifa_adds_the_spellings_that_are_listed(
+        self, server: FakeServer, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "set.jsonl"
+        pairs = [["How many cows?", "two"], ["Are the cows red?", "Yes"]]
+        path.write_text(json.dumps({"prompt": "two red cows", "vqa_list": pairs}))
+        question = {"server": {"url": server.url, "model": MODEL, "retries": 0}}
+        settings = {"model": "soft_tifa", "question": question, "questions": str(path)}
+        reward = load_reward(RewardConfig.model_validate(settings), "cpu")
+        server.answer = lambda body, number: self.lists(
+            **{"No": -0.5, "yes": -2.0, " Yes": -3.0, "2": -1.0, " two": -4.0, "three": -1.5}
+        )
+        atoms = [math.exp(-1) + math.exp(-4), math.exp(-2) + math.exp(-3)]
+        prepared = reward.prepare([picture(0)], ["two red cows"])
+        assert reward.score_prepared(prepared, ["two red cows"])[0].tolist() == pytest.approx(
+            [sum(atoms) / 2, math.sqrt(math.prod(atoms))], rel=1e-6
+        )
+        texts = [body["messages"][0]["content"][1]["text"] for body in server.requests]
+        assert set(texts) == {f"{asked} Answer in one word." for asked, _ in pairs}

@@ -79,7 +79,7 @@ def test_control_tokens_in_a_prompt_are_plain_text(folder: Path) -> None:
     reward, prompt = load(folder), " ".join(CONTROL)
     assert isinstance(reward.backend, LocalModel)
     tokenizer = reward.backend.processor.tokenizer
-    _, inputs = reward.prepare(pictures()[:1], [prompt])
+    *_, inputs = reward.prepare(pictures()[:1], [prompt])
     assert prompt in tokenizer.decode(inputs["input_ids"][0])
 
 

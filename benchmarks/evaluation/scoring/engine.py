@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -97,6 +98,7 @@ class Prepared:
     inputs: Any
 
 
+FloatArray = npt.NDArray[np.floating[Any]]
 Prepare = Callable[[Sequence[Item]], Prepared]
 
 
@@ -227,7 +229,30 @@ class Scorer:
                 f"{changed[0].image}: changed while being scored; run the command again"
             )
         items = [item for item in self.items if item.id in done]
-        shared = pd.DataFrame(
+        of = model.version, model.weights_hash, model.template_hash
+        frames = []
+        for column in model.columns:
+            scores = np.array([done[item.id].scores[column] for item in items], dtype=np.float32)
+            frames.append(self.rows(column.replace(model.name, name, 1), of, items, scores))
+        return pd.concat(frames, ignore_index=True)
+
+    def rows(
+        self,
+        reward: str,
+        of: tuple[str, str, str | None],
+        items: Sequence[Item],
+        scores: FloatArray,
+    ) -> pd.DataFrame:
+        """One row with :data:`COLUMNS` for each of ``items``.
+
+        Args:
+            reward: the reward, or a part of it.
+            of: version, weights hash and template hash of its model.
+            items: the items.
+            scores: their scores.
+        """
+        version, weights_hash, template_hash = of
+        return pd.DataFrame(
             {
                 "id": [item.id for item in items],
                 "prompt_id": [item.prompt_id for item in items],
@@ -235,17 +260,13 @@ class Scorer:
                 "style": [item.style for item in items],
                 "image": [item.name for item in items],
                 "image_sha256": [self.hashes[str(item.image)] for item in items],
-                "version": model.version,
-                "weights_hash": model.weights_hash,
-                "template_hash": model.template_hash,
+                "reward": reward,
+                "version": version,
+                "weights_hash": weights_hash,
+                "template_hash": template_hash,
+                "score": scores,
             }
         )
-        frames = []
-        for column in model.columns:
-            scores = np.array([done[item.id].scores[column] for item in items], dtype=np.float32)
-            reward = column.replace(model.name, name, 1)
-            frames.append(shared.assign(reward=reward, score=scores)[list(COLUMNS)])
-        return pd.concat(frames, ignore_index=True)
 
 
 def _prepared_ahead(

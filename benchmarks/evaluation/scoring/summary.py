@@ -1,7 +1,9 @@
 """Summary of scores: the mean and its interval for each reward and style."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,24 +66,37 @@ def _line(reward: str, style: str | None, rows: pd.DataFrame) -> Line:
     )
 
 
+def as_records(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The summary as JSON values; ``style`` is None for all prompts."""
+    return [
+        {
+            "reward": line.reward,
+            "style": line.style,
+            "images": line.images,
+            "prompts": line.prompts,
+            "mean": line.mean,
+            "std": line.std,
+            "low": None if line.interval is None else line.interval.low,
+            "high": None if line.interval is None else line.interval.high,
+            "interval": None if line.interval is None else line.interval.label,
+        }
+        for line in lines
+    ]
+
+
 def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
     """The summary as a table; ``style`` is empty for all prompts."""
-    return pd.DataFrame(
-        [
-            {
-                "reward": line.reward,
-                "style": line.style,
-                "images": line.images,
-                "prompts": line.prompts,
-                "mean": line.mean,
-                "std": line.std,
-                "low": None if line.interval is None else line.interval.low,
-                "high": None if line.interval is None else line.interval.high,
-                "interval": None if line.interval is None else line.interval.label,
-            }
-            for line in lines
-        ]
-    )
+    return pd.DataFrame(as_records(lines))
+
+
+def exact_csv(scores: pd.DataFrame) -> str:
+    """The rows of a :class:`Scorer` as CSV (RFC 4180) that says what they say, for programs.
+
+    Scores have all digits; all text is quoted and unchanged, also where a spreadsheet would take it
+    for a formula. A missing value is an empty cell.
+    """
+    exact = scores.assign(score=scores["score"].astype(float))
+    return exact.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\r\n")
 
 
 def as_csv(frame: pd.DataFrame) -> str:

@@ -145,11 +145,11 @@ class LocalModel:
         return answers
 
     @torch.no_grad()
-    def first_token(self, inputs: BatchFeature, answer: str) -> Tensor:
-        """The probability ``[N]`` of ``answer``'s first token as the first of the model's answer.
+    def first_token(self, inputs: BatchFeature, answers: Sequence[Sequence[str]]) -> Tensor:
+        """The probability ``[N]`` that the model's answer starts as one of its ``answers`` does.
 
-        The model's own distribution: the softmax in float32 of its logits, without the penalties
-        of its generation settings.
+        Only their first tokens count, each once. The model's own distribution: the softmax in
+        float32 of its logits, without the penalties of its generation settings.
         """
         output = self.network.generate(
             **inputs.to(self.device),
@@ -157,9 +157,11 @@ class LocalModel:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        token = self.processor.tokenizer.encode(answer, add_special_tokens=False)[0]
-        probabilities: Tensor = output.logits[0].float().softmax(-1)[:, token]
-        return probabilities
+        encode = self.processor.tokenizer.encode
+        tokens = [{encode(text, add_special_tokens=False)[0] for text in each} for each in answers]
+        probabilities: Tensor = output.logits[0].float().softmax(-1)
+        pairs = zip(probabilities, tokens, strict=True)
+        return torch.stack([row[sorted(chosen)].sum() for row, chosen in pairs])
 
 
 def _load_network(folder: Path, dtype: str) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.errors import UserError
+from g2rpo.files import sha256_file
 from g2rpo.hub.fetch import fetched_file
 from g2rpo.rewards.question import QuestionConfig
 
@@ -177,4 +178,6 @@ def question_inputs(config: QuestionConfig) -> dict[str, Any]:
     named = config.template is not None
     inputs["template"] = choose_template(config, "").sha256 if named else None
     inputs["server"] = None if config.server is None else config.server.model
+    if config.questions is not None:
+        inputs["questions"] = sha256_file(Path(config.questions).expanduser())
     return inputs

@@ -1,0 +1,67 @@
+"""``g2rpo export-images`` and ``import-scores``: exchange with outside scorers."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from g2rpo.errors import UserError
+from g2rpo.text import visible
+
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")
+]
+
+
+def export_images(
+    source: Annotated[Path, typer.Argument(help="Image folder, or a cell's evaluation folder.")],
+    prompts: Annotated[Path, typer.Option(help="Prompt set, data/prompts/geneval.jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder that does not exist.")],
+    layout: Annotated[Literal["geneval"], typer.Option(help="The evaluator.")] = "geneval",
+    skip_bad: SkipBad = False,
+) -> None:
+    """Lay images out for an outside evaluator: linked or copied, not altered."""
+    from benchmarks.evaluation.scoring import geneval
+    from benchmarks.evaluation.scoring.items import read_source, refuse_bad
+    from g2rpo.data.prompts import read_prompt_set
+    from g2rpo.files import check_place
+
+    del layout  # the only one
+    if output.exists():
+        raise UserError(f"{output}: already exists; choose another --output")
+    check_place(output)
+    lines = geneval.read_metadata(prompts)
+    known = read_prompt_set(prompts).prompts
+    source_items = geneval.without_misread(read_source(source, known))
+    refuse_bad(source_items, skip_bad, "exported")
+    ids = (prompt.id for prompt in known)
+    geneval.export(source_items.items, dict(zip(ids, enumerate(lines), strict=True)), output)
+    for name, reason in source_items.bad:
+        typer.echo(visible(f"skipped {name}: {reason}"))
+    count = len({item.prompt_id for item in source_items.items})
+    typer.echo(visible(f"{output}: {len(source_items.items)} images of {count} prompts"))
+
+
+def import_scores(
+    file: Annotated[Path, typer.Argument(help="Scores, e.g. results.jsonl (.csv, .jsonl, ...).")],
+    images: Annotated[Path, typer.Option(help="The images, as `g2rpo score` takes them.")],
+    reward: Annotated[str, typer.Option(help="What to call the scores.")],
+    version: Annotated[str, typer.Option("--version", help="Version of the outside scorer.")],
+    prompts: Annotated[Path | None, typer.Option(help="Prompt set for a folder's images.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of scores; default: IMAGES-scores.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Column of the scores; default: score or correct.")
+    ] = None,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Add scores of an outside scorer to those of `g2rpo score`."""
+    from reproduce.stages.import_scores import Outside, import_scores
+    from reproduce.stages.score_folder import Request, default_output
+
+    for option, text in (("--reward", reward), ("--version", version)):
+        if not text.strip():
+            raise UserError(f"{option} is empty")
+    request = Request(images, prompts, output or default_output(images), skip_bad)
+    import_scores(Outside(file, reward, version, column), request)

@@ -1,0 +1,296 @@
+"""Images for outside scorers, their scores, and folders that no scorer should see."""
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from command_line import told_here
+from PIL import Image
+
+from benchmarks.mini_world import world
+from g2rpo.files import sha256_file
+
+TAGS = ("counting", "colors", "colors")
+SCORE = ("--profile", "mini", "--rewards", "hps")
+
+
+@pytest.fixture
+def geneval(tmp_path: Path) -> Path:
+    """A set of three prompts in the format of GenEval's, and four images of it."""
+    captions = world.make_captions(3, "test", len(TAGS))
+    lines = []
+    for number, (caption, tag) in enumerate(zip(captions, TAGS, strict=True)):
+        published = {"tag": tag, "include": [{"class": "clock", "count": 1}], "prompt": caption}
+        lines.append({"id": f"{number:05d}", "style": tag} | published)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "geneval.jsonl").write_text(text)
+    (tmp_path / "images").mkdir()
+    for number, name in enumerate(("00000_10", "00000_9", "00001", "00002_x")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "images" / f"{name}.png")
+    return tmp_path
+
+
+def tell(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """The command in this process: exit code, output, and errors in one line."""
+    code, out, errors = told_here(capsys, Path.cwd(), *arguments)
+    return code, out, " ".join(errors.split())
+
+
+def export(capsys: pytest.CaptureFixture[str], folder: Path, *more: object) -> tuple[int, str, str]:
+    options = ["--prompts", folder / "geneval.jsonl", "--layout", "geneval"]
+    command = ["export-images", folder / "images", *options, "--output", folder / "laid out"]
+    return tell(capsys, *command, *more)
+
+
+def evaluate(folder: Path) -> list[dict[str, Any]]:
+    """Reads a folder as GenEval's evaluate_images.py does, and calls dark images correct."""
+    results = []
+    for subfolder in folder.iterdir():
+        if not subfolder.is_dir() or not subfolder.name.isdigit():
+            continue
+        metadata = json.loads((subfolder / "metadata.jsonl").read_text())
+        for path in (subfolder / "samples").iterdir():
+            with Image.open(path) as image:
+                red = np.asarray(image)[0, 0, 0]
+            result = {"filename": str(path), "correct": bool(red < 2), "reason": ""}
+            result |= {"tag": metadata["tag"], "prompt": metadata["prompt"]}
+            results.append(result | {"metadata": json.dumps(metadata)})
+    return results
+
+
+def test_scores_of_geneval_come_back_to_their_images(
+    geneval: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = geneval / "geneval.jsonl", geneval / "scores"
+    scored = ["--prompts", prompts, *SCORE, "--output", output]
+    code, _, errors = tell(capsys, "score", geneval / "images", *scored)
+    assert code == 0, errors
+    before = pd.read_parquet(output / "scores.parquet")
+    code, out, errors = export(capsys, geneval)
+    assert code == 0, errors
+    assert "4 images of 3 prompts" in out
+    laid = geneval / "laid out"
+    published = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for number, line in enumerate(published):
+        (path,) = (laid / f"{number:05d}").glob("*.jsonl")
+        own = json.loads(path.read_text())
+        assert own == {key: line[key] for key in ("tag", "include", "prompt")}
+    order = {"0000.png": "00000_9.png", "0001.png": "00000_10.png"}
+    for name, original in order.items():
+        copied = (laid / "00000" / "samples" / name).read_bytes()
+        assert copied == (geneval / "images" / original).read_bytes()
+    results = evaluate(laid)
+    file = geneval / "results.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in results))
+    assert len(results) == 4
+    options = ["--reward", "geneval", "--version", "swin-s", "--output", output]
+    code, out, errors = tell(capsys, "import-scores", file, "--images", laid, *options)
+    assert code == 0, errors
+    assert "reading images from 'filename' and scores from 'correct'" in out
+    scores = pd.read_parquet(output / "scores.parquet")
+    own = scores[scores["reward"] == "geneval"].set_index("id")["score"]
+    assert own.to_dict() == {"00000_9": 1, "00000_10": 1, "00001": 0, "00002_x": 0}
+    kept = scores[scores["reward"] == "hps"].set_index("id")["score"]
+    assert kept.to_dict() == before.set_index("id")["score"].to_dict()
+    assert set(scores[scores["reward"] == "geneval"]["weights_hash"]) == {sha256_file(file)}
+    table = pd.read_csv(output / "summary.csv", keep_default_na=False).set_index("reward")
+    lines = table.loc["geneval"]
+    assert lines["style"].tolist() == ["", "colors", "counting"]
+    assert lines["mean"].tolist() == pytest.approx([1 / 3, 0, 1])
+    assert lines["prompts"].tolist() == [3, 2, 1] and lines["images"].tolist() == [4, 2, 2]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["images"] == 4 and len(summary["lines"]) == 6
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["rewards"].keys() == {"hps", "geneval"}
+    assert manifest["rewards"]["geneval"]["version"] == "swin-s"
+
+
+def test_scores_by_id_stand_beside_those_of_rewards(
+    geneval: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, values = ("00002_x", "00001", "00000_9", "00000_10"), (0.1, 1 / 3, -2e-9, 7)
+    frame = pd.DataFrame({"ID": names, "Mine": values, "path": "ignored"})
+    frame[["ID", "Mine"]].to_csv(geneval / "mine.csv", index=False)
+    images = [geneval / "images", "--prompts", geneval / "geneval.jsonl"]
+    out = ["--output", geneval / "scores"]
+    own = ["--column", "mine", "--reward", "mine", "--version", "1"]
+    taken = ["import-scores", geneval / "mine.csv", "--images", *images, *own, *out]
+    for command in (taken, taken, ["score", *images, *SCORE, *out]):
+        code, _, errors = tell(capsys, *command)
+        assert code == 0, errors
+    scores = pd.read_parquet(geneval / "scores" / "scores.parquet").set_index("reward")
+    assert dict(zip(scores.loc["mine", "id"], scores.loc["mine", "score"], strict=True)) == dict(
+        zip(names, values, strict=True)
+    )
+    assert len(scores) == 8 and len(scores.loc["hps"]) == 4
+
+
+def test_what_the_evaluator_would_misread_is_refused(
+    geneval: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = geneval / "images"
+    (images / "00002_x.png").rename(images / "00007.png")
+    code, _, errors = export(capsys, geneval)
+    assert code == 2
+    assert "2 cannot be exported: 00007: no prompt has this name as its id" in errors
+    assert "00002: prompt without an image in the folder" in errors and "--skip-bad" in errors
+    Image.new("RGBA", (8, 8)).save(images / "00001_a.png")
+    Image.new("RGB", (8, 8)).save(images / "00001_b.png", "JPEG")
+    (images / "00001_c.png").write_bytes((images / "00001.png").read_bytes()[:50])
+    Image.new("I;16", (8, 8)).save(images / "00001_d.png")
+    code, out, errors = export(capsys, geneval, "--skip-bad")
+    assert code == 0, errors
+    assert "3 images of 2 prompts" in out
+    reasons = dict(
+        line.removeprefix("skipped ").split(": ", 1)
+        for line in out.splitlines()
+        if line.startswith("skipped ")
+    )
+    assert reasons.keys() == {"00007", "00002", "00001_a", "00001_b", "00001_c", "00001_d"}
+    assert reasons["00001_a"].startswith("RGBA with transparency")
+    assert reasons["00001_b"].startswith("a JPEG file, which the evaluator skips")
+    assert sorted(path.name for path in (geneval / "laid out").iterdir()) == [
+        *("00000", "00001", "manifest.jsonl"),
+    ]
+    code, _, errors = export(capsys, geneval)
+    assert code == 2 and "laid out: already exists" in errors
+    (geneval / "geneval.jsonl").write_text('{"prompt": "a", "id": "00000"}\n')
+    code, _, errors = export(capsys, geneval, "--output", geneval / "other")
+    assert code == 2 and "line 1: not a prompt of GenEval, without tag and include" in errors
+    assert not (geneval / "other").exists()
+
+
+def test_scores_that_do_not_fit_are_listed(
+    geneval: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = geneval / "geneval.jsonl", geneval / "scores"
+    lines = [
+        '{"image": "elsewhere/00000_9.png", "score": 0.5}',
+        '{"image": "00000_10.png", "score": NaN}',
+        '{"image": "00001.png", "score": "high"}',
+        '{"image": "00001.png", "score": 1}',
+        '{"image": "strange.png", "score": 1}',
+        '{"image": "00000_9.png", "prompt": "another", "score": 1}',
+    ]
+    file = geneval / "results.jsonl"
+    file.write_text("\n".join(lines))
+    base = [file, "--images", geneval / "images", "--prompts", prompts, "--reward", "mine"]
+    command = ["import-scores", *base, "--version", "1", "--output", output]
+    code, _, errors = tell(capsys, *command)
+    assert code == 2
+    assert "5 cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
+    assert "00000_10: results.jsonl, line 2: nan is no finite number" in errors
+    assert "00001: 2 scores in results.jsonl: line 3, line 4" in errors
+    assert "00000_9.png: results.jsonl, line 6: the prompt is another" in errors
+    assert "00002_x: no score in results.jsonl" in " ".join(errors.split())
+    assert not (output / "scores.parquet").exists()
+    code, out, errors = tell(capsys, *command, "--skip-bad")
+    assert code == 0, errors
+    assert out.splitlines()[-1].startswith("scored 1 of 6; 5 skipped: strange.png: ")
+    assert len(pd.read_csv(output / "skipped.csv")) == 5
+    # What was scored before is not lost.
+    code, _, errors = tell(capsys, "score", geneval / "images", "--prompts", prompts, *SCORE)
+    assert code == 0, errors
+    whole = geneval / "images-scores"
+    known = (whole / "scores.parquet").read_bytes()
+    command = ["import-scores", *base, "--version", "1", "--output", whole, "--skip-bad"]
+    code, _, errors = tell(capsys, *command)
+    assert code == 2 and "has scores of hps for other images or prompts; choose" in errors
+    command = ["import-scores", *base, "--version", "1", "--output", whole, "--reward", "hps"]
+    code, _, errors = tell(capsys, *command)
+    assert code == 2 and "has scores of 'hps', version " in errors and "would be lost" in errors
+    assert (whole / "scores.parquet").read_bytes() == known
+    other = geneval / "other.csv"
+    for text, message in (("", "no column 'image'"), ("id,mark\n1,2\n", "no column 'score'")):
+        other.write_text(text)
+        code, _, errors = tell(capsys, "import-scores", other, *base[1:], "--version", "1")
+        assert code == 2 and message in errors
+
+
+def header_of_size(width: int, height: int) -> bytes:
+    """A PNG that says how large it is, and ends."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+ODD = ("صورة", "日本語の絵", "cafe\u0301", "a b", "=1+1", "ꦄ🚀")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> dict[str, str]:
+    """Fifty images of a set, and what is wrong with other files of the folder, by its name."""
+    folder, rows = tmp_path / "images", []
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    names = [*(f"p{number:03d}" for number in range(50 - len(ODD))), *ODD]
+    for name, caption in zip(names, world.make_captions(3, "test", 50), strict=True):
+        rows.append({"id": name, "prompt": caption})
+        pixels = draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    pd.DataFrame(rows).to_csv(tmp_path / "set.csv", index=False)
+    frames = [Image.new("RGB", (8, 8), shade) for shade in ("red", "blue")]
+    frames[0].save(folder / "p000_animated.gif", save_all=True, append_images=frames[1:])
+    whole = (folder / "p001.png").read_bytes()
+    for name, data in {
+        "p001_broken": whole[:60] + b"\0" * 9 + whole[69:],
+        "p001_truncated": whole[:-30],
+        "p001_huge": header_of_size(40_000, 40_000),
+        "p001_text": b"this is no image",
+        "p001_empty": b"",
+        "p003_locked": whole,
+    }.items():
+        (folder / f"{name}.png").write_bytes(data)
+    (folder / "p002_loop.png").symlink_to("p002_pool.png")
+    (folder / "p002_pool.png").symlink_to("p002_loop.png")
+    (folder / "round").symlink_to(folder)
+    (folder / "p003_locked.png").chmod(0)
+    reasons = {
+        "p002_loop.png": "Too many levels of symbolic links",
+        "p002_pool.png": "Too many levels of symbolic links",
+        "p001_broken": "damaged",
+        "p001_truncated": "damaged",
+        "p001_huge": "178,956,970 pixels",
+        "p001_text": "not an image",
+        "p001_empty": "not an image",
+    }
+    if not os.access(folder / "p003_locked.png", os.R_OK):  # root reads everything
+        reasons["p003_locked"] = "Permission denied"
+    return reasons
+
+
+def test_bad_files_among_many_are_named_and_the_rest_is_scored(
+    hostile: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    options = ["--prompts", tmp_path / "set.csv", "--profile", "mini", "--output", output]
+    command = ["score", tmp_path / "images", *options, "--rewards"]
+    code, _, errors = tell(capsys, *command, "hps")
+    assert code == 2 and "2 cannot be scored: p002_loop.png: " in errors and "--skip-bad" in errors
+    code, out, errors = tell(capsys, *command, "hps", "--skip-bad")
+    assert code == 0, errors
+    skipped = pd.read_csv(output / "skipped.csv").set_index("item")["reason"]
+    assert skipped.keys().tolist() == list(dict.fromkeys(skipped.keys()))
+    assert {name: reason for name, reason in hostile.items() if reason in skipped[name]} == hostile
+    scores = pd.read_parquet(output / "scores.parquet")
+    scored, bad = 51 + (len(hostile) == 7), len(hostile)
+    assert scores["id"].nunique() == len(scores) == scored and len(skipped) == bad
+    assert {*ODD, "p000_animated"} <= set(scores["id"]) and np.isfinite(scores["score"]).all()
+    assert f"scored {scored} of {scored + bad}; {bad} skipped: p002_loop.png: " in out
+    counts = json.loads((output / "summary.json").read_text())
+    assert (counts["images"], counts["skipped"]) == (scored, bad)
+    assert counts["lines"][0]["prompts"] == 50
+    text = (output / "scores.csv").read_bytes().decode()
+    assert all(f'"{name}"' in text for name in ODD)
+    # Another reward's scores are added, and those of the first are kept.
+    code, _, errors = tell(capsys, *command, "clip", "--skip-bad")
+    assert code == 0, errors
+    again = pd.read_parquet(output / "scores.parquet")
+    assert again.groupby("reward").size().to_dict() == {"hps": scored, "clip": scored}
+    kept = again[again["reward"] == "hps"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, scores)
