@@ -5,10 +5,7 @@ column ``prompt`` and optionally ``id`` and ``style``. A ``.json`` or ``.yaml`` 
 list of prompts, or a mapping of ids to prompts.
 """
 
-import csv
 import difflib
-import io
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -179,37 +176,19 @@ def id_problem(identity: str) -> str | None:
     return None
 
 
-def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """Writes a set in the format of ``path``'s suffix, atomically.
+def write_texts(path: Path, texts: Sequence[str]) -> None:
+    """Writes a ``.txt`` set, one prompt per line, atomically.
 
     Raises:
-        UserError: these prompts cannot be stored as ``.txt``.
+        UserError: these prompts cannot be read back as they are.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        lines = [
-            json.dumps(
-                {"prompt": p.text, "id": p.id} | ({"style": p.style} if p.style else {}),
-                ensure_ascii=False,
-            )
-            for p in prompts
-        ]
-        atomic_write_text(path, "".join(line + "\n" for line in lines))
-    elif suffix == ".csv":
-        table = io.StringIO(newline="")
-        # Quote everything: carriage returns in prompts are not quoted otherwise.
-        writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writerow(FIELDS)
-        writer.writerows((p.text, p.id, p.style or "") for p in prompts)
-        atomic_write_text(path, table.getvalue())
-    else:
-        for prompt in prompts:
-            if "\n" in prompt.text or "\r" in prompt.text:
-                raise UserError(f"{path}: prompt {prompt.id} has a line break; use .jsonl")
-        other = _looks_like([prompt.text for prompt in prompts])
-        if other is not None:
-            raise UserError(f"{path}: could not be read back ({other}); use .jsonl")
-        atomic_write_text(path, "".join(prompt.text + "\n" for prompt in prompts))
+    for text in texts:
+        if "\n" in text or "\r" in text:
+            raise UserError(f"{path}: a prompt has a line break: {text!r}")
+    other = _looks_like(texts)
+    if other is not None:
+        raise UserError(f"{path}: could not be read back ({other})")
+    atomic_write_text(path, "".join(text + "\n" for text in texts))
 
 
 def prompts_of_iteration(

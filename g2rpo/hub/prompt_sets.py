@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from g2rpo.data.overlap import normalise
-from g2rpo.data.prompts import Prompt, write_prompts
+from g2rpo.data.prompts import write_texts
 from g2rpo.data.tables import PROMPT_COLUMNS, read_table, read_text
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
@@ -83,17 +83,13 @@ def split_validation(
     return rest, [first[key] for key in dict.fromkeys(keys) if key in chosen]
 
 
-def _numbered(texts: Sequence[str]) -> list[Prompt]:
-    return [Prompt(f"{number:06d}", text) for number, text in enumerate(texts)]
-
-
 def _fetch_hpdv2(folder: Path, lock: Lock, options: FetchOptions) -> list[Path]:
     artifacts = map(artifact_named, SETS["hpdv2"])
     lists = [read_lines(each, fetch(each, lock, options)[0]) for each in artifacts]
     train, validation = split_validation(lists[0], lists[1], VALIDATION_PROMPTS)
     parts = {"train.txt": train, "validation.txt": validation, "test.txt": lists[1]}
     for name, texts in parts.items():
-        write_prompts(folder / name, _numbered(texts))
+        write_texts(folder / name, texts)
     return [folder / name for name in parts]
 
 

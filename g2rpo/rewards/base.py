@@ -54,8 +54,9 @@ class RewardConfig(StrictModel):
         data = dict(data)
         if "url" in data and "server" not in data:
             data["server"] = {"url": data.pop("url")}
-        if "questions" in data:
-            data["question"] = {**(data.get("question") or {}), "questions": data.pop("questions")}
+        question = data.get("question") or {}
+        if "questions" in data and isinstance(question, dict):
+            data["question"] = question | {"questions": data.pop("questions")}
         return data
 
     @model_validator(mode="after")

@@ -114,7 +114,8 @@ def _matched(table: Table, name: str, column: str, source: Source) -> dict[str, 
     for row in table.rows:
         if row.is_blank:
             continue
-        text = str(row.values.get(name) or "").strip()
+        given_name = row.values.get(name)
+        text = "" if given_name is None else str(given_name).strip()
         items = find(text)
         if len(items) != 1:
             reason = "is no image of the source" if not items else "fits several images"

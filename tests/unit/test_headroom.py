@@ -16,7 +16,6 @@ from benchmarks.evaluation.power import detectable_difference
 from benchmarks.evaluation.results import Cell, Provenance
 from benchmarks.evaluation.statistics import holm
 from g2rpo.config import validate
-from g2rpo.data.prompts import Prompt, write_prompts
 from g2rpo.files import sha256_file
 from reproduce.experiment.table import TableSpec
 from reproduce.report.table_grids import block_grid
@@ -55,8 +54,8 @@ def truth(tmp_path: Path) -> dict[str, Any]:
     """A truth with the scores of :data:`TRUTH`, and what a table says of it."""
     captions = tmp_path / "test.csv"
     # The captions are in another order than the sorted ids of the scores.
-    prompts = [Prompt(f"p{index:03d}", "a shape") for index in reversed(range(PROMPTS))]
-    write_prompts(captions, prompts)
+    rows = [f"p{index:03d},a shape\n" for index in reversed(range(PROMPTS))]
+    captions.write_text("".join(["id,prompt\n", *rows]))
     rewards = {
         reward: {
             "weights": WEIGHTS[reward],

@@ -1,8 +1,11 @@
 """Prompt sets: the three formats, what is refused, and what two sets share."""
 
+import csv
 import hashlib
+import io
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from g2rpo.data.overlap import Overlap, normalise, overlap, summarise
-from g2rpo.data.prompts import LONGEST_ID, Prompt, read_prompt_set, read_prompts, write_prompts
+from g2rpo.data.prompts import LONGEST_ID, Prompt, read_prompt_set, read_prompts, write_texts
 from g2rpo.data.tables import PROMPT_COLUMNS
 from g2rpo.errors import UserError
 from reproduce.commands.prompts import app
@@ -31,11 +34,24 @@ def sets(draw: st.DrawFn) -> list[Prompt]:
     return [Prompt(identity, draw(TEXTS), draw(STYLES)) for identity in ids]
 
 
-def through_a_file(name: str, prompts: list[Prompt]) -> list[Prompt]:
+def through_a_file(name: str, write: Callable[[Path], object]) -> list[Prompt]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
-        write_prompts(path, prompts)
+        write(path)
         return read_prompts(path)
+
+
+def table_of(prompts: list[Prompt], suffix: str) -> str:
+    """A table of ``prompts``, by Python's own writers."""
+    rows = [{"prompt": p.text, "id": p.id, "style": p.style or ""} for p in prompts]
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = io.StringIO(newline="")
+    # Carriage returns are not quoted otherwise.
+    writer = csv.DictWriter(text, ("prompt", "id", "style"), quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def written(tmp_path: Path, name: str, text: str) -> Path:
@@ -51,7 +67,8 @@ def written(tmp_path: Path, name: str, text: str) -> Path:
 @settings(max_examples=30)
 @given(prompts=sets())
 def test_csv_and_jsonl_give_back_what_was_written(name: str, prompts: list[Prompt]) -> None:
-    assert through_a_file(name, prompts) == prompts
+    text = table_of(prompts, Path(name).suffix).encode()
+    assert through_a_file(name, lambda path: path.write_bytes(text)) == prompts
 
 
 def is_plain(text: str) -> bool:
@@ -63,16 +80,16 @@ def is_plain(text: str) -> bool:
 @given(texts=st.lists(TEXTS.filter(is_plain), min_size=1))
 def test_txt_gives_back_the_texts_and_numbers_them(texts: list[str]) -> None:
     numbered = [Prompt(f"{number:06d}", text) for number, text in enumerate(texts)]
-    assert through_a_file("set.txt", numbered) == numbered
+    assert through_a_file("set.txt", lambda path: write_texts(path, texts)) == numbered
 
 
 def test_txt_is_not_written_if_it_cannot_be_read_back(tmp_path: Path) -> None:
-    for prompts, message in (
-        ([Prompt("7", "two\nlines")], r"prompt 7 has a line break; use \.jsonl"),
-        ([Prompt("0", "Prompt"), Prompt("1", "a cat")], r"header of a table.*use \.jsonl"),
+    for texts, message in (
+        (["one", "two\nlines"], r"a prompt has a line break: 'two\\nlines'"),
+        (["Prompt", "a cat"], "could not be read back .*header of a table"),
     ):
         with pytest.raises(UserError, match=message):
-            write_prompts(tmp_path / "set.txt", prompts)
+            write_texts(tmp_path / "set.txt", texts)
         assert not (tmp_path / "set.txt").exists()
 
 

@@ -7,7 +7,6 @@ and its images as ``samples/0000.png``, ... The evaluator skips other names with
 
 import json
 import os
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -71,6 +70,8 @@ def _problem(path: Path) -> str | None:
             return f"a {image.format} file, which the evaluator skips; convert it to PNG"
         if image.mode not in MODES or "transparency" in image.info:
             return f"{image.mode} with transparency or 16 bits, which the evaluator drops"
+        with suppress(Exception):  # damaged, and then ignored
+            image.getexif()
         if image.getexif().get(0x0112, 1) != 1:
             return "turned by its EXIF orientation, which not all of the evaluator applies"
     return None
@@ -84,7 +85,10 @@ def export(
     Images are linked, or copied where that is not possible, and not altered.
     """
     samples: dict[str, list[Item]] = defaultdict(list)
-    for item in sorted(items, key=lambda item: _natural(Path(item.name).stem)):
+    stems = {item.id: Path(item.name).stem for item in items}
+    for item in sorted(
+        items, key=lambda item: (len(stems[item.id]), stems[item.id])
+    ):  # 2 before 10
         samples[item.prompt_id].append(item)
     rows = []
     with atomic_folder(output) as folder:
@@ -108,12 +112,6 @@ def export(
                 )
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write_text(folder / "manifest.jsonl", text)
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts 2 before 10."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _link(source: Path, target: Path) -> None:
