@@ -131,6 +131,29 @@ def test_scores_by_id_stand_beside_those_of_rewards(
     assert len(scores) == 8 and len(scores.loc["hps"]) == 4
 
 
+def test_a_cells_evaluation_is_laid_out(geneval: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = geneval / "images" / "images", geneval / "images" / "diversity"
+    for folder in cell:
+        folder.mkdir()
+    for path in sorted((geneval / "images").glob("*.png")):
+        path.rename(cell["_" in path.name] / path.name)
+    for number in (0, 2):
+        shades = Image.new("RGB", (8, 8), (100 + number, 0, 0))
+        shades.save(cell[0] / f"{number:05d}.png")
+    code, out, errors = export(capsys, geneval)
+    assert code == 0, errors
+    assert "6 images of 3 prompts" in out
+    names = [row["filename"].partition("laid out/")[2] for row in evaluate(geneval / "laid out")]
+    assert sorted(names) == [
+        *(f"00000/samples/000{index}.png" for index in range(3)),
+        "00001/samples/0000.png",
+        *(f"00002/samples/000{index}.png" for index in range(2)),
+    ]
+    rows = (geneval / "laid out" / "manifest.jsonl").read_text().splitlines()
+    ids = [json.loads(row)["id"] for row in rows]
+    assert ids[:3] == ["images/00000", "diversity/00000_9", "diversity/00000_10"]
+
+
 def test_what_the_evaluator_would_misread_is_refused(
     geneval: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
