@@ -21,7 +21,7 @@ UV := .uv/bin/uv
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.setup-done
 # In this order they share most trainings.
-STUDIES := table1 table2 table3 family granularity eta fusion steps group equal-cost frontier rewards choices released-vs-matched credit
+STUDIES := table1 table2 table3 family granularity eta fusion steps group equal-cost frontier efficient rewards choices released-vs-matched credit
 PUBLISHED = $(if $(PUBLISH),--publish)
 CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales need no downloads, so nothing may wait for a network.
@@ -164,6 +164,7 @@ reproduce-credit: $(READY) ## study: reward variance and gradient signal of each
 reproduce-equal-cost: $(READY) ## study: all methods at equal NFE or device-seconds
 reproduce-frontier: $(READY) ## study: reward against cost, with cheaper settings of G²RPO
 reproduce-family: $(READY) ## every method under matched settings
+reproduce-efficient: $(READY) ## the cheapest setting of G²RPO found by the frontier, beside Table 1's
 reproduce-rewards: $(READY) ## study: which rewards to train on, and how they are combined
 reproduce-choices: $(READY) ## study: one setting changed at a time
 reproduce-released-vs-matched: $(READY) ## study: each method's own settings against matched ones

@@ -26,6 +26,11 @@ from reproduce.experiment.table import (
 )
 
 
+Preset = Literal["released", "matched", "efficient"]
+"""The method's own code's settings; equal ones in everything but the method; or those that gain
+most at a given cost, of the methods that have such a preset."""
+
+
 class Budget(StrictModel):
     """A cost at which training ends, instead of after its iterations. Exactly one key is set."""
 
@@ -65,7 +70,7 @@ class CellConfig(StrictModel):
     """Weights trained elsewhere, which replace the base's transformer."""
     train: tuple[str, ...] = ()
     """Training rewards by column name; for a checkpoint, as stated by its authors."""
-    preset: Literal["released", "matched"] | None = None
+    preset: Preset | None = None
     """Overrides the experiment's preset."""
     learning_rate_key: str | None = None
     """Key in the profile's ``learning_rates``; null is the method's name."""
@@ -100,7 +105,7 @@ class Experiment(StrictModel):
     """One table or study."""
 
     name: FolderName
-    preset: Literal["released", "matched"] = "matched"
+    preset: Preset = "matched"
     policy: str | None = None
     """Hub id of the base that its checkpoints belong to; None for any policy."""
     learning_rates: tuple[float, ...] = ()

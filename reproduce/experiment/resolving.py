@@ -217,7 +217,7 @@ class Resolver:
         if preset == "matched":
             method = profile.method_settings.get(cell.method, {})
             layers.append(Layer("profile's method_settings", {"method": method}))
-        if preset == "matched" and rate is not None:
+        if preset != "released" and rate is not None:
             layers.append(Layer("tuned rate", {"optimization": {"learning_rate": rate}}))
         if cell.budget_overrides:
             layers.append(Layer("profile's budget_overrides", profile.budget_overrides))
