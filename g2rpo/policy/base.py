@@ -21,11 +21,17 @@ from torch import Tensor, nn
 
 from g2rpo.batching import BatchSize
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_folder, read_json
+from g2rpo.files import atomic_folder
 from g2rpo.offload import OffloadConfig, on_device
 from g2rpo.policy import lora
 from g2rpo.policy.architectures import evaluations_per_velocity
-from g2rpo.policy.checkpoint import CheckpointFiles, files_at, read_into
+from g2rpo.policy.checkpoint import (
+    LORA_FILE,
+    CheckpointFiles,
+    check_fits,
+    files_at,
+    read_into,
+)
 from g2rpo.policy.conditioning import (
     Conditioning,
     ConditioningSource,
@@ -314,20 +320,18 @@ class Policy(ABC):
         self.load_checkpoint(files_at(path, str(path)))
 
     def load_checkpoint(self, files: CheckpointFiles) -> None:
-        """Loads the weights of a checkpoint over the current ones, in place.
+        """Loads the weights of a checkpoint over the current ones, in place; adds those of a LoRA.
 
         Raises:
             UserError: the weights are incomplete or unreadable, or of another architecture than the
                 base; nothing is changed.
         """
-        saved = {} if files.config is None else read_json(files.config)
-        for key, value in self.transformer_config.items():
-            if not key.startswith("_") and saved.get(key, _plain(value)) != _plain(value):
-                raise UserError(
-                    f"{files.label}: the transformer has {key}={saved[key]}, but the base in "
-                    f"{self.folder} has {key}={_plain(value)}; load it over its own base"
-                )
-        read_into(self._unwrapped().state_dict(), files)
+        transformer = self._unwrapped()
+        check_fits(files, transformer, self.transformer_config, self.folder)
+        if files.is_lora:
+            lora.load_lora(transformer, files)
+        else:
+            read_into(transformer.state_dict(), files)
 
     def fill_transformer(self) -> None:
         """Reads the base's weights into the current transformer, each rank its own part.
@@ -364,7 +368,8 @@ class Policy(ABC):
         Raises:
             UserError: the file is missing or damaged, or does not fit.
         """
-        lora.load_lora(self._unwrapped(), folder)
+        path = folder / LORA_FILE
+        lora.load_lora(self._unwrapped(), CheckpointFiles(str(path), (path,), None))
 
     def lora_disabled(self) -> AbstractContextManager[None]:
         """A context in which the transformer is its frozen base."""
@@ -437,10 +442,6 @@ class Policy(ABC):
 
     def _unwrapped(self) -> Any:
         return extract_model_from_parallel(self.transformer, keep_torch_compile=False)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _nearest_multiple(value: int, factor: int) -> int:

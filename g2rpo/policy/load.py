@@ -8,8 +8,9 @@ import torch
 from g2rpo.errors import UserError
 from g2rpo.policy.architectures import ARCHITECTURES, pipeline_name
 from g2rpo.policy.base import Policy
+from g2rpo.policy.checkpoint import CheckpointFiles, check_fits
 from g2rpo.policy.config import PolicyConfig
-from g2rpo.policy.folder import checked_device, resolve_source
+from g2rpo.policy.folder import checked_device, folder_here, resolve_source
 
 
 def policy_class(folder: Path) -> type[Policy]:
@@ -21,6 +22,20 @@ def policy_class(folder: Path) -> type[Policy]:
     architecture = ARCHITECTURES[pipeline_name(folder)]
     kind: type[Policy] = getattr(import_module(architecture.module), architecture.policy)
     return kind
+
+
+def check_checkpoint(config: PolicyConfig, files: CheckpointFiles) -> None:
+    """Checks that a checkpoint is of the architecture of its base; reads no weights.
+
+    Nothing is checked while the base is not on this machine.
+
+    Raises:
+        UserError: see :func:`check_fits`.
+    """
+    folder = folder_here(config.source, config.revision)
+    if folder is not None:
+        transformer = policy_class(folder).empty_transformer(config, folder)
+        check_fits(files, transformer, dict(transformer.config), folder)
 
 
 def load_policy(

@@ -5,6 +5,8 @@ The adapters are saved as a standard diffusers LoRA file, which the pipeline's
 """
 
 import json
+import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +21,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from g2rpo.errors import UserError, reason
+from g2rpo.files import read_json
+from g2rpo.policy.checkpoint import (
+    ADAPTER_CONFIG,
+    LORA_PREFIXES,
+    CheckpointFiles,
+    lora_layer,
+)
 from g2rpo.policy.config import LoraConfig
 from g2rpo.seeds import gaussian
 from g2rpo.weights import check_shapes
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The name of a LoRA file in diffusers."""
+logger = logging.getLogger(__name__)
 _METADATA = "lora_adapter_metadata"
 _PREFIX = "transformer."
 _ADAPTER = "default"
+_SCALE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+"""Of PEFT's configuration: what the output of adapters depends on."""
 
 
 def add_lora(transformer: Any, config: LoraConfig, seed: int) -> None:
@@ -74,55 +84,99 @@ def save_lora(transformer: nn.Module, folder: Path, pipeline: Any) -> None:
     pipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, **metadata)
 
 
-def load_lora(transformer: nn.Module, folder: Path) -> None:
-    """Reads adapters written by :func:`save_lora`; adds them if the transformer has none.
+def load_lora(transformer: nn.Module, files: CheckpointFiles) -> None:
+    """Reads the adapters of a LoRA in diffusers' or PEFT's format; adds them if there are none.
+
+    Added ones are frozen with the transformer and stay apart from its weights: merging them into
+    bfloat16 would round small updates away.
 
     Raises:
         UserError: the file is missing, damaged or of different adapters; no weight is changed.
     """
-    path = folder / LORA_FILE
-    tensors, metadata = _read(path)
+    tensors, metadata = _read(files)
     if not lora_parameters(transformer):
-        add_lora(transformer, _config_of(path, metadata), seed=0)
+        _add_adapters(transformer, files, tensors, metadata)
     saved = {_parameter_name(key): value for key, value in tensors.items()}
     parameters = lora_parameters(transformer)
     given, wanted = ({n: t.shape for n, t in each.items()} for each in (saved, parameters))
     fix = "it was trained with another lora.rank, lora.target_modules or base"
-    check_shapes(given, wanted, str(path), fix)
+    check_shapes(given, wanted, files.label, fix)
     with torch.no_grad():
         for name, value in saved.items():
             parameters[name].copy_(value)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            keys = list(opened.keys())
-            return {key: opened.get_tensor(key) for key in keys}, opened.metadata() or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such LoRA file") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable LoRA file ({reason(error)})") from None
+def _read(files: CheckpointFiles) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors of all files, and the metadata of the last."""
+    tensors: dict[str, Tensor] = {}
+    metadata: Mapping[str, str] = {}
+    for path in files.weights:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                tensors |= {key: opened.get_tensor(key) for key in list(opened.keys())}
+                metadata = opened.metadata() or {}
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such LoRA file") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a readable LoRA file ({reason(error)})") from None
+    return tensors, metadata
 
 
-def _config_of(path: Path, metadata: Mapping[str, str]) -> LoraConfig:
+def _add_adapters(
+    transformer: Any,
+    files: CheckpointFiles,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Adds adapters to exactly the layers of ``tensors``, with the scale that the file states."""
+    firsts = {key: value for key, value in tensors.items() if key.endswith(".lora_A.weight")}
+    ranks = {f"^{re.escape(lora_layer(key)[0])}": len(value) for key, value in firsts.items()}
+    stated = _stated(files, metadata)
+    if stated is None:
+        if any(key.startswith(LORA_PREFIXES[0]) for key in tensors):
+            raise UserError(
+                f"{files.label}: no {ADAPTER_CONFIG} beside it, with its alpha; copy it there"
+            )
+        logger.warning("%s: no alpha; it is taken for the rank, as in diffusers", files.label)
+        stated = {"r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks}
+    if not any(value.any() for key, value in tensors.items() if ".lora_B." in key):
+        logger.warning("%s: changes nothing: its B matrices are all zero", files.label)
+    transformer.requires_grad_(False)
     try:
-        stored: dict[str, Any] = json.loads(metadata[_METADATA])
-        return LoraConfig(
-            rank=stored[f"{_PREFIX}r"],
-            alpha=stored[f"{_PREFIX}lora_alpha"],
-            target_modules=tuple(sorted(stored[f"{_PREFIX}target_modules"])),
+        settings = peft.LoraConfig(
+            **stated,
+            lora_dropout=0.0,
+            # A text is one pattern for whole names; a list would be their ends.
+            target_modules="|".join(layer.removeprefix("^") for layer in ranks),
         )
-    except (KeyError, ValueError):
-        raise UserError(
-            f"{path}: no rank and alpha ({_METADATA}); save it with diffusers' LoRA metadata"
-        ) from None
+        transformer.add_adapter(settings, adapter_name=_ADAPTER)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{files.label}: not a LoRA for this base ({reason(error)})") from None
+    for parameter in lora_parameters(transformer).values():
+        parameter.data = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(False)
+
+
+def _stated(files: CheckpointFiles, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The rank and scale in PEFT's configuration or in diffusers' metadata; None without either."""
+    try:
+        if files.adapter is not None:
+            stored = read_json(files.adapter)
+        elif _METADATA in metadata:
+            stored = json.loads(metadata[_METADATA])
+        else:
+            return None
+        stored = {key.removeprefix(_PREFIX): value for key, value in stored.items()}
+        return {key: stored[key] for key in _SCALE if stored.get(key) is not None}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{files.label}: its configuration cannot be read ({error})") from None
 
 
 def _parameter_name(key: str) -> str:
     """``transformer.<layer>.lora_A.weight`` to the model's ``<layer>.lora_A.<adapter>.weight``."""
-    layer, _, last = key.removeprefix(_PREFIX).rpartition(".")
-    return f"{layer}.{_ADAPTER}.{last}"
+    layer, kind = lora_layer(key)
+    first, _, last = kind.partition(".")
+    return f"{layer}.{first}.{_ADAPTER}.{last}"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from g2rpo.provenance import file_hash, source_fingerprint
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.server import ServerConfig
 from g2rpo.rewards.unified_reward.template import question_inputs
+from g2rpo.training.checkpoint.folder import CHECKPOINTS, STATE, newest_checkpoint
 from g2rpo.training.config import TrainConfig
 from reproduce.experiment.resolving import ResolvedCell
 from reproduce.settings import NOT_DETERMINING
@@ -80,26 +81,36 @@ def server_inputs(server: ServerConfig) -> dict[str, Any]:
     return found.model_dump(include={"name", "version", "weights_hash", "template_hash"})
 
 
+def checkpoint_run(config: CheckpointConfig) -> Path | None:
+    """The run folder that a checkpoint names instead of weights, if it does."""
+    path = local_path(config)
+    return path if path is not None and (path / CHECKPOINTS).is_dir() else None
+
+
 def checkpoint_inputs(config: CheckpointConfig) -> str | dict[str, str | None]:
     """The hash of a checkpoint's weights, or its place on the hub."""
-    path = local_path(config)
+    path, run = local_path(config), checkpoint_run(config)
     if path is None:
         return config.model_dump(mode="json") | {
             "revision": config.revision or revision_of(config.source)
         }
     try:
-        return sha256_files(files_at(path, str(path)).weights, file_hash)
+        if run is not None:
+            return sha256_file(newest_checkpoint(run) / STATE)
+        return sha256_files(files_at(path, str(path)).paths, file_hash)
     except UserError:  # reported when the cell runs, so that other cells can run
         return config.model_dump(mode="json")
 
 
 def checkpoint_provenance(config: CheckpointConfig) -> tuple[str, str]:
     """The origin of a checkpoint's files, and the SHA-256 of its weights."""
+    run = checkpoint_run(config)
+    if run is not None:
+        folder = newest_checkpoint(run)
+        return f"{run.name}, {folder.name}", sha256_file(folder / STATE)
     files = find_checkpoint(config)
-    if local_path(config) is not None:
-        return files.label, sha256_files(files.weights, file_hash)
-    digests = Digests()
-    return files.label, sha256_files(files.weights, digests.of)
+    of = Digests().of if local_path(config) is None else file_hash
+    return files.label, sha256_files(files.paths, of)
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,6 +24,7 @@ from g2rpo.policy import Policy, load_policy
 from g2rpo.policy.base import HybridSampling
 from g2rpo.policy.checkpoint import find_checkpoint
 from g2rpo.training.checkpoint.load import load_trained
+from reproduce.experiment.fingerprint import checkpoint_run
 from reproduce.runs.folders import IMAGES, MANIFEST, listed
 from reproduce.stages import embedding
 from reproduce.stages.evaluation_files import EvaluationStage
@@ -91,10 +92,13 @@ def _trained_policy(stage: EvaluationStage) -> Policy:
     if hybrid is not None and not cell.is_base:
         steps = hybrid.steps_of(cell.evaluation.grid.steps)
         policy.handover = HybridSampling(policy.with_base_transformer(), steps)
+    run = stage.training.folder if cell.train is not None else None
     if cell.checkpoint is not None:
-        policy.load_checkpoint(find_checkpoint(cell.checkpoint))
-    if cell.train is not None:
-        load_trained(policy, stage.training.folder)
+        run = checkpoint_run(cell.checkpoint)
+        if run is None:
+            policy.load_checkpoint(find_checkpoint(cell.checkpoint))
+    if run is not None:
+        load_trained(policy, run)
     return policy
 
 

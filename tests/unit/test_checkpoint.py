@@ -124,7 +124,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] =
         "proj_out.bias has shape [7], expected [64]",
     ),
     "original names": (lambda s: {"double_blocks.0.img_mod.lin.bias": torch.ones(2)}, "convert it"),
-    "adapter": (lambda s: {"x_embedder.lora_A.weight": torch.ones(2)}, "merge it"),
+    "adapter": (lambda s: {"x_embedder.lora_A.weight": torch.ones(2)}, "use a LoRA for"),
 }
 
 
@@ -147,7 +147,7 @@ def test_wrong_files_are_reported(
     sharded = in_shards(tuned, tmp_path / "sharded")
     (sharded / f"{NAME}-00002-of-00002.safetensors").unlink()
     assert "1 of the 2 files in" in refusal(lambda: load(base, sharded))
-    assert "no transformer weights" in refusal(lambda: load(base, tmp_path))
+    assert "no weights" in refusal(lambda: load(base, tmp_path))
     assert "no such folder or file" in refusal(lambda: load(base, tmp_path, file="a.safetensors"))
     assert "not a hub id" in refusal(lambda: load(base, tmp_path / "nowhere"))
     torch.save(tuned, tmp_path / "pickled.pt")

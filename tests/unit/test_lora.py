@@ -11,7 +11,8 @@ from torch import Tensor
 
 from g2rpo.errors import UserError
 from g2rpo.policy import LoraConfig, Policy, PolicyConfig, load_policy
-from g2rpo.policy.lora import LORA_FILE, lora_parameters
+from g2rpo.policy.checkpoint import LORA_FILE
+from g2rpo.policy.lora import lora_parameters
 
 CONFIG = LoraConfig(rank=4, alpha=12)
 PROMPTS = ["a red cat", "two blue dogs"]
@@ -137,6 +138,5 @@ def test_what_does_not_fit_is_refused_in_one_line(flux_folder: Path, tmp_path: P
 
     file = tmp_path / "lora" / LORA_FILE
     save_file(load_file(file), file)  # without its metadata
-    assert "rank and alpha" in refusal(lambda: load(flux_folder).load_lora(tmp_path / "lora"))
     file.write_bytes(file.read_bytes()[:50])
     assert "not a readable LoRA file" in refusal(lambda: policy.load_lora(tmp_path / "lora"))

@@ -158,6 +158,22 @@ def latest_checkpoint(run: Path, check: Callable[[Path], str | None] = problem) 
     return None
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint that holds the result of ``run``.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    iterations = saved_iterations(run)
+    if not iterations:
+        raise UserError(f"{run}: no checkpoint; train this cell first")
+    folder = checkpoint_folder(run, iterations[-1])
+    damage = problem(folder)
+    if damage is not None:  # the checkpoint before it holds another policy than the run's result
+        raise UserError(f"{folder}: {damage}; train this cell again to repair it")
+    return folder
+
+
 def write_state(
     folder: Path, progress: Progress, measured: Mapping[str, Mapping[str, Any]] | None = None
 ) -> None:

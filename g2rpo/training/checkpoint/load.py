@@ -26,12 +26,11 @@ from g2rpo.policy.export import write_checksums
 from g2rpo.training.checkpoint.folder import (
     SHARDS,
     Progress,
-    checkpoint_folder,
     latest_checkpoint,
+    newest_checkpoint,
     problem,
     read_progress,
     remove_unfinished,
-    saved_iterations,
     writing,
 )
 from g2rpo.training.checkpoint.save import reason_of
@@ -150,13 +149,7 @@ def load_trained(policy: Policy, run: Path) -> Path:
     Raises:
         UserError: there is none, or it is damaged or belongs to another base.
     """
-    iterations = saved_iterations(run)
-    if not iterations:
-        raise UserError(f"{run}: no checkpoint; train this cell first")
-    checkpoint = checkpoint_folder(run, iterations[-1])
-    damage = problem(checkpoint)
-    if damage is not None:  # the checkpoint before it holds another policy than the run's result
-        raise UserError(f"{checkpoint}: {damage}; train this cell again to repair it")
+    checkpoint = newest_checkpoint(run)
     if (checkpoint / SHARDS).is_dir():
         saved = FileSystemReader(checkpoint / SHARDS).read_metadata().state_dict_metadata
         kind = "ema" if "ema.optimization_step" in saved else "weights"
