@@ -1,4 +1,4 @@
-"""The bundled experiments and profiles, and how a name or a path finds one.
+"""The bundled experiments, profiles, protocols and suites, and how a name or a path finds one.
 
 Importing this is fast: help texts list the names.
 """
@@ -13,7 +13,7 @@ ROOT = HERE.parent
 
 
 def bundled_names(folder: str) -> list[str]:
-    """The names of the YAML files in ``experiments`` or ``profiles``, sorted."""
+    """The names of the YAML files in a folder such as ``experiments``, sorted."""
     return sorted(path.stem for path in (HERE / folder).glob("*.yaml"))
 
 
@@ -21,7 +21,7 @@ def named_file(folder: str, name: str) -> Path:
     """The YAML file of a bundled name, or ``name`` itself if it is a path to a YAML file.
 
     Args:
-        folder: ``experiments`` or ``profiles``.
+        folder: ``experiments``, ``profiles``, ``protocols`` or ``suites``.
         name: a name or a path.
 
     Raises:

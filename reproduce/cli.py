@@ -14,6 +14,7 @@ from reproduce.commands import (
     config,
     demo,
     embed,
+    evaluate,
     exchange,
     export,
     jobs,
@@ -37,7 +38,10 @@ RUN, RESULTS, INPUTS = "Run experiments", "Look at results", "Weights, prompts a
 COMMANDS = {
     RUN: (
         demo.demo, run.reproduce, run.plan, power.power, config.config, stages.train, stages.sample,
-        stages.score, exchange.export_images, exchange.import_scores, embed.embed,
+        embed.embed,
+    ),
+    "Score images": (
+        stages.score, evaluate.evaluate, exchange.export_images, exchange.import_scores,
         serve.serve_reward,
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),

@@ -25,7 +25,7 @@ from g2rpo.stop import StopRequest
 
 
 def image_path(folder: Path, prompt: Prompt, index: int = 0) -> Path:
-    """The path of image ``index`` of ``prompt``; the first is the scored one."""
+    """The path of image ``index`` of ``prompt``."""
     return folder / (f"{prompt.id}_{index}.png" if index else f"{prompt.id}.png")
 
 
@@ -40,13 +40,13 @@ def image_problem(path: Path) -> str | None:
 
 
 def compared_images(
-    prompts: Sequence[Prompt], config: DiversityConfig, scored: Path, others: Path
+    prompts: Sequence[Prompt], config: DiversityConfig, scored: Path, others: Path, images: int = 1
 ) -> dict[str, list[Path]]:
-    """The image files of each prompt for diversity: the scored one, then the others."""
+    """The image files of each prompt for diversity: the first ``images``, scored, then others."""
     return {
         prompt.id: [
-            image_path(scored, prompt),
-            *(image_path(others, prompt, index) for index in range(1, config.images)),
+            image_path(scored if index < images else others, prompt, index)
+            for index in range(config.images)
         ]
         for prompt in prompts[: config.prompts]
     }
@@ -91,8 +91,9 @@ def score_images(
     prompts: Sequence[Prompt],
     images: Path,
     output: Path,
+    count: int = 1,
 ) -> pd.DataFrame:
-    """Scores every prompt's image with every reward and writes ``output`` (Parquet).
+    """Scores the ``count`` images of every prompt with every reward; writes ``output`` (Parquet).
 
     One row per image and reward, with :data:`benchmarks.evaluation.scoring.engine.COLUMNS`. A
     journal beside ``output`` is removed at the end.
@@ -102,9 +103,9 @@ def score_images(
         Stopped: a stop was requested; finished scores are kept.
     """
     items = [
-        Item(prompt.id, path, prompt.text, prompt.id, prompt.style, path.name)
+        Item(path.stem, path, prompt.text, prompt.id, prompt.style, path.name)
         for prompt in prompts
-        for path in [image_path(images, prompt)]
+        for path in [image_path(images, prompt, index) for index in range(count)]
     ]
     journal = output.with_name(f"{output.stem}-journal")
     scorer = Scorer(journal, items)

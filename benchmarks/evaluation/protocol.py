@@ -1,6 +1,7 @@
 """The evaluation protocol. Nothing here imports a model library."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,6 +56,8 @@ class EvaluationConfig(ImageConfig):
     grid: GridConfig = GridConfig(steps=50, schedule="flux_dynamic", timestep="exact")
     """The released evaluation: 50 steps on diffusers' own grid."""
     resolution: int | None = Field(1024, gt=0)
+    images: int = unhashed(1, ge=1)
+    """Images per prompt, each with its own noise; a prompt's score is their mean."""
     diversity: DiversityConfig | None = unhashed(None)
     """Diversity of the images of one prompt; null skips it."""
     drift: DriftConfig | None = unhashed(None)
@@ -70,3 +73,30 @@ class EvaluationConfig(ImageConfig):
                 f"{self.grid.steps} steps"
             )
         return self
+
+
+def protocol_line(inputs: Mapping[str, Any]) -> str:
+    """What an evaluation was sampled with, in one line.
+
+    Args:
+        inputs: what determines its images, as its manifest records them; what an older version
+            did not record is left out. Prompts are named by the start of their SHA-256.
+    """
+    protocol, policy = inputs["protocol"], inputs.get("policy", {})
+    grid, side = protocol["grid"], protocol.get("resolution")
+    steps, schedule = grid["steps"], grid.get("schedule")
+    shift = "" if schedule == "flux_dynamic" else f" {grid.get('shift', 3.0):g}"
+    hybrid = HybridConfig.model_validate(protocol.get("hybrid") or {"tuned_fraction": 1.0})
+    tuned = hybrid.steps_of(steps)
+    parts = (
+        f"{protocol.get('height', side)}×{protocol.get('width', side)}",
+        f"{steps} steps" + (f" ({schedule}{shift})" if schedule else ""),
+        f"the base after {tuned}" if tuned < steps else "",
+        f"guidance {protocol['guidance_scale']:g}" if "guidance_scale" in protocol else "",
+        f"images per prompt: {protocol.get('images', 1)}",
+        f"seed {protocol['seed']}",
+        policy.get("dtype", ""),
+        f"the first {protocol['limit']} prompts" if protocol.get("limit") else "",
+        f"prompts {inputs['prompts'][:12]}",
+    )
+    return ", ".join(part for part in parts if part)

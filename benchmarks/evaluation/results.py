@@ -115,6 +115,7 @@ class CellInfo(StrictModel):
         preset: ``released`` or ``matched``; None if nothing was trained here.
         seed: the training seed; None for a base or a checkpoint without one.
         protocol: how it was sampled and scored.
+        sampling: the settings behind the protocol's name, in one line; None in older cells.
         runs: stage name to the hash of its run.
         checkpoint_iteration: the evaluated iteration, 0 for the base; None if unknown.
         cost: cost of training up to that checkpoint; None if unknown.
@@ -127,6 +128,7 @@ class CellInfo(StrictModel):
     preset: str | None = None
     seed: int | None = None
     protocol: Protocol
+    sampling: str | None = unhashed(None)
     runs: dict[str, str]
     checkpoint_iteration: int | None = pydantic.Field(ge=0)
     cost: Cost | None

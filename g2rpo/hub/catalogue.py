@@ -55,6 +55,8 @@ class Artifact(StrictModel):
     purpose: Literal["policy", "reward", "checkpoint", "prompts"]
     architecture: PublishedPolicy | None = None
     """Of a policy."""
+    base: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Of a checkpoint: the repository of the policy that it was tuned from."""
     reward: str | None = None
     """Registry name of the reward that uses it."""
     variant: str | None = None

@@ -1,4 +1,4 @@
-"""``g2rpo list``: the bundled experiments, profiles, methods and rewards."""
+"""``g2rpo list``: what is bundled: experiments, profiles, suites, methods and rewards."""
 
 import ast
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from reproduce.bundled import bundled_names, named_file
 
 
 def list_bundled() -> None:
-    """List the bundled experiments, profiles, methods and rewards, one line each."""
+    """List the bundled experiments, profiles, suites, protocols, methods and rewards."""
     from g2rpo.methods.base import method_names
     from g2rpo.methods.presets import method_summary, preset_names
     from g2rpo.rewards.registry import REWARDS
@@ -19,8 +19,9 @@ def list_bundled() -> None:
     for name in bundled_names("experiments"):
         shown = load_yaml(named_file("experiments", name))["table"]
         table.add_row("experiment", name, shown["title"])
-    for name in bundled_names("profiles"):
-        table.add_row("profile", name, load_yaml(named_file("profiles", name))["description"])
+    for folder in ("profiles", "suites", "protocols"):
+        for name in bundled_names(folder):
+            table.add_row(folder[:-1], name, load_yaml(named_file(folder, name))["description"])
     for name in preset_names():
         coded = name in method_names()
         summary = _summary(f"g2rpo.methods.{name}") if coded else method_summary(name)

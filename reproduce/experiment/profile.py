@@ -1,5 +1,6 @@
 """Profiles: the scale at which an experiment runs, and the hardware it needs."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
@@ -16,6 +17,21 @@ from reproduce.experiment.table import PaperColumn
 
 FolderName = Annotated[Name, StringConstraints(max_length=80)]
 """The name of an experiment or a profile, which becomes the name of a folder."""
+
+
+def with_preset(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an evaluation, over the bundled protocol that their key ``preset`` names.
+
+    Raises:
+        UserError: no such protocol.
+    """
+    settings = dict(evaluation)
+    name = settings.pop("preset", None)
+    if name is None:
+        return settings
+    preset = load_yaml(named_file("protocols", str(name)))
+    preset.pop("description")
+    return merge({"name": name}, preset, settings)
 
 
 class PromptSplits(StrictModel):
@@ -106,6 +122,7 @@ class Profile(StrictModel):
     device_seconds: float | None = Field(None, gt=0)
     """Budget of compute-matched studies, in device-seconds over all devices of a run."""
     evaluation: EvaluationConfig
+    """The protocol; ``preset: NAME`` takes a bundled one, over which the other keys are laid."""
     truth: str | None = None
     """JSON file with the scores of the rendered truth of the captions, which define the headroom
     in tables; does not change a run."""
@@ -116,6 +133,11 @@ class Profile(StrictModel):
     build: str | None = None
     """``module:function`` that builds the profile's files in the folder ``assets``."""
     assets: str | None = None
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        return with_preset(value) if isinstance(value, Mapping) else value
 
     @field_validator("seeds")
     @classmethod

@@ -21,7 +21,7 @@ from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.bundled import absolute
 from reproduce.experiment.cells import Budget, CellConfig, Experiment
-from reproduce.experiment.profile import Profile, PromptSplits
+from reproduce.experiment.profile import Profile, PromptSplits, with_preset
 
 
 class ResolvedCell(StrictModel):
@@ -135,7 +135,7 @@ class Resolver:
         if wanted is not None and Path(wanted).name != Path(profile.policy.source).name:
             raise UserError(
                 f"{experiment.name} needs the policy {wanted}, but profile {profile.name} has "
-                f"{profile.policy.source}; use --profile flux"
+                f"{profile.policy.source}; use a profile with that policy, such as flux or sd35"
             )
         self.experiment, self.profile, self.overrides = experiment, profile, overrides or {}
         self._policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
@@ -200,7 +200,7 @@ class Resolver:
         """The layers of a cell's evaluation protocol."""
         return [
             Layer("profile", given(self.profile.evaluation)),
-            Layer("cell", self._cell(key).evaluation),
+            Layer("cell", with_preset(self._cell(key).evaluation)),
         ]
 
     def training_layers(self, key: str, seed: int) -> list[Layer]:

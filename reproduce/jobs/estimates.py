@@ -145,10 +145,11 @@ class Estimator:
     def sample(self, cell: ResolvedCell, share: Share = WHOLE) -> Estimate:
         """Sampling one share of a cell's held-out prompts."""
         config, total = cell.evaluation, held_out_count(cell)
-        prompts = images = len(share.of(range(total)))
+        prompts = len(share.of(range(total)))
+        images = prompts * config.images
         if config.diversity is not None:
             compared = share.of(range(min(config.diversity.prompts, total)))
-            images += len(compared) * (config.diversity.images - 1)
+            images += len(compared) * max(0, config.diversity.images - config.images)
         evaluations = images * config.grid.steps
         if config.drift is not None and not cell.is_base and share.first:
             evaluations += min(config.drift.prompts, total) * len(config.drift.sigmas)
@@ -163,7 +164,7 @@ class Estimator:
     def score(self, cell: ResolvedCell, share: Share = WHOLE) -> Estimate:
         """Scoring one share of a cell's images with every reward model of the profile."""
         total, rewards = held_out_count(cell), self.profile.rewards
-        images = len(share.of(range(total)))
+        images = cell.evaluation.images * len(share.of(range(total)))
         models = [config.model for config in rewards.values()]
         parts = [*self._started("score"), *self._scored(images, models)]
         diversity = cell.evaluation.diversity

@@ -22,7 +22,7 @@ from reproduce.experiment import ResolvedCell
 from reproduce.experiment.layout import Layout
 from reproduce.experiment.table import RowSpec
 from reproduce.report.chapter import Chapter
-from reproduce.runs.finished import read_frame
+from reproduce.runs.finished import read_scores
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, read_scored
 from reproduce.stages.evaluation_files import preview_scores
 
@@ -135,7 +135,13 @@ def _shots(
         base = resolved.model_copy(update=changes)
         before = layout.evaluation(base)
         read_scored(before)
-        moments.append((0, before / "images", _read_scores(before / "scores.parquet")))
+        moments.append(
+            (
+                0,
+                before / "images",
+                _read_scores(before / "scores.parquet", resolved.evaluation.images),
+            )
+        )
         for iteration in pictured_iterations(run):
             scores = _read_scores(preview_scores(evaluation, iteration))
             moments.append((iteration, pictures_folder(run, iteration), scores))
@@ -149,8 +155,8 @@ def _shots(
     ]
 
 
-def _read_scores(path: Path) -> Scores:
-    return _scores(read_frame(path)) if path.exists() else {}
+def _read_scores(path: Path, images: int = 1) -> Scores:
+    return _scores(read_scores(path, images)) if path.exists() else {}
 
 
 def _scores(frame: pd.DataFrame) -> Scores:

@@ -13,7 +13,16 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.evaluation.results import Cell, CellInfo, Cost, Protocol, Provenance, load_cell
+from benchmarks.evaluation.protocol import protocol_line
+from benchmarks.evaluation.results import (
+    STYLE,
+    Cell,
+    CellInfo,
+    Cost,
+    Protocol,
+    Provenance,
+    load_cell,
+)
 from g2rpo.config import content_hash
 from g2rpo.errors import UserError
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
@@ -220,6 +229,7 @@ def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
                 diversity=protocol.get("diversity"),
                 drift=protocol.get("drift"),
             ),
+            sampling=protocol_line(inputs),
             runs={"train": run.name, "evaluation": evaluation.name},
             checkpoint_iteration=None if run.cost is None else run.cost.iterations,
             cost=run.cost,
@@ -229,10 +239,25 @@ def _cell(run: Run, evaluation: Path, manifest: Mapping[str, Any]) -> Cell:
     measured = [read_frame(path) for path in files if path.exists()]
     metrics = pd.concat(measured, ignore_index=True) if measured else None
     path = evaluation / "scores.parquet"
-    scores = read_frame(path)
+    scores = read_scores(path, protocol.get("images", 1))
     curve = None if settings is None else pd.DataFrame(run.rows)
     with reporting_damage(path):
         return Cell(info, scores, curve, metrics)
+
+
+def read_scores(path: Path, images: int) -> pd.DataFrame:
+    """The scores of an evaluation, of each prompt the mean over its ``images``.
+
+    Raises:
+        UserError: see :func:`read_frame`.
+    """
+    scores = read_frame(path)
+    if images == 1:
+        return scores
+    with reporting_damage(path):
+        groups = scores.astype({"score": "float64"}).groupby(["prompt_id", "reward"], sort=False)
+        kept = {"score": "mean"} | ({STYLE: "first"} if STYLE in scores else {})
+        return groups.agg(kept).reset_index()
 
 
 def read_frame(path: Path) -> pd.DataFrame:

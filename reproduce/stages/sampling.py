@@ -51,21 +51,28 @@ def sample_share(stage: EvaluationStage) -> None:
     whole = cell.held_out_prompts()
     prompts = stage.share.of(whole)
     compared = [] if section is None else stage.share.of(whole[: section.prompts])
-    numbers = range(1, 1 if section is None else section.images)
+    images = cell.evaluation.images
+    numbers = range(images, images if section is None else section.images)
     drifts = cell.evaluation.drift is not None and stage.share.first
-    files = [image_path(stage.images, prompt) for prompt in prompts]
+    files = [image_path(stage.images, p, number) for p in prompts for number in range(images)]
     files += [image_path(stage.further_images, p, number) for p in compared for number in numbers]
     files += [stage.drift] if drifts else []
+    if len(set(files)) < len(files):
+        raise UserError(
+            f"{cell.evaluation_prompts}: some ids are those of others with a number, as in 'a' and "
+            "'a_1', so that their images would share a file; rename them"
+        )
     _discard_damaged(stage, files)
     if not all(path.exists() for path in files):
         drifts = drifts and not stage.drift.exists()
         if drifts:
             _prepare_reference(stage, whole)
         policy = _trained_policy(stage)
-        place = cell.evaluation, stage.further_images, sampling_batch(stage)
-        sample_images(policy, prompts, cell.evaluation, stage.images, sampling_batch(stage))
+        batch = sampling_batch(stage)
+        for number in range(images):
+            sample_images(policy, prompts, cell.evaluation, stage.images, batch, number)
         for number in numbers:
-            sample_images(policy, compared, *place, number)
+            sample_images(policy, compared, cell.evaluation, stage.further_images, batch, number)
         if drifts:
             _measure_drift(stage, whole, policy)
     marker = stage.sampled_document

@@ -49,7 +49,7 @@ def score_share(stage: EvaluationStage) -> None:
     }
     tower = _image_tower(stage, models)
     prompts = stage.share.of(cell.held_out_prompts())
-    score_images(models, prompts, stage.images, stage.scores)
+    score_images(models, prompts, stage.images, stage.scores, cell.evaluation.images)
     files = [stage.scores]
     if stage.share.first:
         files += _score_previews(stage, models)
@@ -97,10 +97,11 @@ def _measure_diversity(stage: EvaluationStage, tower: ImageTower) -> Path:
     Raises:
         UserError: an image, possibly of another share, is missing or damaged.
     """
-    section = stage.cell.evaluation.diversity
+    evaluation, prompts = stage.cell.evaluation, stage.cell.held_out_prompts()
+    section = evaluation.diversity
     assert section is not None
-    prompts = stage.cell.held_out_prompts()
-    files = compared_images(prompts, section, stage.images, stage.further_images)
+    places = stage.images, stage.further_images
+    files = compared_images(prompts, section, *places, evaluation.images)
     for path in (path for paths in files.values() for path in paths):
         problem = image_problem(path)
         if problem is not None:
@@ -152,7 +153,7 @@ def merge_scores(stage: EvaluationStage) -> None:
     keep = cell.profile.keep_images
     if diversity is not None:
         prune_images(stage.further_images, prompts, keep, diversity.images)
-    prune_images(stage.images, prompts, keep)
+    prune_images(stage.images, prompts, keep, cell.evaluation.images)
     write_manifest(
         folder,
         {
