@@ -181,7 +181,7 @@ def find_model(name: str, base: str | None) -> Evaluated:
 
 def _profile(found: Evaluated, name: str | None) -> "Profile":
     """The profile ``name``, else the one of the base's architecture."""
-    from g2rpo.policy.size import assumption, pipeline_of
+    from g2rpo.policy.size import pipeline_of
     from reproduce.experiment import load_profile
 
     if name is not None:
@@ -193,22 +193,14 @@ def _profile(found: Evaluated, name: str | None) -> "Profile":
         )
     profiles = [load_profile(default) for default in DEFAULT_PROFILES]
     policy = profiles[0].policy.model_copy(update={"source": found.base})
-    if (problem := assumption(policy)) is not None:
-        raise UserError(_absent(found.base, problem))
-    return next(p for p in profiles if pipeline_of(p.policy) == pipeline_of(policy))
-
-
-def _absent(base: str, problem: str) -> str:
-    return (
-        f"base {base!r}: {problem.partition(',')[0]}; correct --base, or fetch it with "
-        f"`hf download {base}`"
-    )
+    return next(one for one in profiles if pipeline_of(one.policy) == pipeline_of(policy))
 
 
 def _profile_data(
     profile: "Profile", suite: Suite, found: Evaluated, layers: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The profile with the model's base, and with the suite's prompts, rewards and protocol."""
+    from g2rpo.rewards.registry import REWARDS
     from reproduce.experiment.profile import with_preset
     from reproduce.experiment.resolving import given
 
@@ -219,6 +211,10 @@ def _profile_data(
         name: merge(data["rewards"].get(name, {"model": name}), changes)
         for name, changes in suite.rewards.items()
     }
+    for name, config in rewards.items():
+        if config["model"] not in REWARDS:
+            hint = nearest(config["model"], REWARDS)
+            raise UserError(f"suite: rewards.{name}: no reward model {config['model']!r}; {hint}")
     # Every prompt of the suite, and only what it scores.
     whole = {"split": "test", "limit": None, "diversity": None, "drift": None}
     evaluation = merge(data["evaluation"], whole, *map(with_preset, layers))
@@ -262,6 +258,12 @@ def _check(found: Evaluated, data: Mapping[str, Any]) -> None:
     from reproduce.experiment.weights import needed_weights
 
     profile = validate(Profile, data, "evaluation")
+    policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
+    if (problem := assumption(policy)) is not None:
+        raise UserError(
+            f"{problem.partition(', so')[0]}; correct --base, or fetch it with `hf download "
+            f"{policy.source}`"
+        )
     needed = (*needed_weights(profile), *([found.published] if found.published else []))
     lock = read_lock()
     absent = [one.name for one in needed if not artifact_state(one, lock).is_whole]
@@ -269,9 +271,6 @@ def _check(found: Evaluated, data: Mapping[str, Any]) -> None:
         raise UserError(
             f"weights are missing or damaged; run `g2rpo weights fetch {' '.join(absent)}`"
         )
-    policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
-    if (problem := assumption(policy)) is not None:
-        raise UserError(_absent(policy.source, problem))
     if found.checkpoint is not None and checkpoint_run(found.checkpoint) is None:
         from g2rpo.policy.load import check_checkpoint  # slow: model libraries
 

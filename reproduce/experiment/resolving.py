@@ -19,9 +19,9 @@ from g2rpo.policy.size import pipeline_of
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts
-from reproduce.bundled import absolute
+from reproduce.bundled import absolute, bundled_names
 from reproduce.experiment.cells import Budget, CellConfig, Experiment
-from reproduce.experiment.profile import Profile, PromptSplits, with_preset
+from reproduce.experiment.profile import Profile, PromptSplits, load_profile, with_preset
 
 
 class ResolvedCell(StrictModel):
@@ -133,9 +133,12 @@ class Resolver:
         """
         wanted = experiment.policy
         if wanted is not None and Path(wanted).name != Path(profile.policy.source).name:
+            fitting = (
+                n for n in bundled_names("profiles") if load_profile(n).policy.source == wanted
+            )
             raise UserError(
                 f"{experiment.name} needs the policy {wanted}, but profile {profile.name} has "
-                f"{profile.policy.source}; use a profile with that policy, such as flux or sd35"
+                f"{profile.policy.source}; use --profile {next(fitting, 'PROFILE')}"
             )
         self.experiment, self.profile, self.overrides = experiment, profile, overrides or {}
         self._policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})

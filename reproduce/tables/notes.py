@@ -55,8 +55,8 @@ def table_notes(
         protocols = {f"{info.protocol.title} ({info.protocol.hash})" for info in infos}
         prompts = " or ".join(str(count) for count in counts)
         notes.append(f"Evaluation: {', '.join(sorted(protocols))}, {prompts} held-out prompts.")
-        sampled = {info.protocol.title: info.sampling for info in infos if info.sampling}
-        notes.extend(f"Protocol {name}: {line}." for name, line in sampled.items())
+        sampled = {(info.protocol.title, info.sampling): None for info in infos if info.sampling}
+        notes.extend(f"Protocol {name}: {line}." for name, line in sampled)
         notes.extend(dict.fromkeys(note for info in infos for note in _measured(info.protocol)))
         presets = {info.preset for info in infos} - {None}
         if presets:

@@ -190,7 +190,7 @@ def test_what_cannot_be_evaluated_is_one_line(
         (("lora", "--suite", "papers"), "no suite 'papers'; did you mean 'paper'?"),
         (("lora", "--suite", "drawbench"), "run `g2rpo prompts fetch drawbench`"),
         (("lora", "--suite", "absent.yaml"), "absent.txt: no such prompt file"),
-        (("lora", "--suite", "unknown.yaml", *CHOSEN[2:]), "'hsp'"),
+        (("lora", "--suite", "unknown.yaml", *CHOSEN[2:]), "did you mean 'hps'?"),
         (
             ("lora", *CHOSEN, "--base", "nobody/nothing"),
             "fetch it with `hf download nobody/nothing`",

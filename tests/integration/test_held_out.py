@@ -118,6 +118,10 @@ def test_further_images_of_a_prompt_have_noise_of_their_own(
     assert [str(path.relative_to(tmp_path)) for path in files["000001"]] == [
         "000001.png", "x/000001_1.png", "x/000001_2.png",
     ]  # fmt: skip
+    two = compared_images(
+        prompts, DiversityConfig(prompts=2, images=3), tmp_path, tmp_path / "x", images=2
+    )
+    assert [path.parent.name for path in two["000001"]] == [tmp_path.name, tmp_path.name, "x"]
     prune_images(tmp_path, prompts, None, images=3)
     assert len(list(tmp_path.glob("*.png"))) == 5
     prune_images(tmp_path, prompts, 1, images=3)

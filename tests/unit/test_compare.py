@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from cell_factory import make_cell, make_scores
@@ -136,6 +137,19 @@ def test_one_shared_seed_is_compared_over_prompts(made: Path, reference: str) ->
     assert delta.adjusted < 0.05 and delta.seeds == (2,)
     (point,) = curve_deltas(compared)
     assert (point.seeds, point.difference) == ((2,), pytest.approx(0.0))
+
+
+def test_scores_under_two_protocols_never_meet(results: Path) -> None:
+    names = ["base-cc", "g2rpo-hps-seed1-aa"]
+    assert len(score_sections(members(find_runs(names, results)))) == 1
+    (path,) = (results / "runs" / "base-cc").glob("evaluations/*/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["inputs"]["protocol"]["images"] = 4
+    path.write_text(json.dumps(manifest))
+    scores = path.with_name("scores.parquet")
+    frame = pd.read_parquet(scores)
+    pd.concat([frame, frame]).to_parquet(scores, index=False)
+    assert score_sections(members(find_runs(names, results))) == []
 
 
 def test_settings_that_differ_are_listed_and_the_others_are_not(results: Path) -> None:

@@ -50,7 +50,10 @@ def trained(cell: ResolvedCell) -> TrainConfig:
 def test_every_experiment_resolves_under_every_profile(experiment: str, profile: str) -> None:
     loaded, chosen = load_experiment(experiment), load_profile(profile)
     if loaded.policy is not None and loaded.policy != chosen.policy.source:
-        with pytest.raises(UserError, match=f"needs the policy {loaded.policy}.*--profile flux"):
+        fitting = "sd35" if experiment == "released-sd35" else "flux"
+        with pytest.raises(
+            UserError, match=f"needs the policy {loaded.policy}.*profile {fitting}$"
+        ):
             expand(loaded, chosen, [1])
         return
     overrides: dict[str, Any] = {}

@@ -50,7 +50,8 @@ def test_list_has_a_line_for_everything_bundled() -> None:
     lines = [line.split() for line in printed("list").splitlines()[1:]]
     assert all(len(words) > 2 for words in lines)
     assert [words[1] for words in lines] == [
-        *bundled_names("experiments"), *bundled_names("profiles"), *preset_names(), *REWARDS,
+        *bundled_names("experiments"), *bundled_names("profiles"), *bundled_names("suites"),
+        *bundled_names("protocols"), *preset_names(), *REWARDS,
     ]  # fmt: skip
 
 
