@@ -108,7 +108,9 @@ def evaluate(
 
     If interrupted, run the same command to resume.
     """
-    settings = parse_overrides(overrides or [])
+    settings = parse_overrides(overrides or [])  # before the imports, which take seconds
+    from reproduce.jobs.runner import build_assets
+
     chosen_suite = validate(Suite, load_yaml(named_file("suites", suite)), f"suite {suite}")
     prompts = absolute(chosen_suite.prompts)
     if not Path(prompts).exists():
@@ -121,6 +123,7 @@ def evaluate(
     name = f"{_slug(Path(suite).stem)}-{_slug(found.label)}"
     digest = content_hash([model, data["policy"], data["prompts"], data["evaluation"]])
     experiment = _experiment_data(f"{name}-{digest[:6]}", found, data, suite)
+    build_assets(chosen)
     _check(found, data)
     layout = layout_of(results, publish=publish)
     folder = layout.experiment(chosen.name, experiment["name"])
@@ -162,10 +165,10 @@ def find_model(name: str, base: str | None) -> Evaluated:
     named = () if path.exists() else known.values()
     entry = next((a for a in named if name in (a.name, a.repo)), None)
     if (path / "model_index.json").is_file() or (entry and entry.purpose == "policy"):
-        source = entry.repo if entry else name
+        source, inside = (entry.repo, "transformer") if entry else (name, None)
         if base is None:
             return Evaluated(label, source)
-        return Evaluated(label, base, CheckpointConfig(source=source, subfolder="transformer"))
+        return Evaluated(label, base, CheckpointConfig(source=source, subfolder=inside))
     if entry is not None:
         weights = next(Path(f.path) for f in entry.files if f.path.endswith(".safetensors"))
         inside = str(weights.parent) if weights.parent != Path() else None

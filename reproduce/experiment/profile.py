@@ -31,6 +31,8 @@ def with_preset(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         return settings
     preset = load_yaml(named_file("protocols", str(name)))
     preset.pop("description")
+    if "resolution" in preset:  # also in place of another height and width
+        preset |= {"height": None, "width": None}
     return merge({"name": name}, preset, settings)
 
 
