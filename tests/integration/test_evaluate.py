@@ -15,6 +15,7 @@ import yaml
 from command_line import g2rpo_here, told_here, write_small_profile
 from PIL import Image
 
+from benchmarks.evaluation.protocol import EvaluationConfig
 from benchmarks.evaluation.results import Cell, load_cells
 from g2rpo.config import load_yaml
 from g2rpo.data.prompts import read_prompts
@@ -227,6 +228,9 @@ def test_every_bundled_suite_and_protocol_is_valid() -> None:
     for name in bundled_names("protocols"):
         settings = with_preset({"preset": name, "seed": 3})
         assert settings["name"] == name and settings["seed"] == 3
+        if "resolution" in settings:  # laid over a profile of wide images
+            wide = {"height": 64, "width": 96} | settings
+            assert EvaluationConfig(**wide).size == (settings["resolution"],) * 2
     for name in bundled_names("suites"):
         Suite.model_validate(load_yaml(named_file("suites", name)))
     sd35, flux = (load_profile(name).evaluation for name in ("sd35", "flux"))
