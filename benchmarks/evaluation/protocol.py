@@ -85,18 +85,19 @@ def protocol_line(inputs: Mapping[str, Any]) -> str:
     protocol, policy = inputs["protocol"], inputs.get("policy", {})
     grid, side = protocol["grid"], protocol.get("resolution")
     steps, schedule = grid["steps"], grid.get("schedule")
-    shift = "" if schedule == "flux_dynamic" else f" {grid.get('shift', 3.0):g}"
+    shift = "" if schedule == "flux_dynamic" else f", shift {grid.get('shift', 3.0):g}"
+    named = f"{schedule}{shift}".removeprefix("shifted, ")
     hybrid = HybridConfig.model_validate(protocol.get("hybrid") or {"tuned_fraction": 1.0})
     tuned = hybrid.steps_of(steps)
     parts = (
         f"{protocol.get('height', side)}×{protocol.get('width', side)}",
-        f"{steps} steps" + (f" ({schedule}{shift})" if schedule else ""),
+        f"{steps} steps" + (f" ({named})" if schedule else ""),
         f"the base after {tuned}" if tuned < steps else "",
         f"guidance {protocol['guidance_scale']:g}" if "guidance_scale" in protocol else "",
         f"images per prompt: {protocol.get('images', 1)}",
         f"seed {protocol['seed']}",
         policy.get("dtype", ""),
         f"the first {protocol['limit']} prompts" if protocol.get("limit") else "",
-        f"prompts {inputs['prompts'][:12]}",
+        f"prompts SHA-256 {inputs['prompts'][:12]}",
     )
     return ", ".join(part for part in parts if part)

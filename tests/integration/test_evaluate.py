@@ -105,8 +105,8 @@ def test_a_lora_is_compared_with_its_base_prompt_by_prompt(place: Path, lora: st
 def test_the_protocol_is_printed_with_the_table(place: Path, lora: str) -> None:
     prompts = sha256_file(place / "mine.txt")[:12]
     line = (
-        "Protocol smoke-ode4: 32×32, 4 steps (shifted 3), guidance 3.5, images per prompt: 2, "
-        f"seed 1223627, float32, prompts {prompts}."
+        "Protocol smoke-ode4: 32×32, 4 steps (shift 3), guidance 3.5, images per prompt: 2, "
+        f"seed 1223627, float32, prompts SHA-256 {prompts}."
     )
     assert f"· {line}" in lora
     folder, _ = cells_of(place, lora)
