@@ -252,15 +252,20 @@ def _check(found: Evaluated, data: Mapping[str, Any]) -> None:
     Raises:
         UserError: a setting is invalid, weights are missing, or they do not fit the base.
     """
+    from g2rpo.data.prompts import read_prompts
     from g2rpo.hub.lock import read_lock
     from g2rpo.hub.status import artifact_state
     from g2rpo.policy.checkpoint import find_checkpoint
     from g2rpo.policy.size import assumption
-    from reproduce.experiment import Profile
+    from g2rpo.rewards.registry import reward_class
+    from reproduce.experiment import Profile, reward_configs
     from reproduce.experiment.fingerprint import checkpoint_run
     from reproduce.experiment.weights import needed_weights
 
     profile = validate(Profile, data, "evaluation")
+    texts = [prompt.text for prompt in read_prompts(Path(absolute(profile.prompts.test)))]
+    for config in reward_configs(profile).values():
+        reward_class(config).check_prompts(config, texts)
     policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
     if (problem := assumption(policy)) is not None:
         raise UserError(

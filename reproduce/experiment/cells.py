@@ -25,7 +25,6 @@ from reproduce.experiment.table import (
     TruthSource,
 )
 
-
 Preset = Literal["released", "matched", "efficient"]
 """The method's own code's settings; equal ones in everything but the method; or those that gain
 most at a given cost, of the methods that have such a preset."""

@@ -88,11 +88,14 @@ class ProfileReward(RewardConfig):
 
     @property
     def config(self) -> RewardConfig:
-        """The configuration of the reward model, with an absolute source."""
+        """The configuration of the reward model, with absolute paths."""
         names = RewardConfig.model_fields.keys() & self.model_fields_set
         fields = {name: getattr(self, name) for name in names}
         if self.source is not None:
             fields["source"] = absolute(self.source)
+        if self.question is not None and self.question.questions is not None:
+            questions = absolute(self.question.questions)
+            fields["question"] = self.question.model_copy(update={"questions": questions})
         return RewardConfig(**fields)
 
 

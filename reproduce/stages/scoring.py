@@ -22,7 +22,7 @@ from g2rpo.errors import UserError
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.image_tower import ImageTower
-from g2rpo.rewards.registry import load_reward
+from g2rpo.rewards.registry import load_reward, reward_class
 from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import fingerprint, reward_configs
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, write_manifest
@@ -44,11 +44,11 @@ def score_share(stage: EvaluationStage) -> None:
             f"{cell.key}, seed {cell.seed}: images are missing or damaged; run `g2rpo sample` on "
             "this cell first"
         )
-    models = {
-        name: load_reward(config, device()) for name, config in reward_configs(cell.profile).items()
-    }
+    configs, prompts = reward_configs(cell.profile), stage.share.of(cell.held_out_prompts())
+    for config in configs.values():
+        reward_class(config).check_prompts(config, (prompt.text for prompt in prompts))
+    models = {name: load_reward(config, device()) for name, config in configs.items()}
     tower = _image_tower(stage, models)
-    prompts = stage.share.of(cell.held_out_prompts())
     score_images(models, prompts, stage.images, stage.scores, cell.evaluation.images)
     files = [stage.scores]
     if stage.share.first:
