@@ -1,7 +1,7 @@
 """The comparisons that an experiment's YAML declares before the run, and the methods' order."""
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 
 from benchmarks.evaluation.power import detectable_difference, interval_deviation
 from benchmarks.evaluation.results import RowScores
@@ -28,10 +28,15 @@ def planned_comparisons(
     headroom = scale is not None and scale.headroom
     compared = ComparedRows(measured, MEASURES)
     inside = ComparedRows(measured, (IN_DOMAIN,))
-    primary, orders = [], []
+    group_of = {row.key: row.group for row in spec.rows}
+    families: dict[str, list[tuple[str, str]]] = {}
     for key, others in spec.primary.items():
-        primary += family_comparisons(compared, "primary", [(key, other) for other in others])
-        orders += family_comparisons(inside, "order", combinations((key, *others), 2))
+        families.setdefault(group_of[key], []).extend((key, other) for other in others)
+    primary, orders = [], []
+    for pairs in families.values():
+        rows = dict.fromkeys(chain.from_iterable(pairs))
+        primary += family_comparisons(compared, "primary", pairs)
+        orders += family_comparisons(inside, "order", combinations(rows, 2))
     return [
         one.model_copy(
             update={
