@@ -49,7 +49,7 @@ def _environment(table: Table, block: Block) -> str:
             rf"\caption{{{caption}.}}",
             rf"\label{{tab:{table.name}{block.suffix}}}",
             r"\footnotesize",
-            r"\setlength{\tabcolsep}{4pt}",
+            r"\setlength{\tabcolsep}{3pt}",
             rf"\begin{{tabular}}{{@{{}}l{alignment}@{{}}}}",
             r"\toprule",
             _line(latex_escape(table.row_label), labels),
