@@ -296,7 +296,7 @@ def test_every_part_is_reached_by_name_and_by_steps(browser: "Chrome", committed
         "return arguments[0].every(id => document.getElementById(id) !== null)", options
     )
     browser.execute_script("scrollTo(0, 0)")
-    one(browser, "#table-overview tbody tr:nth-child(2) a").click()
+    one(browser, "#table-overview a[href='#chapter-table2']").click()
     arrived("chapter-table2")
     assert errors(browser) == []
 
@@ -438,7 +438,7 @@ def test_the_committed_results_load_at_both_widths(browser: "Chrome", committed:
     # Without run folders the picture that stands with the table is shown.
     widths = "return [...document.querySelectorAll(arguments[0])].map(i => i.naturalWidth)"
     sheets = browser.execute_script(widths, ".chapter:not(.document) .sheet img")
-    assert len(sheets) == len(rows)
+    assert len(sheets) >= len(rows)  # the frontier has two
     assert min(sheets) > 200
     assert "81 of 81 runs" in one(browser, "#chapter-table1 .facts").text
     assert len(every(browser, "#chapter-table1 .panel")) == 2
