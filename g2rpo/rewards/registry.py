@@ -1,5 +1,6 @@
 """The reward models by name. A new one needs its own file and one line here."""
 
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import cast
 
@@ -46,6 +47,16 @@ def reward_class(config: RewardConfig) -> type[BatchedReward]:
     if config.question is not None and config.question.questions and not found.has_questions:
         raise UserError(f"reward {config.model}: asks one question; remove `questions`")
     return found
+
+
+def check_prompts(configs: Iterable[RewardConfig], prompts: Sequence[str]) -> None:
+    """Checks that reward models can score images of ``prompts``, before any is loaded.
+
+    Raises:
+        UserError: a configuration is wrong, or its model cannot score a prompt; names the first.
+    """
+    for config in configs:
+        reward_class(config).check_prompts(config, prompts)
 
 
 def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedReward:

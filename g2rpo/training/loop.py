@@ -20,7 +20,7 @@ from g2rpo.policy.folder import resolve_source
 from g2rpo.policy.size import read_size
 from g2rpo.progress import ProgressReport
 from g2rpo.rewards.base import RewardModel
-from g2rpo.rewards.registry import load_reward, reward_class
+from g2rpo.rewards.registry import check_prompts, load_reward
 from g2rpo.stop import Stopped, StoppedAlone, StopRequest
 from g2rpo.training.advantages import TransitionAdvantages
 from g2rpo.training.batch import TrainingBatch, TransitionBatch, rollout_advantages, training_batch
@@ -89,9 +89,9 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator(config, run)
         self._check()
         self.prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
-        for term in config.rewards.values() if rewards is None else ():
-            texts = (prompt.text for prompt in self.prompts)
-            reward_class(term.reward).check_prompts(term.reward, texts)
+        if rewards is None:
+            terms = config.rewards.values()
+            check_prompts([t.reward for t in terms], [prompt.text for prompt in self.prompts])
         self.weights = build_weights(config, self.accelerator)
         self.policy = self.weights.policy
         self.grid = build_grid(config.grid, self.policy.image_tokens)

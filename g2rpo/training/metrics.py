@@ -73,28 +73,27 @@ class MetricsLog:
 
     On resume, rows after the checkpoint's iteration are dropped, since those iterations run again.
 
+    Attributes:
+        validated: whether the last row of an earlier start has a validation.
+
     Raises:
         UserError: the file is damaged before its last line; it is left unchanged.
     """
 
     def __init__(self, path: Path, iteration: int) -> None:
         self.path = path
-        self._kept = [row for row in read_metrics(path) if row["iteration"] <= iteration]
-        self._write()
-
-    @property
-    def validated(self) -> bool:
-        """Whether the last row of an earlier start has a validation."""
-        return any(key.startswith("validation/") for row in self._kept[-1:] for key in row)
+        kept = [row for row in read_metrics(path) if row["iteration"] <= iteration]
+        self.validated = any(key.startswith("validation/") for row in kept[-1:] for key in row)
+        self._write(kept)
 
     def add_validation(self, values: Mapping[str, float]) -> None:
-        """Adds a validation to the last row of an earlier start, or as the first row."""
-        self._kept = self._kept or [{"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0}]
-        self._kept[-1] |= values
-        self._write()
+        """Adds a validation to the last row, or as the first row."""
+        rows = read_metrics(self.path)
+        rows = rows or [{"iteration": 0, "rollout_evaluations": 0, "seconds": 0.0}]
+        self._write([*rows[:-1], {**rows[-1], **values}])
 
-    def _write(self) -> None:
-        atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in self._kept))
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one iteration's row, if this process holds the lease (:mod:`g2rpo.files`)."""

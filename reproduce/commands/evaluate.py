@@ -26,7 +26,7 @@ from g2rpo.files import atomic_write_text
 from g2rpo.terminal import plain_table, wide_console
 from reproduce.bundled import absolute, bundled_names, named_file
 from reproduce.commands.options import ClusterName, Publish, Results, layout_of
-from reproduce.commands.run import Jobs, reproduce
+from reproduce.commands.run import Detach, Jobs, reproduce
 
 if TYPE_CHECKING:
     from g2rpo.hub.catalogue import Artifact
@@ -94,9 +94,7 @@ def evaluate(
     ] = None,
     cluster: ClusterName = "auto",
     jobs: Jobs = None,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Return after submitting; follow with `g2rpo status`.")
-    ] = False,
+    detach: Detach = False,
     results: Results = Path("results"),
     publish: Publish = False,
     overrides: Annotated[
@@ -152,13 +150,14 @@ def find_model(name: str, base: str | None) -> Evaluated:
     from g2rpo.hub.catalogue import catalogue
     from g2rpo.policy import CheckpointConfig
     from g2rpo.policy.folder import HUB_ID
-    from g2rpo.training.checkpoint.folder import CHECKPOINTS
+    from reproduce.experiment.fingerprint import checkpoint_run
     from reproduce.runs.folders import read_settings
 
     path = Path(name).expanduser()
     label = path.resolve().name if path.exists() else name
-    if (path / CHECKPOINTS).is_dir():
-        settings = read_settings(path) or {}
+    run = checkpoint_run(CheckpointConfig(source=name))
+    if run is not None:
+        settings = read_settings(run) or {}
         base = base or settings["policy"]["source"]
         return Evaluated(label, base, CheckpointConfig(source=name), tuple(settings["rewards"]))
     known = {a.name: a for a in catalogue().artifacts if a.purpose in ("policy", "checkpoint")}
@@ -257,24 +256,23 @@ def _check(found: Evaluated, data: Mapping[str, Any]) -> None:
     from g2rpo.hub.status import artifact_state
     from g2rpo.policy.checkpoint import find_checkpoint
     from g2rpo.policy.size import assumption
-    from g2rpo.rewards.registry import reward_class
+    from g2rpo.rewards.registry import check_prompts
     from reproduce.experiment import Profile, reward_configs
     from reproduce.experiment.fingerprint import checkpoint_run
-    from reproduce.experiment.weights import needed_weights
+    from reproduce.experiment.weights import missing_weights
 
     profile = validate(Profile, data, "evaluation")
     texts = [prompt.text for prompt in read_prompts(Path(absolute(profile.prompts.test)))]
-    for config in reward_configs(profile).values():
-        reward_class(config).check_prompts(config, texts)
+    check_prompts(reward_configs(profile).values(), texts)
     policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
     if (problem := assumption(policy)) is not None:
         raise UserError(
             f"{problem.partition(', so')[0]}; correct --base, or fetch it with `hf download "
             f"{policy.source}`"
         )
-    needed = (*needed_weights(profile), *([found.published] if found.published else []))
-    lock = read_lock()
-    absent = [one.name for one in needed if not artifact_state(one, lock).is_whole]
+    absent = [state.artifact.name for state in missing_weights(profile)]
+    if found.published is not None and not artifact_state(found.published, read_lock()).is_whole:
+        absent.append(found.published.name)
     if absent:
         raise UserError(
             f"weights are missing or damaged; run `g2rpo weights fetch {' '.join(absent)}`"

@@ -32,6 +32,10 @@ Jobs = Annotated[
     typer.Option(min=1, help="Parallel stages on this machine; default: one per GPU, or per core."),
 ]
 
+Detach = Annotated[
+    bool, typer.Option("--detach", help="Return after submitting; follow with `g2rpo status`.")
+]
+
 
 def reproduce(
     experiment: ExperimentName,
@@ -40,9 +44,7 @@ def reproduce(
     cells: Cells = None,
     cluster: ClusterName = "auto",
     jobs: Jobs = None,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="Return after submitting; follow with `g2rpo status`.")
-    ] = False,
+    detach: Detach = False,
     results: Results = Path("results"),
     publish: Publish = False,
     overrides: Overrides = None,

@@ -21,7 +21,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, atomic_write_text, sha256_file, write_json
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.registry import REWARDS, load_reward, reward_class
+from g2rpo.rewards.registry import REWARDS, check_prompts, load_reward
 from g2rpo.terminal import literal, wide_console
 from g2rpo.text import visible
 from reproduce.experiment import Profile, reward_configs
@@ -109,8 +109,7 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
     """
     ranks = Ranks.launched()
     source = read_items(request, ranks)
-    for config in rewards.values():
-        reward_class(config).check_prompts(config, (item.prompt for item in source.items))
+    check_prompts(rewards.values(), [item.prompt for item in source.items])
     old = earlier_scores(request.output) if ranks.main else None
     scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

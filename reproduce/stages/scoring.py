@@ -22,7 +22,7 @@ from g2rpo.errors import UserError
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import BatchedReward
 from g2rpo.rewards.image_tower import ImageTower
-from g2rpo.rewards.registry import load_reward, reward_class
+from g2rpo.rewards.registry import check_prompts, load_reward
 from g2rpo.training.previews import pictured_iterations, pictures_folder
 from reproduce.experiment import fingerprint, reward_configs
 from reproduce.runs.folders import IMAGES, MANIFEST, listed, write_manifest
@@ -45,8 +45,7 @@ def score_share(stage: EvaluationStage) -> None:
             "this cell first"
         )
     configs, prompts = reward_configs(cell.profile), stage.share.of(cell.held_out_prompts())
-    for config in configs.values():
-        reward_class(config).check_prompts(config, (prompt.text for prompt in prompts))
+    check_prompts(configs.values(), [prompt.text for prompt in prompts])
     models = {name: load_reward(config, device()) for name, config in configs.items()}
     tower = _image_tower(stage, models)
     score_images(models, prompts, stage.images, stage.scores, cell.evaluation.images)

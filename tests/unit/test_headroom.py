@@ -187,6 +187,17 @@ def test_equivalence_needs_the_whole_interval(
     assert one.equivalent is equivalent
 
 
+def test_two_rows_of_a_group_share_one_family(truth: dict[str, Any]) -> None:
+    others = ["hps/mix_grpo", "hps/flow_grpo"]
+    primary = {"hps/g2rpo": others, "hps/g2rpo_no_mgai": others}
+    table = compute_table(spec_of(truth, primary=primary), CELLS, "mini")
+    found = planned(table, "primary", "hps/")
+    assert [c.family for c in found] == [8] * 8
+    assert [c.p_holm for c in found] == pytest.approx(holm([c.p_value for c in found]).tolist())
+    pairs = [frozenset((c.first, c.second)) for c in planned(table, "order", "hps/")]
+    assert len(pairs) == len(set(pairs)) == 6  # of four rows
+
+
 def test_without_a_truth_the_unit_is_the_bases_deviation() -> None:
     table = compute_table(SPEC, CELLS, "mini")
     base = next(cell for cell in CELLS if cell.info.row == "base").scores

@@ -98,7 +98,6 @@ class Prepared:
     inputs: Any
 
 
-FloatArray = npt.NDArray[np.floating[Any]]
 Prepare = Callable[[Sequence[Item]], Prepared]
 
 
@@ -229,29 +228,29 @@ class Scorer:
                 f"{changed[0].image}: changed while being scored; run the command again"
             )
         items = [item for item in self.items if item.id in done]
-        of = model.version, model.weights_hash, model.template_hash
+        named = model.version, model.weights_hash, model.template_hash
         frames = []
         for column in model.columns:
             scores = np.array([done[item.id].scores[column] for item in items], dtype=np.float32)
-            frames.append(self.rows(column.replace(model.name, name, 1), of, items, scores))
+            frames.append(self.rows(column.replace(model.name, name, 1), named, items, scores))
         return pd.concat(frames, ignore_index=True)
 
     def rows(
         self,
         reward: str,
-        of: tuple[str, str, str | None],
+        model: tuple[str, str, str | None],
         items: Sequence[Item],
-        scores: FloatArray,
+        scores: npt.NDArray[np.floating[Any]],
     ) -> pd.DataFrame:
         """One row with :data:`COLUMNS` for each of ``items``.
 
         Args:
             reward: the reward, or a part of it.
-            of: version, weights hash and template hash of its model.
+            model: version, weights hash and template hash of its model.
             items: the items.
             scores: their scores.
         """
-        version, weights_hash, template_hash = of
+        version, weights_hash, template_hash = model
         return pd.DataFrame(
             {
                 "id": [item.id for item in items],
