@@ -8,6 +8,7 @@ import typer
 from g2rpo.errors import UserError
 from g2rpo.text import visible
 from reproduce.commands import (
+    agreement,
     catalogue,
     check,
     compare,
@@ -45,7 +46,10 @@ COMMANDS = {
         serve.serve_reward,
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),
-    RESULTS: (runs.runs, compare.compare, render.render, report.report, export.export),
+    RESULTS: (
+        runs.runs, compare.compare, agreement.agreement, render.render, report.report,
+        export.export,
+    ),
 }  # fmt: skip
 for panel, functions in COMMANDS.items():
     for function in functions:

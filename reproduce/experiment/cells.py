@@ -1,6 +1,7 @@
 """Experiments: the cells of a table, and what each changes of the profile."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
@@ -13,7 +14,7 @@ from g2rpo.errors import UserError
 from g2rpo.methods.presets import method_label
 from g2rpo.policy import CheckpointConfig
 from g2rpo.rewards.registry import REWARDS
-from reproduce.bundled import absolute, named_file
+from reproduce.bundled import ROOT, absolute, named_file
 from reproduce.experiment.profile import FolderName, Profile
 from reproduce.experiment.table import (
     ColumnConfig,
@@ -155,7 +156,16 @@ class Experiment(StrictModel):
             return None
         (split,) = splits
         captions = absolute(getattr(profile.prompts, split))
-        return TruthSource(file=absolute(profile.truth), split=split, captions=captions)
+        source = TruthSource(file=absolute(profile.truth), split=split, captions=captions)
+        published = ROOT / "results" / profile.name / "truth"
+        if not Path(source.file).is_file() and published.is_dir():
+            # Published results keep what their headroom needs: the world may not be built here.
+            return TruthSource(
+                file=str(published / "truth.json"),
+                split=split,
+                captions=str(published / Path(captions).name),
+            )
+        return source
 
     def _row(
         self, key: str, cell: CellConfig, labels: Mapping[str, str], profile: Profile
