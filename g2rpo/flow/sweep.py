@@ -280,7 +280,6 @@ class _Walk:
         prompts: torch.Tensor,
         keys: Sequence[Key],
     ) -> torch.Tensor:
-        del keys
         return self.velocities.exact(latents, times, prompts)
 
     def _in_batches(

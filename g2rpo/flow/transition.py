@@ -90,7 +90,6 @@ class CPSTransition(Transition):
         self, next_latents: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
     ) -> torch.Tensor:
         """Minus the mean squared error, [B]: the released code has no std and no constant here."""
-        del std
         return -((next_latents.detach() - mean) ** 2).flatten(1).mean(dim=1)
 
 

@@ -81,7 +81,6 @@ class Method(StrictModel):
         Raises:
             ValueError: one line that names the key and the fix.
         """
-        del shape
         return []
 
     def diffusion(self, sigmas: Sequence[float]) -> tuple[float, ...]:
@@ -98,7 +97,6 @@ class Method(StrictModel):
 
         A KL penalty is not weighted.
         """
-        del laws
         return None
 
     def tree(self, shape: RolloutShape, phase: Any) -> RolloutTree:
@@ -113,7 +111,6 @@ class Method(StrictModel):
         By default all iterations are in one phase and have the same tree. A method that chooses
         its rollout by ``measurements`` gives its cheapest one without them, for planning.
         """
-        del shape, iteration, measurements
         return 0
 
     def rollout_tree(
@@ -124,7 +121,6 @@ class Method(StrictModel):
 
     def measures(self, iteration: int) -> frozenset[Measurement]:
         """What ``iteration`` measures for later phases; nothing by default."""
-        del iteration
         return frozenset()
 
     def with_resolved_schedule(self, shape: RolloutShape) -> Self:
@@ -132,7 +128,6 @@ class Method(StrictModel):
 
         A run with another number of iterations then does the same in each of them.
         """
-        del shape
         return self
 
     def trained_steps(
@@ -142,7 +137,6 @@ class Method(StrictModel):
 
         Every sample of an iteration trains the same number of steps.
         """
-        del seed, iteration, key
         return recorded
 
     def selected(self, shape: RolloutShape, step: int, advantages: Tensor) -> Tensor | None:
@@ -151,7 +145,6 @@ class Method(StrictModel):
         Returns:
             [P, G] bool with as many for every prompt, whatever the values; None selects all.
         """
-        del shape, step, advantages
         return None
 
 

@@ -76,7 +76,6 @@ class BranchGRPO(Method):
         return tuple(i * last // max(rounds - 1, 1) for i in range(rounds))
 
     def check(self, shape: RolloutShape) -> list[str]:
-        """See :meth:`Method.check`."""
         depths = set(range(self.splits(shape)[0] + 1, shape.steps + 1))
         if wrong := set(self.pruned_depths) - set(range(1, shape.steps + 1)):
             raise ValueError(
@@ -109,7 +108,6 @@ class BranchGRPO(Method):
         self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
     ) -> tuple[int, ...]:
         """The pruned depths of ``iteration``."""
-        del measurements
         depths = tuple(sorted(self.pruned_depths))
         if not depths or self.pruning_interval is None:
             return depths

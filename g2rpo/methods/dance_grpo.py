@@ -28,7 +28,6 @@ class DanceGRPO(Method):
         return int((steps - 1) * self.trained_fraction)
 
     def check(self, shape: RolloutShape) -> list[str]:
-        """See :meth:`Method.check`."""
         if self.trained_count(shape.steps) < 1:
             raise ValueError(
                 f"method.trained_fraction={self.trained_fraction} trains none of the "

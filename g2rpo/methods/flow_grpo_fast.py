@@ -31,7 +31,6 @@ class FlowGRPOFast(Method):
         return shape.steps // 2 if self.among is None else self.among
 
     def check(self, shape: RolloutShape) -> list[str]:
-        """See :meth:`Method.check`."""
         among = self.steps_to_draw_from(shape)
         if among > shape.steps - 1:
             raise ValueError(
@@ -48,7 +47,6 @@ class FlowGRPOFast(Method):
         self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
     ) -> tuple[int, ...]:
         """The stochastic steps of ``iteration``, ascending."""
-        del measurements
         among, count = self.steps_to_draw_from(shape), self.stochastic_count
         if self.contiguous:
             start = permutation(among - count + 1, shape.seed, "window-start", iteration)[0]

@@ -136,7 +136,6 @@ class G2RPO(Method):
         return Branches(steps, granularities)
 
     def measures(self, iteration: int) -> frozenset[Measurement]:
-        """See :meth:`Method.measures`."""
         choices: dict[Measurement, AdaptiveSteps | AdaptiveGranularities | None] = {
             "signal_to_noise": self.adaptive_steps,
             "agreement": self.adaptive_granularities,

@@ -40,7 +40,6 @@ class MixGRPO(Method):
         self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
     ) -> int:
         """The first step of the window."""
-        del measurements
         # The released schedule never trains the last two transitions. The window starts at 0,
         # stride, 2 stride, ... below that, so the last positions hold fewer steps than the others,
         # and returns to 0 after them; a stride of 0 leaves one position.
@@ -61,7 +60,6 @@ class MixGRPO(Method):
         return [start + i * (steps - start) / count for i in range(1, count)]
 
     def check(self, shape: RolloutShape) -> list[str]:
-        """See :meth:`Method.check`."""
         if shape.steps < 3:
             raise ValueError(
                 f"grid.steps={shape.steps} leaves MixGRPO no trainable step; use 3 or more"

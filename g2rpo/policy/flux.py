@@ -37,7 +37,6 @@ class FluxTextEncoders(TextEncoders):
         )
 
     def check_fit(self, folder: Path, transformer: Mapping[str, Any]) -> None:
-        """See :meth:`TextEncoders.check_fit`."""
         widths = (self.t5.config.d_model, self.clip.config.hidden_size)
         keys = ("joint_attention_dim", "pooled_projection_dim")
         expected = tuple(transformer.get(key, own) for key, own in zip(keys, widths, strict=True))

@@ -33,7 +33,6 @@ class FluxSize(ModelSize, frozen=True):
 
     @functools.cached_property
     def blocks(self) -> dict[str, Block]:
-        """See :attr:`ModelSize.blocks`."""
         d, head = self.width, self.attention_head_dim
         joint = joint_layers(d)
         shared = {f"attn.{name}": Layer(d, d, "all") for name in ("to_q", "to_k", "to_v")}
@@ -54,7 +53,6 @@ class FluxSize(ModelSize, frozen=True):
 
     @functools.cached_property
     def other_layers(self) -> Layers:
-        """See :attr:`ModelSize.other_layers`."""
         d = self.width
         embedders = {"timestep": TIME_CHANNELS, "text": self.pooled_projection_dim}
         if self.guidance_embeds:

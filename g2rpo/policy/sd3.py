@@ -56,7 +56,6 @@ class SD3TextEncoders(TextEncoders):
             self.limits = (t5_limit, *self.limits)
 
     def check_fit(self, folder: Path, transformer: Mapping[str, Any]) -> None:
-        """See :meth:`TextEncoders.check_fit`."""
         clips = [encoder.config for _, encoder in self.clips]
         sequence = self.width if self.t5 is None else self.t5[1].config.d_model
         widths = (sequence, sum(config.projection_dim for config in clips))

@@ -39,7 +39,6 @@ class SD3Size(ModelSize, frozen=True):
 
     @functools.cached_property
     def blocks(self) -> dict[str, Block]:
-        """See :attr:`ModelSize.blocks`."""
         indices = range(self.num_layers)
         return {f"transformer_blocks.{index}": self._block(index) for index in indices}
 
@@ -66,7 +65,6 @@ class SD3Size(ModelSize, frozen=True):
 
     @functools.cached_property
     def other_layers(self) -> Layers:
-        """See :attr:`ModelSize.other_layers`."""
         d, pixels = self.width, self.patch_size**2
         text = Layer(self.joint_attention_dim, self.caption_projection_dim, "text")
         embedders = {"timestep": TIME_CHANNELS, "text": self.pooled_projection_dim}

@@ -66,7 +66,6 @@ class AestheticScore(BatchedReward):
         return cls(folder, weights, head, device, config.batch_size)
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        """See :meth:`BatchedReward.prepare`."""
         return self.preprocessing(images)
 
     def evaluate(self, prepared: Tensor) -> Tensor:

@@ -158,7 +158,6 @@ class AttributeReward(BatchedReward):
     def prepare(
         self, images: Sequence[Tensor], prompts: Sequence[str]
     ) -> tuple[Tensor, list[Scene]]:
-        """See :meth:`BatchedReward.prepare`."""
         pixels = torch.cat([self.reader.prepare(image[None]) for image in images])
         return pixels, [self.scene_of(prompt) for prompt in prompts]
 

@@ -240,7 +240,6 @@ class BatchedReward(ABC):
         return scores
 
     def score(self, images: Images, prompts: Sequence[str]) -> Tensor:
-        """See :meth:`RewardModel.score`."""
         check_inputs(self.name, images, prompts)
         scores = torch.empty(len(images), dtype=torch.float32)
         with on_device(self.networks(), self.device, offloaded=self.offloaded):

@@ -183,7 +183,6 @@ class HPSv3(BatchedReward):
         return cls(weights, folder, template, dtype, device, config.batch_size)
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> BatchFeature:
-        """See :meth:`BatchedReward.prepare`."""
         questions = [self.template.question(prompt) for prompt in prompts]
         return self.inputs([_resized(image) for image in images], questions)
 

@@ -130,7 +130,6 @@ class RewardServer(ServerClient):
         return scores
 
     async def not_found(self, client: openai.AsyncOpenAI) -> str:
-        """See :meth:`ServerClient.not_found`."""
         return (
             ", not a server of rewards; set server.url to the root of one, e.g. http://host:8000, "
             "as `g2rpo serve-reward` prints it"
@@ -196,5 +195,4 @@ class HTTPReward(BatchedReward):
         ]
 
     def evaluate(self, prepared: list[ScoreRequest]) -> Tensor:
-        """See :meth:`BatchedReward.evaluate`."""
         return self._server.scores(prepared, self._info)

@@ -193,7 +193,6 @@ class ImageReward(BatchedReward):
     def prepare(
         self, images: Sequence[Tensor], prompts: Sequence[str]
     ) -> tuple[Tensor, BatchEncoding]:
-        """See :meth:`BatchedReward.prepare`."""
         return self.preprocessing(images), self.tokenizer(prompts)
 
     def evaluate(self, prepared: tuple[Tensor, BatchEncoding]) -> Tensor:
@@ -203,5 +202,4 @@ class ImageReward(BatchedReward):
         return rewards
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        """See :meth:`BatchedReward.too_long`."""
         return self.tokenizer.too_long(prompts)

@@ -58,5 +58,4 @@ class ImageTower(BatchedReward):
         return self.factor * cosines + self.offset
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        """See :meth:`BatchedReward.too_long`."""
         return self.tokenizer.too_long(prompts)

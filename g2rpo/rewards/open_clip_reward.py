@@ -63,7 +63,6 @@ class ClipTokenizer(PromptTokenizer):
         return super().__call__([" ".join(prompt.split()) for prompt in prompts]).input_ids
 
     def too_long(self, prompts: Sequence[str]) -> list[bool]:
-        """See :meth:`PromptTokenizer.too_long`."""
         if self._simple is not None:
             return [len(self._simple.encode(prompt)) + 2 > self.limit for prompt in prompts]
         return super().too_long([" ".join(prompt.split()) for prompt in prompts])
@@ -104,11 +103,9 @@ class OpenClipReward(ImageTower):
         self.clip.to(self.device)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """See :meth:`ImageTower.encode_pixels`."""
         features: Tensor = self.clip.encode_image(pixels, True)
         return features
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """See :meth:`ImageTower.encode_tokens`."""
         features: Tensor = self.clip.encode_text(tokens, True)
         return features

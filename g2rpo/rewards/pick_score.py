@@ -105,9 +105,7 @@ class PickScore(ImageTower):
         return cls(folder, weights, scale, device, config.batch_size)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """See :meth:`ImageTower.encode_pixels`."""
         return image_features(self.model, pixels)
 
     def encode_tokens(self, tokens: BatchEncoding) -> Tensor:
-        """See :meth:`ImageTower.encode_tokens`."""
         return text_features(self.model, tokens.input_ids, tokens.attention_mask)

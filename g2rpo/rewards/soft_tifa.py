@@ -109,7 +109,6 @@ class SoftTIFA(VQAScore):
 
     @classmethod
     def check_prompts(cls, config: RewardConfig, prompts: Iterable[str]) -> None:
-        """See :meth:`BatchedReward.check_prompts`."""
         path = _questions_file(config)
         known = read_questions(path)
         unknown = list(dict.fromkeys(prompt for prompt in prompts if prompt not in known))

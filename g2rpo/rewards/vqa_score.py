@@ -88,11 +88,9 @@ class VQAScore(BatchedReward):
         return cls(local, template, device, config.batch_size)
 
     def networks(self) -> list[nn.Module]:
-        """See :meth:`BatchedReward.networks`."""
         return [self.backend.network] if isinstance(self.backend, LocalModel) else []
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
-        """See :meth:`BatchedReward.prepare`."""
         return self._ask_about(images, prompts, prompts, [(ANSWER,)] * len(prompts))
 
     def evaluate(self, prepared: Any) -> Tensor:

@@ -6,7 +6,7 @@ two weight the granularities' advantages, two reduce the rewards before normalis
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -69,31 +69,13 @@ class AdvantageConfig(StrictModel):
         return int(size * self.trimmed_ratio)
 
 
-@dataclass(frozen=True)
-class Normalized:
-    """Advantages of one reward.
-
-    Attributes:
-        values: [..., G] float64.
-        equal: [...] bool, groups whose rewards are equal up to rounding (advantages 0).
-    """
-
-    values: torch.Tensor
-    equal: torch.Tensor
-
-    @property
-    def zero_std_groups(self) -> int:
-        """How many groups have equal rewards."""
-        return int(self.equal.sum())
-
-
 def normalize(
     rewards: torch.Tensor,
     config: AdvantageConfig,
     magnitude: torch.Tensor | None = None,
     present: torch.Tensor | None = None,
-) -> Normalized:
-    """(r - mean) / (std + epsilon) over the last dimension, in float64.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(r - mean) / (std + epsilon) over the last dimension.
 
     Args:
         rewards: [..., G]; ``global_std`` takes the std over all of them.
@@ -103,8 +85,10 @@ def normalize(
         present: [..., G] bool, which rewards count in groups of unequal size, without trimming. The
             others may have any value and get advantage 0, as does a group of one.
 
-    A group whose rewards are equal up to float32 rounding gets advantage 0; otherwise rounding
-    noise divided by epsilon would give advantages in the hundreds.
+    Returns:
+        The advantages [..., G] float64, and which groups have equal rewards, [...] bool. A group
+        whose rewards are equal up to float32 rounding gets advantage 0; otherwise rounding noise
+        divided by epsilon would give advantages in the hundreds.
     """
     values = rewards.to(torch.float64)
     if present is None:
@@ -128,7 +112,7 @@ def normalize(
     none = equal if present is None else equal | ~present
     centered = torch.where(none, torch.zeros_like(values), values - mean)
     scale = torch.where(equal & (std + config.epsilon == 0), torch.ones_like(std), std)
-    return Normalized(centered / (scale + config.epsilon), equal.squeeze(-1))
+    return centered / (scale + config.epsilon), equal.squeeze(-1)
 
 
 def ranks(rewards: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
@@ -176,55 +160,36 @@ def members(groups: Sequence[Group], group_size: int) -> torch.Tensor | None:
     return torch.tensor([[g % group.share == 0 for g in samples] for group in groups])
 
 
-def reduced_rewards(
-    rewards: torch.Tensor,
-    steps: Sequence[int | None],
-    reduction: Literal["best_of", "reward_mean"],
-) -> torch.Tensor:
-    """Reduces the rewards to one group per step, in float64.
+def _reduced(rewards: torch.Tensor, groups: Sequence[Group], *, best: bool) -> torch.Tensor:
+    """The best or the mean rewards of each step, [P, distinct steps, G] float64, from all groups'.
 
-    Args:
-        rewards: [P, number of groups, G].
-        steps: the step that each group credits.
-        reduction: the rule.
-
-    Returns:
-        [P, number of distinct steps, G], in order of first appearance.
+    The steps are in order of first appearance.
     """
     values = rewards.to(torch.float64)
-    reduced = []
-    for step in dict.fromkeys(steps):
-        part = values[:, _places(steps, step)]
-        reduced.append(part.amax(dim=1) if reduction == "best_of" else part.mean(dim=1))
-    return torch.stack(reduced, dim=1)
+    parts = [values[:, places] for places in _places_by_step(groups)]
+    return torch.stack([part.amax(dim=1) if best else part.mean(dim=1) for part in parts], dim=1)
 
 
-def granularity_weights(
-    rewards: torch.Tensor,
-    steps: Sequence[int | None],
-    reduction: Literal["mean", "inverse_variance"],
-    ddof: int,
-    equal: torch.Tensor,
+def _granularity_weights(
+    rewards: torch.Tensor, groups: Sequence[Group], config: AdvantageConfig, equal: torch.Tensor
 ) -> torch.Tensor:
     """The weight of each group's advantages in the sum over a step's groups.
 
     Args:
         rewards: [P, number of groups, G].
-        steps: the step that each group credits.
-        reduction: the rule.
-        ddof: delta degrees of freedom of the variance.
-        equal: [P, number of groups] bool, groups whose rewards are equal; they get weight 0.
+        groups: the groups, in the order of ``rewards``.
+        config: its ``granularity_reduction`` is ``mean`` or ``inverse_variance``.
+        equal: [P, number of groups] bool, groups whose rewards are equal; they get weight 0 under
+            ``inverse_variance``.
 
     Returns:
         [P, number of groups, 1] float64.
     """
-    values = rewards.to(torch.float64)
-    variance = values.var(dim=-1, correction=ddof)
+    variance = rewards.to(torch.float64).var(dim=-1, correction=config.ddof)
     precision = torch.where(equal, torch.zeros_like(variance), 1.0 / variance)
     weights = torch.ones_like(variance)
-    for step in dict.fromkeys(steps):
-        places = _places(steps, step)
-        if reduction == "mean":
+    for places in _places_by_step(groups):
+        if config.granularity_reduction == "mean":
             weights[:, places] = 1.0 / len(places)
             continue
         part = precision[:, places]
@@ -234,21 +199,12 @@ def granularity_weights(
     return weights[..., None]
 
 
-def _places(steps: Sequence[int | None], step: int | None) -> list[int]:
-    return [place for place, other in enumerate(steps) if other == step]
-
-
-@dataclass(frozen=True)
-class GroupAdvantages:
-    """Advantages of every group, before they are summed over the groups that credit a step.
-
-    Attributes:
-        values: [P, number of groups, G] float64.
-        zero_std_groups: for each reward, how many groups had equal rewards.
-    """
-
-    values: torch.Tensor
-    zero_std_groups: dict[str, int]
+def _places_by_step(groups: Sequence[Group]) -> Collection[list[int]]:
+    """The indices of the groups that credit each step."""
+    places: dict[int | None, list[int]] = {}
+    for place, group in enumerate(groups):
+        places.setdefault(group.step, []).append(place)
+    return places.values()
 
 
 def group_advantages(
@@ -256,29 +212,29 @@ def group_advantages(
     weights: Mapping[str, float],
     config: AdvantageConfig,
     groups: Sequence[Group] = (),
-) -> GroupAdvantages:
-    """Combines the rewards' advantages, group by group.
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """Combines the rewards' advantages, group by group, before they are summed over a step's.
 
     Args:
         rewards: for each reward model, [P, number of groups, G].
         weights: for each reward model, its weight.
         config: normalisation and combination.
         groups: the groups, if they differ in size or a reduction weights those of a step.
+
+    Returns:
+        [P, number of groups, G] float64, and for each reward how many groups had equal rewards.
     """
     zero_std_groups = {}
     values = torch.zeros_like(next(iter(rewards.values())), dtype=torch.float64)
     present = members(groups, values.shape[-1])
     for name, reward, weight, magnitude in _terms(rewards, weights, config, present):
-        normalized = normalize(reward, config, magnitude, present)
-        zero_std_groups[name] = normalized.zero_std_groups
-        part = weight * normalized.values
+        normalized, equal = normalize(reward, config, magnitude, present)
+        zero_std_groups[name] = int(equal.sum())
+        part = weight * normalized
         if config.granularity_reduction in ("mean", "inverse_variance"):
-            steps = [group.step for group in groups]
-            part = part * granularity_weights(
-                reward, steps, config.granularity_reduction, config.ddof, normalized.equal
-            )
+            part = part * _granularity_weights(reward, groups, config, equal)
         values = values + part
-    return GroupAdvantages(values, zero_std_groups)
+    return values, zero_std_groups
 
 
 def _terms(
@@ -349,15 +305,12 @@ def transition_advantages(
         config: normalisation, combination and reduction.
     """
     if config.granularity_reduction in ("best_of", "reward_mean"):
-        credited = [group.step for group in groups]
-        rewards = {
-            n: reduced_rewards(r, credited, config.granularity_reduction)
-            for n, r in rewards.items()
-        }
+        best = config.granularity_reduction == "best_of"
+        rewards = {name: _reduced(values, groups, best=best) for name, values in rewards.items()}
         groups = list({group.step: replace(group, images=()) for group in groups}.values())
-    of_groups = group_advantages(rewards, weights, config, groups)
-    by_step = [step_advantages(of_groups.values, groups, step, config) for step in steps]
-    return TransitionAdvantages(tuple(by_step), of_groups.zero_std_groups)
+    values, zero_std_groups = group_advantages(rewards, weights, config, groups)
+    by_step = tuple(step_advantages(values, groups, step, config) for step in steps)
+    return TransitionAdvantages(by_step, zero_std_groups)
 
 
 def image_advantages(

@@ -96,13 +96,11 @@ class RolloutContinuations:
     def __call__(
         self, latents: Tensor, times: Tensor, prompts: Tensor, keys: Sequence[Key]
     ) -> Tensor:
-        """See :class:`g2rpo.flow.sweep.Continuations`."""
         if self.cache is not None:
             self.cache.keys = keys
         return self.policy.velocity(latents, times, self.conditioning.select(prompts))
 
     def passed(self, node: float) -> None:
-        """See :class:`g2rpo.flow.sweep.Continuations`."""
         if self.cache is not None:
             self.cache.passed(node)
 

@@ -168,7 +168,6 @@ class ForwardObjective(StrictModel):
 
     def frozen(self, updates: int) -> tuple[FrozenPolicy, ...]:
         """The frozen policies that are needed with this many updates per iteration."""
-        del updates
         return self.compares_with
 
     def terms(self, images: NoisedImages, clip_range: float) -> ObjectiveTerms:
@@ -193,7 +192,6 @@ class NFT(ForwardObjective):
 
     def terms(self, images: NoisedImages, clip_range: float) -> ObjectiveTerms:
         """See the class; ``clip_range`` is not used."""
-        del clip_range
         old, change = images.frozen["old"], self.beta * (images.velocity - images.frozen["old"])
         time = images.broadcast(images.time)
 

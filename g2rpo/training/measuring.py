@@ -114,8 +114,8 @@ def measure_agreement(rollout: Rollout, config: TrainConfig) -> dict[str, float]
     # A ranking needs no other normaliser, and this one needs no other rank's rewards.
     rule = config.advantage.model_copy(update={"normalizer": "group"})
     groups = rollout.tree.groups
-    values = group_advantages(rewards, weights, rule, groups).values.numpy()
-    ranks = rankdata(values, axis=-1)
+    values, _ = group_advantages(rewards, weights, rule, groups)
+    ranks = rankdata(values.numpy(), axis=-1)
     ranks -= ranks.mean(axis=-1, keepdims=True)
     lengths = np.sqrt((ranks**2).sum(axis=-1, keepdims=True))
     units = np.divide(ranks, lengths, out=np.zeros_like(ranks), where=lengths > 0)

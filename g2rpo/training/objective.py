@@ -69,7 +69,6 @@ class TransitionObjective(StrictModel):
         Raises:
             UserError: the objective needs a whole update at once.
         """
-        del states, held
 
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
         """The loss of each transition; ``clip_range`` is that of the optimization."""
@@ -82,9 +81,9 @@ class Clipped(TransitionObjective):
     name: Literal["clipped"] = "clipped"
 
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
-        """See :func:`clipped_objective`."""
-        new, old = transitions.log_prob, transitions.old_log_prob
-        return clipped_objective(new, old, transitions.advantage, clip_range)
+        """See :func:`clipped_ratio`."""
+        ratio = torch.exp(transitions.log_prob - transitions.old_log_prob)
+        return clipped_ratio(ratio, transitions.advantage, clip_range)
 
 
 class Guard(TransitionObjective):
@@ -147,7 +146,6 @@ class DPPO(TransitionObjective):
 
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
         """See the class; ``clip_range`` is not used."""
-        del clip_range
         change = transitions.log_prob - transitions.old_log_prob
         advantage = transitions.advantage.to(change.dtype)
         moved = torch.exp(change.detach())
@@ -158,22 +156,14 @@ class DPPO(TransitionObjective):
         return ObjectiveTerms((-advantage * ratio).masked_fill(dropped, 0.0), dropped)
 
 
-def clipped_objective(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float
-) -> ObjectiveTerms:
-    """PPO's clipped surrogate, as a loss.
+def clipped_ratio(ratio: Tensor, advantage: Tensor, clip_range: float) -> ObjectiveTerms:
+    """PPO's clipped surrogate, max(-A rho, -A clip(rho, 1 +- c)).
 
     Args:
-        log_prob: under the current policy, [N].
-        old_log_prob: under the rollout policy, [N].
-        advantage: [N].
+        ratio: rho = exp(log_prob - old_log_prob), [N].
+        advantage: A, [N].
         clip_range: c (released flag ``--clip_range 1e-4``).
     """
-    return clipped_ratio(torch.exp(log_prob - old_log_prob), advantage, clip_range)
-
-
-def clipped_ratio(ratio: Tensor, advantage: Tensor, clip_range: float) -> ObjectiveTerms:
-    """max(-A rho, -A clip(rho, 1 +- c)) of ratios rho and advantages A, [N] each."""
     limited = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     advantage = advantage.to(ratio.dtype)
     loss = torch.maximum(-advantage * ratio, -advantage * limited)

@@ -124,7 +124,6 @@ class MasterWeights(TrainedWeights):
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """See :meth:`TrainedWeights.exact`."""
         rounded = [computed.data for _, computed in self.computed]
         for (_, computed), (_, master) in zip(self.computed, self.named, strict=True):
             computed.data = master.data
@@ -200,7 +199,6 @@ class ShardedWeights(TrainedWeights):
         """Does nothing: each backward reduces its gradients."""
 
     def drop_gradients(self) -> None:
-        """See :meth:`TrainedWeights.drop_gradients`."""
         super().drop_gradients()
         self.updated()
 

@@ -40,26 +40,26 @@ def loop_group(values: Sequence[float], ddof: int, epsilon: float) -> list[float
 @pytest.mark.parametrize("epsilon", [1e-8, 1e-4, 0.1, 0.0])
 def test_group_normaliser_equals_the_loop(ddof: int, epsilon: float) -> None:
     rewards = random_rewards(3, 4, 12)
-    found = normalize(rewards, AdvantageConfig(ddof=ddof, epsilon=epsilon))
-    assert found.values.dtype == torch.float64
-    assert found.zero_std_groups == 0
+    found, equal = normalize(rewards, AdvantageConfig(ddof=ddof, epsilon=epsilon))
+    assert found.dtype == torch.float64
+    assert not equal.any()
     for prompt in range(3):
         for group in range(4):
             expected = loop_group(rewards[prompt, group].tolist(), ddof, epsilon)
-            assert found.values[prompt, group].tolist() == pytest.approx(expected, rel=1e-12)
+            assert found[prompt, group].tolist() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_global_std_takes_the_group_mean_and_the_std_of_everything(ddof: int) -> None:
     rewards = random_rewards(3, 1, 6) + torch.tensor([0.0, 0.5, -0.2]).view(3, 1, 1)
     config = AdvantageConfig(normalizer="global_std", ddof=ddof, epsilon=1e-4)
-    found = normalize(rewards, config)
+    found, _ = normalize(rewards, config)
     scale = loop_std(rewards.double().flatten().tolist(), ddof) + 1e-4
     for prompt in range(3):
         values = rewards[prompt, 0].tolist()
         center = math.fsum(values) / 6
         expected = [(value - center) / scale for value in values]
-        assert found.values[prompt, 0].tolist() == pytest.approx(expected, rel=1e-11)
+        assert found[prompt, 0].tolist() == pytest.approx(expected, rel=1e-11)
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
@@ -72,20 +72,18 @@ def test_groups_of_unequal_size_are_normalised_over_what_is_there(
     sizes = [6, 4, 2, 5, 1]  # equal rewards; nothing to compare with
     present = torch.arange(6) < torch.tensor(sizes)[:, None]
     config = AdvantageConfig(normalizer=normalizer, ddof=ddof)
-    found = normalize(rewards.where(present, math.nan), config, present=present)
+    found, equal = normalize(rewards.where(present, math.nan), config, present=present)
     everything = loop_std(rewards[present].double().tolist(), ddof) + config.epsilon
     for group, size in enumerate(sizes[:3]):
         values = rewards[group, :size].double().tolist()
         center = math.fsum(values) / size
         scale = everything if normalizer == "global_std" else loop_std(values, ddof) + 1e-8
         expected = [(value - center) / scale for value in values] + [0.0] * (6 - size)
-        assert found.values[group].tolist() == pytest.approx(expected, rel=1e-10)
-    assert found.values[3:].eq(0).all()
-    assert found.equal.tolist() == [False, False, False, True, True]
-    assert torch.equal(
-        normalize(rewards, config, present=torch.ones(5, 6, dtype=torch.bool)).equal,
-        normalize(rewards, config).equal,
-    )
+        assert found[group].tolist() == pytest.approx(expected, rel=1e-10)
+    assert found[3:].eq(0).all()
+    assert equal.tolist() == [False, False, False, True, True]
+    _, equal = normalize(rewards, config, present=torch.ones(5, 6, dtype=torch.bool))
+    assert torch.equal(equal, normalize(rewards, config)[1])
 
 
 # --- equal rewards -------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ def test_rewards_equal_up_to_rounding_have_no_advantage() -> None:
         spread = values - mean
         std = np.sqrt((spread**2).sum() / np.float32(size - 1))
         worst = max(worst, float(np.abs(spread / (std + np.float32(1e-8))).max()))
-        assert normalize(torch.from_numpy(values), AdvantageConfig()).values.eq(0).all()
+        assert normalize(torch.from_numpy(values), AdvantageConfig())[0].eq(0).all()
     assert worst > 0.5  # computed naively, noise looks like a preference
 
 
@@ -120,26 +118,25 @@ def test_a_few_units_in_the_last_place_are_equal(level: float, normalizer: str) 
     )
     if level == 0.0:
         rewards[0] = 0.0
-    found = normalize(rewards, AdvantageConfig(normalizer=normalizer))
-    assert found.zero_std_groups == 2
-    assert found.values[0].eq(0).all()
-    assert found.values[2].eq(0).all()
-    assert found.values[1].abs().max() > 0.1
+    found, equal = normalize(rewards, AdvantageConfig(normalizer=normalizer))
+    assert equal.flatten().tolist() == [True, False, True]
+    assert found[::2].eq(0).all()
+    assert found[1].abs().max() > 0.1
 
 
 def test_a_small_but_real_difference_is_kept() -> None:
     rewards = torch.tensor([0.25, 0.25, 0.25001, 0.25])
-    found = normalize(rewards, AdvantageConfig())
-    assert found.zero_std_groups == 0
-    assert float(found.values[2]) == pytest.approx(1.5, rel=1e-2)
+    found, equal = normalize(rewards, AdvantageConfig())
+    assert not equal
+    assert float(found[2]) == pytest.approx(1.5, rel=1e-2)
 
 
 def test_equal_rewards_without_epsilon_are_not_a_division_by_zero() -> None:
     for normalizer in ("group", "global_std"):
         config = AdvantageConfig(normalizer=normalizer, epsilon=0.0)
-        found = normalize(torch.full((2, 3, 4), 0.7), config)
-        assert found.values.eq(0).all()
-        assert found.zero_std_groups == 6
+        found, equal = normalize(torch.full((2, 3, 4), 0.7), config)
+        assert found.eq(0).all()
+        assert equal.all()
 
 
 def test_a_sum_of_cancelling_rewards_is_compared_at_the_size_of_its_terms() -> None:
@@ -149,11 +146,10 @@ def test_a_sum_of_cancelling_rewards_is_compared_at_the_size_of_its_terms() -> N
         "a": torch.tensor([one, above, one, above]).view(1, 1, 4),
         "b": torch.tensor([-one, -one, -one, -one]).view(1, 1, 4),
     }
-    found = group_advantages(
-        rewards, {"a": 1.0, "b": 1.0}, AdvantageConfig(combination="sum_of_rewards")
-    )
-    assert found.values.eq(0).all()
-    assert found.zero_std_groups == {"sum": 1}
+    config = AdvantageConfig(combination="sum_of_rewards")
+    found, zero_std_groups = group_advantages(rewards, {"a": 1.0, "b": 1.0}, config)
+    assert found.eq(0).all()
+    assert zero_std_groups == {"sum": 1}
 
 
 # --- trimming ------------------------------------------------------------------------------------
@@ -165,14 +161,14 @@ def test_the_lowest_rewards_do_not_count_in_the_statistics(
     ratio: float, dropped: int, ddof: int
 ) -> None:
     rewards = random_rewards(3, 2, 8)
-    found = normalize(rewards, AdvantageConfig(trimmed_ratio=ratio, ddof=ddof))
+    found, _ = normalize(rewards, AdvantageConfig(trimmed_ratio=ratio, ddof=ddof))
     for prompt in range(3):
         for group in range(2):
             values = rewards[prompt, group].double().tolist()
             counted = sorted(values)[dropped:]
             center, scale = math.fsum(counted) / len(counted), loop_std(counted, ddof) + 1e-8
             expected = [(value - center) / scale for value in values]
-            assert found.values[prompt, group].tolist() == pytest.approx(expected, rel=1e-11)
+            assert found[prompt, group].tolist() == pytest.approx(expected, rel=1e-11)
 
 
 def test_trimming_needs_the_statistics_of_groups() -> None:
@@ -226,7 +222,7 @@ def loop_ranks(values: list[float]) -> list[float]:
     "combination", ["sum", "normalized_weights", "sum_of_rewards", "mean_of_ranks"]
 )
 def test_combinations_equal_the_loop(combination: str) -> None:
-    found = group_advantages(REWARDS, WEIGHTS, AdvantageConfig(combination=combination))
+    found, _ = group_advantages(REWARDS, WEIGHTS, AdvantageConfig(combination=combination))
     for prompt in range(2):
         for group in range(3):
             hps = REWARDS["hps"][prompt, group].double().tolist()
@@ -241,7 +237,7 @@ def test_combinations_equal_the_loop(combination: str) -> None:
                 a, b = loop_group(hps, 1, 1e-8), loop_group(clip, 1, 1e-8)
                 total = 2.5 if combination == "normalized_weights" else 1.0
                 expected = [(2.0 * x + 0.5 * y) / total for x, y in zip(a, b, strict=True)]
-            assert found.values[prompt, group].tolist() == pytest.approx(expected, rel=1e-10)
+            assert found[prompt, group].tolist() == pytest.approx(expected, rel=1e-10)
 
 
 def test_ranks_share_ties_and_leave_out_absent_rewards() -> None:
@@ -254,20 +250,20 @@ def test_ranks_share_ties_and_leave_out_absent_rewards() -> None:
 def test_mean_of_ranks_ignores_the_scale_of_a_reward() -> None:
     config = AdvantageConfig(combination="mean_of_ranks")
     stretched = {"hps": 3 * REWARDS["hps"], "clip": (REWARDS["clip"] / 32).sinh()}
-    one, two = (group_advantages(rewards, WEIGHTS, config) for rewards in (REWARDS, stretched))
-    assert torch.equal(one.values, two.values)
+    one, two = (group_advantages(rewards, WEIGHTS, config)[0] for rewards in (REWARDS, stretched))
+    assert torch.equal(one, two)
     equal = {name: torch.full((1, 1, 4), 0.3) for name in WEIGHTS}
-    assert group_advantages(equal, WEIGHTS, config).values.eq(0).all()
+    assert group_advantages(equal, WEIGHTS, config)[0].eq(0).all()
 
 
 def test_equal_groups_are_counted_per_reward() -> None:
     rewards = {name: values.clone() for name, values in REWARDS.items()}
     rewards["hps"][0, 1] = 0.3
     rewards["hps"][1, 2] = 0.3
-    found = group_advantages(rewards, WEIGHTS, AdvantageConfig())
-    assert found.zero_std_groups == {"hps": 2, "clip": 0}
+    found, zero_std_groups = group_advantages(rewards, WEIGHTS, AdvantageConfig())
+    assert zero_std_groups == {"hps": 2, "clip": 0}
     clip_alone = loop_group(rewards["clip"][0, 1].tolist(), 1, 1e-8)
-    assert found.values[0, 1].tolist() == pytest.approx([0.5 * a for a in clip_alone], rel=1e-10)
+    assert found[0, 1].tolist() == pytest.approx([0.5 * a for a in clip_alone], rel=1e-10)
 
 
 def test_step_advantages_sum_granularities_and_rewards_then_clamp() -> None:
@@ -277,7 +273,7 @@ def test_step_advantages_sum_granularities_and_rewards_then_clamp() -> None:
         Group((0, 1, 2, 3, 4, 5), step=4, granularity=1),
     ]
     weights = {"hps": 1.0, "clip": 1.0}
-    values = group_advantages(REWARDS, weights, AdvantageConfig()).values
+    values, _ = group_advantages(REWARDS, weights, AdvantageConfig())
     found = step_advantages(values, groups, 0, AdvantageConfig(clip=2.0))
     assert found.shape == (2, 6)
     clipped = 0
@@ -394,7 +390,7 @@ def test_a_group_that_credits_every_step_is_left_alone(rule: GranularityReductio
     rewards = {"hps": granular_rewards(seed=4)["hps"][:, :1]}
     config = AdvantageConfig(granularity_reduction=rule)
     result = transition_advantages(rewards, {"hps": 1.0}, [Group(())], (0, 1, 5), config)
-    plain = group_advantages(rewards, {"hps": 1.0}, AdvantageConfig()).values[:, 0]
+    plain = group_advantages(rewards, {"hps": 1.0}, AdvantageConfig())[0][:, 0]
     assert all(torch.allclose(values, plain.clamp(-5, 5)) for values in result.by_step)
 
 

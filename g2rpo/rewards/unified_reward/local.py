@@ -124,12 +124,10 @@ class LocalModel:
         )
 
     def prepare(self, images: Sequence[Tensor], questions: Sequence[str]) -> BatchFeature:
-        """See :meth:`Backend.prepare`."""
         return self._inputs([Image.fromarray(image.numpy()) for image in images], questions)
 
     @torch.no_grad()
     def ask(self, inputs: BatchFeature) -> list[str]:
-        """See :meth:`Backend.ask`."""
         try:
             tokens = self.network.generate(**inputs.to(self.device))
         except torch.OutOfMemoryError:

@@ -143,7 +143,6 @@ class UnifiedReward(BatchedReward):
         return cls(backend, template, question, device, config.batch_size)
 
     def networks(self) -> list[nn.Module]:
-        """See :meth:`BatchedReward.networks`."""
         network = getattr(self.backend, "network", None)
         return [] if network is None else [network]
 

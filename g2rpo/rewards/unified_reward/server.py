@@ -61,11 +61,9 @@ class ServerModel(ServerClient):
     def prepare(
         self, images: Sequence[Tensor], questions: Sequence[str]
     ) -> list[ChatCompletionUserMessageParam]:
-        """See :meth:`Backend.prepare`."""
         return [_message(*pair) for pair in zip(images, questions, strict=True)]
 
     def ask(self, inputs: Sequence[ChatCompletionUserMessageParam]) -> list[str]:
-        """See :meth:`Backend.ask`."""
         return self.ask_all(self._answer, inputs)
 
     async def _answer(
