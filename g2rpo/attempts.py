@@ -224,8 +224,8 @@ def read_attempt(directory: Path, number: int, now: float) -> Attempt | None:
     return Attempt(number, path, record, max(0.0, now - status.st_mtime), written)
 
 
-def read_attempts(folder: Path, name: str, first: int = 1) -> list[Attempt]:
-    """The attempts at ``name`` from number ``first`` on; the last is the owner's.
+def read_attempts(folder: Path, name: str) -> list[Attempt]:
+    """The attempts at ``name``; the last is the owner's.
 
     Raises:
         OSError: the folder cannot be read.
@@ -238,19 +238,13 @@ def read_attempts(folder: Path, name: str, first: int = 1) -> list[Attempt]:
         now = file_server_time(directory)
     except OSError:  # a reader without write permission
         now = time.time()
-    found = (read_attempt(directory, number, now) for number in range(first, newest + 1))
+    found = (read_attempt(directory, number, now) for number in range(1, newest + 1))
     return [attempt for attempt in found if attempt is not None]
 
 
 def latest(folder: Path, name: str) -> Attempt | None:
-    """The latest attempt at ``name``, or None.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    directory = folder / name
-    found = read_attempts(folder, name, newest_number(directory)) if directory.exists() else []
-    return found[-1] if found else None
+    """The latest attempt at ``name``, or None; raises like :func:`read_attempts`."""
+    return next(reversed(read_attempts(folder, name)), None)
 
 
 def is_alive(attempt: Attempt, settings: LeaseSettings | None = None) -> bool:

@@ -4,7 +4,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,6 @@ def file_hash(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _resolved(source: str, device: int, inode: int) -> Path:
-    # Device and inode are part of the key: a relative path may point elsewhere later.
-    del device, inode
-    return Path(source).resolve()
-
-
-@functools.lru_cache(maxsize=1024)
 def _pinned(source: str, lock: Path, state: FileState | None) -> str | None:
     del lock, state  # part of the key
     return revision_of(source)
@@ -50,14 +42,11 @@ def source_fingerprint(source: str | None, revision: str | None) -> str | dict[s
     """Identifies the weights at ``source``: a hash of a local folder or file, else the hub id."""
     if source is None:
         return {"id": None, "revision": revision or None}
-    try:
-        found = Path(source).stat()
-    except (OSError, ValueError):
-        found = None
-    if found is not None and stat.S_ISDIR(found.st_mode):
-        return _folder_hash(_resolved(source, found.st_dev, found.st_ino))
-    if found is not None and stat.S_ISREG(found.st_mode):
-        return file_hash(_resolved(source, found.st_dev, found.st_ino))
+    path = Path(source)
+    if path.is_dir():
+        return _folder_hash(path.resolve())
+    if path.is_file():
+        return file_hash(path.resolve())
     lock = lock_path()
     pinned = _pinned(source, lock, file_state(lock)) if revision is None else None
     return {"id": source, "revision": revision or pinned}

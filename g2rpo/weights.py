@@ -8,16 +8,10 @@ from g2rpo.errors import UserError
 def check_shapes(
     given: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], label: str, fix: str
 ) -> None:
-    """Compares the names and shapes of tensors.
-
-    Args:
-        given: shapes in the file.
-        wanted: shapes in the model.
-        label: the file, for messages.
-        fix: what to do, for messages.
+    """Compares the names and shapes of tensors in a file with those in a model.
 
     Raises:
-        UserError: they differ; names the first difference.
+        UserError: they differ; names ``label``, the first difference and the ``fix``.
     """
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unknown:

@@ -143,12 +143,12 @@ class EmbeddingCache:
 
     Attributes:
         folder: where the shards are; it may not exist yet.
-        damaged: shards that are ignored, with the state that they were found in.
+        damaged: shards that are ignored, each in the state that it was found in.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.damaged: dict[Path, FileState | None] = {}
+        self.damaged: set[tuple[Path, FileState | None]] = set()
         self._entries: dict[str, Entry] = {}
         self._shards: dict[Path, FileState | None] = {}
         self.refresh()
@@ -169,14 +169,8 @@ class EmbeddingCache:
         if shards == self._shards:
             return
         self._shards, self._entries = shards, {}
-        # A shard that was written again since is no longer the damaged one.
-        self.damaged = {
-            shard: state
-            for shard, state in self.damaged.items()
-            if state is not None and shards.get(shard) == state
-        }
         for shard, state in shards.items():
-            if self.damaged.get(shard) == state:
+            if (shard, state) in self.damaged:
                 continue
             try:
                 self._entries |= _entries(shard, state)
@@ -184,9 +178,8 @@ class EmbeddingCache:
                 self._ignore(shard, error)
 
     def _ignore(self, shard: Path, error: DamagedShardError) -> None:
-        if shard not in self.damaged:
-            logger.warning("%s %s; its prompts will be encoded again", shard, error)
-        self.damaged[shard] = file_state(shard)
+        logger.warning("%s %s; its prompts will be encoded again", shard, error)
+        self.damaged.add((shard, file_state(shard)))
         self._entries = {text: e for text, e in self._entries.items() if e.shard != shard}
 
     def _by_shard(self, prompts: Iterable[str]) -> dict[Path, dict[str, Entry]]:
@@ -257,8 +250,7 @@ def fill(
         per_shard: prompts of a shard; None is :func:`prompts_per_shard`.
         origin: device and packages, recorded in the shards.
 
-    Returns:
-        How many prompts were encoded.
+    Returns how many prompts were encoded.
 
     Raises:
         UserError: the disk is full; finished shards are kept.
@@ -270,8 +262,9 @@ def fill(
         if cache.holds(prompts):
             return 0
         missing = cache.missing(prompts)
-        for shard in cache.damaged:
-            remove(shard)
+        for shard, state in cache.damaged:
+            if file_state(shard) == state:
+                remove(shard)
         free, needed = shutil.disk_usage(cache.folder).free, len(missing) * prompt_bytes
         if needed > free:
             sizes = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"

@@ -44,15 +44,7 @@ def overlap(first: Iterable[Prompt], second: Iterable[Prompt]) -> Overlap:
 
 @dataclass(frozen=True)
 class SetSummary:
-    """Statistics of a set.
-
-    Attributes:
-        prompts: number of prompts.
-        distinct: number of distinct prompts after :func:`normalise`.
-        words: words in all prompts.
-        bytes: size of the file.
-        sha256: hash of the file.
-    """
+    """Statistics of a set and its file; ``distinct`` is the prompts after :func:`normalise`."""
 
     prompts: int
     distinct: int

@@ -50,12 +50,7 @@ class Continuations(Protocol):
 
 @dataclass(frozen=True)
 class Velocities:
-    """The velocities of a walk.
-
-    Attributes:
-        exact: the policy's velocity.
-        continuations: if given, used for all states but ``RolloutTree.policy_states``.
-    """
+    """The policy's exact velocity, and one for all states but ``RolloutTree.policy_states``."""
 
     exact: Velocity
     continuations: Continuations | None = None
@@ -133,15 +128,7 @@ def sweep(
     noise: Noise,
     settings: SweepSettings,
 ) -> Sweep:
-    """Walks ``tree`` for ``prompts`` prompts at once.
-
-    Args:
-        tree: the states, the same for every prompt.
-        grid: sigmas and model times.
-        prompts: P.
-        velocity: the policy's velocity for a batch of states, possibly with an approximation.
-        noise: standard normal noise for (prompt, sample, step).
-        settings: transitions, batching, storage.
+    """Walks ``tree``, the same for every prompt, for ``prompts`` prompts at once.
 
     Raises:
         UserError: memory is too small for a single state. If it is too small for a batch, the

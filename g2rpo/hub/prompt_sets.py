@@ -8,7 +8,6 @@ more that a scorer needs, those keys as published.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,36 +116,31 @@ def _of_category(texts: Sequence[str], style: str) -> list[Entry]:
     ]
 
 
-@dataclass(frozen=True)
-class _TableReader:
-    """Reads a table with one prompt per row.
+def _table(path: Path, style: Callable[[Entry], str], keep: Sequence[str] = ()) -> list[Entry]:
+    """A table with one prompt per row.
 
-    Attributes:
+    Args:
+        path: the file.
         style: the category of a row.
         keep: columns that are kept as published, where a row has them.
     """
-
-    style: Callable[[Entry], str]
-    keep: tuple[str, ...] = ()
-
-    def __call__(self, path: Path) -> list[Entry]:
-        table = read_table(path, (*PROMPT_COLUMNS, "category"))
-        column = table.column(PROMPT_COLUMNS)
-        entries: list[Entry] = []
-        for row in table.rows:
-            if row.is_blank:
-                continue
-            values = dict(row.values)
-            try:
-                entry = {
-                    "prompt": values[column].strip(),
-                    "id": f"{len(entries):05d}",
-                    "style": self.style(values),
-                }
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise UserError(f"{path}, {row.place}: not in the published format") from None
-            entries.append(entry | {key: values[key] for key in self.keep if key in values})
-        return entries
+    table = read_table(path, (*PROMPT_COLUMNS, "category"))
+    column = table.column(PROMPT_COLUMNS)
+    entries: list[Entry] = []
+    for row in table.rows:
+        if row.is_blank:
+            continue
+        values = dict(row.values)
+        try:
+            entry = {
+                "prompt": values[column].strip(),
+                "id": f"{len(entries):05d}",
+                "style": style(values),
+            }
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"{path}, {row.place}: not in the published format") from None
+        entries.append(entry | {key: values[key] for key in keep if key in values})
+    return entries
 
 
 DPG_COLUMNS = (
@@ -177,11 +171,17 @@ def _dpg_bench(path: Path) -> list[Entry]:
 
 BENCHMARKS: dict[str, Callable[[Path], list[Entry]]] = {
     "hpsv2-benchmark": _json_list,
-    "drawbench": _TableReader(lambda row: row["category"].strip()),
-    "partiprompts": _TableReader(lambda row: row["category"].strip(), ("challenge",)),
-    "geneval": _TableReader(lambda row: row["tag"], ("tag", "include", "exclude")),
-    "geneval2": _TableReader(
-        lambda row: f"{row['atom_count']:02d} atoms", ("atom_count", "vqa_list", "skills")
+    "drawbench": lambda path: _table(path, lambda row: row["category"].strip()),
+    "partiprompts": lambda path: _table(
+        path, lambda row: row["category"].strip(), keep=("challenge",)
+    ),
+    "geneval": lambda path: _table(
+        path, lambda row: row["tag"], keep=("tag", "include", "exclude")
+    ),
+    "geneval2": lambda path: _table(
+        path,
+        lambda row: f"{row['atom_count']:02d} atoms",
+        keep=("atom_count", "vqa_list", "skills"),
     ),
     "t2i-compbench": _text_lines,
     "dpg-bench": _dpg_bench,

@@ -36,7 +36,7 @@ def load_preset(method: str, preset: str, pipeline: str = "") -> dict[str, Any]:
 
     Args:
         method: the name of a method, or the path of a YAML with presets.
-        preset: the name of the preset.
+        preset: its name.
         pipeline: the class of the policy's pipeline; empty for the settings of all of them.
 
     Raises:

@@ -16,9 +16,8 @@ class Architecture:
     """What a pipeline folder holds, and the policy that is made of it.
 
     Attributes:
-        module: of the policy.
-        policy: its class.
-        size: of its size (:class:`g2rpo.policy.size.ModelSize`), with the module.
+        policy: the policy's class, ``module:class``.
+        size: that of its :class:`g2rpo.policy.size.ModelSize`.
         tokenizers: of each tokenizer, by the ending of its folder's name (``tokenizer<ending>``),
             the sets of files of which it needs one; its encoder is ``text_encoder<ending>``.
         optional: endings of the encoders that a pipeline may leave out (null in its
@@ -27,7 +26,6 @@ class Architecture:
             otherwise guidance is an input of the transformer, or there is none.
     """
 
-    module: str
     policy: str
     size: str
     tokenizers: Mapping[str, tuple[tuple[str, ...], ...]]
@@ -37,14 +35,12 @@ class Architecture:
 
 ARCHITECTURES = {
     "FluxPipeline": Architecture(
-        "g2rpo.policy.flux",
-        "FluxPolicy",
+        "g2rpo.policy.flux:FluxPolicy",
         "g2rpo.policy.flux_size:FluxSize",
         {"": CLIP_TOKENIZER, "_2": T5_TOKENIZER},
     ),
     "StableDiffusion3Pipeline": Architecture(
-        "g2rpo.policy.sd3",
-        "SD3Policy",
+        "g2rpo.policy.sd3:SD3Policy",
         "g2rpo.policy.sd3_size:SD3Size",
         {"": CLIP_TOKENIZER, "_2": CLIP_TOKENIZER, "_3": T5_TOKENIZER},
         optional=("_3",),

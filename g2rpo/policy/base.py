@@ -51,12 +51,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HybridSampling:
-    """Sampling with a policy's own velocities first, then with another's.
-
-    Attributes:
-        base: the policy for the remaining steps; of the same architecture.
-        tuned_steps: the number of steps before that.
-    """
+    """Sampling with a policy's own velocities for ``tuned_steps``, then with those of ``base``."""
 
     base: "Policy"
     tuned_steps: int
@@ -111,10 +106,10 @@ class Policy(ABC):
         channels = int(vae_config["latent_channels"])
         for key, side in config.sides.items():
             if side % (2 * factor):
+                nearest = max(1, round(side / (2 * factor))) * 2 * factor
                 raise UserError(
                     f"{key} {side} is not divisible by {2 * factor} (the autoencoder's factor "
-                    f"{factor} times the 2x2 packing); nearest: "
-                    f"{_nearest_multiple(side, 2 * factor)}"
+                    f"{factor} times the 2x2 packing); nearest: {nearest}"
                 )
         packed = self.packed_channels * channels
         if self.transformer_config["in_channels"] != packed:
@@ -442,7 +437,3 @@ class Policy(ABC):
 
     def _unwrapped(self) -> Any:
         return extract_model_from_parallel(self.transformer, keep_torch_compile=False)
-
-
-def _nearest_multiple(value: int, factor: int) -> int:
-    return max(1, round(value / factor)) * factor

@@ -179,13 +179,9 @@ def _shards(index: Path, label: str) -> list[Path]:
 def check_fits(
     files: CheckpointFiles, transformer: nn.Module, config: Mapping[str, Any], base: Path
 ) -> None:
-    """Checks that the weights of a checkpoint are of a transformer's architecture.
+    """Checks that the weights of a checkpoint are of a base's architecture; reads only shapes.
 
-    Args:
-        files: the checkpoint; only names and shapes are read.
-        transformer: the base's, possibly on the meta device.
-        config: its configuration.
-        base: its pipeline folder, for messages.
+    ``transformer``, possibly on the meta device, and ``config`` are those of the pipeline ``base``.
 
     Raises:
         UserError: a configuration value differs, or a tensor is missing, unknown, or of another

@@ -157,12 +157,9 @@ def _missing_of_model(folder: Path, name: str) -> list[str]:
 
 
 def load_model(model_class: Any, folder: Path, **options: Any) -> Any:
-    """Loads one component with its weights complete, in evaluation mode.
+    """Loads one component from its own folder, with its weights complete, in evaluation mode.
 
-    Args:
-        model_class: a diffusers or transformers model class.
-        folder: the component's own folder (config.json and safetensors).
-        options: further arguments of ``from_pretrained``, the dtype among them.
+    ``options`` are further arguments of ``from_pretrained``, the dtype among them.
 
     Raises:
         UserError: a file cannot be read, or tensors are missing (the libraries would initialise

@@ -1,6 +1,6 @@
 """Loads the policy that a pipeline folder holds, whatever its architecture."""
 
-from importlib import import_module
+import pkgutil
 from pathlib import Path
 
 import torch
@@ -19,8 +19,7 @@ def policy_class(folder: Path) -> type[Policy]:
     Raises:
         UserError: see :func:`pipeline_name`.
     """
-    architecture = ARCHITECTURES[pipeline_name(folder)]
-    kind: type[Policy] = getattr(import_module(architecture.module), architecture.policy)
+    kind: type[Policy] = pkgutil.resolve_name(ARCHITECTURES[pipeline_name(folder)].policy)
     return kind
 
 

@@ -34,9 +34,7 @@ class ServerClient(ABC):
     """
 
     def __init__(self, config: ServerConfig, section: str) -> None:
-        """Args:
-            config: the server.
-            section: where ``config`` stands in the configuration, for messages.
+        """For the server in ``section`` of the configuration.
 
         Raises:
             UserError: the environment variable with the key is not set.

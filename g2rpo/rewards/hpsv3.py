@@ -31,7 +31,7 @@ from g2rpo.files import read_json, sha256_file
 from g2rpo.hub.fetch import fetch_snapshot, fetched_file
 from g2rpo.rewards.base import BatchedReward, RewardConfig, choose_variant
 from g2rpo.rewards.unified_reward.local import ChatInputs
-from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER, Template
+from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER, Template, parsed
 from g2rpo.rewards.weights import load_state, locate, read_weights
 
 PUBLISHED, PUBLISHED_BASE = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"
@@ -106,13 +106,9 @@ def published_question(code: Path) -> Template:
     Raises:
         UserError: the file cannot be parsed, or does not have them.
     """
-    try:
-        tree = ast.parse(code.read_bytes())
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{code}: cannot be parsed ({error}); fetch it again") from None
     texts = {
         target.id: node.value.value
-        for node in tree.body
+        for node in parsed(code).body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
         for target in node.targets
         if isinstance(target, ast.Name) and isinstance(node.value.value, str)

@@ -64,7 +64,6 @@ class RewardServer(ServerClient):
     """The server of a reward model."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """See :class:`ServerClient`."""
         super().__init__(config, "server")
 
     def info(self) -> ServerInfo:

@@ -1,8 +1,7 @@
 """The reward models by name. A new one needs its own file and one line here."""
 
+import pkgutil
 from collections.abc import Iterable, Sequence
-from importlib import import_module
-from typing import cast
 
 import torch
 
@@ -40,8 +39,7 @@ def reward_class(config: RewardConfig) -> type[BatchedReward]:
         UserError: the name is not registered, or ``config`` has a question that it does not ask.
     """
     check_reward_name(config.model)
-    module, _, name = REWARDS[config.model].partition(":")
-    found = cast(type[BatchedReward], getattr(import_module(module), name))
+    found: type[BatchedReward] = pkgutil.resolve_name(REWARDS[config.model])
     if config.question is not None and not found.asks_question:
         raise UserError(f"reward {config.model}: asks no question; remove `question`")
     if config.question is not None and config.question.questions and not found.has_questions:

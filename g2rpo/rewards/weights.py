@@ -19,6 +19,12 @@ from g2rpo.hub.lock import revision_of
 from g2rpo.weights import check_shapes
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether ``source`` is neither a folder nor looks like a path."""
+    path_like = source.startswith((".", "/", "~")) or source.count("/") > 1
+    return not path_like and not Path(source).is_dir()
+
+
 def locate(source: str, names: Sequence[str], revision: str | None = None) -> Path:
     """The path of the first of ``names`` in ``source``, downloaded if ``source`` is a hub id.
 
@@ -34,7 +40,7 @@ def locate(source: str, names: Sequence[str], revision: str | None = None) -> Pa
             if (folder / name).is_file():
                 return folder / name
         raise UserError(f"{source}: the folder has no {' or '.join(names)}")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if not is_hub_id(source):
         raise UserError(f"{source}: no such folder of reward weights")
     return fetch_first(source, names, revision)
 

@@ -17,7 +17,7 @@ from g2rpo.stop import StoppedAlone
 from g2rpo.training.collective import of_all_ranks
 from g2rpo.training.config import ExecutionConfig
 from g2rpo.training.memory import STATE_UNITS
-from g2rpo.training.weights import TrainedWeights
+from g2rpo.training.weights import TrainedWeights, free_bytes
 
 LARGEST = 64
 """States at once under ``auto``, however many would fit: no GPU gains from more at FLUX's size."""
@@ -36,15 +36,6 @@ def fitting_states(policy: Policy, free_bytes: int) -> int:
     return max(1, min(LARGEST, int(USED_SHARE * free_bytes) // state_bytes(policy)))
 
 
-def _states_that_fit(policy: Policy) -> int:
-    device = policy.device
-    if device.type != "cuda":
-        return LARGEST
-    free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return fitting_states(policy, free + cached)
-
-
 class RunBatchSize(BatchSize):
     """A batch size of a run whose ranks may be waiting for each other when memory runs out.
 
@@ -61,15 +52,10 @@ class RunBatchSize(BatchSize):
         waits: Callable[[], bool],
         device: torch.device,
     ) -> None:
-        """Starts with ``states``, or the smaller size in ``file``.
+        """Starts with ``states``, or the smaller size that an earlier start left in ``file``.
 
-        Args:
-            states: at least 1.
-            file: keeps the size for the next start.
-            what: runs out of memory, for messages.
-            hint: the fix if a single state does not fit.
-            waits: whether other ranks may be waiting for this one.
-            device: this rank's device.
+        ``waits`` says whether other ranks may be waiting for this one; ``what`` and ``hint`` are
+        those of :class:`BatchSize`.
         """
         super().__init__(states, what, hint)
         self.file, self.waits, self.device = file, waits, device
@@ -108,15 +94,15 @@ class BatchSizes:
     def __init__(self, config: ExecutionConfig, weights: TrainedWeights, run: Path) -> None:
         """Starts with the configured sizes, or smaller ones kept by an earlier start.
 
-        Args:
-            config: the configured sizes.
-            weights: on their device, with everything else that stays there.
-            run: the run folder.
+        Everything that stays on the device is there already: ``auto`` measures what is left.
         """
         policy, states = weights.policy, config.rollout_micro_batch
         self.accelerator = weights.accelerator
+        if states == "auto":
+            cuda = policy.device.type == "cuda"
+            states = fitting_states(policy, free_bytes(policy.device)) if cuda else LARGEST
         self.rollout = RunBatchSize(
-            _states_that_fit(policy) if states == "auto" else states,
+            states,
             run / "rollout_micro_batch.json",
             "the rollout",
             "use policy.dtype=bfloat16, smaller images (policy.resolution), "

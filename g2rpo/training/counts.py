@@ -4,6 +4,7 @@ import bisect
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -135,25 +136,15 @@ def _counts_of_prompt(
     return evaluations, images, updated, states
 
 
-@dataclass(frozen=True)
-class _Rollout:
-    """What one prompt's rollout has.
-
-    Attributes:
-        evaluations: velocity evaluations.
-        images: distinct images.
-        members: images of all groups that compare images.
-        updated: trained states, counted once in each update.
-        states: trained states.
-        steps: recorded steps.
-    """
+class _Rollout(NamedTuple):
+    """How many of what one prompt's rollout has."""
 
     evaluations: int
-    images: int
-    members: int
-    updated: float
-    states: float
-    steps: int
+    images: int  # distinct ones
+    members: int  # images of all groups that compare images
+    updated: float  # trained states, counted once in each update
+    states: float  # trained states
+    steps: int  # recorded ones
 
 
 @functools.lru_cache(maxsize=4096)

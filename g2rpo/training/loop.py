@@ -50,10 +50,9 @@ from g2rpo.training.metrics import (
 )
 from g2rpo.training.objective import TransitionObjective
 from g2rpo.training.old_policy import OldPolicy
-from g2rpo.training.previews import save_previews
+from g2rpo.training.previews import save_previews, validation_rewards
 from g2rpo.training.rollout import Rollout, RolloutEngine
 from g2rpo.training.update import Updater, UpdateStatistics
-from g2rpo.training.validation import validation_rewards
 from g2rpo.training.weights import build_optimizer, build_weights
 
 
@@ -61,7 +60,6 @@ class Trainer:
     """Trains one policy, resuming from the newest undamaged checkpoint of its run folder.
 
     Attributes:
-        config: the run's configuration.
         run: the run folder (``metrics.jsonl``, ``checkpoints/``).
         progress: iterations done and their cost.
     """
@@ -74,13 +72,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         rewards: dict[str, RewardModel] | None = None,
     ) -> None:
-        """Loads the policy and the reward models.
-
-        Args:
-            config: the run's configuration.
-            run: its folder; created if missing.
-            accelerator: made from ``config`` by default.
-            rewards: custom reward models to use in place of the configured ones.
+        """Loads the policy and the reward models, or takes ``rewards`` in their place.
 
         Raises:
             UserError: something named in the configuration cannot be found or loaded.

@@ -13,8 +13,6 @@ class OldPolicy:
     """A second set of the trained weights; everything else of the policy is shared.
 
     Attributes:
-        config: how it follows the trained weights.
-        weights: the trained weights.
         parameters: its own, in the order of ``weights.parameters``.
     """
 

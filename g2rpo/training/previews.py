@@ -1,27 +1,69 @@
-"""Preview images of a few fixed prompts during training.
+"""Images of the current policy on fixed prompts during training: scored, or kept as previews.
 
-They use the evaluation's protocol (prompts, noise, grid, size, guidance), so they can be
-compared with the held-out images of the base and of the trained policy. Training is unaffected, and
-existing images are not sampled again.
+Both use fixed noise, so that they show the training's progress, which they do not affect. Previews
+use the evaluation's protocol (prompts, noise, grid, size, guidance), so they can be compared with
+the held-out images of the base and of the trained policy. Existing ones are not sampled again.
 """
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from g2rpo.batching import BatchSize
 from g2rpo.data.prompts import Prompt, read_prompts
 from g2rpo.files import atomic_path
 from g2rpo.flow.schedule import build_grid
 from g2rpo.sampling import sample_ode
 from g2rpo.training.checkpoint.folder import iterations_in, writing
 from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
-from g2rpo.training.config import PicturesConfig, TrainConfig
-from g2rpo.training.validation import shared_prompts
+from g2rpo.training.config import PicturesConfig, TrainConfig, ValidationConfig
+from g2rpo.training.rollout import RolloutEngine
 from g2rpo.training.weights import TrainedWeights
 
 PIXELS_AT_ONCE = 2**21
 """Pixels sampled together: two images of 1024x1024, beside the weights and optimiser states."""
+
+
+def shared_prompts(prompts: list[Prompt], rank: int, ranks: int) -> tuple[list[Prompt], int]:
+    """A rank's prompts, and how many of them count.
+
+    All ranks get the same number, so that they make the same forwards: a rank with fewer prompts
+    repeats the last one.
+    """
+    mine = prompts[rank::ranks]
+    number = -(-len(prompts) // ranks)
+    return mine + [prompts[-1]] * (number - len(mine)), len(mine)
+
+
+def validation_rewards(
+    config: ValidationConfig, engine: RolloutEngine, weights: TrainedWeights, micro_batch: BatchSize
+) -> dict[str, float]:
+    """The mean of each reward over the prompts, on every rank; images are sampled by ODE.
+
+    Raises:
+        UserError: on all ranks, if a reward fails on any of them.
+    """
+    accelerator = weights.accelerator
+    prompts = read_prompts(Path(config.file), config.limit)
+    ranks = accelerator.num_processes
+    mine, counted = shared_prompts(prompts, accelerator.process_index, ranks)
+    with weights.rollout():
+        images = sample_ode(engine.policy, mine, engine.grid, config.seed, micro_batch)
+    texts = [prompt.text for prompt in mine[:counted]]
+    scores: dict[str, list[float]] = {name: [] for name in engine.rewards}
+    with raise_on_all_ranks(accelerator):
+        if counted:
+            for name, model in engine.rewards.items():
+                scores[name] = model.score(images[:counted], texts).double().tolist()
+    every = of_all_ranks(accelerator, scores)
+    return {
+        f"validation/{name}": float(
+            torch.tensor([v for own in every for v in own[name]], dtype=torch.float64).mean()
+        )
+        for name in scores
+    }
 
 
 def pictures_folder(run: Path, iteration: int) -> Path:
@@ -38,13 +80,7 @@ def save_previews(config: TrainConfig, run: Path, weights: TrainedWeights, done:
     """Samples and writes the previews that are due and missing. All ranks call it together.
 
     Called at the start of the next iteration, so that a run stopped in between still gets them when
-    it resumes.
-
-    Args:
-        config: the run's configuration.
-        run: the run folder.
-        weights: the current policy; the ranks share the prompts.
-        done: iterations done.
+    it resumes, with ``done`` iterations.
 
     Raises:
         UserError: on all ranks, if an image cannot be written or the prompts cannot be read.

@@ -87,12 +87,8 @@ class RolloutEngine:
     """Draws samples from a policy and scores them.
 
     Attributes:
-        policy: the policy.
         rewards: the reward models by column name.
-        grid: sigmas and times.
-        settings: transitions and batching of the sweep.
         seed: the experiment's seed, which determines all noise.
-        continuations: the policy's approximate twin, if any.
         decode: images decoded at once; None fixes the number of pixels instead.
         overlap: on a GPU, scores images while the next ones are being decoded.
     """
@@ -126,11 +122,7 @@ class RolloutEngine:
     ) -> Rollout:
         """Rolls out ``tree`` for ``prompts`` and scores every distinct image.
 
-        Args:
-            tree: the states of each prompt.
-            prompts: P prompts.
-            iteration: the key of the noise, also named in errors.
-            noise: used in place of :meth:`noise`.
+        ``iteration`` is the key of the noise, unless ``noise`` is given, and named in errors.
 
         Raises:
             UserError: a reward is not finite; names the iteration, prompt and reward.
@@ -174,13 +166,4 @@ class RolloutEngine:
             scored = score_slices(self.rewards, slices, texts, overlap=overlap)
         except UserError as error:
             raise UserError(f"iteration {iteration + 1}: {error}") from None
-        scores = {}
-        for name, values in scored.items():
-            if not bool(torch.isfinite(values).all()):
-                prompt = texts[int((~torch.isfinite(values)).nonzero()[0])]
-                raise UserError(
-                    f"iteration {iteration + 1}: reward {name} is not finite for the prompt "
-                    f"{prompt!r}; check that reward model (the last checkpoint is intact)"
-                )
-            scores[name] = values.view(len(prompts), per_prompt)
-        return scores
+        return {name: values.view(len(prompts), per_prompt) for name, values in scored.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from g2rpo.rewards.base import BatchedReward, RewardModel, check_inputs
+from g2rpo.rewards.base import BatchedReward, RewardModel, check_finite, check_inputs
 
 PREPARING_THREADS = 2
 
@@ -32,7 +32,7 @@ def score_slices(
     Args:
         rewards: the reward models by column name.
         slices: the images, uint8 [n, H, W, 3] on the CPU, in order.
-        prompts: of the N images.
+        prompts: N prompts.
         overlap: evaluates batches while the next images are decoded; only useful on a GPU.
 
     Raises:
@@ -63,11 +63,14 @@ def score_slices(
             for name in batched:
                 if sent[name] < len(images):
                     send(name, len(images))
-            return {
-                name: torch.cat([result() for result in results[name]]) if name in batched
-                else model.score(torch.stack(images), prompts)
-                for name, model in rewards.items()
-            }  # fmt: skip
+            scores = {}
+            for name in rewards:
+                if name in batched:
+                    scores[name] = torch.cat([result() for result in results[name]])
+                else:
+                    scores[name] = rewards[name].score(torch.stack(images), prompts)
+                    check_finite(name, scores[name][:, None], prompts)
+            return scores
         except BaseException:
             for pool in (preparing, evaluating):  # drops the tasks that have not started
                 pool.shutdown(wait=False, cancel_futures=True)

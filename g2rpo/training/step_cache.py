@@ -69,13 +69,10 @@ class StepCache:
 
 
 class CachedBlocks(nn.Module):
-    """All blocks of the transformer as one, skipped when a :class:`StepCache` has their residual.
-
-    Attributes:
-        cache: the cache of the current walk.
-    """
+    """All the transformer's blocks as one, skipped when a :class:`StepCache` has their residual."""
 
     cache: StepCache
+    """The cache of the current walk."""
 
     def __init__(self, blocks: Sequence[nn.Module], kind: str) -> None:
         super().__init__()

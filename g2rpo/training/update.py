@@ -90,16 +90,7 @@ class UpdateStatistics:
 
 
 class Updater:
-    """Turns training batches into optimiser steps.
-
-    Attributes:
-        config: the run's configuration.
-        weights: the trained weights.
-        policy: the policy with the guidance of training.
-        optimizer: their optimiser.
-        sizes: states per training forward, halved when memory runs out.
-        old: the old policy, if the objective has one.
-    """
+    """Turns training batches into optimiser steps, with the guidance of training."""
 
     def __init__(
         self,

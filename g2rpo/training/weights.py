@@ -35,8 +35,6 @@ class TrainedWeights:
     never leaves the others waiting.
 
     Attributes:
-        policy: the policy whose transformer is trained.
-        accelerator: device and ranks.
         named: the parameters that the optimiser steps, by the transformer's own names.
     """
 
@@ -180,13 +178,7 @@ class ShardedWeights(TrainedWeights):
     sharded = True
 
     def __init__(self, policy: Policy, accelerator: Accelerator, rollout_weights: str) -> None:
-        """Shards the policy's transformer, which has no weights yet, and reads the base's.
-
-        Args:
-            policy: with an empty transformer.
-            accelerator: device and ranks.
-            rollout_weights: ``auto``, ``gathered`` or ``sharded``.
-        """
+        """Shards the policy's transformer, which has no weights yet, and reads the base's."""
         self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         self.rollout_weights = rollout_weights
         self._logged = False
@@ -232,9 +224,7 @@ class ShardedWeights(TrainedWeights):
         if self.accelerator.device.type == "cuda":
             dtype: torch.dtype = getattr(torch, self.policy.config.dtype)
             size = sum(parameter.numel() for parameter in self.parameters) * dtype.itemsize
-            free, _ = torch.cuda.mem_get_info()
-            cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            fits = size + GATHERING_RESERVE <= free + cached
+            fits = size + GATHERING_RESERVE <= free_bytes(self.accelerator.device)
         fits = all(of_all_ranks(self.accelerator, fits))
         if not self._logged and self.accelerator.is_main_process:
             how = "once per rollout" if fits else "at every forward: they do not fit whole"
@@ -250,6 +240,12 @@ class ShardedWeights(TrainedWeights):
         reference.fill_transformer()
         reference.transformer.requires_grad_(False)
         return reference
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory of a GPU that is free, or cached by torch and unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _units(transformer: nn.Module) -> list[FSDPModule]:

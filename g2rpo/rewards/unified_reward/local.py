@@ -15,15 +15,9 @@ from g2rpo.errors import UserError, reason
 from g2rpo.files import read_json, sha256_files
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.rewards.question import QuestionConfig
-from g2rpo.rewards.weights import check_vocabulary, locate
+from g2rpo.rewards.weights import check_vocabulary, is_hub_id, locate
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether ``source`` is neither a folder nor looks like a path."""
-    path_like = source.startswith((".", "/", "~")) or source.count("/") > 1
-    return not path_like and not Path(source).is_dir()
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:
@@ -84,7 +78,12 @@ class ChatInputs:
 
 
 class LocalModel:
-    """Answers greedily, in left-padded batches; an answer does not depend on its batch."""
+    """Answers greedily, in left-padded batches; an answer does not depend on its batch.
+
+    Attributes:
+        model: its name, for a reward's version.
+        settings: everything but the weights that affects answers, as JSON values.
+    """
 
     def __init__(
         self, folder: Path, source: str, config: QuestionConfig, device: torch.device
@@ -124,10 +123,16 @@ class LocalModel:
         )
 
     def prepare(self, images: Sequence[Tensor], questions: Sequence[str]) -> BatchFeature:
+        """Preprocesses N uint8 images ``[H, W, 3]`` for :meth:`ask`; thread-safe, on the CPU."""
         return self._inputs([Image.fromarray(image.numpy()) for image in images], questions)
 
     @torch.no_grad()
     def ask(self, inputs: BatchFeature) -> list[str]:
+        """The N answers.
+
+        Raises:
+            UserError: memory ran out.
+        """
         try:
             tokens = self.network.generate(**inputs.to(self.device))
         except torch.OutOfMemoryError:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Union
 
 import torch
 from torch import Tensor, nn
@@ -29,31 +29,12 @@ from g2rpo.rewards.unified_reward.answers import (
 from g2rpo.rewards.unified_reward.template import Template, choose_template
 from g2rpo.text import excerpt
 
+if TYPE_CHECKING:
+    from g2rpo.rewards.unified_reward.local import LocalModel
+    from g2rpo.rewards.unified_reward.server import ServerModel
+
 PUBLISHED = "CodeGoat24/UnifiedReward-qwen-7b"
 CACHE_VERSION = 1
-
-
-class Backend(Protocol):
-    """Answers questions about images: a model in this process, or a server."""
-
-    model: str
-    """The model's name."""
-    weights_hash: str
-    """SHA-256 of the weights, or ``server:<model>``."""
-    settings: dict[str, Any]
-    """Everything else that affects answers, as JSON values."""
-
-    def prepare(self, images: Sequence[Tensor], questions: Sequence[str]) -> Any:
-        """Preprocesses N uint8 images ``[H, W, 3]`` for :meth:`ask`; thread-safe, on the CPU."""
-        ...
-
-    def ask(self, inputs: Any) -> list[str]:
-        """The N answers.
-
-        Raises:
-            UserError: the model cannot answer; says why.
-        """
-        ...
 
 
 def answers_folder() -> Path:
@@ -89,7 +70,7 @@ class UnifiedReward(BatchedReward):
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Union["LocalModel", "ServerModel"],
         template: Template,
         config: QuestionConfig,
         device: torch.device | str,
@@ -117,30 +98,26 @@ class UnifiedReward(BatchedReward):
             UserError: the weights, the template or the key is missing; says how to get it.
         """
         question = question_of(config)
-        backend: Backend
         if question.server is not None:
             from g2rpo.rewards.unified_reward.server import ServerModel
 
             template = choose_template(question, question.server.model)
-            backend = ServerModel(
+            server = ServerModel(
                 question.server,
                 question.max_answer_tokens,
                 lambda answer: well_formed(answer, template.low, template.high),
             )
-        else:
-            from g2rpo.rewards.unified_reward.local import (
-                LocalModel,
-                is_hub_id,
-                model_folder,
-            )
+            return cls(server, template, question, device, config.batch_size)
+        from g2rpo.rewards.unified_reward.local import LocalModel, model_folder
+        from g2rpo.rewards.weights import is_hub_id
 
-            source = config.source or PUBLISHED
-            if is_hub_id(source):  # before downloading 16 GB
-                choose_template(question, source)
-            folder = model_folder(source, config.revision)
-            template = choose_template(question, source, folder)
-            backend = LocalModel(folder, source, question, torch.device(device))
-        return cls(backend, template, question, device, config.batch_size)
+        source = config.source or PUBLISHED
+        if is_hub_id(source):  # before downloading 16 GB
+            choose_template(question, source)
+        folder = model_folder(source, config.revision)
+        template = choose_template(question, source, folder)
+        local = LocalModel(folder, source, question, torch.device(device))
+        return cls(local, template, question, device, config.batch_size)
 
     def networks(self) -> list[nn.Module]:
         network = getattr(self.backend, "network", None)

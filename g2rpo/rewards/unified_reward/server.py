@@ -38,12 +38,9 @@ class ServerModel(ServerClient):
         accept: Callable[[str], bool],
         reading: Reading = Reading(),
     ) -> None:
-        """Args:
-            config: the server.
-            max_answer_tokens: maximum length of an answer.
-            accept: whether an answer is well-formed. If not, the question is asked once more:
-                answers of servers depend on how they batch requests.
-            reading: what an answer is.
+        """A question whose answer ``accept`` rejects is asked once more.
+
+        Answers of servers depend on how they batch requests.
 
         Raises:
             UserError: the environment variable with the key is not set.

@@ -125,6 +125,18 @@ def _checked(template: Template, where: str, config: QuestionConfig) -> Template
     return template
 
 
+def parsed(script: Path) -> ast.Module:
+    """The syntax tree of the authors' code, which is never run.
+
+    Raises:
+        UserError: it cannot be parsed.
+    """
+    try:
+        return ast.parse(script.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{script}: cannot be parsed ({error}); fetch it again") from None
+
+
 def published_question(script: Path) -> Template:
     """The question in an example script: its only f-string with the variable ``prompt``.
 
@@ -133,13 +145,9 @@ def published_question(script: Path) -> Template:
     Raises:
         UserError: the script cannot be parsed, or does not have exactly one such f-string.
     """
-    try:
-        tree = ast.parse(script.read_bytes())
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{script}: cannot be parsed ({error}); fetch it again") from None
     texts = {
         text
-        for node in ast.walk(tree)
+        for node in ast.walk(parsed(script))
         if isinstance(node, ast.JoinedStr) and (text := _template_text(node)) is not None
     }
     if len(texts) != 1:

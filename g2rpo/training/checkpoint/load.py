@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,14 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 def resume(state: TrainingState, group: Any = None) -> Progress:
-    """Restores the newest undamaged checkpoint, if any, with its metrics.
+    """Restores the newest undamaged checkpoint, if any, with its metrics; returns how far it is.
 
-    Args:
-        state: the state to restore.
-        group: the process group that reads sharded weights; None reads in each process alone.
-
-    Returns:
-        How far the run is.
+    ``group`` is the process group that reads sharded weights; None reads in each process alone.
 
     Raises:
         UserError: a checkpoint cannot be read, or holds weights other than those trained now.
@@ -84,36 +78,26 @@ def resume(state: TrainingState, group: Any = None) -> Progress:
 
 
 def _read_whole(state: TrainingState, folder: Path) -> Tensor | None:
-    """Reads a complete checkpoint; returns the number of EMA steps, if it has an EMA."""
+    """Reads a complete checkpoint, whose files have been compared with their checksums.
+
+    Returns the number of EMA steps, if it has an EMA.
+    """
     with state.weights.exact():
         if state.config.lora is None:
             state.weights.policy.load_transformer(folder / "transformer")
         else:
             state.weights.policy.load_lora(folder / "lora")
-    state.fill_optimizer(_load_tensors(folder / "optimizer.safetensors"))
+    state.fill_optimizer(load_file(folder / "optimizer.safetensors"))
     if state.old is not None:
-        saved = _load_tensors(folder / "old_policy.safetensors")
+        saved = load_file(folder / "old_policy.safetensors")
         for name, own in state.old_weights.items():
             copy_whole(own, saved[name])
     if state.ema is None:
         return None
-    tensors = _load_tensors(folder / "ema.safetensors")
+    tensors = load_file(folder / "ema.safetensors")
     for name, average in state.averages.items():
         copy_whole(average, tensors[name])
     return tensors["optimization_step"]
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing; delete this checkpoint to use the one before it"
-        ) from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); delete this checkpoint to use the one before it"
-        ) from None
 
 
 def _read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
@@ -139,12 +123,7 @@ def _read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None)
 def load_trained(policy: Policy, run: Path) -> Path:
     """Loads what ``run`` has trained into ``policy``, its base: the EMA if there is one.
 
-    Args:
-        policy: without adapters; they are added if the run trained adapters.
-        run: a run folder with complete, sharded or LoRA checkpoints.
-
-    Returns:
-        The checkpoint that was read, the newest.
+    Adds adapters if the run trained adapters. Returns the checkpoint that was read, the newest.
 
     Raises:
         UserError: there is none, or it is damaged or belongs to another base.

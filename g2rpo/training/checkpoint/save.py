@@ -57,7 +57,6 @@ class CheckpointWriter:
     """Saves a training's state. All ranks call every method together.
 
     Attributes:
-        state: what is saved.
         sharded: whether checkpoints are sharded and written in the background.
         group: the process group of sharded checkpoints, on the CPU; None with one rank.
     """

@@ -21,16 +21,7 @@ from g2rpo.training.weights import TrainedWeights
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything needed to resume a run; it changes in place.
-
-    Attributes:
-        config: the run's configuration.
-        run: the run folder.
-        weights: the trained weights.
-        optimizer: their optimiser.
-        ema: their exponential moving average, if kept.
-        old: the old policy, if the objective has one.
-    """
+    """Everything needed to resume a run; it changes in place."""
 
     config: TrainConfig
     run: Path
