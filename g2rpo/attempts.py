@@ -247,10 +247,9 @@ def latest(folder: Path, name: str) -> Attempt | None:
     return next(reversed(read_attempts(folder, name)), None)
 
 
-def is_alive(attempt: Attempt, settings: LeaseSettings | None = None) -> bool:
+def is_alive(attempt: Attempt) -> bool:
     """Whether the attempt's process appears to be running."""
-    settings = (settings or LeaseSettings()).resolved()
-    if attempt.age >= settings.stale_seconds:
+    if attempt.age >= LeaseSettings().resolved().stale_seconds:
         return False
     record = attempt.record
     return record is None or (record.state == "running" and not record.owner.is_gone())

@@ -27,13 +27,10 @@ class BatchSize:
     def __init__(
         self, states: int, what: str = "rollout", hint: str = "", unit: str = "state"
     ) -> None:
-        """Starts with ``states``.
+        """Starts with ``states``, at least 1.
 
-        Args:
-            states: at least 1.
-            what: the work, for messages.
-            hint: what to do if 1 is too many.
-            unit: the unit, for messages.
+        Messages say ``what`` is done, in which ``unit``, and with ``hint`` what to do if 1 is too
+        many.
         """
         self.states, self.what, self.hint, self.unit = states, what, hint, unit
         self.reduced = False

@@ -89,11 +89,9 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 
 def problems(folder: Path, recorded: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """The files that differ from their records, and what is wrong with each.
+    """The files in ``folder`` that differ from their records, and what is wrong with each.
 
-    Args:
-        folder: paths are relative to it.
-        recorded: the result of :func:`checksums_of`, or only sizes, from older versions.
+    ``recorded``: the result of :func:`checksums_of`, or only sizes, from older versions.
     """
     for name, entry in recorded.items():
         path = Path(os.path.normpath(folder / name))

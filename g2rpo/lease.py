@@ -20,7 +20,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from g2rpo.attempts import (
@@ -121,10 +120,6 @@ class Lease:
     progress, and is released at the end: as done, as stopped after :class:`g2rpo.stop.Stopped` or a
     keyboard interrupt, as failed after another exception. All threads are guarded, so a process
     does one piece of work at a time, or nested ones.
-
-    Attributes:
-        directory: the folder with the attempts.
-        number: this attempt's.
     """
 
     def __init__(self, directory: Path, record: Record, settings: LeaseSettings) -> None:
@@ -142,9 +137,7 @@ class Lease:
         threading.Thread(target=beat, name=f"lease of {directory.name}", daemon=True).start()
 
     @classmethod
-    def acquire(
-        cls, folder: Path, name: str, settings: LeaseSettings | None = None, log: Path | None = None
-    ) -> "Lease":
+    def acquire(cls, folder: Path, name: str, settings: LeaseSettings | None = None) -> "Lease":
         """Takes the lease; waits while its owner is alive.
 
         After waiting, check whether the work is still to be done: the owner may have finished it.
@@ -152,8 +145,7 @@ class Lease:
         Args:
             folder: on a file system shared by all processes that may do the work.
             name: of the work; a folder in ``folder``, created if needed.
-            settings: time limits; the environment overrides them.
-            log: this process's log file, recorded in the attempt.
+            settings: which the environment overrides.
 
         Raises:
             UserError: the owner is still alive after ``wait_seconds``, or the folder is not usable.
@@ -171,7 +163,7 @@ class Lease:
                 if owner is not None and reason is None:
                     wait.pause(owner)
                     continue
-                record = _first_record(number + 1, log)
+                record = _first_record(number + 1)
                 if create_file(attempt_path(work, number + 1), _encoded(record)):
                     if owner is not None:
                         _log_takeover(work, owner, reason or "")
@@ -285,12 +277,7 @@ class Lease:
         self._context.callback(setattr, ProgressReport, "listener", earlier)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         self._context.close()
         self.release(*_outcome(error))
 
@@ -308,7 +295,7 @@ def _outcome(error: BaseException | None) -> tuple[State, str]:
     return "failed", f"{name}: {text}" if text else name
 
 
-def _first_record(number: int, log: Path | None) -> Record:
+def _first_record(number: int) -> Record:
     now = time.time()
     return Record(
         attempt=number,
@@ -317,7 +304,6 @@ def _first_record(number: int, log: Path | None) -> Record:
         started=now,
         updated=now,
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        log=None if log is None else str(log),
     )
 
 

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import ClassVar
 
 from rich.console import Console
@@ -23,6 +22,7 @@ from g2rpo.text import visible
 
 _LEAST_WIDTH = 80
 """Minimum terminal width for a bar."""
+LINE_SECONDS = 15.0
 
 
 def duration(seconds: float) -> str:
@@ -71,8 +71,8 @@ class WorkProgress(StrictModel):
 class ProgressReport:
     """A context that reports the progress of some work.
 
-    In a terminal it draws a bar; elsewhere it prints a line at most every ``interval`` seconds, and
-    one at the end. Silent unless ``enabled`` (only the first rank).
+    In a terminal it draws a bar; elsewhere it prints a line at most every ``LINE_SECONDS``, and one
+    at the end. Silent unless ``enabled`` (only the first rank).
     """
 
     bars: ClassVar[bool] = True
@@ -81,16 +81,10 @@ class ProgressReport:
     """Called at the start and every update of reports that are not silent."""
 
     def __init__(
-        self,
-        description: str,
-        total: int,
-        *,
-        done: int = 0,
-        enabled: bool = True,
-        interval: float = 15.0,
+        self, description: str, total: int, *, done: int = 0, enabled: bool = True
     ) -> None:
         self.description, self.total, self.done = visible(description), total, done
-        self.enabled, self.interval = enabled, interval
+        self.enabled = enabled
         self._first, self._started = done, time.monotonic()
         self._last_line = float("-inf")
         self._note = ""
@@ -116,12 +110,7 @@ class ProgressReport:
         self._notify()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif self.enabled and kind is None and self._last_line != float("-inf"):
@@ -155,7 +144,7 @@ class ProgressReport:
         self._notify()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
-        elif self.enabled and (always or time.monotonic() - self._last_line >= self.interval):
+        elif self.enabled and (always or time.monotonic() - self._last_line >= LINE_SECONDS):
             self._print_line()
             self._last_line = time.monotonic()
 

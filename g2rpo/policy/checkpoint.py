@@ -82,9 +82,12 @@ class CheckpointFiles:
 def local_path(config: CheckpointConfig) -> Path | None:
     """The local folder or file of ``config``; None for a hub id."""
     path = Path(config.source).expanduser()
-    if not path.exists():
-        return None
-    return path.joinpath(*(part for part in (config.subfolder, config.file) if part))
+    return path.joinpath(*_inside(config)) if path.exists() else None
+
+
+def _inside(config: CheckpointConfig) -> list[str]:
+    """The subfolder and the file in the source, where they are set."""
+    return [part for part in (config.subfolder, config.file) if part]
 
 
 def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
@@ -110,14 +113,9 @@ def find_checkpoint(config: CheckpointConfig) -> CheckpointFiles:
         names = [config.file] if stem == config.file else [config.file, f"{stem}*.safetensors"]
     patterns = [inside + name for name in (*names, CONFIG_FILE, ADAPTER_CONFIG)]
     snapshot = fetch_snapshot(config.source, patterns, config.revision, "checkpoint")
-    return files_at(
-        snapshot.joinpath(*(part for part in (config.subfolder, config.file) if part)),
-        "/".join(
-            part
-            for part in (f"{config.source}@{snapshot.name}", config.subfolder, config.file)
-            if part
-        ),
-    )
+    parts = _inside(config)
+    label = "/".join([f"{config.source}@{snapshot.name}", *parts])
+    return files_at(snapshot.joinpath(*parts), label)
 
 
 def files_at(path: Path, label: str) -> CheckpointFiles:

@@ -52,10 +52,6 @@ class Conditioning:
         sequence, pooled = self.prompt_embeds, self.pooled_prompt_embeds
         return Conditioning(sequence.expand(size, -1, -1), pooled.expand(size, -1))
 
-    def to(self, device: torch.device | str) -> "Conditioning":
-        """This conditioning on ``device``."""
-        return Conditioning(self.prompt_embeds.to(device), self.pooled_prompt_embeds.to(device))
-
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """Concatenates ``parts`` along the prompts."""
@@ -96,9 +92,7 @@ class TextEncoders(ABC):
     """The frozen text encoders of a pipeline with their tokenizers.
 
     Attributes:
-        device: theirs.
         max_sequence_length: T5 tokens to which prompts are padded or truncated.
-        models: the encoders.
         limits: of each tokenizer that truncates: its encoder, what limits it, itself, and its
             longest sequence in tokens.
     """

@@ -40,6 +40,10 @@ PUBLISHED_VISION = {
     "image_size": 224,
     "patch_size": 16,
 }
+_TEXT_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 MED_CONFIG, VISION_CONFIG = "med_config.json", "vision_config.json"
 WEIGHTS_FILES = ("image_reward.safetensors", "ImageReward.pt")
 # The package's constants: mean and standard deviation of the raw score on its own data, and the
@@ -95,20 +99,12 @@ class ImageRewardNetwork(nn.Module):
     def __init__(self, vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
         super().__init__()
         width = int(vision["hidden_size"])
-        self.vision = BlipVisionModel(
-            BlipVisionConfig(
-                **{**vision, "intermediate_size": 4 * width, "layer_norm_eps": 1e-6},
-            )
-        )
+        fixed = {"intermediate_size": 4 * width, "layer_norm_eps": 1e-6}
+        self.vision = BlipVisionModel(BlipVisionConfig(**{**vision, **fixed}))
         self.text = BlipTextModel(
             BlipTextConfig(
-                vocab_size=text["vocab_size"],
-                hidden_size=text["hidden_size"],
+                **{key: text[key] for key in _TEXT_SIZES},
                 encoder_hidden_size=width,
-                intermediate_size=text["intermediate_size"],
-                num_hidden_layers=text["num_hidden_layers"],
-                num_attention_heads=text["num_attention_heads"],
-                max_position_embeddings=text["max_position_embeddings"],
                 hidden_act="gelu",
                 layer_norm_eps=1e-12,
                 attention_probs_dropout_prob=0.0,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
@@ -69,7 +68,6 @@ class Trainer:
         config: TrainConfig,
         run: Path,
         *,
-        accelerator: Accelerator | None = None,
         rewards: dict[str, RewardModel] | None = None,
     ) -> None:
         """Loads the policy and the reward models, or takes ``rewards`` in their place.
@@ -78,7 +76,7 @@ class Trainer:
             UserError: something named in the configuration cannot be found or loaded.
         """
         self.config, self.run = config, run
-        self.accelerator = accelerator or make_accelerator(config, run)
+        self.accelerator = make_accelerator(config, run)
         self._check()
         self.prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
         if rewards is None:

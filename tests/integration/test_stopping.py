@@ -15,6 +15,7 @@ from g2rpo.attempts import LeaseSettings, attempt_path, latest
 from g2rpo.errors import UserError
 from g2rpo.lease import Lease
 from g2rpo.stop import Stopped, StopRequest
+from g2rpo.training import loop
 from g2rpo.training.checkpoint.folder import latest_checkpoint, saved_iterations
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.loop import Trainer
@@ -90,11 +91,9 @@ def config_of(assets: Path, checkpoints: dict[str, object]) -> TrainConfig:
     )
 
 
-def made(
-    kind: type[Trainer], config: TrainConfig, run: Path, at: int = 0, **arguments: object
-) -> Trainer:
+def made(kind: type[Trainer], config: TrainConfig, run: Path, at: int = 0) -> Trainer:
     run.mkdir(parents=True, exist_ok=True)
-    trainer = kind(config, run, rewards={"hps": Brightness()}, **arguments)  # type: ignore[arg-type]
+    trainer = kind(config, run, rewards={"hps": Brightness()})
     trainer.at = at  # type: ignore[attr-defined]
     return trainer
 
@@ -200,13 +199,14 @@ def run_of_two(assets: Path, folder: Path) -> None:
 
     accelerator = Accelerator(cpu=True)
     accelerator.end_training = lambda: None  # type: ignore[method-assign]
+    loop.make_accelerator = lambda config, run: accelerator
     rank = accelerator.process_index
     ended: list[str] = []
 
     def train(kind: type[Trainer], name: str, at: int, of: dict[str, object] = SELDOM) -> None:
         config = config_of(assets, of)
         try:
-            made(kind, config, folder / name, at, accelerator=accelerator).train()
+            made(kind, config, folder / name, at).train()
             ended.append("done")
         except (UserError, Stopped) as error:
             ended.append(f"{type(error).__name__}: {error}")

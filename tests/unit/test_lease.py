@@ -406,7 +406,7 @@ def test_the_end_is_noted(
     listener = ProgressReport.listener
 
     def work() -> None:
-        with Lease.acquire(tmp_path, "work", AT_ONCE, log=tmp_path / "log.txt"):
+        with Lease.acquire(tmp_path, "work", AT_ONCE):
             if error is not None:
                 raise error
 
@@ -418,7 +418,6 @@ def test_the_end_is_noted(
     attempt = newest(tmp_path)
     assert attempt.record is not None
     assert (attempt.state, attempt.record.reason) == (state, reason)
-    assert attempt.record.log == str(tmp_path / "log.txt")
     assert not is_alive(attempt)
     assert ProgressReport.listener is listener
     # The next one need not wait, and the guard is gone.
