@@ -248,35 +248,26 @@ class _Walk:
         self.evaluations += latents.shape[0] * latents.shape[1]
         continuations = self.velocities.continuations
         if continuations is None:
-            return self._in_batches(self._exactly, latents, node, sources)
+            return self._in_batches(latents, node, sources)
         velocities = torch.empty_like(latents)
         exact = [place for place, state in enumerate(sources) if state in self.exact]
         others = [place for place, state in enumerate(sources) if state not in self.exact]
-        for places, evaluate in ((exact, self._exactly), (others, continuations)):
+        for places, approximate in ((exact, None), (others, continuations)):
             if places:
                 chosen = [sources[place] for place in places]
-                part = self._in_batches(evaluate, _select(latents, places), node, chosen)
+                part = self._in_batches(_select(latents, places), node, chosen, approximate)
                 velocities.index_copy_(1, indices(places, latents.device), part)
         continuations.passed(node)
         return velocities
 
-    def _exactly(
-        self,
-        latents: torch.Tensor,
-        times: torch.Tensor,
-        prompts: torch.Tensor,
-        keys: Sequence[Key],
-    ) -> torch.Tensor:
-        return self.velocities.exact(latents, times, prompts)
-
     def _in_batches(
         self,
-        evaluate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Key]], torch.Tensor],
         latents: torch.Tensor,
         node: float,
         states: list[int],
+        approximate: Continuations | None = None,
     ) -> torch.Tensor:
-        """``evaluate`` over all P * S states of ``latents`` [P, S, ...], in micro-batches."""
+        """The velocities of all P * S states of ``latents`` [P, S, ...], in micro-batches."""
         flat = latents.flatten(0, 1)
         keys = [(prompt, state) for prompt in range(self.prompts) for state in states]
         prompt_of = torch.arange(self.prompts, device=flat.device).repeat_interleave(len(states))
@@ -288,7 +279,11 @@ class _Walk:
             velocities = torch.empty_like(flat)
             for first in range(0, len(flat), size):
                 part = slice(first, first + size)
-                velocities[part] = evaluate(flat[part], times[part], prompt_of[part], keys[part])
+                batch = flat[part], times[part], prompt_of[part]
+                if approximate is None:
+                    velocities[part] = self.velocities.exact(*batch)
+                else:
+                    velocities[part] = approximate(*batch, keys[part])
             return velocities
 
         return self.size.run(compute).view_as(latents)

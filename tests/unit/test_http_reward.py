@@ -193,12 +193,12 @@ EXPECTED = torch.tensor([float(len(prompt)) for prompt in PROMPTS[:5]])
 
 class TestMisbehavingServers:
     def test_transient_failures_are_retried(self, server: FakeServer) -> None:
-        failures = [Reply(status, "busy", SOON) for status in (408, 429, 500, 503)]
+        failures = [Reply(status, "busy", SOON) for status in (408, 409, 429, 500, 502, 503)]
         bad = [Reply(hang_up=True), *failures, Reply(wait=0.5)]
-        server.answer = lambda body, number: bad[number - 1] if number <= 6 else scores_of(body)
-        found = score(server, timeout_seconds=0.2, retries=7, concurrency=1)
+        server.answer = lambda body, number: bad[number - 1] if number <= 8 else scores_of(body)
+        found = score(server, timeout_seconds=0.2, retries=8, concurrency=1)
         assert torch.equal(found, EXPECTED)
-        assert len(server.requests) == 9
+        assert len(server.requests) == 8 + 3
 
     @pytest.mark.parametrize(
         ("reply", "message"),
@@ -266,20 +266,6 @@ class TestMisbehavingServers:
         assert sorted(len(body["images"]) for body in server.requests) == [1, 2, 2]
         assert torch.equal(score(server, batch_size=1), EXPECTED)
         assert {len(body["images"]) for body in server.requests[3:]} == {1}
-
-    def test_the_key_is_never_shown(
-        self,
-        server: FakeServer,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        caplog.set_level("DEBUG")
-        monkeypatch.setenv("REWARD_KEY", KEY)
-        server.answer = lambda body, number: Reply(400, f"with {KEY}: no")
-        with pytest.raises(UserError, match=r"with \*\*\*: no") as caught:
-            score(server, api_key_env="REWARD_KEY")
-        assert set(server.authorizations) == {f"Bearer {KEY}"}
-        assert KEY not in repr(caught.value) + repr(caught.value.__context__) + caplog.text
 
 
 class TestNamesOfRuns:

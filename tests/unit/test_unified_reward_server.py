@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_server import SOON, FakeServer, Reply, unused_url
+from fake_server import SOON, FakeServer, Reply
 from PIL import Image
 from torch import Tensor
 
@@ -125,27 +125,7 @@ class TestProtocol:
 
 
 class TestRetries:
-    def test_transient_failures(self, server: FakeServer) -> None:
-        statuses = [408, 409, 429, 500, 502, 503]
-        failures = [Reply(status, "busy", SOON) for status in statuses]
-        server.sequence(Reply(hang_up=True), *failures, good())
-        assert scores(load(server.url, retries=7))[0, 0] == 4
-        assert len(server.requests) == 8
-
-    def test_retries_end(self, server: FakeServer) -> None:
-        server.answer = lambda body, number: Reply(500, "out of memory", SOON)
-        with pytest.raises(UserError, match="after 4 attempts: HTTP 500: out of memory"):
-            scores(load(server.url))
-        assert len(server.requests) == 4
-
-    def test_a_time_out(self, server: FakeServer) -> None:
-        server.sequence(Reply(wait=0.5), good())
-        assert scores(load(server.url, timeout_seconds=0.2))[0, 0] == 4
-        server.answer = lambda body, number: Reply(wait=0.5)
-        with pytest.raises(
-            UserError, match=r"after 2 attempts: timed out after 0\.2 s; .*timeout_sec"
-        ):
-            scores(load(server.url, cache=False, timeout_seconds=0.2, retries=1))
+    """Those of failed requests are tested with the reward ``http``, by the same client."""
 
     @pytest.mark.parametrize("kind", ["application/json", "text/html"])
     def test_a_response_that_is_no_completion(self, server: FakeServer, kind: str) -> None:
@@ -231,16 +211,6 @@ class TestRefusals:
         server.pages.clear()
         with pytest.raises(UserError, match=r"not an OpenAI-compatible API; .*server's root"):
             scores(load(f"{server.url}/elsewhere"))
-
-    def test_nothing_listens(self) -> None:
-        url = unused_url()
-        with pytest.raises(UserError, match=rf"^{url}: .* after 3 attempts: connection failed"):
-            scores(load(url, retries=2))
-
-    def test_a_redirection_is_not_followed(self, server: FakeServer) -> None:
-        server.answer = lambda body, number: Reply(302, "", {"Location": "http://127.0.0.1:9/"})
-        with pytest.raises(UserError, match="HTTP 302"):
-            scores(load(server.url))
 
     def test_the_first_failure_ends_all(self, server: FakeServer) -> None:
         later = Reply(503, headers={"Retry-After": "100"})
