@@ -83,6 +83,19 @@ def test_txt_gives_back_the_texts_and_numbers_them(texts: list[str]) -> None:
     assert through_a_file("set.txt", lambda path: write_texts(path, texts)) == numbered
 
 
+def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a red cube \r\nein blauer Würfel\nline\u2028break\x0band\x85more\n".encode())
+    found = read_prompts(file)
+    assert [prompt.id for prompt in found] == ["000000", "000001", "000002"]
+    assert found[0].text == "a red cube"
+    assert found[1].text == "ein blauer Würfel"
+    assert found[2].text == "line\u2028break\x0band\x85more"
+    assert read_prompts(file, limit=2) == found[:2]
+    file.write_bytes(b"\xef\xbb\xbffirst\nlast")
+    assert [prompt.text for prompt in read_prompts(file)] == ["first", "last"]
+
+
 def test_txt_is_not_written_if_it_cannot_be_read_back(tmp_path: Path) -> None:
     for texts, message in (
         (["one", "two\nlines"], r"a prompt has a line break: 'two\\nlines'"),
@@ -140,14 +153,41 @@ def test_id_and_style_may_be_left_out(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x", "id": "a\\u0000b"}\n', r"not a valid file name"),
         ("a.jsonl", json.dumps({"prompt": "x", "id": "ü" * 101}), r"longer than 200 bytes"),
         ("a.txt", "x\n\ny\n", r"line 2: empty prompt"),
+        ("a.txt", "x\n\n", r"line 2: empty prompt"),
+        ("a.txt", "\n", r"line 1: empty prompt"),
+        ("a.txt", "", r"no prompts"),
+        ("a.md", "x", "unknown suffix .md; rename it to .txt .*, .csv, .tsv, .json, "),
+        ("prompts", "x", "no suffix; rename"),
+        ("a.json", "{}", "no prompts|no column"),
+        ("a.json", '"a cat"', "expected a list of rows"),
+        ("a.json", '[["a cat"]]', "entry 1: expected an object"),
+        ("a.json", '{"anime": ["a cat"]}', "entry 'anime': prompt must be a string"),
+        ("a.json", '{"prompt": "a cat", "id": "1"}', "'prompt' outside of a list"),
+        ("a.json", '{"prompts": ["a"], "text": ["b"]}', "'text' outside of a list"),
+        ("a.json", '{"q1": "a", "q1": "b"}', "duplicate key 'q1'"),
+        ("a.json", '["a",\n"b"', "line 2: not valid JSON"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
+        ("a.json", '["\\ud83d"]', "entry 1: the prompt is not valid Unicode"),
+        ("a.yaml", "q1: a\nq1: b\n", "duplicate key 'q1'"),
+        ("a.yaml", "- a\n- [b\n", "not valid YAML: .*line 2|not valid YAML: .*line 3"),
+        ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat' .*quotes"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: no 'prompt'; found 'text'"),
+        ("a.csv", "prompt,caption\na,b\n", "line 2: .*'prompt' and 'caption' differ"),
+        ("a.csv", "promt,id\na,b\n", "unknown column 'promt'; did you mean 'prompt'"),
     ],
 )
-def test_errors_name_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_errors_name_file_and_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = written(tmp_path, name, text)
     with pytest.raises(UserError, match=message) as error:
         read_prompts(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_missing_prompt_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such prompt file"):
+        read_prompts(tmp_path / "absent.txt")
+    with pytest.raises(UserError, match="a folder"):
+        read_prompts(tmp_path)
 
 
 CATS = [Prompt("000000", "a cat"), Prompt("000001", "yes: a, dog")]
@@ -251,35 +291,6 @@ def test_unusual_prompts_are_prompts(tmp_path: Path) -> None:
     assert [prompt.text for prompt in read_prompts(path)] == texts
     for text in texts[:3]:
         assert read_prompts(written(tmp_path, "b.txt", f"{text}\na dog\n"))[0].text == text
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.md", "x", "unknown suffix .md; rename it to .txt .*, .csv, .tsv, .json, "),
-        ("prompts", "x", "no suffix; rename"),
-        ("a.json", "{}", "no prompts|no column"),
-        ("a.json", '"a cat"', "expected a list of rows"),
-        ("a.json", '[["a cat"]]', "entry 1: expected an object"),
-        ("a.json", '{"anime": ["a cat"]}', "entry 'anime': prompt must be a string"),
-        ("a.json", '{"prompt": "a cat", "id": "1"}', "'prompt' outside of a list"),
-        ("a.json", '{"prompts": ["a"], "text": ["b"]}', "'text' outside of a list"),
-        ("a.json", '{"q1": "a", "q1": "b"}', "duplicate key 'q1'"),
-        ("a.json", '["a",\n"b"', "line 2: not valid JSON"),
-        ("a.json", "[" * 100_000, "not valid JSON"),
-        ("a.json", '["\\ud83d"]', "entry 1: the prompt is not valid Unicode"),
-        ("a.yaml", "q1: a\nq1: b\n", "duplicate key 'q1'"),
-        ("a.yaml", "- a\n- [b\n", "not valid YAML: .*line 2|not valid YAML: .*line 3"),
-        ("a.yaml", "- a cat: on a mat\n", "no column 'prompt'; found 'a cat' .*quotes"),
-        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2: no 'prompt'; found 'text'"),
-        ("a.csv", "prompt,caption\na,b\n", "line 2: .*'prompt' and 'caption' differ"),
-        ("a.csv", "promt,id\na,b\n", "unknown column 'promt'; did you mean 'prompt'"),
-    ],
-)
-def test_other_sets_are_refused_by_name(tmp_path: Path, name: str, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        read_prompts(written(tmp_path, name, text))
-    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
 # --- normalising and overlap ---------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
+from g2rpo.data.prompts import Prompt, prompts_of_iteration
 from g2rpo.errors import UserError
 from g2rpo.seeds import gaussian, generator, permutation
 
@@ -152,45 +151,3 @@ def test_too_few_prompts_are_refused() -> None:
         UserError, match=r"^training\.prompts_per_iteration|^rollout\.prompts_per_iteration"
     ):
         prompts_of_iteration(prompts(3), 4, 0, 0)
-
-
-# --- prompt files --------------------------------------------------------------------------------
-
-
-def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("a red cube \r\nein blauer Würfel\nline\u2028break\x0band\x85more\n".encode())
-    found = read_prompts(file)
-    assert [prompt.id for prompt in found] == ["000000", "000001", "000002"]
-    assert found[0].text == "a red cube"
-    assert found[1].text == "ein blauer Würfel"
-    assert found[2].text == "line\u2028break\x0band\x85more"
-    assert read_prompts(file, limit=2) == found[:2]
-    file.write_bytes(b"\xef\xbb\xbffirst\nlast")
-    assert [prompt.text for prompt in read_prompts(file)] == ["first", "last"]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "no prompts"),
-        (b"one\n\ntwo\n", "line 2"),
-        (b"one\n   \n", "line 2"),
-        (b"one\n\n", "line 2"),
-        (b"\n", "line 1"),
-        (b"caf\xe9\n", "not UTF-8"),
-    ],
-)
-def test_bad_prompt_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read_prompts(file)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_prompt_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such prompt file"):
-        read_prompts(tmp_path / "absent.txt")
-    with pytest.raises(UserError, match="a folder"):
-        read_prompts(tmp_path)

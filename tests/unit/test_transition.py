@@ -123,16 +123,6 @@ def test_cps_keeps_the_coefficients_of_the_flow(index: int, level: float) -> Non
     assert law.std == pytest.approx(after * math.sin(math.pi * level / 2), rel=1e-14)
 
 
-def test_cps_equals_its_predictions_written_out() -> None:
-    x, v = random(*SHAPE), random(*SHAPE, seed=1)
-    sigma, after, level = 0.9, 0.7, 0.8
-    std = after * math.sin(level * math.pi / 2)
-    image, noise = x - sigma * v, x + (1 - sigma) * v
-    expected = image * (1 - after) + noise * math.sqrt(after**2 - std**2)
-    found = one_step(x, v, CPSTransition(sigma, after, level))
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
-
-
 def test_cps_has_no_noise_in_the_last_step_and_ends_at_the_prediction() -> None:
     x, v = random(*SHAPE), random(*SHAPE, seed=1)
     law = CPSTransition(0.3, 0.0, 0.8)
