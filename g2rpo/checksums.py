@@ -126,8 +126,7 @@ def _sha256(path: Path, state: FileState | None) -> str:
 def check_exported(place: Path) -> None:
     """Compares weights with the checksums of their export or checkpoint, if there are any.
 
-    Args:
-        place: an exported folder, a run's checkpoint, or something inside one.
+    ``place``: an exported folder, a run's checkpoint, or something inside one.
 
     Raises:
         UserError: a file is missing or damaged.

@@ -243,7 +243,7 @@ def fill(
     again. After an interruption the same call continues, and leaves identical files.
 
     Args:
-        cache: the cache.
+        cache: where to write them.
         prompts: repeats are allowed.
         load: returns the encoder; called with the prompts to encode, if there are any.
         prompt_bytes: size of one prompt's tensors.

@@ -117,12 +117,9 @@ def _of_category(texts: Sequence[str], style: str) -> list[Entry]:
 
 
 def _table(path: Path, style: Callable[[Entry], str], keep: Sequence[str] = ()) -> list[Entry]:
-    """A table with one prompt per row.
+    """A table with one prompt per row, whose category is ``style(row)``.
 
-    Args:
-        path: the file.
-        style: the category of a row.
-        keep: columns that are kept as published, where a row has them.
+    The columns ``keep`` are kept as published, where a row has them.
     """
     table = read_table(path, (*PROMPT_COLUMNS, "category"))
     column = table.column(PROMPT_COLUMNS)

@@ -33,11 +33,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_source(source: str, revision: str | None) -> Path:
-    """The complete pipeline folder of ``source``.
-
-    Args:
-        source: a folder, or a hub id such as ``black-forest-labs/FLUX.1-dev``.
-        revision: the hub revision (branch, tag or commit); ignored for a folder.
+    """The complete pipeline folder of ``source``, a folder or a hub id at ``revision``.
 
     Raises:
         UserError: no such folder; the hub id is gated, unknown, or not cached while offline; the

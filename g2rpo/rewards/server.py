@@ -42,11 +42,7 @@ class ServerConfig(StrictModel):
 
 
 def read_key(variable: str | None, setting: str) -> str | None:
-    """The key in an environment variable; None without one.
-
-    Args:
-        variable: its name.
-        setting: where the name was given, for messages.
+    """The key in the environment variable that ``setting`` names; None without one.
 
     Raises:
         UserError: it is not set, or cannot be sent in a header.

@@ -134,11 +134,7 @@ def ranks(rewards: torch.Tensor, present: torch.Tensor | None = None) -> torch.T
 
 
 def member_means(rewards: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-    """Gives all samples of a member their mean reward.
-
-    Args:
-        rewards: [P, number of groups, G].
-        groups: the groups, in the order of ``rewards``.
+    """Gives all samples of a member their mean reward, [P, number of groups, G].
 
     Returns:
         The same if each sample is a member, else float64, in which the mean of equals is exact.
@@ -295,14 +291,9 @@ def transition_advantages(
     steps: Sequence[int],
     config: AdvantageConfig,
 ) -> TransitionAdvantages:
-    """The advantages of the transitions of ``steps``, from the rewards of all groups.
+    """The advantages of the transitions of the recorded ``steps``, from the rewards of all groups.
 
-    Args:
-        rewards: for each reward model, [P, number of groups, G].
-        weights: for each reward model, its weight.
-        groups: the groups, in the order of ``rewards``.
-        steps: the recorded steps.
-        config: normalisation, combination and reduction.
+    ``rewards``: for each reward model [P, number of groups, G], in the order of ``groups``.
     """
     if config.granularity_reduction in ("best_of", "reward_mean"):
         best = config.granularity_reduction == "best_of"
@@ -316,10 +307,7 @@ def transition_advantages(
 def image_advantages(
     rewards: Mapping[str, torch.Tensor], weights: Mapping[str, float], config: AdvantageConfig
 ) -> TransitionAdvantages:
-    """The advantages of the images of every group, each from its own group's rewards.
-
-    Args: as :func:`transition_advantages`.
-    """
+    """The advantages of the images of every group, each from its own group's rewards."""
     count = next(iter(rewards.values())).shape[1]
     apart = [Group((), place) for place in range(count)]
     return transition_advantages(rewards, weights, apart, range(count), config)

@@ -243,10 +243,7 @@ def rollout_advantages(
 ) -> TransitionAdvantages:
     """The advantages of what a rollout trains: its transitions, or the images of its groups.
 
-    Args:
-        rollout: the rollout, whose groups credit steps.
-        config: reward weights, normalisation and combination.
-        rewards: [P, groups, G] by name; the rollout's own by default.
+    ``rewards``: [P, groups, G] by name; the rollout's own by default.
     """
     if rewards is None:
         rewards = {name: rollout.group_rewards(name) for name in config.rewards}
@@ -264,13 +261,9 @@ def training_batch(
     config: TrainConfig,
     advantages: TransitionAdvantages | None = None,
 ) -> TrainingBatch:
-    """What is trained of a rollout, with its advantages.
+    """What is trained of a rollout of ``prompts``, with its advantages.
 
-    Args:
-        rollout: of ``prompts``.
-        prompts: P prompts.
-        config: chooses the trained steps and how advantages are combined.
-        advantages: :func:`rollout_advantages` by default.
+    ``advantages``: :func:`rollout_advantages` by default.
     """
     if advantages is None:
         advantages = rollout_advantages(rollout, config)
@@ -305,10 +298,10 @@ def collect_transitions(
     trained: Sequence[Sequence[Sequence[int]]],
     conditioning: Conditioning,
 ) -> TransitionBatch:
-    """Flattens the recorded steps and keeps the trained transitions.
+    """Flattens the recorded steps, of P prompts each, and keeps the trained transitions.
 
     Args:
-        recorded: the rollout's stochastic steps, with P prompts and N transitions each.
+        recorded: the rollout's stochastic steps.
         advantages: for each recorded step, [P, G].
         trained: for each prompt and sample, the trained steps.
         conditioning: of the P prompts.
@@ -360,12 +353,7 @@ def noised_images(
     """The images of every group of a rollout, noised to the times of the objective.
 
     Times and noise are keyed by prompt and sample, so they are the same for any number of ranks.
-
-    Args:
-        rollout: of ``prompts``.
-        prompts: P prompts.
-        config: its objective says which times.
-        advantages: for each of ``image_groups``, [P, G].
+    ``advantages``: for each of ``image_groups``, [P, G].
     """
     objective, iteration = config.objective, rollout.iteration
     assert isinstance(objective, ForwardObjective)

@@ -41,8 +41,7 @@ COUNTED = ("rollout_evaluations", "training_forwards", "training_backwards", "im
 def equal_cost(costs: Any) -> Any:
     """The cost in velocity evaluations, where costs are to be equal; a backward counts as two.
 
-    Args:
-        costs: has the three counts as numbers, or as columns of a table.
+    ``costs`` has the three counts as numbers, or as columns of a table.
     """
     return costs.rollout_evaluations + costs.training_forwards + 2 * costs.training_backwards
 
@@ -122,9 +121,7 @@ def saved_iterations(run: Path) -> list[int]:
 def problem(folder: Path, part: slice = slice(None)) -> str | None:
     """What is wrong with a checkpoint, in a few words that name the file; None if it is sound.
 
-    Args:
-        folder: the checkpoint.
-        part: which of its files to check, ordered by name, so that ranks can share the work.
+    ``part``: which of its files to check, ordered by name, so that ranks can share the work.
     """
     try:
         state = read_state(folder)
