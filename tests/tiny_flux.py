@@ -4,8 +4,10 @@ The last layers are scaled up, so that velocities and pixels have the spread of 
 and a comparison between two computations of them means something.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,6 +24,8 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from g2rpo.errors import UserError
 
 WIDTH = 32
 CLIP_LENGTH = 77
@@ -147,3 +151,12 @@ def autoencoder() -> AutoencoderKL:
     )
     vae.decoder.conv_out.weight *= 3
     return vae
+
+
+def refusal(action: Callable[[], object]) -> str:
+    """The one line of the UserError that ``action`` raises."""
+    with pytest.raises(UserError) as caught:
+        action()
+    line = str(caught.value)
+    assert line and "\n" not in line
+    return line

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_flux import refusal
 from torch import Tensor
 
-from g2rpo.errors import UserError
 from g2rpo.policy import CheckpointConfig, Policy, PolicyConfig, load_policy
 from g2rpo.policy.checkpoint import find_checkpoint
 
@@ -38,14 +38,6 @@ def load(policy: Policy, source: Path | str, **place: Any) -> None:
 
 def holds(policy: Policy, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(t, state[key]) for key, t in policy.transformer.state_dict().items())
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        action()
-    line = str(caught.value)
-    assert line and "\n" not in line
-    return line
 
 
 def in_shards(state: dict[str, Tensor], folder: Path, *, index: bool = True) -> Path:

@@ -1,15 +1,14 @@
 """Adapters: they begin as nothing, are a file that FluxPipeline loads, and can be switched off."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
+from tiny_flux import refusal
 from torch import Tensor
 
-from g2rpo.errors import UserError
 from g2rpo.policy import LoraConfig, Policy, PolicyConfig, load_policy
 from g2rpo.policy.checkpoint import LORA_FILE
 from g2rpo.policy.lora import lora_parameters
@@ -39,13 +38,6 @@ def move(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(2)
     for parameter in lora_parameters(policy.transformer).values():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        action()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_new_adapters_change_nothing_and_are_all_that_is_trained(flux_folder: Path) -> None:

@@ -3,16 +3,16 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tiny_flux import refusal
 
 from g2rpo.config import validate
-from g2rpo.errors import UserError
 from g2rpo.policy import Conditioning, Policy, PolicyConfig, export_pipeline, load_policy
 from g2rpo.policy.conditioning import row_of
 
@@ -33,15 +33,6 @@ def policy(flux_folder: Path) -> Policy:
 def load(source: Path | str, device: str = "cpu", **changes: object) -> Policy:
     values = {"source": str(source), "resolution": 32, "max_sequence_length": 32} | changes
     return load_policy(validate(PolicyConfig, values, "policy"), device)
-
-
-def refusal(action: Callable[[], object]) -> str:
-    """The one line of the UserError that ``action`` raises."""
-    with pytest.raises(UserError) as caught:
-        action()
-    line = str(caught.value)
-    assert line and "\n" not in line
-    return line
 
 
 # Mistakes
