@@ -1,4 +1,4 @@
-"""The batch scripts of every kind of stage and site, verbatim.
+"""The batch scripts of every kind of stage and site, verbatim; together they show every setting.
 
 After an intended change, run this file with ``G2RPO_REWRITE_SCRIPTS=1`` set to update
 ``tests/unit/sbatch/``, and review the difference before committing it.
@@ -49,22 +49,20 @@ ACTIVE = Stage("active", "train", "submitted before", resources=Needs(16, 16))
 IMAGE: dict[str, Any] = {"image": "/images/g2rpo.sif", "mounts": ["/weights", "/data:/inside"]}
 
 CASES: dict[str, tuple[list[Stage], dict[str, Any]]] = {
-    "one-gpu": (ONE_GPU, {"partition": "gpu"}),
-    "training": (TRAINING, {"partition": "gpu", "account": "project", "qos": "normal",
-                            "constraint": "a100-80g", "memory_gb_per_task": 120}),
-    "array": (SHARES, {"array_parallelism": 4}),
+    "training": (TRAINING, {
+        "partition": "gpu", "account": "project", "qos": "normal", "constraint": "a100-80g",
+        "memory_gb_per_task": 120, "gpu_flag": "gres", "gpu_type": "a100", "exclusive": True,
+        "max_restarts": 3, "signal_lead_seconds": 600, "minutes": {"train": 240},
+        "mail": {"user": "me@example.org", "events": ["FAIL", "TIME_LIMIT"]},
+        "extra": {"reservation": "a course", "nice": 100, "reboot": True},
+    }),
+    "array": (SHARES, {"array_parallelism": 4, "gpu_type": "h100"}),
     "cpu": (CPU, {"partition": "gpu", "cpu_partition": "cpu", "constraint": "a100-80g",
                   "exclusive": True, "memory_gb_per_task": 4}),
-    "gres": (TRAINING, {"gpu_flag": "gres", "gpu_type": "a100"}),
-    "gpu-type": (ONE_GPU, {"gpu_type": "h100"}),
-    "mail": (ONE_GPU, {"mail": {"user": "me@example.org", "events": ["FAIL", "TIME_LIMIT"]}}),
-    "extra": (ONE_GPU, {"extra": {"reservation": "a course", "nice": 100, "reboot": True}}),
-    "exclusive": (TRAINING, {"exclusive": True, "max_restarts": 3, "signal_lead_seconds": 600,
-                             "minutes": {"train": 240}}),
-    "setup": (ONE_GPU, {"setup": ["module purge", "module load cuda"],
-                        "environment": {"HF_HOME": "/shared/hub of all", "MASTER_PORT": "29501"}}),
     "apptainer": (ONE_GPU, {"container": {"kind": "apptainer", "arguments": ["--no-home"], **IMAGE},
-                            "setup": ["module load apptainer"]}),
+                            "setup": ["module purge", "module load apptainer"],
+                            "environment": {"HF_HOME": "/shared/hub of all",
+                                            "MASTER_PORT": "29501"}}),
     "pyxis": (TRAINING, {"container": {"kind": "pyxis", "arguments": ["--container-writable"],
                                        **IMAGE, "image": "registry.example.org#g2rpo:1"}}),
     "podman": (ONE_GPU, {"container": {"kind": "podman", "arguments": ["--device", "all GPUs"],

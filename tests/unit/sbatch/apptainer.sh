@@ -22,6 +22,9 @@ marker=/RESULTS/submissions/table1-flux/jobs/"$job".requeue
 rm -f "$marker"
 export PYTHONUNBUFFERED=1
 export PYTHONPATH=REPOSITORY
+export HF_HOME='/shared/hub of all'
+export MASTER_PORT=29501
+module purge
 module load apptainer
 
 # command

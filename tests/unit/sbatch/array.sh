@@ -4,7 +4,7 @@
 # Parameters
 #SBATCH --comment=g2rpo/table1-flux/1/train/a
 #SBATCH --cpus-per-task=8
-#SBATCH --gpus-per-node=8
+#SBATCH --gpus-per-node=h100:8
 #SBATCH --job-name=g2rpo-train
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --nodes=2
@@ -65,7 +65,7 @@ exit "$code"
 # Parameters
 #SBATCH --comment=g2rpo/table1-flux/2/embed/a
 #SBATCH --cpus-per-task=8
-#SBATCH --gpus-per-node=1
+#SBATCH --gpus-per-node=h100:1
 #SBATCH --job-name=g2rpo-embed
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --nodes=1
@@ -128,7 +128,7 @@ exit "$code"
 #SBATCH --comment='g2rpo/table1-flux/3/sample/a/{0,1,2,3,4,5,6,7}'
 #SBATCH --cpus-per-task=8
 #SBATCH --dependency='afterok:<train/a>:4711,afterany:<embed/a>'
-#SBATCH --gpus-per-node=1
+#SBATCH --gpus-per-node=h100:1
 #SBATCH --job-name=g2rpo-sample
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --nodes=1

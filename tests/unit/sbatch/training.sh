@@ -6,19 +6,25 @@
 #SBATCH --comment=g2rpo/table1-flux/1/train/a
 #SBATCH --constraint=a100-80g
 #SBATCH --cpus-per-task=8
-#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --gres=gpu:a100:8
 #SBATCH --job-name=g2rpo-train
 #SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mail-type=FAIL,TIME_LIMIT
+#SBATCH --mail-user=me@example.org
 #SBATCH --mem=960GB
+#SBATCH --nice=100
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
 #SBATCH --output=/RESULTS/submissions/table1-flux/jobs/%j_0_log.out
 #SBATCH --partition=gpu
 #SBATCH --qos=normal
+#SBATCH --reboot
 #SBATCH --requeue
-#SBATCH --signal=USR2@300
-#SBATCH --time=1440
+#SBATCH --reservation='a course'
+#SBATCH --signal=USR2@600
+#SBATCH --time=240
 
 # setup
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -54,7 +60,7 @@ if [ "$code" = 143 ]; then
   [[ "$details" = *PreemptTime=[0-9]* ]] && again=yes
 fi
 rm -f "$marker"
-[ "${SLURM_RESTART_COUNT:-0}" -ge 100 ] && again=
+[ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] && again=
 for _ in 1 2 3 4 5; do
   [ -n "$again" ] || break
   state=$(answer squeue --noheader --jobs="$job" --format=%T | tail -n 1)
