@@ -85,21 +85,16 @@ class Batch:
         words = [str(self.jobs.parent), *(stage.name for stage in self.stages)]
         return f"{python} -u -m slurm.job {shlex.join(words)}"
 
-    @property
-    def script(self) -> str:
-        """The batch script.
+    def script(self, command: str | None = None) -> str:
+        """The batch script, or one with another ``command`` on the same resources.
 
         Raises:
             UserError: submitit rejects the profile, or ranks do not fill its nodes.
         """
-        return self.script_of(self.command)
-
-    def script_of(self, command: str) -> str:
-        """The batch script with another command, on the same resources; see :attr:`script`."""
-        return self._executor().text(command)
+        return self._executor().text(command or self.command)
 
     def submit(self) -> str:
-        """Submits the stages; returns the id of the job or array. Raises as :attr:`script`."""
+        """Submits the stages; returns the id of the job or array. Raises as :meth:`script`."""
         return self._executor().submit_command(self.command)
 
     def _executor(self) -> Executor:

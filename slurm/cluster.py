@@ -20,7 +20,6 @@ from pydantic import (
 
 from g2rpo.config import StrictModel, load_yaml, nearest, validate
 from g2rpo.errors import UserError
-from slurm.flags import refusal
 from slurm.graph import Needs
 from slurm.times import minutes_of
 
@@ -48,6 +47,35 @@ Text = Annotated[OneLine, AfterValidator(_not_blank)]
 TimeLimit = Annotated[int, BeforeValidator(minutes_of), Field(ge=1, le=365 * 24 * 60)]
 """Whole minutes, or a time in sbatch's formats."""
 BUILT_IN = ("auto", "slurm", "local")
+
+_NODES = "every single-node job would take all of them; use exclude, constraint or reservation"
+_INSTEAD = {
+    "the launcher sets it for each job; remove it": "array comment dependency error input job-name "
+    "kill-on-invalid-dep open-mode output",
+    "it changes how sbatch answers; remove it": "clusters help parsable quiet test-only usage "
+    "version wait",
+    "jobs run the launcher's own script in its own folder": "chdir wrap",
+    "set gpus_per_node and tasks_per_node; the number of ranks is in a profile's hardware": "nodes "
+    "ntasks ntasks-per-node",
+    "set gpus_per_node, gpu_flag and gpu_type": "gpus gpus-per-node gpus-per-socket gpus-per-task "
+    "ntasks-per-gpu tres-per-task",
+    "set memory_gb_per_task": "mem mem-per-gpu",
+    "set cpus_per_task": "cpus-per-gpu cpus-per-task",
+    "jobs are requeued until done; set max_restarts to limit that": "requeue no-requeue",
+    "set mail": "mail-type mail-user",
+    "set environment; jobs inherit the submitter's as well": "export export-file",
+    "set minutes": "time",
+    "set signal_lead_seconds": "signal",
+    "set partition and cpu_partition": "partition",
+    "set account": "account",
+    "set qos": "qos",
+    "set constraint": "constraint",
+    "set exclusive: true": "exclusive",
+    "set container": "container",
+    _NODES: "nodefile",
+}
+REFUSED = {flag: instead for instead, flags in _INSTEAD.items() for flag in flags.split()}
+"""sbatch flags that ``extra`` may not set, by long name: what to do instead."""
 
 
 class Mail(StrictModel):
@@ -142,15 +170,20 @@ class Cluster(StrictModel):
 
     @model_validator(mode="after")
     def _extra_does_not_override_the_launcher(self) -> Self:
-        names = {name.replace("_", "-") for name in self.extra}
-        if len(names) < len(self.extra):
+        if len({name.replace("_", "-") for name in self.extra}) < len(self.extra):
             raise ValueError("extra: the same flag with dashes and with underscores")
         for name, value in self.extra.items():
             if not re.fullmatch("[a-z][a-z0-9_-]+", name):
                 raise ValueError(
                     f"extra: {name!r}: use the flag's long name, without leading dashes"
                 )
-            problem = refusal(name.replace("_", "-"), value)
+            flag = name.replace("_", "-")
+            # Whether the flag exists and its value is valid is for sbatch to say.
+            problem = REFUSED.get(flag)
+            if problem is None and (value is False or value == ""):
+                problem = "remove it, or give it a value"
+            if flag == "nodelist" and re.search(r"[,\[/]", str(value)):
+                problem = _NODES
             if problem is not None:
                 raise ValueError(f"extra: {name} is not allowed: {problem}")
         gres = str(self.extra.get("gres", ""))

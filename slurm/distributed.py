@@ -22,12 +22,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process and the number of ranks of its stage.
-
-    Attributes:
-        rank: from 0.
-        count: number of ranks.
-    """
+    """The rank of this process, from 0, and the number of ranks of its stage."""
 
     rank: int = 0
     count: int = 1
@@ -105,12 +100,7 @@ def _export() -> None:
 
 
 def check_master(address: str, port: int, *, first: bool) -> None:
-    """Checks that the first rank's address resolves and its port can be opened.
-
-    Args:
-        address: the host of the first rank.
-        port: the port the first rank listens on.
-        first: whether this is the first rank.
+    """Checks that the first rank's address resolves and, on the first rank, that its port opens.
 
     Raises:
         UserError: names the address and the fix.

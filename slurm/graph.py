@@ -13,13 +13,11 @@ class Needs:
     Attributes:
         ranks: processes, one per GPU if it has GPUs.
         gpus: GPUs in total; 0 for a stage that runs on the CPU.
-        minutes: expected upper bound on the running time; None if unknown.
         memory_gb: main memory in total, in GB; None leaves it to the cluster profile.
     """
 
     ranks: int = 1
     gpus: int = 0
-    minutes: int | None = None
     memory_gb: int | None = None
 
 

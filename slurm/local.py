@@ -102,14 +102,7 @@ class _Process:
 
 
 class LocalRun:
-    """Runs the stages of a graph; a failed stage cancels only the stages that need it.
-
-    Args:
-        submission: a saved submission.
-        todo: the stages to run.
-        slots: the devices of this machine.
-        observer: receives the events.
-    """
+    """Runs stages of a saved submission; a failed one cancels only the stages that need it."""
 
     def __init__(
         self, submission: Submission, todo: Graph, slots: Slots, observer: Observer

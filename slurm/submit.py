@@ -56,11 +56,6 @@ def scripts(
 
     Jobs that do not exist yet are stage names in angle brackets.
 
-    Args:
-        submission: the submission, saved or not.
-        todo: the stages to submit.
-        active: the jobs of pending and running stages, by stage.
-
     Returns:
         the names of the stages of each script, by array index, and its text.
     """
@@ -69,7 +64,7 @@ def scripts(
     for number, stages in enumerate(batches(todo), start=1):
         batch = _batch(submission, stages, str(number), job_of)
         names = tuple(stage.name for stage in stages)
-        made.append((names, batch.script))
+        made.append((names, batch.script()))
         job_of |= dict.fromkeys(names, f"<{_shown(stages)}>")
     return made
 

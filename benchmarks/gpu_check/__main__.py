@@ -28,19 +28,12 @@ OUTPUT = {"cuda": Path("results/gpu"), "cpu": Path("build/gpu-check")}
 
 @dataclass
 class Outcome:
-    """What became of a check.
-
-    Attributes:
-        name: of the check.
-        problem: one line; empty if it passed.
-        seconds: it took, out of ``limit``.
-        limit: in seconds.
-        measured: by name; incomplete if it failed.
-    """
+    """What became of a check: how many seconds it took, out of ``limit``, and what it measured."""
 
     name: str
     limit: float
     problem: str = ""
+    """One line; empty if it passed."""
     seconds: float = 0.0
     measured: Measured = field(default_factory=dict)
 

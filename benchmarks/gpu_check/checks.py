@@ -1,4 +1,4 @@
-"""The checks themselves. Each returns what it measured, and raises :class:`CheckFailedError`."""
+"""The checks themselves. Each fills in what it measures, and raises :class:`CheckFailedError`."""
 
 import gc
 import itertools
@@ -51,10 +51,6 @@ Measured = dict[str, float | int | bool | str]
 class CheckFailedError(Exception):
     """What was measured is not what it should be."""
 
-    def __init__(self, problem: str, measured: Measured) -> None:
-        super().__init__(problem)
-        self.measured = measured
-
 
 @dataclass(frozen=True)
 class Place:
@@ -88,27 +84,23 @@ class Place:
         return load_policy(self.size.config(self.models).policy, self.device)
 
 
-def require(holds: bool, problem: str, measured: Measured) -> Measured:
-    """Returns ``measured``.
-
-    Raises:
-        CheckFailedError: with ``problem``, unless ``holds``.
-    """
+def require(holds: bool, problem: str) -> None:
+    """Raises :class:`CheckFailedError` with ``problem``, unless ``holds``."""
     if not holds:
-        raise CheckFailedError(problem, measured)
-    return measured
+        raise CheckFailedError(problem)
 
 
-def write_models(place: Place) -> Measured:
+def write_models(place: Place, found: Measured) -> None:
     """Random weights of FLUX's shape, as deep as they can be trained in full, and a ViT-H."""
     if place.device == "cuda":
         memory = torch.cuda.mem_get_info()[1]
         random_flux(place.folder, deepest_flux(memory, MOST_DOUBLE_BLOCKS))
     config = read_json(place.models.policy / "transformer" / "config.json")
-    return {"double blocks": config["num_layers"], "single blocks": config["num_single_layers"]}
+    found["double blocks"] = config["num_layers"]
+    found["single blocks"] = config["num_single_layers"]
 
 
-def autocast_backward(place: Place) -> Measured:
+def autocast_backward(place: Place, found: Measured) -> None:
     """A small model's gradient in bfloat16 and under autocast points where float32's does."""
     config = PolicyConfig(source=str(MINI / "policy"), resolution=32, max_sequence_length=20)
     states = gaussian((64, 16, 64), 1, "gpu check").to(place.device)
@@ -129,7 +121,6 @@ def autocast_backward(place: Place) -> Measured:
         return torch.cat([each.float().flatten() for each in gradients])
 
     exact = gradient("float32")
-    found: Measured = {}
     for name, other in (
         ("autocast", gradient("float32", autocast=True)),
         ("bfloat16", gradient("bfloat16")),
@@ -137,12 +128,12 @@ def autocast_backward(place: Place) -> Measured:
         cosine = torch.nn.functional.cosine_similarity(exact, other, dim=0)
         found[f"cosine, {name}"] = float(cosine)
     good = all(float(value) >= GRADIENT_COSINE for value in found.values())
-    return require(good, f"a gradient's cosine with float32's is below {GRADIENT_COSINE}", found)
+    require(good, f"a gradient's cosine with float32's is below {GRADIENT_COSINE}")
 
 
-def decoding(place: Place) -> Measured:
+def decoding(place: Place, found: Measured) -> None:
     """Seconds and memory of the decoder."""
-    policy, found = place.policy(), Measured()
+    policy = place.policy()
     watch = Stopwatch(policy.device)
     for images in (1, 4):
         noise = gaussian((images, policy.image_tokens, 64), 2, "gpu check")
@@ -152,13 +143,11 @@ def decoding(place: Place) -> Measured:
         with watch.phase(str(images)):
             pixels = policy.decode(latents)
         found[f"ms per image, {images} at once"] = 1000 * watch.seconds[str(images)] / images
-        found |= _peak(place, f"peak GiB, {images} at once")
-        if float(pixels.float().std()) == 0:
-            raise CheckFailedError("the images are constant", found)
-    return found
+        _peak(place, found, f"peak GiB, {images} at once")
+        require(float(pixels.float().std()) > 0, "the images are constant")
 
 
-def reward(place: Place) -> Measured:
+def reward(place: Place, found: Measured) -> None:
     """HPS scores as hpsv2's own model does."""
     models = place.models
     ours = HPS.load(RewardConfig(model="hps", source=str(models.reward)), place.device)
@@ -184,15 +173,12 @@ def reward(place: Place) -> Measured:
     watch = Stopwatch(torch.device(place.device))
     with watch.phase("score"):
         scores = ours.score(images, prompts)
-    found: Measured = {
-        "largest difference": float((scores - expected).abs().max()),
-        "ms per image": 1000 * watch.seconds["score"] / len(images),
-        "standard deviation of scores": float(scores.std()),
-    }
-    if not float(scores.std()) > REWARD_TOLERANCE:
-        raise CheckFailedError("the scores hardly differ between images", found)
-    agrees = float(found["largest difference"]) <= REWARD_TOLERANCE
-    return require(agrees, f"scores differ by more than {REWARD_TOLERANCE:g}", found)
+    difference, spread = float((scores - expected).abs().max()), float(scores.std())
+    found["largest difference"] = difference
+    found["ms per image"] = 1000 * watch.seconds["score"] / len(images)
+    found["standard deviation of scores"] = spread
+    require(spread > REWARD_TOLERANCE, "the scores hardly differ between images")
+    require(difference <= REWARD_TOLERANCE, f"scores differ by more than {REWARD_TOLERANCE:g}")
 
 
 def _architecture(folder: Path) -> dict[str, Any]:
@@ -230,7 +216,7 @@ def _interrupted(kind: type[Trainer], config: TrainConfig, run: Path) -> None:
         os._exit(0)
 
 
-def resume(place: Place) -> Measured:
+def resume(place: Place, found: Measured) -> None:
     """Killed, or stopped to be requeued, and resumed: the weights of an uninterrupted run."""
     short = {"steps": 4, "group_size": 4, "granularities": (1,)}
     config = replace(SIZES["mini"], **short).config(  # type: ignore[arg-type]
@@ -250,16 +236,15 @@ def resume(place: Place) -> Measured:
     base = _weights(Trainer(config, place.folder / "resume" / "base"))
     plain = _trained(config, place.folder / "resume" / "plain")
     others = {"another uninterrupted run": place.folder / "resume" / "again"} | runs
-    found: Measured = {}
     for name, run in others.items():
         weights = _trained(config, run)
         found[f"distance, {name}"] = float((weights - plain).norm() / (plain - base).norm())
         found[f"bit-identical, {name}"] = torch.equal(weights, plain)
     if place.device == "cpu":
         same = all(found[f"bit-identical, {name}"] for name in runs)
-        return require(same, "a resumed run has other weights", found)
+        require(same, "a resumed run has other weights")
     near = all(float(found[f"distance, {name}"]) <= RESUME_TOLERANCE for name in runs)
-    return require(near, f"a resumed run is further than {RESUME_TOLERANCE} away", found)
+    require(near, f"a resumed run is further than {RESUME_TOLERANCE} away")
 
 
 def _trained(config: TrainConfig, run: Path) -> Tensor:
@@ -272,9 +257,8 @@ def _weights(trainer: Trainer) -> Tensor:
     return torch.cat([p.detach().double().cpu().flatten() for p in trainer.weights.parameters])
 
 
-def lora_iteration(place: Place) -> Measured:
+def lora_iteration(place: Place, found: Measured) -> None:
     """One iteration as in profile flux-lora: seconds, ratio, and memory against the plan."""
-    found: Measured = {}
     for checkpointing in (False, True):
         name = "with gradient checkpointing" if checkpointing else "without"
         execution = {
@@ -291,29 +275,29 @@ def lora_iteration(place: Place) -> Measured:
         found[f"seconds, {name}"] = time.monotonic() - started
         found[f"ratio deviation, {name}"] = row["ratio_deviation"]
         plan = sum(gpu_bytes(config, read_size(place.models.policy), 1).values())
-        found |= _peak(place, f"peak GiB, {name}") | {f"planned GiB, {name}": plan / GIB}
+        peak = _peak(place, found, f"peak GiB, {name}")
+        found[f"planned GiB, {name}"] = plan / GIB
         del trainer
-        if place.device == "cuda" and torch.cuda.max_memory_allocated() > plan:
-            raise CheckFailedError(f"it takes more memory than planned, {name}", found)
-    return found
+        require(peak <= plan, f"it takes more memory than planned, {name}")
 
 
-def ratio(place: Place) -> Measured:
+def ratio(place: Place, found: Measured) -> None:
     """The ratio before an update in bfloat16: full and adapters, eager and compiled."""
     policy = place.size.policy | {"dtype": "bfloat16"}
     size = replace(place.size, steps=4, group_size=2, granularities=(1, 2), policy=policy, rank=16)
     compiled = (False, True) if place.device == "cuda" else (False,)  # minutes on a CPU
-    found = numerics.deviations(size, place.models, place.folder / "ratio", compiled)
-    good = max(found.values()) <= numerics.TOLERANCE
-    return require(good, f"further from 1 than {numerics.TOLERANCE:g}", dict(found))
+    deviations = numerics.deviations(size, place.models, place.folder / "ratio", compiled)
+    found |= deviations
+    good = max(deviations.values()) <= numerics.TOLERANCE
+    require(good, f"further from 1 than {numerics.TOLERANCE:g}")
 
 
-def speed(place: Place) -> Measured:
+def speed(place: Place, found: Measured) -> None:
     """One iteration, the released way and ours, exact and with fp8 where there are kernels."""
     models = place.models
     size = replace(place.size, prepare=lambda _: models)
     result = iteration.measure(size, torch.device(place.device), 1)
-    found: Measured = {"TFLOP/s of a matrix product": result["ceiling_tflops"]}
+    found["TFLOP/s of a matrix product"] = result["ceiling_tflops"]
     for execution in result["executions"]:
         name = execution["name"]
         found[f"seconds, {name}"] = execution["whole"]
@@ -321,9 +305,7 @@ def speed(place: Place) -> Measured:
             1000 * execution["seconds"]["rollout"] / execution["evaluations"]
         )
         rewards = [r for r in itertools.chain(*execution["rewards"]) if r is not None]
-        if not all(map(math.isfinite, rewards)):
-            raise CheckFailedError(f"{name} has rewards that are not finite", found)
-    return found
+        require(all(map(math.isfinite, rewards)), f"{name} has rewards that are not finite")
 
 
 def _reset_peak(place: Place) -> None:
@@ -333,8 +315,12 @@ def _reset_peak(place: Place) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak(place: Place, name: str) -> Measured:
-    return {name: torch.cuda.max_memory_allocated() / GIB} if place.device == "cuda" else {}
+def _peak(place: Place, found: Measured, name: str) -> int:
+    """Peak memory in bytes since :func:`_reset_peak`, noted as ``name``; 0 on a CPU."""
+    peak = int(torch.cuda.max_memory_allocated()) if place.device == "cuda" else 0
+    if peak:
+        found[name] = peak / GIB
+    return peak
 
 
 @dataclass(frozen=True)
@@ -342,7 +328,7 @@ class Check:
     """A check, and its share of the time relative to the others'."""
 
     name: str
-    run: Callable[[Place], Measured]
+    run: Callable[[Place, Measured], None]
     share: float
 
 
@@ -367,9 +353,9 @@ def run_check(check: Check, place: Place, output: Path) -> None:
         torch.set_num_threads(1)  # fastest for such small models
     problem, measured = "", Measured()
     try:
-        measured = check.run(place)
+        check.run(place, measured)
     except CheckFailedError as failure:
-        problem, measured = str(failure), failure.measured
+        problem = str(failure)
     except Exception as error:  # whatever it is, the others run
         problem = f"{type(error).__name__}: {reason(error)}"
     # JSON has no NaN.

@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 
@@ -35,17 +36,14 @@ from benchmarks.mini_world import (
     autoencoder,
     base_policy,
     reward_training,
-    small_flux,
-    small_sd3,
-    truth,
+    small_policies,
     world,
 )
 from benchmarks.mini_world.attribute_training import AttributeSettings
 from benchmarks.mini_world.autoencoder import AutoencoderSettings
 from benchmarks.mini_world.base_policy import AttributeCheck, Policy, PolicySettings
 from benchmarks.mini_world.reward_training import PictureSettings, RewardSettings
-from benchmarks.mini_world.small_flux import FluxSettings
-from benchmarks.mini_world.small_sd3 import SD3Settings
+from benchmarks.mini_world.small_policies import FluxSettings, SD3Settings
 from g2rpo.config import StrictModel, content_hash
 from g2rpo.errors import UserError
 from g2rpo.files import (
@@ -58,6 +56,9 @@ from g2rpo.files import (
 )
 from g2rpo.progress import ProgressReport, without_library_bars
 from g2rpo.rewards.attributes import AttributeReader
+from g2rpo.rewards.base import RewardConfig
+from g2rpo.rewards.registry import load_reward
+from g2rpo.seeds import generator
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def build_attributes(settings: MiniWorldSettings, assets: Path) -> dict[str, Any
 def build_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
     """Trains the FLUX base policy and measures it on held-out captions."""
     with tempfile.TemporaryDirectory(dir=assets) as temporary:
-        build = partial(small_flux.build, settings.policy)
+        build = partial(small_policies.build_flux, settings.policy)
         report = _train_policy(build, settings.policy, settings.seed, assets, Path(temporary))
         # The autoencoder's folder stays: other parts may be reading it now.
         for output in POLICY_OUTPUTS:
@@ -152,7 +153,7 @@ def build_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
 def build_sd3_policy(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
     """Trains the SD3 base policy and measures it on held-out captions."""
     with atomic_folder(assets / "sd3_policy") as folder:
-        build = partial(small_sd3.build, settings.sd3_policy)
+        build = partial(small_policies.build_sd3, settings.sd3_policy)
         report = _train_policy(build, settings.sd3_policy, settings.seed, assets, folder)
         # The same bytes as the first policy's, whose configuration names no folder.
         shutil.copytree(assets / "policy" / "vae", folder / "vae", dirs_exist_ok=True)
@@ -191,9 +192,39 @@ def build_reward(role: str, settings: MiniWorldSettings, assets: Path) -> dict[s
 
 
 def build_truth(settings: MiniWorldSettings, assets: Path) -> dict[str, Any]:
-    """Scores the rendered truth of the held-out captions."""
-    rewards = (*reward_training.MODELS, "attributes")
-    return truth.write_truth(assets, settings.seed, rewards, assets / "truth.json")
+    """Scores a decoded picture of each validation and test caption with every reward model.
+
+    They are the scores of a policy that draws every caption without error. Writes for each split
+    the hash of its captions and, for each reward, the hash of its weights, its score of each
+    caption and their mean. Returns the means.
+    """
+    vae = autoencoder.load(assets)
+    models = {
+        name: load_reward(
+            RewardConfig(model=name, source=str(assets / "rewards" / name), batch_size=128), "cpu"
+        )
+        for name in (*reward_training.MODELS, "attributes")
+    }
+    truth: dict[str, Any] = {}
+    for split in ("validation", "test"):
+        captions = captions_of(assets, split)
+        rng = generator(settings.seed, f"truth-{split}")
+        pictures = np.stack([world.render(world.scene_of(text), rng) for text in captions])
+        latents = autoencoder.encode(vae, torch.from_numpy(pictures), sample=False)
+        decoded = autoencoder.decode(vae, latents)
+        truth[split] = {"captions": sha256_file(assets / "prompts" / f"{split}.txt"), "rewards": {}}
+        for name, model in models.items():
+            scores = model.score(decoded, captions).double()
+            truth[split]["rewards"][name] = {
+                "weights": model.weights_hash,
+                "mean": round(scores.mean().item(), 6),
+                "scores": [round(score, 6) for score in scores.tolist()],
+            }
+    write_json(assets / "truth.json", truth)
+    return {
+        split: {name: scored["mean"] for name, scored in entry["rewards"].items()}
+        for split, entry in truth.items()
+    }
 
 
 POLICY_OUTPUTS = tuple(

@@ -12,15 +12,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from benchmarks.mini_world import (
-    attribute_training,
-    autoencoder,
-    base_policy,
-    small_flux,
-    small_sd3,
-    world,
-)
+from benchmarks.mini_world import attribute_training, autoencoder, base_policy, world
 from benchmarks.mini_world.reward_training import MODELS
+from benchmarks.mini_world.small_policies import FluxSettings, SD3Settings, build_flux, build_sd3
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tokenizers import words
 from g2rpo.files import atomic_folder, atomic_write_text
@@ -54,10 +48,10 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
         atomic_folder(folder) as temporary,
     ):
         torch.manual_seed(seed)
-        settings = small_flux.FluxSettings(
+        settings = FluxSettings(
             double_blocks=1, single_blocks=1, heads=2, head_width=16, text_width=32
         )
-        _save_policy(small_flux.build(settings, temporary / "policy"), temporary / "policy")
+        _save_policy(build_flux(settings, temporary / "policy"), temporary / "policy")
         for name, build in MODELS.items():
             reward = build(words())
             liven(reward)
@@ -67,10 +61,8 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
             captions = world.make_captions(seed, split, number)
             text = "".join(caption + "\n" for caption in captions)
             atomic_write_text(temporary / "prompts" / f"{split}.txt", text)
-        sd3 = small_sd3.SD3Settings(
-            blocks=2, dual_attention_blocks=1, heads=2, head_width=16, clip_width=16
-        )
-        _save_policy(small_sd3.build(sd3, temporary / "sd3_policy"), temporary / "sd3_policy")
+        sd3 = SD3Settings(blocks=2, dual_attention_blocks=1, heads=2, head_width=16, clip_width=16)
+        _save_policy(build_sd3(sd3, temporary / "sd3_policy"), temporary / "sd3_policy")
         atomic_write_text(temporary / "BUILT", mark)
     return folder
 

@@ -9,7 +9,7 @@ import open_clip
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-from benchmarks.mini_world.small_flux import FluxPolicy, text_encoders
+from benchmarks.mini_world.small_policies import FluxPolicy, text_encoders
 from benchmarks.mini_world.small_rewards import liven
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer

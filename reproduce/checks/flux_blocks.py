@@ -8,7 +8,6 @@ unusable CUDA context.
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +23,37 @@ LIMIT = 300
 """Time limit for all GPUs, in seconds."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the two blocks and their input; defaults are FLUX.1-dev's at 720x720."""
-
-    heads: int = 24
-    head_width: int = 128
-    text_width: int = 4096
-    pooled_width: int = 768
-    image_side: int = 45
-    """Rows, and columns, of packed image tokens."""
-    text_tokens: int = 512
-
-
-def _blocks(shape: Shape) -> Any:
-    return FluxTransformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=shape.heads,
-        attention_head_dim=shape.head_width,
-        joint_attention_dim=shape.text_width,
-        pooled_projection_dim=shape.pooled_width,
-        guidance_embeds=True,
-        axes_dims_rope=(shape.head_width // 8, *[shape.head_width * 7 // 16] * 2),
-    )
-
-
-def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    side, text = shape.image_side, shape.text_tokens
-    options: dict[str, Any] = {"device": device, "dtype": dtype}
-    ids = torch.zeros(side, side, 3, device=device)
-    ids[..., 1] = torch.arange(side, device=device)[:, None]
-    ids[..., 2] = torch.arange(side, device=device)[None, :]
+def _inputs(model: Any, side: int, tokens: int) -> dict[str, Any]:
+    """Inputs of one image of ``side`` rows and columns of packed tokens, and its text tokens."""
+    options: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    ids = torch.zeros(side, side, 3, device=model.device)
+    ids[..., 1] = torch.arange(side, device=model.device)[:, None]
+    ids[..., 2] = torch.arange(side, device=model.device)[None, :]
     return {
         "hidden_states": torch.randn(1, side * side, 64, **options),
-        "encoder_hidden_states": torch.randn(1, text, shape.text_width, **options),
-        "pooled_projections": torch.randn(1, shape.pooled_width, **options),
-        "timestep": torch.full((1,), 0.5, device=device),
-        "guidance": torch.full((1,), 3.5, device=device),
+        "encoder_hidden_states": torch.randn(
+            1, tokens, model.config.joint_attention_dim, **options
+        ),
+        "pooled_projections": torch.randn(1, model.config.pooled_projection_dim, **options),
+        "timestep": torch.full((1,), 0.5, device=model.device),
+        "guidance": torch.full((1,), 3.5, device=model.device),
         "img_ids": ids.reshape(-1, 3),
-        "txt_ids": torch.zeros(text, 3, device=device),
+        "txt_ids": torch.zeros(tokens, 3, device=model.device),
         "return_dict": False,
     }
 
 
-def run_blocks(device: torch.device, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> float:
+def run_blocks(
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    side: int = 45,
+    tokens: int = 512,
+    **shape: Any,
+) -> float:
     """Runs forward and backward; returns the norm of the gradient.
+
+    The ``side`` is in image tokens. The defaults, also of diffusers' transformer, which ``shape``
+    changes, are FLUX.1-dev's at 720x720.
 
     Forces flash attention: with cuDNN's attention, which torch may choose, the backward pass under
     gradient checkpointing has failed at this sequence length.
@@ -79,10 +63,12 @@ def run_blocks(device: torch.device, shape: Shape, dtype: torch.dtype = torch.bf
     """
     torch.manual_seed(0)
     with torch.device(device):
-        transformer = _blocks(shape).to(dtype)
+        transformer = FluxTransformer2DModel(
+            num_layers=1, num_single_layers=1, guidance_embeds=True, **shape
+        ).to(dtype)
     transformer.enable_gradient_checkpointing()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        output = transformer(**_inputs(shape, device, dtype))[0]
+        output = transformer(**_inputs(transformer, side, tokens))[0]
         output.float().square().mean().backward()
     norms = torch.stack([p.grad.float().norm() for p in transformer.parameters()])
     norm = float(norms.norm())
@@ -95,10 +81,10 @@ def run_blocks(device: torch.device, shape: Shape, dtype: torch.dtype = torch.bf
 def _measure(index: int) -> dict[str, Any]:
     device = torch.device("cuda", index)
     try:
-        run_blocks(device, Shape())
+        run_blocks(device)
         torch.cuda.synchronize(device)
         started = time.monotonic()
-        run_blocks(device, Shape())
+        run_blocks(device)
         torch.cuda.synchronize(device)
     except (RuntimeError, ValueError) as error:
         return {"gpu": index, "error": str(error).strip().split("\n")[0]}

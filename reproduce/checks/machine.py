@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -13,9 +14,9 @@ import psutil
 import torch
 from huggingface_hub import constants
 
+from g2rpo.files import writable_by_others
 from g2rpo.provenance import REPOSITORY, git_state
 from reproduce.checks.flux_blocks import check_blocks
-from reproduce.checks.folders import check_cache, check_results, gibibytes
 from reproduce.checks.whole_path import check_whole_path
 from reproduce.experiment import load_profile
 from reproduce.experiment.weights import missing_weights
@@ -29,6 +30,8 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHOWN = ("torch", "diffusers", "transformers", "accelerate")
 BFLOAT16 = (8, 0)
 """Lowest compute capability with bfloat16 tensor cores."""
+LITTLE = 5 * 2**30
+"""Free bytes below which the runs of a table may not fit."""
 
 
 def check_machine(results: Path, *, require_gpu: bool, quick: bool) -> list[Finding]:
@@ -202,3 +205,63 @@ def check_shared_memory(size: int, gpus: int) -> Finding:
         return Finding("note", "shared memory", f"{text}, enough for one process")
     fix = "give the container at least 1 GiB (--shm-size 8g, or --ipc host)"
     return Finding("warning", "shared memory", text, fix)
+
+
+def gibibytes(size: int) -> str:
+    """A size in bytes as ``7.5 GiB`` or ``64 MiB``."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def free_space(folder: Path) -> int | None:
+    """Free bytes in ``folder``, or its nearest existing parent; None if it cannot be written to.
+
+    It creates a temporary file, since permissions do not reveal a read-only mount.
+    """
+    places = (folder.absolute(), *folder.absolute().parents)
+    existing = next(place for place in places if place.is_dir())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".g2rpo-check-"):
+            return int(psutil.disk_usage(str(existing)).free)
+    except OSError:
+        return None
+
+
+def check_results(folder: Path) -> Finding:
+    """Whether runs can write their results, and have enough space."""
+    free = free_space(folder)
+    if free is None:
+        return Finding(
+            "failed", "results", f"uid {os.getuid()} cannot write to {folder.absolute()}",
+            'pass a folder of yours with --results; in a container, mount it: -v "$PWD/results:'
+            '/work/results" --user "$(id -u):$(id -g)"',
+        )  # fmt: skip
+    text = f"{folder.absolute()}, {gibibytes(free)} free"
+    if free < LITTLE:
+        return Finding("warning", "results", text, "free some space, or pass another --results")
+    places = (folder, folder / "runs", folder / "runs" / "submissions")
+    shared = [str(path.absolute()) for path in places if path.is_dir() and writable_by_others(path)]
+    if shared:
+        text += f"; jobs load code from {shared[0]}, which other users can write to"
+        return Finding("warning", "results", text, f"chmod go-w {' '.join(shared)}")
+    return Finding("ok", "results", text)
+
+
+def check_cache(folder: Path, missing: int, size: int) -> Finding:
+    """Whether the weights of profile flux are in the Hugging Face cache, or can be fetched.
+
+    ``missing`` artifacts of ``size`` bytes are not.
+    """
+    if not missing:
+        return Finding("ok", "weights", f"{folder}: all weights of profile flux")
+    text = f"{folder}: {missing} weights of profile flux missing, about {size / 1e9:.0f} GB"
+    free = free_space(folder)
+    if free is None:
+        return Finding(
+            "warning", "weights", f"{text}; uid {os.getuid()} cannot write there",
+            "set HF_HOME to a folder of yours; in a container, mount it: "
+            '-v "$HOME/.cache/huggingface:/cache/huggingface"',
+        )  # fmt: skip
+    if free < size:
+        text += f", {gibibytes(free)} free"
+        return Finding("note", "weights", text, "set HF_HOME to a folder on a larger disk")
+    return Finding("note", "weights", text, "fetch them with `g2rpo weights fetch --profile flux`")

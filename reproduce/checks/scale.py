@@ -20,14 +20,7 @@ parameters and AdamW's two moments in float32) is about 144 GB; at times there a
 
 
 def case_of(profile: "Profile", cluster: Cluster, results: Path, cached: Sequence[str]) -> Case:
-    """The case to check.
-
-    Args:
-        profile: the profile.
-        cluster: the cluster profile.
-        results: the folder that jobs write to.
-        cached: the profile's published weights that are cached here.
-    """
+    """The case to check; ``cached`` are the profile's published weights that are cached here."""
     return Case(
         cluster,
         needs_by_kind(profile),

@@ -17,8 +17,8 @@ from reproduce.jobs.estimates import Estimate, Estimator
 from reproduce.jobs.plan import Plan
 from reproduce.jobs.speeds import speeds_of
 from reproduce.stages.base import Stage
+from reproduce.stages.cells import Sample, Score
 from reproduce.stages.embedding import Embed
-from reproduce.stages.evaluation import Sample, Score
 from reproduce.stages.run import CLASSES
 from reproduce.stages.training import Credit, Train
 from slurm import graph

@@ -93,7 +93,7 @@ def sample(
     overrides: Overrides = None,
 ) -> None:
     """Sample the held-out images of one trained cell."""
-    from reproduce.stages.evaluation import Sample
+    from reproduce.stages.cells import Sample
 
     stage = Sample(*_cell(experiment, cell, profile, seed, results, overrides))
     _perform(stage)
@@ -148,7 +148,7 @@ def score(
         ):
             if given is not None:
                 raise UserError(f"{name} applies to a folder or manifest, not to a cell")
-        from reproduce.stages.evaluation import Sample, Score
+        from reproduce.stages.cells import Sample, Score
 
         place = _cell(source, cell, profile or "mini", seed, results, overrides)
         _perform(Sample(*place))

@@ -27,35 +27,29 @@ from reproduce.experiment.profile import Profile, PromptSplits, load_profile, wi
 class ResolvedCell(StrictModel):
     """One cell at one seed, ready to run.
 
-    Its JSON leaves out the profile, which all cells of a submission share.
-
-    Attributes:
-        key: the key of its row.
-        seed: the training seed; None if nothing is trained.
-        preset: the preset it was resolved under; None if nothing is trained.
-        method: name of the method, ``base`` or ``checkpoint``.
-        train: the training configuration; None if nothing is trained.
-        policy: the policy to evaluate, at the protocol's size and guidance scale.
-        evaluation: the evaluation protocol.
-        evaluation_prompts: the held-out prompt file.
-        profile: the profile.
-        train_rewards: the known training rewards of the weights, by column name.
-        checkpoint: weights trained elsewhere, if the cell loads them.
-        credit: how to measure the credit of its rollouts, if the experiment does.
+    Its JSON leaves out the profile, which all cells of a submission share. Seed, preset and
+    training configuration are None if nothing is trained.
     """
 
     key: str
+    """The key of its row."""
     seed: int | None
     preset: str | None
     method: str
+    """Name of the method, ``base`` or ``checkpoint``."""
     train: TrainConfig | None
     policy: PolicyConfig
+    """The policy to evaluate, at the protocol's size and guidance scale."""
     evaluation: EvaluationConfig
     evaluation_prompts: str
+    """The held-out prompt file."""
     profile: Profile = Field(exclude=True, repr=False)
     train_rewards: tuple[str, ...] = ()
+    """The known training rewards of the weights, by column name."""
     checkpoint: CheckpointConfig | None = None
+    """Weights trained elsewhere, if the cell loads them."""
     credit: CreditConfig | None = None
+    """How to measure the credit of its rollouts, if the experiment does."""
 
     @property
     def name(self) -> str:
@@ -121,12 +115,7 @@ class Resolver:
         profile: Profile,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        """Prepares the settings that all cells share.
-
-        Args:
-            experiment: the experiment.
-            profile: the profile.
-            overrides: changes to the training configuration of every cell.
+        """Prepares what all cells share; ``overrides`` change the training of every cell.
 
         Raises:
             UserError: the experiment needs another policy than the profile has.

@@ -138,10 +138,7 @@ class StatusDisplay(_LiveDisplay):
 class LocalDisplay(_LiveDisplay):
     """Shows a run on this machine: a line per ended stage, with running stages below.
 
-    Args:
-        submission: the submission.
-        stages: the stages to run.
-        planned: number of all stages of the experiment.
+    ``stages`` are those to run, of all that the experiment has ``planned``.
     """
 
     def __init__(self, submission: Submission, stages: Sequence[Stage], planned: int) -> None:

@@ -22,7 +22,7 @@ from g2rpo.training.config import TrainConfig
 from g2rpo.training.counts import training_counts, validations
 from reproduce.experiment import Profile, ResolvedCell
 from reproduce.jobs.speeds import Seconds, Speeds
-from reproduce.stages.shares import WHOLE, Share
+from reproduce.stages.evaluation_files import WHOLE, Share
 
 PNG_BYTES_PER_PIXEL = 1.9
 """Assumed; 1.5 (1024x1024) and 1.9 (32x32) were measured for smooth images with some noise."""

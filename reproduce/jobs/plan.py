@@ -15,25 +15,16 @@ from slurm.graph import Graph
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages of an experiment, and which of them are done.
-
-    Attributes:
-        experiment: the experiment.
-        profile: the profile.
-        cells: its cells at all seeds.
-        layout: the folders of runs and tables.
-        graph: the stages as they are submitted.
-        stages: the work of each stage, by name.
-        render: the last stage, which writes the table.
-        done: the stages whose outputs are complete.
-    """
+    """All stages of an experiment, and the names of those whose outputs are complete."""
 
     experiment: Experiment
     profile: Profile
     cells: tuple[ResolvedCell, ...]
     layout: Layout
     graph: Graph
+    """The stages as they are submitted."""
     stages: Mapping[str, Stage]
+    """The work of each stage, by name."""
     render: Render
     done: frozenset[str]
 

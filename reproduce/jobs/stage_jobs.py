@@ -56,9 +56,7 @@ class StageJob:
 def own_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, list[str]]:
     """The pending and running jobs of a results folder, by submission.
 
-    Args:
-        runs_folder: its folder of runs.
-        known: the jobs that squeue lists (:func:`slurm.states.known_jobs`).
+    ``known`` are the jobs that squeue lists (:func:`slurm.states.known_jobs`).
     """
     parent = submissions_folder(runs_folder)
     found: dict[str, list[str]] = {}
@@ -75,24 +73,17 @@ def stage_jobs(runs_folder: Path, known: Mapping[str, JobState]) -> dict[str, St
 
     A pending or running job if there is one, else the latest. Jobs are identified by their comment,
     so a shell killed right after sbatch, a damaged record, or job ids that a new cluster reuses do
-    no harm.
-
-    Args:
-        runs_folder: its folder of runs.
-        known: the jobs that squeue lists (:func:`slurm.states.known_jobs`); empty if unreachable.
+    no harm. ``known`` are the jobs that squeue lists; empty if it is unreachable.
     """
     parent = submissions_folder(runs_folder)
-    groups: dict[str, tuple[str, ...]] = {}
     found: dict[str, StageJob] = {}
     for folder in list_submissions(parent):
         for group in job_groups(folder):
-            groups[group.comment] = group.stages
             found |= {s: StageJob(group.job_of(s), group.comment) for s in group.stages}
     for job, state in known.items():
-        named = read_comment(state.comment)
-        stages = groups.get(state.comment, ())
-        if not stages and named is not None and (parent / named[0]).is_dir():
-            stages = named[1]
+        submission, stages = read_comment(state.comment) or ("", ())
+        if not (parent / submission).is_dir():
+            continue
         index = job.partition("_")[2] if len(stages) > 1 else "0"
         # An array whose tasks were cancelled one by one is left as an id without an index.
         if not index.isdecimal() or int(index) >= len(stages):

@@ -29,14 +29,7 @@ OVER: tuple[Word, ...] = ("done", "failed", "cancelled", "interrupted")
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus(State):
-    """One stage of a submission.
-
-    Attributes:
-        stage: the stage.
-        job: its SLURM job, or empty.
-        node: where it runs or ran.
-        log: its log file, if it exists.
-    """
+    """One stage of a submission, with its job, its node and its log file where there is one."""
 
     stage: Stage
     job: str = ""

@@ -25,11 +25,7 @@ from slurm.graph import Needs
 
 @dataclass(frozen=True)
 class Stage(ABC):
-    """A unit of work of an experiment, done by one owner at a time.
-
-    Attributes:
-        layout: paths of runs and tables.
-    """
+    """A unit of work of an experiment, done by one owner at a time."""
 
     layout: Layout
 
@@ -109,11 +105,7 @@ class Stage(ABC):
 
 @dataclass(frozen=True)
 class CellStage(Stage):
-    """A stage of one cell.
-
-    Attributes:
-        cell: the cell.
-    """
+    """A stage of one cell."""
 
     cell: ResolvedCell
 

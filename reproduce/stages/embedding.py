@@ -39,11 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embed(Stage):
-    """Encodes the prompts of all cells.
-
-    Attributes:
-        cells: the cells.
-    """
+    """Encodes the prompts of all cells."""
 
     cells: tuple[ResolvedCell, ...]
     kind = "embed"
@@ -77,18 +73,13 @@ class Embed(Stage):
 
 @dataclass(frozen=True)
 class PromptUse:
-    """The prompts of a file that a stage will encode.
-
-    Attributes:
-        file: the prompt file.
-        limit: use only the first prompts; None is all.
-        draws: (seed, iterations, prompts per iteration) of the training run that draws from them;
-            None is every prompt.
-    """
+    """The prompts of a file that a stage will encode: the first ``limit``, or all."""
 
     file: Path
     limit: int | None
     draws: tuple[int, int, int] | None = None
+    """Seed, iterations and prompts per iteration of the training run that draws from them; None is
+    every prompt."""
 
     def read(self) -> tuple[str, ...]:
         """The unique prompts.

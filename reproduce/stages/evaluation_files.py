@@ -6,30 +6,57 @@ checksums of its files last. When all shares are scored, their scores are merged
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from g2rpo.checksums import FILES
 from reproduce.experiment import Hardware, fingerprint, reward_configs
 from reproduce.runs.folders import read_document, read_scored, sound
 from reproduce.stages.base import CellStage
 from reproduce.stages.inputs import Inputs
-from reproduce.stages.shares import WHOLE, Share
 from reproduce.stages.training import Train
 from slurm.graph import Needs
 
 DIVERSITY, DRIFT = "diversity.parquet", "drift.parquet"
+Element = TypeVar("Element")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every ``count``-th prompt starting at ``index``; by default all prompts.
+
+    Raises:
+        ValueError: ``index`` is not one of 0..count-1.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"share {self.index} of {self.count}: count from 0")
+
+    def of(self, whole: Sequence[Element]) -> Sequence[Element]:
+        """This share's elements of ``whole``, in order."""
+        return whole[self.index :: self.count]
+
+    @property
+    def first(self) -> bool:
+        """Whether this share also does the work that is done once per cell."""
+        return self.index == 0
+
+    def __str__(self) -> str:
+        return f"{self.index:03d}-of-{self.count:03d}"
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
 class EvaluationStage(CellStage):
-    """A stage for one share of a cell's held-out prompts.
-
-    Attributes:
-        share: the share of the prompts.
-    """
+    """A stage for one share of a cell's held-out prompts."""
 
     share: Share = WHOLE
 

@@ -35,19 +35,15 @@ TRUTH = {"true": 1.0, "false": 0.0}
 
 @dataclass(frozen=True)
 class Outside:
-    """A file of outside scores.
-
-    Attributes:
-        file: a table with one row per image.
-        reward: what the scores are called.
-        version: the version of the scorer.
-        column: the column of the scores; None for the first of :data:`SCORES`.
-    """
+    """A file of outside scores, a table with one row per image."""
 
     file: Path
     reward: str
+    """What the scores are called."""
     version: str
+    """The version of the scorer."""
     column: str | None = None
+    """The column of the scores; None for the first of :data:`SCORES`."""
 
 
 def import_scores(outside: Outside, request: Request) -> pd.DataFrame:

@@ -14,17 +14,10 @@ from reproduce.experiment.layout import Layout
 
 
 class Inputs(StrictModel):
-    """The experiment and profile of a submission; cells are read one by one.
-
-    Attributes:
-        folder: folder of the submission.
-        experiment: the experiment.
-        profile: the profile.
-        runs: folder of the runs.
-        tables: folder of the tables.
-    """
+    """The experiment and profile of a submission; cells are read one by one."""
 
     folder: Path = Field(exclude=True)
+    """The folder of the submission."""
     experiment: Experiment
     profile: Profile
     runs: Path

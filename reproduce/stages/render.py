@@ -15,19 +15,13 @@ from reproduce.tables.notes import Gap
 
 @dataclass(frozen=True)
 class Render(Stage):
-    """Writes and prints the table, and writes the figures.
-
-    Attributes:
-        experiment: the experiment.
-        profile: the profile.
-        cells: its cells.
-        gaps: cells without a result in the last run.
-    """
+    """Writes and prints the table, and writes the figures."""
 
     experiment: Experiment
     profile: Profile
     cells: tuple[ResolvedCell, ...]
     gaps: list[Gap] = field(default_factory=list, compare=False)
+    """Cells without a result in the last run."""
     kind = "render"
 
     @property

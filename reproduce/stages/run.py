@@ -5,8 +5,8 @@ import os
 
 from g2rpo.files import writable_by_others
 from reproduce.stages.base import CellStage, Stage, perform
+from reproduce.stages.cells import Sample, Score
 from reproduce.stages.embedding import Embed
-from reproduce.stages.evaluation import Sample, Score
 from reproduce.stages.inputs import Inputs
 from reproduce.stages.render import Render
 from reproduce.stages.training import Credit, Train

@@ -34,13 +34,9 @@ OUTPUTS = (SCORES, "scores.csv", "summary.csv", "summary.json", "skipped.csv")
 
 @dataclass(frozen=True)
 class Request:
-    """Images to score.
+    """Images to score: a folder with its prompt set, or a manifest; and the output folder.
 
-    Attributes:
-        source: folder of images, or manifest.
-        prompts: the prompt set of a folder.
-        output: output folder.
-        skip_bad: skip images that cannot be scored, and list them.
+    With ``skip_bad``, images that cannot be scored are skipped and listed.
     """
 
     source: Path

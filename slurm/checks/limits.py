@@ -80,10 +80,7 @@ class Site:
 def refuse_impossible(cluster: Cluster, wanted: Mapping[str, Needs], shares: int) -> None:
     """Rejects a profile whose stages could never run, before anything is submitted.
 
-    Args:
-        cluster: the profile.
-        wanted: the devices of each kind of stage to run.
-        shares: jobs of the largest array.
+    ``shares`` is the number of jobs in the largest array.
 
     Raises:
         UserError: the first reason, in one line.

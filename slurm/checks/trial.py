@@ -36,17 +36,11 @@ _FINDINGS = TypeAdapter(list[Finding])
 def stage_script(cluster: Cluster, kind: str, needs: Needs, results: Path) -> str:
     """The batch script of a kind of stage, exactly as it would be submitted."""
     stage = Stage(name=f"{kind}/check", kind=kind, label="check", resources=needs)
-    return Batch(cluster, results / "check", results, "g2rpo/check", (stage,)).script
+    return Batch(cluster, results / "check", results, "g2rpo/check", (stage,)).script()
 
 
 def trials(case: Case, folder: Path, usable: Collection[str | None]) -> Iterator[Finding]:
-    """Runs one trial job in each partition.
-
-    Args:
-        case: the case.
-        folder: a folder inside the results folder.
-        usable: the partitions that have usable nodes.
-    """
+    """Runs one trial job in each of the ``usable`` partitions; ``folder`` is inside the results."""
     done: set[str | None] = set()
     for needs in sorted(case.groups, key=lambda needs: (-needs.gpus, -needs.ranks)):
         name = case.cluster.partition_of(needs)
@@ -106,7 +100,7 @@ def _script(case: Case, folder: Path, needs: Needs) -> str:
     stage = Stage("render/check", "render", "check", resources=needs)
     python = python_command(small, case.results, gpus=needs.gpus > 0)
     batch = Batch(small, folder, case.results, "g2rpo/check", (stage,))
-    return batch.script_of(f"{python} -m slurm.checks.probe {shlex.quote(str(folder))}")
+    return batch.script(f"{python} -m slurm.checks.probe {shlex.quote(str(folder))}")
 
 
 def _wait(job: str) -> JobState:

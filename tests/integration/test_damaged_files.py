@@ -38,9 +38,8 @@ from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
 from reproduce.experiment.layout import Layout
 from reproduce.runs.listing import read_run_state
 from reproduce.stages.base import Stage, perform
-from reproduce.stages.cells import finish_cells
+from reproduce.stages.cells import Sample, Score, finish_cells
 from reproduce.stages.embedding import Embed
-from reproduce.stages.evaluation import Sample, Score
 from reproduce.stages.training import Credit, Train
 from reproduce.tables.collecting import collect_all
 from slurm.distributed import Ranks

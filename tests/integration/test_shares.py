@@ -19,9 +19,8 @@ from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
 from reproduce.experiment.layout import Layout
 from reproduce.stages import sampling, scoring
 from reproduce.stages.base import perform
-from reproduce.stages.cells import finish_cells, why_not
-from reproduce.stages.evaluation import Sample, Score
-from reproduce.stages.shares import Share
+from reproduce.stages.cells import Sample, Score, finish_cells, why_not
+from reproduce.stages.evaluation_files import Share
 from reproduce.stages.training import Train
 from reproduce.tables.collecting import collect_all
 from reproduce.tables.notes import Gap

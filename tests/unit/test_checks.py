@@ -2,15 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
 
 from g2rpo import provenance
-from reproduce.checks import flux_blocks, folders, machine, whole_path
-from reproduce.checks.folders import gibibytes
-from reproduce.checks.machine import Devices
+from reproduce.checks import flux_blocks, machine, whole_path
+from reproduce.checks.machine import Devices, gibibytes
 from reproduce.commands.check import conclude
 from slurm.checks.finding import Finding
 
@@ -68,10 +68,10 @@ def test_memory() -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
-    assert folders.check_results(tmp_path / "not" / "there" / "yet").word != "failed"
+    assert machine.check_results(tmp_path / "not" / "there" / "yet").word != "failed"
     assert not (tmp_path / "not").exists()
     # Even root cannot create files in /proc.
-    found = folders.check_results(Path("/proc/results"))
+    found = machine.check_results(Path("/proc/results"))
     assert found.word == "failed"
     assert f"uid {os.getuid()}" in found.found and "--user" in found.fix
     assert not list(tmp_path.iterdir())
@@ -81,21 +81,21 @@ def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
 def test_folders_of_jobs_that_others_can_write_to_are_a_warning(
     tmp_path: Path, open_to_others: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "LITTLE", 0)
+    monkeypatch.setattr(machine, "LITTLE", 0)
     (tmp_path / "runs" / "submissions").mkdir(parents=True)
     for path in (tmp_path, tmp_path / "runs", tmp_path / "runs" / "submissions"):
         path.chmod(0o755)
-    assert "others" not in folders.check_results(tmp_path).found
+    assert "others" not in machine.check_results(tmp_path).found
     (tmp_path / open_to_others).chmod(0o775)
-    found = folders.check_results(tmp_path)
+    found = machine.check_results(tmp_path)
     assert found.word == "warning" and found.fix == f"chmod go-w {tmp_path / open_to_others}"
 
 
 def test_missing_weights_are_a_note_and_a_cache_of_others_a_warning(tmp_path: Path) -> None:
-    assert folders.check_cache(tmp_path, 0, 0).word == "ok"
-    assert folders.check_cache(tmp_path, 2, 4_000_000).word == "note"
-    assert "HF_HOME" in folders.check_cache(tmp_path, 1, 10**18).fix
-    assert folders.check_cache(Path("/proc/cache"), 2, 4_000_000).word == "warning"
+    assert machine.check_cache(tmp_path, 0, 0).word == "ok"
+    assert machine.check_cache(tmp_path, 2, 4_000_000).word == "note"
+    assert "HF_HOME" in machine.check_cache(tmp_path, 1, 10**18).fix
+    assert machine.check_cache(Path("/proc/cache"), 2, 4_000_000).word == "warning"
 
 
 def test_the_last_line_is_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,12 +114,13 @@ def test_the_last_line_is_the_verdict(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_flux_blocks_run_in_both_precisions_with_like_gradients() -> None:
-    shape = flux_blocks.Shape(
-        heads=2, head_width=32, text_width=32, pooled_width=16, image_side=4, text_tokens=8
-    )
+    shape: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 32, "joint_attention_dim": 32,
+        "pooled_projection_dim": 16, "axes_dims_rope": (4, 14, 14), "side": 4, "tokens": 8,
+    }  # fmt: skip
     cpu = torch.device("cpu")
-    exact = flux_blocks.run_blocks(cpu, shape, torch.float32)
-    rounded = flux_blocks.run_blocks(cpu, shape)
+    exact = flux_blocks.run_blocks(cpu, torch.float32, **shape)
+    rounded = flux_blocks.run_blocks(cpu, **shape)
     assert exact > 0.01
     assert rounded == pytest.approx(exact, rel=0.05)
 

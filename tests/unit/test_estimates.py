@@ -26,7 +26,7 @@ from reproduce.experiment.layout import Layout
 from reproduce.jobs.estimates import Estimator, checkpoint_disk, held_out_count, prompt_count
 from reproduce.jobs.plan import make_plan
 from reproduce.jobs.speeds import all_speeds, speeds_of
-from reproduce.stages.shares import Share
+from reproduce.stages.evaluation_files import Share
 from slurm.graph import Needs, Stage
 
 

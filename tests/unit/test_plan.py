@@ -14,7 +14,7 @@ from reproduce.experiment import Profile, expand, load_experiment, load_profile
 from reproduce.experiment.fingerprint import absent_inputs_named
 from reproduce.experiment.layout import Layout
 from reproduce.jobs.plan import Plan, make_plan
-from reproduce.stages.evaluation import Score
+from reproduce.stages.cells import Score
 from reproduce.stages.training import Train
 from slurm.cluster import load_cluster
 

@@ -20,10 +20,10 @@ from reproduce.experiment.layout import Layout
 from reproduce.jobs.plan import make_plan
 from reproduce.runs.state import latest_attempt
 from reproduce.stages.base import perform
-from reproduce.stages.evaluation import Score
+from reproduce.stages.cells import Score
+from reproduce.stages.evaluation_files import Share
 from reproduce.stages.inputs import Inputs
 from reproduce.stages.run import load_stage
-from reproduce.stages.shares import Share
 from reproduce.stages.training import Train
 from slurm.distributed import Ranks
 

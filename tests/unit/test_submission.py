@@ -21,7 +21,7 @@ from slurm.submission import (
 STAGES = (
     Stage("embed", "embed", "all prompts", lease="/runs/leases/embed"),
     Stage("train/a", "train", "hps/g2rpo, seed 1", {"cell": "a.json", "share": [0, 1]},
-          ("embed",), (), Needs(16, 16, 60, 400)),
+          ("embed",), (), Needs(16, 16, 400)),
     *(Stage(f"score/a/{index}", "score", "hps/g2rpo", {"share": [index, 2]}, ("train/a",),
             resources=Needs(1, 1), array="score/a") for index in range(2)),
     Stage("render", "render", "Table 1", after=("score/a/0", "score/a/1")),
