@@ -82,8 +82,8 @@ def submission_of(stages: list[Stage], settings: dict[str, Any]) -> Submission:
 
 def text_of(name: str) -> str:
     stages, settings = CASES[name]
-    made = scripts(submission_of(stages, settings), stages, {"active": "4711"})
-    text = "\n\n".join(f"# {', '.join(stages)}\n{text}" for stages, text in made) + "\n"
+    names, text = scripts(submission_of(stages, settings), stages, {"active": "4711"})[-1]
+    text = f"# {', '.join(names)}\n{text}\n"
     # The interpreter first: it may be inside of the repository.
     return text.replace(sys.executable, "PYTHON").replace(str(REPOSITORY), "REPOSITORY")
 
