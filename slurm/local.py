@@ -297,10 +297,8 @@ def _work(
     # A killed parent makes the stage save and stop instead of leaving it running.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     parent = multiprocessing.parent_process()
-    if (
-        parent is not None and os.getppid() != parent.pid
-    ):  # the parent died before prctl took effect
-        return
+    if parent is not None and os.getppid() != parent.pid:
+        return  # it died before prctl took effect
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent forwards interrupts
     os.environ.update(environment)
     import torch  # reads CUDA_VISIBLE_DEVICES when imported

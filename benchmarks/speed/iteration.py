@@ -7,7 +7,6 @@ but in batches. The last line is ``ratio: X``, the original's seconds over ours.
 """
 
 import gc
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -238,12 +237,6 @@ def executions(bench: Bench) -> list[Timing]:
     return [bench.original("original", trained, batched=False), batched, *variants]
 
 
-def median(repeats: Sequence[Timing]) -> Timing:
-    """The repeat with the median total seconds; its phases belong together."""
-    middle = statistics.median_low([timing.whole for timing in repeats])
-    return next(timing for timing in repeats if timing.whole == middle)
-
-
 def largest_difference(first: Timing, second: Timing) -> float:
     """Largest difference between the rewards of two executions, where both were run."""
     difference = (torch.tensor(first.rewards) - torch.tensor(second.rewards)).abs()
@@ -295,8 +288,9 @@ def measure(size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def median_timings(rounds: Sequence[Sequence[Timing]]) -> list[Timing]:
-    """The median of each execution over the repeats."""
-    return [median(each) for each in zip(*rounds, strict=True)]
+    """Of each execution the repeat of median total seconds: its phases belong together."""
+    ordered = (sorted(each, key=lambda t: t.whole) for each in zip(*rounds, strict=True))
+    return [each[(len(each) - 1) // 2] for each in ordered]
 
 
 def summary(rounds: Sequence[Sequence[Timing]]) -> dict[str, Any]:

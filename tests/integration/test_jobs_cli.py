@@ -18,16 +18,8 @@ from reproduce.runs.state import latest_attempt
 
 TABLE: dict[str, Any] = {
     "name": "one_row",
-    "cells": {
-        "base": {},
-        "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]},
-    },
-    "table": {
-        "name": "one_row",
-        "title": "One row",
-        "baseline": "base",
-        "columns": [{"reward": "hps", "label": "HPS"}],
-    },
+    "cells": {"base": {}, "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]}},
+    "table": {"title": "One row", "baseline": "base", "columns": ["hps"]},
 }
 ARGUMENTS = ("one_row.yaml", "--profile", "small.yaml", "--jobs", "1", "--cluster", "local")
 SLOW = ("-s", "optimization.iterations=100000")

@@ -12,10 +12,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from command_line import small_profile_data
+from small_plan import experiment_of
 
 from benchmarks.evaluation.results import Cell, load_cells
 from g2rpo.config import validate
-from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
+from reproduce.experiment import Profile, ResolvedCell, expand
 from reproduce.experiment.layout import Layout
 from reproduce.stages import sampling, scoring
 from reproduce.stages.base import perform
@@ -26,14 +27,7 @@ from reproduce.tables.collecting import collect_all
 from reproduce.tables.notes import Gap
 from slurm.distributed import Ranks
 
-TABLE: dict[str, Any] = {
-    "name": "t",
-    "cells": {"base": {}, "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]}},
-    "table": {
-        "name": "t", "title": "A table", "baseline": "base",
-        "columns": [{"reward": "hps", "label": "HPS"}],
-    },
-}  # fmt: skip
+CELLS: dict[str, Any] = {"base": {}, "hps/mix_grpo": {"method": "mix_grpo", "train": ["hps"]}}
 MEASURED = ("scores.parquet", "diversity.parquet", "drift.parquet")
 
 
@@ -66,7 +60,7 @@ def shared(profile: Profile, count: int) -> Profile:
 
 
 def cells_of(profile: Profile) -> list[ResolvedCell]:
-    return expand(validate(Experiment, TABLE, "test"), profile, (1,))
+    return expand(experiment_of(CELLS), profile, (1,))
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +171,9 @@ def test_shares_that_a_kill_left_unmerged_are_merged_by_the_table(
     same_as_whole(base, runs, trained)
 
 
-def test_a_damaged_cell_is_collected_again(profile: Profile, trained: Path, tmp_path: Path) -> None:
+def test_a_damaged_cell_is_collected_again(
+    profile: Profile, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     layout = Layout(trained, tmp_path / "tables")
     cells = cells_of(profile)
     whole, gaps = gather(cells, layout)
@@ -185,9 +181,11 @@ def test_a_damaged_cell_is_collected_again(profile: Profile, trained: Path, tmp_
     folder = layout.experiment("smoke", "t") / "cells"
     written = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     for path, content in written.items():
-        for damaged in (b"", content[:-9]):
+        for damaged in (b"", content[:-9], content[:-9] + b"?" + content[-8:]):
             path.write_bytes(damaged)
+            caplog.clear()
             found, gaps = gather(cells, layout)
+            assert path.name in caplog.text
             assert ([one.info for one in found], gaps) == ([one.info for one in whole], [])
             assert {path: path.read_bytes() for path in sorted(folder.iterdir())} == written
         path.unlink()

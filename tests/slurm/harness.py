@@ -382,3 +382,13 @@ def _kill(process: psutil.Process) -> None:
     except (psutil.NoSuchProcess, psutil.TimeoutExpired):
         # A dead process whose parent has not read its exit code yet counts as gone.
         return
+
+
+def usr2_by_hand(cluster: Cluster, job: str) -> None:
+    """Sends a job the signal that asks to be requeued."""
+    cluster.scancel(job, "USR2")
+
+
+def preempted(cluster: Cluster, job: str) -> None:
+    """Preempts whatever runs."""
+    cluster.preempt()

@@ -25,12 +25,7 @@ pytestmark = [
 EXPERIMENT = {
     "name": "contained",
     "cells": {"base": {}, "hps/g2rpo": {"method": "g2rpo", "train": ["hps"]}},
-    "table": {
-        "name": "contained",
-        "title": "In a container",
-        "baseline": "base",
-        "columns": [{"reward": "hps", "label": "HPS"}],
-    },
+    "table": {"title": "In a container", "baseline": "base", "columns": ["hps"]},
 }
 
 

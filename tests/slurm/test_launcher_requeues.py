@@ -3,24 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-from harness import Cluster
+from harness import Cluster, preempted, usr2_by_hand
 from launcher import Workplace, interrupt
 
 pytestmark = pytest.mark.slurm
 TRAIN = "train hps/g2rpo"
 ITERATIONS = 30
-
-
-def _by_hand(cluster: Cluster, job: str) -> None:
-    cluster.scancel(job, "USR2")
-
-
-def _from_outside(cluster: Cluster, job: str) -> None:
-    cluster.requeue(job)
-
-
-def _preempted(cluster: Cluster, job: str) -> None:
-    cluster.preempt()
 
 
 def test_time_limit_starts_a_training_again(
@@ -59,7 +47,7 @@ def test_training_requeued_three_times_gives_the_same_weights(
     place.cluster_profile(tasks_per_node=1)  # two nodes
     place.submit()
     job = place.job(TRAIN)
-    causes = (_by_hand, _from_outside, _preempted)
+    causes = (usr2_by_hand, Cluster.requeue, preempted)
     for number, cause in enumerate(causes, start=1):
         place.wait_iteration(TRAIN, number)
         cause(cluster, job)

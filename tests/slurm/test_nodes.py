@@ -12,26 +12,19 @@ from submission import executor
 pytestmark = pytest.mark.slurm
 
 
-def _other(node: str) -> str:
-    return NODES[1 - NODES.index(node)]
-
-
 def _ticks(folder: Path, node: str) -> list[dict[str, Any]]:
     return [line for line in events(folder, "tick") if line["node"] == node]
 
 
-def _started(cluster: Cluster, folder: Path) -> tuple[Any, str]:
+def test_job_of_a_dead_node_starts_on_another(cluster: Cluster, folder: Path) -> None:
     job = executor(folder).submit(Tick(folder, 600))
     cluster.wait(lambda: events(folder, "tick"), "started job")
-    return job, str(cluster.fields(job.job_id)["NodeList"])
-
-
-def test_job_of_a_dead_node_starts_on_another(cluster: Cluster, folder: Path) -> None:
-    job, node = _started(cluster, folder)
+    node = str(cluster.fields(job.job_id)["NodeList"])
+    (other,) = set(NODES) - {node}
     cluster.kill_node(node)
     assert cluster.step_daemons(node) == []
     died = time.time()
-    cluster.wait(lambda: _ticks(folder, _other(node)), "second start on the other node")
+    cluster.wait(lambda: _ticks(folder, other), "second start on the other node")
     assert _ticks(folder, node)[-1]["time"] < died
     assert cluster.fields(job.job_id)["Restarts"] == "1"
     cluster.wait_states(job.job_id, ["NODE_FAIL", "RUNNING"])

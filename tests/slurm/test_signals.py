@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Cluster
+from harness import Cluster, preempted, usr2_by_hand
 from job_functions import DieOfSignal, Signalled, events
 from submission import FOUR_RANKS, executor, start, wait_started
 
@@ -48,16 +48,8 @@ def test_task_of_an_array_starts_again_alone(cluster: Cluster, folder: Path) -> 
     assert [job.result() for job in jobs] == [0, 1, 2]
 
 
-def _by_hand(cluster: Cluster, job: str) -> None:
-    cluster.scancel(job, "USR2")
-
-
-def _preempted(cluster: Cluster, job: str) -> None:
-    cluster.preempt()
-
-
 @pytest.mark.core
-@pytest.mark.parametrize("cause", [_by_hand, _preempted])
+@pytest.mark.parametrize("cause", [usr2_by_hand, preempted])
 def test_every_rank_gets_usr2(
     cluster: Cluster, folder: Path, cause: Callable[[Cluster, str], None]
 ) -> None:

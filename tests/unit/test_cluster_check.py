@@ -1,4 +1,4 @@
-"""``g2rpo check cluster`` on recorded answers of a real SLURM 22.05 (``slurm_recorded/``)."""
+"""``g2rpo check cluster`` on answers of a real SLURM 22.05, shortened (``slurm_recorded/``)."""
 
 import os
 import subprocess

@@ -36,11 +36,11 @@ STAGES = (
     stage("pair", "meet, then fail on the second rank", resources=Needs(2)),
     stage("printing", "print"),
     stage("second", needs=("first",)),
-    stage("needs bad", needs=("bad", "first")),
-    stage("after bad", after=("bad", "killed", "pair"), needs=("first",)),
-    stage("needs killed", needs=("killed",)),
-    stage("third", needs=("second",), after=("needs needs bad",)),
-    stage("needs needs bad", needs=("needs bad",)),
+    stage("needs-bad", needs=("bad", "first")),
+    stage("after-bad", after=("bad", "killed", "pair"), needs=("first",)),
+    stage("needs-killed", needs=("killed",)),
+    stage("third", needs=("second",), after=("needs-needs-bad",)),
+    stage("needs-needs-bad", needs=("needs-bad",)),
 )
 
 
@@ -52,16 +52,7 @@ class Finished:
     """One run of :data:`STAGES` on two slots."""
 
     def __init__(self, folder: Path) -> None:
-        names = {one.name: one.name.replace(" ", "-") for one in STAGES}
-        stages = [
-            Stage(
-                names[one.name], one.kind, one.label, one.payload,
-                tuple(names[other] for other in one.needs),
-                tuple(names[other] for other in one.after), one.resources,
-            )
-            for one in STAGES
-        ]  # fmt: skip
-        self.submission = saved_submission(folder, stages)
+        self.submission = saved_submission(folder, STAGES)
         self.listener = Listener()
         run = LocalRun(self.submission, self.submission.graph, Slots(2), self.listener)
         self.outcome = run.run()
