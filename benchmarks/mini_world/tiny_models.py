@@ -48,15 +48,16 @@ def build_tiny_models(folder: Path, seed: int = 0) -> Path:
         atomic_folder(folder) as temporary,
     ):
         torch.manual_seed(seed)
-        settings = FluxSettings(
-            double_blocks=1, single_blocks=1, heads=2, head_width=16, text_width=32
-        )
-        _save_policy(build_flux(settings, temporary / "policy"), temporary / "policy")
+        flux = FluxSettings(double_blocks=1, single_blocks=1, heads=2, head_width=16, text_width=32)
+        _save_policy(build_flux(flux, temporary / "policy"), temporary / "policy")
         for name, build in MODELS.items():
             reward = build(words())
             liven(reward)
             reward.eval().save(temporary / "rewards" / name)
-        _save_attribute_reader(temporary / "rewards" / "attributes")
+        settings = attribute_training.AttributeSettings(widths=(8, 16, 16))
+        reader = AttributeReader(attribute_training.reader_config(settings))
+        liven(reader)
+        reader.eval().save(temporary / "rewards" / "attributes")
         for split, number in PROMPTS.items():
             captions = world.make_captions(seed, split, number)
             text = "".join(caption + "\n" for caption in captions)
@@ -99,10 +100,3 @@ def _scale_pixels(vae: AutoencoderKL) -> None:
     vae.decoder.conv_out.weight.mul_(PIXEL_STD / pixels.std())
     vae.decoder.conv_out.bias.zero_()
     vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
-
-
-def _save_attribute_reader(folder: Path) -> None:
-    settings = attribute_training.AttributeSettings(widths=(8, 16, 16))
-    reader = AttributeReader(attribute_training.reader_config(settings))
-    liven(reader)
-    reader.eval().save(folder)

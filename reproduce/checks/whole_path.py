@@ -37,7 +37,10 @@ def check_whole_path() -> Finding:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="g2rpo-check-") as name:
         folder = Path(name)
-        _write_inputs(folder)
+        profile = load_yaml(HERE / "profiles" / "smoke.yaml")
+        text = json.dumps(profile).replace(str(profile["assets"]), str(folder / "assets"))
+        (folder / "profile.yaml").write_text(text)  # JSON is YAML
+        (folder / "check.yaml").write_text(json.dumps(EXPERIMENT))
         command = ["reproduce", "check.yaml", "--profile", "profile.yaml", "--jobs", "1"]
         _, problem = run_module(["reproduce.cli", *command], folder, LIMIT)
         problem = problem or _problem_of_table(folder / "results" / "runs" / "smoke" / "check")
@@ -52,21 +55,11 @@ def check_whole_path() -> Finding:
     return Finding("ok", NAME, text, "", seconds, memory)
 
 
-def _write_inputs(folder: Path) -> None:
-    """Writes the smoke profile, with its files in ``folder``, and an experiment of two cells."""
-    profile = load_yaml(HERE / "profiles" / "smoke.yaml")
-    text = json.dumps(profile).replace(str(profile["assets"]), str(folder / "assets"))
-    (folder / "profile.yaml").write_text(text)  # JSON is YAML
-    (folder / "check.yaml").write_text(json.dumps(EXPERIMENT))
-
-
 def run_module(command: list[str], folder: Path, limit: int) -> tuple[str, str]:
-    """Runs a module of this project; returns its output and a one-line error, empty if none.
+    """Runs a module of this project, with its arguments, in ``folder`` for ``limit`` seconds.
 
-    Args:
-        command: the module and its arguments.
-        folder: the working directory.
-        limit: time limit in seconds.
+    Returns:
+        its output, and a one-line error, empty if there is none.
     """
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     try:

@@ -205,16 +205,10 @@ class Experiment(StrictModel):
         return trials or cells
 
     @pydantic.model_validator(mode="after")
-    def _credit_is_of_methods(self) -> "Experiment":
-        if self.credit is not None:
-            for key, cell in self.cells.items():
-                if cell.method is None:
-                    raise ValueError(f"credit needs a method, and cells.{key} has none")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _budgets_are_of_cells(self) -> "Experiment":
+    def _cells_have_what_is_asked_of_them(self) -> "Experiment":
         for key, cell in self.cells.items():
+            if self.credit is not None and cell.method is None:
+                raise ValueError(f"credit needs a method, and cells.{key} has none")
             wanted = None if cell.budget is None else cell.budget.reference
             if wanted is None:
                 continue
