@@ -1,10 +1,11 @@
 """Trains a small base policy with its text encoders by flow matching on latents."""
 
+import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -42,12 +43,18 @@ class PolicySettings(StrictModel):
     errs visibly and reinforcement learning has room to improve it."""
 
 
+@dataclass
 class Policy(ABC):
-    """A transformer with its text encoders, as modules of an architecture's pipeline."""
+    """A transformer with its text encoders and tokenizers, called as in its pipeline."""
 
-    @abstractmethod
+    kind: ClassVar[type[DiffusionPipeline]]
+    """The diffusers pipeline of the architecture."""
+
     def pipeline(self, vae: AutoencoderKL) -> DiffusionPipeline:
         """The diffusers pipeline of the trained modules and ``vae``."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "settings")
+        parts = {name: getattr(self, name) for name in names}
+        return self.kind(scheduler=scheduler(), vae=vae, **parts)
 
     @abstractmethod
     def tokens(self, captions: Sequence[str]) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -33,7 +32,6 @@ from benchmarks.mini_world.base_policy import (
     T5_TOKENS,
     Policy,
     PolicySettings,
-    scheduler,
 )
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer, token_ids
 
@@ -54,6 +52,7 @@ class FluxSettings(PolicySettings):
 class FluxPolicy(Policy):
     """The trained modules with their tokenizers; latents are packed, ``[B, 16, 64]``."""
 
+    kind = FluxPipeline
     transformer: FluxTransformer2DModel
     text_encoder: CLIPTextModel
     text_encoder_2: T5EncoderModel
@@ -94,18 +93,6 @@ class FluxPolicy(Policy):
         patches = latents.reshape(len(latents), side, side, LATENT_CHANNELS, 2, 2)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(
             len(latents), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE
-        )
-
-    def pipeline(self, vae: AutoencoderKL) -> FluxPipeline:
-        """See :meth:`Policy.pipeline`."""
-        return FluxPipeline(
-            scheduler=scheduler(),
-            vae=vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            transformer=self.transformer,
         )
 
 
@@ -160,6 +147,7 @@ class SD3Settings(PolicySettings):
 class SD3Policy(Policy):
     """The trained modules with their tokenizers; latents are ``[B, 16, 8, 8]``."""
 
+    kind = StableDiffusion3Pipeline
     transformer: SD3Transformer2DModel
     text_encoder: CLIPTextModelWithProjection
     text_encoder_2: CLIPTextModelWithProjection
@@ -212,20 +200,6 @@ class SD3Policy(Policy):
         given = self.velocity(latents, sigma, tokens)
         without = self.velocity(latents, sigma, empty)
         return without + self.settings.guidance_scale * (given - without)
-
-    def pipeline(self, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
-        """See :meth:`Policy.pipeline`."""
-        return StableDiffusion3Pipeline(
-            scheduler=scheduler(),
-            vae=vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            text_encoder_3=self.text_encoder_3,
-            tokenizer_3=self.tokenizer_3,
-            transformer=self.transformer,
-        )
 
 
 def build_sd3(settings: SD3Settings, folder: Path) -> SD3Policy:
