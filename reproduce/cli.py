@@ -11,23 +11,15 @@ from reproduce.commands import (
     agreement,
     catalogue,
     check,
-    compare,
-    config,
     demo,
-    embed,
     evaluate,
     exchange,
-    export,
     jobs,
     locales,
-    power,
     prompts,
     raters,
-    render,
-    report,
+    results,
     run,
-    runs,
-    serve,
     stages,
     weights,
 )
@@ -38,17 +30,17 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 RUN, RESULTS, INPUTS = "Run experiments", "Look at results", "Weights, prompts and this machine"
 COMMANDS = {
     RUN: (
-        demo.demo, run.reproduce, run.plan, power.power, config.config, stages.train, stages.sample,
-        embed.embed,
+        demo.demo, run.reproduce, run.plan, catalogue.power, catalogue.config, stages.train,
+        stages.sample, stages.embed,
     ),
     "Score images": (
         stages.score, evaluate.evaluate, exchange.export_images, exchange.import_scores,
-        serve.serve_reward,
+        exchange.serve_reward,
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),
     RESULTS: (
-        runs.runs, compare.compare, agreement.agreement, render.render, report.report,
-        export.export,
+        results.runs, results.compare, agreement.agreement, results.render, results.report,
+        results.export,
     ),
 }  # fmt: skip
 for panel, functions in COMMANDS.items():

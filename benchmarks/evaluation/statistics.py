@@ -50,7 +50,7 @@ class Interval:
         mean: the estimate; with several seeds, the mean over seeds and prompts.
         low: lower end.
         high: upper end.
-        label: what the interval is about (see the module's docstring).
+        about: the label of the module's docstring.
         count: independent units behind it: prompts (checkpoint) or seeds (method).
         level: nominal coverage.
     """
@@ -58,7 +58,7 @@ class Interval:
     mean: float
     low: float
     high: float
-    label: Label
+    about: Label
     count: int
     level: float = LEVEL
 
@@ -72,7 +72,7 @@ class Comparison:
         low: lower end of its interval.
         high: upper end.
         p_value: sign-flip permutation test (checkpoint) or paired t-test (method).
-        label: what is compared (see the module's docstring).
+        about: the label of the module's docstring.
         count: number of paired prompts or seeds.
         level: nominal coverage of the interval.
     """
@@ -81,7 +81,7 @@ class Comparison:
     low: float
     high: float
     p_value: float
-    label: Label
+    about: Label
     count: int
     level: float = LEVEL
 

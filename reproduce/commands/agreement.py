@@ -13,7 +13,7 @@ from reproduce.commands.options import (
     layout_of,
     parse_seeds,
 )
-from reproduce.commands.render import refuse_credit
+from reproduce.commands.results import refuse_credit
 
 if TYPE_CHECKING:
     from g2rpo.terminal import PlainTable

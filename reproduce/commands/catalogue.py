@@ -1,12 +1,24 @@
-"""``g2rpo list``: what is bundled: experiments, profiles, suites, methods and rewards."""
+"""``g2rpo list``, ``config`` and ``power``: what can be run, and what it can show."""
 
 import ast
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
-from g2rpo.config import load_yaml
+import typer
+
+from g2rpo.config import load_yaml, parse_overrides
+from g2rpo.errors import UserError
 from g2rpo.terminal import plain_table, wide_console
+from g2rpo.text import visible
 from reproduce.bundled import bundled_names, named_file
+from reproduce.commands.options import (
+    CellKey,
+    ExperimentName,
+    Overrides,
+    ProfileName,
+    parse_seeds,
+)
 
 
 def list_bundled() -> None:
@@ -37,3 +49,50 @@ def _summary(module: str) -> str:
     assert spec is not None and spec.origin is not None
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0]
+
+
+def config(
+    experiment: ExperimentName,
+    cell: CellKey,
+    profile: ProfileName = "mini",
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Training seed; default: the profile's first.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print every setting of a cell as YAML, with the layer it comes from.
+
+    Later layers win: profile, preset, tuned rate, cell, -s, budget.
+    """
+    from reproduce.experiment import Resolver, explain, load_experiment, load_profile
+
+    chosen = load_profile(profile)
+    resolver = Resolver(load_experiment(experiment), chosen, parse_overrides(overrides or []))
+    lines = explain(resolver, cell, chosen.seeds[0] if seed is None else seed)
+    typer.echo("\n".join(visible(line) for line in lines))
+
+
+def power(
+    deviation: Annotated[
+        float, typer.Argument(help="Standard deviation of the methods' difference over seeds.")
+    ],
+    seeds: Annotated[str, typer.Option(help="Numbers of seeds, e.g. 3,5,10.")] = "3,5,10,20",
+    comparisons: Annotated[
+        int, typer.Option(help="Number of comparisons that are corrected together.")
+    ] = 1,
+) -> None:
+    """Print the smallest difference of two methods that is found with probability 0.8.
+
+    By the paired t-test over shared seeds, significant at 0.05 after the correction; in the unit
+    of the deviation. Deviations of earlier runs follow from the intervals in tables.
+    """
+    from benchmarks.evaluation.power import detectable_difference
+
+    table = plain_table("seeds", "difference", right=("seeds", "difference"))
+    for count in parse_seeds(seeds):
+        try:
+            found = detectable_difference(deviation, count, comparisons=comparisons)
+        except ValueError as error:
+            raise UserError(f"{count} seeds: {error}") from None
+        table.add_row(str(count), f"{found:.3g}")
+    wide_console().print(table)

@@ -1,12 +1,14 @@
-"""``g2rpo export-images`` and ``import-scores``: exchange with outside scorers."""
+"""``g2rpo export-images``, ``import-scores`` and ``serve-reward``: exchange with other programs."""
 
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.text import visible
+from reproduce.commands.options import ProfileName
 
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and list it.")
@@ -36,8 +38,8 @@ def export_images(
     refuse_bad(source_items, skip_bad, "exported")
     ids = (prompt.id for prompt in known)
     geneval.export(source_items.items, dict(zip(ids, enumerate(lines), strict=True)), output)
-    for name, reason in source_items.bad:
-        typer.echo(visible(f"skipped {name}: {reason}"))
+    for name, problem in source_items.bad:
+        typer.echo(visible(f"skipped {name}: {problem}"))
     count = len({item.prompt_id for item in source_items.items})
     typer.echo(visible(f"{output}: {len(source_items.items)} images of {count} prompts"))
 
@@ -65,3 +67,47 @@ def import_scores(
             raise UserError(f"{option} is empty")
     request = Request(images, prompts, output or default_output(images), skip_bad)
     import_scores(Outside(file, reward, version, column), request)
+
+
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="A reward of the profile, e.g. hps.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    profile: ProfileName = "flux",
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with a key that clients must send.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Reward setting, e.g. -s batch_size=64; repeatable."),
+    ] = None,
+) -> None:
+    """Serve a reward model over HTTP, for rewards with `model: http`."""
+    try:
+        import uvicorn
+
+        from reproduce.serving import reward_app
+    except ModuleNotFoundError as error:
+        raise UserError(f"no package {error.name}; run `pip install 'g2rpo[serve]'`") from None
+    from g2rpo.config import parse_overrides
+    from g2rpo.rewards.registry import load_reward
+    from g2rpo.rewards.server import read_key
+    from reproduce.experiment import load_profile
+    from reproduce.jobs.runner import build_assets
+    from reproduce.stages.sampling import device
+    from reproduce.stages.score_folder import chosen_rewards
+
+    key = read_key(api_key_env, "--api-key-env")
+    chosen, settings = load_profile(profile), parse_overrides(overrides or [])
+    config = chosen_rewards(chosen, [name], {name: settings} if settings else {})[name]
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {reason(error)}; choose others") from None
+    with listening:
+        build_assets(chosen)
+        app = reward_app(load_reward(config, device()), key)
+        typer.echo(f"serving {name} at http://{host}:{listening.getsockname()[1]}")
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""``g2rpo train``, ``sample`` and ``score``: one stage of a cell, or scores of any images."""
+"""``g2rpo embed``, ``train``, ``sample`` and ``score``: one stage, or scores of any images."""
 
 import os
 from pathlib import Path
@@ -63,6 +63,34 @@ def _perform(stage: "CellStage") -> None:
         )
     with join(int(os.environ.get("WORLD_SIZE", "1"))) as ranks:
         perform(stage, ranks)
+
+
+def embed(
+    experiment: ExperimentName,
+    profile: ProfileName = "mini",
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="Training seed; repeatable; default: the profile's."),
+    ] = None,
+    results: Results = Path("results"),
+    overrides: Overrides = None,
+) -> None:
+    """Encode the prompts of an experiment, so that no other stage needs the text encoders.
+
+    Embeddings are cached in RESULTS/runs/embeddings. If interrupted, run the same command to
+    resume.
+    """
+    from reproduce import experiment as experiments
+    from reproduce.jobs.runner import build_assets
+    from reproduce.stages import embedding
+
+    chosen = experiments.load_profile(profile)
+    loaded = experiments.load_experiment(experiment)
+    build_assets(chosen)
+    settings = parse_overrides(overrides or [])
+    cells = experiments.expand(loaded, chosen, seed or chosen.seeds, settings)
+    for folder in embedding.embed(cells, layout_of(results)):
+        typer.echo(folder)
 
 
 def train(

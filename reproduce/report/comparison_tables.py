@@ -93,7 +93,7 @@ def _about(delta: Delta) -> str:
     if delta.difference is None:
         return ""
     seeds = f"seed{'s' if len(delta.seeds) > 1 else ''} {', '.join(map(str, delta.seeds))}"
-    label = f"{delta.comparison.label}, " if delta.comparison is not None else ""
+    label = f"{delta.comparison.about}, " if delta.comparison is not None else ""
     return label + (seeds if delta.seeds else "own seeds")
 
 
@@ -116,7 +116,7 @@ def _difference_texts(delta: Delta) -> tuple[str | Text, ...]:
 
 
 def _meaning(section: Section) -> str:
-    labels = {one.comparison.label for one in section.deltas if one.comparison is not None}
+    labels = {one.comparison.about for one in section.deltas if one.comparison is not None}
     sentences = []
     if "method" in labels:
         sentences.append("method: seed-level, paired t-test over shared seeds.")

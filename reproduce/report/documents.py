@@ -12,7 +12,7 @@ from markdown_it.tree import SyntaxTreeNode
 from markupsafe import Markup
 
 from benchmarks.evaluation.results import Provenance
-from reproduce.report.grids import Box, Column, Grid, make_grid, number, text_box
+from reproduce.report.grids import Box, Column, Grid, make_grid, number, seed_box, text_box
 from reproduce.report.overview import origin_columns
 from reproduce.report.pictures import SHEET_BYTES
 
@@ -86,7 +86,7 @@ def _origins(path: Path) -> Grid | None:
         return None
     columns: list[Column[tuple[str, int, Provenance]]] = [
         Column("Row", lambda cell: text_box(cell[0], "label")),
-        Column("Seed", lambda cell: number(cell[1], str(cell[1])), numeric=True),
+        Column("Seed", lambda cell: seed_box(cell[1]), numeric=True),
         *origin_columns(lambda cell: cell[2]),
     ]
     return make_grid("Provenance of these numbers", columns, found) if found else None

@@ -101,6 +101,11 @@ def number(value: float | None, text: str | None = None) -> Box:
     return Box(human(value) if text is None else text, value, kind="number")
 
 
+def seed_box(seed: int | None) -> Box:
+    """A training seed, with all its digits."""
+    return number(seed, NOTHING if seed is None else str(seed))
+
+
 def text_box(text: str | None, kind: str = "text") -> Box:
     """A text, sorted alphabetically; a dash for None."""
     shown = text or NOTHING

@@ -3,21 +3,28 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from benchmarks.evaluation.results import Cell, CellInfo, Provenance
-from benchmarks.evaluation.statistics import NOTHING
+from benchmarks.evaluation.results import Cell, Protocol, Provenance
 from reproduce.report.chapter import Chapter, without_root
-from reproduce.report.grids import Box, Column, Grid, Item, anchor, make_grid, number, text_box
+from reproduce.report.grids import (
+    Box,
+    Column,
+    Grid,
+    Item,
+    anchor,
+    make_grid,
+    number,
+    seed_box,
+    text_box,
+)
 
 SHORT = 12
 """Characters of a hash that are shown; the rest is collapsed."""
-Details = tuple[tuple[str, str], ...]
-"""Collapsed names and values."""
 
 
 def overview_grid(chapters: Sequence[Chapter]) -> Grid:
     """One line per chapter, with its progress and results."""
     columns: list[Column[Chapter]] = [
-        Column("Experiment", lambda chapter: _name_box(chapter.name)),
+        Column("Experiment", _name_box),
         Column("Title", lambda chapter: text_box(chapter.table.title)),
         Column("Finished", _finished_box, numeric=True),
         Column("Seeds", lambda chapter: number(len(chapter.seeds)), numeric=True),
@@ -34,8 +41,8 @@ def overview_grid(chapters: Sequence[Chapter]) -> Grid:
     return make_grid("All experiments", columns, chapters, [note])
 
 
-def _name_box(name: str) -> Box:
-    return replace(text_box(name, "label"), link=anchor("chapter", name))
+def _name_box(chapter: Chapter) -> Box:
+    return replace(text_box(chapter.name, "label"), link=anchor("chapter", chapter.name))
 
 
 def _finished_box(chapter: Chapter) -> Box:
@@ -67,9 +74,9 @@ def provenance_grid(chapters: Sequence[Chapter]) -> Grid:
     columns: list[Column[tuple[Chapter, Cell]]] = [
         Column("Row", lambda line: text_box(line[0].labels[line[1].info.row], "label")),
         Column("Experiment", lambda line: text_box(line[0].name)),
-        Column("Seed", lambda line: _seed_box(line[1].info.seed), numeric=True),
+        Column("Seed", lambda line: seed_box(line[1].info.seed), numeric=True),
         Column("Training run", lambda line: text_box(line[1].info.runs.get("train"), "code")),
-        *origin_columns(lambda line: line[1].info.provenance, lambda line: _protocol(line[1].info)),
+        *origin_columns(lambda line: line[1].info.provenance, lambda line: line[1].info.protocol),
         Column("Evaluation", lambda line: text_box(line[1].info.runs.get("evaluation"), "code")),
         Column("Iterations", lambda line: number(line[1].info.checkpoint_iteration), numeric=True),
         Column("Scores", lambda line: number(len(line[1].scores)), numeric=True),
@@ -91,22 +98,15 @@ def _anchors(lines: Sequence[tuple[Chapter, Cell]]) -> Iterator[str]:
         seen.add(name)
 
 
-def _seed_box(seed: int | None) -> Box:
-    return number(seed, NOTHING if seed is None else str(seed))
-
-
-def _protocol(info: CellInfo) -> Details:
-    return (("protocol", f"{info.protocol.title} {info.protocol.hash}"),)
-
-
 def origin_columns(
-    origin: Callable[[Item], Provenance], more: Callable[[Item], Details] = lambda _: ()
+    origin: Callable[[Item], Provenance],
+    protocol: Callable[[Item], Protocol | None] = lambda _: None,
 ) -> list[Column[Item]]:
-    """Columns for commit, hardware, weights and packages, and ``more`` details."""
+    """Columns for commit, hardware, and what the weights, packages and ``protocol`` were."""
     return [
         Column("Commit", lambda item: _commit_box(origin(item))),
         Column("Hardware", lambda item: _hardware_box(origin(item).hardware)),
-        Column("Weights and packages", lambda item: _details_box(origin(item), more(item))),
+        Column("Weights and packages", lambda item: _details_box(origin(item), protocol(item))),
     ]
 
 
@@ -122,10 +122,11 @@ def _hardware_box(hardware: Mapping[str, str]) -> Box:
     return replace(text_box(shown), details=tuple(hardware.items()))
 
 
-def _details_box(origin: Provenance, more: Details) -> Box:
-    """Hashes of the weights, the whole commit and packages, collapsed."""
+def _details_box(origin: Provenance, protocol: Protocol | None) -> Box:
+    """Hashes of the weights, the whole commit, packages and protocol, collapsed."""
     weights = [(f"weights of {name}", digest) for name, digest in origin.weights.items()]
     source = [] if origin.checkpoint is None else [("from", without_root(origin.checkpoint))]
     commit = [] if origin.git_commit is None else [("commit", origin.git_commit)]
-    details = (*weights, *source, *commit, *origin.packages.items(), *more)
+    shown = [] if protocol is None else [("protocol", f"{protocol.title} {protocol.hash}")]
+    details = (*weights, *source, *commit, *origin.packages.items(), *shown)
     return Box("", len(origin.weights), details=details)

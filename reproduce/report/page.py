@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from reproduce.report.images import Fitted, Fitter
 from reproduce.report.overview import overview_grid, provenance_grid
 from reproduce.report.pictures import gather_pictures, picture_data
 from reproduce.report.table_grids import COST_PARTS
-from reproduce.report.view import View, view_of
+from reproduce.report.view import view_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 LIMIT = 15_000_000
@@ -84,10 +84,10 @@ def _environment() -> jinja2.Environment:
 
 
 def _rendered(
-    profile: Profile, views: Sequence[View], documents: Sequence[Document]
+    profile: Profile, views: Sequence[Mapping[str, Any]], documents: Sequence[Document]
 ) -> Callable[[Fitted], str]:
     """Returns a function that renders the page with some of its images."""
-    chapters = [view.chapter for view in views]
+    chapters = [view["chapter"] for view in views]
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     script = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     configurations = [one for chapter in chapters for one in configuration_data(chapter)]
@@ -96,7 +96,7 @@ def _rendered(
         "profile": profile,
         "views": views,
         "figures": [_png_uri(document.figure) for document in documents],
-        "drawn": [[_png_uri(path) for path in view.figures] for view in views],
+        "drawn": [[_png_uri(path) for path in view["figures"]] for view in views],
         "overview": overview_grid(chapters),
         "documents": documents,
         "cost_parts": COST_PARTS,
@@ -112,12 +112,12 @@ def _rendered(
     def render(fitted: Fitted) -> str:
         galleries = fitted.galleries
         pictures = [
-            picture_data(view.chapter, gallery, fitted.names)
+            picture_data(view["chapter"], gallery, fitted.names)
             for view, gallery in zip(views, galleries, strict=True)
         ]
         data = {
             "chapters": {
-                view.chapter.name: {"curves": view.curves, "pictures": shown}
+                view["chapter"].name: {"curves": view["curves"], "pictures": shown}
                 for view, shown in zip(views, pictures, strict=True)
             },
             "configurations": configurations,

@@ -1,41 +1,19 @@
 """The part of the page for one experiment: facts, sentences, tables and curves."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluation.statistics import human
 from reproduce.report.chapter import Chapter
 from reproduce.report.curves import curve_data
-from reproduce.report.grids import Grid
 from reproduce.report.table_grids import block_grid, comparison_grid, cost_grid, phase_grid
 from reproduce.tables.blocks import blocks
 from reproduce.tables.model import Table
 from reproduce.tables.summary import pair_sentence, pairs
 
 
-@dataclass(frozen=True)
-class View:
-    """A chapter as the template shows it; a grid is None if it would be empty."""
-
-    chapter: Chapter
-    facts: tuple[tuple[str, str], ...]
-    missing: tuple[str, ...]
-    sentences: tuple[str, ...]
-    scores: Grid
-    headroom: Grid | None
-    beside: Grid | None
-    comparisons: Grid | None
-    paper: Grid | None
-    styles: Grid | None
-    cost: Grid
-    phases: Grid | None
-    curves: dict[str, Any] | None
-    figures: tuple[Path, ...]
-
-
-def view_of(chapter: Chapter) -> View:
-    """A chapter without its images.
+def view_of(chapter: Chapter) -> dict[str, Any]:
+    """A chapter as the template shows it, without its images; a grid is None if it would be empty.
 
     Raises:
         UserError: the cells do not match the table or each other.
@@ -48,22 +26,22 @@ def view_of(chapter: Chapter) -> View:
         for block in blocks(table)
         if block.suffix != "-cost"
     }
-    return View(
-        chapter=chapter,
-        facts=_facts(chapter),
-        missing=_missing(chapter),
-        sentences=_sentences(table),
-        scores=shown[""],
-        headroom=shown.get("-headroom"),
-        beside=shown.get("-beside"),
-        comparisons=comparison_grid(table),
-        paper=shown.get("-paper"),
-        styles=block_grid(name, styles, blocks(styles)[0], styles.notes) if styles else None,
-        cost=cost_grid(name, table),
-        phases=phase_grid(name, table, chapter.cells),
-        curves=curve_data(chapter),
-        figures=_figures(chapter),
-    )
+    return {
+        "chapter": chapter,
+        "facts": _facts(chapter),
+        "missing": _missing(chapter),
+        "sentences": _sentences(table),
+        "scores": shown[""],
+        "headroom": shown.get("-headroom"),
+        "beside": shown.get("-beside"),
+        "comparisons": comparison_grid(table),
+        "paper": shown.get("-paper"),
+        "styles": block_grid(name, styles, blocks(styles)[0], styles.notes) if styles else None,
+        "cost": cost_grid(name, table),
+        "phases": phase_grid(name, table, chapter.cells),
+        "curves": curve_data(chapter),
+        "figures": _figures(chapter),
+    }
 
 
 def _figures(chapter: Chapter) -> tuple[Path, ...]:

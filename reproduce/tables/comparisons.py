@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,6 @@ from reproduce.tables.model import (
     RewardHacking,
     Row,
     RowComparison,
-    interval_fields,
 )
 from reproduce.tables.notes import full_label
 from reproduce.tables.paper import DIGITS, PaperTables
@@ -215,7 +213,7 @@ def row_marks(spec: TableSpec, row: RowSpec, compared: ComparedRows) -> dict[str
     found = compared(row.key, reference.key)
     adjusted = corrected(found)
     return {
-        name: Mark(reference=full_label(reference), p_holm=adjusted[name], **_fields(one))
+        name: Mark(reference=full_label(reference), p_holm=adjusted[name], **vars(one))
         for name, one in found.items()
     }
 
@@ -291,27 +289,14 @@ def family_comparisons(
             second=second,
             reward=name,
             question=question,
-            **_fields(one),
+            **vars(one),
             p_holm=adjusted[first, second, name],
             family=len(family),
-            count=one.count,
-            level=one.level,
-            improvement=Number(**interval_fields(improved[first, second][name])),
+            improvement=Number(**vars(improved[first, second][name])),
             verdict=_verdict(one, adjusted[first, second, name]),
         )
         for (first, second, name), one in family.items()
     ]
-
-
-def _fields(one: Comparison) -> dict[str, Any]:
-    """The fields that marks and comparisons of rows share."""
-    return {
-        "difference": one.difference,
-        "low": one.low,
-        "high": one.high,
-        "p_value": one.p_value,
-        "about": one.label,
-    }
 
 
 def _verdict(found: Comparison, p_holm: float) -> str:

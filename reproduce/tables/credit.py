@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,9 +19,8 @@ from reproduce.experiment import Experiment, Profile, ResolvedCell
 from reproduce.experiment.layout import Layout
 from reproduce.runs.folders import read_manifest
 from reproduce.tables.figures import FIGURE_STYLE, curve_style, save_figure
-from reproduce.tables.formats import csv_table
 from reproduce.tables.markdown import markdown_escape, markdown_table
-from reproduce.tables.model import Number, interval_fields
+from reproduce.tables.model import Number
 from reproduce.tables.notes import Gap
 
 EXPLAINED = "Share of the reward's variance explained by the step's noise"
@@ -99,7 +99,7 @@ def over_seeds(values: Iterable[tuple[str, Step, float]]) -> Quantity:
         label: {
             step: Number(mean=float(np.mean(found)), count=len(found))
             if len(found) < MIN_SEEDS
-            else Number(**interval_fields(method_intervals([found])[0]))
+            else Number(**vars(method_intervals([found])[0]))
             for step, found in by_step.items()
         }
         for label, by_step in gathered.items()
@@ -212,20 +212,22 @@ def _shown(number: Number | None) -> str:
 
 def credit_csv(measured: Sequence[Measured]) -> str:
     """One line per stochastic step of every rollout."""
-    steps = [
-        (cell, rollout["iteration"], step)
+    lines = [
+        {
+            "row": cell.row,
+            "seed": cell.seed,
+            "iteration": rollout["iteration"],
+            "step": step["step"],
+            "sigma": step["sigma"],
+            **{f"explained_{name}": step["explained"][name] for name in sorted(step["explained"])},
+            "signal": step["signal"],
+            "noise": step["noise"],
+        }
         for cell in measured
         for rollout in cell.manifest["rollouts"]
         for step in rollout["steps"]
     ]
-    rewards = sorted({name for _, _, step in steps for name in step["explained"]})
-    heads = ["row", "seed", "iteration", "step", "sigma", *(f"explained_{n}" for n in rewards)]
-    lines = []
-    for cell, iteration, step in steps:
-        explained = (step["explained"][name] for name in rewards)
-        values = (cell.seed, iteration, step["step"], step["sigma"], *explained)
-        lines.append([cell.row, *map(str, (*values, step["signal"], step["noise"]))])
-    return csv_table([*heads, "signal", "noise"], lines)
+    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
 
 
 def _document(

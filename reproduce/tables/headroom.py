@@ -24,7 +24,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import sha256_file
 from reproduce.experiment.table import RowSpec, TableSpec, TruthSource
 from reproduce.tables.comparisons import alike
-from reproduce.tables.model import Column, Number, interval_fields
+from reproduce.tables.model import Column, Number
 
 IN_DOMAIN, OUT_OF_DOMAIN = "in_domain", "out_of_domain"
 MEASURES = (IN_DOMAIN, OUT_OF_DOMAIN)
@@ -212,4 +212,4 @@ def headroom_numbers(row: RowScores) -> dict[str, Number]:
     """The shares of headroom of a row that :meth:`Scale.measured` returned."""
     intervals = row_intervals(row.scores(row.rewards))
     found = dict(zip(row.rewards, intervals, strict=True))
-    return {name: Number(**interval_fields(found[name])) for name in MEASURES if name in found}
+    return {name: Number(**vars(found[name])) for name in MEASURES if name in found}

@@ -12,7 +12,7 @@ from pydantic import Field, field_serializer
 
 from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
 from benchmarks.evaluation.results import Cost, Protocol, Provenance
-from benchmarks.evaluation.statistics import ALPHA, NOTHING, Interval, Label, fixed
+from benchmarks.evaluation.statistics import ALPHA, NOTHING, Label, fixed
 from g2rpo.config import StrictModel, unhashed
 from reproduce.experiment.table import CostColumn, PaperColumn
 
@@ -74,18 +74,6 @@ class Number(StrictModel):
         return f"[{fixed(self.low, self.digits)}, {fixed(self.high, self.digits)}]"
 
 
-def interval_fields(interval: Interval) -> dict[str, Any]:
-    """The fields of a :class:`Number` for an interval."""
-    return {
-        "mean": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "about": interval.label,
-        "count": interval.count,
-        "level": interval.level,
-    }
-
-
 class Mark(StrictModel):
     """A score compared with its row's reference, as the row minus the reference.
 
@@ -98,6 +86,8 @@ class Mark(StrictModel):
     low: float
     high: float
     about: Label
+    count: int
+    level: float
     p_value: float
     p_holm: float
 

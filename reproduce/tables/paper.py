@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import pydantic
-
 from g2rpo.config import StrictModel, load_yaml, validate
 from g2rpo.errors import UserError
 from reproduce.experiment.table import PaperColumn, PaperKey, TableName
@@ -23,22 +21,16 @@ class PaperRow(StrictModel):
     method: str
     granularities: tuple[int, ...] | None = None
     steps: int | None = None
-    hps: float = pydantic.Field(alias="HPS")
-    clip: float = pydantic.Field(alias="CLIP")
-    pick_score: float = pydantic.Field(alias="PS")
-    image_reward: float = pydantic.Field(alias="IR")
-    unified_reward: float = pydantic.Field(alias="UR")
+    HPS: float
+    CLIP: float
+    PS: float
+    IR: float
+    UR: float
 
     @property
     def scores(self) -> Mapping[PaperColumn, float]:
         """The scores by the paper's column names."""
-        return {
-            "HPS": self.hps,
-            "CLIP": self.clip,
-            "PS": self.pick_score,
-            "IR": self.image_reward,
-            "UR": self.unified_reward,
-        }
+        return {name: getattr(self, name) for name in PAPER_NAMES}
 
 
 class PaperTables(StrictModel):

@@ -36,12 +36,7 @@ def publish_cells(
 ) -> None:
     """Collects finished cells and publishes them.
 
-    Args:
-        experiment: the experiment.
-        profile: the profile of the cells.
-        cells: the finished cells.
-        gaps: why the others are missing; cells with unreadable results are appended.
-        layout: where runs are and tables go.
+    ``gaps`` says why others are missing; cells with unreadable results are appended.
     """
     if experiment.credit is not None:
         publish_credit(experiment, profile, cells, gaps, layout)
@@ -58,15 +53,7 @@ def publish(
     gaps: Sequence[Gap],
     layout: Layout,
 ) -> None:
-    """Writes the table and figures of ``cells``, and prints the table.
-
-    Args:
-        experiment: the experiment.
-        profile: the profile of the cells.
-        cells: the finished cells.
-        gaps: why the others are missing.
-        layout: where runs are and tables go.
-    """
+    """Writes the table and figures of finished ``cells``, and prints the table."""
     output = layout.experiment(profile.name, experiment.name)
     spec = experiment.table_spec(profile)
     table = compute_table(spec, cells, profile.name, gaps)

@@ -24,7 +24,6 @@ from reproduce.tables.model import (
     Score,
     Source,
     grouped,
-    interval_fields,
 )
 from reproduce.tables.notes import full_label
 from reproduce.tables.paper import DIGITS, PAPER_NAMES, PaperTables
@@ -120,7 +119,7 @@ def row_metrics(results: Mapping[str, RowScores]) -> dict[str, dict[str, Number]
     digits = dict.fromkeys(METRIC_LABELS, METRIC_DIGITS) | {DRIFT: _decimals(drifts)}
     return {
         key: {
-            name: Number(**interval_fields(found[name]), digits=digits[name])
+            name: Number(**vars(found[name]), digits=digits[name])
             for name in METRIC_LABELS
             if name in found
         }
@@ -219,7 +218,7 @@ def table_row(
         seeds=result.seeds,
         scores={
             column.name: Score(
-                **interval_fields(interval),
+                **vars(interval),
                 digits=column.digits,
                 in_domain=column.name in row.train,
                 best=False,

@@ -112,7 +112,7 @@ def test_three_shared_seeds_are_compared_as_methods(made: Path) -> None:
         expected = scipy.stats.ttest_rel(ours, theirs)
         interval = expected.confidence_interval(0.95)
         comparison = found[reward, "B"].comparison
-        assert comparison is not None and comparison.label == "method"
+        assert comparison is not None and comparison.about == "method"
         got = [comparison.difference, comparison.low, comparison.high]
         wanted = [np.mean(ours) - np.mean(theirs), interval.low, interval.high]
         assert got == pytest.approx(wanted, abs=1e-7)
@@ -131,7 +131,7 @@ def test_one_shared_seed_is_compared_over_prompts(made: Path, reference: str) ->
     (section,) = score_sections(compared)
     (delta,) = (d for d in section.deltas if d.quantity == "hps" and d.member == "B")
     assert delta.comparison is not None and delta.adjusted is not None
-    assert (delta.comparison.label, delta.comparison.count) == ("checkpoint", 20)
+    assert (delta.comparison.about, delta.comparison.count) == ("checkpoint", 20)
     ours, theirs = (prompt_means({"hps": mean, "clip": 0.5}, 2)["hps"] for mean in (0.72, 0.70))
     assert delta.comparison.difference == pytest.approx(np.mean(ours - theirs), abs=1e-6)
     assert delta.adjusted < 0.05 and delta.seeds == (2,)

@@ -132,7 +132,7 @@ def signs(grid: Grid) -> list[list[tuple[str, str]]]:
 
 
 def test_significant_differences_have_a_mark_with_its_evidence(chapter: Chapter) -> None:
-    base, *_, focus = signs(view_of(chapter).scores)
+    base, *_, focus = signs(view_of(chapter)["scores"])
     assert base == []
     sign, sentence = focus[0]
     assert sign == "▲"
@@ -168,10 +168,9 @@ def test_seconds_by_phase_add_up(chapter: Chapter) -> None:
     assert cell.curve is not None
     bare = cell.curve.drop(columns="seconds/scoring")
     assert phase_seconds(type(cell)(cell.info, cell.scores, bare)) is None
-    view = view_of(chapter)
-    assert view.phases is not None
-    assert len(view.phases.rows) == len(ROWS)
-    parts = view.phases.rows[0][-1].shares
+    phases = view_of(chapter)["phases"]
+    assert len(phases.rows) == len(ROWS)
+    parts = phases.rows[0][-1].shares
     assert sum(share for _, share in parts) == pytest.approx(1.0)
 
 
@@ -392,14 +391,14 @@ def test_the_overview_counts_what_the_tables_mark(chapter: Chapter) -> None:
     finished, seeds, above, below = line[2:6]
     assert finished.text == f"{len(chapter.cells)} of {len(chapter.cells) + 4}"
     assert seeds.text == "3"
-    marked = [sign for row in signs(view_of(chapter).scores) for sign, _ in row]
+    marked = [sign for row in signs(view_of(chapter)["scores"]) for sign, _ in row]
     assert above.sort == marked.count("▲") > 0
     assert below.sort == marked.count("▼")
     assert line[0].link == "chapter-made-up"
 
 
 def test_the_bar_of_costs_adds_up_to_the_measure_of_equal_cost(chapter: Chapter) -> None:
-    cost = view_of(chapter).cost
+    cost = view_of(chapter)["cost"]
     totals = {row[0].text: row[-3].sort for row in cost.rows}
     longest = max(float(total or 0) for total in totals.values())
     for row in cost.rows:

@@ -42,7 +42,7 @@ def test_method_interval_is_the_t_interval() -> None:
         expected = scipy.stats.ttest_1samp(row, 0).confidence_interval(0.95)
         assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
         assert interval.mean == pytest.approx(row.mean())
-        assert (interval.label, interval.count) == ("method", 5)
+        assert (interval.about, interval.count) == ("method", 5)
 
 
 def test_method_comparison_is_the_paired_t_test() -> None:
@@ -79,7 +79,7 @@ def test_bootstrap_interval_is_nearly_normal() -> None:
     half = 1.96 * scores.std() / 20
     assert interval.low == pytest.approx(scores.mean() - half, abs=0.05 * half)
     assert interval.high == pytest.approx(scores.mean() + half, abs=0.05 * half)
-    assert (interval.label, interval.count) == ("checkpoint", 400)
+    assert (interval.about, interval.count) == ("checkpoint", 400)
 
 
 def test_bootstrap_resamples_rows_in_pairs() -> None:
@@ -134,7 +134,7 @@ def test_checkpoint_comparison_pairs_the_prompts() -> None:
 
 def test_row_intervals_choose_the_label() -> None:
     cube = RNG.normal(size=(2, 3, 10))
-    assert {interval.label for interval in row_intervals(cube)} == {"method"}
+    assert {interval.about for interval in row_intervals(cube)} == {"method"}
     assert row_intervals(cube) == method_intervals(cube.mean(axis=2))
     two = row_intervals(cube[:, :2])
     assert two == checkpoint_intervals(cube[:, :2].mean(axis=1))
@@ -186,7 +186,7 @@ def test_both_labels_estimate_the_same_probability() -> None:
         by_hand = np.mean([first[row, s, p] > base[row, 0, p] for s in range(3) for p in range(40)])
         assert one.mean == pytest.approx(by_hand)
         assert other.mean == pytest.approx(by_hand)
-        assert (one.label, one.count, other.label, other.count) == ("checkpoint", 40, "method", 3)
+        assert (one.about, one.count, other.about, other.count) == ("checkpoint", 40, "method", 3)
 
 
 def test_improvement_intervals_are_of_the_shares_of_wins() -> None:

@@ -2,25 +2,21 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from benchmarks.evaluation.statistics import Interval, checkpoint_intervals, fixed
+from benchmarks.evaluation.statistics import NOTHING, Label, checkpoint_intervals, fixed
 from g2rpo.terminal import PlainTable, literal
 from g2rpo.text import csv_text
 
 _DIGITS = 4
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the summary: a reward over all prompts, or over those of one style.
-
-    All statistics are over prompts; a prompt's images are averaged first.
+class Line(NamedTuple):
+    """One line of the summary, with statistics over prompts; a prompt's images are averaged first.
 
     Attributes:
         reward: the reward.
@@ -29,7 +25,9 @@ class Line:
         prompts: number of their prompts.
         mean: mean over the prompts.
         std: sample standard deviation over the prompts; None with fewer than two.
-        interval: of the mean (label ``checkpoint``); None with fewer than two prompts.
+        low: lower end of the mean's interval; None with fewer than two prompts.
+        high: upper end.
+        interval: what the interval is about, ``checkpoint``.
     """
 
     reward: str
@@ -37,8 +35,10 @@ class Line:
     images: int
     prompts: int
     mean: float
-    std: float | None
-    interval: Interval | None
+    std: float | None = None
+    low: float | None = None
+    high: float | None = None
+    interval: Label | None = None
 
 
 def summarise(scores: pd.DataFrame) -> list[Line]:
@@ -54,34 +54,17 @@ def summarise(scores: pd.DataFrame) -> list[Line]:
 
 def _line(reward: str, style: str | None, rows: pd.DataFrame) -> Line:
     means = rows.groupby("prompt_id", sort=False)["score"].mean().to_numpy(np.float64)
-    several = len(means) > 1
-    return Line(
-        reward=reward,
-        style=style,
-        images=len(rows),
-        prompts=len(means),
-        mean=float(means.mean()),
-        std=float(means.std(ddof=1)) if several else None,
-        interval=checkpoint_intervals(means[None])[0] if several else None,
-    )
+    line = Line(reward, style, len(rows), len(means), float(means.mean()))
+    if len(means) < 2:
+        return line
+    (found,) = checkpoint_intervals(means[None])
+    std = float(means.std(ddof=1))
+    return line._replace(std=std, low=found.low, high=found.high, interval=found.about)
 
 
 def as_records(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """The summary as JSON values; ``style`` is None for all prompts."""
-    return [
-        {
-            "reward": line.reward,
-            "style": line.style,
-            "images": line.images,
-            "prompts": line.prompts,
-            "mean": line.mean,
-            "std": line.std,
-            "low": None if line.interval is None else line.interval.low,
-            "high": None if line.interval is None else line.interval.high,
-            "interval": None if line.interval is None else line.interval.label,
-        }
-        for line in lines
-    ]
+    return [line._asdict() for line in lines]
 
 
 def as_frame(lines: Sequence[Line]) -> pd.DataFrame:
@@ -126,14 +109,14 @@ def _table(lines: Sequence[Line]) -> PlainTable:
     for name in ("mean", "95 % interval", "std over prompts"):
         table.add_column(name, justify="right")
     for line in lines:
-        bounds = (line.interval.low, line.interval.high) if line.interval else ()
+        bounds = [end for end in (line.low, line.high) if end is not None]
         table.add_row(
             line.reward,
             *((line.style,) if styled else ()),
             str(line.images),
             str(line.prompts),
             fixed(line.mean, _DIGITS),
-            " to ".join(fixed(bound, _DIGITS) for bound in bounds) or "–",
-            "–" if line.std is None else fixed(line.std, _DIGITS),
+            " to ".join(fixed(bound, _DIGITS) for bound in bounds) or NOTHING,
+            NOTHING if line.std is None else fixed(line.std, _DIGITS),
         )
     return table
