@@ -62,7 +62,7 @@ def vendi_score(features: npt.ArrayLike) -> float:
 def measure_diversity(
     tower: ImageTower, images: Mapping[str, Sequence[Path]], name: str
 ) -> pd.DataFrame:
-    """Rows of METRIC_COLUMNS: both measures of each prompt's two or more image files.
+    """Rows of METRIC_TYPES: both measures of each prompt's two or more image files.
 
     Raises:
         UserError: an image is missing or damaged.

@@ -145,7 +145,7 @@ def measure_drift(
 ) -> pd.DataFrame:
     """Mean squared difference of the velocities of each prompt, over sigmas and latents.
 
-    Rows of METRIC_COLUMNS for the prompts and noise levels of ``reference``; exactly 0 for the
+    Rows of METRIC_TYPES for the prompts and noise levels of ``reference``; exactly 0 for the
     base itself.
     """
     chosen = prompts[: config.prompts]

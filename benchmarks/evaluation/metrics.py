@@ -1,6 +1,6 @@
 """Metrics beside the scores: one number per prompt, over some of the prompts."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,12 @@ from g2rpo.errors import UserError
 DISTANCE = "diversity/distance"
 VENDI = "diversity/vendi"
 DRIFT = "drift"
-METRIC_COLUMNS = ("prompt_id", "metric", "value")
+METRIC_TYPES = {"prompt_id": "str", "metric": "str", "value": "float64"}
+"""The columns of metrics."""
 
 
 def metric_frame(metric: str, prompt_ids: Sequence[str], values: npt.ArrayLike) -> pd.DataFrame:
-    """One row per prompt with :data:`METRIC_COLUMNS`; values are float64."""
+    """One row per prompt with the columns of :data:`METRIC_TYPES`."""
     return pd.DataFrame(
         {"prompt_id": list(prompt_ids), "metric": metric, "value": np.asarray(values, np.float64)}
     )
@@ -47,23 +48,4 @@ def checked_frame(frame: pd.DataFrame, types: Mapping[str, str], where: str) -> 
             raise UserError(
                 f"{where}: the {value} of prompt {first[prompt_id]!r} under {first[name]!r} {fault}"
             )
-    return kept
-
-
-def checked_metrics(metrics: pd.DataFrame, prompts: Collection[str], where: str) -> pd.DataFrame:
-    """``metrics`` as :func:`checked_frame` returns them.
-
-    Args:
-        metrics: rows with :data:`METRIC_COLUMNS`.
-        prompts: the ids that may occur.
-        where: prefix of an error.
-
-    Raises:
-        UserError: a column is missing, or a value is duplicated, not finite or of another prompt.
-    """
-    types = dict(zip(METRIC_COLUMNS, ("str", "str", "float64"), strict=True))
-    kept = checked_frame(metrics, types, where)
-    unknown = kept.loc[~kept["prompt_id"].isin(list(prompts)), "prompt_id"]
-    if not unknown.empty:
-        raise UserError(f"{where}: prompt {unknown.iloc[0]!r} has metrics but no scores")
     return kept

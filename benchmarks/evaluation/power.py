@@ -29,34 +29,29 @@ def t_test_power(noncentrality: float, count: int, alpha: float = ALPHA) -> floa
     return float(scipy.stats.ncf.sf(critical**2, 1, freedom, squared))
 
 
-def detectable_difference(
-    deviation: float, seeds: int, *, comparisons: int = 1, power: float = POWER
-) -> float:
-    """The true difference that is significant with probability ``power``.
+def detectable_difference(deviation: float, seeds: int, *, comparisons: int = 1) -> float:
+    """The true difference that is significant with probability :data:`POWER`.
 
     Args:
         deviation: standard deviation, over seeds, of the difference of two methods.
         seeds: number of seeds that they share.
         comparisons: number that Holm's correction is over. The level is the one of its first step,
             0.05 / ``comparisons``, so that the others need no smaller one.
-        power: the probability, above the level and below 1.
 
     Returns:
         The difference, in the unit of ``deviation``.
 
     Raises:
-        ValueError: fewer than three seeds, or an argument out of its range.
+        ValueError: fewer than three seeds or one comparison, or a deviation out of its range.
     """
     if seeds < MIN_SEEDS or comparisons < 1 or not 0 <= deviation < math.inf:
         raise ValueError(
             f"needs at least {MIN_SEEDS} seeds, 1 comparison and a finite deviation of 0 or more"
         )
     alpha = ALPHA / comparisons
-    if not alpha < power < 1:
-        raise ValueError(f"the power must lie between {alpha:.3g} and 1, got {power}")
 
     def missing(noncentrality: float) -> float:
-        return t_test_power(noncentrality, seeds, alpha) - power
+        return t_test_power(noncentrality, seeds, alpha) - POWER
 
     most = 1.0
     while missing(most) < 0:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
-from benchmarks.evaluation.metrics import checked_frame, checked_metrics
+from benchmarks.evaluation.metrics import METRIC_TYPES, checked_frame
 from benchmarks.evaluation.protocol import DiversityConfig, DriftConfig
 from g2rpo.checksums import parse_document, write_document
 from g2rpo.config import StrictModel, unhashed, validate
@@ -37,7 +37,7 @@ Key = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([._/-][a-z0
 Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z0-9]+([_-][a-z0-9]+)*$")]
 """Name of a table, an experiment or a profile; safe in file names."""
 
-SCORE_COLUMNS = ("prompt_id", "reward", "score")
+SCORE_TYPES = {"prompt_id": "str", "reward": "str", "score": "float32"}
 STYLE = "style"
 """Additional column of the scores if the prompt set has styles."""
 PARTS = ("scores", "curve", "metrics")
@@ -174,9 +174,13 @@ class Cell:
     def __post_init__(self) -> None:
         where = f"cell {self.info.name}"
         object.__setattr__(self, "scores", _checked(self.scores, where))
-        if self.metrics is not None:
-            prompts = set(self.scores["prompt_id"])
-            object.__setattr__(self, "metrics", checked_metrics(self.metrics, prompts, where))
+        if self.metrics is None:
+            return
+        metrics = checked_frame(self.metrics, METRIC_TYPES, where)
+        unknown = set(metrics["prompt_id"]) - set(self.scores["prompt_id"])
+        if unknown:
+            raise UserError(f"{where}: prompt {min(unknown)!r} has metrics but no scores")
+        object.__setattr__(self, "metrics", metrics)
 
     @cached_property
     def by_reward(self) -> dict[str, npt.NDArray[np.float64]]:
@@ -196,10 +200,8 @@ class Cell:
 
 
 def _checked(scores: pd.DataFrame, where: str) -> pd.DataFrame:
-    types = dict(zip(SCORE_COLUMNS, ("str", "str", "float32"), strict=True))
-    if STYLE in scores.columns and scores[STYLE].notna().any():
-        types[STYLE] = "str"
-    kept = checked_frame(scores, types, where)
+    styled = STYLE in scores.columns and scores[STYLE].notna().any()
+    kept = checked_frame(scores, SCORE_TYPES | ({STYLE: "str"} if styled else {}), where)
     if kept.empty:
         raise UserError(f"{where}: no scores")
     prompts = set(kept["prompt_id"])

@@ -257,7 +257,7 @@ def measure(
                 scorer = Scorer(Path(temporary) / f"journal-{number}", images)
                 found = scorer.score(name, ours)["score"].to_numpy()
                 done = time.perf_counter()
-                rows.append((between - started, done - between, scorer.findings.waiting[name]))
+                rows.append((between - started, done - between, scorer.waiting[name]))
     theirs, mine, waiting = (statistics.median(column) for column in zip(*rows, strict=True))
     ratios = [one / two for one, two, _ in rows]
     return {

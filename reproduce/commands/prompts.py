@@ -7,13 +7,9 @@ import typer
 
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
+from g2rpo.terminal import plain_table, wide_console
 from g2rpo.text import visible
-from reproduce.commands.weights import (
-    Mirror,
-    Offline,
-    fetch_options,
-    print_table,
-)
+from reproduce.commands.weights import Mirror, Offline, fetch_options
 
 app = typer.Typer(no_args_is_help=True, help="Fetch published prompt sets, and check your own.")
 EXAMPLES = 10
@@ -31,7 +27,8 @@ def list_prompts() -> None:
     from g2rpo.hub.status import artifact_state
 
     lock = read_lock()
-    rows = []
+    columns = ("set", "list", "prompts", "categories", "licence", "page", "state", "SHA-256")
+    table = plain_table(*columns)
     for set_name, files in SETS.items():
         for name, file in files.items():
             artifact, written = artifact_named(name), Path("data") / file
@@ -40,20 +37,17 @@ def list_prompts() -> None:
             sha256 = hashes[0] if len(hashes) == 1 else None
             if written.is_file():
                 state, sha256 = f"{state}, written", sha256_file(written)
-            rows.append(
-                (
-                    set_name,
-                    name,
-                    str(artifact.prompts or "?"),
-                    str(artifact.categories or "–"),
-                    artifact.licence or "not stated",
-                    artifact.page,
-                    state,
-                    sha256 or "–",
-                )
+            table.add_row(
+                set_name,
+                name,
+                str(artifact.prompts or "?"),
+                str(artifact.categories or "–"),
+                artifact.licence or "not stated",
+                artifact.page,
+                state,
+                sha256 or "–",
             )
-    columns = ("set", "list", "prompts", "categories", "licence", "page", "state", "SHA-256")
-    print_table(columns, rows)
+    wide_console().print(table)
 
 
 @app.command()

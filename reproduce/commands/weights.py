@@ -1,11 +1,11 @@
 """``g2rpo weights``: list, fetch, verify and lock the published weights."""
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from g2rpo.errors import UserError
+from g2rpo.terminal import plain_table, wide_console
 
 if TYPE_CHECKING:
     from g2rpo.hub.catalogue import Artifact
@@ -63,16 +63,6 @@ def readable_size(artifact: "Artifact") -> str:
     return filesize.decimal(size) if exact else f"~{filesize.decimal(size)}"
 
 
-def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """Prints a table on standard output."""
-    from g2rpo.terminal import plain_table, wide_console
-
-    table = plain_table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    wide_console().print(table)
-
-
 @app.command("list")
 def list_weights(profile: ProfileName = None) -> None:
     """List published weights with size, licence, and whether they are cached. Works offline."""
@@ -80,14 +70,14 @@ def list_weights(profile: ProfileName = None) -> None:
     from g2rpo.hub.status import artifact_state
 
     lock = read_lock()
-    rows = []
+    table = plain_table("artifact", "needed by", "size", "licence", "gated", "state", "where")
     for artifact in _select(None, profile):
         state = artifact_state(artifact, lock)
         gated = f"yes: {artifact.page}" if artifact.gated else "no"
         size, licence = readable_size(artifact), artifact.licence or "not stated"
         where = str(state.folder or "")
-        rows.append((artifact.name, artifact.needed_by, size, licence, gated, state.word, where))
-    print_table(("artifact", "needed by", "size", "licence", "gated", "state", "where"), rows)
+        table.add_row(artifact.name, artifact.needed_by, size, licence, gated, state.word, where)
+    wide_console().print(table)
 
 
 def fetch_options(mirror: str | None, *, offline: bool, newest: bool = False) -> "FetchOptions":

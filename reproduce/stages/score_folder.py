@@ -211,7 +211,7 @@ def write_scores(
     scores: pd.DataFrame,
 ) -> None:
     """Writes and prints ``scores``; ``settings``: how this run's rewards were scored."""
-    bad = [*source.bad, *scorer.findings.skipped]
+    bad = [*source.bad, *scorer.skipped]
     scored = len(scorer.items)
     if scored + len(bad) != source.found:
         raise RuntimeError(f"{source.found} found, but {scored} scored and {len(bad)} skipped")
@@ -231,9 +231,9 @@ def write_scores(
     weights = {str(reward): str(sha256) for reward, sha256 in hashes.items()}
     findings = {
         "rewards": dict(settings),
-        "too_long": scorer.findings.too_long,
-        "batch_size": scorer.findings.batch_size,
-        "waiting": scorer.findings.waiting,
+        "too_long": scorer.too_long,
+        "batch_size": scorer.batch_size,
+        "waiting": scorer.waiting,
     }
     for section, found in findings.items():
         earlier = listed(request.output / MANIFEST, section)
@@ -252,7 +252,7 @@ def write_scores(
         [request.output / name for name in OUTPUTS],
     )
     console = wide_console()
-    summary.show(lines, scorer.findings.too_long, console)
+    summary.show(lines, scorer.too_long, console)
     for name, reason in bad:
         console.print(literal(f"skipped {name}: {reason}"), soft_wrap=True)
     console.print(literal(str(request.output / SCORES)), soft_wrap=True)

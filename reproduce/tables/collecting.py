@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks.evaluation.results import Cell, cells_folder, load_cell, save_cell
 from g2rpo.errors import UserError
@@ -23,8 +22,7 @@ def collect_all(
     gaps: list[Gap] = []
     for cell in cells:
         try:
-            known = collected(cell, layout, experiment)
-            found.append(known or load_cell(collect(cell, layout, experiment)))
+            found.append(_collected(cell, layout, experiment))
         except UserError as error:
             gaps.append(Gap(cell.key, str(error), cell.seed))
     # Output must not depend on which cell finished first.
@@ -32,27 +30,22 @@ def collect_all(
     return found, gaps
 
 
-def collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell | None:
-    """The cell's result, if it is already written, intact and of these runs."""
-    path = cells_folder(layout.tables, cell.profile.name, experiment) / f"{cell.name}.json"
-    if not path.exists():
-        return None
-    try:
-        found = load_cell(path)
-    except UserError as error:
-        logger.warning("%s; writing it again", error)
-        return None
-    runs = {"train": layout.training(cell).name, "evaluation": layout.evaluation(cell).name}
-    current = found.info.runs == runs and set(found.rewards) == set(cell.profile.rewards)
-    return found if current else None
-
-
-def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
-    """Writes the cell's result; returns the path of its JSON.
+def _collected(cell: ResolvedCell, layout: Layout, experiment: str) -> Cell:
+    """The cell's result; it is written unless it already is, intact and of these runs.
 
     Raises:
         UserError: the cell is not finished, or a file of its run is corrupt.
     """
+    folder = cells_folder(layout.tables, cell.profile.name, experiment)
+    path = folder / f"{cell.name}.json"
+    runs = {"train": layout.training(cell).name, "evaluation": layout.evaluation(cell).name}
+    if path.exists():
+        try:
+            known = load_cell(path)
+            if known.info.runs == runs and set(known.rewards) == set(cell.profile.rewards):
+                return known
+        except UserError as error:
+            logger.warning("%s; writing it again", error)
     run = read_run(layout.training(cell), layout.evaluation(cell))
     if not run.cells or not run.finished:
         raise UserError(f"{cell.key}, seed {cell.seed}: not finished; run it first")
@@ -65,6 +58,4 @@ def collect(cell: ResolvedCell, layout: Layout, experiment: str) -> Path:
         "seed": cell.seed,
         "protocol": found.info.protocol.model_copy(update={"name": cell.evaluation.name}),
     }
-    info = found.info.model_copy(update=named)
-    folder = cells_folder(layout.tables, cell.profile.name, experiment)
-    return save_cell(replace(found, info=info), folder)
+    return load_cell(save_cell(replace(found, info=found.info.model_copy(update=named)), folder))

@@ -1,7 +1,7 @@
 """Learning curves: rewards and held-out scores against iterations and cost, over seeds."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,12 +61,14 @@ def curve_style(index: int, *, markers: bool) -> dict[str, Any]:
     }
 
 
-def save_figure(figure: Figure, output: Path, dpi: float = 150) -> None:
+def save_figure(figure: Figure, output: Path) -> None:
     """Writes a figure as the PNG ``output`` and a PDF beside it."""
-    with atomic_path(output) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
-    with atomic_path(output.with_suffix(".pdf")) as temporary:
-        figure.savefig(temporary, format="pdf", dpi=dpi, metadata=PDF_METADATA)
+    for path, metadata in (
+        (output, {"Software": None}),
+        (output.with_suffix(".pdf"), PDF_METADATA),
+    ):
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,9 @@ def learning_curves(
         for metric, row, axes_row in zip(metrics, panels, grid, strict=True):
             for horizontal, panel, axes in zip(HORIZONTALS, row, axes_row, strict=True):
                 for label, band in panel.items():
-                    _draw(axes, band, styles[label], label)
+                    style = curve_style(styles[label], markers=len(band.x) <= 30)
+                    style |= {"label": label, "markersize": 3.5, "linewidth": 1.5}
+                    draw_band(axes, band, style, alpha=0.13)
                 _scale(axes, horizontal, list(panel.values()))
             note = " (running mean)" if metric.smooth else ""
             axes_row[0].set_title(metric.label + note, loc="left", fontweight="bold")
@@ -182,12 +186,12 @@ def learning_curves(
     return output
 
 
-def _draw(axes: Axes, band: Band, index: int, label: str) -> None:
-    style = curve_style(index, markers=len(band.x) <= 30)
-    axes.plot(band.x, band.mean, label=label, markersize=3.5, linewidth=1.5, **style)
+def draw_band(axes: Axes, band: Band, style: Mapping[str, Any], alpha: float) -> None:
+    """Draws a curve in a style, and its band with an opacity of ``alpha``."""
+    axes.plot(band.x, band.mean, **style)
     if band.low is not None and band.high is not None:
         axes.fill_between(
-            band.x, band.low, band.high, color=style["color"], alpha=0.13, linewidth=0
+            band.x, band.low, band.high, color=style["color"], alpha=alpha, linewidth=0
         )
 
 
@@ -220,13 +224,16 @@ def limit_height(axes: Axes, bands: Sequence[Band]) -> None:
     axes.set_ylim(max(bottom, low - room), min(top, high + room))
 
 
+def seeds_text(counts: Collection[int]) -> tuple[str, str]:
+    """Numbers of seeds as a range, and what bands over them are."""
+    least, most = min(counts), max(counts)
+    bands = "; bands: 95% t intervals over seeds" if most >= MIN_SEEDS else ""
+    return f"{least}" if least == most else f"{least} to {most}", bands
+
+
 def _caption(curves: Mapping[str, Sequence[pd.DataFrame]]) -> str:
-    counts = sorted({len(runs) for runs in curves.values() if runs})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    if counts == [1]:
-        return "One seed"
-    band = "; bands: 95% t intervals over seeds" if counts[-1] >= MIN_SEEDS else ""
-    return f"Mean over {seeds} seeds{band}"
+    seeds, bands = seeds_text([len(runs) for runs in curves.values() if runs])
+    return "One seed" if seeds == "1" else f"Mean over {seeds} seeds{bands}"
 
 
 def _legend(figure: Figure, panels: Iterable[Axes], caption: str, title: str | None) -> None:

@@ -1,6 +1,6 @@
 """The figure ``frontier``: the in-domain reward during training against what it has cost so far."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from benchmarks.evaluation.results import Cell
-from benchmarks.evaluation.statistics import MIN_SEEDS
 from g2rpo.errors import UserError
 from g2rpo.training.checkpoint.folder import equal_cost
 from reproduce.tables.figures import (
@@ -20,9 +19,11 @@ from reproduce.tables.figures import (
     Band,
     Metric,
     curve_style,
+    draw_band,
     limit_height,
     save_figure,
     seed_band,
+    seeds_text,
 )
 from reproduce.tables.headroom import IN_DOMAIN
 from reproduce.tables.model import COST_LABELS, Row, Table
@@ -123,11 +124,7 @@ def _draw(axes: Axes, rows: Sequence[Row], bands: Mapping[str, Band]) -> None:
     ends: list[tuple[float, float, int]] = []
     for (key, band), places in zip(bands.items(), pareto_points([*bands.values()]), strict=True):
         number = [row.key for row in rows].index(key)
-        style = _style(number)
-        axes.plot(band.x, band.mean, linewidth=1.4, **style)
-        if band.low is not None and band.high is not None:
-            colour = style["color"]
-            axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.08, linewidth=0)
+        draw_band(axes, band, _style(number), alpha=0.08)
         best += [(float(band.x[place]), float(band.mean[place])) for place in places]
         ends.append((float(band.mean[-1]), float(band.x[-1]), number))
     axes.plot(*zip(*sorted(best), strict=True), **PARETO)
@@ -153,17 +150,15 @@ def _number(axes: Axes, ends: Sequence[tuple[float, float, int]]) -> None:
 def _style(number: int) -> dict[str, Any]:
     colours = matplotlib.colormaps[COLOURS]
     place = (2 * number + number // 10) % colours.N  # its dark colours first
-    return curve_style(number, markers=False) | {"color": colours(place)}
+    return curve_style(number, markers=False) | {"color": colours(place), "linewidth": 1.4}
 
 
-def _legend(figure: Figure, rows: Sequence[Row], runs: Iterable[int]) -> None:
+def _legend(figure: Figure, rows: Sequence[Row], runs: Collection[int]) -> None:
     """Names the rows by number, with their held-out scores from the table."""
-    handles = [Line2D([], [], linewidth=1.4, **_style(number)) for number in range(len(rows))]
+    handles = [Line2D([], [], **_style(number)) for number in range(len(rows))]
     names = [f"{number}  {row.label}{_held_out(row)}" for number, row in enumerate(rows, start=1)]
     measure = "in-domain headroom" if any(row.headroom for row in rows) else "in-domain score"
-    counts = sorted({*runs})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    bands = "; bands: 95% t intervals over seeds" if counts[-1] >= MIN_SEEDS else ""
+    seeds, bands = seeds_text(runs)
     figure.legend(
         [*handles, Line2D([], [], **PARETO)],
         [*names, "Pareto set of the means"],

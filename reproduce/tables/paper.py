@@ -74,6 +74,6 @@ class PaperTables(StrictModel):
         return found[0]
 
 
-def load_paper_tables(path: Path = PAPER_TABLES) -> PaperTables:
+def load_paper_tables() -> PaperTables:
     """Reads the paper's figures; a missing or malformed file is a :class:`UserError`."""
-    return validate(PaperTables, load_yaml(path), str(path))
+    return validate(PaperTables, load_yaml(PAPER_TABLES), str(PAPER_TABLES))

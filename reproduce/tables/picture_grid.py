@@ -15,9 +15,10 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
 from reproduce.tables.figures import PDF_METADATA
 
-ImageLike = npt.NDArray[np.uint8] | Image.Image
-
+SIDE = 128
+"""Longest side of an image in the grid, in pixels."""
 PDF_DPI = 150
+_FONT_SIZE, _TEXT_WIDTH = 12, 154
 _GAP = 8
 _LEADING = 1.3
 _INK, _PAPER, _FRAME = (26, 26, 26), (255, 255, 255), (190, 190, 190)
@@ -44,10 +45,10 @@ class _Block:
             draw.text(spot, text, fill=_INK, font=self.font, anchor="ma" if centred else "la")
 
 
-def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+def _font(weight: str = "normal") -> ImageFont.FreeTypeFont:
     # Matplotlib ships this font, so the grid does not depend on the system's fonts.
     properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)
-    return ImageFont.truetype(font_manager.findfont(properties), size)
+    return ImageFont.truetype(font_manager.findfont(properties), _FONT_SIZE)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> _Block:
@@ -59,35 +60,30 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> _Block:
     return _Block(tuple(lines), font)
 
 
-def _fitted(image: ImageLike, side: int) -> Image.Image:
-    """Scales an image to ``side`` pixels: up by whole factors, else down by resampling."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture = picture.convert("RGB")
+def _fitted(image: npt.NDArray[np.uint8]) -> Image.Image:
+    """Scales an image to :data:`SIDE` pixels: up by whole factors, else down by resampling."""
+    picture = Image.fromarray(image).convert("RGB")
     longest = max(picture.size)
-    if longest <= side:
-        width, height = (length * (side // longest) for length in picture.size)
+    if longest <= SIDE:
+        width, height = (length * (SIDE // longest) for length in picture.size)
         return picture.resize((width, height), Image.Resampling.NEAREST)
-    width, height = (max(1, round(length * side / longest)) for length in picture.size)
+    width, height = (max(1, round(length * SIDE / longest)) for length in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def picture_grid(
-    columns: Mapping[str, Sequence[ImageLike | None]],
+    columns: Mapping[str, Sequence[npt.NDArray[np.uint8]]],
     prompts: Sequence[str],
     output: Path,
-    *,
-    side: int = 128,
 ) -> Path:
     """Writes a grid with a row per prompt, a column per model and captions on the left.
 
     Small images are enlarged by whole factors without smoothing; large ones are downscaled.
 
     Args:
-        columns: model label to its images, uint8 [H, W, 3] or PIL, one per prompt; None for an
-            empty frame.
+        columns: model label to its images, [H, W, 3], one per prompt.
         prompts: the captions, in the order of the images.
         output: the PNG to write; a PDF with the same pixels goes beside it.
-        side: longest side of an image in the grid, in pixels.
 
     Returns:
         ``output``.
@@ -102,23 +98,21 @@ def picture_grid(
             raise UserError(
                 f"{output}: {label} has {len(images)} images for {len(prompts)} prompts"
             )
-    size = max(11, side // 10)
-    text_width = max(150, round(1.2 * side))
-    heads = [_wrapped(label, _font(size, "bold"), side) for label in columns]
-    captions = [_wrapped(prompt, _font(size), text_width) for prompt in prompts]
+    heads = [_wrapped(label, _font("bold"), SIDE) for label in columns]
+    captions = [_wrapped(prompt, _font(), _TEXT_WIDTH) for prompt in prompts]
     first_row = _GAP + max(head.height for head in heads) + _GAP // 2
-    heights = [max(side, caption.height) for caption in captions]
+    heights = [max(SIDE, caption.height) for caption in captions]
     tops = [first_row + sum(heights[:row]) + _GAP * row for row in range(len(heights))]
-    lefts = [2 * _GAP + text_width + (side + _GAP) * column for column in range(len(columns))]
-    canvas = Image.new("RGB", (lefts[-1] + side + _GAP, tops[-1] + heights[-1] + _GAP), _PAPER)
+    lefts = [2 * _GAP + _TEXT_WIDTH + (SIDE + _GAP) * column for column in range(len(columns))]
+    canvas = Image.new("RGB", (lefts[-1] + SIDE + _GAP, tops[-1] + heights[-1] + _GAP), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for head, left in zip(heads, lefts, strict=True):
-        head.draw(draw, left + side / 2, first_row - _GAP // 2 - head.height, centred=True)
+        head.draw(draw, left + SIDE / 2, first_row - _GAP // 2 - head.height, centred=True)
     for caption, top, height in zip(captions, tops, heights, strict=True):
         caption.draw(draw, _GAP, top + (height - caption.height) // 2)
     for images, left in zip(columns.values(), lefts, strict=True):
         for image, top, height in zip(images, tops, heights, strict=True):
-            _place(canvas, image, (left, top + (height - side) // 2), side)
+            _place(canvas, image, (left, top + (height - SIDE) // 2))
     with atomic_path(output) as temporary:
         canvas.save(temporary, format="PNG", optimize=True)
     _save_as_pdf(canvas, output.with_suffix(".pdf"))
@@ -134,16 +128,11 @@ def _save_as_pdf(picture: Image.Image, output: Path) -> None:
         figure.savefig(temporary, format="pdf", dpi=PDF_DPI, metadata=PDF_METADATA)
 
 
-def _place(
-    canvas: Image.Image, image: ImageLike | None, corner: tuple[int, int], side: int
-) -> None:
+def _place(canvas: Image.Image, image: npt.NDArray[np.uint8], corner: tuple[int, int]) -> None:
     """Pastes an image into the middle of its square, inside a thin frame."""
-    left, top = corner
-    width = height = side
-    if image is not None:
-        picture = _fitted(image, side)
-        width, height = picture.size
-        left, top = left + (side - width) // 2, top + (side - height) // 2
-        canvas.paste(picture, (left, top))
+    picture = _fitted(image)
+    width, height = picture.size
+    left, top = corner[0] + (SIDE - width) // 2, corner[1] + (SIDE - height) // 2
+    canvas.paste(picture, (left, top))
     frame = (left - 1, top - 1, left + width, top + height)
     ImageDraw.Draw(canvas).rectangle(frame, outline=_FRAME)

@@ -78,9 +78,9 @@ ON_REQUEST = (
 PAPER = "zhou2026g2rpo"
 
 
-def read_bibliography(path: Path = BIBLIOGRAPHY) -> dict[str, str]:
-    """The entries of a BibTeX file by key, in the order of the file."""
-    found = re.finditer(r"^@\w+\{([^,\s]+),.*?^\}", path.read_text(), re.S | re.M)
+def read_bibliography() -> dict[str, str]:
+    """The BibTeX entries by key, in the order of the file."""
+    found = re.finditer(r"^@\w+\{([^,\s]+),.*?^\}", BIBLIOGRAPHY.read_text(), re.S | re.M)
     return {entry[1]: entry[0] for entry in found}
 
 

@@ -8,7 +8,7 @@ from reproduce.tables.comparisons import ComparedRows, row_comparisons, row_mark
 from reproduce.tables.headroom import common_scale, headroom_numbers
 from reproduce.tables.model import COST_LABELS, Column, Row, Table, grouped
 from reproduce.tables.notes import Gap, legend, metric_legend, missing_reason, table_notes
-from reproduce.tables.paper import PaperTables, load_paper_tables
+from reproduce.tables.paper import load_paper_tables
 from reproduce.tables.planned import planned_comparisons, planned_notes
 from reproduce.tables.references import PAPER, cited
 from reproduce.tables.rows import (
@@ -30,7 +30,6 @@ def compute_table(
     cells: Sequence[Cell],
     profile: str,
     gaps: Sequence[Gap] = (),
-    paper: PaperTables | None = None,
 ) -> Table:
     """Computes everything that a table shows.
 
@@ -40,12 +39,11 @@ def compute_table(
         profile: the profile the cells were measured under. The paper's figures are shown next to
             ours if it trains the paper's model, else in their own block.
         gaps: why rows and seeds are missing; the default reason is ``not run``.
-        paper: the paper's figures; None loads ``results/paper/tables.yaml``.
 
     Raises:
         UserError: the cells do not match the table or each other.
     """
-    paper = load_paper_tables() if paper is None else paper
+    paper = load_paper_tables()
     columns, same_model = score_columns(spec), spec.paper_model
     results = select_rows(spec, cells)
     published = published_rows(spec, paper, columns if same_model else PAPER_COLUMNS)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ from benchmarks.mini_world import world
 from g2rpo.data.images import load_image
 from g2rpo.rewards.registry import load_reward
 from g2rpo.seeds import generator
-from g2rpo.text import csv_text, visible
 from reproduce.experiment import ROOT, load_profile, reward_configs
 
 SCORE = ["-m", "reproduce.cli", "score"]
@@ -141,35 +139,6 @@ def test_rewards_that_the_profile_does_not_name(
     code, _, errors = score_here(capsys, images, "--rewards", "hpsv4")
     assert code == 2
     assert "profile flux has no reward 'hpsv4'; did you mean 'hpsv3'" in " ".join(errors.split())
-
-
-@pytest.mark.parametrize("width", [20, 200])
-def test_any_style_is_shown_as_it_is(
-    gallery: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    width: int,
-) -> None:
-    styles = ["[photo]", "[/anime]", "all", "=1+1", "\x1b[31mred", "a\nb", ":cat:"]
-    images = sorted(gallery.glob("*.png"))[: 2 * len(styles)]
-    rows = [
-        {"image": str(image), "prompt": f"prompt [/{place}]", "style": style}
-        for place, (image, style) in enumerate(zip(images, styles * 2, strict=True))
-    ]
-    manifest = tmp_path / "[m].jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, value in {"COLUMNS": str(width), "TTY_COMPATIBLE": "1", "NO_COLOR": "1"}.items():
-        monkeypatch.setenv(name, value)
-    options = ["--profile", "mini", "--rewards", "clip", "--output", tmp_path / "out"]
-    code, out, errors = score_here(capsys, manifest, *options)
-    assert code == 0, errors
-    text = re.sub(r"\x1b\[[0-9;]*m", "", out)
-    table = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("style")
-    assert table.index.fillna("").tolist() == ["", *map(csv_text, sorted(styles))]
-    for style in styles:
-        assert visible(style) in text
-        assert f"{table.loc[csv_text(style), 'mean']:.4f}" in text.split()
 
 
 def test_a_killed_run_resumes(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from g2rpo.errors import UserError
 from reproduce.cli import app
-from reproduce.experiment import Experiment, Profile, expand, load_experiment, load_profile
+from reproduce.experiment import expand, load_experiment, load_profile
 from reproduce.experiment.layout import Layout
 from reproduce.runs.folders import write_manifest
 from reproduce.tables.credit import (
@@ -84,13 +84,6 @@ def measure(workplace: Path, layout: Layout, seeds: Sequence[int] = (1, 2, 3)) -
         written = {"inputs": {"seed": cell.seed}, "provenance": PROVENANCE, "rollouts": rollouts}
         write_manifest(layout.credit(cell), written)
     publish_credit(loaded, profile, cells, (), layout)
-
-
-def place(workplace: Path) -> tuple[Experiment, Profile, Layout]:
-    """What the experiment's commands work on, where ``results`` are published."""
-    experiment = load_experiment(str(workplace / "credit.yaml"))
-    profile = load_profile(str(workplace / "small.yaml"))
-    return experiment, profile, Layout(workplace / "runs", workplace)
 
 
 def tables_of(text: str) -> list[dict[str, list[str]]]:

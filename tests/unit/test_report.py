@@ -28,10 +28,9 @@ from reproduce.report.documents import find_documents
 from reproduce.report.grids import Grid
 from reproduce.report.images import Fitter
 from reproduce.report.overview import overview_grid, provenance_grid
-from reproduce.report.page import make_page, script_json
+from reproduce.report.page import make_page, script_json, view_of
 from reproduce.report.pictures import Amount, gather_pictures, picture_data, reduced
 from reproduce.report.table_grids import phase_seconds
-from reproduce.report.view import view_of
 from reproduce.tables.figures import Metric, seed_band
 
 

@@ -95,7 +95,7 @@ def test_scores_do_not_depend_on_batches(
     assert tuple(scores.columns) == COLUMNS
     assert scores["score"].dtype == np.float32
     assert list(scores["reward"].unique()) == ["light", "light.mean", "light.length"]
-    assert scorer.findings.too_long == {"light": ["p2", "p3", "p4"]}
+    assert scorer.too_long == {"light": ["p2", "p3", "p4"]}
     lengths = scores[scores["reward"] == "light.length"]["score"]
     assert list(lengths) == [float(len(item.prompt)) for item in items]
 
@@ -210,7 +210,7 @@ def test_batches_shrink_until_they_fit(items: list[Item], tmp_path: Path) -> Non
     model = Brightness(8, memory=2)
     scorer = Scorer(tmp_path / "journal", items)
     check(scorer.score("light", model), items)
-    assert scorer.findings.batch_size == {"light": 2}
+    assert scorer.batch_size == {"light": 2}
     with pytest.raises(UserError, match="out of memory in reward brightness with one image"):
         Scorer(tmp_path / "other", items).score("light", Brightness(8, memory=0))
 
@@ -224,7 +224,7 @@ def test_a_damaged_image_stops_or_is_listed(items: list[Item], tmp_path: Path) -
     scorer = Scorer(tmp_path / "journal", items, skip_bad=True)
     scores = scorer.score("light", Brightness())
     check(scores, [item for item in items if item not in (items[4], items[7])])
-    assert [name for name, _ in scorer.findings.skipped] == [items[4].id, items[7].id]
+    assert [name for name, _ in scorer.skipped] == [items[4].id, items[7].id]
     with pytest.raises(UserError, match="nothing can be scored"):
         Scorer(tmp_path / "journal", [items[4]], skip_bad=True)
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -72,23 +72,6 @@ class Ranks:
         return self.rank == 0
 
 
-@dataclass
-class Findings:
-    """What scoring reports besides the scores.
-
-    Attributes:
-        skipped: pairs of a skipped item's id and the reason.
-        too_long: for each reward, the ids of the prompts that it truncated.
-        batch_size: for each reward, the largest batch that fit into memory.
-        waiting: for each reward, the share of the time in which the model waited for images.
-    """
-
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    too_long: dict[str, list[str]] = field(default_factory=dict)
-    batch_size: dict[str, int] = field(default_factory=dict)
-    waiting: dict[str, float] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A batch ready for the device: its items, their keys and the model's input."""
@@ -141,6 +124,13 @@ def _threads() -> int:
 class Scorer:
     """Scores items with one reward model after another; journals are kept in ``folder``.
 
+    Attributes:
+        items: what is scored.
+        skipped: pairs of a skipped item's id and the reason.
+        too_long: for each reward, the ids of the prompts that it truncated.
+        batch_size: for each reward, the largest batch that fit into memory.
+        waiting: for each reward, the share of the time in which the model waited for images.
+
     Raises:
         UserError: an image cannot be read and is not skipped, or none is left.
     """
@@ -163,7 +153,10 @@ class Scorer:
                 source.bad.append((item.id, reason))
         refuse_bad(source, skip_bad)
         items = self.items = source.items
-        self.findings = Findings(skipped=source.bad)
+        self.skipped = source.bad
+        self.too_long: dict[str, list[str]] = {}
+        self.batch_size: dict[str, int] = {}
+        self.waiting: dict[str, float] = {}
         self.keys = {item.id: item_key(self.hashes[str(item.image)], item.prompt) for item in items}
 
     def score(self, name: str, model: BatchedReward) -> pd.DataFrame:
@@ -202,8 +195,8 @@ class Scorer:
                 journal.append(_evaluate(model, prepared, prepare))
                 report.advance(len(prepared.items))
                 asked = time.perf_counter()
-            self.findings.waiting[name] = waited / (time.perf_counter() - started)
-        self.findings.batch_size[name] = model.batch_size
+            self.waiting[name] = waited / (time.perf_counter() - started)
+        self.batch_size[name] = model.batch_size
         self.ranks.wait()
         self._stop_together(stop)
         return self._rows(name, model, journal.valid(self.keys))
@@ -217,7 +210,7 @@ class Scorer:
     def _record_too_long(self, name: str, model: BatchedReward) -> None:
         prompts = {item.prompt_id: item.prompt for item in self.items}
         cut = model.too_long(list(prompts.values()))
-        self.findings.too_long[name] = [
+        self.too_long[name] = [
             prompt_id for prompt_id, long in zip(prompts, cut, strict=True) if long
         ]
 
