@@ -47,6 +47,20 @@ def told_here(
     return code, *capsys.readouterr()
 
 
+def succeeded(told: tuple[int, str, str]) -> str:
+    """What a command printed, which must have succeeded."""
+    code, out, errors = told
+    assert code == 0, errors
+    return out
+
+
+def refused(told: tuple[int, str, str]) -> str:
+    """The errors of a command, in one line, which must have been refused."""
+    code, _, errors = told
+    assert code == 2, errors
+    return " ".join(errors.split())
+
+
 def small_profile_data(assets: Path) -> dict[str, Any]:
     """The smoke profile's settings, on ``assets`` that are there already."""
     text = (HERE / "profiles" / "smoke.yaml").read_text()

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from command_line import g2rpo_here, told_here, write_small_profile
+from command_line import g2rpo_here, succeeded, told_here, write_small_profile
 from PIL import Image
 
 from benchmarks.evaluation.protocol import EvaluationConfig
@@ -136,8 +136,7 @@ def test_a_run_its_export_and_its_transformer_are_one_model(
     base = ("--base", str(smoke_assets / "policy"))
     found = []
     for arguments in (("run",), ("exported", *base), ("exported/transformer",)):
-        code, out, _ = told_here(capsys, place, "evaluate", *arguments, *CHOSEN)
-        assert code == 0
+        out = succeeded(told_here(capsys, place, "evaluate", *arguments, *CHOSEN))
         found.append(cells_of(place, out)[1])
     first, *others = found
     _, before = cells_of(place, lora)
@@ -151,8 +150,8 @@ def test_a_run_its_export_and_its_transformer_are_one_model(
 def test_a_whole_pipeline_is_evaluated_alone(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = told_here(capsys, place, "evaluate", "exported", *CHOSEN)
-    assert code == 0 and "Model - base" not in out
+    out = succeeded(told_here(capsys, place, "evaluate", "exported", *CHOSEN))
+    assert "Model - base" not in out
     _, cells = cells_of(place, out)
     assert cells.keys() == {"model"}
 
@@ -168,8 +167,7 @@ def test_killed_and_run_again_in_shares(
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    code, out, _ = told_here(capsys, place, "evaluate", "lora", *chosen)
-    assert code == 0
+    out = succeeded(told_here(capsys, place, "evaluate", "lora", *chosen))
     _, cells = cells_of(place, out)
     _, whole = cells_of(place, lora)
     for row, cell in cells.items():

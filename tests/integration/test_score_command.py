@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from command_line import told_here
+from command_line import refused, succeeded, told_here
 from forked import Command
 from PIL import Image
 from small_aesthetic import build_small_aesthetic
@@ -86,8 +86,7 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     assert "95 % interval" in done.stdout
     # Another reward is added; those that are scored are not scored again.
     before = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
-    code, _, errors = score_here(capsys, gallery, *options, "--rewards", "hps,clip")
-    assert code == 0, errors
+    succeeded(score_here(capsys, gallery, *options, "--rewards", "hps,clip"))
     after = {path.name: path.stat().st_size for path in (tmp_path / "out/journal").iterdir()}
     assert before.items() <= after.items()
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
@@ -101,8 +100,7 @@ def test_a_folder_is_scored_as_its_rewards_score_it(
     changed = pd.read_csv(gallery / "set.csv").assign(style="one")
     changed.to_csv(tmp_path / "changed.csv", index=False)
     options[1] = tmp_path / "changed.csv"
-    code, _, errors = score_here(capsys, gallery, *options, "--rewards", "hps")
-    assert code == 0, errors
+    succeeded(score_here(capsys, gallery, *options, "--rewards", "hps"))
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert set(again["reward"]) == {"hps", "clip", "attributes"}
     assert set(again["style"]) == {"one"}
@@ -124,8 +122,7 @@ def test_rewards_that_the_profile_does_not_name(
     }
     changes = [part for name, at in sources.items() for part in ("-s", f"{name}.source={at}")]
     options = ["--rewards", ",".join(sources), "--output", tmp_path / "out", *changes]
-    code, _, errors = score_here(capsys, images, *options)
-    assert code == 0, errors
+    succeeded(score_here(capsys, images, *options))
     scores = pd.read_parquet(tmp_path / "out" / "scores.parquet")
     assert scores.groupby("reward")["version"].agg("unique").map(list).to_dict() == {
         "hpsv3": ["v3-bfloat16"],
@@ -136,9 +133,8 @@ def test_rewards_that_the_profile_does_not_name(
     asked = scores[scores["reward"] != "aesthetic"]
     assert asked["template_hash"].str.len().eq(64).all()
     assert scores["weights_hash"].nunique() == 3
-    code, _, errors = score_here(capsys, images, "--rewards", "hpsv4")
-    assert code == 2
-    assert "profile flux has no reward 'hpsv4'; did you mean 'hpsv3'" in " ".join(errors.split())
+    errors = refused(score_here(capsys, images, "--rewards", "hpsv4"))
+    assert "profile flux has no reward 'hpsv4'; did you mean 'hpsv3'" in errors
 
 
 def test_a_killed_run_resumes(
@@ -159,11 +155,9 @@ def test_a_killed_run_resumes(
     (journal,) = (output / "journal").iterdir()
     lines = journal.read_bytes().count(b"\n")
     assert 1 <= lines < 40
-    code, _, errors = score_here(capsys, *options, "--output", output)
-    assert code == 0, errors
+    succeeded(score_here(capsys, *options, "--output", output))
     assert journal.read_bytes().count(b"\n") == 40
-    code, _, errors = score_here(capsys, *options, "--output", tmp_path / "whole")
-    assert code == 0, errors
+    succeeded(score_here(capsys, *options, "--output", tmp_path / "whole"))
     pd.testing.assert_frame_equal(
         pd.read_parquet(output / "scores.parquet"),
         pd.read_parquet(tmp_path / "whole" / "scores.parquet"),
@@ -221,11 +215,9 @@ def test_mistakes_are_one_line(
         )
         assert code == 2
         assert message in errors.strip().splitlines()[-1]
-    code, _, errors = score_here(capsys, "table1", "base", "--rewards", "hps")
-    assert code == 2
+    errors = refused(score_here(capsys, "table1", "base", "--rewards", "hps"))
     assert "--rewards applies to a folder" in errors
-    code, printed, errors = score_here(capsys, broken, *options, "attributes", "--skip-bad")
-    assert code == 0, errors
+    printed = succeeded(score_here(capsys, broken, *options, "attributes", "--skip-bad"))
     assert "skipped two: " in printed
     assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["two"]
     assert list(pd.read_parquet(tmp_path / "out" / "scores.parquet")["id"]) == ["one"]
@@ -246,12 +238,10 @@ def test_everything_found_is_scored_or_named(
     (folder / "5.txt").write_text(captions[0])
     (folder / "gone").symlink_to(tmp_path / "nowhere")
     options = ["--profile", "mini", "--rewards", "hps", "--output", tmp_path / "out"]
-    code, _, errors = score_here(capsys, folder, *options)
-    assert code == 2
+    errors = refused(score_here(capsys, folder, *options))
     assert "2 cannot be scored: 5.txt: caption without a readable image" in errors
     assert "gone: broken link to" in errors and "--skip-bad" in errors
-    code, printed, errors = score_here(capsys, folder, *options, "--skip-bad")
-    assert code == 0, errors
+    printed = succeeded(score_here(capsys, folder, *options, "--skip-bad"))
     assert printed.splitlines()[-1].startswith("scored 4 of 6; 2 skipped: 5.txt: caption ")
     assert list(pd.read_csv(tmp_path / "out" / "skipped.csv")["item"]) == ["5.txt", "gone"]
     scores = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("image")["score"]
@@ -259,23 +249,20 @@ def test_everything_found_is_scored_or_named(
     # The same as a manifest, with one more column of prompts.
     rows = pd.DataFrame({"image": scores.index, "prompt": captions, "text": captions, "seed": 1})
     rows.to_csv(folder / "set.csv", index=False, sep=";", encoding="utf-16")
-    code, printed, errors = score_here(capsys, folder / "set.csv", *options)
-    assert code == 0, errors
+    printed = succeeded(score_here(capsys, folder / "set.csv", *options))
     assert "reading images from 'image' and prompts from 'prompt'; ignoring 'text', 's" in printed
     assert printed.splitlines()[-1] == "scored 4 of 4"
     again = pd.read_parquet(tmp_path / "out" / "scores.parquet").set_index("image")["score"]
     pd.testing.assert_series_equal(again, scores, rtol=1e-5)
     rows["text"] = captions[::-1]
     rows.to_csv(folder / "set.csv", index=False)
-    code, _, errors = score_here(capsys, folder / "set.csv", *options)
-    assert code == 2
+    errors = refused(score_here(capsys, folder / "set.csv", *options))
     assert "set.csv, line 2: the columns 'prompt' and 'text' differ" in errors
 
 
 def test_the_readmes_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last two pictures contradict their captions, and no other does."""
     options = ["--profile", "mini", "--rewards", "attributes", "--output", tmp_path]
-    code, _, errors = score_here(capsys, ROOT / "docs" / "gallery", *options)
-    assert code == 0, errors
+    succeeded(score_here(capsys, ROOT / "docs" / "gallery", *options))
     scores = pd.read_parquet(tmp_path / "scores.parquet")["score"]
     assert list(scores == 1) == [True] * 6 + [False] * 2

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from command_line import told_here
+from command_line import refused, succeeded, told_here
 from PIL import Image
 
 from benchmarks.mini_world import world
@@ -37,9 +37,8 @@ def geneval(tmp_path: Path) -> Path:
 
 
 def tell(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """The command in this process: exit code, output, and errors in one line."""
-    code, out, errors = told_here(capsys, Path.cwd(), *arguments)
-    return code, out, " ".join(errors.split())
+    """The command in this process: exit code, output and errors."""
+    return told_here(capsys, Path.cwd(), *arguments)
 
 
 def export(capsys: pytest.CaptureFixture[str], folder: Path, *more: object) -> tuple[int, str, str]:
@@ -69,11 +68,9 @@ def test_scores_of_geneval_come_back_to_their_images(
 ) -> None:
     prompts, output = geneval / "geneval.jsonl", geneval / "scores"
     scored = ["--prompts", prompts, *SCORE, "--output", output]
-    code, _, errors = tell(capsys, "score", geneval / "images", *scored)
-    assert code == 0, errors
+    succeeded(tell(capsys, "score", geneval / "images", *scored))
     before = pd.read_parquet(output / "scores.parquet")
-    code, out, errors = export(capsys, geneval)
-    assert code == 0, errors
+    out = succeeded(export(capsys, geneval))
     assert "4 images of 3 prompts" in out
     laid = geneval / "laid out"
     published = [json.loads(line) for line in prompts.read_text().splitlines()]
@@ -90,8 +87,7 @@ def test_scores_of_geneval_come_back_to_their_images(
     file.write_text("".join(json.dumps(row) + "\n" for row in results))
     assert len(results) == 4
     options = ["--reward", "geneval", "--version", "swin-s", "--output", output]
-    code, out, errors = tell(capsys, "import-scores", file, "--images", laid, *options)
-    assert code == 0, errors
+    out = succeeded(tell(capsys, "import-scores", file, "--images", laid, *options))
     assert "reading images from 'filename' and scores from 'correct'" in out
     scores = pd.read_parquet(output / "scores.parquet")
     own = scores[scores["reward"] == "geneval"].set_index("id")["score"]
@@ -122,8 +118,7 @@ def test_scores_by_id_stand_beside_those_of_rewards(
     own = ["--column", "mine", "--reward", "mine", "--version", "1"]
     taken = ["import-scores", geneval / "mine.csv", "--images", *images, *own, *out]
     for command in (taken, taken, ["score", *images, *SCORE, *out]):
-        code, _, errors = tell(capsys, *command)
-        assert code == 0, errors
+        succeeded(tell(capsys, *command))
     scores = pd.read_parquet(geneval / "scores" / "scores.parquet").set_index("reward")
     assert dict(zip(scores.loc["mine", "id"], scores.loc["mine", "score"], strict=True)) == dict(
         zip(names, values, strict=True)
@@ -140,8 +135,7 @@ def test_a_cells_evaluation_is_laid_out(geneval: Path, capsys: pytest.CaptureFix
     for number in (0, 2):
         shades = Image.new("RGB", (8, 8), (100 + number, 0, 0))
         shades.save(cell[0] / f"{number:05d}.png")
-    code, out, errors = export(capsys, geneval)
-    assert code == 0, errors
+    out = succeeded(export(capsys, geneval))
     assert "6 images of 3 prompts" in out
     names = [row["filename"].partition("laid out/")[2] for row in evaluate(geneval / "laid out")]
     assert sorted(names) == [
@@ -159,16 +153,14 @@ def test_what_the_evaluator_would_misread_is_refused(
 ) -> None:
     images = geneval / "images"
     (images / "00002_x.png").rename(images / "00007.png")
-    code, _, errors = export(capsys, geneval)
-    assert code == 2
+    errors = refused(export(capsys, geneval))
     assert "2 cannot be exported: 00007: no prompt has this name as its id" in errors
     assert "00002: prompt without an image in the folder" in errors and "--skip-bad" in errors
     Image.new("RGBA", (8, 8)).save(images / "00001_a.png")
     Image.new("RGB", (8, 8)).save(images / "00001_b.png", "JPEG")
     (images / "00001_c.png").write_bytes((images / "00001.png").read_bytes()[:50])
     Image.new("I;16", (8, 8)).save(images / "00001_d.png")
-    code, out, errors = export(capsys, geneval, "--skip-bad")
-    assert code == 0, errors
+    out = succeeded(export(capsys, geneval, "--skip-bad"))
     assert "3 images of 2 prompts" in out
     reasons = dict(
         line.removeprefix("skipped ").split(": ", 1)
@@ -181,11 +173,11 @@ def test_what_the_evaluator_would_misread_is_refused(
     assert sorted(path.name for path in (geneval / "laid out").iterdir()) == [
         *("00000", "00001", "manifest.jsonl"),
     ]
-    code, _, errors = export(capsys, geneval)
-    assert code == 2 and "laid out: already exists" in errors
+    errors = refused(export(capsys, geneval))
+    assert "laid out: already exists" in errors
     (geneval / "geneval.jsonl").write_text('{"prompt": "a", "id": "00000"}\n')
-    code, _, errors = export(capsys, geneval, "--output", geneval / "other")
-    assert code == 2 and "line 1: not a prompt of GenEval, without tag and include" in errors
+    errors = refused(export(capsys, geneval, "--output", geneval / "other"))
+    assert "line 1: not a prompt of GenEval, without tag and include" in errors
     assert not (geneval / "other").exists()
 
 
@@ -205,35 +197,32 @@ def test_scores_that_do_not_fit_are_listed(
     file.write_text("\n".join(lines))
     base = [file, "--images", geneval / "images", "--prompts", prompts, "--reward", "mine"]
     command = ["import-scores", *base, "--version", "1", "--output", output]
-    code, _, errors = tell(capsys, *command)
-    assert code == 2
+    errors = refused(tell(capsys, *command))
     assert "5 cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
     assert "00000_10: results.jsonl, line 2: nan is no finite number" in errors
     assert "00001: 2 scores in results.jsonl: line 3, line 4" in errors
     assert "00000_9.png: results.jsonl, line 6: the prompt is another" in errors
-    assert "00002_x: no score in results.jsonl" in " ".join(errors.split())
+    assert "00002_x: no score in results.jsonl" in errors
     assert not (output / "scores.parquet").exists()
-    code, out, errors = tell(capsys, *command, "--skip-bad")
-    assert code == 0, errors
+    out = succeeded(tell(capsys, *command, "--skip-bad"))
     assert out.splitlines()[-1].startswith("scored 1 of 6; 5 skipped: strange.png: ")
     assert len(pd.read_csv(output / "skipped.csv")) == 5
     # What was scored before is not lost.
-    code, _, errors = tell(capsys, "score", geneval / "images", "--prompts", prompts, *SCORE)
-    assert code == 0, errors
+    succeeded(tell(capsys, "score", geneval / "images", "--prompts", prompts, *SCORE))
     whole = geneval / "images-scores"
     known = (whole / "scores.parquet").read_bytes()
     command = ["import-scores", *base, "--version", "1", "--output", whole, "--skip-bad"]
-    code, _, errors = tell(capsys, *command)
-    assert code == 2 and "has scores of hps for other images or prompts; choose" in errors
+    errors = refused(tell(capsys, *command))
+    assert "has scores of hps for other images or prompts; choose" in errors
     command = ["import-scores", *base, "--version", "1", "--output", whole, "--reward", "hps"]
-    code, _, errors = tell(capsys, *command)
-    assert code == 2 and "has scores of 'hps', version " in errors and "would be lost" in errors
+    errors = refused(tell(capsys, *command))
+    assert "has scores of 'hps', version " in errors and "would be lost" in errors
     assert (whole / "scores.parquet").read_bytes() == known
     other = geneval / "other.csv"
     for text, message in (("", "no column 'image'"), ("id,mark\n1,2\n", "no column 'score'")):
         other.write_text(text)
-        code, _, errors = tell(capsys, "import-scores", other, *base[1:], "--version", "1")
-        assert code == 2 and message in errors
+        errors = refused(tell(capsys, "import-scores", other, *base[1:], "--version", "1"))
+        assert message in errors
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -297,10 +286,9 @@ def test_bad_files_among_many_are_named_and_the_rest_is_scored(
     output = tmp_path / "out"
     options = ["--prompts", tmp_path / "set.csv", "--profile", "mini", "--output", output]
     command = ["score", tmp_path / "images", *options, "--rewards"]
-    code, _, errors = tell(capsys, *command, "hps")
-    assert code == 2 and "2 cannot be scored: p002_loop.png: " in errors and "--skip-bad" in errors
-    code, out, errors = tell(capsys, *command, "hps", "--skip-bad")
-    assert code == 0, errors
+    errors = refused(tell(capsys, *command, "hps"))
+    assert "2 cannot be scored: p002_loop.png: " in errors and "--skip-bad" in errors
+    out = succeeded(tell(capsys, *command, "hps", "--skip-bad"))
     skipped = pd.read_csv(output / "skipped.csv").set_index("item")["reason"]
     assert {name: reason for name, reason in hostile.items() if reason in skipped[name]} == hostile
     scores = pd.read_parquet(output / "scores.parquet")
@@ -314,8 +302,7 @@ def test_bad_files_among_many_are_named_and_the_rest_is_scored(
     text = (output / "scores.csv").read_bytes().decode()
     assert all(f'"{name}"' in text for name in ODD)
     # Another reward's scores are added, and those of the first are kept.
-    code, _, errors = tell(capsys, *command, "clip", "--skip-bad")
-    assert code == 0, errors
+    succeeded(tell(capsys, *command, "clip", "--skip-bad"))
     again = pd.read_parquet(output / "scores.parquet")
     assert again.groupby("reward").size().to_dict() == {"hps": scored, "clip": scored}
     kept = again[again["reward"] == "hps"].reset_index(drop=True)

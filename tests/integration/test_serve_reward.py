@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from command_line import small_profile_data, told_here, write_small_profile
+from command_line import small_profile_data, succeeded, told_here, write_small_profile
 
 from g2rpo.rewards import http
 
@@ -69,8 +69,7 @@ def test_a_table_with_a_reward_over_http(
         }
         write_small_profile(tmp_path / "small.yaml", smoke_assets, rewards=rewards)
         run = ("served.yaml", "--profile", "small.yaml", "--jobs", "1")
-        code, printed, errors = told_here(capsys, tmp_path, "reproduce", *run)
-        assert code == 0, errors
+        printed = succeeded(told_here(capsys, tmp_path, "reproduce", *run))
     results = tmp_path / "results" / "runs"
     table = pd.read_csv(results / "smoke" / "served" / "served.csv")
     assert "Mine" in printed and table["mine"].notna().all()
@@ -94,10 +93,10 @@ def test_a_table_with_a_reward_over_http(
     # Now nothing answers: finished tables are still shown, a plan is made, a run is refused.
     http._asked.cache_clear()
     table_of = ("served.yaml", "--profile", "small.yaml")
-    code, printed, _ = told_here(capsys, tmp_path, "render", *table_of)
-    assert code == 0 and "Mine" in printed
-    code, printed, _ = told_here(capsys, tmp_path, "plan", *table_of)
-    assert code == 0 and f"reward mine: {url}: no answer" in printed
+    printed = succeeded(told_here(capsys, tmp_path, "render", *table_of))
+    assert "Mine" in printed
+    printed = succeeded(told_here(capsys, tmp_path, "plan", *table_of))
+    assert f"reward mine: {url}: no answer" in printed
     code, _, errors = told_here(
         capsys, tmp_path, "train", "served.yaml", "mine/g2rpo", *table_of[1:]
     )
