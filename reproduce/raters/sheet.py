@@ -4,8 +4,6 @@ Nothing in the folder reveals the model of an image: file names, metadata, times
 the order of the pairs, which is random, as are their sides.
 """
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from g2rpo.seeds import generator
 from g2rpo.text import plain_value
 from reproduce.raters.key import COLUMNS, Pair, SheetKey, read_key
 from reproduce.raters.pictures import Side
+from reproduce.tables.formats import csv_table
 
 QUESTION = "Which picture is better for the caption?"
 PAGE, ANSWERS, IMAGES = "index.html", "answers.csv", "images"
@@ -84,7 +83,8 @@ def make_sheet(
         for pair in key.pairs:
             _copy_pair(pair, sides, folder / IMAGES)
         (folder / PAGE).write_text(_page(key), encoding="utf-8")
-        (folder / ANSWERS).write_text(_blank_answers(key))
+        blank = [[key.sheet, "", pair.pair, ""] for pair in key.pairs]
+        (folder / ANSWERS).write_text(csv_table(COLUMNS, blank))
         for path in (*folder.rglob("*"), folder):
             os.utime(path, (FIXED_TIME, FIXED_TIME))
         _keep_earlier_key(key_path(output))
@@ -179,11 +179,3 @@ def _page(key: SheetKey) -> str:
     return environment.get_template("sheet.html.j2").render(
         sheet=key.sheet, question=key.question, pairs=pairs, images=IMAGES
     )
-
-
-def _blank_answers(key: SheetKey) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([key.sheet, "", pair.pair, ""] for pair in key.pairs)
-    return buffer.getvalue()

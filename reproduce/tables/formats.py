@@ -39,7 +39,7 @@ def write_formats(table: Table, output: Path) -> dict[str, Path]:
         "json": (f"{table.name}.json", to_json(table)),
         "bibtex": (f"{table.name}.bib", bibliography(table.references)),
     }
-    if table.published_source is not None:
+    if table.published_source is not None and table.published:
         texts["paper_csv"] = (f"{table.name}_paper.csv", paper_csv(table))
     if table.styles is not None:
         texts["by_style"] = (f"{table.styles.name}.md", to_markdown(table.styles))
@@ -60,59 +60,54 @@ def to_csv(table: Table) -> str:
     share of headroom and each metric has its value and ends. ``hacking`` is 1, 0 or empty;
     ``hacking_fell`` lists what fell.
     """
-    shares = [f"headroom_{column.name}" for column in table.headroom_columns]
-    numbers = [*shares, *(column.name for column in table.metrics)]
-    metrics = [f"{name}{end}" for name in numbers for end in ("", "_low", "_high")]
-    hacking = ["hacking", "hacking_fell"] if table.metrics else []
-    heads = [*_csv_heads(table.columns), *metrics, *hacking, *(c.name for c in table.costs)]
-    lines = [
-        [
-            *_csv_scores(row, table.columns, "paper" if row.from_paper else "measured"),
-            *(t for c in table.headroom_columns for t in _csv_number(row.headroom.get(c.name))),
-            *(t for c in table.metrics for t in _csv_number(row.metrics.get(c.name))),
-            *(_csv_hacking(row) if table.metrics else []),
-            *(_figures(row.costs.get(column.name)) for column in table.costs),
-        ]
-        for row in table.lines
-    ]
-    return csv_table(heads, lines)
+    lines = []
+    for row in table.lines:
+        line = _csv_scores(row, table.columns, "paper" if row.from_paper else "measured")
+        for column in table.headroom_columns:
+            line |= _csv_number(f"headroom_{column.name}", row.headroom.get(column.name))
+        for column in table.metrics:
+            line |= _csv_number(column.name, row.metrics.get(column.name))
+        if table.metrics:
+            found = row.reward_hacking
+            line["hacking"] = "" if found is None else str(int(found.flagged))
+            line["hacking_fell"] = "" if found is None else ";".join(found.fell)
+        line |= {column.name: _figures(row.costs.get(column.name)) for column in table.costs}
+        lines.append(line)
+    return csv_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def paper_csv(table: Table) -> str:
     """The paper's block as CSV."""
     columns, source = table.published_columns, table.published_source or ""
     lines = [_csv_scores(row, columns, source) for row in table.published]
-    return csv_table(_csv_heads(columns), lines)
+    return csv_table(list(lines[0]), [list(line.values()) for line in lines])
 
 
-def _csv_heads(columns: Sequence[Column]) -> list[str]:
-    ends = ("", "_low", "_high", "_in_domain", "_best")
-    scores = [f"{column.name}{end}" for column in columns for end in ends]
-    return ["source", "group", "row", "label", "seeds", "interval", "missing", *scores]
+def _csv_scores(row: Row, columns: Sequence[Column], source: str) -> dict[str, str]:
+    """The start of a line, by heading: the row and its scores."""
+    first = {
+        "source": source,
+        "group": row.group,
+        "row": row.key,
+        "label": row.label,
+        "seeds": "" if row.from_paper or row.missing is not None else str(len(row.seeds)),
+        "interval": row.about or "",
+        "missing": row.missing or "",
+    }
+    line = {heading: csv_text(text) for heading, text in first.items()}
+    for column in columns:
+        name, score = column.name, row.scores.get(column.name)
+        in_domain = name in row.trained_on if score is None else score.in_domain
+        line |= _csv_number(name, score)
+        line[f"{name}_in_domain"] = str(int(in_domain))
+        line[f"{name}_best"] = str(int(score is not None and score.best))
+    return line
 
 
-def _csv_scores(row: Row, columns: Sequence[Column], source: str) -> list[str]:
-    """The start of a line: the row and its scores."""
-    seeds = "" if row.from_paper or row.missing is not None else str(len(row.seeds))
-    first = (source, row.group, row.key, row.label, seeds, row.about or "", row.missing or "")
-    return [*map(csv_text, first), *(text for c in columns for text in _csv_score(row, c.name))]
-
-
-def _csv_score(row: Row, column: str) -> list[str]:
-    score = row.scores.get(column)
-    in_domain = column in row.trained_on if score is None else score.in_domain
-    best = score is not None and score.best
-    return [*_csv_number(score), str(int(in_domain)), str(int(best))]
-
-
-def _csv_number(number: Number | None) -> list[str]:
+def _csv_number(name: str, number: Number | None) -> dict[str, str]:
     ends = (None,) * 3 if number is None else (number.mean, number.low, number.high)
-    return [_figures(end) for end in ends]
-
-
-def _csv_hacking(row: Row) -> list[str]:
-    found = row.reward_hacking
-    return ["", ""] if found is None else [str(int(found.flagged)), ";".join(found.fell)]
+    headings = (name, f"{name}_low", f"{name}_high")
+    return dict(zip(headings, map(_figures, ends), strict=True))
 
 
 def _figures(value: float | None) -> str:
