@@ -16,6 +16,8 @@ from reproduce.tables.model import Column, Number, Row, Table
 from reproduce.tables.references import bibliography
 from reproduce.tables.summary import summary_markdown
 
+_Line = list[tuple[str, str]]
+"""A CSV line as headings, which may repeat, and values."""
 JSON_DIGITS = 7
 """Significant digits, as in the CSV; further ones differ between machines."""
 
@@ -64,27 +66,32 @@ def to_csv(table: Table) -> str:
     for row in table.lines:
         line = _csv_scores(row, table.columns, "paper" if row.from_paper else "measured")
         for column in table.headroom_columns:
-            line |= _csv_number(f"headroom_{column.name}", row.headroom.get(column.name))
+            line += _csv_number(f"headroom_{column.name}", row.headroom.get(column.name))
         for column in table.metrics:
-            line |= _csv_number(column.name, row.metrics.get(column.name))
+            line += _csv_number(column.name, row.metrics.get(column.name))
         if table.metrics:
             found = row.reward_hacking
-            line["hacking"] = "" if found is None else str(int(found.flagged))
-            line["hacking_fell"] = "" if found is None else ";".join(found.fell)
-        line |= {column.name: _figures(row.costs.get(column.name)) for column in table.costs}
+            line.append(("hacking", "" if found is None else str(int(found.flagged))))
+            line.append(("hacking_fell", "" if found is None else ";".join(found.fell)))
+        line += [(column.name, _figures(row.costs.get(column.name))) for column in table.costs]
         lines.append(line)
-    return csv_table(list(lines[0]), [list(line.values()) for line in lines])
+    return _csv_lines(lines)
 
 
 def paper_csv(table: Table) -> str:
     """The paper's block as CSV."""
     columns, source = table.published_columns, table.published_source or ""
     lines = [_csv_scores(row, columns, source) for row in table.published]
-    return csv_table(list(lines[0]), [list(line.values()) for line in lines])
+    return _csv_lines(lines)
 
 
-def _csv_scores(row: Row, columns: Sequence[Column], source: str) -> dict[str, str]:
-    """The start of a line, by heading: the row and its scores."""
+def _csv_lines(lines: Sequence[_Line]) -> str:
+    headings = [heading for heading, _ in lines[0]]
+    return csv_table(headings, [[value for _, value in line] for line in lines])
+
+
+def _csv_scores(row: Row, columns: Sequence[Column], source: str) -> _Line:
+    """The start of a line: the row and its scores."""
     first = {
         "source": source,
         "group": row.group,
@@ -94,20 +101,20 @@ def _csv_scores(row: Row, columns: Sequence[Column], source: str) -> dict[str, s
         "interval": row.about or "",
         "missing": row.missing or "",
     }
-    line = {heading: csv_text(text) for heading, text in first.items()}
+    line = [(heading, csv_text(text)) for heading, text in first.items()]
     for column in columns:
         name, score = column.name, row.scores.get(column.name)
         in_domain = name in row.trained_on if score is None else score.in_domain
-        line |= _csv_number(name, score)
-        line[f"{name}_in_domain"] = str(int(in_domain))
-        line[f"{name}_best"] = str(int(score is not None and score.best))
+        line += _csv_number(name, score)
+        line.append((f"{name}_in_domain", str(int(in_domain))))
+        line.append((f"{name}_best", str(int(score is not None and score.best))))
     return line
 
 
-def _csv_number(name: str, number: Number | None) -> dict[str, str]:
+def _csv_number(name: str, number: Number | None) -> _Line:
     ends = (None,) * 3 if number is None else (number.mean, number.low, number.high)
     headings = (name, f"{name}_low", f"{name}_high")
-    return dict(zip(headings, map(_figures, ends), strict=True))
+    return list(zip(headings, map(_figures, ends), strict=True))
 
 
 def _figures(value: float | None) -> str:
