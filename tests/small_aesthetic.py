@@ -6,8 +6,7 @@ import torch
 
 from benchmarks.mini_world.small_rewards import SmallPickScore, liven
 from benchmarks.mini_world.tokenizers import words
-from g2rpo.rewards.aesthetic import HEAD
-from g2rpo.rewards.image_reward import linear_head
+from benchmarks.speed.reward_towers import save_aesthetic_head
 
 
 def build_small_aesthetic(folder: Path, seed: int = 0) -> Path:
@@ -17,8 +16,5 @@ def build_small_aesthetic(folder: Path, seed: int = 0) -> Path:
         small = SmallPickScore(words())
         liven(small)
         small.save(folder)
-        head = linear_head(small.width)
-        liven(head)
-        state = {f"layers.{key}": value for key, value in head.state_dict().items()}
-        torch.save(state, folder / f"{HEAD}.pth")
+        save_aesthetic_head(folder, small.width)
     return folder

@@ -1,6 +1,5 @@
 """A tiny random Qwen2.5-VL, and a tiny HPSv3, in the files of the large ones, made offline."""
 
-import json
 import tempfile
 import zlib
 from collections.abc import Sequence
@@ -11,42 +10,26 @@ import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2TokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
 )
 
+from benchmarks.qwen_files import (
+    CHAT,
+    MERGE,
+    PATCH,
+    control_ids,
+    qwen_processor,
+    qwen_tokenizer,
+)
 from g2rpo.files import atomic_folder, atomic_write_text, write_json
 from g2rpo.rewards import hpsv3
 from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER
 
-END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
-CONTROL = [END_OF_TEXT, TURN, END_OF_TURN, VISION_START, VISION_END, IMAGE, VIDEO]
 QUESTION = f"Alignment, Coherence and Style Score (1-5) of the image for: {PLACEHOLDER}"
-CHAT = (
-    "{% for turn in messages %}"
-    f"{TURN}"
-    "{{ turn.role }}\n"
-    "{% for part in turn.content %}"
-    "{% if part.type == 'image' %}"
-    f"{VISION_START}{IMAGE}{VISION_END}"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}"
-    f"{END_OF_TURN}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    f"{TURN}assistant\n"
-    "{% endif %}"
-)
-PATCH, MERGE = 14, 2
 WIDTH, VISION_WIDTH = 64, 32
 ASPECTS = ("Alignment", "Coherence", "Style")
 MARKS = ("1", "2.5", "3", "4.5", "5")
@@ -107,7 +90,8 @@ def build_small_vlm(folder: Path, seed: int = 0, scale: float = 1.0) -> Path:
     """
     with torch.random.fork_rng(devices=[]), atomic_folder(folder) as temporary:
         torch.manual_seed(seed)
-        processor = _processor()
+        side = PATCH * MERGE
+        processor = qwen_processor(qwen_tokenizer(CORPUS), side**2, (4 * side) ** 2)
         processor.save_pretrained(temporary)
         network = _network(processor.tokenizer)
         network.lm_head.weight.data.mul_(scale)
@@ -125,19 +109,15 @@ def build_small_hpsv3(folder: Path) -> Path:
         ``folder``, as ``hpsv3`` loads it by ``source``.
     """
     with atomic_folder(folder) as temporary:
-        tokenizer = _tokenizer([])
+        tokenizer = qwen_tokenizer([])
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "chat_template.json", {"chat_template": CHAT})
         write_json(temporary / "preprocessor_config.json", HPSV3_PREPROCESSOR)
-        ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(CONTROL), strict=True))
-        config = HPSV3_CONFIG | {
+        config = HPSV3_CONFIG | control_ids(tokenizer)
+        config |= {
             "vocab_size": len(tokenizer) + 8,  # rounded up
-            "bos_token_id": ids[END_OF_TEXT],
-            "eos_token_id": ids[END_OF_TURN],
-            "vision_start_token_id": ids[VISION_START],
-            "vision_end_token_id": ids[VISION_END],
-            "image_token_id": ids[IMAGE],
-            "video_token_id": ids[VIDEO],
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
         }
         write_json(temporary / "config.json", config)
         atomic_write_text(temporary / BESIDE_THE_MODEL, HPSV3_QUESTION)
@@ -168,44 +148,7 @@ def _drawn(name: str, shape: Sequence[int]) -> torch.Tensor:
     return tensor.float() if name.startswith("rm_head") else tensor
 
 
-def _processor() -> Qwen2_5_VLProcessor:
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            patch_size=PATCH,
-            merge_size=MERGE,
-            temporal_patch_size=2,
-            size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": (4 * PATCH * MERGE) ** 2},
-        ),
-        tokenizer=_tokenizer(CORPUS),
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT,
-    )
-
-
-def _tokenizer(corpus: Sequence[str]) -> Qwen2TokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    # All bytes, so that any text can be written, and the words of the format as one token each.
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=CONTROL, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    written = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(merge) for merge in written["merges"]]
-    return Qwen2TokenizerFast(
-        vocab=written["vocab"],
-        merges=merges,
-        eos_token=END_OF_TURN,
-        pad_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        additional_special_tokens=CONTROL[1:],
-    )
-
-
 def _network(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
-    ids = dict(zip(CONTROL, tokenizer.convert_tokens_to_ids(CONTROL), strict=True))
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -215,9 +158,9 @@ def _network(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
                 "rope_theta": 10000.0,
                 "mrope_section": [2, 3, 3],
             },
-            "bos_token_id": ids[END_OF_TEXT],
-            "eos_token_id": ids[END_OF_TURN],
-            "pad_token_id": ids[END_OF_TEXT],
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={
             "depth": 2,
@@ -231,14 +174,12 @@ def _network(tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
             "window_size": 4 * PATCH,
             "fullatt_block_indexes": [1],
         },
-        image_token_id=ids[IMAGE],
-        video_token_id=ids[VIDEO],
-        vision_start_token_id=ids[VISION_START],
-        vision_end_token_id=ids[VISION_END],
         tie_word_embeddings=False,
+        **control_ids(tokenizer),
     )
     network = Qwen2_5_VLForConditionalGeneration(config).eval()
     network.generation_config.update(
-        eos_token_id=[ids[END_OF_TURN], ids[END_OF_TEXT]], pad_token_id=ids[END_OF_TEXT]
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
     )
     return network

@@ -2,19 +2,42 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-import torch
+import pytest
 
 from benchmarks.speed.rewards import SCORED, main
+from g2rpo.errors import UserError
+
+
+def measured(output: Path, rewards: str) -> dict[str, Any]:
+    main(2, rewards, "cpu", 1, 16, output)
+    rows = json.loads((output / "rewards.json").read_text())["rewards"]
+    return {row["reward"]: row for row in rows}
 
 
 def test_packages_and_our_scoring_give_the_same_scores(tmp_path: Path) -> None:
-    main(2, ",".join(SCORED), "cpu", 1, True, tmp_path)
-    result = json.loads((tmp_path / "rewards.json").read_text())
-    assert [row["reward"] for row in result["rewards"]] == list(SCORED)
-    for row in result["rewards"]:
+    rows = measured(tmp_path, ",".join(SCORED))
+    assert list(rows) == list(SCORED)
+    for row in rows.values():
         assert row["difference"] < 1e-5
         assert row["package"] > 0 < row["ours"]
         assert 0 <= row["waiting"] <= 1
-    assert "image_reward" in (tmp_path / "rewards.md").read_text()
-    assert result["threads"] == torch.get_num_threads()
+    page = (tmp_path / "rewards.md").read_text()
+    assert page.count("**reduced**: 1/16") == len(SCORED)
+
+
+def test_a_reward_measured_again_leaves_the_other_rows(tmp_path: Path) -> None:
+    before = measured(tmp_path, "clip,aesthetic")
+    after = measured(tmp_path, "aesthetic")
+    assert list(after) == ["clip", "aesthetic"]
+    assert after["clip"] == before["clip"]
+    assert after["aesthetic"]["ratios"] != before["aesthetic"]["ratios"]
+    assert "| clip |" in (tmp_path / "rewards.md").read_text()
+
+
+def test_other_rewards_and_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no reward 'hpsv2' here; did you mean 'hps"):
+        main(2, "hpsv2", "cpu", 1, 16, tmp_path)
+    with pytest.raises(UserError, match="--divide: 3 is not one of 1, 2, 4, 8, 16"):
+        main(2, "clip", "cpu", 1, 3, tmp_path)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_vlm import CONTROL, build_small_hpsv3
+from small_vlm import build_small_hpsv3
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from benchmarks.qwen_files import CONTROL
 from g2rpo.errors import UserError
 from g2rpo.hub.cache import repository_folder
 from g2rpo.hub.catalogue import catalogue

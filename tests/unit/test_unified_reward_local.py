@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_vlm import CONTROL, build_small_vlm
+from small_vlm import build_small_vlm
 from torch import Tensor
 
+from benchmarks.qwen_files import CONTROL
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.question import QuestionConfig
