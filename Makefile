@@ -205,8 +205,8 @@ bench-loop: $(READY) ## time one iteration on the mini world: a plain Flow-GRPO 
 bench-methods: $(READY) ## time one iteration of every method on the mini world
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.methods
 
-bench-rewards: $(READY) ## time reward models of the published sizes beside their packages (minutes on a CPU)
-	$(OFFLINE) $(RUN)/python -m benchmarks.speed.rewards
+bench-rewards: $(READY) ## time reward models beside their packages (minutes on a CPU; REWARDS=hps,clip: only these)
+	$(OFFLINE) $(RUN)/python -m benchmarks.speed.rewards $(if $(REWARDS),--rewards $(REWARDS))
 
 bench-numerics: $(READY) ## deviation of the ratio from 1 before an update, at FLUX's width and length (minutes)
 	$(OFFLINE) $(RUN)/python -m benchmarks.speed.numerics

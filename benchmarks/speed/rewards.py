@@ -1,8 +1,8 @@
 """``python -m benchmarks.speed.rewards``: images a second of each reward model, beside its package.
 
-Both score the same PNG files with the same random weights, in turn. The packages score one image at
-a time, as their documentation shows; we as ``g2rpo score`` does, where threads read, resize and
-tokenize the next batches while the model runs.
+Both score the same PNG files with the same random weights, in turn. The packages score as their
+documentation shows, most of them one image at a time; we as ``g2rpo score`` does, where threads
+read, resize and tokenize the next batches while the model runs.
 
 The report keeps the rows of rewards that are not measured again.
 """
