@@ -105,7 +105,7 @@ def measure(
         "divisor": divisor, "dtype": str(next(networks[0].parameters()).dtype).split(".")[1],
         "parameters": sum(each.numel() for network in networks for each in network.parameters()),
         "images": len(images), "repeats": repeats, "threads": torch.get_num_threads(),
-        "date": datetime.now(UTC).date().isoformat(), "provenance": provenance({}),
+        "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
 
 
@@ -178,11 +178,13 @@ def main(
         raise UserError(f"--divide: {divide} is not one of {', '.join(map(str, DIVISORS))}")
     report = output / "rewards.json"
     rows = {row["reward"]: row for row in read_json(report)["rewards"]} if report.is_file() else {}
+    origin = provenance({})  # before the minutes in which the code may change
     with tempfile.TemporaryDirectory() as folder:
         items = _write_images(Path(folder) / "images", images or IMAGES[place.type])
         for name in names:
             divisor = divide or default_divisor(name, place)
-            rows[name] = measure(name, items, place, repeats, divisor)
+            measured = measure(name, items, place, repeats, divisor)
+            rows[name] = measured | {"provenance": origin}
             result = {"rewards": [rows[each] for each in SCORED if each in rows]}
             write_report(output, "rewards", result, page(result))
 
