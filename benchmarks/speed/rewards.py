@@ -119,8 +119,8 @@ def _measured(row: dict[str, Any]) -> str:
     origin = row["provenance"]
     commit = (origin["git_commit"] or "unknown")[:7] + ("-dirty" if origin["git_dirty"] else "")
     return (
-        f"{row['date']}, {commit}, {origin['hardware']['device']}, {row['threads']} threads, "
-        f"{row['images']} images, {row['repeats']} times"
+        f"{row['date']}, {commit}, {origin['hardware']['device']}, threads: {row['threads']}, "
+        f"images: {row['images']}, repeats: {row['repeats']}"
     )
 
 
@@ -181,8 +181,9 @@ def main(
     origin = provenance({})  # before the minutes in which the code may change
     with tempfile.TemporaryDirectory() as folder:
         items = _write_images(Path(folder) / "images", images or IMAGES[place.type])
-        for name in names:
-            divisor = divide or default_divisor(name, place)
+        # Before the first takes its memory.
+        divisors = {name: divide or default_divisor(name, place) for name in names}
+        for name, divisor in divisors.items():
             measured = measure(name, items, place, repeats, divisor)
             rows[name] = measured | {"provenance": origin}
             result = {"rewards": [rows[each] for each in SCORED if each in rows]}
