@@ -248,7 +248,7 @@ def _hpsv3(folder: Path, device: torch.device) -> Iterator[PackageScore]:
 _NO_CACHE = {"question": {"cache": False}}
 VLMS = {
     "hpsv3": Scored(
-        f"hpsv3 1.0.0's inference code, written again; {HPSV3_BATCH} images at a time",
+        f"hpsv3 1.0.0's loop, written again around our network; {HPSV3_BATCH} images at a time",
         _write_hpsv3, _hpsv3, billions=True, options={"cpu": {"variant": "float32"}},
     ),
     "unified_reward": Scored(

@@ -7,6 +7,7 @@ read, resize and tokenize the next batches while the model runs.
 The report keeps the rows of rewards that are not measured again.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -120,7 +121,8 @@ def _measured(row: dict[str, Any]) -> str:
     commit = (origin["git_commit"] or "unknown")[:7] + ("-dirty" if origin["git_dirty"] else "")
     return (
         f"{row['date']}, {commit}, {origin['hardware']['device']}, threads: {row['threads']}, "
-        f"images: {row['images']}, repeats: {row['repeats']}"
+        f"images: {row['images']}, repeats: {row['repeats']}, "
+        f"load: {'unknown' if row['load'] is None else format(row['load'], '.0f')}"
     )
 
 
@@ -148,7 +150,8 @@ def page(result: dict[str, Any]) -> str:
         "*size*: parameters of the network that ran; the speed of a reduced one is not the "
         "published model's. *model waits*: the share of our time in which the model waits for "
         "images. *difference*: the largest between two scores of an image; (!) is more than "
-        f"{TOLERANCE:g}.\n\n{table}\n"
+        f"{TOLERANCE:g}. *load*: processes that ran before; with more than a few, images a second "
+        f"are those of a busy machine, and only the ratio counts.\n\n{table}\n"
     )
 
 
@@ -184,8 +187,9 @@ def main(
         # Before the first takes its memory.
         divisors = {name: divide or default_divisor(name, place) for name in names}
         for name, divisor in divisors.items():
+            load = os.getloadavg()[0]
             measured = measure(name, items, place, repeats, divisor)
-            rows[name] = measured | {"provenance": origin}
+            rows[name] = measured | {"provenance": origin, "load": load}
             result = {"rewards": [rows[each] for each in SCORED if each in rows]}
             write_report(output, "rewards", result, page(result))
 
