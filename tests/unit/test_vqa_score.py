@@ -11,7 +11,6 @@ from small_vlm import build_small_vlm
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks.qwen_files import CONTROL
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import load_reward
