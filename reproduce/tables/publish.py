@@ -112,11 +112,13 @@ def _pictures(
         info = next((cell.info for cell in cells if cell.info.row == row.key), None)
         if info is None:
             continue
-        resolved = resolve(experiment, profile, row.key, info.seed or 0)
-        if prompts is None:
-            prompts = resolved.held_out_prompts()[:count]
         run = layout.runs / info.runs["train"]
         folder = run / "evaluations" / info.runs["evaluation"] / "images"
+        if not folder.is_dir():
+            continue
+        if prompts is None:
+            resolved = resolve(experiment, profile, row.key, info.seed or 0)
+            prompts = resolved.held_out_prompts()[:count]
         paths = [image_path(folder, prompt) for prompt in prompts]
         if all(path.exists() for path in paths):
             columns[full_label(row)] = [np.array(Image.open(path)) for path in paths]

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from benchmarks.evaluation.results import Cell, RowScores
+from benchmarks.evaluation.statistics import NOTHING
 from reproduce.experiment.table import TableSpec
 from reproduce.tables.comparisons import ComparedRows, row_comparisons, row_marks
 from reproduce.tables.headroom import common_scale, headroom_numbers
 from reproduce.tables.model import COST_LABELS, Column, Row, Table, grouped
-from reproduce.tables.notes import Gap, legend, metric_legend, missing_reason, table_notes
+from reproduce.tables.notes import NOT_RUN, Gap, legend, metric_legend, missing_reason, table_notes
 from reproduce.tables.paper import load_paper_tables
 from reproduce.tables.planned import planned_comparisons, planned_notes
 from reproduce.tables.references import PAPER, cited
@@ -47,6 +48,7 @@ def compute_table(
     columns, same_model = score_columns(spec), spec.paper_model
     results = select_rows(spec, cells)
     published = published_rows(spec, paper, columns if same_model else PAPER_COLUMNS)
+    spec, left_out = _without_groups_not_run(spec, results, gaps)
     compared = ComparedRows(results, [column.name for column in columns])
     rows = _rows(spec, columns, compared, gaps, published if same_model else {})
     theirs, block = tuple(published.values()), spec.paper_table is not None and not same_model
@@ -57,6 +59,7 @@ def compute_table(
         rows = [_with_headroom(row, measured.get(row.key)) for row in rows]
     metrics = metric_columns(rows)
     notes = (
+        *left_out,
         *scale_notes,
         *table_notes(spec, {c.name: c.label for c in columns}, results, gaps),
     )
@@ -88,6 +91,30 @@ def compute_table(
         styles=style_table(spec, results, profile),
     )
     return table.model_copy(update={"notes": (*planned_notes(table), *table.notes)})
+
+
+def _without_groups_not_run(
+    spec: TableSpec, results: Mapping[str, RowScores], gaps: Sequence[Gap]
+) -> tuple[TableSpec, list[str]]:
+    """The table without trained groups of which nothing was run, if another was, and a note."""
+    groups = [
+        (name, rows)
+        for name, rows in spec.groups()
+        if results.keys().isdisjoint(row.key for row in rows)
+        and all(row.train and missing_reason(row.key, gaps) == NOT_RUN for row in rows)
+    ]
+    trained = any(row.train and row.key in results for row in spec.rows)
+    if not groups or not trained:
+        return spec, []
+    absent = {row.key for _, rows in groups for row in rows}
+    kept = {
+        "rows": tuple(row for row in spec.rows if row.key not in absent),
+        "focus": tuple(key for key in spec.focus if key not in absent),
+        "primary": {key: others for key, others in spec.primary.items() if key not in absent},
+        "baseline": None if spec.baseline in absent else spec.baseline,
+    }
+    names = [f"{spec.group_label} {name or NOTHING}: {len(rows)} rows" for name, rows in groups]
+    return spec.model_copy(update=kept), [f"Not run: {'; '.join(names)}."]
 
 
 def _with_headroom(row: Row, measured: RowScores | None) -> Row:

@@ -21,7 +21,7 @@ def test_committed_cells_are_of_clean_code_and_all_prompts(experiment: str) -> N
         assert len(cell.scores["prompt_id"].unique()) == prompts
 
 
-@pytest.mark.parametrize("profile", ["mini", "mini-sd3"])
+@pytest.mark.parametrize("profile", ["mini", "mini-2", "mini-sd3"])
 def test_the_methods_of_table_1_have_equal_seeds(profile: str) -> None:
     seeds: dict[str, set[int | None]] = {}
     for cell in cells_of(f"{profile}/table1"):

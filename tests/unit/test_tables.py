@@ -167,6 +167,15 @@ def test_gaps_have_a_reason_and_no_number(texts: dict[str, str]) -> None:
     assert "G²RPO (HPS): seed 3 is missing (out of memory)." in texts["markdown"]
 
 
+def test_a_group_of_which_nothing_was_run_is_one_note() -> None:
+    cells = [cell for cell in CELLS if not cell.info.row.startswith("hps-clip/")]
+    table = compute_table(SPEC, cells, "mini", GAPS)
+    assert {row.group for row in table.rows} == {"nothing", "HPS"}
+    assert "Not run: Trained on HPS & CLIP: 5 rows." in table.notes
+    failed = compute_table(SPEC, cells, "mini", (*GAPS, Gap("hps-clip/g2rpo", "out of memory")))
+    assert {row.key: row.missing for row in failed.rows}["hps-clip/g2rpo"] == "out of memory"
+
+
 def test_a_gap_without_a_reason_was_not_run(tmp_path: Path) -> None:
     ours, _ = markdown_rows(render(SPEC, [], tmp_path)["markdown"])
     assert {line[2] for line in ours[1:]} == {"*missing: not run*"}
