@@ -21,6 +21,8 @@ from g2rpo.yaml_text import parse_yaml
 
 LARGEST = 1e20
 """Of a setting: far below the largest float32, so that a few of them may be multiplied."""
+_LEAST_LIKENESS = 0.6
+"""Of a name that is suggested for another, from 0 to 1; difflib's default."""
 
 
 def _no_coercion(schema: Any) -> None:
@@ -104,11 +106,15 @@ Location = tuple[int | str, ...]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint with the valid name closest to ``name``, or with all valid names."""
+    """A hint with the first of the valid names closest to ``name``, or with all valid names."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, other, name).ratio()
+
+    closest = max(names, key=likeness, default="")
+    if names and likeness(closest) >= _LEAST_LIKENESS:
+        return f"did you mean {closest!r}?"
     return "valid: " + ", ".join(names)
 
 

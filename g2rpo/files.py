@@ -123,6 +123,22 @@ def check_place(path: Path) -> None:
         raise UserError(f"{path}: {above} is not writable; choose another path")
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Creates ``folder`` and checks that files can be written in it.
+
+    Raises:
+        UserError: they cannot; names ``option``, which chose the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); choose another {option}"
+        ) from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON with sorted keys, atomically."""
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")

@@ -87,6 +87,7 @@ class ProgressReport:
         self.enabled = enabled
         self._first, self._started = done, time.monotonic()
         self._last_line = float("-inf")
+        self._shown: tuple[int, int] | None = None
         self._note = ""
         self._bar: Progress | None = None
         console = Console(stderr=True)
@@ -113,8 +114,12 @@ class ProgressReport:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.enabled and kind is None and self._last_line != float("-inf"):
+        elif self.enabled and kind is None and self._shown not in (None, self._count):
             self._print_line()
+
+    @property
+    def _count(self) -> tuple[int, int]:
+        return self.done, self.total
 
     @property
     def seconds(self) -> float:
@@ -163,6 +168,7 @@ class ProgressReport:
             )
 
     def _print_line(self) -> None:
+        self._shown = self._count
         share = f"{self.description}: {self.done}/{self.total}"
         left = "" if self.remaining is None else f", ETA {duration(self.remaining)}"
         line = f"{share}, {duration(self.seconds)} elapsed{left}  {self._note}".rstrip()

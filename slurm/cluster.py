@@ -274,6 +274,11 @@ def load_cluster(name: str, *, gpus: int = 0) -> Cluster:
             raise UserError(
                 f"unknown cluster {name!r}; {nearest(name, valid)}; or pass the path of a YAML file"
             )
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; copy an example from slurm/clusters and adapt it as in "
+            "docs/cluster.md"
+        )
     data = load_yaml(path)
     if not data:
         raise UserError(f"cluster {name}: the file is empty; it needs at least `kind: slurm`")

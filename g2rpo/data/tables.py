@@ -65,8 +65,13 @@ class Table:
         """
         present = [name for name in names if name in self.columns]
         if not present:
-            found = ", ".join(map(repr, self.columns)) or "none"
-            raise UserError(f"{self.path}: no column {names[0]!r}; found {found} ({self.form})")
+            if not self.columns:
+                raise UserError(f"{self.path}: the file is empty; it needs a column {names[0]!r}")
+            found = ", ".join(map(repr, self.columns))
+            raise UserError(
+                f"{self.path}: no column {names[0]!r}; found {found} ({self.form}); rename a "
+                f"column to {names[0]!r}"
+            )
         for other in present[1:]:
             for row in self.rows:
                 one, two = row.values.get(present[0]), row.values.get(other)
@@ -91,6 +96,8 @@ def read_text(path: Path) -> str:
     """
     try:
         data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")

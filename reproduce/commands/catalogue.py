@@ -86,7 +86,7 @@ def power(
     By the paired t-test over shared seeds, significant at 0.05 after the correction; in the unit
     of the deviation. Deviations of earlier runs follow from the intervals in tables.
     """
-    from benchmarks.evaluation.power import detectable_difference
+    from benchmarks.evaluation.power import POWER, detectable_difference
 
     table = plain_table("seeds", "difference", right=("seeds", "difference"))
     for count in parse_seeds(seeds):
@@ -95,4 +95,5 @@ def power(
         except ValueError as error:
             raise UserError(f"{count} seeds: {error}") from None
         table.add_row(str(count), f"{found:.3g}")
+    typer.echo(f"Smallest difference found with probability {POWER}:")
     wide_console().print(table)

@@ -22,7 +22,7 @@ from g2rpo.config import (
     validate,
 )
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_write_text
+from g2rpo.files import atomic_write_text, check_writable
 from g2rpo.terminal import plain_table, wide_console
 from reproduce.bundled import absolute, bundled_names, named_file
 from reproduce.commands.options import ClusterName, Publish, Results, layout_of
@@ -109,13 +109,14 @@ def evaluate(
     settings = parse_overrides(overrides or [])  # before the imports, which take seconds
     from reproduce.jobs.runner import build_assets
 
-    chosen_suite = validate(Suite, load_yaml(named_file("suites", suite)), f"suite {suite}")
-    prompts = absolute(chosen_suite.prompts)
-    if not Path(prompts).exists():
-        fetch = f"run `{chosen_suite.fetch}`" if chosen_suite.fetch else "correct the suite"
-        raise UserError(f"{prompts}: no such prompt file; {fetch}")
+    file = named_file("suites", suite)
+    chosen_suite = validate(Suite, load_yaml(file), f"suite {suite}")
     found = find_model(model, base)
     chosen = _profile(found, profile)
+    if protocol is not None:
+        named_file("protocols", protocol)
+    prompts = prompt_file(chosen_suite, file)
+    chosen_suite = chosen_suite.model_copy(update={"prompts": prompts})
     layers = [chosen_suite.evaluation, {"preset": protocol}, settings]
     data = _profile_data(chosen, chosen_suite, found, layers)
     name = f"{_slug(Path(suite).stem)}-{_slug(found.label)}"
@@ -124,6 +125,7 @@ def evaluate(
     build_assets(chosen)
     _check(found, data)
     layout = layout_of(results, publish=publish)
+    check_writable(results, "--results")
     folder = layout.experiment(chosen.name, experiment["name"])
     for stem, content in (("experiment", experiment), ("profile", data)):
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -139,6 +141,22 @@ def evaluate(
     )
     if not detach and found.checkpoint is not None:
         _print_differences(folder / f"{experiment['name']}.json")
+
+
+def prompt_file(suite: Suite, file: Path) -> str:
+    """The prompts of the suite in ``file``: beside it, or else here or in the repository.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    beside = str(file.parent / suite.prompts)
+    for path in (beside, suite.prompts):
+        if Path(absolute(path)).exists():
+            return path
+    if suite.fetch is not None:
+        raise UserError(f"{suite.prompts}: no such prompt file; run `{suite.fetch}`")
+    places = " or ".join(dict.fromkeys((beside, suite.prompts)))
+    raise UserError(f"{places}: no such prompt file; correct prompts in {file}")
 
 
 def find_model(name: str, base: str | None) -> Evaluated:
@@ -173,6 +191,12 @@ def find_model(name: str, base: str | None) -> Evaluated:
         inside = str(weights.parent) if weights.parent != Path() else None
         checkpoint = CheckpointConfig(source=entry.repo, subfolder=inside, file=weights.name)
         return Evaluated(label, base or entry.base, checkpoint, published=entry)
+    weights_folder = path / "transformer" if (path / "transformer").is_dir() else path
+    if path.is_dir() and not any(weights_folder.glob("*.safetensors*")):
+        raise UserError(
+            f"{name}: no model, as it has no *.safetensors; give a pipeline folder, a LoRA, a "
+            "transformer, a run folder, a published model's name, or a hub id with --base"
+        )
     if path.exists() or (base is not None and HUB_ID.fullmatch(name)):
         return Evaluated(label, base, CheckpointConfig(source=name))
     raise UserError(

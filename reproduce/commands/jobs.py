@@ -63,7 +63,7 @@ def logs(
 
     submission = latest_submission(results / "runs", of)
     statuses = read_status(submission, lambda trouble: typer.echo(trouble, err=True))
-    chosen = _chosen(statuses, stage)
+    chosen = _chosen(submission, statuses, stage)
     if chosen.log is None:
         raise UserError(
             f"{chosen.stage} has no log yet: it is {chosen.word}"
@@ -73,7 +73,7 @@ def logs(
     _print_tail(chosen.log, lines, follow=follow)
 
 
-def _chosen(statuses: "list[StageStatus]", part: str) -> "StageStatus":
+def _chosen(submission: "Submission", statuses: "list[StageStatus]", part: str) -> "StageStatus":
     words = part.split()
     fitting = [
         status
@@ -82,7 +82,10 @@ def _chosen(statuses: "list[StageStatus]", part: str) -> "StageStatus":
     ]
     if not fitting:
         names = {str(status.stage) for status in statuses}
-        raise UserError(f"no stage {part!r}; {nearest(part, names)}")
+        raise UserError(
+            f"{submission.name} has no stage {part!r}; {nearest(part, names)}; or name another "
+            "submission with --of"
+        )
     logged = [status for status in fitting if status.log is not None]
     failed = [status for status in logged if status.word == "failed"]
     started = [status.started for status in logged]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from g2rpo.errors import UserError
+from g2rpo.files import check_writable
 from reproduce.commands.options import (
     Cells,
     ClusterName,
@@ -55,6 +56,7 @@ def reproduce(
     are submitted and followed; they keep running after Ctrl-C or if the shell is closed.
     """
     layout = layout_of(results, publish=publish)
+    check_writable(results, "--results")
     plan, place = plan_for(
         experiment, profile, cluster, seeds, layout, overrides or (), runnable=True, only=cells
     )

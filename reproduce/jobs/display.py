@@ -37,7 +37,7 @@ def status_table(statuses: Sequence[StageStatus], *, everything: bool = False) -
     if not everything and len(rows) > SHOWN:
         lively = [status for status in rows if status.word not in ("done", "waiting", "cancelled")]
         rows = lively[:SHOWN]
-    columns = ("stage", "of", "state", "job", "node", "progress", "ETA", "restarts", "")
+    columns = ("stage", "of", "state", "job", "node", "progress", "ETA", "restarts", "note")
     table = plain_table(*columns, right=("progress", "ETA", "restarts"))
     for status in rows:
         share, remaining = status.share_done, status.remaining

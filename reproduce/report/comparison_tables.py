@@ -175,7 +175,7 @@ def _print_differences(
 ) -> None:
     if not differences:
         console.print()
-        console.print(Text.assemble((title, "bold"), ": none"))
+        console.print(Text.assemble((title, "bold"), ": no difference"))
         return
     table = plain_table("key", *(member.letter for member in compared))
     for one in differences:

@@ -1,6 +1,5 @@
 """Scores a folder or manifest of images with reward models: ``g2rpo score``."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from g2rpo.config import content_hash, merge, nearest, validate
 from g2rpo.data.prompts import read_prompt_set
 from g2rpo.data.tables import is_unicode
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_path, atomic_write_text, sha256_file, write_json
+from g2rpo.files import atomic_path, atomic_write_text, check_writable, sha256_file, write_json
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import REWARDS, check_prompts, load_reward
@@ -148,14 +147,8 @@ def _check_writable(output: Path) -> None:
     """Checks that the results can be written, before anything is loaded."""
     if not is_unicode(str(output.absolute())):  # which Parquet cannot write to
         raise UserError(f"{output}: path is not UTF-8; choose another --output")
-    try:
-        (output / "journal").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be written ({error.strerror}); choose another --output"
-        ) from None
+    for folder in (output, output / "journal"):
+        check_writable(folder, "--output")
     for name in (*OUTPUTS, MANIFEST):
         if (output / name).is_dir():
             raise UserError(f"{output / name}: is a folder; choose another --output")

@@ -1,6 +1,7 @@
 """``g2rpo evaluate``: a model against its base, in every form that models come in."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from g2rpo.files import sha256_file
 from g2rpo.policy import LoraConfig, PolicyConfig, load_policy
 from g2rpo.seeds import gaussian
 from reproduce.bundled import bundled_names, named_file
-from reproduce.commands.evaluate import Suite, find_model
+from reproduce.commands.evaluate import Suite, find_model, prompt_file
 from reproduce.experiment import load_experiment, load_profile
 from reproduce.experiment.profile import with_preset
 
@@ -182,14 +183,23 @@ def test_what_cannot_be_evaluated_is_one_line(
 ) -> None:
     (place / "unknown.yaml").write_text(yaml.safe_dump(SUITE | {"rewards": {"hsp": {}}}))
     (place / "absent.yaml").write_text(yaml.safe_dump(SUITE | {"prompts": "absent.txt"}))
-    other = ("--base", str(smoke_assets / "sd3_policy"))
+    (place / "suites").mkdir(exist_ok=True)
+    shutil.copy(place / "absent.yaml", place / "suites")
+    small, other = CHOSEN[2:], ("--base", str(smoke_assets / "sd3_policy"))
     wrong: list[tuple[tuple[str, ...], str]] = [
         (("nothing", *CHOSEN), "no such folder or file, and not a published model"),
         (("lora", "--suite", "suite.yaml"), "weights without a base; name it with --base"),
         (("lora", "--suite", "papers"), "no suite 'papers'; did you mean 'paper'?"),
-        (("lora", "--suite", "drawbench"), "run `g2rpo prompts fetch drawbench`"),
-        (("lora", "--suite", "absent.yaml"), "absent.txt: no such prompt file"),
-        (("lora", "--suite", "unknown.yaml", *CHOSEN[2:]), "did you mean 'hps'?"),
+        (("nothing", "--suite", "drawbench"), "not a published model"),
+        (("lora", "--suite", "drawbench", *small, "--protocol", "x"), "no protocol 'x'"),
+        (("lora", "--suite", "drawbench", *small), "run `g2rpo prompts fetch drawbench`"),
+        (("lora", "--suite", "absent.yaml", *small), "error: absent.txt: no such prompt file"),
+        (
+            ("lora", "--suite", "suites/absent.yaml", *small),
+            "error: suites/absent.txt or absent.txt: no such prompt file",
+        ),
+        (("suites", *CHOSEN), "suites: no model, as it has no *.safetensors; give a pipeline"),
+        (("lora", "--suite", "unknown.yaml", *small), "did you mean 'hps'?"),
         (
             ("lora", *CHOSEN, "--base", "nobody/nothing"),
             "fetch it with `hf download nobody/nothing`",
@@ -204,6 +214,18 @@ def test_what_cannot_be_evaluated_is_one_line(
         code, _, err = told_here(capsys, place, "evaluate", *arguments)
         line = err.strip().splitlines()[-1]
         assert code == 2 and line.startswith("error: ") and message in line, (arguments, line)
+
+
+def test_prompts_are_those_beside_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite, file = Suite.model_validate(SUITE), Path("suites/suite.yaml")
+    Path("mine.txt").write_text("a circle")
+    assert prompt_file(suite, file) == "mine.txt"
+    file.parent.mkdir()
+    file.with_name("mine.txt").write_text("a square")
+    assert prompt_file(suite, file) == "suites/mine.txt"
 
 
 def test_published_models_know_their_base_and_files() -> None:

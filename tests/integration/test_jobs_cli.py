@@ -62,6 +62,15 @@ def driver_is_over(folder: Path) -> bool:
 TRAIN = "train hps/mix_grpo, seed 1"
 
 
+def test_results_that_cannot_be_written_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, error = told_here(capsys, tmp_path, "reproduce", "table1", "--results", "file/inside")
+    assert code == 2 and error.startswith("error: file/inside: cannot be written (")
+    assert error.endswith("; choose another --results\n")
+
+
 def test_submitted_watched_cancelled_and_retried(
     tmp_path: Path, inputs: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +91,9 @@ def test_submitted_watched_cancelled_and_retried(
 
     code, _, error = g2rpo("logs", "score mix")
     assert code == 2 and "has no log yet: it is waiting" in error
+    submission = latest_submission(folder / "results/runs").name
+    code, _, error = g2rpo("logs", "trian")
+    assert code == 2 and f"{submission} has no stage 'trian'; " in error and "--of" in error
 
     code, shown, _ = g2rpo("cancel")
     assert code == 0 and "stopping; finished work is kept" in shown

@@ -239,7 +239,9 @@ def test_everything_found_is_scored_or_named(
     (folder / "gone").symlink_to(tmp_path / "nowhere")
     options = ["--profile", "mini", "--rewards", "hps", "--output", tmp_path / "out"]
     errors = refused(score_here(capsys, folder, *options))
-    assert "2 cannot be scored: 5.txt: caption without a readable image" in errors
+    assert (
+        "1 caption and 1 image cannot be scored: 5.txt: caption without a readable image" in errors
+    )
     assert "gone: broken link to" in errors and "--skip-bad" in errors
     printed = succeeded(score_here(capsys, folder, *options, "--skip-bad"))
     assert printed.splitlines()[-1].startswith("scored 4 of 6; 2 skipped: 5.txt: caption ")

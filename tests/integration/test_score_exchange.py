@@ -148,13 +148,25 @@ def test_a_cells_evaluation_is_laid_out(geneval: Path, capsys: pytest.CaptureFix
     assert ids[:3] == ["images/00000", "diversity/00000_9", "diversity/00000_10"]
 
 
+def test_an_absent_file_is_one_line(geneval: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = geneval / "nowhere.jsonl"
+    errors = refused(export(capsys, geneval, "--prompts", nowhere))
+    assert f"{nowhere}: no such file; run `g2rpo prompts fetch geneval`" in errors
+    options = ["--images", geneval, "--reward", "mine", "--version", "1"]
+    errors = refused(tell(capsys, "import-scores", nowhere, *options))
+    assert f"{nowhere}: no such file; correct the path" in errors
+
+
 def test_what_the_evaluator_would_misread_is_refused(
     geneval: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = geneval / "images"
     (images / "00002_x.png").rename(images / "00007.png")
     errors = refused(export(capsys, geneval))
-    assert "2 cannot be exported: 00007: no prompt has this name as its id" in errors
+    assert (
+        "1 image and 1 prompt cannot be exported: 00007: no prompt has this name as its id"
+        in errors
+    )
     assert "00002: prompt without an image in the folder" in errors and "--skip-bad" in errors
     Image.new("RGBA", (8, 8)).save(images / "00001_a.png")
     Image.new("RGB", (8, 8)).save(images / "00001_b.png", "JPEG")
@@ -198,7 +210,9 @@ def test_scores_that_do_not_fit_are_listed(
     base = [file, "--images", geneval / "images", "--prompts", prompts, "--reward", "mine"]
     command = ["import-scores", *base, "--version", "1", "--output", output]
     errors = refused(tell(capsys, *command))
-    assert "5 cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
+    assert (
+        "5 images cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
+    )
     assert "00000_10: results.jsonl, line 2: nan is no finite number" in errors
     assert "00001: 2 scores in results.jsonl: line 3, line 4" in errors
     assert "00000_9.png: results.jsonl, line 6: the prompt is another" in errors
@@ -219,7 +233,10 @@ def test_scores_that_do_not_fit_are_listed(
     assert "has scores of 'hps', version " in errors and "would be lost" in errors
     assert (whole / "scores.parquet").read_bytes() == known
     other = geneval / "other.csv"
-    for text, message in (("", "no column 'image'"), ("id,mark\n1,2\n", "no column 'score'")):
+    for text, message in (
+        ("", "other.csv: the file is empty"),
+        ("id,mark\n1,2\n", "no column 'score'"),
+    ):
         other.write_text(text)
         errors = refused(tell(capsys, "import-scores", other, *base[1:], "--version", "1"))
         assert message in errors
@@ -287,7 +304,7 @@ def test_bad_files_among_many_are_named_and_the_rest_is_scored(
     options = ["--prompts", tmp_path / "set.csv", "--profile", "mini", "--output", output]
     command = ["score", tmp_path / "images", *options, "--rewards"]
     errors = refused(tell(capsys, *command, "hps"))
-    assert "2 cannot be scored: p002_loop.png: " in errors and "--skip-bad" in errors
+    assert "2 images cannot be scored: p002_loop.png: " in errors and "--skip-bad" in errors
     out = succeeded(tell(capsys, *command, "hps", "--skip-bad"))
     skipped = pd.read_csv(output / "skipped.csv").set_index("item")["reason"]
     assert {name: reason for name, reason in hostile.items() if reason in skipped[name]} == hostile

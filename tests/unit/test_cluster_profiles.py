@@ -39,6 +39,11 @@ def test_together_they_show_every_setting() -> None:
         assert keys == set(model.model_fields), model.__name__
 
 
+def test_an_absent_file_is_answered_with_the_examples() -> None:
+    with pytest.raises(UserError, match=r"mine\.yaml: no such file; copy an example from slurm/cl"):
+        load_cluster("mine.yaml")
+
+
 MISTAKES: dict[str, tuple[str, str]] = {
     "unknown key": ("partitoin: gpu", "partition"),
     "unknown part": ("container: {kind: none, imgae: x}", "image"),

@@ -6,7 +6,15 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field
 
-from g2rpo.config import StrictModel, content_hash, load_yaml, merge, parse_overrides, validate
+from g2rpo.config import (
+    StrictModel,
+    content_hash,
+    load_yaml,
+    merge,
+    nearest,
+    parse_overrides,
+    validate,
+)
 from g2rpo.errors import UserError
 from g2rpo.training.config import TrainConfig
 
@@ -44,6 +52,14 @@ def problem(model: type[StrictModel], data: Any, where: str = "file.yaml") -> st
 
 
 # --- validation ----------------------------------------------------------------------------------
+
+
+def test_the_nearest_name_is_the_first_of_equals_and_never_far() -> None:
+    tables = ("table3", "table2", "table1")
+    assert nearest("tabel", tables) == nearest("table9", tables) == "did you mean 'table1'?"
+    cells = ("hps/mix_grpo", "base")
+    assert nearest("hps/first_step", cells) == "valid: base, hps/mix_grpo"
+    assert nearest("a", ()) == "valid: "
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def test_the_command_prints_a_line_for_each_number_of_seeds(
 ) -> None:
     assert g2rpo_here(tmp_path, "power", "0.5", "--seeds", "3,34") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[1:]] == [
+    assert lines[0] == "Smallest difference found with probability 0.8:"
+    assert [line.split() for line in lines[2:]] == [
         ["3", f"{detectable_difference(0.5, 3):.3g}"],
         ["34", f"{detectable_difference(0.5, 34):.3g}"],
     ]

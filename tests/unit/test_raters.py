@@ -224,7 +224,7 @@ def test_pictures_without_a_prompt_are_refused_or_left_out(results: Path) -> Non
             (folder / f"{name}.txt").write_text(f"a caption of {name}\n")
     arguments = ["raters", "make", str(first), str(second), "-o", str(results / "sheet")]
     refused = CliRunner().invoke(app, arguments)
-    assert "1 cannot be compared: c: no prompt" in str(refused.exception)
+    assert "1 image cannot be compared: c: no prompt" in str(refused.exception)
     assert "--skip-bad" in str(refused.exception)
     made = CliRunner().invoke(app, [*arguments, "--skip-bad"])
     assert made.exit_code == 0, made.output

@@ -218,7 +218,7 @@ def test_batches_shrink_until_they_fit(items: list[Item], tmp_path: Path) -> Non
 def test_a_damaged_image_stops_or_is_listed(items: list[Item], tmp_path: Path) -> None:
     for item in (items[4], items[7]):
         item.image.write_bytes(item.image.read_bytes()[:50])
-    names = rf"2 cannot be scored.*{items[4].image.name}.*{items[7].image.name}.*--skip-bad"
+    names = rf"2 images cannot be scored.*{items[4].image.name}.*{items[7].image.name}.*--skip-bad"
     with pytest.raises(UserError, match=names):
         Scorer(tmp_path / "journal", items)
     scorer = Scorer(tmp_path / "journal", items, skip_bad=True)
@@ -289,9 +289,18 @@ class TestSources:
     def test_what_does_not_match_is_reported(self, folder: Path) -> None:
         source = read_source(folder, [*self.PROMPTS[:2], Prompt("p9", "nine")])
         assert dict(source.bad).keys() == {"sub/p1_x", "p9"}
-        with pytest.raises(UserError, match=r"2 cannot be scored: sub/p1_x: .*p9: .*--skip-bad"):
+        with pytest.raises(
+            UserError, match=r"1 image and 1 prompt cannot be scored: sub/p1_x: .*p9: .*--skip-bad"
+        ):
             refuse_bad(source, skip=False)
         refuse_bad(source, skip=True)
+
+    def test_a_reason_of_many_images_is_given_once(self, folder: Path) -> None:
+        with pytest.raises(UserError) as refused:
+            refuse_bad(read_source(folder, [Prompt("q7", "seven")]), skip=False)
+        text = str(refused.value)
+        assert text.startswith("4 images and 1 prompt cannot be scored: ")
+        assert text.count("no prompt has this name as its id; a fitting one is q7.png") == 1
 
     def test_images_that_a_manifest_does_not_list_are_bad(self, folder: Path) -> None:
         rows = [{"image": "p0.png", "prompt": "a, b"}, {"image": "p0_1.jpg", "prompt": 'say "x"'}]

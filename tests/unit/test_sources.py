@@ -234,6 +234,7 @@ def test_manifests_as_programs_write_them(tmp_path: Path, name: str, text: str |
             "line 2: .*'prompt' and 'text' differ",
         ),
         ("m.csv", "Bild;Text\n0.png;a\n", r"no column 'image'; found 'bild', 'text' .*';'"),
+        ("m.csv", "", "m.csv: the file is empty; it needs a column 'image'"),
         ("m.csv", "image,prompt\n0.png,caf\xe9\n".encode("cp1252"), "line 2: not UTF-8.*1252"),
         ("m.json", '{"image": "0.png", "prompt": "a"}', "expected a list of rows"),
         ("m.json", lines({"image": "0.png"}, {"image": "1.png"}), "line 2: .*rename it to .jsonl"),

@@ -32,9 +32,11 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
     """The published lines of GenEval's set, as ``g2rpo prompts fetch geneval`` writes it.
 
     Raises:
-        UserError: ``path`` is another set.
+        UserError: ``path`` does not exist or is another set.
     """
     advice = "run `g2rpo prompts fetch geneval` and pass --prompts data/prompts/geneval.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {advice}")
     lines = []
     for row in read_table(path, ("prompt",), bare="prompt").rows:
         line = {key: row.values[key] for key in METADATA if key in row.values}

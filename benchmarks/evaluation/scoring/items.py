@@ -56,6 +56,11 @@ TABLES = frozenset(SUFFIXES) - {".yaml", ".yml"}
 IMAGE_COLUMNS = ("image", "file_name")
 """Names of a manifest's image column; the first one present is read."""
 OTHER_COLUMNS = ("id", "prompt_id", "style")
+NO_IMAGE = {
+    "prompt without an image in the folder": "prompt",
+    "caption without a readable image": "caption",
+}
+"""Why something other than an image cannot be scored, and what it is."""
 NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice"})
 """Stems of text files that are not captions."""
 
@@ -281,7 +286,7 @@ def _match(listing: Listing, prompts: Sequence[Prompt], *, every_prompt: bool) -
     for image, shown in _images(listing, source, prompt_of):
         prompt = prompt_of(shown)
         if prompt is None:
-            reason = f"no prompt has this name as its id (ids look like {prompts[0].id!r})"
+            reason = f"no prompt has this name as its id; a fitting one is {prompts[0].id}.png"
             source.refuse(_stem(shown), reason)
             continue
         found.add(prompt.id)
@@ -400,15 +405,25 @@ def _without_ambiguous(source: Source) -> Source:
 def refuse_bad(source: Source, skip: bool, use: str = "scored") -> None:
     """Raises :class:`UserError` if anything is bad and not skipped, or nothing can be ``use``."""
     if source.bad and not skip:
-        raise UserError(
-            f"{len(source.bad)} cannot be {use}: {first_of(source.bad)}; fix them or pass "
-            "--skip-bad"
-        )
+        counts = Counter(NO_IMAGE.get(reason, "image") for _, reason in source.bad)
+        what = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
+        fix = "fix them" if len(source.bad) > 1 else "fix it"
+        raise UserError(f"{what} cannot be {use}: {first_of(source.bad)}; {fix} or pass --skip-bad")
     if not source.items:
         raise UserError(f"nothing can be {use}: {first_of(source.bad)}")
 
 
 def first_of(bad: Sequence[tuple[str, str]]) -> str:
-    """The first names and reasons in one line, and the number of others."""
-    shown = "; ".join(f"{name}: {reason}" for name, reason in bad[:5])
-    return f"{shown}; and {len(bad) - 5} more" if len(bad) > 5 else shown
+    """The first reasons, each once with its first names, and the number of others in one line."""
+    named: dict[str, list[str]] = {}
+    for name, reason in bad:
+        named.setdefault(reason, []).append(name)
+    first = dict(list(named.items())[:5])
+    parts = [f"{_first_names(names)}: {reason}" for reason, names in first.items()]
+    others = len(bad) - sum(map(len, first.values()))
+    return "; ".join([*parts, f"and {others} more"] if others else parts)
+
+
+def _first_names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
