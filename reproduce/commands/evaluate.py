@@ -43,7 +43,7 @@ class Suite(StrictModel):
 
     description: str
     prompts: str
-    """The prompt file."""
+    """The prompt file, relative to the YAML, else to the current folder or the repository."""
     fetch: str | None = None
     """The command that fetches it."""
     rewards: dict[str, dict[str, Any]] = Field(min_length=1)
