@@ -8,7 +8,6 @@ import typer
 from g2rpo.errors import UserError
 from g2rpo.text import visible
 from reproduce.commands import (
-    agreement,
     catalogue,
     check,
     demo,
@@ -39,7 +38,7 @@ COMMANDS = {
     ),
     "Follow jobs": (jobs.status, jobs.logs, jobs.cancel, jobs.retry),
     RESULTS: (
-        results.runs, results.compare, agreement.agreement, results.render, results.report,
+        results.runs, results.compare, results.agreement, results.render, results.report,
         results.export,
     ),
 }  # fmt: skip

@@ -128,7 +128,15 @@ def sweep(
     noise: Noise,
     settings: SweepSettings,
 ) -> Sweep:
-    """Walks ``tree``, the same for every prompt, for ``prompts`` prompts at once.
+    """Walks ``tree`` for ``prompts`` prompts at once.
+
+    Args:
+        tree: the states, the same for every prompt.
+        grid: sigmas and model times.
+        prompts: P.
+        velocity: the policy's velocity for a batch of states, possibly with an approximation.
+        noise: standard normal noise for (prompt, sample, step).
+        settings: transitions, batching, storage.
 
     Raises:
         UserError: memory is too small for a single state. If it is too small for a batch, the

@@ -122,10 +122,10 @@ def evaluate(
     name = f"{_slug(Path(suite).stem)}-{_slug(found.label)}"
     digest = content_hash([model, data["policy"], data["prompts"], data["evaluation"]])
     experiment = _experiment_data(f"{name}-{digest[:6]}", found, data, suite)
+    check_writable(results, "--results")
     build_assets(chosen)
     _check(found, data)
     layout = layout_of(results, publish=publish)
-    check_writable(results, "--results")
     folder = layout.experiment(chosen.name, experiment["name"])
     for stem, content in (("experiment", experiment), ("profile", data)):
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

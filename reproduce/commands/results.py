@@ -1,4 +1,4 @@
-"""``g2rpo runs``, ``compare``, ``render``, ``report`` and ``export``: look at results."""
+"""``g2rpo runs``, ``compare``, ``agreement``, ``render``, ``report``, ``export``: results."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -9,7 +9,7 @@ import typer
 
 from g2rpo.errors import UserError
 from g2rpo.files import check_place
-from g2rpo.terminal import wide_console
+from g2rpo.terminal import PlainTable, plain_table, wide_console
 from reproduce.commands.options import (
     ExperimentName,
     ProfileName,
@@ -24,8 +24,10 @@ from reproduce.runs.listing import read_run_states, states_table
 from reproduce.runs.state import STYLES
 
 if TYPE_CHECKING:
+    from benchmarks.evaluation.results import Cell
     from reproduce.experiment import Experiment, Profile
     from reproduce.experiment.layout import Layout
+    from reproduce.tables.agreement import Agreement
 
 
 def runs(
@@ -90,6 +92,67 @@ def compare(
     print_comparison(members(find_runs(names, results)), wide_console())
 
 
+def agreement(
+    experiment: ExperimentName,
+    profiles: Annotated[
+        str,
+        typer.Option(help="Profiles with finished cells; the first is compared with each other."),
+    ],
+    seeds: Annotated[
+        str | None, typer.Option(help="Training seeds to compare, e.g. 1,2,3; default: all.")
+    ] = None,
+    results: Results = Path("results"),
+    publish: PublishedCells = False,
+) -> None:
+    """Compare the order of an experiment's methods under several profiles.
+
+    Prints Kendall's rank correlation with its interval over seeds, and how many pairs of methods
+    have the same order, in-domain and out-of-domain.
+    """
+    from reproduce import experiment as experiments
+    from reproduce.tables.agreement import agreements
+
+    names = [name.strip() for name in profiles.split(",")]
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"--profiles {profiles!r}: give two or more, each once, e.g. mini,mini-2")
+    chosen = None if seeds is None else parse_seeds(seeds)
+    loaded = experiments.load_experiment(experiment)
+    refuse_credit(loaded, f"g2rpo reproduce {experiment}")
+    layout = layout_of(results, publish=publish)
+    found = []
+    for name in names:
+        profile = experiments.load_profile(name)
+        command = f"g2rpo reproduce {experiment} --profile {name}"
+        found.append((profile, _finished_cells(loaded, profile, layout, command)))
+    console = wide_console()
+    for other in found[1:]:
+        for one in agreements(loaded, found[0], other, chosen):
+            console.print(_agreement_table(one))
+            console.print(_agreement_sentences(one), markup=False, highlight=False)
+
+
+def _agreement_table(one: "Agreement") -> PlainTable:
+    table = plain_table("Method", *one.means, right=tuple(one.means))
+    where = f", trained on {one.group}" if one.group else ""
+    table.title = f"{one.measure.replace('_', '-')}{where}"
+    for label, *values in zip(one.labels, *one.means.values(), strict=True):
+        table.add_row(label, *(f"{value:.3f}" for value in values))
+    return table
+
+
+def _agreement_sentences(one: "Agreement") -> str:
+    first, second = one.means
+    text = (
+        f"{one.same} of {one.pairs} pairs have the same order: Kendall's tau {one.tau:.2f} "
+        f"[{one.low:.2f}, {one.high:.2f}] over seeds.\n"
+        f"{one.significant} orders are significant under both {first} and {second}, "
+        f"{one.contradicted} of them opposite.\n"
+    )
+    if one.repeated is not None:
+        text += f"Two sets of as many seeds of {first} alone: tau {one.repeated:.2f} on average.\n"
+    return text
+
+
 def render(
     experiment: ExperimentName,
     profile: ProfileName = "mini",
@@ -97,7 +160,6 @@ def render(
     publish: PublishedCells = False,
 ) -> None:
     """Write and print an experiment's table and figures from its finished cells."""
-    from benchmarks.evaluation.results import cells_folder, load_cells
     from reproduce import experiment as experiments
     from reproduce.tables.publish import publish as write_table
 
@@ -106,11 +168,23 @@ def render(
     command = f"g2rpo reproduce {experiment} --profile {profile}"
     refuse_credit(loaded, command)
     layout = layout_of(results, publish=publish)
-    folder = cells_folder(layout.tables, chosen.name, loaded.name)
+    cells = _finished_cells(loaded, chosen, layout, command)
+    write_table(loaded, chosen, cells, (), layout)
+
+
+def _finished_cells(
+    experiment: "Experiment", profile: "Profile", layout: "Layout", command: str
+) -> "list[Cell]":
+    """The cells in the folder of tables; raises a :class:`UserError` if there are none."""
+    from benchmarks.evaluation.results import cells_folder, load_cells
+
+    folder = cells_folder(layout.tables, profile.name, experiment.name)
     cells = load_cells(folder)
     if not cells:
-        raise UserError(f"{folder}: no finished cells; run `{command}`")
-    write_table(loaded, chosen, cells, (), layout)
+        published = layout.tables != layout.runs
+        elsewhere = "" if published else ", or add --publish for those in RESULTS/PROFILE"
+        raise UserError(f"{folder}: no finished cells; run `{command}`{elsewhere}")
+    return cells
 
 
 def refuse_credit(experiment: "Experiment", command: str) -> None:

@@ -128,7 +128,6 @@ def _agreement(
     seeds: Sequence[int] | None,
 ) -> Agreement:
     group = rows[0].group
-    every = {name: _matrix(rows, values, None) for name, values in by_profile.items()}
     chosen = {name: _matrix(rows, values, seeds) for name, values in by_profile.items()}
     for name, matrix in chosen.items():
         if matrix.shape[1] < MIN_SEEDS:
@@ -136,6 +135,7 @@ def _agreement(
                 f"profile {name}: the methods of the group {group!r} share {matrix.shape[1]} of "
                 f"the seeds; at least {MIN_SEEDS} are needed"
             )
+    first, (_, other) = next(iter(by_profile.values())), chosen.values()
     means = [matrix.mean(axis=1) for matrix in chosen.values()]
     orders = [np.sign(pair_differences(one)) for one in means]
     resampled = [_resampled(one, seed) for seed, one in enumerate(chosen.values())]
@@ -153,9 +153,7 @@ def _agreement(
         pairs=len(orders[0]),
         significant=int(significant.sum()),
         contradicted=int((significant & (orders[0] != orders[1])).sum()),
-        repeated=repeated_correlation(
-            next(iter(every.values())), list(chosen.values())[1].shape[1]
-        ),
+        repeated=repeated_correlation(_matrix(rows, first, None), other.shape[1]),
     )
 
 
