@@ -1,7 +1,7 @@
 # Short names for commands; targets that need .venv set it up first.
-# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CLUSTER (cluster profile), DETACH=1 (return
-# after submitting), PUBLISH=1 (write tables to results/PROFILE), PYTHON (the interpreter of .venv),
-# IMAGE (the image's name), DEVICE=cpu (check-gpu on tiny models).
+# Variables: PROFILE (scale), SEEDS (e.g. SEEDS=1,2,3), CELLS (e.g. CELLS='base,hps/*'), CLUSTER
+# (cluster profile), DETACH=1 (return after submitting), PUBLISH=1 (write tables to results/PROFILE),
+# PYTHON (the interpreter of .venv), IMAGE (the image's name), DEVICE=cpu (check-gpu on tiny models).
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -23,7 +23,7 @@ DOCS_READY := $(DOCS)/.setup-done
 # In this order they share most trainings.
 STUDIES := table1 table2 table3 family granularity eta fusion steps group equal-cost frontier efficient rewards choices released-vs-matched credit
 PUBLISHED = $(if $(PUBLISH),--publish)
-CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CLUSTER),--cluster $(CLUSTER))
+CHOICES = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(CELLS),--cells '$(CELLS)') $(if $(CLUSTER),--cluster $(CLUSTER))
 # These scales need no downloads, so nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1
 export IMAGE
@@ -77,10 +77,11 @@ endif
 	@touch $@
 
 # The half of Table 1 that is trained on HPS; all of it is `make reproduce-table1 PROFILE=mini`.
+mini: CELLS ?= base,hps/*
 mini: $(READY) ## train, sample, score and print Table 1 on the mini world (one seed, 2 CPU cores, 8 minutes)
 	@if [ "$(or $(PROFILE),mini)" != mini ]; then \
 		echo "error: make mini has the profile mini; use make reproduce-table1 PROFILE=$(PROFILE)" >&2; exit 2; fi
-	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile mini --cells 'base,hps/*' $(CHOICES)
+	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile mini $(CHOICES)
 
 smoke: $(READY) ## run the whole pipeline on tiny random models (2 minutes)
 	$(OFFLINE) $(RUN)/g2rpo reproduce table1 --profile smoke $(CHOICES)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+SHOWN = 4
+"""At most so many settings distinguish a run in a list; ``g2rpo compare`` prints all of them."""
 NOT_DETERMINING = ("validation", "pictures", "checkpoints", "execution")
 """Sections of the training configuration that do not change the trained weights."""
 
@@ -37,7 +39,7 @@ def distinctions(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
     Returns:
         For each run, the settings other than the seed that at most half of its kind share, e.g.
-        ``group_size 24, eta 0.3``; may be empty.
+        ``group_size 24, eta 0.3``, the first four of them; may be empty.
     """
     kinds: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for name, config in settings.items():
@@ -53,18 +55,23 @@ def _within(runs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     keys = dict.fromkeys(key for values in runs.values() for key in values)
     counts = {key: Counter(values.get(key) for values in runs.values()) for key in keys}
     names = _short(key for key, count in counts.items() if len(count) > 1)
-    return {
-        run: ", ".join(
+    found = {
+        run: [
             f"{short} {values.get(key, 'none')}"
             for key, short in names.items()
             if 2 * counts[key][values.get(key)] <= len(runs)
-        )
+        ]
         for run, values in runs.items()
+    }
+    return {
+        run: ", ".join(texts[:SHOWN])
+        + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
+        for run, texts in found.items()
     }
 
 
 def _short(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each dotted key, or all of it if two keys end alike."""
-    ends = {key: key.rsplit(".", 1)[-1] for key in keys}
+    """The last part of each dotted key but ``name``, or all of it if two keys end alike."""
+    ends = {key: key.removesuffix(".name").rsplit(".", 1)[-1] for key in keys}
     counts = Counter(ends.values())
     return {key: end if counts[end] == 1 else key for key, end in ends.items()}

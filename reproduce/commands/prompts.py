@@ -45,7 +45,7 @@ def list_prompts() -> None:
                 artifact.licence or "not stated",
                 artifact.page,
                 state,
-                sha256 or "–",
+                f"{sha256[:12]}…" if sha256 else "–",
             )
     wide_console().print(table)
 

@@ -165,7 +165,7 @@ def _legend(figure: Figure, rows: Sequence[Row], runs: Collection[int]) -> None:
         loc="outside lower center",
         ncols=3,
         fontsize=7.5,
-        title=f"With the {measure} on held-out prompts; seeds: {seeds}{bands}",
+        title=f"With the {measure} on held-out prompts; seeds of a row: {seeds}{bands}",
         title_fontsize=8,
         handlelength=2.8,
     )

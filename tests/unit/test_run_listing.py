@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,24 @@ def test_a_setting_that_some_runs_lack_and_two_that_end_alike_are_told_in_full()
         "b": "optimization.epsilon 1e-06, advantage.epsilon 1e-08",
         "c": "advantage.epsilon none",
     }
+
+
+def test_components_are_named_after_their_section_and_long_lists_are_cut() -> None:
+    rule = {"name": "nft", "beta": 1.0, "slope": 0.001}
+    told = distinctions(
+        {
+            "gradient": config(objective={"name": "clip"}),
+            "forward": config(objective=rule, optimization={"iterations": 8}, method={"eta": 1.1}),
+            "usual": config(objective={"name": "clip"}),
+        }
+    )
+    assert told["gradient"] == told["usual"] == ""
+    assert sorted(told["forward"].removesuffix(" and 1 more").split(", ")) in [
+        sorted(four)
+        for four in combinations(
+            ("objective nft", "beta 1.0", "slope 0.001", "iterations 8", "eta 1.1"), 4
+        )
+    ]
 
 
 def test_the_command_lists_filters_and_refuses(tmp_path: Path) -> None:
