@@ -35,6 +35,8 @@ COSTS: tuple[Literal["equal_cost_evaluations", "device_seconds"], ...] = (
 """The cost on the horizontal axis of each panel."""
 SPENT = ("rollout_evaluations", "training_forwards", "training_backwards", "device_seconds")
 """The columns of a learning curve that costs are made of; a run without them is not drawn."""
+Runs = dict[str, dict[int | None, pd.DataFrame]]
+"""Learning curves with every cost, by row and seed."""
 COLOURS = "tab20"
 """Twenty colours, one per row; the number at a curve's end also names its row."""
 PARETO: dict[str, Any] = {
@@ -78,18 +80,11 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
     Raises:
         UserError: no cell has validation rewards and their cost.
     """
-    found: dict[str, list[pd.DataFrame]] = {}
-    for cell in cells:
-        if cell.curve is not None and {*SPENT} <= {*cell.curve}:
-            found.setdefault(cell.info.row, []).append(_with_costs(cell.curve))
-    rows = [row for row in table.rows if row.trained_on and row.key in found]
-    rewards = [
-        reward
-        for reward in dict.fromkeys(name for row in rows for name in row.trained_on)
-        if any(f"validation/{reward}" in run for row in rows for run in found[row.key])
-    ]
+    rows, runs = runs_with_costs(table, cells)
+    rewards = validated_rewards(rows, runs)
     if not rewards:
         raise UserError(f"{output}: no run has validation rewards to draw against their cost")
+    found = {key: [*seeds.values()] for key, seeds in runs.items()}
     with matplotlib.rc_context(FIGURE_STYLE):
         lines = -(-len(rows) // 3)
         size = (10.0, 3.6 * len(rewards) + 0.4 + 0.19 * lines)
@@ -109,6 +104,24 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
         figure.suptitle(table.title, fontsize=11)
         save_figure(figure, output)
     return output
+
+
+def runs_with_costs(table: Table, cells: Iterable[Cell]) -> tuple[list[Row], Runs]:
+    """The trained rows whose cells have learning curves with costs, and those curves."""
+    runs: Runs = {}
+    for cell in cells:
+        if cell.curve is not None and {*SPENT} <= {*cell.curve}:
+            runs.setdefault(cell.info.row, {})[cell.info.seed] = _with_costs(cell.curve)
+    return [row for row in table.rows if row.trained_on and row.key in runs], runs
+
+
+def validated_rewards(rows: Sequence[Row], runs: Runs) -> list[str]:
+    """The training rewards of ``rows`` that any of their runs has validated."""
+    return [
+        reward
+        for reward in dict.fromkeys(name for row in rows for name in row.trained_on)
+        if any(f"validation/{reward}" in run for row in rows for run in runs[row.key].values())
+    ]
 
 
 def _with_costs(curve: pd.DataFrame) -> pd.DataFrame:

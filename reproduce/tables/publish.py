@@ -11,11 +11,13 @@ from PIL import Image
 
 from benchmarks.evaluation.held_out import image_path
 from benchmarks.evaluation.results import Cell
+from g2rpo.files import atomic_write_text
 from g2rpo.text import visible
 from reproduce.experiment import Experiment, Profile, ResolvedCell, resolve
 from reproduce.experiment.layout import Layout
 from reproduce.tables.collecting import collect_all
 from reproduce.tables.credit import publish_credit
+from reproduce.tables.equal_cost import equal_cost_markdown
 from reproduce.tables.figures import Metric, learning_curves
 from reproduce.tables.formats import write_formats
 from reproduce.tables.frontier import frontier_figure
@@ -61,6 +63,8 @@ def publish(
     figures: list[Path | None] = []
     if "frontier" in spec.figures and any(cell.curve is not None for cell in cells):
         figures.append(frontier_figure(table, cells, output / "frontier.png"))
+        written.append(output / f"{experiment.name}_equal_cost.md")
+        atomic_write_text(written[-1], equal_cost_markdown(table, cells, spec.focus))
     for group, rows in spec.groups():
         curves = {
             row.label: [c.curve for c in cells if c.info.row == row.key and c.curve is not None]

@@ -1,5 +1,6 @@
 """Learning curves and picture grids: what is drawn, read back."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from benchmarks.evaluation.results import Cell
 from g2rpo.errors import UserError
 from reproduce.experiment.table import TableSpec
+from reproduce.tables.equal_cost import equal_cost_markdown
 from reproduce.tables.figures import Band, Metric, learning_curves, seed_band
 from reproduce.tables.frontier import frontier_figure, pareto_points
 from reproduce.tables.picture_grid import picture_grid
@@ -147,6 +149,52 @@ def test_the_frontier_is_drawn_against_both_costs(tmp_path: Path) -> None:
     without_seconds = replace(old, curve=old.curve.drop(columns="device_seconds"))
     with pytest.raises(UserError, match="no run has validation rewards"):
         frontier_figure(table, [without_seconds], path)
+
+
+def test_rows_are_compared_at_the_cost_that_every_run_has_reached() -> None:
+    rows = [{"key": k, "label": k.upper(), "train": ["hps"]} for k in ("dear", "cheap", "one")]
+    columns = [{"reward": "hps", "label": "HPS", "digits": 4}]
+    spec = TableSpec(name="small", title="Test", rows=rows, columns=columns)
+    cells = [frontier_cell("dear", s, 900) for s in (1, 2, 3, 4)]
+    cells += [frontier_cell("cheap", s, 100) for s in (1, 2, 3)] + [frontier_cell("one", 1, 300)]
+    text = equal_cost_markdown(compute_table(spec, cells, "mini"), cells, ["dear"])
+    at_nfe, at_seconds = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()]
+        for part in re.split(r"\*\*HPS at .*\*\*\n\n", text)[1:]
+    )
+    assert "at 1,560 rollout evaluations + 3 × backwards" in text  # 12 iterations of `cheap`
+    assert "at 24 device-seconds" in text
+
+    def reached(row: str, seed: int, iterations: float) -> float:
+        curve = next(c for c in cells if (c.info.row, c.info.seed) == (row, seed)).curve
+        assert curve is not None
+        values = curve["validation/hps"].tolist()
+        low = int(iterations)
+        return values[low] + (iterations - low) * (values[min(low + 1, 12)] - values[low])
+
+    for lines, iterations in (
+        (at_nfe, {"dear": 1560 / 930, "cheap": 12, "one": 1560 / 330}),
+        (at_seconds, {"dear": 12, "cheap": 12, "one": 12}),
+    ):
+        assert lines[0] == ["Row", "Seeds", "Mean", "95% interval", "Versus DEAR", "p (Holm)"]
+        found = {line[0]: line[1:] for line in lines[2:5]}
+        assert list(found) == sorted(found, key=lambda label: -float(found[label][1]))
+        dear, cheap, one = (
+            np.array([reached(row, seed, iterations[row]) for seed in seeds])
+            for row, seeds in (("dear", (1, 2, 3, 4)), ("cheap", (1, 2, 3)), ("one", (1,)))
+        )
+        low, high = scipy.stats.t.interval(0.95, 3, dear.mean(), scipy.stats.sem(dear))
+        assert found["DEAR"] == ["4", f"{dear.mean():.4f}", rf"\[{low:.4f}, {high:.4f}\]", "–", "–"]
+        assert found["ONE"] == ["1", f"{one[0]:.4f}", "–", "–", "–"]
+        test = scipy.stats.ttest_rel(cheap, dear[:3])
+        gap = (cheap - dear[:3]).mean()
+        if iterations["dear"] == iterations["cheap"]:  # the same values at the same seeds
+            assert found["CHEAP"][3:] == [r"0.0000 \[0.0000, 0.0000\]", "1.000"]
+        else:
+            assert found["CHEAP"][3].startswith(f"{gap:+.4f} ")
+            assert found["CHEAP"][4] == (
+                f"{test.pvalue:.3f}" if test.pvalue > 0.001 else r"\< 0.001"
+            )
 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
