@@ -18,7 +18,7 @@ class GridConfig(StrictModel):
     steps: int = Field(16, ge=2)
     """Denoising steps T (released flag ``--sampling_steps 16``)."""
     schedule: Literal["shifted", "flux_dynamic", "sd3"] = "shifted"
-    """``shifted``: the same shift at every resolution, as all these methods train.
+    """``shifted``: the same shift at every resolution, as G²RPO, DanceGRPO and MixGRPO train.
     ``flux_dynamic``: FluxPipeline's grid, whose shift grows with the number of image tokens.
     ``sd3``: StableDiffusion3Pipeline's grid, as Flow-GRPO's released code trains."""
     shift: float = Field(3.0, ge=1e-6, le=1e6)

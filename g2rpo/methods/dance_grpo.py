@@ -21,7 +21,8 @@ class DanceGRPO(Method):
     eta: float = Field(0.3, gt=0)
     """The constant diffusion coefficient (released flag ``--eta 0.3``)."""
     trained_fraction: float = Field(0.6, gt=0, le=1)
-    """int((T - 1) * fraction) steps are trained (released flag ``--timestep_fraction 0.6``)."""
+    """int((T - 1) * fraction) steps are trained (released flag ``--timestep_fraction 0.6``); an
+    objective on the forward process does not use it."""
 
     def trained_count(self, steps: int) -> int:
         """How many of the first T - 1 steps each sample trains."""

@@ -27,6 +27,8 @@ from g2rpo.training.objective import Clipped
 from g2rpo.training.objectives import AnyObjective, parse_objective
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+LARGEST_CLIP = 100.0
+"""Of objectives that divide advantages by ``advantage.clip``; normalised ones rarely reach 10."""
 
 
 def _method(value: Any) -> Method:
@@ -313,8 +315,10 @@ class TrainConfig(StrictModel):
 
     def _check_objective(self) -> None:
         """Rejects an objective that this rollout or its updates do not suit."""
-        objective, name = self.objective, f"objective.name={self.objective.name}"
-        if not isinstance(objective, ForwardObjective):
+        name = f"objective.name={self.objective.name}"
+        if isinstance(self.objective, ForwardObjective):
+            self._check_forward(self.objective, name)
+        else:
             scale = self.trained_policy.guidance_scale
             if scale != self.policy.guidance_scale:
                 raise ValueError(
@@ -327,12 +331,25 @@ class TrainConfig(StrictModel):
                     f"{name} trains stochastic steps, but method.name={self.method.name} has none; "
                     "use objective.name=nft, awm or dgpo, or another method"
                 )
-            return
+
+    def _check_forward(self, objective: ForwardObjective, name: str) -> None:
+        """Rejects settings that an objective on the forward process does not suit."""
         objective.times.check(self.grid.steps)
         if self.advantage.granularity_reduction != "sum":
             raise ValueError(
                 f"advantage.granularity_reduction={self.advantage.granularity_reduction} has no "
                 f"effect with {name}, which trains each image with its own advantage; leave it out"
+            )
+        for setting in ("trained_leaves", "weight_scale"):
+            if getattr(self.method, setting, None) is not None:
+                raise ValueError(
+                    f"method.{setting} has no effect with {name}, which trains images instead of "
+                    f"transitions; use method.{setting}=null"
+                )
+        if objective.divides_by_clip and self.advantage.clip > LARGEST_CLIP:
+            raise ValueError(
+                f"{name} divides advantages by advantage.clip={self.advantage.clip:g}, which "
+                f"leaves next to nothing of them; use at most {LARGEST_CLIP:g}, e.g. 5"
             )
         if "signal_to_noise" in self.method.measures(0):
             raise ValueError(f"method.adaptive_steps needs an objective on transitions, not {name}")

@@ -142,6 +142,8 @@ class ForwardObjective(StrictModel):
     """The frozen policies whose velocities the loss needs."""
     compares_groups: ClassVar[bool] = False
     """Whether the loss of an image depends on the rest of its group."""
+    divides_by_clip: ClassVar[bool] = False
+    """Whether an advantage counts as a share of ``advantage.clip``."""
 
     name: str
     times: TimesConfig = TimesConfig()
@@ -184,6 +186,7 @@ class NFT(ForwardObjective):
     """
 
     compares_with = ("old",)
+    divides_by_clip = True
 
     name: Literal["nft"] = "nft"
     beta: float = Field(1.0, gt=0)
@@ -212,6 +215,8 @@ class AWM(ForwardObjective):
     The log-prob is replaced by minus a function of the matching error m. A squared penalty, with
     weight ``average_weight``, keeps the velocity near the average of the weights.
     """
+
+    divides_by_clip = True
 
     name: Literal["awm"] = "awm"
     surrogate: Literal["ghuber", "huber", "squared", "time", "time_squared"] = "ghuber"

@@ -21,7 +21,7 @@ from g2rpo.training.batch import (
     sums_of_groups,
 )
 from g2rpo.training.batch_sizes import BatchSizes
-from g2rpo.training.collective import raise_on_all_ranks
+from g2rpo.training.collective import of_all_ranks, raise_on_all_ranks
 from g2rpo.training.config import TrainConfig
 from g2rpo.training.forward import ForwardObjective, FrozenPolicy
 from g2rpo.training.old_policy import OldPolicy
@@ -151,8 +151,10 @@ class Updater:
         with raise_on_all_ranks(self.accelerator):
             size = self.config.rollout.group_size
             parts = split_updates(batch, self.config.optimization, size)
-        for part in parts:
-            update = self.backward(part)
+        counts = of_all_ranks(self.accelerator, [len(part) for part in parts])
+        for part, lengths in zip(parts, zip(*counts, strict=True), strict=True):
+            # The mean over all ranks' losses, which may differ in number between ranks.
+            update = self.backward(replace(part, weight=len(lengths) / sum(lengths)))
             if not updates:
                 self._check_ratio(update.ratio_deviation, iteration)
             self._step(update, prompts, iteration)

@@ -194,6 +194,19 @@ def test_images_of_the_same_key_are_noised_alike(smoke_assets: Path, tmp_path: P
             },
             "method.adaptive_steps needs",
         ),
+        (
+            {
+                "method": {"name": "branch_grpo", "trained_leaves": 0.5},
+                "rollout": {"group_size": 4},
+            },
+            r"method\.trained_leaves=null",
+        ),
+        ({"method": {"name": "tempflow_grpo", "weight_scale": 2.0}}, r"method\.weight_scale=null"),
+        (
+            {"objective": OBJECTIVES["nft"], "advantage": {"clip": 1e9}},
+            "advantage.clip=1e.09, which",
+        ),
+        ({"objective": {"name": "awm"}, "advantage": {"clip": 101}}, "at most 100, e.g. 5"),
     ],
 )
 def test_impossible_combinations_are_refused(

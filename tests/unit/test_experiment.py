@@ -118,12 +118,14 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
     "flow_grpo_fast": {
         "method.name": "flow_grpo_fast", "method.kernel": "sde", "method.stochastic_count": 3,
-        "grid.steps": 6, "optimization.kl_coefficient": 0.0, "advantage.normalizer": "global_std",
+        "grid.schedule": "flux_dynamic", "grid.steps": 6, "optimization.kl_coefficient": 0.0,
+        "advantage.normalizer": "global_std",
         "optimization.clip_range": 1e-5,
     },
     "flow_cps": {
         "method.name": "flow_grpo_fast", "method.kernel": "cps", "method.eta": 0.8,
         "method.stochastic_count": 3, "grid.steps": 6, "optimization.kl_coefficient": 0.0,
+        "grid.schedule": "flux_dynamic",
         "advantage.normalizer": "global_std", "optimization.clip_range": 1e-5,
     },
     "grpo_guard": {
@@ -154,11 +156,12 @@ RELEASED: dict[str, dict[str, Any]] = {
     "dgpo": {
         "objective.name": "dgpo", "objective.beta": 100.0, "objective.times.count": 4,
         "objective.times.shared_noise": True, "objective.old.rollouts_after": 200,
-        "rollout.group_size": 16, "rollout.prompts_per_iteration": 8,
+        "rollout.group_size": 16, "rollout.prompts_per_iteration": 8, "grid.timestep": "truncated",
         "optimization.clip_range": 1e-2, "optimization.kl_coefficient": 0.02,
     },
     "tempflow_grpo": {
         "method.weight_scale": 1.73, "method.eta": 0.9, "rollout.group_size": 6, "grid.steps": 10,
+        "grid.schedule": "flux_dynamic",
         "advantage.ddof": 0, "optimization.kl_coefficient": 0.004,
         "optimization.iterations": 250,
     },
@@ -240,7 +243,7 @@ def test_released_presets_are_the_same_on_every_other_policy() -> None:
         flux = trained(released_cell(method, "flux"))
         plain = load_preset(method, "released")
         assert flux.lora is None and flux.guidance == GuidanceConfig()
-        assert flux.grid.schedule == plain["grid"]["schedule"] == "shifted"
+        assert flux.grid.schedule == plain["grid"]["schedule"] != "sd3"
         assert flux.policy.guidance_scale == 3.5
         assert (method in RELEASED_ON_SD35) == (
             load_preset(method, "released", "StableDiffusion3Pipeline") != plain
