@@ -5,7 +5,8 @@ one float32 number per image. A score that is not finite is an error.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import torch
@@ -176,6 +177,8 @@ class BatchedReward(ABC):
     """Whether it may have ``questions``, which differ from prompt to prompt."""
     template_hash: str | None = None
     """SHA-256 of the question, for vision-language models."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """What decides a score beside these: dtype, files of the preprocessing; as JSON values."""
 
     def __init__(
         self, device: torch.device | str, batch_size: int, version: str, weights_hash: str

@@ -2,11 +2,13 @@
 
 import pkgutil
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
 from g2rpo.config import nearest
 from g2rpo.errors import UserError
+from g2rpo.files import sha256_file
 from g2rpo.progress import without_library_bars
 from g2rpo.rewards.base import BatchedReward, RewardConfig
 
@@ -65,4 +67,12 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedRewa
     """
     found = reward_class(config)
     with without_library_bars():
-        return found.load(config, device)
+        reward = found.load(config, device)
+    folder = Path(config.source or "").expanduser()
+    if config.source and folder.is_dir() and not reward.settings:
+        names = ("*.json", "*.jinja", "*.txt")
+        files = sorted({path for name in names for path in folder.rglob(name) if path.is_file()})
+        reward.settings = {
+            "files": {str(path.relative_to(folder)): sha256_file(path) for path in files}
+        }
+    return reward

@@ -62,6 +62,7 @@ class VQAScore(BatchedReward):
     ) -> None:
         super().__init__(device, batch_size, f"{backend.model}-{self.suffix}", backend.weights_hash)
         self.backend, self.template, self.template_hash = backend, template, template.sha256
+        self.settings = backend.settings
 
     @classmethod
     def load(cls, config: RewardConfig, device: torch.device | str) -> Self:

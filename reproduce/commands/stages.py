@@ -188,6 +188,7 @@ def score(
     from reproduce import experiment as experiments
     from reproduce.jobs.runner import build_assets
     from reproduce.stages import score_folder
+    from slurm.local import interrupted_by_term
 
     chosen = experiments.load_profile(profile or "flux")
     build_assets(chosen)
@@ -201,4 +202,5 @@ def score(
     path = Path(source)
     output = output or score_folder.default_output(path)
     request = score_folder.Request(path, prompts, output, skip_bad)
-    score_folder.score(request, configs)
+    with interrupted_by_term():
+        score_folder.score(request, configs)

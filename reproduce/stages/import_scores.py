@@ -1,6 +1,6 @@
 """Brings scores of an outside scorer into a folder of scores: ``g2rpo import-scores``."""
 
-import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from reproduce.stages.score_folder import (
     read_items,
     still_valid,
     write_scores,
+    writing_alone,
 )
 
 NAMES = (*IMAGE_COLUMNS, "filename", "image_path", "path", "id")
@@ -31,6 +32,8 @@ NAMES = (*IMAGE_COLUMNS, "filename", "image_path", "path", "id")
 SCORES = ("score", "correct")
 TRUTH = {"true": 1.0, "false": 0.0}
 """Spellings of a boolean score, e.g. GenEval's ``correct``, in a CSV."""
+LARGEST = float(np.finfo(np.float32).max)
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,13 @@ def import_scores(outside: Outside, request: Request) -> pd.DataFrame:
         visible(f"{outside.file.name}: reading images from {name!r} and scores from {column!r}")
     )
     source = read_items(request, Ranks())
-    old = earlier_scores(request.output)
-    _check_replaceable(old, outside, request.output)
+    _check_replaceable(earlier_scores(request.output), outside, request.output)
     found = _matched(table, name, column, source)
     refuse_bad(source, request.skip_bad, "imported")
     scorer = Scorer(request.output / "journal", source.items, skip_bad=request.skip_bad)
     values = np.array([found[item.id] for item in scorer.items], dtype=np.float64)
     sha256 = sha256_file(outside.file)
     scores = scorer.rows(outside.reward, (outside.version, sha256, None), scorer.items, values)
-    kept, dropped = still_valid(old, scores)
-    if dropped:
-        raise UserError(
-            f"{request.output}: has scores of {', '.join(dropped)} for other images or prompts; "
-            "choose another --output"
-        )
     settings = {
         outside.reward: {
             "imported": outside.file.name,
@@ -84,8 +80,17 @@ def import_scores(outside: Outside, request: Request) -> pd.DataFrame:
             "column": column,
         }
     }
-    scores = pd.concat([*kept, scores], ignore_index=True)
-    write_scores(request, settings, source, scorer, scores)
+    with writing_alone(request.output):  # another command may have added scores meanwhile
+        old = earlier_scores(request.output)
+        _check_replaceable(old, outside, request.output)
+        kept, dropped = still_valid(old, scores)
+        if dropped:
+            raise UserError(
+                f"{request.output}: has scores of {', '.join(dropped)} for other images or "
+                "prompts; choose another --output"
+            )
+        scores = pd.concat([*kept, scores], ignore_index=True)
+        write_scores(request, settings, source, scorer, scores)
     return scores
 
 
@@ -135,19 +140,23 @@ def _matched(table: Table, name: str, column: str, source: Source) -> dict[str, 
             source.refuse(item.id, f"{len(rows)} scores in {table.path.name}: {places}")
         else:
             place, value = rows[0]
-            source.refuse(item.id, f"{table.path.name}, {place}: {value!r} is no finite number")
+            source.refuse(
+                item.id, f"{table.path.name}, {place}: {value!r} is no finite 32-bit number"
+            )
     return found
 
 
 def _number(value: Any) -> float | None:
-    """The finite number that ``value`` is, or None."""
+    """The number that ``value`` is, or None; one that float32 has, like every other score."""
     if isinstance(value, str):
-        value = TRUTH.get(value.strip().casefold(), value.strip())
+        text = value.strip()
+        # Python also reads 1_0 and the digits of other scripts, which other tools do not.
+        value = TRUTH.get(text.casefold(), text if NUMBER.fullmatch(text) else None)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None
 
 
 def _same_prompt(row: Row, item: Item) -> bool:

@@ -1,13 +1,16 @@
 """Scores a folder or manifest of images with reward models: ``g2rpo score``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import typer
+from filelock import FileLock
 
 from benchmarks.evaluation.scoring import summary
 from benchmarks.evaluation.scoring.engine import COLUMNS, Ranks, Scorer
@@ -100,13 +103,19 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
     the same images and prompts.
 
     Raises:
-        UserError: an image cannot be scored; finished scores are kept.
+        UserError: an image cannot be scored, or imported scores would be lost; finished scores are
+            kept.
     """
     ranks = Ranks.launched()
     source = read_items(request, ranks)
     check_prompts(rewards.values(), [item.prompt for item in source.items])
-    old = earlier_scores(request.output) if ranks.main else None
+    if ranks.main:
+        earlier_scores(request.output)  # before all images are read
     scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
+    if ranks.main:
+        nothing = np.zeros(len(scorer.items))
+        planned = [scorer.rows(name, ("", "", None), scorer.items, nothing) for name in rewards]
+        _kept_of_earlier(request.output, pd.concat(planned))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = f"cuda:{ranks.local % count}" if count else "cpu"
     frames = []
@@ -118,13 +127,42 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
             torch.cuda.empty_cache()
     scores = pd.concat(frames, ignore_index=True)
     if ranks.main:
-        earlier, dropped = still_valid(old, scores)
-        scores = pd.concat([*earlier, scores], ignore_index=True)
-        settings = {name: config.model_dump(mode="json") for name, config in rewards.items()}
-        write_scores(request, settings, source, scorer, scores)
+        with writing_alone(request.output):  # another command may have added scores meanwhile
+            earlier, dropped = _kept_of_earlier(request.output, scores)
+            scores = pd.concat([*earlier, scores], ignore_index=True)
+            settings = {name: config.model_dump(mode="json") for name, config in rewards.items()}
+            write_scores(request, settings, source, scorer, scores)
         for name in dropped:
             typer.echo(visible(f"dropped earlier scores of {name}: other images or prompts"))
     return scores
+
+
+@contextmanager
+def writing_alone(output: Path) -> Iterator[None]:
+    """Keeps other commands from writing to ``output`` between reading its scores and writing."""
+    with FileLock(output / ".writing.lock"):
+        yield
+
+
+def _kept_of_earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str]]:
+    """What :func:`still_valid` returns for the earlier scores in ``output``.
+
+    Raises:
+        UserError: imported scores, which cannot be scored again, would be replaced or dropped.
+    """
+    kept, dropped = still_valid(earlier_scores(output), scores)
+    imported = {
+        name
+        for name, settings in listed(output / MANIFEST, "rewards").items()
+        if "imported" in settings
+    }
+    lost = sorted(imported & {*dropped, *scores["reward"]})
+    if lost:
+        raise UserError(
+            f"{output}: has imported scores of {', '.join(lost)}, which would be lost; choose "
+            "another --output"
+        )
+    return kept, dropped
 
 
 def read_items(request: Request, ranks: Ranks) -> Source:
@@ -209,17 +247,13 @@ def write_scores(
     if scored + len(bad) != source.found:
         raise RuntimeError(f"{source.found} found, but {scored} scored and {len(bad)} skipped")
     lines = summary.summarise(scores)
-    with atomic_path(request.output / SCORES) as temporary:
-        scores.to_parquet(temporary, index=False)
     skipped = pd.DataFrame(bad, columns=["item", "reason"])
-    for name, text in (
-        ("scores.csv", summary.exact_csv(scores)),
-        ("summary.csv", summary.as_csv(summary.as_frame(lines))),
-        ("skipped.csv", summary.as_csv(skipped)),
-    ):
-        atomic_write_text(request.output / name, text)
+    texts = {
+        "scores.csv": summary.exact_csv(scores),
+        "summary.csv": summary.as_csv(summary.as_frame(lines)),
+        "skipped.csv": summary.as_csv(skipped),
+    }
     counts = {"images": scored, "skipped": len(bad)}
-    write_json(request.output / "summary.json", counts | {"lines": summary.as_records(lines)})
     hashes = scores.groupby("reward", sort=False)["weights_hash"].first()
     weights = {str(reward): str(sha256) for reward, sha256 in hashes.items()}
     findings = {
@@ -232,18 +266,22 @@ def write_scores(
         earlier = listed(request.output / MANIFEST, section)
         kept = {name: value for name, value in earlier.items() if name in weights}
         findings[section] = kept | found
-    write_manifest(
-        request.output,
-        {
-            "stage": "score",
-            **counts,
-            "images_sha256": content_hash(scorer.keys),
-            "prompts_sha256": None if request.prompts is None else sha256_file(request.prompts),
-            **findings,
-            "provenance": provenance(weights),
-        },
-        [request.output / name for name in OUTPUTS],
-    )
+    manifest = {
+        "stage": "score",
+        **counts,
+        "images_sha256": content_hash(scorer.keys),
+        "prompts_sha256": None if request.prompts is None else sha256_file(request.prompts),
+        **findings,
+        "provenance": provenance(weights),
+    }
+    # Without checksums, so that it matches old and new files if this process is killed now.
+    write_manifest(request.output, manifest)
+    with atomic_path(request.output / SCORES) as temporary:
+        scores.to_parquet(temporary, index=False)
+    for name, text in texts.items():
+        atomic_write_text(request.output / name, text)
+    write_json(request.output / "summary.json", counts | {"lines": summary.as_records(lines)})
+    write_manifest(request.output, manifest, [request.output / name for name in OUTPUTS])
     console = wide_console()
     summary.show(lines, scorer.too_long, console)
     for name, reason in bad:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -135,6 +136,27 @@ def test_rewards_that_the_profile_does_not_name(
     assert scores["weights_hash"].nunique() == 3
     errors = refused(score_here(capsys, images, "--rewards", "hpsv4"))
     assert "profile flux has no reward 'hpsv4'; did you mean 'hpsv3'" in errors
+
+
+def test_another_preprocessing_scores_again(
+    gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "hps"
+    shutil.copytree(ROOT / "benchmarks/mini_world/assets/rewards/hps", model)
+    options = ["--prompts", gallery / "set.csv", "--profile", "mini", "--rewards", "hps"]
+
+    def scores(output: str) -> list[float]:
+        changed = ["-s", f"hps.source={model}", "--output", tmp_path / output]
+        succeeded(score_here(capsys, gallery, *options, *changed))
+        return pd.read_parquet(tmp_path / output / "scores.parquet")["score"].tolist()
+
+    before = scores("one")
+    config = json.loads((model / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    (model / "open_clip_config.json").write_text(json.dumps(config))
+    after = scores("one")
+    assert after == scores("fresh") != before
+    assert scores("one") == after
 
 
 def test_a_killed_run_resumes(

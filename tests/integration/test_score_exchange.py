@@ -14,7 +14,10 @@ from command_line import refused, succeeded, told_here
 from PIL import Image
 
 from benchmarks.mini_world import world
-from g2rpo.files import sha256_file
+from g2rpo.files import atomic_write_text, sha256_file
+from g2rpo.rewards.base import BatchedReward
+from g2rpo.rewards.registry import load_reward
+from reproduce.stages import score_folder
 
 TAGS = ("counting", "colors", "colors")
 SCORE = ("--profile", "mini", "--rewards", "hps")
@@ -126,6 +129,84 @@ def test_scores_by_id_stand_beside_those_of_rewards(
     assert len(scores) == 8 and len(scores.loc["hps"]) == 4
 
 
+def imported(
+    geneval: Path, capsys: pytest.CaptureFixture[str], *values: object, reward: str = "mine"
+) -> list[object]:
+    """Imports scores of all images; the arguments of scoring beside them."""
+    names = ("00000_10", "00000_9", "00001", "00002_x")
+    rows = (f"{name},{value}\n" for name, value in zip(names, values, strict=True))
+    (geneval / "mine.csv").write_text("".join(["id,score\n", *rows]))
+    images = [geneval / "images", "--prompts", geneval / "geneval.jsonl"]
+    out = ["--output", geneval / "scores"]
+    own = ["--images", *images, "--reward", reward, "--version", "1", *out]
+    succeeded(tell(capsys, "import-scores", geneval / "mine.csv", *own))
+    return [*images, "--profile", "mini", *out]
+
+
+def rewards_in(folder: Path) -> list[str]:
+    return sorted(pd.read_parquet(folder / "scores" / "scores.parquet")["reward"].unique())
+
+
+def test_a_command_killed_while_it_writes_is_repeated(
+    geneval: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = imported(geneval, capsys, 1, 2, 3, 4)
+    for name in ("scores.csv", "skipped.csv"):
+
+        def killed(path: Path, text: str, at: str = name) -> None:
+            if path.name == at:
+                raise KeyboardInterrupt
+            atomic_write_text(path, text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(score_folder, "atomic_write_text", killed)
+            tell(capsys, "score", *score, "--rewards", "hps")
+        succeeded(tell(capsys, "score", *score, "--rewards", "hps"))
+        assert rewards_in(geneval) == ["hps", "mine"]
+    manifest = json.loads((geneval / "scores" / "manifest.json").read_text())
+    assert manifest["rewards"]["mine"]["version"] == "1"
+
+
+def test_scores_added_by_another_command_meanwhile_are_kept(
+    geneval: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: Any) -> BatchedReward:
+        imported(geneval, capsys, 1, 2, 3, 4)
+        return load_reward(*arguments)
+
+    images = [geneval / "images", "--prompts", geneval / "geneval.jsonl"]
+    monkeypatch.setattr(score_folder, "load_reward", load)
+    succeeded(tell(capsys, "score", *images, *SCORE, "--output", geneval / "scores"))
+    assert rewards_in(geneval) == ["hps", "mine"]
+
+
+def test_scoring_does_not_lose_imported_scores(
+    geneval: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = imported(geneval, capsys, 1, 2, 3, 4, reward="hps")
+    monkeypatch.setattr(score_folder, "load_reward", None)  # refused before anything is loaded
+    errors = refused(tell(capsys, "score", *score, "--rewards", "clip,hps"))
+    assert "has imported scores of hps, which would be lost; choose another --output" in errors
+    Image.new("RGB", (8, 8), "white").save(geneval / "images" / "00001.png")
+    errors = refused(tell(capsys, "score", *score, "--rewards", "clip"))
+    assert "has imported scores of hps, which would be lost" in errors
+
+
+@pytest.mark.parametrize("value", ["1e308", "-4e38", "1_0", "\u0663", "nan", "0x1"])
+def test_what_is_no_32_bit_number_is_refused(
+    geneval: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    imported(geneval, capsys, 1, "2.", ".5", " 1e-3 ")
+    before = (geneval / "scores" / "scores.csv").read_bytes()
+    file = geneval / "mine.csv"
+    file.write_text(file.read_text().replace("00001,.5", f"00001,{value}"))
+    images = ["--images", geneval / "images", "--prompts", geneval / "geneval.jsonl"]
+    options = ["--reward", "mine", "--version", "1", "--output", geneval / "scores"]
+    errors = refused(tell(capsys, "import-scores", file, *images, *options))
+    assert f"00001: mine.csv, line 4: {value!r} is no finite 32-bit number" in errors
+    assert (geneval / "scores" / "scores.csv").read_bytes() == before
+
+
 def test_a_cells_evaluation_is_laid_out(geneval: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = geneval / "images" / "images", geneval / "images" / "diversity"
     for folder in cell:
@@ -213,7 +294,7 @@ def test_scores_that_do_not_fit_are_listed(
     assert (
         "5 images cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
     )
-    assert "00000_10: results.jsonl, line 2: nan is no finite number" in errors
+    assert "00000_10: results.jsonl, line 2: nan is no finite 32-bit number" in errors
     assert "00001: 2 scores in results.jsonl: line 3, line 4" in errors
     assert "00000_9.png: results.jsonl, line 6: the prompt is another" in errors
     assert "00002_x: no score in results.jsonl" in errors

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -121,10 +122,11 @@ def test_a_changed_image_prompt_or_model_is_scored_again(items: list[Item], tmp_
     again = Brightness()
     check(Scorer(journal, items).score("light", again), items)
     assert sum(again.sizes) == 2
-    other = Brightness()
-    other.template_hash = "a new question"
-    check(Scorer(journal, items).score("light", other), items)
-    assert sum(other.sizes) == 10
+    for changes in ({"template_hash": "a new question"}, {"settings": {"dtype": "bfloat16"}}):
+        other = Brightness()
+        vars(other).update(changes)
+        check(Scorer(journal, items).score("light", other), items)
+        assert sum(other.sizes) == 10
 
 
 def test_several_processes_share_the_work(items: list[Item], tmp_path: Path) -> None:
@@ -336,14 +338,37 @@ class TestSources:
             {"image": "sub/p1_x.webp", "prompt": "fine", "id": 0, "prompt_id": 0},
             {"image": "p0.png", "prompt": "same", "id": 1},
             {"image": "p0_1.jpg", "prompt": "same", "id": 2},
+            *(
+                {"image": "p0.png", "prompt": "odd", key: value}
+                for key, value in (("prompt_id", float("nan")), ("id", True), ("style", {}))
+            ),
         ]
         path = folder / "M.JSONL"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         source = read_source(path)
-        assert len(source.bad) == 4
+        assert len(source.bad) == 7
+        assert [reason.split(": ")[1] for _, reason in source.bad[-3:]] == [
+            f"'{key}' is neither text nor a number" for key in ("prompt_id", "id", "style")
+        ]
         item, one, two = source.items
         assert (item.id, item.prompt_id, item.name) == ("0", "0", "sub/p1_x.webp")
         assert one.prompt_id == two.prompt_id  # equal prompts belong together
+
+    def test_paths_of_any_unicode_form_and_depth_are_found(self, tmp_path: Path) -> None:
+        parts = [normalize(form, "données") for form in ("NFC", "NFD")] * 12
+        image = tmp_path.joinpath(*parts, "é.png")
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(image)
+        rows = [
+            {"image": "/".join([normalize("NFC", part) for part in parts] + ["é.png"])},
+            {"image": "\\".join([normalize("NFD", part) for part in parts] + ["é.png"])},
+            {"image": "/".join([*parts[:-1], "donnees", "é.png"])},
+        ]
+        path = tmp_path / "manifest.jsonl"
+        path.write_text("".join(json.dumps(row | {"prompt": "p"}) + "\n" for row in rows))
+        source = read_source(path)
+        assert [item.image for item in source.items] == [image, image]
+        assert "no such image" in source.bad[0][1]
 
     def test_what_is_hidden_or_unreadable(self, folder: Path) -> None:
         for name in (".ipynb_checkpoints/p1.png", "__MACOSX/p1.png"):

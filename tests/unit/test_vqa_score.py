@@ -1,6 +1,7 @@
 """VQAScore in this process: a tiny random Qwen2.5-VL against plain transformers."""
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def test_names_what_was_measured(folder: Path, tmp_path: Path) -> None:
     reward = load(folder)
     assert (reward.name, reward.version, reward.columns) == ("vqa_score", "vlm-yes", ("vqa_score",))
     assert reward.weights_hash == hash_files(folder, ("model.safetensors",))
+    halved = load(folder, dtype="bfloat16")
+    assert halved.version == "vlm-bfloat16-yes"
+    assert halved.settings != reward.settings == load(folder).settings
+    copy = tmp_path / "vlm"
+    shutil.copytree(folder, copy)
+    template = next(copy.glob("*.jinja"))
+    template.write_text(template.read_text() + " ")
+    assert load(copy).settings != reward.settings
     assert reward.template_hash == hashlib.sha256(QUESTION.text.encode()).hexdigest()
     assert [id(network) for network in reward.networks()] == [id(reward.backend.network)]  # type: ignore[union-attr]
     path = tmp_path / "question.txt"

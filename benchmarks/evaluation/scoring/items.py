@@ -15,13 +15,14 @@ a reason.
 """
 
 import hashlib
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 from benchmarks.evaluation.scoring.folders import Listing, list_files
@@ -350,12 +351,21 @@ def _add_row(source: Source, manifest: Path, row: Row, columns: tuple[str, str])
         return []
     path = _existing(manifest.parent, image)
     name = given or _stem(Path(image.replace("\\", "/")).as_posix())
-    if not isinstance(prompt, str):
+    odd = next((key for key in OTHER_COLUMNS if not _is_name(record.get(key, ""))), None)
+    if odd is not None:
+        source.refuse(name, f"{place}: {odd!r} is neither text nor a number")
+    elif not isinstance(prompt, str):
         source.refuse(name, f"{place}: {columns[1]!r} is missing or not text")
-        return [path] if _exists(path) else []
-    text = prompt.strip()
-    source.add(Item(name, path, text, prompt_id or _same_prompt(text), style or None, image))
+    else:
+        text = prompt.strip()
+        source.add(Item(name, path, text, prompt_id or _same_prompt(text), style or None, image))
     return [path] if _exists(path) else []
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value of a manifest can be an id or a style: text or a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, str) or (number and math.isfinite(value))
 
 
 def _existing(folder: Path, image: str) -> Path:
@@ -364,11 +374,12 @@ def _existing(folder: Path, image: str) -> Path:
         if _exists(folder / text):
             return folder / text
         # Folders and files may have different Unicode normal forms.
-        forms = [{normalize(form, part) for form in ("NFC", "NFD")} for part in Path(text).parts]
-        spelt = {folder.joinpath(*parts) for parts in product(*forms)}
-        there = [path for path in spelt if _exists(path)]
+        there = {folder}
+        for part in Path(text).parts:
+            spelt = {one / normalize(form, part) for one in there for form in ("NFC", "NFD")}
+            there = {path for path in spelt if _exists(path)}
         if len(there) == 1:
-            return there[0]
+            return there.pop()
     return folder / image
 
 

@@ -29,8 +29,9 @@ class Entry:
 
 
 def journal_name(model: BatchedReward) -> str:
-    """The name of a reward model's journals; changes with version, weights and question."""
-    identity = [model.version, model.weights_hash, model.template_hash, list(model.columns)]
+    """The name of a reward model's journals; changes with all that decides a score."""
+    model_hashes = [model.version, model.weights_hash, model.template_hash]
+    identity = [*model_hashes, list(model.columns), dict(model.settings)]
     return f"{model.name}-{content_hash(identity)}"
 
 

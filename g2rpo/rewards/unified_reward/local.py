@@ -81,17 +81,18 @@ class LocalModel:
     """Answers greedily, in left-padded batches; an answer does not depend on its batch.
 
     Attributes:
-        model: its name, for a reward's version.
+        model: its name, with its dtype unless that is float32, for a reward's version.
         settings: everything but the weights that affects answers, as JSON values.
     """
 
     def __init__(
         self, folder: Path, source: str, config: QuestionConfig, device: torch.device
     ) -> None:
-        self.model = source if is_hub_id(source) else folder.resolve().name
+        dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        name = source if is_hub_id(source) else folder.resolve().name
+        self.model = name if dtype == "float32" else f"{name}-{dtype}"
         self.device = device
         self.weights_hash = hash_files(folder, ("*.safetensors",))
-        dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         self.settings: dict[str, Any] = {
             "backend": "transformers",
             "device": device.type,

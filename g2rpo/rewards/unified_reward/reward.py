@@ -78,7 +78,7 @@ class UnifiedReward(BatchedReward):
     ) -> None:
         version = f"{backend.model}-{config.aggregate_name()}"
         super().__init__(device, batch_size, version, backend.weights_hash)
-        self.backend, self.template = backend, template
+        self.backend, self.template, self.settings = backend, template, backend.settings
         self.template_hash = template.sha256
         self.weights = torch.tensor(list(config.weights().values()), dtype=torch.float64)
         named = config.cache_folder
