@@ -19,6 +19,7 @@ from g2rpo.data.images import decode_image
 from g2rpo.errors import UserError, reason
 from g2rpo.rewards.base import BatchedReward, check_inputs
 from g2rpo.rewards.http import ScoreReply, ScoreRequest, ServerInfo
+from g2rpo.text import visible
 
 MAX_BYTES = 512 * 2**20
 """Of one request: 32 images of a megapixel that do not compress take 134 MB."""
@@ -105,7 +106,8 @@ def reward_app(model: BatchedReward, key: str | None = None, max_bytes: int = MA
 
 
 def _problem(status: int, detail: str) -> Response:
-    return JSONResponse(Problem(detail=detail).model_dump(), status)
+    # Words of a request may be no valid Unicode, which cannot be sent.
+    return JSONResponse(Problem(detail=visible(detail)).model_dump(), status)
 
 
 def _pixels(text: str, name: str) -> Tensor:

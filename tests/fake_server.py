@@ -21,6 +21,8 @@ class Reply:
     body: str | bytes = ""
     headers: dict[str, str] = field(default_factory=dict)
     wait: float = 0.0
+    drip: float = 0.0
+    """Seconds after each byte of the body."""
     hang_up: bool = False
 
 
@@ -73,7 +75,10 @@ class FakeServer:
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
-                    self.wfile.write(data)
+                    size = 1 if reply.drip else max(1, len(data))
+                    for start in range(0, len(data), size):
+                        self.wfile.write(data[start : start + size])
+                        time.sleep(reply.drip)
                 except OSError:  # the client has given up waiting
                     self.close_connection = True
 

@@ -53,8 +53,11 @@ class RewardConfig(StrictModel):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        if "url" in data and "server" not in data:
-            data["server"] = {"url": data.pop("url")}
+        server = data.get("server") or {}
+        if "url" in data and isinstance(server, dict):
+            if server.get("url", data["url"]) != data["url"]:
+                raise ValueError("url and server.url are different; set one of them")
+            data["server"] = server | {"url": data.pop("url")}
         question = data.get("question") or {}
         if "questions" in data and isinstance(question, dict):
             data["question"] = question | {"questions": data.pop("questions")}
@@ -98,7 +101,7 @@ class RewardModel(Protocol):
 
 
 def check_inputs(name: str, images: Images, prompts: Sequence[str]) -> None:
-    """Raises :class:`UserError` unless there are N uint8 RGB images and N non-empty prompts."""
+    """Raises :class:`UserError` unless there are N uint8 RGB images and N prompts of text."""
     if isinstance(prompts, str):
         raise UserError(f"{name}: prompts must be a list of strings, not one string")
     if isinstance(images, Tensor) and images.ndim != 4:
@@ -118,6 +121,10 @@ def check_inputs(name: str, images: Images, prompts: Sequence[str]) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise UserError(f"{name}: prompt {index} is empty; give one prompt per image")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # lone surrogates, which tokenizers fail on
+            raise UserError(f"{name}: prompt {index} is not valid Unicode; correct it") from None
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> None:

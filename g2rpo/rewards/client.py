@@ -9,8 +9,10 @@ import base64
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
+import anyio
+import httpx2
 import openai
 from anyio.from_thread import start_blocking_portal
 from PIL import Image
@@ -26,12 +28,26 @@ Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 
+class _Attempts(openai.DefaultAsyncHttpxClient):
+    """Limits a whole attempt to the timeout: httpx has one for each read, and a reply has many."""
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            with anyio.fail_after(self.timeout.read):
+                return await super().send(request, **options)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("the attempt takes too long", request=request) from None
+
+
 class ServerClient(ABC):
     """Asks a server several questions at a time; an error is one line that begins with its URL.
 
     Attributes:
         headers: to be sent with every request.
     """
+
+    too_large: ClassVar[str]
+    """The fix where a request is too large for the server."""
 
     def __init__(self, config: ServerConfig, section: str) -> None:
         """For the server in ``section`` of the configuration.
@@ -48,10 +64,19 @@ class ServerClient(ABC):
         ask: Callable[[openai.AsyncOpenAI, Question], Awaitable[Answer]],
         questions: Sequence[Question],
     ) -> list[Answer]:
-        """The answers in order; the first failure cancels the remaining questions."""
-        # An event loop in its own thread: the caller may be running one, as notebooks do.
-        with start_blocking_portal() as portal:
-            return portal.call(self._ask_all, ask, questions)
+        """The answers in order; the first failure cancels the remaining questions.
+
+        Raises:
+            UserError: a question has no answer; never shows the key.
+        """
+        try:
+            # An event loop in its own thread: the caller may be running one, as notebooks do.
+            with start_blocking_portal() as portal:
+                return portal.call(self._ask_all, ask, questions)
+        except UserError as error:
+            message = self.masked(str(error))
+        # Outside the handler, so that no error with the key is the context.
+        raise UserError(message)
 
     async def _ask_all(
         self,
@@ -78,7 +103,7 @@ class ServerClient(ABC):
             api_key=self._key or "none",  # with None, openai would send $OPENAI_API_KEY
             timeout=self.config.timeout_seconds,
             max_retries=self.config.retries,
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+            http_client=_Attempts(timeout=self.config.timeout_seconds, follow_redirects=False),
         )
 
     async def reply(self, client: openai.AsyncOpenAI, request: Awaitable[Answer]) -> Answer | None:
@@ -92,9 +117,9 @@ class ServerClient(ABC):
             return await request
         except openai.APIError as error:
             failure = error
-        except ValueError:  # not valid JSON
+        except (ValueError, RecursionError):  # not valid JSON, or nested without end
             return None
-        # Outside the handler, so that the client's error, perhaps with the key, is no context.
+        # Outside the handler, as in ask_all.
         raise UserError(f"{self.config.url}: {await self._reason(client, failure)}")
 
     async def _reason(self, client: openai.AsyncOpenAI, error: openai.APIError) -> str:
@@ -105,7 +130,7 @@ class ServerClient(ABC):
             reason = f"connection failed ({error.__cause__})"
         else:
             status = error.status_code
-            reason = f"HTTP {status}: {self._clean(error.response.text)}"
+            reason = f"HTTP {status}: {excerpt(self.masked(error.response.text))}"
             if status in (401, 403):
                 variable = self.config.api_key_env
                 fix = (
@@ -116,6 +141,13 @@ class ServerClient(ABC):
                 return f"HTTP {status}, the server requires a key; {fix}"
             if status == 404:
                 return f"HTTP 404{await self.not_found(client)}"
+            if status < 400:
+                return (
+                    f"HTTP {status}, the server redirects{_target(error.response)}; set "
+                    f"{self.section}.url to the root of the server that answers"
+                )
+            if status == 413:
+                return f"{reason}; {self.too_large}"
             if status < 500 and status not in _RETRIED:
                 return reason
         return (
@@ -127,9 +159,17 @@ class ServerClient(ABC):
     async def not_found(self, client: openai.AsyncOpenAI) -> str:
         """What HTTP 404 means and the fix, to follow on ``HTTP 404``."""
 
-    def _clean(self, text: str) -> str:
-        """``text`` from the server, shortened and without the key."""
-        return excerpt(text.replace(self._key, "***") if self._key else text)
+    def masked(self, text: str) -> str:
+        """``text`` with words of the server, without the key."""
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _target(response: httpx2.Response) -> str:
+    """Where ``response`` redirects to: host and path, since a query may have secrets."""
+    if response.next_request is None:
+        return ""
+    url = response.next_request.url
+    return f" to {(url.netloc + url.raw_path.partition(b'?')[0]).decode()}"
 
 
 def png_base64(image: Tensor) -> str:

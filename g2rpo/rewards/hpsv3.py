@@ -30,7 +30,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import read_json, sha256_file
 from g2rpo.hub.fetch import fetch_snapshot, fetched_file
 from g2rpo.rewards.base import BatchedReward, RewardConfig, choose_variant
-from g2rpo.rewards.unified_reward.local import ChatInputs
+from g2rpo.rewards.unified_reward.local import ChatInputs, cannot_score
 from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER, Template, parsed
 from g2rpo.rewards.weights import load_state, locate, read_weights
 
@@ -180,7 +180,8 @@ class HPSv3(BatchedReward):
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> BatchFeature:
         questions = [self.template.question(prompt) for prompt in prompts]
-        return self.inputs([_resized(image) for image in images], questions)
+        pictures = [_resized(*pair) for pair in zip(images, prompts, strict=True)]
+        return self.inputs(pictures, questions)
 
     def evaluate(self, prepared: BatchFeature) -> Tensor:
         """Scores ``[B]``."""
@@ -195,11 +196,11 @@ def _read_config(folder: Path) -> Qwen2VLConfig:
     return Qwen2VLConfig.from_dict(fields)
 
 
-def _resized(image: Tensor) -> Image.Image:
-    """A uint8 image ``[H, W, 3]`` at the size that the model was trained on."""
+def _resized(image: Tensor, prompt: str) -> Image.Image:
+    """A uint8 image ``[H, W, 3]`` of ``prompt`` at the size that the model was trained on."""
     height, width = image.shape[:2]
     try:
         size = smart_resize(height, width, min_pixels=PIXELS, max_pixels=PIXELS)
     except ValueError as error:
-        raise UserError(f"reward hpsv3: image of {width} x {height} pixels: {error}") from None
+        raise cannot_score((width, height), prompt, error) from None
     return Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BICUBIC)

@@ -7,15 +7,15 @@ every language can write and read them without a library for multipart forms.
 import functools
 import json
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import openai
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from g2rpo.config import validate
-from g2rpo.errors import UserError
+from g2rpo.errors import UserError, reason
 from g2rpo.rewards.base import BatchedReward, RewardConfig, check_finite
 from g2rpo.rewards.client import ServerClient, png_base64
 from g2rpo.rewards.server import ServerConfig
@@ -31,6 +31,12 @@ Message = TypeVar("Message", bound=_Message)
 OneOrMore = Annotated[list[str], Field(min_length=1)]
 
 
+def _distinct(names: list[str]) -> list[str]:
+    if not all(name.strip() for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"a name is empty or given twice in {names}")
+    return names
+
+
 class ServerInfo(_Message):
     """What a server scores with."""
 
@@ -40,7 +46,9 @@ class ServerInfo(_Message):
     template_hash: str | None = Field(
         default=None, description="SHA-256 of the question to a vision-language model."
     )
-    parts: list[str] = Field(default=[], description="Names of the partial scores.")
+    parts: Annotated[list[str], AfterValidator(_distinct)] = Field(
+        default=[], description="Distinct names of the partial scores."
+    )
     batch_size: int = Field(ge=1, description="Most images in one request.")
 
 
@@ -62,6 +70,8 @@ class ScoreReply(_Message):
 
 class RewardServer(ServerClient):
     """The server of a reward model."""
+
+    too_large = "lower the reward's batch_size, or raise the server's limit"
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config, "server")
@@ -101,9 +111,13 @@ class RewardServer(ServerClient):
     def _read(self, model: type[Message], path: str, text: str | None) -> Message:
         where = f"{self.config.url}: the answer to /v1{path} is not as in docs/reward_server.json"
         try:
-            return validate(model, json.loads(text or ""), where)
-        except ValueError:
-            raise UserError(f"{where}: not JSON") from None
+            data = json.loads(text or "", object_pairs_hook=_each_once)
+            json.dumps(data, ensure_ascii=False).encode()  # fails for lone surrogates
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not valid JSON ({reason(error)})") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{where}: not a JSON object")
+        return validate(model, data, where)
 
     def _checked(self, reply: ScoreReply, request: ScoreRequest, info: ServerInfo) -> Tensor:
         """The scores of ``reply``, float32 ``[N, 1 + parts]``."""
@@ -133,6 +147,16 @@ class RewardServer(ServerClient):
             ", not a server of rewards; set server.url to the root of one, e.g. http://host:8000, "
             "as `g2rpo serve-reward` prints it"
         )
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, which Python would read with the last of equal keys."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} occurs twice")
+        found[key] = value
+    return found
 
 
 @functools.cache

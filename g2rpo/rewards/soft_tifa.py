@@ -56,12 +56,13 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
         try:
             entry = json.loads(line)
             text, pairs = entry["prompt"].strip(), list(entry["vqa_list"])
-        except (ValueError, LookupError, TypeError, AttributeError):
+            json.dumps([text, pairs], ensure_ascii=False).encode()  # fails for lone surrogates
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             text, pairs = "", []
         if not (text and pairs and all(map(_is_question, pairs))):
             raise UserError(
                 f"{path}, line {number}: expected a prompt and a vqa_list of questions with "
-                'answers, [["Are the cows red?", "Yes"], ["How many cows are there?", "two"]]; '
+                'answers, in Unicode: [["Are the cows red?", "Yes"], ["How many cows?", "two"]]; '
                 'only "How many" may have an answer other than Yes'
             )
         known = [(question, spellings(question, answer)) for question, answer in pairs]

@@ -34,6 +34,8 @@ LISTED = 20
 """Likeliest first tokens that a server is asked for; most servers list no more."""
 NEGLIGIBLE = 1e-4
 """A probability below this may count as 0."""
+_ROUNDED_ONE = 1.01
+"""The largest sum of probabilities that a server rounds, some to bfloat16."""
 _WITHOUT_EFFECT = ("aggregate", "max_answer_tokens", "cache", "cache_folder")
 Asked = tuple[list[str], list[Sequence[str]], Any]
 """The prompts of N questions, their answers, and the backend's inputs."""
@@ -98,7 +100,8 @@ class VQAScore(BatchedReward):
         """Scores ``[B]``.
 
         Raises:
-            UserError: a server does not list the answer, which may yet be likely; names the prompt.
+            UserError: a server does not list the answer, which may yet be likely, or lists
+                probabilities above 1; names the prompt.
         """
         return self._probabilities(prepared)
 
@@ -142,6 +145,13 @@ def _likeliest(completion: "ChatCompletion") -> str | None:
 
 def _probability(name: str, prompt: str, answers: Sequence[str], likeliest: str) -> float:
     listed: dict[str, float] = json.loads(likeliest)
+    total = math.fsum(math.exp(min(value, 1.0)) for value in listed.values())
+    if not total <= _ROUNDED_ONE:
+        raise UserError(
+            f"reward {name}: the server's log-probabilities for prompt {prompt!r}, the largest "
+            f"{max(listed.values()):g}, are of probabilities that add up to more than 1; update "
+            "the server, ask another model, or run it in this process"
+        )
     found = [math.exp(listed[answer]) for answer in answers if answer in listed]
     most = math.exp(min(listed.values()))
     if not found and most > NEGLIGIBLE:
@@ -150,4 +160,4 @@ def _probability(name: str, prompt: str, answers: Sequence[str], likeliest: str)
             f"the server lists for prompt {prompt!r}, and may have a probability up to {most:.2g}; "
             f"let the server list {LISTED}, ask another model, or run it in this process"
         )
-    return math.fsum(found)
+    return min(1.0, math.fsum(found))

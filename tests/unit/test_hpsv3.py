@@ -138,7 +138,7 @@ def test_the_question_must_contain_the_reward_token(folder: Path) -> None:
 
 
 def test_an_image_too_narrow_for_the_model_is_refused(built: Path) -> None:
-    with pytest.raises(UserError, match="image of 2 x 500 pixels: absolute aspect ratio"):
+    with pytest.raises(UserError, match="image of 2 x 500 pixels for 'a line': absolute aspect"):
         load(built).score([torch.zeros(500, 2, 3, dtype=torch.uint8)], ["a line"])
 
 

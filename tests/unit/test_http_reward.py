@@ -29,6 +29,7 @@ from reproduce.experiment import ROOT, fingerprint
 from reproduce.serving import reward_app
 
 KEY = "sk-very-secret"
+NESTED, LONE_SURROGATE = "[" * 100_000, '{"version": "\\ud800"}'
 PROMPTS = world.make_captions(7, "train", 11)
 
 
@@ -150,6 +151,13 @@ class TestReferenceServer:
                 "/v1/score", content="{", headers={"Content-Type": "application/json"}
             )
             assert broken.status_code == 422 and "JSON" in broken.json()["detail"]
+            for body, message in (
+                ({"prompts": ["a \ud800"], "images": [good]}, "prompt 0 is not valid Unicode"),
+                ({"prompts": ["a"], "images": ["\ud800"]}, "image 0: not base64"),
+            ):
+                kind = {"Content-Type": "application/json"}
+                answer = web.post("/v1/score", content=json.dumps(body), headers=kind)
+                assert answer.status_code == 422 and message in answer.json()["detail"]
             large = {"prompts": ["a" * 20_000], "images": [good]}
             assert web.post("/v1/score", json=large).status_code == 413
             endless = web.post("/v1/score", content=iter([b"{}"]))
@@ -208,7 +216,15 @@ class TestMisbehavingServers:
             (Reply(hang_up=True), "after 2 attempts: connection failed"),
             (Reply(400, "too large"), "HTTP 400: too large$"),
             (Reply(404, "no such page"), "HTTP 404, not a server of rewards"),
-            (Reply(302, "", {"Location": "http://127.0.0.1:9/"}), "HTTP 302"),
+            (Reply(413, "11 MB"), "HTTP 413: 11 MB; lower the reward's batch_size"),
+            (
+                Reply(302, "", {"Location": "http://127.0.0.1:9/v1/a?key=secret"}),
+                r"HTTP 302, the server redirects to 127\.0\.0\.1:9/v1/a; set server\.url to",
+            ),
+            (Reply(301, "", {"Location": "/b"}), r"redirects to 127\.0\.0\.1:\d+/b; set"),
+            (Reply(300), "HTTP 300, the server redirects; set"),
+            (Reply(body=" " * 20, drip=0.05), r"after 2 attempts: timed out after 0\.2 s"),
+            (Reply(400, " " * 20, drip=0.05), r"after 2 attempts: timed out after 0\.2 s"),
         ],
     )
     def test_what_does_not_pass_stops(self, server: FakeServer, reply: Reply, message: str) -> None:
@@ -240,7 +256,9 @@ class TestMisbehavingServers:
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("kind", ["application/json", "text/html"])
-    @pytest.mark.parametrize("body", ["", "<html>", "{", "[]", "{}", b"\xff\xfe", "3", "null"])
+    @pytest.mark.parametrize(
+        "body", ["", "<html>", "{", "[]", "{}", b"\xff\xfe", "3", "null", NESTED, LONE_SURROGATE]
+    )
     def test_garbage_stops_at_once(self, server: FakeServer, body: str | bytes, kind: str) -> None:
         garbage = Reply(body=body, headers={"Content-Type": kind})
         server.answer = lambda body, number: garbage
@@ -250,6 +268,33 @@ class TestMisbehavingServers:
         http._asked.cache_clear()
         with pytest.raises(UserError, match=f"^{server.url}: .*/v1/info is not as in docs"):
             score(server)
+
+    def test_a_reply_is_an_object_of_different_keys(self, server: FakeServer) -> None:
+        server.answer = lambda body, number: Reply(body='{"parts": {"a": [], "a": []}}')
+        with pytest.raises(UserError, match=r"/v1/score is .*json: not .*key 'a' occurs twice"):
+            score(server)
+        server.pages["/v1/info"] = Reply(body="[]")
+        http._asked.cache_clear()
+        with pytest.raises(UserError, match=r"/v1/info is not as in .*json: not a JSON object$"):
+            score(server)
+
+    @pytest.mark.parametrize("parts", [["a", "b", "a"], ["a", ""], [" "]])
+    def test_parts_have_different_names(self, server: FakeServer, parts: list[str]) -> None:
+        server.pages["/v1/info"] = info(parts=parts)
+        with pytest.raises(UserError, match=r"json: parts: a name is empty or given twice in \["):
+            score(server)
+
+    @pytest.mark.parametrize(
+        "changes", [{"version": f"3 {KEY}"}, {"scores": [f"of {KEY}"] * 2}, {"weights_hash": KEY}]
+    )
+    def test_a_key_in_an_answer_is_not_shown(
+        self, server: FakeServer, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("REWARD_KEY", KEY)
+        server.answer = lambda body, number: scores_of(body, **changes)
+        with pytest.raises(UserError, match=r"\*\*\*") as caught:
+            score(server, api_key_env="REWARD_KEY")
+        assert KEY not in repr(caught.value) + repr(caught.value.__context__)
 
     def test_a_missing_part_stops(self, server: FakeServer) -> None:
         server.pages["/v1/info"] = info(parts=["style"])
@@ -292,6 +337,11 @@ class TestNamesOfRuns:
         server = ServerConfig(url="http://h:1")
         assert RewardConfig.model_validate(settings) == RewardConfig(model="http", server=server)
         assert settings == {"model": "http", "url": "http://h:1"}
+        settings["server"] = {"retries": 1}
+        combined = ServerConfig(url="http://h:1", retries=1)
+        assert RewardConfig.model_validate(settings).server == combined
+        settings["server"] = {"retries": 1, "url": "http://h:1"}
+        assert RewardConfig.model_validate(settings).server == combined
 
     def test_a_plan_needs_no_server(self) -> None:
         config = RewardConfig(model="http", server=ServerConfig(url=unused_url(), retries=0))
@@ -306,7 +356,10 @@ class TestNamesOfRuns:
             ({"model": "http"}, "needs url: http://host:8000"),
             ({"model": "hps", "url": "http://h:1"}, "only that, needs url"),
             ({"model": "http", "url": "h:1"}, "url must be like http://host:8000"),
-            ({"model": "http", "url": "http://h:1", "server": {}}, "url"),
+            (
+                {"model": "http", "url": "http://h:1", "server": {"url": "http://h:2"}},
+                "url and server.url are different; set one of them",
+            ),
             ({"model": "hps", "server": {"url": "http://h:1"}}, "only that, needs url"),
             ({"model": "http", "server": {"url": "h:1"}}, "url must be like http://host:8000"),
             ({"model": "http", "source": "x", "server": {"url": "http://h:1"}}, "remove source"),

@@ -118,6 +118,7 @@ class TestEveryReward:
         (pictures()[0], PROMPTS, r"\[N, H, W, 3\]"),
         (pictures(), PROMPTS[:-1], "12 images but 11 prompts"),
         (pictures(), [*PROMPTS[:-1], "  "], "prompt 11 is empty"),
+        (pictures(), [*PROMPTS[:-1], "\ud800"], "prompt 11 is not valid Unicode"),
         (pictures(), PROMPTS[0], "list of strings"),
     ],
 )

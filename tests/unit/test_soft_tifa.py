@@ -165,6 +165,7 @@ def test_a_prompt_without_questions_is_refused_before_anything_is_loaded(
         '{"prompt": "a"}',
         '{"prompt": " ", "vqa_list": [["Red?", "Yes"]]}',
         '{"prompt": "a", "vqa_list": []}',
+        r'{"prompt": "a", "vqa_list": [["Red \ud800?", "Yes"]]}',
         '{"prompt": "a", "vqa_list": [["Red?"]]}',
         '{"prompt": "a", "vqa_list": [["What colour?", "red"]]}',
         '{"prompt": "a", "vqa_list": [["How many?", 2]]}',

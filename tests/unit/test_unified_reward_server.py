@@ -129,7 +129,8 @@ class TestRetries:
 
     @pytest.mark.parametrize("kind", ["application/json", "text/html"])
     def test_a_response_that_is_no_completion(self, server: FakeServer, kind: str) -> None:
-        for body in ("<html>", "{", "[]", "{}", '{"choices": []}', b"\xff\xfe", says(None).body):
+        empty, nested = '{"choices": []}', "[" * 100_000
+        for body in ("<html>", "{", "[]", "{}", empty, b"\xff\xfe", nested, says(None).body):
             server.requests.clear()
             other = Reply(body=body, headers={"Content-Type": kind})
             server.sequence(other, good())
@@ -199,6 +200,18 @@ class TestRefusals:
                 scores(load(server.url, api_key_env="VLM_KEY", retries=1))
             assert KEY not in repr(caught.value) + repr(caught.value.__context__) + caplog.text
 
+    def test_nor_is_one_in_an_answer(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VLM_KEY", KEY)
+        server.answer = lambda body, number: says(f"Your key is {KEY}.")
+        with pytest.raises(UserError, match=r"Your key is \*\*\*\."):
+            scores(load(server.url, api_key_env="VLM_KEY"))
+        server.answer = lambda body, number: Reply(404)
+        server.pages["/v1/models"] = Reply(body=json.dumps({"data": [{"id": KEY}]}))
+        with pytest.raises(UserError, match=r"served models: \*\*\*"):
+            scores(load(server.url, api_key_env="VLM_KEY"))
+
     def test_a_model_that_is_not_served(self, server: FakeServer) -> None:
         server.answer = lambda body, number: Reply(404, json.dumps({"error": "no such model"}))
         with pytest.raises(
@@ -250,7 +263,7 @@ class TestVQAScore:
 
     def test_what_is_asked_and_read(self, server: FakeServer) -> None:
         server.answer = lambda body, number: self.lists(
-            No=-0.5, yes=-0.6, Yes=-1.0 - number_in(body)
+            No=-1.5, yes=-1.6, Yes=-1.0 - number_in(body)
         )
         found = self.score(server.url, 3)
         assert found == pytest.approx([math.exp(-1 - i) for i in range(3)], rel=1e-6)
@@ -271,8 +284,16 @@ class TestVQAScore:
         with pytest.raises(UserError, match=r"'Yes' is not among the 2 .*'drawing 0 x'.* 0\.0067"):
             self.score(server.url)
 
+    def test_probabilities_above_1_are_refused(self, server: FakeServer) -> None:
+        for wrong in ({"Yes": 5.0}, {"No": 1e5, "Yes": -1.0}, {"Yes": -0.1, "No": -0.2}):
+            server.answer = lambda body, number, w=wrong: self.lists(**w)  # type: ignore[misc]
+            with pytest.raises(UserError, match=r"'drawing 0 x', .* add up to more than 1; "):
+                self.score(server.url)
+        server.answer = lambda body, number: self.lists(Yes=0.001, No=-8.0)  # rounded
+        assert self.score(server.url) == [1.0]
+
     def test_a_server_without_log_probabilities(self, server: FakeServer) -> None:
-        for reply in (self.lists(), says("Yes"), Reply(body="[]")):
+        for reply in (self.lists(), says("Yes"), Reply(body="[]"), self.lists(Yes=10**400)):
             server.answer = lambda body, number, r=reply: r  # type: ignore[misc]
             with pytest.raises(UserError, match="not a chat completion with log-probabilities; "):
                 self.score(server.url)
@@ -287,7 +308,7 @@ class TestVQAScore:
         settings = {"model": "soft_tifa", "question": question, "questions": str(path)}
         reward = load_reward(RewardConfig.model_validate(settings), "cpu")
         server.answer = lambda body, number: self.lists(
-            **{"No": -0.5, "yes": -2.0, " Yes": -3.0, "2": -1.0, " two": -4.0, "three": -1.5}
+            **{"No": -2.5, "yes": -2.0, " Yes": -3.0, "2": -1.0, " two": -4.0, "three": -2.5}
         )
         atoms = [math.exp(-1) + math.exp(-4), math.exp(-2) + math.exp(-3)]
         prepared = reward.prepare([picture(0)], ["two red cows"])

@@ -69,6 +69,13 @@ def test_equals_plain_transformers_whatever_the_batch(folder: Path) -> None:
     assert reward.score([], []).shape == (0,)
 
 
+def test_an_image_too_wide_for_the_model_is_named(folder: Path) -> None:
+    images = [*pictures()[:2], torch.zeros(2, 500, 3, dtype=torch.uint8)]
+    message = "image of 500 x 2 pixels for .*a cat.*: absolute aspect ratio .* leave it out"
+    with pytest.raises(UserError, match=message):
+        load(folder).score(images, ["a dog", "a bird", "a cat"])
+
+
 def test_prompts_are_scored_whole(folder: Path) -> None:
     reward, image, long = load(folder), pictures()[:1], "a red square, " * 100
     assert reward.too_long([long]) == [False]

@@ -16,6 +16,7 @@ from g2rpo.files import read_json, sha256_files
 from g2rpo.hub.fetch import fetch_snapshot
 from g2rpo.rewards.question import QuestionConfig
 from g2rpo.rewards.weights import check_vocabulary, is_hub_id, locate
+from g2rpo.text import excerpt
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
@@ -59,7 +60,21 @@ class ChatInputs:
         self._lock = threading.Lock()
 
     def __call__(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> BatchFeature:
-        """One turn of a user for each of N pictures and questions, none of them truncated."""
+        """One turn of a user for each of N pictures and questions, none of them truncated.
+
+        Raises:
+            UserError: the model cannot process a picture, such as one of 1 x 300 pixels; names it.
+        """
+        try:
+            return self._batch(pictures, questions)
+        except ValueError as error:
+            if len(pictures) == 1:
+                raise cannot_score(pictures[0].size, excerpt(questions[0]), error) from None
+            for picture, question in zip(pictures, questions, strict=True):
+                self([picture], [question])  # finds the picture
+            raise
+
+    def _batch(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> BatchFeature:
         chats = []
         for picture, question in zip(pictures, questions, strict=True):
             content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
@@ -75,6 +90,15 @@ class ChatInputs:
                 sanitize_control_tokens=True,  # prompts may contain text such as <|image_pad|>
                 processor_kwargs={"padding": True, **self._options},
             )
+
+
+def cannot_score(size: tuple[int, int], asked: str, error: ValueError) -> UserError:
+    """The error for an image of ``size`` (width, height) that a processor has refused."""
+    width, height = size
+    return UserError(
+        f"image of {width} x {height} pixels for {asked!r}: {reason(error)}; crop it or leave it "
+        "out"
+    )
 
 
 class LocalModel:

@@ -178,8 +178,9 @@ class UnifiedReward(BatchedReward):
         try:
             return read_scores(answer, self.template.low, self.template.high)
         except MalformedAnswerError as error:
+            masked = getattr(self.backend, "masked", str)  # a server may repeat its key
             raise UserError(
-                f"reward unified_reward: {error} for prompt {prompt!r} in the answer "
-                f"{excerpt(answer)!r}; check that question.template is this model's and that "
-                "question.max_answer_tokens does not truncate answers"
+                f"reward unified_reward: {masked(str(error))} for prompt {prompt!r} in the answer "
+                f"{excerpt(masked(answer))!r}; check that question.template is this model's and "
+                "that question.max_answer_tokens does not truncate answers"
             ) from None

@@ -31,6 +31,8 @@ class Reading:
 class ServerModel(ServerClient):
     """Asks a server several questions at a time."""
 
+    too_large = "raise the server's limit: a request has one image"
+
     def __init__(
         self,
         config: ModelServerConfig,
@@ -92,7 +94,8 @@ class ServerModel(ServerClient):
         completion = await self.reply(client, request)
         try:
             return None if completion is None else self._reading.read(completion)
-        except (AttributeError, LookupError, TypeError, ValueError):  # responses are not validated
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            # Responses are not validated.
             return None
 
     async def not_found(self, client: openai.AsyncOpenAI) -> str:
@@ -100,7 +103,8 @@ class ServerModel(ServerClient):
         try:
             models = client.with_options(max_retries=0).models.list(extra_headers=self.headers)
             served = [model.id async for model in models]
-        except (openai.APIError, ValueError, AttributeError, TypeError):  # as in _complete
+        except (openai.APIError, ValueError, RecursionError, AttributeError, TypeError):
+            # As in _complete.
             return (
                 ", not an OpenAI-compatible API; set question.server.url to the server's root, "
                 "e.g. http://host:8000"
