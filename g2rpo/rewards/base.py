@@ -4,6 +4,7 @@ A reward model takes images as a PNG stores them (8-bit RGB) with their whole pr
 one float32 number per image. A score that is not finite is an error.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -182,6 +183,8 @@ class BatchedReward(ABC):
     """Whether the configuration may have a ``question``."""
     has_questions: ClassVar[bool] = False
     """Whether it may have ``questions``, which differ from prompt to prompt."""
+    largest_aspect: ClassVar[float] = math.inf
+    """How many times the other a side of an image may be."""
     template_hash: str | None = None
     """SHA-256 of the question, for vision-language models."""
     settings: Mapping[str, Any] = MappingProxyType({})

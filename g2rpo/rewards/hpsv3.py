@@ -30,6 +30,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import read_json, sha256_file
 from g2rpo.hub.fetch import fetch_snapshot, fetched_file
 from g2rpo.rewards.base import BatchedReward, RewardConfig, choose_variant
+from g2rpo.rewards.question import QWEN_ASPECT
 from g2rpo.rewards.unified_reward.local import ChatInputs, cannot_score
 from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER, Template, parsed
 from g2rpo.rewards.weights import load_state, locate, read_weights
@@ -130,6 +131,7 @@ class HPSv3(BatchedReward):
     """
 
     name = "hpsv3"
+    largest_aspect = QWEN_ASPECT
 
     def __init__(
         self,

@@ -9,6 +9,8 @@ from g2rpo.config import StrictModel, unhashed
 from g2rpo.rewards.server import ServerConfig
 
 ASPECTS = ("alignment", "coherence", "style")
+QWEN_ASPECT = 200.0
+"""Qwen's vision-language models take no image with a side of more times the other."""
 
 
 class AspectWeights(StrictModel):

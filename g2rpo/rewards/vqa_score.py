@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import BatchedReward, RewardConfig, question_of
-from g2rpo.rewards.question import QuestionConfig
+from g2rpo.rewards.question import QWEN_ASPECT, QuestionConfig
 from g2rpo.rewards.unified_reward.local import LocalModel, model_folder
 from g2rpo.rewards.unified_reward.template import OWN, PUBLISHED, Template, choose_template
 
@@ -50,6 +50,7 @@ class VQAScore(BatchedReward):
 
     name = "vqa_score"
     asks_question = True
+    largest_aspect = QWEN_ASPECT
     published: ClassVar[str] = PUBLISHED_MODEL
     default_question: ClassVar[Template] = QUESTION
     suffix: ClassVar[str] = "yes"

@@ -23,7 +23,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, atomic_write_text, check_writable, sha256_file, write_json
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.registry import REWARDS, check_prompts, load_reward
+from g2rpo.rewards.registry import REWARDS, check_prompts, load_reward, reward_class
 from g2rpo.terminal import literal, wide_console
 from g2rpo.text import visible
 from reproduce.experiment import Profile, reward_configs
@@ -111,7 +111,8 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
     check_prompts(rewards.values(), [item.prompt for item in source.items])
     if ranks.main:
         earlier_scores(request.output)  # before all images are read
-    scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad)
+    aspect = min(reward_class(config).largest_aspect for config in rewards.values())
+    scorer = Scorer(request.output / "journal", source.items, ranks, request.skip_bad, aspect)
     if ranks.main:
         nothing = np.zeros(len(scorer.items))
         planned = [scorer.rows(name, ("", "", None), scorer.items, nothing) for name in rewards]

@@ -138,6 +138,27 @@ def test_rewards_that_the_profile_does_not_name(
     assert "profile flux has no reward 'hpsv4'; did you mean 'hpsv3'" in errors
 
 
+def test_an_image_too_wide_for_the_model_is_named_or_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, vlm = tmp_path / "images", build_small_vlm(tmp_path / "vlm")
+    images.mkdir()
+    for name, size in {"wide": (402, 2), "just": (400, 2), "tall": (1, 300)}.items():
+        Image.new("RGB", size, "red").save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(f"a {name} red picture")
+    options = [images, "--output", tmp_path / "out", "--profile", "mini", "--rewards"]
+    vqa = ["vqa_score", "-s", f"vqa_score.source={vlm}"]
+    errors = refused(score_here(capsys, *options, *vqa))
+    assert "2 images cannot be scored" in errors and "--skip-bad" in errors
+    assert "wide.png: 402 x 2 pixels, one side more than 200 times the other" in errors
+    succeeded(score_here(capsys, *options, *vqa, "--skip-bad"))
+    assert pd.read_parquet(tmp_path / "out" / "scores.parquet")["id"].tolist() == ["just"]
+    skipped = pd.read_csv(tmp_path / "out" / "skipped.csv")
+    assert sorted(skipped["item"]) == ["tall", "wide"]
+    succeeded(score_here(capsys, *options, "hps"))
+    assert len(pd.read_parquet(tmp_path / "out" / "scores.parquet")) == 3
+
+
 def test_another_preprocessing_scores_again(
     gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ run can be resumed with any number of processes.
 """
 
 import hashlib
+import math
 import os
 import time
 from collections import deque
@@ -89,11 +90,14 @@ def item_key(image_sha256: str, prompt: str) -> str:
     return hashlib.sha256(f"{image_sha256}\n{prompt}".encode()).hexdigest()
 
 
-def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], dict[str, str]]:
+def read_images(
+    items: Sequence[Item], ranks: Ranks, aspect: float = math.inf
+) -> tuple[dict[str, str], dict[str, str]]:
     """Reads every file once, to report all bad files before anything is scored.
 
     Returns:
-        By path, the SHA-256 of the readable files and the errors of the others.
+        By path, the SHA-256 of the readable files and the errors of the others, among them images
+        with a side of more than ``aspect`` times the other.
     """
     paths = sorted({str(item.image) for item in items})
     hashes, reasons = {}, {}
@@ -101,7 +105,9 @@ def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], di
         ThreadPoolExecutor(_threads()) as pool,
         ProgressReport("read images", len(paths), enabled=ranks.main) as report,
     ):
-        for path, result in zip(paths, pool.map(_hash_or_error, paths), strict=True):
+        for path, result in zip(
+            paths, pool.map(partial(_hash_or_error, aspect), paths), strict=True
+        ):
             if isinstance(result, UserError):
                 reasons[path] = str(result)
             else:
@@ -110,11 +116,18 @@ def read_images(items: Sequence[Item], ranks: Ranks) -> tuple[dict[str, str], di
     return hashes, reasons
 
 
-def _hash_or_error(path: str) -> str | UserError:
+def _hash_or_error(aspect: float, path: str) -> str | UserError:
     try:
-        return load_image(Path(path)).sha256
+        image = load_image(Path(path))
     except UserError as error:
         return error
+    height, width, _ = image.pixels.shape
+    if max(height, width) > aspect * min(height, width):
+        return UserError(
+            f"{path}: {width} x {height} pixels, one side more than {aspect:g} times the other, "
+            "which the reward model cannot score; crop it"
+        )
+    return image.sha256
 
 
 def _threads() -> int:
@@ -132,7 +145,8 @@ class Scorer:
         waiting: for each reward, the share of the time in which the model waited for images.
 
     Raises:
-        UserError: an image cannot be read and is not skipped, or none is left.
+        UserError: an image cannot be read, or one of its sides is more than ``aspect`` times the
+            other, and it is not skipped; or none is left.
     """
 
     def __init__(
@@ -141,9 +155,10 @@ class Scorer:
         items: Sequence[Item],
         ranks: Ranks | None = None,
         skip_bad: bool = False,
+        aspect: float = math.inf,
     ) -> None:
         self.folder, self.ranks = folder, ranks or Ranks()
-        self.hashes, reasons = read_images(items, self.ranks)
+        self.hashes, reasons = read_images(items, self.ranks, aspect)
         source = Source()
         for item in items:
             reason = reasons.get(str(item.image))

@@ -19,7 +19,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from g2rpo.hub.cache import own_cache
 from g2rpo.rewards.base import BatchedReward, RewardConfig, question_of
-from g2rpo.rewards.question import ASPECTS, QuestionConfig
+from g2rpo.rewards.question import ASPECTS, QWEN_ASPECT, QuestionConfig
 from g2rpo.rewards.unified_reward.answers import (
     MalformedAnswerError,
     Scores,
@@ -66,6 +66,7 @@ class UnifiedReward(BatchedReward):
 
     name: ClassVar[str] = "unified_reward"
     asks_question = True
+    largest_aspect = QWEN_ASPECT
     part_names = ASPECTS
 
     def __init__(
