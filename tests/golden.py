@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.evaluation.results import Cell, load_cells
 from reproduce.experiment import ROOT, load_experiment, load_profile
+from reproduce.tables.equal_cost import equal_cost_markdown
 from reproduce.tables.formats import write_formats
 from reproduce.tables.model import Table
 from reproduce.tables.table import compute_table
@@ -51,8 +52,12 @@ def table_of(experiment: str) -> Table:
 
 def rendered(experiment: str, output: Path) -> dict[str, str]:
     """Every text that is rendered from the committed cells of an experiment, by file name."""
-    written = write_formats(table_of(experiment), output)
-    return {path.name: path.read_text() for path in written.values()}
+    table, config = table_of(experiment), load_experiment(Path(experiment).name).table
+    texts = {path.name: path.read_text() for path in write_formats(table, output).values()}
+    if "frontier" in config.figures:
+        compared = equal_cost_markdown(table, cells_of(experiment), config.focus)
+        texts[f"{table.name}_equal_cost.md"] = compared
+    return texts
 
 
 def printed(table: Table) -> str:

@@ -17,7 +17,7 @@ def test_committed_cells_are_of_clean_code_and_all_prompts(experiment: str) -> N
     for cell in cells_of(experiment):
         assert cell.info.row in rows
         assert cell.info.provenance.git_dirty is False
-        prompts = 200 if experiment == "mini/tuning" else 400
+        prompts = 200 if experiment.endswith("tuning") else 400
         assert len(cell.scores["prompt_id"].unique()) == prompts
 
 
@@ -42,14 +42,15 @@ def test_committed_texts_are_rendered_from_the_committed_cells(
 
 def test_shipped_learning_rates_won_the_trials() -> None:
     means: dict[str, dict[float, float]] = {}
-    experiment = load_experiment("tuning")
-    for cell in cells_of("mini/tuning"):
-        method = cell.info.row.split("/")[0]
-        rate = float(experiment.cells[cell.info.row].set["optimization"]["learning_rate"])
-        means.setdefault(method, {})[rate] = cell.means()["hps"]
-        assert cell.info.seed == 101  # which no table reports
+    for name in ("tuning", "family-tuning"):
+        trials = load_experiment(name).cells
+        for cell in cells_of(f"mini/{name}"):
+            method = cell.info.row.split("/")[0]
+            rate = float(trials[cell.info.row].set["optimization"]["learning_rate"])
+            means.setdefault(method, {})[rate] = cell.means()["hps"]
+            assert cell.info.seed == 101  # which no table reports
     assert len({tuple(sorted(trials)) for trials in means.values()}) == 1
-    best = {method: max(trials, key=lambda rate: trials[rate]) for method, trials in means.items()}
+    best = {method: max(scores, key=lambda rate: scores[rate]) for method, scores in means.items()}
     assert best == load_profile("mini").learning_rates
-    for method, trials in means.items():
-        assert min(trials) < best[method] < max(trials), f"{method}: the grid is too narrow"
+    for method, scores in means.items():
+        assert min(scores) < best[method] < max(scores), f"{method}: the grid is too narrow"
