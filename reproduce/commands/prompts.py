@@ -45,7 +45,7 @@ def list_prompts() -> None:
                 artifact.licence or "not stated",
                 artifact.page,
                 state,
-                f"{sha256[:12]}…" if sha256 else "–",
+                sha256 or "–",
             )
     wide_console().print(table)
 

@@ -73,7 +73,7 @@ def list_weights(profile: ProfileName = None) -> None:
     table = plain_table("artifact", "needed by", "size", "licence", "gated", "state", "where")
     for artifact in _select(None, profile):
         state = artifact_state(artifact, lock)
-        gated = "yes" if artifact.gated else "no"
+        gated = f"yes: {artifact.page}" if artifact.gated else "no"
         size, licence = readable_size(artifact), artifact.licence or "not stated"
         where = str(state.folder or "")
         table.add_row(artifact.name, artifact.needed_by, size, licence, gated, state.word, where)

@@ -192,7 +192,9 @@ def test_a_killed_run_resumes(
     output = tmp_path / "killed"
     command = Command(tmp_path, "score", *map(str, options), "--output", str(output))
     deadline = time.monotonic() + 600
-    while not list((output / "journal").glob("*")) and time.monotonic() < deadline:
+    journals = (output / "journal").glob
+    while not any(path.stat().st_size for path in journals("*.jsonl")):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     command.kill()
     (journal,) = (output / "journal").iterdir()
