@@ -3,11 +3,16 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 
 from benchmarks.evaluation.statistics import NOTHING
 from g2rpo.text import CONTROLS
 from reproduce.tables.blocks import Block, Cell, blocks
 from reproduce.tables.model import Number, Row, Score, Table
+
+ROWS = 20
+"""Of a page."""
 
 
 def to_latex(table: Table) -> str:
@@ -16,13 +21,30 @@ def to_latex(table: Table) -> str:
         f"% {table.name}, profile {table.profile}. Needs \\usepackage{{booktabs}}.\n"
         f"% Cite everything it rests on with \\nocite{{*}} and {table.name}.bib.\n"
     )
-    return head + "\n\n".join(_environment(table, block) for block in blocks(table)) + "\n"
+    found = [
+        _environment(table, page, number, last=number == len(pages))
+        for block in blocks(table)
+        for pages in [_pages(block)]
+        for number, page in enumerate(pages, start=1)
+    ]
+    return head + "\n\n".join(found) + "\n"
 
 
-def _environment(table: Table, block: Block) -> str:
+def _pages(block: Block) -> list[Block]:
+    """The block in parts that fit a page: whole groups, together at most ``ROWS`` rows."""
+    pages: list[list[tuple[Row, tuple[Cell, ...]]]] = [[]]
+    for _, members in groupby(block.lines, lambda line: line[0].group):
+        lines = list(members)
+        if pages[-1] and len(pages[-1]) + len(lines) > ROWS:
+            pages.append([])
+        pages[-1] += lines
+    return [replace(block, lines=tuple(lines)) for lines in pages]
+
+
+def _environment(table: Table, block: Block, page: int, *, last: bool) -> str:
     captions = {"": block.title, "-paper": block.title}
     title = f"{table.title}, {block.title.lower()} (profile {table.profile})"
-    caption = latex_escape(captions.get(block.suffix, title))
+    caption = latex_escape(captions.get(block.suffix, title)) + ", continued" * (page > 1)
     labels = [latex_escape(heading.label) for heading in block.headings]
     figure = "c"
     if block.suffix == "-cost":
@@ -39,7 +61,7 @@ def _environment(table: Table, block: Block) -> str:
                 body.append(rf"\multicolumn{{{width}}}{{@{{}}l}}{{\textit{{{name}}}}} \\")
         group = row.group
         body += _lines(block, row, cells)
-    notes = [] if block.suffix else table.all_notes
+    notes = table.all_notes if last and not block.suffix else []
     below = [r"\smallskip", r"\begin{minipage}{\linewidth}\scriptsize"]
     below = ["", *below, *map(latex_escape, notes), r"\end{minipage}"]
     return "\n".join(
@@ -47,7 +69,7 @@ def _environment(table: Table, block: Block) -> str:
             r"\begin{table*}[tp]",
             r"\centering",
             rf"\caption{{{caption}.}}",
-            rf"\label{{tab:{table.name}{block.suffix}}}",
+            rf"\label{{tab:{table.name}{block.suffix}{f'-{page}' * (page > 1)}}}",
             r"\footnotesize",
             r"\setlength{\tabcolsep}{3pt}",
             rf"\begin{{tabular}}{{@{{}}l{alignment}@{{}}}}",
