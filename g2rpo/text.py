@@ -1,10 +1,28 @@
 """Makes text from users (styles, prompts, labels, file names) safe to display."""
 
 import re
+from collections import Counter
 from typing import Any
 
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, line separators, bidirectional overrides, lone surrogates."""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` has no lone surrogates, as JSON and file names may."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` of :func:`json.loads` that refuses equal keys.
+
+    Raises:
+        ValueError: a key occurs twice, of which Python would take the last.
+    """
+    for key, count in Counter(key for key, _ in pairs).most_common(1):
+        if count > 1:
+            raise ValueError(f"duplicate key {key!r}")
+    return dict(pairs)
 
 
 def visible(text: str) -> str:

@@ -11,10 +11,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from g2rpo.data.tables import PROMPT_COLUMNS, SUFFIXES, Row, is_unicode, read_table, read_text
+from g2rpo.data.tables import PROMPT_COLUMNS, SUFFIXES, Row, read_table, read_text
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_write_text
 from g2rpo.seeds import permutation
+from g2rpo.text import is_unicode
 
 FIELDS = ("prompt", "id", "style")
 HEADER = {*PROMPT_COLUMNS, *FIELDS, "image", "file_name", "prompt_id", "category"}

@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from unicodedata import normalize
 
 from g2rpo.errors import UserError
+from g2rpo.text import without_repeats
 from g2rpo.yaml_text import parse_yaml
 
 Value = TypeVar("Value")
@@ -122,11 +122,6 @@ def _guess(data: bytes) -> str:
     except UnicodeDecodeError:
         return ""
     return " (it may be Windows-1252 or Latin-1)"
-
-
-def is_unicode(text: str) -> bool:
-    """Whether ``text`` has no lone surrogates, as JSON and file names may."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def by_name(named: Mapping[str, Value]) -> Callable[[str], Value | None]:
@@ -251,7 +246,7 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
 def _json_value(path: Path, text: str, line: int | None = None) -> Any:
     place = "" if line is None else f", line {line}"
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats)
+        return json.loads(text, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as error:
         place = place or f", line {error.lineno}"
         hint = "; each line must be a complete object"
@@ -264,13 +259,6 @@ def _json_value(path: Path, text: str, line: int | None = None) -> Any:
         raise UserError(f"{path}{place}: not valid JSON ({error.msg}{hint})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}{place}: not valid JSON ({error})") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key, count in Counter(key for key, _ in pairs).most_common(1):
-        if count > 1:
-            raise ValueError(f"duplicate key {key!r}")
-    return dict(pairs)
 
 
 def _yaml_value(path: Path, text: str) -> Any:

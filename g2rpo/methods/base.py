@@ -45,6 +45,8 @@ class Method(StrictModel):
 
     records_transitions: ClassVar[bool] = True
     """Whether the rollout has stochastic steps to train."""
+    transition_settings: ClassVar[tuple[str, ...]] = ()
+    """Fields that only an objective on transitions uses; any other needs them to be null."""
 
     name: str
     eta: float = Field(0.7, gt=0)

@@ -23,6 +23,8 @@ class BranchGRPO(Method):
     trained all the same.
     """
 
+    transition_settings = ("trained_leaves",)
+
     name: Literal["branch_grpo"] = "branch_grpo"
     eta: float = Field(0.3, gt=0)
     """The constant diffusion coefficient (released flag ``--eta 0.3``)."""

@@ -18,6 +18,8 @@ class TempFlowGRPO(Method):
     rollout of :class:`G2RPO` without multi-granularity advantages.
     """
 
+    transition_settings = ("weight_scale",)
+
     name: Literal["tempflow_grpo"] = "tempflow_grpo"
     weight_scale: float | None = Field(None, gt=0)
     """The loss of a step is weighted by this times the std of its noise (released: 2.25 for SD3.5,

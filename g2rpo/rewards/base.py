@@ -19,6 +19,7 @@ from g2rpo.errors import UserError
 from g2rpo.offload import on_device
 from g2rpo.rewards.question import QuestionConfig
 from g2rpo.rewards.server import ServerConfig
+from g2rpo.text import is_unicode
 
 Images = Tensor | Sequence[Tensor]
 """uint8 RGB: one tensor ``[N, H, W, 3]``, or N of ``[H, W, 3]``, each of its own size."""
@@ -122,10 +123,8 @@ def check_inputs(name: str, images: Images, prompts: Sequence[str]) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise UserError(f"{name}: prompt {index} is empty; give one prompt per image")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:  # lone surrogates, which tokenizers fail on
-            raise UserError(f"{name}: prompt {index} is not valid Unicode; correct it") from None
+        if not is_unicode(prompt):  # tokenizers fail on lone surrogates
+            raise UserError(f"{name}: prompt {index} is not valid Unicode; correct it")
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ every language can write and read them without a library for multipart forms.
 import functools
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, ClassVar, Self, TypeVar
 
 import openai
 import torch
@@ -19,6 +19,7 @@ from g2rpo.errors import UserError, reason
 from g2rpo.rewards.base import BatchedReward, RewardConfig, check_finite
 from g2rpo.rewards.client import ServerClient, png_base64
 from g2rpo.rewards.server import ServerConfig
+from g2rpo.text import without_repeats
 
 
 class _Message(BaseModel):
@@ -111,7 +112,7 @@ class RewardServer(ServerClient):
     def _read(self, model: type[Message], path: str, text: str | None) -> Message:
         where = f"{self.config.url}: the answer to /v1{path} is not as in docs/reward_server.json"
         try:
-            data = json.loads(text or "", object_pairs_hook=_each_once)
+            data = json.loads(text or "", object_pairs_hook=without_repeats)
             json.dumps(data, ensure_ascii=False).encode()  # fails for lone surrogates
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not valid JSON ({reason(error)})") from None
@@ -147,16 +148,6 @@ class RewardServer(ServerClient):
             ", not a server of rewards; set server.url to the root of one, e.g. http://host:8000, "
             "as `g2rpo serve-reward` prints it"
         )
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, which Python would read with the last of equal keys."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} occurs twice")
-        found[key] = value
-    return found
 
 
 @functools.cache

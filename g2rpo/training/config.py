@@ -340,8 +340,8 @@ class TrainConfig(StrictModel):
                 f"advantage.granularity_reduction={self.advantage.granularity_reduction} has no "
                 f"effect with {name}, which trains each image with its own advantage; leave it out"
             )
-        for setting in ("trained_leaves", "weight_scale"):
-            if getattr(self.method, setting, None) is not None:
+        for setting in self.method.transition_settings:
+            if getattr(self.method, setting) is not None:
                 raise ValueError(
                     f"method.{setting} has no effect with {name}, which trains images instead of "
                     f"transitions; use method.{setting}=null"

@@ -1,7 +1,6 @@
 """Scores a folder or manifest of images with reward models: ``g2rpo score``."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ from benchmarks.evaluation.scoring.items import Source, first_of, read_source, r
 from g2rpo.checksums import FILES, problems
 from g2rpo.config import content_hash, merge, nearest, validate
 from g2rpo.data.prompts import read_prompt_set
-from g2rpo.data.tables import is_unicode
 from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, atomic_write_text, check_writable, sha256_file, write_json
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.registry import REWARDS, check_prompts, load_reward, reward_class
 from g2rpo.terminal import literal, wide_console
-from g2rpo.text import visible
+from g2rpo.text import is_unicode, visible
 from reproduce.experiment import Profile, reward_configs
 from reproduce.runs.folders import MANIFEST, listed, write_manifest
 
@@ -138,11 +136,9 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
     return scores
 
 
-@contextmanager
-def writing_alone(output: Path) -> Iterator[None]:
-    """Keeps other commands from writing to ``output`` between reading its scores and writing."""
-    with FileLock(output / ".writing.lock"):
-        yield
+def writing_alone(output: Path) -> FileLock:
+    """A lock that keeps other commands from writing to ``output`` while its scores change."""
+    return FileLock(output / ".writing.lock")
 
 
 def _kept_of_earlier(output: Path, scores: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str]]:

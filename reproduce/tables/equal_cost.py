@@ -11,7 +11,6 @@ from benchmarks.evaluation.statistics import (
     NOTHING,
     Comparison,
     corrected,
-    fixed,
     human,
     method_comparisons,
     method_intervals,
@@ -20,7 +19,7 @@ from benchmarks.evaluation.statistics import (
 )
 from reproduce.tables.frontier import COSTS, runs_with_costs, validated_rewards
 from reproduce.tables.markdown import markdown_escape, markdown_table
-from reproduce.tables.model import COST_LABELS, Table
+from reproduce.tables.model import COST_LABELS, Number, Table
 
 _NOTE = (
     "Validation rewards at the largest cost that every run has reached, linear between "
@@ -77,19 +76,17 @@ def _rows(table: Table, values: pd.DataFrame, focus: Sequence[str], digits: int)
         heads += [(f"Versus {table.row(other).label}", "---:"), ("p (Holm)", "---:")]
     lines = []
     for row in values.mean(axis=1).sort_values(ascending=False, kind="stable").index:
-        scores = values.loc[row].dropna()
-        texts = [table.row(row).label, str(len(scores)), fixed(scores.mean(), digits)]
-        texts.append(NOTHING)
+        scores = values.loc[row].dropna().to_numpy()
+        mean = Number(mean=scores.mean(), digits=digits)
         if len(scores) >= MIN_SEEDS:
-            (interval,) = method_intervals(scores.to_numpy()[None])
-            texts[-1] = f"[{fixed(interval.low, digits)}, {fixed(interval.high, digits)}]"
+            (interval,) = method_intervals(scores[None])
+            mean = Number(**vars(interval), digits=digits)
+        texts = [table.row(row).label, str(len(scores)), mean.text, mean.ends or NOTHING]
         for other in focus:
-            one = found.get((row, other))
-            texts += (
-                [NOTHING] * 2
-                if one is None
-                else [_difference(one, digits), p_text(p_values[frozenset((row, other))])]
-            )
+            if (one := found.get((row, other))) is None:
+                texts += [NOTHING, NOTHING]
+            else:
+                texts += [_difference(one, digits), p_text(p_values[frozenset((row, other))])]
         lines.append([markdown_escape(text) for text in texts])
     return markdown_table(heads, lines)
 

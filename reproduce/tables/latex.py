@@ -12,7 +12,7 @@ from reproduce.tables.blocks import Block, Cell, blocks
 from reproduce.tables.model import Number, Row, Score, Table
 
 ROWS = 20
-"""Of a page."""
+"""Rows that fit a page, with their intervals and the notes."""
 
 
 def to_latex(table: Table) -> str:
@@ -21,13 +21,12 @@ def to_latex(table: Table) -> str:
         f"% {table.name}, profile {table.profile}. Needs \\usepackage{{booktabs}}.\n"
         f"% Cite everything it rests on with \\nocite{{*}} and {table.name}.bib.\n"
     )
-    found = [
-        _environment(table, page, number, last=number == len(pages))
-        for block in blocks(table)
-        for pages in [_pages(block)]
-        for number, page in enumerate(pages, start=1)
-    ]
-    return head + "\n\n".join(found) + "\n"
+    parts = []
+    for block in blocks(table):
+        pages = _pages(block)
+        for number, page in enumerate(pages, start=1):
+            parts.append(_environment(table, page, number, last=number == len(pages)))
+    return head + "\n\n".join(parts) + "\n"
 
 
 def _pages(block: Block) -> list[Block]:

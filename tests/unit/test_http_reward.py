@@ -271,7 +271,7 @@ class TestMisbehavingServers:
 
     def test_a_reply_is_an_object_of_different_keys(self, server: FakeServer) -> None:
         server.answer = lambda body, number: Reply(body='{"parts": {"a": [], "a": []}}')
-        with pytest.raises(UserError, match=r"/v1/score is .*json: not .*key 'a' occurs twice"):
+        with pytest.raises(UserError, match=r"/v1/score is .*json: not .*duplicate key 'a'"):
             score(server)
         server.pages["/v1/info"] = Reply(body="[]")
         http._asked.cache_clear()

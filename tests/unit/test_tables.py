@@ -20,6 +20,7 @@ from cell_factory import (
     make_table_cells,
     render,
 )
+from golden import table_of
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -30,8 +31,9 @@ from g2rpo.config import validate
 from g2rpo.errors import UserError
 from g2rpo.text import visible
 from reproduce.experiment.table import TableSpec
-from reproduce.tables.latex import latex_escape
+from reproduce.tables.latex import latex_escape, to_latex
 from reproduce.tables.markdown import markdown_escape
+from reproduce.tables.model import grouped
 from reproduce.tables.notes import Gap
 from reproduce.tables.paper import PAPER_TABLES, PaperKey, load_paper_tables
 from reproduce.tables.table import compute_table
@@ -267,6 +269,20 @@ def test_latex_rows_fill_their_columns(tmp_path: Path, name: str, profile: str) 
     unescaped = re.sub(r"\\[{}]", "", text)
     assert unescaped.count("{") == unescaped.count("}")
     assert text.isascii()
+
+
+def test_long_tables_break_between_groups() -> None:
+    table = table_of("mini/family-tuning")
+    pages = re.split(r"(?=\\begin\{table\*\})", to_latex(table))[1:4]
+    labels = [label for page in pages for label in re.findall(r"\\label\{(.*)\}", page)]
+    assert labels == ["tab:family-tuning", "tab:family-tuning-2", "tab:family-tuning-3"]
+    groups = [re.findall(r"\\textit\{Method: (.*)\}\} ", page) for page in pages]
+    assert [len(names) for names in groups] == [5, 5, 2]  # of four rows each
+    assert [name for names in groups for name in names] == [
+        latex_escape(name) for name, _ in grouped(table.rows)
+    ]
+    assert [", continued." in page for page in pages] == [False, True, True]
+    assert [r"\begin{minipage}" in page for page in pages] == [False, False, True]  # the notes
 
 
 def test_latex_escapes() -> None:

@@ -33,11 +33,11 @@ from g2rpo.data.tables import (
     SUFFIXES,
     Row,
     by_name,
-    is_unicode,
     read_table,
     read_text,
 )
 from g2rpo.errors import UserError
+from g2rpo.text import is_unicode
 
 MANIFESTS = frozenset(
     f"{stem}{suffix}"
