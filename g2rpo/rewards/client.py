@@ -24,6 +24,8 @@ from g2rpo.text import excerpt
 
 _RETRIED = {408, 409, 429}
 """Statuses below 500 that the client retries."""
+SHORTEST_KEY = 8
+"""Keys from this length on are looked for in answers."""
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
@@ -158,6 +160,10 @@ class ServerClient(ABC):
     @abstractmethod
     async def not_found(self, client: openai.AsyncOpenAI) -> str:
         """What HTTP 404 means and the fix, to follow on ``HTTP 404``."""
+
+    def contains_key(self, text: str) -> bool:
+        """Whether ``text`` shows the key; a key of a few letters may be there by chance."""
+        return len(self._key or "") >= SHORTEST_KEY and str(self._key) in text
 
     def masked(self, text: str) -> str:
         """``text`` with words of the server, without the key."""

@@ -81,12 +81,19 @@ class RewardServer(ServerClient):
         """What it scores with.
 
         Raises:
-            UserError: it gives no such answer.
+            UserError: it gives no such answer, or one with the key, which results would show.
         """
 
         async def ask(client: openai.AsyncOpenAI, path: str) -> ServerInfo:
             request = client.get(path, cast_to=str, options={"headers": self.headers})
-            return self._read(ServerInfo, path, await self.reply(client, request))
+            info = self._read(ServerInfo, path, await self.reply(client, request))
+            if self.contains_key(info.model_dump_json()):
+                raise UserError(
+                    f"{self.config.url}: the answer to /v1{path} contains the key in "
+                    f"${self.config.api_key_env}, which results would show; make the server "
+                    "answer without it"
+                )
+            return info
 
         return self.ask_all(ask, ["/info"])[0]
 

@@ -67,7 +67,7 @@ def import_scores(outside: Outside, request: Request) -> pd.DataFrame:
     source = read_items(request, Ranks())
     _check_replaceable(earlier_scores(request.output), outside, request.output)
     found = _matched(table, name, column, source)
-    refuse_bad(source, request.skip_bad, "imported")
+    refuse_bad(source, request.skip_bad, "imported", noun="score")
     scorer = Scorer(request.output / "journal", source.items, skip_bad=request.skip_bad)
     values = np.array([found[item.id] for item in scorer.items], dtype=np.float64)
     sha256 = sha256_file(outside.file)

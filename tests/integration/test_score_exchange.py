@@ -292,7 +292,7 @@ def test_scores_that_do_not_fit_are_listed(
     command = ["import-scores", *base, "--version", "1", "--output", output]
     errors = refused(tell(capsys, *command))
     assert (
-        "5 images cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
+        "5 scores cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
     )
     assert "00000_10: results.jsonl, line 2: nan is no finite 32-bit number" in errors
     assert "00001: 2 scores in results.jsonl: line 3, line 4" in errors

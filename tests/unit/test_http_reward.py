@@ -296,10 +296,21 @@ class TestMisbehavingServers:
             score(server, api_key_env="REWARD_KEY")
         assert KEY not in repr(caught.value) + repr(caught.value.__context__)
 
+    @pytest.mark.parametrize("changes", [{"version": f"3 {KEY}"}, {"name": KEY}, {"parts": [KEY]}])
+    def test_a_key_in_what_results_would_name_is_refused(
+        self, server: FakeServer, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("REWARD_KEY", KEY)
+        server.pages["/v1/info"] = info(**changes)
+        with pytest.raises(UserError, match=r"contains the key in \$REWARD_KEY") as caught:
+            score(server, api_key_env="REWARD_KEY")
+        assert KEY not in repr(caught.value) + repr(caught.value.__context__)
+        assert not server.requests
+
     def test_a_missing_part_stops(self, server: FakeServer) -> None:
         server.pages["/v1/info"] = info(parts=["style"])
         with pytest.raises(UserError, match="0 style for 2 images"):
-            score(server)
+            score(server, concurrency=1)
 
     def test_nothing_listens(self) -> None:
         url = unused_url()

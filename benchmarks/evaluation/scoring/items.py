@@ -413,10 +413,13 @@ def _without_ambiguous(source: Source) -> Source:
     return source
 
 
-def refuse_bad(source: Source, skip: bool, use: str = "scored") -> None:
-    """Raises :class:`UserError` if anything is bad and not skipped, or nothing can be ``use``."""
+def refuse_bad(source: Source, skip: bool, use: str = "scored", noun: str = "image") -> None:
+    """Raises :class:`UserError` if anything is bad and not skipped, or nothing can be ``use``.
+
+    The message counts nouns, and what is bad because no image is there by its own.
+    """
     if source.bad and not skip:
-        counts = Counter(NO_IMAGE.get(reason, "image") for _, reason in source.bad)
+        counts = Counter(NO_IMAGE.get(reason, noun) for _, reason in source.bad)
         what = " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
         fix = "fix them" if len(source.bad) > 1 else "fix it"
         raise UserError(f"{what} cannot be {use}: {first_of(source.bad)}; {fix} or pass --skip-bad")
