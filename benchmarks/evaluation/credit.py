@@ -246,7 +246,7 @@ def step_gradients(
     """For each step, its number of trained transitions and the gradient of their mean loss."""
     trained = training_batch(rollout, prompts, trainer.config, trainer.advantages(rollout))
     if not isinstance(trained, TransitionBatch):
-        raise UserError("credit compares stochastic steps; leave out cells that train images")
+        raise UserError("credit compares stochastic steps; leave out cells that train on images")
     batch, _ = trainer.updater.with_frozen(trained)
     step_of = torch.tensor(batch.steps)[batch.state_of]
     gradients = {}

@@ -40,7 +40,7 @@ class Adaptive(StrictModel):
 class AdaptiveSteps(Adaptive):
     """Branches at the steps whose gradient has the largest signal-to-noise ratio.
 
-    An iteration that measures branches at, and trains, all steps to choose from.
+    A measuring iteration branches at all candidate steps and trains all of them.
     """
 
     count: int = Field(ge=1)

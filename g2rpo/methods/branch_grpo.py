@@ -18,8 +18,8 @@ class BranchGRPO(Method):
     """A tree from one initial noise: each state has two children at a split step, else one.
 
     All steps are stochastic with constant g = eta, as DanceGRPO's. A node's reward is the mean of
-    those of its leaves, of which there are G, and nodes of one depth are a group: that of the step
-    that reaches them. A leaf's image is the x_0 prediction of its last step, whose transition is
+    those of its leaves, of which there are G, and the nodes of one depth form the group of the step
+    that leads to them. A leaf's image is the x_0 prediction of its last step, whose transition is
     trained all the same.
     """
 
@@ -36,8 +36,8 @@ class BranchGRPO(Method):
     pruned_depths: tuple[int, ...] = ()
     """The transitions that reach these nodes, 1 to T, are not trained (``--depth_pruning``)."""
     pruning_interval: int | None = Field(None, ge=1)
-    """Iterations after which the pruned depths move towards the noise by one, until the first is
-    the last split step (``--depth_pruning_slide_interval 30``); null keeps them."""
+    """Every this many iterations the pruned depths move one step towards the noise, until the first
+    is the last split step (``--depth_pruning_slide_interval 30``); null keeps them."""
     trained_leaves: float | None = Field(None, gt=0, le=1)
     """After the last split, trains this share of a prompt's leaves alone, half of them the best and
     half the worst (``--width_pruning_mode 2 --width_pruning_ratio``); null trains all."""

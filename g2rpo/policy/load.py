@@ -51,6 +51,6 @@ def load_policy(
     found = pipeline_name(folder)
     if config.pipeline not in (None, found):
         raise UserError(
-            f"policy.pipeline is {config.pipeline}, but {folder} has a {found}; remove it"
+            f"policy.pipeline is {config.pipeline}, but {folder} has a {found}; remove the key"
         )
     return policy_class(folder).load(config, folder, device, weights=weights)

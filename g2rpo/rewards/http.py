@@ -89,9 +89,9 @@ class RewardServer(ServerClient):
             info = self._read(ServerInfo, path, await self.reply(client, request))
             if self.contains_key(info.model_dump_json()):
                 raise UserError(
-                    f"{self.config.url}: the answer to /v1{path} contains the key in "
-                    f"${self.config.api_key_env}, which results would show; make the server "
-                    "answer without it"
+                    f"{self.config.url}: the answer to /v1{path} shows the key in "
+                    f"${self.config.api_key_env}, which would stand in the results; make the "
+                    "server answer without it"
                 )
             return info
 

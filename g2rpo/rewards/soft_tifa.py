@@ -67,7 +67,9 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
             )
         known = [(question, spellings(question, answer)) for question, answer in pairs]
         if questions.setdefault(text, known) != known:
-            raise UserError(f"{path}, line {number}: other questions for the prompt {text!r}")
+            raise UserError(
+                f"{path}, line {number}: other questions for the prompt {text!r} than before"
+            )
     if not questions:
         raise UserError(f"{path}: no questions")
     return questions

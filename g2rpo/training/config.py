@@ -76,8 +76,8 @@ class GuidanceConfig(StrictModel):
     """The guidance of velocities in training; rollouts have ``policy.guidance_scale``."""
 
     training_scale: float | None = Field(None, ge=0)
-    """Null is that of rollouts. An objective on the forward process may have another, 1 for none;
-    the ratio of an objective on transitions is that of one velocity."""
+    """The guidance scale in training; null uses that of rollouts. Only an objective on the forward
+    process may have another (1 for none): the ratio of transitions needs the same velocity."""
     detach_unconditional: bool = False
     """Classifier-free guidance without a gradient through the velocity of the empty prompt: the
     gradient is the scale times that of the other velocity (Flow-GRPO's code before 2025-08-19)."""
@@ -187,7 +187,7 @@ class ExecutionConfig(StrictModel):
     compile: bool = False
     """Compiles the transformer's blocks (about a minute at FLUX's size)."""
     attention: Attention = "auto"
-    """The attention kernel of rollout and training; ``auto`` takes one that has a backward."""
+    """The attention kernel of rollout and training; ``auto`` takes one with a backward pass."""
     overlap_rewards: bool = True
     """On a GPU, scores images while the next ones are being decoded."""
     offload: OffloadConfig = OffloadConfig()
@@ -209,7 +209,7 @@ class TrainConfig(StrictModel):
     """Trains adapters; null trains the transformer's own weights."""
     guidance: GuidanceConfig = unhashed(GuidanceConfig())
     approximate_rollout: ContinuationConfig | None = unhashed(None)
-    """Approximates what no log-prob depends on; null computes everything exactly."""
+    """Approximates continuations, on which no log-prob depends; null computes all exactly."""
     rollout: RolloutConfig = RolloutConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     objective: Annotated[AnyObjective, BeforeValidator(parse_objective)] = unhashed(Clipped())
@@ -284,7 +284,7 @@ class TrainConfig(StrictModel):
         size = self.rollout.group_size
         if size - self.advantage.trimmed(size) < 2:
             raise ValueError(
-                f"advantage.trimmed_ratio={self.advantage.trimmed_ratio} leaves less than two of "
+                f"advantage.trimmed_ratio={self.advantage.trimmed_ratio} leaves fewer than two of "
                 f"rollout.group_size={size} rewards"
             )
         if self.advantage.trimmed_ratio and any(
@@ -343,8 +343,8 @@ class TrainConfig(StrictModel):
         for setting in self.method.transition_settings:
             if getattr(self.method, setting) is not None:
                 raise ValueError(
-                    f"method.{setting} has no effect with {name}, which trains images instead of "
-                    f"transitions; use method.{setting}=null"
+                    f"method.{setting} has no effect with {name}, which trains on images instead "
+                    f"of transitions; use method.{setting}=null"
                 )
         if objective.divides_by_clip and self.advantage.clip > LARGEST_CLIP:
             raise ValueError(

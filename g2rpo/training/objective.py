@@ -108,7 +108,7 @@ class Guard(TransitionObjective):
             raise UserError(
                 f"objective.published=flow_grpo averages over the {states} states of an update "
                 f"on a rank, but execution.training_micro_batch={held}; raise it to {states}, "
-                "or use objective.published=verl_omni, which averages over nothing"
+                "or use objective.published=verl_omni, which needs no whole update"
             )
 
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:

@@ -81,10 +81,10 @@ def power(
         int, typer.Option(help="Number of comparisons that are corrected together.")
     ] = 1,
 ) -> None:
-    """Print the smallest difference of two methods that is found with probability 0.8.
+    """Print the smallest difference of two methods that a test finds with probability 0.8.
 
-    By the paired t-test over shared seeds, significant at 0.05 after the correction; in the unit
-    of the deviation. Deviations of earlier runs follow from the intervals in tables.
+    The test is the paired t-test over shared seeds, at 0.05 after the correction. The difference
+    has the unit of DEVIATION, which can be computed from the intervals in earlier tables.
     """
     from benchmarks.evaluation.power import POWER, detectable_difference
 

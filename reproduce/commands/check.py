@@ -69,7 +69,7 @@ def image(
 def cluster(
     name: Annotated[
         str,
-        typer.Option("--cluster", help="auto, slurm, local, a bundled profile, or a YAML file."),
+        typer.Option("--cluster", help="auto, slurm, local, a bundled cluster, or a YAML file."),
     ] = "auto",
     profile: Annotated[
         str, typer.Option("--profile", help="The profile to run: mini, flux, ... or a YAML file.")

@@ -82,7 +82,7 @@ def evaluate(
     ],
     base: Annotated[
         str | None,
-        typer.Option(help="Pipeline folder or hub id of its base; default: the known one."),
+        typer.Option(help="Pipeline folder or hub id of its base; default: the recorded one."),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -194,7 +194,7 @@ def find_model(name: str, base: str | None) -> Evaluated:
     weights_folder = path / "transformer" if (path / "transformer").is_dir() else path
     if path.is_dir() and not any(weights_folder.glob("*.safetensors*")):
         raise UserError(
-            f"{name}: no model, as it has no *.safetensors; give a pipeline folder, a LoRA, a "
+            f"{name}: no model: it contains no *.safetensors; give a pipeline folder, a LoRA, a "
             "transformer, a run folder, a published model's name, or a hub id with --base"
         )
     if path.exists() or (base is not None and HUB_ID.fullmatch(name)):

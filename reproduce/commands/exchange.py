@@ -18,8 +18,10 @@ SkipBad = Annotated[
 def export_images(
     source: Annotated[Path, typer.Argument(help="Image folder, or a cell's evaluation folder.")],
     prompts: Annotated[Path, typer.Option(help="Prompt set, data/prompts/geneval.jsonl.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder that does not exist.")],
-    layout: Annotated[Literal["geneval"], typer.Option(help="The evaluator.")] = "geneval",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder; must not exist.")],
+    layout: Annotated[
+        Literal["geneval"], typer.Option(help="The evaluator that reads them.")
+    ] = "geneval",
     skip_bad: SkipBad = False,
 ) -> None:
     """Lay images out for an outside evaluator: linked or copied, not altered."""

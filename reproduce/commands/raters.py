@@ -24,7 +24,7 @@ def make(
         Path, typer.Option("--output", "-o", help="Output folder of the sheet; must not exist.")
     ],
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompt set whose ids name the images of folders.")
+        Path | None, typer.Option(help="Prompt set; its ids name the images.")
     ] = None,
     pairs: Annotated[
         int | None, typer.Option(min=2, help="Number of pairs, drawn at random; default: all.")

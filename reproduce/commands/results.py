@@ -292,7 +292,7 @@ def _committed(results: Path, profile: "Profile") -> "tuple[Layout, list[str]]":
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, as printed by `g2rpo train`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder that does not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder; must not exist.")],
 ) -> None:
     """Export a run's weights as a diffusers pipeline folder, or as a LoRA file for it."""
     from g2rpo.training.checkpoint.load import export_trained

@@ -27,8 +27,8 @@ from reproduce.experiment.table import (
 )
 
 Preset = Literal["released", "matched", "efficient"]
-"""The method's own code's settings; equal ones in everything but the method; or those that gain
-most at a given cost, of the methods that have such a preset."""
+"""``released``: the settings of the method's own code. ``matched``: equal in everything but the
+method. ``efficient``: the most reward at a given cost; only some methods have it."""
 
 
 class Budget(StrictModel):
@@ -37,7 +37,7 @@ class Budget(StrictModel):
     evaluations_of: Key | None = None
     """A cell of the experiment: train for as many iterations as fit its rollouts' NFE."""
     cost_of: Key | None = None
-    """A cell of the experiment: train until the equal cost (docs/mathematics.md) is its."""
+    """A cell of the experiment: train until the equal cost (docs/mathematics.md) is as high."""
     device_seconds: Literal["profile"] | float | None = None
     """End after the iteration that reaches this many device-seconds; ``profile``: the profile's."""
 

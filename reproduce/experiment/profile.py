@@ -129,8 +129,8 @@ class Profile(StrictModel):
     evaluation: EvaluationConfig
     """The protocol; ``preset: NAME`` takes a bundled one, over which the other keys are laid."""
     truth: str | None = None
-    """JSON file with the scores of the rendered truth of the captions, which define the headroom
-    in tables; does not change a run."""
+    """JSON file with the scores of ground-truth images, which define the headroom in tables; it
+    changes no run."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1,)
     keep_images: int | None = Field(None, ge=0)
     """Number of held-out images kept after scoring; null keeps all."""

@@ -116,7 +116,7 @@ class TableConfig(StrictModel):
 
 
 class TruthSource(StrictModel):
-    """The scores of the rendered truth of the held-out captions, which define the headroom."""
+    """The scores of the ground-truth images of the held-out captions, which define the headroom."""
 
     file: str
     split: str

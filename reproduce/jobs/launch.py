@@ -218,6 +218,6 @@ def latest_submission(runs_folder: Path, name: str | None = None) -> Submission:
         except DamagedRecord as error:
             logger.warning("%s; skipped", error)
     raise UserError(
-        f"{folders[-1]}: damaged record; the same `g2rpo reproduce` takes over its jobs, "
-        f"`g2rpo cancel {folders[-1].name}` cancels them"
+        f"{folders[-1]}: damaged record; run the same `g2rpo reproduce` to take over its jobs, or "
+        f"`g2rpo cancel {folders[-1].name}` to cancel them"
     )

@@ -59,8 +59,8 @@ def sample_share(stage: EvaluationStage) -> None:
     files += [stage.drift] if drifts else []
     if len(set(files)) < len(files):
         raise UserError(
-            f"{cell.evaluation_prompts}: some ids are those of others with a number, as in 'a' and "
-            "'a_1', so that their images would share a file; rename them"
+            f"{cell.evaluation_prompts}: prompt ids such as 'a' and 'a_1' clash, as their images "
+            "would share a file; rename one"
         )
     _discard_damaged(stage, files)
     if not all(path.exists() for path in files):

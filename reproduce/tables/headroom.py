@@ -1,6 +1,6 @@
 """Several rewards on one scale, so that they can be averaged and compared across rewards.
 
-The unit is the headroom: 0 is the base's mean score and 1 that of the rendered truth of the same
+The unit is the headroom: 0 is the base's mean score and 1 that of ground-truth images of the same
 captions, passed through the autoencoder. Where no truth is known, differences of means are in
 standard deviations of the base's scores over the prompts. Base and truth are constants here: the
 intervals cover the row's own variation.
@@ -31,7 +31,7 @@ MEASURES = (IN_DOMAIN, OUT_OF_DOMAIN)
 MARGIN = 0.02
 """Methods whose difference lies within this share of the headroom are equivalent."""
 _HEADROOM = (
-    "Headroom: 0 is the base's mean score, 1 that of the rendered truth of the same captions, "
+    "Headroom: 0 is the base's mean score, 1 that of ground-truth images of the same captions, "
     "passed through the autoencoder; mean over the rewards that the row was trained on (in-domain) "
     "and over the others (out-of-domain)."
 )
@@ -60,7 +60,7 @@ class TruthSplit(StrictModel):
 
 
 class Truth(RootModel[dict[str, TruthSplit]]):
-    """The scores of the rendered truth by split."""
+    """The scores of the ground-truth images by split."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,7 +198,7 @@ def test_what_cannot_be_evaluated_is_one_line(
             ("lora", "--suite", "suites/absent.yaml", *small),
             "error: suites/absent.txt or absent.txt: no such prompt file",
         ),
-        (("suites", *CHOSEN), "suites: no model, as it has no *.safetensors; give a pipeline"),
+        (("suites", *CHOSEN), "suites: no model: it contains no *.safetensors; give a pipeline"),
         (("lora", "--suite", "unknown.yaml", *small), "did you mean 'hps'?"),
         (
             ("lora", *CHOSEN, "--base", "nobody/nothing"),

@@ -302,7 +302,7 @@ class TestMisbehavingServers:
     ) -> None:
         monkeypatch.setenv("REWARD_KEY", KEY)
         server.pages["/v1/info"] = info(**changes)
-        with pytest.raises(UserError, match=r"contains the key in \$REWARD_KEY") as caught:
+        with pytest.raises(UserError, match=r"shows the key in \$REWARD_KEY") as caught:
             score(server, api_key_env="REWARD_KEY")
         assert KEY not in repr(caught.value) + repr(caught.value.__context__)
         assert not server.requests
