@@ -25,8 +25,10 @@ from g2rpo.training.metrics import read_metrics
 from reproduce.cli import app
 
 ITERATIONS = 4
+GROUPS = {"branch_grpo": 8} | dict.fromkeys(("awm", "dgpo", "diffusion_nft"), 12)
+"""Group sizes of the methods that need others than 6."""
 ROUNDS = dict.fromkeys(("branch_grpo", "g2rpo", "tempflow_grpo"), (12, 2e-2))
-ROUNDS |= dict.fromkeys(("awm", "dgpo", "diffusion_nft"), (36, 1e-2))
+ROUNDS |= dict.fromkeys(("awm", "dgpo", "diffusion_nft"), (36, 2e-2))
 """Rounds and learning rates of the methods that need fewer or more than the others."""
 
 
@@ -139,7 +141,7 @@ def test_training_raises_the_reward_it_trains_on(
         smoke_assets,
         **preset,
         grid={"steps": 6},
-        rollout={"group_size": 8 if method == "branch_grpo" else 6, "prompts_per_iteration": 4},
+        rollout={"group_size": GROUPS.get(method, 6), "prompts_per_iteration": 4},
         optimization=settings,
         validation={
             "file": str(smoke_assets / "prompts" / "test.txt"),
