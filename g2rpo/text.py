@@ -10,7 +10,7 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udff
 
 def is_unicode(text: str) -> bool:
     """Whether ``text`` has no lone surrogates, as JSON and file names may."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return re.search("[\ud800-\udfff]", text) is None
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -163,7 +163,8 @@ class ServerClient(ABC):
 
     def contains_key(self, text: str) -> bool:
         """Whether ``text`` shows the key; a key of a few letters may be there by chance."""
-        return len(self._key or "") >= SHORTEST_KEY and str(self._key) in text
+        key = self._key
+        return key is not None and len(key) >= SHORTEST_KEY and key in text
 
     def masked(self, text: str) -> str:
         """``text`` with words of the server, without the key."""

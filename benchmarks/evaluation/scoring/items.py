@@ -416,7 +416,7 @@ def _without_ambiguous(source: Source) -> Source:
 def refuse_bad(source: Source, skip: bool, use: str = "scored", noun: str = "image") -> None:
     """Raises :class:`UserError` if anything is bad and not skipped, or nothing can be ``use``.
 
-    The message counts nouns, and what is bad because no image is there by its own.
+    The message counts what is bad as ``noun``, or as in :data:`NO_IMAGE` where there is no image.
     """
     if source.bad and not skip:
         counts = Counter(NO_IMAGE.get(reason, noun) for _, reason in source.bad)
