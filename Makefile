@@ -91,8 +91,8 @@ test: $(READY) ## run the tests in two processes and list the slowest
 	$(OFFLINE) $(RUN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
 		--durations 20
 
-check-mini: $(READY) ## train a committed cell of Table 1 and a part of the mini world again and compare (7 minutes)
-	$(OFFLINE) $(RUN)/python -m pytest -m mini tests/integration
+check-mini: $(READY) ## train a committed cell and a part of the mini world again and compare (4 minutes)
+	$(OFFLINE) $(RUN)/python -m pytest -m mini --numprocesses 2 tests/integration
 
 test-slurm: $(READY) ## run the tests that need a SLURM cluster (10 minutes; root, Debian)
 	PYTHON=$(RUN)/python tests/slurm/run.sh 'slurm'

@@ -1,23 +1,8 @@
 """`g2rpo check` as a user starts it, on a machine without a GPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from forked import Command
-
-
-def check(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "reproduce.cli", "check", *options],
-        env=os.environ | hidden | {"HF_HOME": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def lines_of(text: str) -> dict[str, str]:
@@ -33,13 +18,14 @@ def lines_of(text: str) -> dict[str, str]:
 
 
 def test_everything_is_looked_at_and_run_once(tmp_path: Path) -> None:
-    done = check(tmp_path, "--results", str(tmp_path / "results"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = lines_of(done.stdout)
+    words = ("check", "--results", "results")
+    code, shown, errors = Command(tmp_path, *words, CUDA_VISIBLE_DEVICES="").wait()
+    assert code == 0, shown + errors
+    lines = lines_of(shown)
     assert "FLUX blocks" not in lines
     assert len(lines) == 8
     assert lines["train to table"].startswith("ok ") and "GiB" in lines["train to table"]
-    assert done.stdout.splitlines()[-1].startswith("verdict: ready")
+    assert shown.splitlines()[-1].startswith("verdict: ready")
     # Nothing is left behind.
     assert list(tmp_path.iterdir()) == []
 

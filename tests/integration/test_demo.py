@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import pytest
-from command_line import g2rpo, g2rpo_here
+from command_line import g2rpo_here, succeeded, told_here
 from PIL import Image
 
 
-def test_both_models_are_drawn_and_scored(tmp_path: Path) -> None:
-    done = g2rpo(tmp_path, "demo", "a red ring on pink", "--images", "2", "-o", "pair.png")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_both_models_are_drawn_and_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("demo", "a red ring on pink", "--images", "2", "-o", "pair.png")
+    lines = succeeded(told_here(capsys, tmp_path, *words)).splitlines()
     assert lines[0].split() == ["reward", "Base", "G²RPO"]
     scores = {line.split()[0]: [float(score) for score in line.split()[1:]] for line in lines[1:6]}
     assert set(scores) == {"HPS", "CLIP", "PickScore", "ImageReward", "Attributes"}
