@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ import training_runs
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from training_runs import trainer_for
+from training_runs import Brightness, trainer_for
 from two_ranks import on_two_ranks
 
 from g2rpo.config import merge
-from g2rpo.data.prompts import Prompt
+from g2rpo.data.prompts import Prompt, prompts_of_iteration, read_prompts
 from g2rpo.policy import Policy
 from g2rpo.stop import Stopped
 from g2rpo.training.batch import TrainingBatch, training_batch
@@ -265,6 +265,25 @@ def out_of_memory_sharded(assets: Path, folder: Path) -> dict[str, Any]:
     sys.exit(3 if caught.value.resume else 4)
 
 
+def equal_groups(assets: Path, folder: Path) -> dict[str, Any]:
+    """The groups that each rank reports, where three of four prompts have equal rewards."""
+    told = {}
+    for normalizer in ("group", "global_std"):
+        config = config_for(assets, advantage={"normalizer": normalizer})
+        prompts = read_prompts(Path(config.prompts.file), config.prompts.limit)
+        equal = {prompt.text for prompt in prompts_of_iteration(prompts, 4, config.seed, 0)[:3]}
+        reward = Brightness(lambda scores, texts, equal=equal: scores * _not_in(texts, equal))
+        trainer = trainer_for(config, folder / normalizer, reward)
+        row = trainer.iterate()
+        own = [row["advantage/hps/zero_std_groups"], row["ratio_deviation"]]
+        told[normalizer] = of_all_ranks(trainer.accelerator, own)
+    return told
+
+
+def _not_in(texts: Sequence[str], refused: set[str]) -> Tensor:
+    return torch.tensor([float(text not in refused) for text in texts])
+
+
 def short_rollout(assets: Path, folder: Path) -> dict[str, Any]:
     """Three iterations; memory runs out on the second rank's rollout, in the second of them."""
     config = config_for(assets, execution={"rollout_micro_batch": 8})
@@ -354,6 +373,6 @@ SCENARIOS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         gradients, lifecycle, out_of_memory, out_of_memory_sharded, first_leg, last_leg,
-        replicated, short_rollout, short_rollout_sharded, compiled,
+        replicated, equal_groups, short_rollout, short_rollout_sharded, compiled,
     )
 }  # fmt: skip

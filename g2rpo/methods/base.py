@@ -59,6 +59,9 @@ class Method(StrictModel):
     def _level(self) -> Self:
         if self.kernel == "cps" and self.eta > 1:
             raise ValueError(f"method.eta={self.eta} with kernel cps; use 1 or less")
+        for field in () if self.records_transitions else ("eta", "kernel"):
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"method.{field} has no effect: {self.name} has no noise; omit it")
         return self
 
     @classmethod

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from g2rpo.data.prompts import Prompt
-from g2rpo.errors import UserError
 from g2rpo.flow.sweep import RecordedStep
 from g2rpo.flow.transition import Transition, per_state, transition_mean
 from g2rpo.flow.upload import to_device
@@ -403,9 +402,6 @@ def split_updates(
 
     With ``update_every: iteration`` the loss is the mean over samples, prompts and trained steps;
     with ``timestep`` there is one update per trained step, with the mean over samples and prompts.
-
-    Raises:
-        UserError: an update has nothing to train.
     """
     if config.update_every == "timestep":
         assert isinstance(batch, TransitionBatch)
@@ -414,9 +410,4 @@ def split_updates(
     else:
         chunk = batch.samples // (group_size // config.updates_per_iteration)
         parts = [chunk == index for index in range(config.updates_per_iteration)]
-    if not all(bool(part.any()) for part in parts):
-        raise UserError(
-            f"optimization.updates_per_iteration={config.updates_per_iteration}: an update has no "
-            "transition to train; use fewer or prune less"
-        )
     return [batch] if len(parts) == 1 else [batch.update(torch.nonzero(p).flatten()) for p in parts]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import (
     BeforeValidator,
     Field,
@@ -14,7 +15,7 @@ from pydantic import (
 from g2rpo.config import StrictModel, unhashed
 from g2rpo.errors import UserError
 from g2rpo.flow.schedule import GridConfig
-from g2rpo.methods.base import Method, RolloutShape, parse_method
+from g2rpo.methods.base import Method, RolloutShape, iterations_by_rollout, parse_method
 from g2rpo.offload import OffloadConfig
 from g2rpo.policy import LoraConfig, PolicyConfig
 from g2rpo.policy.config import ContinuationConfig, ImageConfig
@@ -305,6 +306,8 @@ class TrainConfig(StrictModel):
                 "optimization.updates_per_iteration above 1 needs "
                 "optimization.update_every: iteration"
             )
+        if updates > 1 and not isinstance(self.objective, ForwardObjective):
+            self._check_updates(updates)
         random_subset = type(self.method).trained_steps is not Method.trained_steps
         if random_subset and self.optimization.update_every == "timestep":
             raise ValueError(
@@ -312,6 +315,22 @@ class TrainConfig(StrictModel):
                 "which trains different steps for each sample; use iteration"
             )
         return self
+
+    def _check_updates(self, updates: int) -> None:
+        """Rejects updates to which a rollout may give nothing to train, whatever its rewards."""
+        shape, method = self.shape, self.method
+        any_rewards = torch.zeros(1, shape.group_size)
+        for iteration in iterations_by_rollout(method, shape):
+            tree, sure = method.rollout_tree(shape, iteration), set()
+            for state in (tree.states[place] for place in tree.recorded):
+                selected = method.selected(shape, state.step, any_rewards)
+                if state.sample is not None and (selected is None or bool(selected.all())):
+                    sure.add(state.sample * updates // shape.group_size)
+            if len(sure) < updates:
+                raise ValueError(
+                    f"optimization.updates_per_iteration={updates}: an update of iteration "
+                    f"{iteration + 1} may have no transition to train; use fewer or prune less"
+                )
 
     def _check_objective(self) -> None:
         """Rejects an objective that this rollout or its updates do not suit."""

@@ -26,8 +26,8 @@ class TimesConfig(StrictModel):
     """The grid steps k at whose noise levels sigma_k an image is trained."""
 
     count: int | None = Field(None, ge=1)
-    """Times per image and iteration, at most as many as there are steps to draw from; null is all
-    steps but one."""
+    """Times per image and iteration, at most as many as there are steps to draw from; null is
+    int(0.99 T), all steps but one of up to 100."""
     first: int = Field(0, ge=0)
     """The first step to draw from."""
     until: float = Field(1.0, gt=0, le=1)
@@ -62,7 +62,7 @@ class TimesConfig(StrictModel):
 
     def number(self, steps: int) -> int:
         """Times per image."""
-        wanted = steps - 1 if self.count is None else self.count
+        wanted = int(0.99 * steps) if self.count is None else self.count
         return min(wanted, len(self.among(steps)))
 
     def draw(self, steps: int, seed: int, *key: int | str) -> list[int]:
@@ -245,9 +245,7 @@ class AWM(ForwardObjective):
         value = self.log_prob(images, images.velocity)
         start = images.frozen.get("start")
         before = value.detach() if start is None else self.log_prob(images, start)
-        terms = clipped_ratio(
-            torch.exp(value - before), images.advantage / images.limit, clip_range
-        )
+        terms = clipped_ratio(value - before, images.advantage / images.limit, clip_range)
         if not self.average_weight:
             return terms
         drift = mean_square(images.velocity - images.frozen["old"])

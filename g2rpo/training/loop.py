@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,10 @@ class Trainer:
         self.engine = self._engine(self._load_rewards() if rewards is None else rewards)
         optimizer = build_optimizer(config.optimization, self.weights.parameters)
         decay = config.optimization.ema_decay
-        self.ema = None if decay is None else EMAModel(self.weights.parameters, decay=decay)
+        # The released warm-up, min((1 + n) / (10 + n), decay), begins with n = 1.
+        self.ema = None
+        if decay is not None:
+            self.ema = EMAModel(self.weights.parameters, decay=decay, update_after_step=-1)
         old = config.old_policy
         self.old = None if old is None else OldPolicy(old, self.weights)
         state = TrainingState(config, run, self.weights, optimizer, self.ema, self.old)
@@ -308,8 +310,11 @@ class Trainer:
         clock.end("training")
         twice = self.policy.evaluations_per_velocity
         own = iteration_sums(rollout, batch, updates, [frozen, *measured], clock, twice)
-        sums = sum_over_ranks(self.accelerator, own)
-        return self._count(sums, updates, advantages)
+        own |= {
+            f"advantage/{name}/zero_std_groups": count
+            for name, count in advantages.zero_std_groups.items()
+        }
+        return self._count(sum_over_ranks(self.accelerator, own), updates)
 
     def optimizer_steps(self, iterations: int) -> int:
         """Optimizer steps in the first ``iterations`` of an objective on the forward process."""
@@ -373,22 +378,19 @@ class Trainer:
             for name in config.rewards
         }
         advantages = rollout_advantages(rollout, config, rewards)
-        count = len(rollout.conditioning)
-        local = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
-        return replace(advantages, by_step=tuple(values[local] for values in advantages.by_step))
+        rank, count = accelerator.process_index, len(rollout.conditioning)
+        local = slice(rank * count, (rank + 1) * count)
+        # Those of all ranks, counted on the first one.
+        equal = {name: n if rank == 0 else 0 for name, n in advantages.zero_std_groups.items()}
+        return TransitionAdvantages(tuple(part[local] for part in advantages.by_step), equal)
 
-    def _count(
-        self,
-        sums: dict[str, float],
-        updates: list[UpdateStatistics],
-        advantages: TransitionAdvantages,
-    ) -> dict[str, Any]:
+    def _count(self, sums: dict[str, float], updates: list[UpdateStatistics]) -> dict[str, Any]:
         """Advances the counters by an iteration and returns its metrics."""
         approximations = self.config.approximate_rollout
         cached = approximations is not None and approximations.step_cache is not None
         self.progress.advance(sums, step_cache=cached)
         vars(self.progress).update(self.sizes.reduced)
-        ranks, groups = self.accelerator.num_processes, advantages.zero_std_groups
+        ranks = self.accelerator.num_processes
         counters = {k: v for k, v in vars(self.progress).items() if k != "measurements"}
         measured = self.progress.measurements or {}
         return {
@@ -399,7 +401,7 @@ class Trainer:
             "gradient_norm": updates[-1].gradient_norm,
             "ratio_deviation": updates[0].ratio_deviation,
             **iteration_row(sums, ranks, self.config.rewards),
-            **{f"advantage/{name}/zero_std_groups": count for name, count in groups.items()},
+            **{k: int(count) for k, count in sums.items() if k.endswith("/zero_std_groups")},
             **{f"signal_to_noise/{k}": v for k, v in signal_to_noise_ratios(measured).items()},
             **{f"agreement/{k[0]}-{k[1]}": v for k, v in rank_correlations(measured).items()},
         }

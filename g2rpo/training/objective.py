@@ -82,8 +82,8 @@ class Clipped(TransitionObjective):
 
     def terms(self, transitions: Transitions, clip_range: float) -> ObjectiveTerms:
         """See :func:`clipped_ratio`."""
-        ratio = torch.exp(transitions.log_prob - transitions.old_log_prob)
-        return clipped_ratio(ratio, transitions.advantage, clip_range)
+        log_ratio = transitions.log_prob - transitions.old_log_prob
+        return clipped_ratio(log_ratio, transitions.advantage, clip_range)
 
 
 class Guard(TransitionObjective):
@@ -128,7 +128,7 @@ class Guard(TransitionObjective):
                 )
             bias = t.divergence
             exponent = exponent + t.std.flatten() * (_mean_of_step(bias, t.steps) - bias)
-        terms = clipped_ratio(torch.exp(exponent), t.advantage, clip_range)
+        terms = clipped_ratio(exponent, t.advantage, clip_range)
         loss = terms.loss if self.published == "flow_factory" else terms.loss / t.duration
         return ObjectiveTerms(loss, terms.clipped)
 
@@ -156,18 +156,25 @@ class DPPO(TransitionObjective):
         return ObjectiveTerms((-advantage * ratio).masked_fill(dropped, 0.0), dropped)
 
 
-def clipped_ratio(ratio: Tensor, advantage: Tensor, clip_range: float) -> ObjectiveTerms:
+def clipped_ratio(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> ObjectiveTerms:
     """PPO's clipped surrogate, max(-A rho, -A clip(rho, 1 +- c)).
 
     Args:
-        ratio: rho = exp(log_prob - old_log_prob), [N].
+        log_ratio: log rho, [N].
         advantage: A, [N].
         clip_range: c (released flag ``--clip_range 1e-4``).
     """
-    limited = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    advantage = advantage.to(ratio.dtype)
-    loss = torch.maximum(-advantage * ratio, -advantage * limited)
-    return ObjectiveTerms(loss, (ratio.detach() - 1.0).abs() > clip_range)
+    lowest, highest = 1.0 - clip_range, 1.0 + clip_range
+    advantage = advantage.to(log_ratio.dtype)
+    found = torch.exp(log_ratio.detach())
+    limited = found.clamp(lowest, highest)
+    further = torch.where(advantage > 0, found > limited, found < limited)
+    constant = torch.where(advantage == 0, ~found.isnan(), further)
+    # Masked before the exponential: where it overflows, the gradient of inf * 0 is NaN.
+    ratio = torch.exp(log_ratio.masked_fill(constant, 0.0))
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(lowest, highest))
+    loss = torch.where(constant, -advantage * limited, loss)
+    return ObjectiveTerms(loss, (found - 1.0).abs() > clip_range)
 
 
 def transition_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:

@@ -145,17 +145,18 @@ class Updater:
 
         Raises:
             UserError: on all ranks, before the weights change, if the ratio before the first update
-                is not 1, a loss or gradient is not finite, or an update has nothing to train.
+                is not 1, or a loss or gradient is not finite.
         """
         updates: list[UpdateStatistics] = []
-        with raise_on_all_ranks(self.accelerator):
-            size = self.config.rollout.group_size
-            parts = split_updates(batch, self.config.optimization, size)
+        size = self.config.rollout.group_size
+        parts = split_updates(batch, self.config.optimization, size)
         counts = of_all_ranks(self.accelerator, [len(part) for part in parts])
         for part, lengths in zip(parts, zip(*counts, strict=True), strict=True):
             # The mean over all ranks' losses, which may differ in number between ranks.
             update = self.backward(replace(part, weight=len(lengths) / sum(lengths)))
             if not updates:
+                deviations = torch.tensor(of_all_ranks(self.accelerator, update.ratio_deviation))
+                update.ratio_deviation = float(deviations.max())  # NaN if any is
                 self._check_ratio(update.ratio_deviation, iteration)
             self._step(update, prompts, iteration)
             updates.append(update)
@@ -220,14 +221,13 @@ class Updater:
         rounding. If it is not, every later ratio is silently wrong in the same way.
         """
         tolerance = self.config.optimization.ratio_tolerance
-        with raise_on_all_ranks(self.accelerator):
-            if not deviation <= tolerance:
-                raise UserError(
-                    f"iteration {iteration + 1}: the importance ratio before the first update "
-                    f"differs from 1 by {deviation:.2e}, more than optimization.ratio_tolerance="
-                    f"{tolerance:g}; the training forward does not match the rollout's (check "
-                    "dtype, dropout, attention backend and changed weights)"
-                )
+        if not deviation <= tolerance:
+            raise UserError(
+                f"iteration {iteration + 1}: the importance ratio before the first update "
+                f"differs from 1 by {deviation:.2e}, more than optimization.ratio_tolerance="
+                f"{tolerance:g}; the training forward does not match the rollout's (check "
+                "dtype, dropout, attention backend and changed weights)"
+            )
 
     def _step(self, update: UpdateStatistics, prompts: Sequence[Prompt], iteration: int) -> None:
         """Clips the gradient and takes one optimiser step if both loss and gradient are finite."""

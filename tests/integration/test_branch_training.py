@@ -9,7 +9,6 @@ from engine_runs import config_for
 from training_runs import trainer_for
 from two_ranks import on_two_ranks
 
-from g2rpo.errors import UserError
 from g2rpo.training.config import TrainConfig
 
 METHOD: dict[str, Any] = {
@@ -78,10 +77,3 @@ def test_every_kind_of_update_trains_what_it_should(
     row = trainer_for(config, tmp_path).iterate()
     assert row["training_backwards"] == 2 * backwards
     assert row["ratio_deviation"] < 1e-12
-
-
-def test_an_update_without_transitions_is_refused(smoke_assets: Path, tmp_path: Path) -> None:
-    method = {"name": "branch_grpo", "split_steps": [0, 2], "pruned_depths": [3, 4, 5]}
-    config = branch_config(smoke_assets, method=method, optimization={"updates_per_iteration": 4})
-    with pytest.raises(UserError, match="an update has no transition to train; use fewer"):
-        trainer_for(config, tmp_path).iterate()

@@ -41,7 +41,9 @@ LORA = {"rank": 4, "alpha": 8}
 def findings(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks found, in one process each."""
     folder = tmp_path_factory.mktemp("ranks")
-    scenarios = ("gradients", "lifecycle", "out_of_memory", "first_leg", "replicated")
+    scenarios = (
+        "gradients", "lifecycle", "out_of_memory", "first_leg", "replicated", "equal_groups",
+    )  # fmt: skip
     assert find(smoke_assets, folder, *scenarios) == 0
     return folder
 
@@ -174,6 +176,26 @@ def test_two_replicated_ranks_train_as_one_does(
             assert two[key] == one[key]
         for key in (key for key in one if key.startswith("reward/")):
             assert two[key] == pytest.approx(one[key], abs=1e-3)
+
+
+def test_equal_groups_are_counted_over_all_ranks(findings: Path) -> None:
+    for first, second in found(findings, "equal_groups").values():
+        assert first == second
+        assert first[0] == 3 * 4  # three prompts; two steps and two granularities
+
+
+def test_the_average_of_weights_warms_up_as_released(smoke_assets: Path, tmp_path: Path) -> None:
+    config = config_for(smoke_assets, optimization={"ema_decay": 0.2})
+    trainer = trainer_for(config, tmp_path)
+    expected = trained_weights(trainer)
+    for n in (1, 2, 3):
+        trainer.iterate()
+        decay = min((1 + n) / (10 + n), 0.2)
+        for name, weight in trained_weights(trainer).items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+    assert trainer.ema is not None
+    for average, wanted in zip(trainer.ema.shadow_params, expected.values(), strict=True):
+        assert torch.allclose(whole(average), wanted, atol=1e-6)
 
 
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_of_all(findings: Path) -> None:

@@ -207,6 +207,8 @@ def test_images_of_the_same_key_are_noised_alike(smoke_assets: Path, tmp_path: P
             "advantage.clip=1e.09, which",
         ),
         ({"objective": {"name": "awm"}, "advantage": {"clip": 101}}, "at most 100, e.g. 5"),
+        ({"method": {"name": "ode", "eta": 0.5}}, "method.eta has no effect: ode has no noise"),
+        ({"method": {"name": "ode", "kernel": "cps"}}, "method.kernel has no effect"),
     ],
 )
 def test_impossible_combinations_are_refused(

@@ -313,15 +313,49 @@ def test_a_step_has_one_group_so_every_reduction_is_the_same(rule: GranularityRe
         torch.testing.assert_close(one[:, :: group.share], two[:, :: group.share])
 
 
-def test_trimming_is_refused() -> None:
-    data: dict[str, Any] = {
+def config(**changes: Any) -> TrainConfig:
+    data = {
         "policy": {"source": "nowhere", "resolution": 720},
         "prompts": {"file": "nowhere.txt"},
         "rewards": {"hps": {"reward": {"model": "hps"}}},
-        "grid": {"steps": 10},
+        "grid": {"steps": 16},
         "method": {"name": "branch_grpo"},
         "rollout": {"group_size": 8},
     }
-    TrainConfig.model_validate(data)
+    return TrainConfig.model_validate(data | changes)
+
+
+def test_trimming_is_refused() -> None:
+    config()
     with pytest.raises(ValidationError, match="trimmed_ratio is not supported with branch_grpo"):
-        TrainConfig.model_validate(data | {"advantage": {"trimmed_ratio": 0.25}})
+        config(advantage={"trimmed_ratio": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("updates", "pruning", "iteration"),
+    [
+        # Splits at 0, 3 and 6: sample 1 has a node of its own from depth 7 on.
+        (8, {}, None),
+        (8, {"pruned_depths": range(8, 17)}, None),
+        (8, {"pruned_depths": range(7, 17)}, 1),
+        (4, {"pruned_depths": range(7, 17)}, None),
+        # Of the depths after 7, only the chosen leaves are trained, which depend on rewards.
+        (8, {"trained_leaves": 0.25}, None),
+        (8, {"pruned_depths": [7]}, None),
+        (8, {"trained_leaves": 0.25, "pruned_depths": [7]}, 1),
+        (8, {"trained_leaves": 1.0, "pruned_depths": [7]}, None),
+        # The pruned depth is 7 after two intervals, of iterations counted from 1.
+        (8, {"trained_leaves": 0.25, "pruned_depths": [9], "pruning_interval": 2}, 4),
+    ],
+)
+def test_every_update_has_something_to_train_whatever_the_rewards(
+    updates: int, pruning: dict[str, Any], iteration: int | None
+) -> None:
+    method = {"name": "branch_grpo", "split_steps": [0, 3, 6], **pruning}
+    optimization = {"updates_per_iteration": updates, "iterations": 20}
+    if iteration is None:
+        config(method=method, optimization=optimization)
+        return
+    message = f"{updates}: an update of iteration {iteration} may have no transition to train; use"
+    with pytest.raises(ValidationError, match=message):
+        config(method=method, optimization=optimization)

@@ -231,6 +231,8 @@ def test_nft_trains_all_times_but_one_in_any_order() -> None:
     assert all(len(set(one)) == 9 for one in drawn)
     left_out = Counter(set(range(10)).difference(one).pop() for one in drawn)
     assert set(left_out) == set(range(10))
+    # int(0.99 T), which leaves out more on a long grid.
+    assert [NFT().times.number(steps) for steps in (2, 25, 100, 101, 150)] == [1, 24, 99, 99, 148]
 
 
 def test_the_strata_of_awm_are_those_of_its_code() -> None:

@@ -61,7 +61,7 @@ def test_loss_equals_the_loop_off_policy() -> None:
     old = 0.3 * random(len(CASES), seed=0)
     new = old + doubles([ratio for ratio, _ in CASES])
     advantage = doubles([a for _, a in CASES])
-    terms = clipped_ratio(torch.exp(new - old), advantage, CLIP)
+    terms = clipped_ratio(new - old, advantage, CLIP)
     for i, (log_ratio, _) in enumerate(CASES):
         expected = loop_loss(float(new[i]), float(old[i]), float(advantage[i]), CLIP)
         assert float(terms.loss[i]) == pytest.approx(expected, rel=1e-12, abs=1e-15)
@@ -73,7 +73,7 @@ def test_gradient_equals_finite_differences() -> None:
     old = 0.3 * random(len(CASES), seed=0)
     new = (old + doubles([ratio for ratio, _ in CASES])).requires_grad_()
     advantage = doubles([a for _, a in CASES])
-    clipped_ratio(torch.exp(new - old), advantage, CLIP).loss.sum().backward()
+    clipped_ratio(new - old, advantage, CLIP).loss.sum().backward()
     assert new.grad is not None
     step = 1e-7  # stays on the same side of every kink above
     for i in range(len(CASES)):
@@ -83,9 +83,21 @@ def test_gradient_equals_finite_differences() -> None:
 
 
 def test_a_nan_is_not_hidden_by_the_clip() -> None:
-    for advantage in (1.0, -1.0):
+    for advantage in (1.0, -1.0, 0.0):
         terms = clipped_ratio(doubles([math.nan]), doubles([advantage]), CLIP)
         assert torch.isnan(terms.loss).all()
+
+
+@pytest.mark.parametrize("log_ratio", [88.0, 89.0, 1000.0])
+def test_a_ratio_that_overflows_has_the_clipped_loss_and_no_gradient(log_ratio: float) -> None:
+    """exp(89) is no float32; where the advantage is negative, nothing limits the loss."""
+    change = torch.full((2,), log_ratio).requires_grad_()
+    terms = clipped_ratio(change, torch.tensor([1.5, 0.0]), 0.1)
+    terms.loss.sum().backward()
+    assert terms.loss.tolist() == pytest.approx([-1.65, 0.0])
+    assert change.grad is not None and change.grad.tolist() == [0, 0]
+    assert terms.clipped.all()
+    assert clipped_ratio(change, torch.tensor([-1.0, -1.0]), 0.1).loss.min() > 1e38
 
 
 # --- the other objectives ------------------------------------------------------------------------
@@ -476,7 +488,7 @@ def test_the_data_of_the_loop_test_is_inside_and_outside_of_the_clip_range() -> 
                 for i in range(len(batch))
             ]
         )
-    terms = clipped_ratio(torch.exp(new - batch.log_prob), batch.advantage, CLIP)
+    terms = clipped_ratio(new - batch.log_prob, batch.advantage, CLIP)
     for sign in (1, -1):
         chosen = (sign * batch.advantage) > 0
         assert 0 < int(terms.clipped[chosen].sum()) < int(chosen.sum())
