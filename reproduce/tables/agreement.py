@@ -78,7 +78,7 @@ def seed_means(
         raise UserError(f"{experiment.name}, profile {profile.name}: {why}")
     found: dict[str, dict[str, SeedMeans]] = {}
     for key, row in scale.measured_rows(spec, results).items():
-        for measure in row.rewards:
+        for measure in (name for name in MEASURES if name in row.rewards):
             (means,) = row.scores([measure]).mean(axis=2)
             by_seed = dict(zip(row.seeds, map(float, means), strict=True))
             found.setdefault(measure, {})[key] = by_seed

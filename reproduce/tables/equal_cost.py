@@ -17,7 +17,7 @@ from benchmarks.evaluation.statistics import (
     p_text,
     signed,
 )
-from reproduce.tables.frontier import COSTS, runs_with_costs, validated_rewards
+from reproduce.tables.frontier import COSTS, compared_rows, runs_with_costs
 from reproduce.tables.markdown import markdown_escape, markdown_table
 from reproduce.tables.model import COST_LABELS, Number, Table
 
@@ -29,7 +29,7 @@ _NOTE = (
 
 
 def equal_cost_markdown(table: Table, cells: Iterable[Cell], focus: Sequence[str]) -> str:
-    """A table per reward and cost: every trained row, best first, compared with the focus rows.
+    """A table per reward of a group and cost: its trained rows, best first, and their differences.
 
     Args:
         table: whose trained rows are compared.
@@ -41,12 +41,11 @@ def equal_cost_markdown(table: Table, cells: Iterable[Cell], focus: Sequence[str
         f"### {markdown_escape(table.title)}: at equal cost (profile `{table.profile}`)",
         _NOTE,
     ]
-    for reward in validated_rewards(rows, runs):
+    for reward, label, members in compared_rows(table, rows, runs):
         key, column = f"validation/{reward}", table.column(reward)
         curves = {
             (row.key, seed): run[[*COSTS, key]].dropna()
-            for row in rows
-            if reward in row.trained_on
+            for row in members
             for seed, run in runs[row.key].items()
         }
         for cost in COSTS:
@@ -54,7 +53,7 @@ def equal_cost_markdown(table: Table, cells: Iterable[Cell], focus: Sequence[str
             values = pd.Series(
                 {name: np.interp(most, curve[cost], curve[key]) for name, curve in curves.items()}
             ).unstack()
-            title = f"{column.label} at {human(most)} {COST_LABELS[cost].lower()}"
+            title = f"{label} at {human(most)} {COST_LABELS[cost].lower()}"
             found = _rows(
                 table, values, [row for row in focus if row in values.index], column.digits
             )

@@ -60,12 +60,14 @@ def to_csv(table: Table) -> str:
 
     Each reward has its score, the ends of its interval, and 1 or 0 for in-domain and best. Each
     share of headroom and each metric has its value and ends. ``hacking`` is 1, 0 or empty;
-    ``hacking_fell`` lists what fell.
+    ``hacking_fell`` lists what fell. ``protocol`` is the evaluation's name and hash.
     """
     lines = []
+    shares = (*table.headroom_columns, *table.columns) if table.headroom_columns else ()
+    protocols = {one.hash: f"{one.title} ({one.hash})" for one in table.protocols}
     for row in table.lines:
         line = _csv_scores(row, table.columns, "paper" if row.from_paper else "measured")
-        for column in table.headroom_columns:
+        for column in shares:
             line += _csv_number(f"headroom_{column.name}", row.headroom.get(column.name))
         for column in table.metrics:
             line += _csv_number(column.name, row.metrics.get(column.name))
@@ -74,7 +76,8 @@ def to_csv(table: Table) -> str:
             line.append(("hacking", "" if found is None else str(int(found.flagged))))
             line.append(("hacking_fell", "" if found is None else ";".join(found.fell)))
         line += [(column.name, _figures(row.costs.get(column.name))) for column in table.costs]
-        lines.append(line)
+        used = dict.fromkeys(protocols[source.protocol] for source in row.sources)
+        lines.append([*line, ("protocol", csv_text("; ".join(used)))])
     return _csv_lines(lines)
 
 

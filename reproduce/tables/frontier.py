@@ -26,7 +26,7 @@ from reproduce.tables.figures import (
     seeds_text,
 )
 from reproduce.tables.headroom import IN_DOMAIN
-from reproduce.tables.model import COST_LABELS, Row, Table
+from reproduce.tables.model import COST_LABELS, Row, Table, grouped
 
 COSTS: tuple[Literal["equal_cost_evaluations", "device_seconds"], ...] = (
     "equal_cost_evaluations",
@@ -81,25 +81,24 @@ def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
         UserError: no cell has validation rewards and their cost.
     """
     rows, runs = runs_with_costs(table, cells)
-    rewards = validated_rewards(rows, runs)
-    if not rewards:
+    compared = compared_rows(table, rows, runs)
+    if not compared:
         raise UserError(f"{output}: no run has validation rewards to draw against their cost")
     found = {key: [*seeds.values()] for key, seeds in runs.items()}
     with matplotlib.rc_context(FIGURE_STYLE):
         lines = -(-len(rows) // 3)
-        size = (10.0, 3.6 * len(rewards) + 0.4 + 0.19 * lines)
+        size = (10.0, 3.6 * len(compared) + 0.4 + 0.19 * lines)
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(rewards), len(COSTS), squeeze=False, sharey="row")
-        for reward, panels in zip(rewards, grid, strict=True):
+        grid = figure.subplots(len(compared), len(COSTS), squeeze=False, sharey="row")
+        for (reward, label, members), panels in zip(compared, grid, strict=True):
             for cost, axes in zip(COSTS, panels, strict=True):
                 bands = {
                     row.key: seed_band(found[row.key], Metric(f"validation/{reward}", ""), cost)
-                    for row in rows
-                    if reward in row.trained_on
+                    for row in members
                 }
                 _draw(axes, rows, {key: band for key, band in bands.items() if band is not None})
                 axes.set_xlabel(COST_LABELS[cost])
-            panels[0].set_ylabel(f"{table.column(reward).label}, validation prompts")
+            panels[0].set_ylabel(f"{label}, validation prompts")
         _legend(figure, rows, [len(found[row.key]) for row in rows])
         figure.suptitle(table.title, fontsize=11)
         save_figure(figure, output)
@@ -115,13 +114,24 @@ def runs_with_costs(table: Table, cells: Iterable[Cell]) -> tuple[list[Row], Run
     return [row for row in table.rows if row.trained_on and row.key in runs], runs
 
 
-def validated_rewards(rows: Sequence[Row], runs: Runs) -> list[str]:
-    """The training rewards of ``rows`` that any of their runs has validated."""
-    return [
-        reward
-        for reward in dict.fromkeys(name for row in rows for name in row.trained_on)
-        if any(f"validation/{reward}" in run for row in rows for run in runs[row.key].values())
-    ]
+def compared_rows(
+    table: Table, rows: Sequence[Row], runs: Runs
+) -> list[tuple[str, str, list[Row]]]:
+    """What is compared: each validated training reward of each group of ``rows``.
+
+    Returns:
+        the reward's name, its label with the group's if there are several, and the rows.
+    """
+    found, several = [], len({row.group for row in rows}) > 1
+    for group, members in grouped(rows):
+        for reward in dict.fromkeys(name for row in members for name in row.trained_on):
+            trained = [row for row in members if reward in row.trained_on]
+            curves = [run for row in trained for run in runs[row.key].values()]
+            if any(f"validation/{reward}" in run for run in curves):
+                label = table.column(reward).label
+                group_of = f" ({table.group_label.lower()} {group})" if several else ""
+                found.append((reward, label + group_of, trained))
+    return found
 
 
 def _with_costs(curve: pd.DataFrame) -> pd.DataFrame:
@@ -169,7 +179,12 @@ def _style(number: int) -> dict[str, Any]:
 def _legend(figure: Figure, rows: Sequence[Row], runs: Collection[int]) -> None:
     """Names the rows by number, with their held-out scores from the table."""
     handles = [Line2D([], [], **_style(number)) for number in range(len(rows))]
-    names = [f"{number}  {row.label}{_held_out(row)}" for number, row in enumerate(rows, start=1)]
+    several = len({row.group for row in rows}) > 1
+    labels = [f"{row.label} ({row.group})" if several else row.label for row in rows]
+    names = [
+        f"{number}  {label}{_held_out(row)}"
+        for number, (label, row) in enumerate(zip(labels, rows, strict=True), start=1)
+    ]
     measure = "in-domain headroom" if any(row.headroom for row in rows) else "in-domain score"
     seeds, bands = seeds_text(runs)
     figure.legend(

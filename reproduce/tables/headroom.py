@@ -103,7 +103,7 @@ class Scale:
         return {key: row for key, row in found.items() if row is not None}
 
     def measured(self, row: RowSpec, result: RowScores) -> RowScores | None:
-        """A trained row with :data:`MEASURES` as its rewards.
+        """A trained row with :data:`MEASURES`, and each reward in their unit, as its rewards.
 
         A measure is absent if no column belongs to it. Returns None if the row was not evaluated
         as the base was, or lacks a reward.
@@ -119,7 +119,7 @@ class Scale:
             name: cube[chosen].mean(axis=0)
             for name, chosen in zip(MEASURES, (inside, ~inside), strict=True)
             if chosen.any()
-        }
+        } | dict(zip(self.rewards, cube, strict=True))
         cells = []
         for place, cell in enumerate(result.cells):
             frames = [
@@ -211,5 +211,4 @@ def _truth_means(
 def headroom_numbers(row: RowScores) -> dict[str, Number]:
     """The shares of headroom of a row that :meth:`Scale.measured` returned."""
     intervals = row_intervals(row.scores(row.rewards))
-    found = dict(zip(row.rewards, intervals, strict=True))
-    return {name: Number(**vars(found[name])) for name in MEASURES if name in found}
+    return {n: Number(**vars(one)) for n, one in zip(row.rewards, intervals, strict=True)}

@@ -146,7 +146,7 @@ class Row(StrictModel):
     scores: dict[str, Score]
     """By column; unscored columns are absent."""
     headroom: dict[str, Number] = unhashed({})
-    """Shares of the headroom, ``in_domain`` and ``out_of_domain``."""
+    """Shares of the headroom: ``in_domain``, ``out_of_domain``, and of each reward."""
     metrics: dict[str, Number] = Field(default_factory=dict)
     reward_hacking: RewardHacking | None = None
     """None if it cannot be tested."""

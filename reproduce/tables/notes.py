@@ -55,8 +55,7 @@ def table_notes(
         protocols = {f"{info.protocol.title} ({info.protocol.hash})" for info in infos}
         prompts = " or ".join(str(count) for count in counts)
         notes.append(f"Evaluation: {', '.join(sorted(protocols))}, {prompts} held-out prompts.")
-        sampled = {(info.protocol.title, info.sampling): None for info in infos if info.sampling}
-        notes.extend(f"Protocol {name}: {line}." for name, line in sampled)
+        notes.extend(_protocol_notes(spec, results))
         notes.extend(dict.fromkeys(note for info in infos for note in _measured(info.protocol)))
         presets = {info.preset for info in infos} - {None}
         if presets:
@@ -66,6 +65,22 @@ def table_notes(
     notes.extend(_checkpoint_notes(spec, results))
     notes.extend(_gap_notes(spec, columns, results, gaps))
     return (*notes, *spec.notes)
+
+
+def _protocol_notes(spec: TableSpec, results: Mapping[str, RowScores]) -> list[str]:
+    """The settings of each protocol, with the groups that have it if there are several."""
+    groups: dict[tuple[str, str], dict[str, None]] = {}
+    for row in spec.rows:
+        for info in (cell.info for cell in results[row.key].cells) if row.key in results else ():
+            if info.sampling:
+                groups.setdefault((info.protocol.title, info.sampling), {})[row.group] = None
+    label = spec.group_label.lower()
+    return [
+        f"Protocol {name}"
+        + (f" ({label} {' and '.join(filter(None, used))})" if len(groups) > 1 else "")
+        + f": {line}."
+        for (name, line), used in groups.items()
+    ]
 
 
 def _measured(protocol: Protocol) -> list[str]:

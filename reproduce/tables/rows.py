@@ -39,8 +39,8 @@ def select_rows(spec: TableSpec, cells: Sequence[Cell]) -> dict[str, RowScores]:
     """The table's rows by key, checked to be comparable.
 
     Raises:
-        UserError: a cell was trained on other rewards than its row, or rows of a group were scored
-            on different prompts or under different protocols.
+        UserError: a cell was trained on other rewards than its row, rows of a group were scored on
+            different prompts or under different protocols, or two protocols have one name.
     """
     wanted = {row.key: row for row in spec.rows}
     results = gather_rows(cell for cell in cells if cell.info.row in wanted)
@@ -59,6 +59,14 @@ def select_rows(spec: TableSpec, cells: Sequence[Cell]) -> dict[str, RowScores]:
                 raise UserError(f"{where} were evaluated under different protocols")
             if first.prompt_ids != other.prompt_ids:
                 raise UserError(f"{where} were scored on different prompts")
+    named: dict[str, RowScores] = {}
+    for result in results.values():
+        other = named.setdefault(result.protocol.title, result)
+        if other.protocol.hash != result.protocol.hash:
+            raise UserError(
+                f"rows {other.row!r} and {result.row!r} were evaluated under different protocols "
+                f"that are both named {result.protocol.title!r}; set another evaluation.name"
+            )
     return results
 
 

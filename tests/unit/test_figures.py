@@ -197,6 +197,33 @@ def test_rows_are_compared_at_the_cost_that_every_run_has_reached() -> None:
             )
 
 
+def test_groups_are_compared_apart(tmp_path: Path) -> None:
+    groups = {"one": ["dear", "cheap"], "two": ["other"]}
+    rows = [
+        {"key": key, "label": key.upper(), "train": ["hps"], "group": group}
+        for group, keys in groups.items()
+        for key in keys
+    ]
+    spec = TableSpec(
+        name="small", title="Test", rows=rows, columns=[{"reward": "hps", "label": "HPS"}]
+    )
+    made = (("dear", 900), ("cheap", 100), ("other", 500))
+    cells = [frontier_cell(key, seed, cost) for key, cost in made for seed in (1, 2, 3)]
+    table = compute_table(spec, cells, "mini")
+    text = equal_cost_markdown(table, cells, ["dear", "other"])
+    parts = re.split(r"\*\*(HPS .*)\*\*\n\n", text)
+    found = {
+        title: [line.split("|")[1].strip() for line in part.strip().splitlines()[2:]]
+        for title, part in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    for title, labels in found.items():
+        group = "one" if "trained on one" in title else "two"
+        assert sorted(labels) == sorted(key.upper() for key in groups[group])
+    assert len(found) == 4
+    with Image.open(frontier_figure(table, cells, tmp_path / "frontier.png")) as picture:
+        assert picture.height > 0.7 * picture.width  # a row of panels for each group
+
+
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no learning curve"):
         learning_curves({"G²RPO": []}, [METRIC], tmp_path / "curves.png")

@@ -101,7 +101,8 @@ def test_a_share_lies_between_base_and_truth(
     table: Table, row: str, inside: tuple[str, ...], outside: tuple[str, ...]
 ) -> None:
     found = table.row(row).headroom
-    for name, rewards in (("in_domain", inside), ("out_of_domain", outside)):
+    measures = (("in_domain", inside), ("out_of_domain", outside))
+    for name, rewards in (*measures, *((reward, (reward,)) for reward in TRUTH)):
         seeds = shares(row, rewards)
         assert found[name].mean == pytest.approx(np.mean(seeds), abs=1e-6)
         interval = scipy.stats.t.interval(0.95, 2, np.mean(seeds), scipy.stats.sem(seeds))
@@ -270,6 +271,9 @@ def test_every_format_shows_the_share(truth: dict[str, Any], table: Table, tmp_p
     assert float(line["headroom_in_domain"]) == pytest.approx(found.mean, rel=1e-6)
     assert float(line["headroom_out_of_domain_high"]) == pytest.approx(
         table.row("hps/mix_grpo").headroom["out_of_domain"].high, rel=1e-6
+    )
+    assert float(line["headroom_clip"]) == pytest.approx(
+        table.row("hps/mix_grpo").headroom["clip"].mean, rel=1e-6
     )
     rows = {row["key"]: row for row in json.loads(texts["json"])["rows"]}
     assert rows["hps/mix_grpo"]["headroom"]["in_domain"]["mean"] == pytest.approx(found.mean)

@@ -124,7 +124,8 @@ def test_csv_has_all_digits_costs_and_marks(texts: dict[str, str]) -> None:
         expected_best = [str(int(figure == max(printed))) for figure in printed]
         assert [row["hps_best"] for row in members] == expected_best
     by_key = {row["row"]: row for row in rows}
-    assert by_key[MISSING]["missing"] == "stopped at 40%"
+    assert by_key[MISSING]["missing"] == "stopped at 40%" and by_key[MISSING]["protocol"] == ""
+    assert by_key["hps/g2rpo"]["protocol"] == "test-captions (0123456789ab)"
     # Seeds 0, 1, 2 cost 120,000, 121,000 and 122,000 evaluations and 100.5, 101.5, 102.5 seconds.
     assert float(by_key["hps/g2rpo"]["rollout_evaluations"]) == 121_000
     assert float(by_key["hps/g2rpo"]["device_seconds"]) == 101.5
@@ -351,6 +352,12 @@ def test_cells_that_do_not_fit_the_table_are_refused(tmp_path: Path) -> None:
     other = make_cell("hps/mix_grpo", seed=0, scores=scores, train=("hps",), protocol=protocol)
     with pytest.raises(UserError, match="different protocols"):
         render(SPEC, [first, other], tmp_path)
+    far = make_cell(
+        "hps-clip/g2rpo", seed=0, scores=scores, train=("hps", "clip"),
+        protocol=Protocol(name="test-captions", hash="x"),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="that are both named 'test-captions'"):
+        render(SPEC, [first, far], tmp_path)
     fewer = make_cell(
         "hps/mix_grpo", seed=0, scores=make_scores({"hps": 0.3}, prompts=5), train=("hps",)
     )
