@@ -142,7 +142,12 @@ def by_name(named: Mapping[str, Value]) -> Callable[[str], Value | None]:
     return find
 
 
-def read_table(path: Path, known: Collection[str], bare: str | None = None) -> Table:
+def read_table(
+    path: Path,
+    known: Collection[str],
+    bare: str | None = None,
+    malformed: list[tuple[str, str]] | None = None,
+) -> Table:
     """Reads a table.
 
     Args:
@@ -150,25 +155,35 @@ def read_table(path: Path, known: Collection[str], bare: str | None = None) -> T
         known: columns that identify the header of a CSV file.
         bare: the column for JSON and YAML entries that are plain strings. If given, a mapping of
             ids to entries is also a table, as is a list under the name of a prompt column.
+        malformed: if given, gets the place of each row that cannot be read, and why.
 
     Raises:
-        UserError: the file cannot be read or is malformed; names the line.
+        UserError: the file cannot be read, or a row if not ``malformed``; names the line.
     """
     text, suffix = read_text(path), path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
-        return _of_entries(path, _json_lines(path, text), (), bare)
+        return _of_entries(path, _json_lines(path, text, malformed), (), bare, malformed)
     if suffix == ".json":
-        return _document(path, _json_value(path, text), bare)
+        return _document(path, _json_value(path, text), bare, malformed)
     if suffix in (".yaml", ".yml"):
-        return _document(path, _yaml_value(path, text), bare)
-    return _separated(path, text, known)
+        return _document(path, _yaml_value(path, text), bare, malformed)
+    return _separated(path, text, known, malformed)
+
+
+_Malformed = list[tuple[str, str]] | None
+
+
+def _refuse(path: Path, place: str, reason: str, malformed: _Malformed) -> None:
+    if malformed is None:
+        raise UserError(f"{path}, {place}: {reason}")
+    malformed.append((place, reason))
 
 
 def _name(column: object) -> str:
     return str(column).strip().casefold()
 
 
-def _separated(path: Path, text: str, known: Collection[str]) -> Table:
+def _separated(path: Path, text: str, known: Collection[str], malformed: _Malformed) -> Table:
     if 0 < text.count("\r\r\n") == text.count("\n"):  # newlines were converted twice
         text = text.replace("\r\r\n", "\n")
     marks = "\t,;|" if path.suffix.lower() == ".tsv" else ",;\t|"
@@ -202,7 +217,8 @@ def _separated(path: Path, text: str, known: Collection[str]) -> Table:
         if len(cells) != len(columns):
             hint = f"; put text with {mark!r} in double quotes" if more else ""
             counts = f"{len(cells)} values, but the header has {len(columns)}"
-            raise UserError(f"{path}, line {line}: {counts}{hint}")
+            _refuse(path, f"line {line}", counts + hint, malformed)
+            continue
         values = dict(zip(columns, cells, strict=True))
         values.pop("", None)  # an unnamed index column
         rows.append(Row(f"line {line}", values))
@@ -233,14 +249,18 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if quoted else cell
 
 
-def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
+def _json_lines(path: Path, text: str, malformed: _Malformed) -> list[tuple[str, Any]]:
     lines = re.split(r"\r*\n|\r", text)  # not splitlines(): prompts may contain U+2028
     while lines and not lines[-1].strip():
         lines.pop()
-    return [
-        (f"line {number}", _json_value(path, line, number) if line.strip() else {})
-        for number, line in enumerate(lines, start=1)
-    ]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        place = f"line {number}"
+        try:
+            found.append((place, _json_value(path, line, number) if line.strip() else {}))
+        except UserError as error:
+            _refuse(path, place, str(error).removeprefix(f"{path}, {place}: "), malformed)
+    return found
 
 
 def _json_value(path: Path, text: str, line: int | None = None) -> Any:
@@ -268,7 +288,7 @@ def _yaml_value(path: Path, text: str) -> Any:
         raise UserError(f"{path}: not valid YAML: {error}") from None
 
 
-def _document(path: Path, value: Any, bare: str | None) -> Table:
+def _document(path: Path, value: Any, bare: str | None, malformed: _Malformed) -> Table:
     """A list of entries or, with ``bare``, a mapping of ids to entries or a mapping with a list."""
     beside: list[str] = []
     if isinstance(value, dict) and bare is not None:
@@ -292,20 +312,26 @@ def _document(path: Path, value: Any, bare: str | None) -> Table:
     else:
         found = {dict: "an object", str: "text", type(None): "nothing"}.get(type(value), "a number")
         raise UserError(f"{path}: expected a list of rows, found {found}")
-    return _of_entries(path, places, beside, bare)
+    return _of_entries(path, places, beside, bare, malformed)
 
 
 def _of_entries(
-    path: Path, entries: Sequence[tuple[str, Any]], beside: Sequence[str], bare: str | None
+    path: Path,
+    entries: Sequence[tuple[str, Any]],
+    beside: Sequence[str],
+    bare: str | None,
+    malformed: _Malformed,
 ) -> Table:
     columns, rows = dict.fromkeys(beside), []
     for place, given in entries:
         entry = {bare: given} if bare is not None and isinstance(given, str) else given
         if not isinstance(entry, dict):
-            raise UserError(f'{path}, {place}: expected an object, {{"prompt": "..."}}')
+            _refuse(path, place, 'expected an object, {"prompt": "..."}', malformed)
+            continue
         values = {_name(key): value for key, value in entry.items()}
         if len(values) < len(entry):
-            raise UserError(f"{path}, {place}: two keys differ only in case or spaces")
+            _refuse(path, place, "two keys differ only in case or spaces", malformed)
+            continue
         columns |= dict.fromkeys(values)
         rows.append(Row(place, values))
     form = path.suffix.lower().removeprefix(".")

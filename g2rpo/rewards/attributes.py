@@ -8,7 +8,7 @@ model.safetensors.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -117,6 +117,16 @@ class AttributeReader(nn.Module):
         weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_FILE)
 
+    @staticmethod
+    def read_config(folder: Path) -> ReaderConfig:
+        """Reads config.json in ``folder``.
+
+        Raises:
+            UserError: it is missing or invalid.
+        """
+        where = locate(str(folder), [CONFIG_FILE])
+        return validate(ReaderConfig, read_json(where), str(where))
+
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """Loads what :meth:`save` wrote, frozen and in evaluation mode.
@@ -124,8 +134,7 @@ class AttributeReader(nn.Module):
         Raises:
             UserError: a file is missing or does not fit.
         """
-        where = locate(str(folder), [CONFIG_FILE])
-        reader = cls(validate(ReaderConfig, read_json(where), str(where)))
+        reader = cls(cls.read_config(folder))
         weights = locate(str(folder), [WEIGHTS_FILE])
         load_state(reader, read_weights(weights), weights)
         return reader.eval()
@@ -154,6 +163,19 @@ class AttributeReward(BatchedReward):
         folder = Path(config.source)
         reader = AttributeReader.from_folder(folder)
         return cls(reader, device, config.batch_size, sha256_file(folder / WEIGHTS_FILE))
+
+    @classmethod
+    def unscorable(cls, config: RewardConfig, prompts: Iterable[str]) -> dict[str, str]:
+        if config.source is None:  # as `load` says
+            return {}
+        grammar = AttributeReader.read_config(Path(config.source)).grammar
+        found = {}
+        for prompt in dict.fromkeys(prompts):
+            try:
+                grammar.parse(prompt)
+            except UserError as error:
+                found[prompt] = str(error)
+        return found
 
     def prepare(
         self, images: Sequence[Tensor], prompts: Sequence[str]

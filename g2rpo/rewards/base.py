@@ -209,13 +209,14 @@ class BatchedReward(ABC):
         """
 
     @classmethod
-    def check_prompts(cls, config: RewardConfig, prompts: Iterable[str]) -> None:
-        """Checks, before the model is loaded, that it can score images of ``prompts``.
+    def unscorable(cls, config: RewardConfig, prompts: Iterable[str]) -> dict[str, str]:
+        """Which of ``prompts`` the model cannot score images of, and why, before it is loaded.
 
         Raises:
-            UserError: it cannot; names the first prompt.
+            UserError: the configuration is wrong, or a file that it names.
         """
         del config, prompts  # most models score any
+        return {}
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
         """Preprocesses B checked images and prompts for :meth:`evaluate`; thread-safe."""

@@ -42,7 +42,7 @@ class ServerInfo(_Message):
     """What a server scores with."""
 
     name: str = Field(min_length=1)
-    version: str = Field(description="Changes when the scores change.")
+    version: str = Field(min_length=1, description="Changes when the scores change.")
     weights_hash: str = Field(description="SHA-256 of the weights.")
     template_hash: str | None = Field(
         default=None, description="SHA-256 of the question to a vision-language model."

@@ -56,7 +56,8 @@ def check_prompts(configs: Iterable[RewardConfig], prompts: Sequence[str]) -> No
         UserError: a configuration is wrong, or its model cannot score a prompt; names the first.
     """
     for config in configs:
-        reward_class(config).check_prompts(config, prompts)
+        for prompt, reason in reward_class(config).unscorable(config, prompts).items():
+            raise UserError(f"reward {config.model}: cannot score the prompt {prompt!r}: {reason}")
 
 
 def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedReward:

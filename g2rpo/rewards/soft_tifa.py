@@ -111,15 +111,10 @@ class SoftTIFA(VQAScore):
         return reward
 
     @classmethod
-    def check_prompts(cls, config: RewardConfig, prompts: Iterable[str]) -> None:
+    def unscorable(cls, config: RewardConfig, prompts: Iterable[str]) -> dict[str, str]:
         path = _questions_file(config)
         known = read_questions(path)
-        unknown = list(dict.fromkeys(prompt for prompt in prompts if prompt not in known))
-        if unknown:
-            raise UserError(
-                f"reward soft_tifa: {path} has no questions for {len(unknown)} prompts, the first "
-                f"{unknown[0]!r}; add them, or score only its prompts"
-            )
+        return {p: f"{path} has no questions about it" for p in prompts if p not in known}
 
     def prepare(self, images: Sequence[Tensor], prompts: Sequence[str]) -> Any:
         """See :meth:`BatchedReward.prepare`; at most as many questions at once as images."""

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,15 +59,18 @@ def import_scores(outside: Outside, request: Request) -> pd.DataFrame:
             images are not skipped; a row is of no image; or scores would be lost.
     """
     wanted = SCORES if outside.column is None else (outside.column.strip().casefold(),)
-    table = read_table(outside.file, (*NAMES, *wanted))
+    malformed: list[tuple[str, str]] = []
+    table = read_table(outside.file, (*NAMES, *wanted), malformed=malformed)
     name, column = _first(table, NAMES), _first(table, wanted)
     typer.echo(
         visible(f"{outside.file.name}: reading images from {name!r} and scores from {column!r}")
     )
     source = read_items(request, Ranks())
-    _check_replaceable(earlier_scores(request.output), outside, request.output)
+    for place, reason in malformed:
+        source.refuse(place, f"{outside.file.name}, {place}: {reason}")
     found = _matched(table, name, column, source)
     refuse_bad(source, request.skip_bad, "imported", noun="score")
+    _check_replaceable(earlier_scores(request.output), outside, request.output, found)
     scorer = Scorer(request.output / "journal", source.items, skip_bad=request.skip_bad)
     values = np.array([found[item.id] for item in scorer.items], dtype=np.float64)
     sha256 = sha256_file(outside.file)
@@ -82,7 +85,7 @@ def import_scores(outside: Outside, request: Request) -> pd.DataFrame:
     }
     with writing_alone(request.output):  # another command may have added scores meanwhile
         old = earlier_scores(request.output)
-        _check_replaceable(old, outside, request.output)
+        _check_replaceable(old, outside, request.output, found)
         kept, dropped = still_valid(old, scores)
         if dropped:
             raise UserError(
@@ -99,12 +102,20 @@ def _first(table: Table, names: Sequence[str]) -> str:
     return next((name for name in names if name in table.columns), None) or table.column(names)
 
 
-def _check_replaceable(old: pd.DataFrame | None, outside: Outside, output: Path) -> None:
-    own = [] if old is None else old[old["reward"] == outside.reward]["version"].unique().tolist()
-    if own not in ([], [outside.version]):
+def _check_replaceable(
+    old: pd.DataFrame | None, outside: Outside, output: Path, found: Collection[str]
+) -> None:
+    """Refuses to lose earlier scores of the reward: of another version, or of other images."""
+    if old is None:
+        return
+    own = old[old["reward"] == outside.reward]
+    lost = own[(own["version"] != outside.version) | ~own["id"].isin(found)]
+    if len(lost):
+        first = lost.iloc[0]
         raise UserError(
-            f"{output}: has scores of {outside.reward!r}, version {own[0]!r}, which would be lost; "
-            "choose another --reward or --output"
+            f"{output}: has scores of {outside.reward!r}, version {first['version']!r}, of which "
+            f"{len(lost)} would be lost, the first of {first['id']}; choose another --reward or "
+            "--output"
         )
 
 

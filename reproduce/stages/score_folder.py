@@ -21,7 +21,7 @@ from g2rpo.errors import UserError
 from g2rpo.files import atomic_path, atomic_write_text, check_writable, sha256_file, write_json
 from g2rpo.provenance import provenance
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.registry import REWARDS, check_prompts, load_reward, reward_class
+from g2rpo.rewards.registry import REWARDS, load_reward, reward_class
 from g2rpo.terminal import literal, wide_console
 from g2rpo.text import is_unicode, visible
 from reproduce.experiment import Profile, reward_configs
@@ -106,7 +106,10 @@ def score(request: Request, rewards: Mapping[str, RewardConfig]) -> pd.DataFrame
     """
     ranks = Ranks.launched()
     source = read_items(request, ranks)
-    check_prompts(rewards.values(), [item.prompt for item in source.items])
+    for name, config in rewards.items():
+        prompts = [item.prompt for item in source.items]
+        source.refuse_prompts(name, reward_class(config).unscorable(config, prompts))
+    refuse_bad(source, request.skip_bad)
     if ranks.main:
         earlier_scores(request.output)  # before all images are read
     aspect = min(reward_class(config).largest_aspect for config in rewards.values())

@@ -268,6 +268,34 @@ def test_mistakes_are_one_line(
     assert list(pd.read_parquet(tmp_path / "out" / "scores.parquet")["id"]) == ["one"]
 
 
+def test_rows_that_cannot_be_read_and_prompts_that_cannot_be_scored_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("good", "odd"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{name}.png")
+    good, odd = '"good.png","a red circle on black"', 'odd.png,"a red unicorn on black"'
+    table = "\n".join(["image,prompt", good, "odd.png", odd])
+    objects = [{"image": "good.png", "prompt": "a red circle on black"}, "odd.png"]
+    objects.append({"image": "odd.png", "prompt": "a red unicorn on black"})
+    texts = {
+        "set.csv": table,
+        "set.jsonl": "\n".join(map(json.dumps, objects)),
+        "set.json": json.dumps(objects),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        output = tmp_path / f"{name}-scores"
+        options = ["--profile", "mini", "--rewards", "attributes", "--output", output]
+        errors = refused(score_here(capsys, tmp_path / name, *options))
+        assert errors.count("\n") <= 2 and "1 image cannot be scored" in errors
+        reason = "1 values, but the header has 2" if name == "set.csv" else "expected an object"
+        assert reason in errors
+        printed = succeeded(score_here(capsys, tmp_path / name, *options, "--skip-bad"))
+        assert printed.splitlines()[-1].startswith("scored 1 of 3; 2 skipped: ")
+        assert "odd: attributes: caption 'a red unicorn on black': 'unicorn' is not in" in printed
+        assert list(pd.read_parquet(output / "scores.parquet")["id"]) == ["good"]
+
+
 def test_everything_found_is_scored_or_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -299,9 +299,20 @@ def test_scores_that_do_not_fit_are_listed(
     assert "00000_9.png: results.jsonl, line 6: the prompt is another" in errors
     assert "00002_x: no score in results.jsonl" in errors
     assert not (output / "scores.parquet").exists()
+    file.write_text("\n".join([*lines, '{"image": "00001.png", "score": ', "[1]"]))
+    errors = refused(tell(capsys, *command))
+    assert "7 scores cannot be imported: line 7: results.jsonl, line 7: not valid JSON (" in errors
+    assert "line 8: results.jsonl, line 8: expected an object" in errors
     out = succeeded(tell(capsys, *command, "--skip-bad"))
-    assert out.splitlines()[-1].startswith("scored 1 of 6; 5 skipped: strange.png: ")
-    assert len(pd.read_csv(output / "skipped.csv")) == 5
+    assert out.splitlines()[-1].startswith("scored 1 of 8; 7 skipped: line 7: results.jsonl, l")
+    assert len(pd.read_csv(output / "skipped.csv")) == 7
+    # Another file has no score of that image.
+    known = (output / "scores.parquet").read_bytes()
+    file.write_text('{"image": "00000_10.png", "score": 0.25}')
+    errors = refused(tell(capsys, *command, "--skip-bad"))
+    assert "has scores of 'mine', version '1', of which 1 would be lost, the first of 00" in errors
+    assert (output / "scores.parquet").read_bytes() == known
+    file.write_text("\n".join(lines))
     # What was scored before is not lost.
     succeeded(tell(capsys, "score", geneval / "images", "--prompts", prompts, *SCORE))
     whole = geneval / "images-scores"
@@ -309,8 +320,7 @@ def test_scores_that_do_not_fit_are_listed(
     command = ["import-scores", *base, "--version", "1", "--output", whole, "--skip-bad"]
     errors = refused(tell(capsys, *command))
     assert "has scores of hps for other images or prompts; choose" in errors
-    command = ["import-scores", *base, "--version", "1", "--output", whole, "--reward", "hps"]
-    errors = refused(tell(capsys, *command))
+    errors = refused(tell(capsys, *command, "--reward", "hps"))
     assert "has scores of 'hps', version " in errors and "would be lost" in errors
     assert (whole / "scores.parquet").read_bytes() == known
     other = geneval / "other.csv"

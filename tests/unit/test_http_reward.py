@@ -307,6 +307,11 @@ class TestMisbehavingServers:
         assert KEY not in repr(caught.value) + repr(caught.value.__context__)
         assert not server.requests
 
+    def test_an_empty_version_stops(self, server: FakeServer) -> None:
+        server.pages["/v1/info"] = info(version="")
+        with pytest.raises(UserError, match="the answer to /v1/info is not as in docs/reward_s"):
+            score(server)
+
     def test_a_missing_part_stops(self, server: FakeServer) -> None:
         server.pages["/v1/info"] = info(parts=["style"])
         with pytest.raises(UserError, match="0 style for 2 images"):

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from g2rpo.errors import UserError
 from g2rpo.rewards.base import RewardConfig
-from g2rpo.rewards.registry import load_reward, reward_class
+from g2rpo.rewards.registry import check_prompts, load_reward, reward_class
 from g2rpo.rewards.soft_tifa import SoftTIFA, spellings
 from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, question_inputs
 
@@ -145,10 +145,11 @@ def test_a_prompt_without_questions_is_refused_before_anything_is_loaded(
     tmp_path: Path, questions: Path
 ) -> None:
     config = config_of(tmp_path / "no model", questions)
-    reward_class(config).check_prompts(config, PROMPTS)
-    message = r"has no questions for 2 prompts, the first 'b'; add them"
-    with pytest.raises(UserError, match=message):
-        reward_class(config).check_prompts(config, ["a cat", "b", "c", "b"])
+    assert reward_class(config).unscorable(config, PROMPTS) == {}
+    found = reward_class(config).unscorable(config, ["a cat", "b", "c", "b"])
+    assert found == dict.fromkeys("bc", f"{questions} has no questions about it")
+    with pytest.raises(UserError, match=r"soft_tifa: cannot score the prompt 'b': .* no questions"):
+        check_prompts([config], ["a cat", "b"])
     with pytest.raises(UserError, match="needs the questions of its prompts; run `g2rpo prompts f"):
         load_reward(config_of(tmp_path, None), "cpu")
     for model, reason in (("vqa_score", "asks one question; remove"), ("hps", "asks no question")):

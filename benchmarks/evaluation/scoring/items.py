@@ -19,7 +19,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,15 @@ class Source:
             self.items.append(item)
         else:
             self.refuse(item.id, reason)
+
+    def refuse_prompts(self, reward: str, reasons: Mapping[str, str]) -> None:
+        """Refuses the items whose prompt ``reward`` cannot score, by the reason of each prompt."""
+        items, self.items = self.items, []
+        for item in items:
+            if item.prompt in reasons:
+                self.refuse(item.id, f"{reward}: {reasons[item.prompt]}")
+            else:
+                self.items.append(item)
 
     def refuse(self, name: str, reason: str) -> None:
         """Adds something that cannot be scored."""
@@ -327,9 +336,12 @@ def _read_manifest(path: Path) -> tuple[Source, list[Path]]:
         raise UserError(
             f"{path}: not a manifest; use a .csv or .jsonl file (or .tsv, .json, .ndjson)"
         )
-    table = read_table(path, (*IMAGE_COLUMNS, *PROMPT_COLUMNS, *OTHER_COLUMNS))
-    columns = table.column(IMAGE_COLUMNS), table.column(PROMPT_COLUMNS)
     source, images = Source(), []
+    malformed: list[tuple[str, str]] = []
+    table = read_table(path, (*IMAGE_COLUMNS, *PROMPT_COLUMNS, *OTHER_COLUMNS), malformed=malformed)
+    for place, reason in malformed:
+        source.refuse(place, f"{path.name}, {place}: {reason}")
+    columns = table.column(IMAGE_COLUMNS), table.column(PROMPT_COLUMNS)
     source.notes.append(
         f"{path.name}: reading images from {columns[0]!r} and prompts from {columns[1]!r}"
         f"{table.not_read((*columns, *OTHER_COLUMNS))}"
