@@ -64,6 +64,9 @@ class MixGRPO(Method):
             raise ValueError(
                 f"grid.steps={shape.steps} leaves MixGRPO no trainable step; use 3 or more"
             )
+        if self.window_size > shape.steps - 2:
+            note = f"method.window_size={self.window_size} is more than the {shape.steps - 2} steps"
+            return [f"{note} that MixGRPO trains, so the window holds all of them"]
         return []
 
     def tree(self, shape: RolloutShape, phase: int = 0) -> RolloutTree:

@@ -69,7 +69,8 @@ class RewardConfig(StrictModel):
     def _served(self) -> Self:
         if (self.model == "http") != (self.server is not None):
             raise ValueError(
-                "the reward http, and only that, needs url: http://host:8000 or a section server"
+                "the reward http, and only that, needs url: http://host:8000 or a section server; "
+                "the server of a vision-language model is question.server"
             )
         if self.server is not None and (self.source or self.revision or self.variant):
             raise ValueError(

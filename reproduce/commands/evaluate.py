@@ -110,7 +110,7 @@ def evaluate(
     from reproduce.jobs.runner import build_assets
 
     file = named_file("suites", suite)
-    chosen_suite = validate(Suite, load_yaml(file), f"suite {suite}")
+    chosen_suite = validate(Suite, load_yaml(file), f"suite {file}")
     found = find_model(model, base)
     chosen = _profile(found, profile)
     if protocol is not None:
@@ -118,7 +118,7 @@ def evaluate(
     prompts = prompt_file(chosen_suite, file)
     chosen_suite = chosen_suite.model_copy(update={"prompts": prompts})
     layers = [chosen_suite.evaluation, {"preset": protocol}, settings]
-    data = _profile_data(chosen, chosen_suite, found, layers)
+    data = _profile_data(chosen, chosen_suite, found, layers, file)
     name = f"{_slug(Path(suite).stem)}-{_slug(found.label)}"
     digest = content_hash([model, data["policy"], data["prompts"], data["evaluation"]])
     experiment = _experiment_data(f"{name}-{digest[:6]}", found, data, suite)
@@ -223,9 +223,13 @@ def _profile(found: Evaluated, name: str | None) -> "Profile":
 
 
 def _profile_data(
-    profile: "Profile", suite: Suite, found: Evaluated, layers: Sequence[Mapping[str, Any]]
+    profile: "Profile",
+    suite: Suite,
+    found: Evaluated,
+    layers: Sequence[Mapping[str, Any]],
+    file: Path,
 ) -> dict[str, Any]:
-    """The profile with the model's base, and with the suite's prompts, rewards and protocol."""
+    """The profile with the model's base, and with the prompts, rewards and protocol of ``file``."""
     from g2rpo.rewards.registry import REWARDS
     from reproduce.experiment.profile import with_preset
     from reproduce.experiment.resolving import given
@@ -240,7 +244,9 @@ def _profile_data(
     for name, config in rewards.items():
         if config["model"] not in REWARDS:
             hint = nearest(config["model"], REWARDS)
-            raise UserError(f"suite: rewards.{name}: no reward model {config['model']!r}; {hint}")
+            raise UserError(
+                f"suite {file}: rewards.{name}: no reward model {config['model']!r}; {hint}"
+            )
     # Every prompt of the suite, and only what it scores.
     whole = {"split": "test", "limit": None, "diversity": None, "drift": None}
     evaluation = merge(data["evaluation"], whole, *map(with_preset, layers))
@@ -281,15 +287,22 @@ def _check(found: Evaluated, data: Mapping[str, Any]) -> None:
     from g2rpo.policy.checkpoint import find_checkpoint
     from g2rpo.policy.size import assumption
     from g2rpo.rewards.registry import check_prompts
+    from g2rpo.rewards.server import read_key
     from reproduce.experiment import Profile, reward_configs
     from reproduce.experiment.fingerprint import checkpoint_run
     from reproduce.experiment.weights import missing_weights
 
     profile = validate(Profile, data, "evaluation")
     texts = [prompt.text for prompt in read_prompts(Path(absolute(profile.prompts.test)))]
-    check_prompts(reward_configs(profile).values(), texts)
+    rewards = reward_configs(profile)
+    for name, config in rewards.items():
+        if config.server is not None:
+            read_key(config.server.api_key_env, f"rewards.{name}.server.api_key_env")
+    check_prompts(rewards.values(), texts)
     policy = profile.policy.model_copy(update={"source": absolute(profile.policy.source)})
     if (problem := assumption(policy)) is not None:
+        if Path(policy.source).exists():
+            raise UserError(f"{policy.source}: no model_index.json; --base is a pipeline folder")
         raise UserError(
             f"{problem.partition(', so')[0]}; correct --base, or fetch it with `hf download "
             f"{policy.source}`"

@@ -182,6 +182,8 @@ def test_what_cannot_be_evaluated_is_one_line(
     place: Path, smoke_assets: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "unknown.yaml").write_text(yaml.safe_dump(SUITE | {"rewards": {"hsp": {}}}))
+    served = {"http": {"url": "http://127.0.0.1:9", "server": {"api_key_env": "NO_SUCH_KEY"}}}
+    (place / "served.yaml").write_text(yaml.safe_dump(SUITE | {"rewards": served}))
     (place / "absent.yaml").write_text(yaml.safe_dump(SUITE | {"prompts": "absent.txt"}))
     (place / "suites").mkdir(exist_ok=True)
     shutil.copy(place / "absent.yaml", place / "suites")
@@ -199,7 +201,18 @@ def test_what_cannot_be_evaluated_is_one_line(
             "error: suites/absent.txt or absent.txt: no such prompt file",
         ),
         (("suites", *CHOSEN), "suites: no model: it contains no *.safetensors; give a pipeline"),
-        (("lora", "--suite", "unknown.yaml", *small), "did you mean 'hps'?"),
+        (
+            ("lora", "--suite", "unknown.yaml", *small),
+            "suite unknown.yaml: rewards.hsp: no reward model 'hsp'; did you mean 'hps'?",
+        ),
+        (
+            ("lora", "--suite", "served.yaml", *small),
+            "rewards.http.server.api_key_env: $NO_SUCH_KEY is not set",
+        ),
+        (
+            ("lora", *CHOSEN, "--base", str(smoke_assets / "policy" / "transformer")),
+            "transformer: no model_index.json; --base is a pipeline folder",
+        ),
         (
             ("lora", *CHOSEN, "--base", "nobody/nothing"),
             "fetch it with `hf download nobody/nothing`",
