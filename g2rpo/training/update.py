@@ -155,8 +155,9 @@ class Updater:
             # The mean over all ranks' losses, which may differ in number between ranks.
             update = self.backward(replace(part, weight=len(lengths) / sum(lengths)))
             if not updates:
-                deviations = torch.tensor(of_all_ranks(self.accelerator, update.ratio_deviation))
-                update.ratio_deviation = float(deviations.max())  # NaN if any is
+                found = of_all_ranks(self.accelerator, update.ratio_deviation)
+                # NaN if any of them is.
+                update.ratio_deviation = float(torch.tensor(found, dtype=torch.float64).max())
                 self._check_ratio(update.ratio_deviation, iteration)
             self._step(update, prompts, iteration)
             updates.append(update)

@@ -43,6 +43,7 @@ def style_table(spec: TableSpec, results: Mapping[str, RowScores], profile: str)
         profile=profile,
         columns=columns,
         rows=rows,
+        protocols=tuple({one.protocol.hash: one.protocol for one in results.values()}.values()),
         notes=_notes(styles),
         group_label="Style",
         row_label=spec.row_label,
