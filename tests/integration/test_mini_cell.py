@@ -8,8 +8,9 @@ import pytest
 from command_line import g2rpo
 from golden import RESULTS
 
-EXPERIMENT, CELL = "table1", "hps/mix_grpo"
-"""The cheapest row of Table 1."""
+EXPERIMENT, CELL = "efficient", "hps/efficient"
+"""G²RPO at less than half of the cost of its row of Table 1. MixGRPO would be cheaper still, but there
+the rounding of another CPU grows beyond the tolerance in 100 iterations."""
 TOLERANCE = 0.02
 """Of a reward's standard deviation over prompts: another CPU rounds otherwise (2e-3 of HPS)."""
 
@@ -24,8 +25,7 @@ def test_a_committed_cell_is_reproduced(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     told = json.loads(committed.with_suffix(".json").read_text())["cell"]
-    (run,) = (tmp_path / "results" / "runs").glob("g2rpo-*")
-    assert run.name == told["runs"]["train"]
+    run = tmp_path / "results" / "runs" / told["runs"]["train"]
     manifest = json.loads((run / "manifest.json").read_text())
     (scores,) = run.rglob("scores.parquet")
     expected = pd.read_parquet(committed.with_suffix(".parquet"))
