@@ -9,8 +9,8 @@ from command_line import g2rpo
 from golden import RESULTS
 
 EXPERIMENT, CELL = "efficient", "hps/efficient"
-"""G²RPO at less than half of the cost of its row of Table 1. MixGRPO would be cheaper still, but there
-the rounding of another CPU grows beyond the tolerance in 100 iterations."""
+"""G²RPO at less than half of the cost of its row of Table 1. MixGRPO would be cheaper still, but
+there the rounding of another CPU grows beyond the tolerance in 100 iterations."""
 TOLERANCE = 0.02
 """Of a reward's standard deviation over prompts: another CPU rounds otherwise (2e-3 of HPS)."""
 
