@@ -155,7 +155,7 @@ def read_table(
         known: columns that identify the header of a CSV file.
         bare: the column for JSON and YAML entries that are plain strings. If given, a mapping of
             ids to entries is also a table, as is a list under the name of a prompt column.
-        malformed: if given, gets the place of each row that cannot be read, and why.
+        malformed: if given, gets the place of each row that cannot be read, and why, with the file.
 
     Raises:
         UserError: the file cannot be read, or a row if not ``malformed``; names the line.
@@ -176,7 +176,7 @@ _Malformed = list[tuple[str, str]] | None
 def _refuse(path: Path, place: str, reason: str, malformed: _Malformed) -> None:
     if malformed is None:
         raise UserError(f"{path}, {place}: {reason}")
-    malformed.append((place, reason))
+    malformed.append((place, f"{path.name}, {place}: {reason}"))
 
 
 def _name(column: object) -> str:

@@ -14,6 +14,7 @@ from pydantic import (
 
 from g2rpo.config import StrictModel, unhashed
 from g2rpo.errors import UserError
+from g2rpo.flow.rollout_tree import recorded_steps
 from g2rpo.flow.schedule import GridConfig
 from g2rpo.methods.base import Method, RolloutShape, iterations_by_rollout, parse_method
 from g2rpo.offload import OffloadConfig
@@ -321,12 +322,12 @@ class TrainConfig(StrictModel):
         shape, method = self.shape, self.method
         any_rewards = torch.zeros(1, shape.group_size)
         for iteration in iterations_by_rollout(method, shape):
-            tree, sure = method.rollout_tree(shape, iteration), set()
-            for state in (tree.states[place] for place in tree.recorded):
-                selected = method.selected(shape, state.step, any_rewards)
-                if state.sample is not None and (selected is None or bool(selected.all())):
-                    sure.add(state.sample * updates // shape.group_size)
-            if len(sure) < updates:
+            tree = method.rollout_tree(shape, iteration)
+            masks = {s: method.selected(shape, s, any_rewards) for s in recorded_steps(tree)}
+            whole = {step for step, mask in masks.items() if mask is None or bool(mask.all())}
+            states = (tree.states[place] for place in tree.recorded)
+            samples = (s.sample for s in states if s.step in whole and s.sample is not None)
+            if len({sample * updates // shape.group_size for sample in samples}) < updates:
                 raise ValueError(
                     f"optimization.updates_per_iteration={updates}: an update of iteration "
                     f"{iteration + 1} may have no transition to train; use fewer or prune less"

@@ -67,7 +67,7 @@ def import_scores(outside: Outside, request: Request) -> pd.DataFrame:
     )
     source = read_items(request, Ranks())
     for place, reason in malformed:
-        source.refuse(place, f"{outside.file.name}, {place}: {reason}")
+        source.refuse(place, reason)
     found = _matched(table, name, column, source)
     refuse_bad(source, request.skip_bad, "imported", noun="score")
     _check_replaceable(earlier_scores(request.output), outside, request.output, found)

@@ -27,6 +27,7 @@ from reproduce.tables.figures import (
 )
 from reproduce.tables.headroom import IN_DOMAIN
 from reproduce.tables.model import COST_LABELS, Row, Table, grouped
+from reproduce.tables.notes import full_label
 
 COSTS: tuple[Literal["equal_cost_evaluations", "device_seconds"], ...] = (
     "equal_cost_evaluations",
@@ -180,7 +181,7 @@ def _legend(figure: Figure, rows: Sequence[Row], runs: Collection[int]) -> None:
     """Names the rows by number, with their held-out scores from the table."""
     handles = [Line2D([], [], **_style(number)) for number in range(len(rows))]
     several = len({row.group for row in rows}) > 1
-    labels = [f"{row.label} ({row.group})" if several else row.label for row in rows]
+    labels = [full_label(row) if several else row.label for row in rows]
     names = [
         f"{number}  {label}{_held_out(row)}"
         for number, (label, row) in enumerate(zip(labels, rows, strict=True), start=1)

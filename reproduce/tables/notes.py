@@ -35,7 +35,7 @@ def missing_reason(row: str, gaps: Iterable[Gap]) -> str:
     return whole[0] if whole else "; ".join(seeds) or NOT_RUN
 
 
-def full_label(row: RowSpec) -> str:
+def full_label(row: RowSpec | Row) -> str:
     """The row's label with its group, for use outside the table."""
     return f"{row.label} ({row.group})" if row.group else row.label
 
@@ -70,8 +70,8 @@ def table_notes(
 def _protocol_notes(spec: TableSpec, results: Mapping[str, RowScores]) -> list[str]:
     """The settings of each protocol, with the groups that have it if there are several."""
     groups: dict[tuple[str, str], dict[str, None]] = {}
-    for row in spec.rows:
-        for info in (cell.info for cell in results[row.key].cells) if row.key in results else ():
+    for row in (row for row in spec.rows if row.key in results):
+        for info in (cell.info for cell in results[row.key].cells):
             if info.sampling:
                 groups.setdefault((info.protocol.title, info.sampling), {})[row.group] = None
     label = spec.group_label.lower()

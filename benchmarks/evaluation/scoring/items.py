@@ -340,7 +340,7 @@ def _read_manifest(path: Path) -> tuple[Source, list[Path]]:
     malformed: list[tuple[str, str]] = []
     table = read_table(path, (*IMAGE_COLUMNS, *PROMPT_COLUMNS, *OTHER_COLUMNS), malformed=malformed)
     for place, reason in malformed:
-        source.refuse(place, f"{path.name}, {place}: {reason}")
+        source.refuse(place, reason)
     columns = table.column(IMAGE_COLUMNS), table.column(PROMPT_COLUMNS)
     source.notes.append(
         f"{path.name}: reading images from {columns[0]!r} and prompts from {columns[1]!r}"
