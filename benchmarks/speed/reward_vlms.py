@@ -4,6 +4,7 @@ Questions and answers have about the lengths of the published ones. The networks
 their last layers are made so that answers have the form that is asked for.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -32,6 +33,7 @@ from g2rpo.rewards import hpsv3
 from g2rpo.rewards.base import RewardConfig
 from g2rpo.rewards.question import ASPECTS
 from g2rpo.rewards.registry import load_reward
+from g2rpo.rewards.soft_tifa import Question, SoftTIFA, spellings
 from g2rpo.rewards.unified_reward.answers import read_scores
 from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER, Template
 from g2rpo.rewards.vqa_score import ANSWER, QUESTION
@@ -42,13 +44,21 @@ HPSV3_BATCH = 8
 """The package's in its ``evaluate.py``."""
 LIKELY = 60.0
 """Times the share of a token in the last layer's output: the logit of the next one in an answer."""
+QUESTIONS = "questions.jsonl"
 TOKENS, ROWS = 151_665, 152_064
 """Of Qwen2-VL's tokenizer, and of its embedding, which is rounded up."""
 _QUESTIONS = {
     "hpsv3": f"{'word ' * 440}{PLACEHOLDER} {hpsv3.REWARD_TOKEN}",
     "unified_reward": f"{'word ' * 330}{PLACEHOLDER}",
     "vqa_score": QUESTION.text,
+    "soft_tifa": SoftTIFA.default_question.text,
 }
+_ATOMS = (
+    ("How many circles are in the image?", "two"),
+    ("Are the circles red?", "Yes"),
+    ("Is the star blue?", "Yes"),
+)
+"""Questions about every prompt of the benchmark, and their answers."""
 
 
 def _grade(aspect: str, mark: int) -> str:
@@ -57,13 +67,18 @@ def _grade(aspect: str, mark: int) -> str:
 
 _GRADES = [[_grade(aspect, mark) for mark in range(1, 6)] for aspect in ASPECTS]
 _WORDS = [[f" word{number}"] for number in range(ANSWER_TOKENS - len(_GRADES) - 1)]
-_ANSWERS = {"unified_reward": [*_WORDS, *_GRADES], "vqa_score": [[ANSWER, "No"]]}
+_ANSWERS = {
+    "unified_reward": [*_WORDS, *_GRADES],
+    "vqa_score": [[ANSWER, "No"]],
+    "soft_tifa": [[ANSWER, "No", "two"]],
+}
 """For each token of an answer, those between which the network chooses."""
 
 
 def _tokenizer() -> Qwen2TokenizerFast:
     """A token for each word of the questions, and as many tokens as Qwen2-VL's in all."""
-    corpus = [*_QUESTIONS.values(), PROMPT, "0 1 2 3", "user assistant", "Yes No"]
+    atoms = [question for question, _ in _ATOMS]
+    corpus = [*_QUESTIONS.values(), *atoms, PROMPT, "0 1 2 3", "user assistant", "Yes No"]
     grades = [text for each in _GRADES for text in each]
     learned = qwen_tokenizer(corpus, learned=2000)
     more = [f" word{number}" for number in range(TOKENS - len(learned) - len(grades))]
@@ -119,6 +134,9 @@ def _write_question(folder: Path, name: str) -> Qwen2TokenizerFast:
 def _write_qwen2_5(name: str) -> Callable[[Path, int], None]:
     def write(folder: Path, divisor: int) -> None:
         tokenizer = _write_question(folder, name)
+        if name == "soft_tifa":
+            entries = [{"prompt": PROMPT.format(number), "vqa_list": _ATOMS} for number in range(4)]
+            (folder / QUESTIONS).write_text("\n".join(map(json.dumps, entries)))
         text, vision = _sizes(divisor)
         vision |= {
             "hidden_size": 80 * vision["num_heads"], "intermediate_size": share(3420, divisor),
@@ -167,44 +185,67 @@ def _chat(processor: Any, question: str) -> str:
     return text
 
 
-def _asked(
-    options: dict[str, Any], read: Callable[[Any, torch.Tensor, Any], float]
-) -> Callable[[Path, torch.device], Any]:
-    """One image's question at a time through transformers, as Qwen's model cards show it.
+@contextmanager
+def _generator(
+    folder: Path, device: torch.device, **options: Any
+) -> Iterator[Callable[[Path, str], tuple[Any, torch.Tensor, Any]]]:
+    """Asks about one image at a time through transformers, as Qwen's model cards show it.
 
-    ``read`` is given the processor, the new tokens ``[L]`` and all that ``generate`` returned.
+    Yields a function of an image and a question that returns the processor, the new tokens ``[L]``
+    and all that ``generate`` returned.
     """
+    network = AutoModelForImageTextToText.from_pretrained(folder, dtype=_dtype(device))
+    network.eval().to(device)
+    processor = AutoProcessor.from_pretrained(folder)
 
-    @contextmanager
-    def package(folder: Path, device: torch.device) -> Iterator[PackageScore]:
-        network = AutoModelForImageTextToText.from_pretrained(folder, dtype=_dtype(device))
-        network.eval().to(device)
-        processor = AutoProcessor.from_pretrained(folder)
-        question = Template.read(folder / BESIDE_THE_MODEL)
+    def generate(path: Path, question: str) -> tuple[Any, torch.Tensor, Any]:
+        inputs = processor(
+            text=[_chat(processor, question)],
+            images=[Image.open(path)],
+            padding=True,
+            return_tensors="pt",
+        ).to(device)
+        with torch.no_grad():
+            output = network.generate(**inputs, return_dict_in_generate=True, **options)
+        return processor, output.sequences[0, inputs["input_ids"].shape[1] :], output
+
+    yield generate
+
+
+@contextmanager
+def _unified_reward(folder: Path, device: torch.device) -> Iterator[PackageScore]:
+    template = Template.read(folder / BESIDE_THE_MODEL)
+    with _generator(folder, device, max_new_tokens=4096) as generate:
 
         def score(path: Path, prompt: str) -> float:
-            texts = [_chat(processor, question.question(prompt))]
-            inputs = processor(
-                text=texts, images=[Image.open(path)], padding=True, return_tensors="pt"
-            ).to(device)
-            with torch.no_grad():
-                output = network.generate(**inputs, return_dict_in_generate=True, **options)
-            return read(processor, output.sequences[0, inputs["input_ids"].shape[1] :], output)
+            processor, tokens, _ = generate(path, template.question(prompt))
+            return fmean(read_scores(processor.decode(tokens, skip_special_tokens=True), 1, 5))
 
         yield one_by_one(score)
 
+
+def _first_token(
+    questions: Callable[[str], Sequence[Question]],
+) -> Callable[[Path, torch.device], Any]:
+    """The mean probability of the expected first tokens over a prompt's questions."""
+
+    @contextmanager
+    def package(folder: Path, device: torch.device) -> Iterator[PackageScore]:
+        template = Template.read(folder / BESIDE_THE_MODEL)
+        with _generator(folder, device, max_new_tokens=1, output_scores=True) as generate:
+
+            def probability(path: Path, question: str, answers: Sequence[str]) -> float:
+                processor, _, output = generate(path, template.question(question))
+                tokens = {processor.tokenizer.encode(answer)[0] for answer in answers}
+                found = output.scores[0][0].float().softmax(-1)[list(tokens)]
+                return float(found.sum().item())
+
+            def score(path: Path, prompt: str) -> float:
+                return fmean(probability(path, *each) for each in questions(prompt))
+
+            yield one_by_one(score)
+
     return package
-
-
-def _mean_score(processor: Any, tokens: torch.Tensor, output: Any) -> float:
-    del output
-    return fmean(read_scores(processor.decode(tokens, skip_special_tokens=True), 1, 5))
-
-
-def _yes(processor: Any, tokens: torch.Tensor, output: Any) -> float:
-    del tokens
-    (answer,) = processor.tokenizer.encode(ANSWER)
-    return float(output.scores[0][0].float().softmax(-1)[answer].item())
 
 
 @contextmanager
@@ -254,13 +295,19 @@ VLMS = {
     "unified_reward": Scored(
         f"its authors' script; answers of {ANSWER_TOKENS} tokens",
         _write_qwen2_5("unified_reward"),
-        _asked({"max_new_tokens": 4096}, _mean_score),
+        _unified_reward,
         billions=True, options={"cpu": _NO_CACHE, "cuda": _NO_CACHE},
     ),
     "vqa_score": Scored(
         "t2v_metrics 3.0's loop, written again",
         _write_qwen2_5("vqa_score"),
-        _asked({"max_new_tokens": 1, "output_scores": True}, _yes),
+        _first_token(lambda prompt: [(prompt, (ANSWER,))]),
         billions=True,
+    ),
+    "soft_tifa": Scored(
+        f"GenEval 2's loop, written again; {len(_ATOMS)} questions about an image",
+        _write_qwen2_5("soft_tifa"),
+        _first_token(lambda _: [(each[0], spellings(*each)) for each in _ATOMS]),
+        billions=True, questions=QUESTIONS,
     ),
 }  # fmt: skip

@@ -82,6 +82,8 @@ def measure(
             torch.manual_seed(0)
             scored.write(folder, divisor)
         options = scored.options.get(device.type, {})
+        if scored.questions is not None:
+            options = options | {"question": {"questions": str(folder / scored.questions)}}
         ours = load_reward(RewardConfig(model=name, source=str(folder), **options), device)
         with scored.package(folder, device) as package:
             package(images[:1])  # warms up

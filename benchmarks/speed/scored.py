@@ -26,6 +26,7 @@ class Scored:
         package: loads them from the folder to a device in the package's own way.
         billions: whether the published size has billions of parameters.
         options: further settings of our reward, by type of device.
+        questions: the file in the folder with the prompts' questions, for Soft-TIFA.
     """
 
     beside: str
@@ -33,6 +34,7 @@ class Scored:
     package: Callable[[Path, torch.device], AbstractContextManager[PackageScore]]
     billions: bool = False
     options: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    questions: str | None = None
 
 
 def share(count: int, divisor: int) -> int:

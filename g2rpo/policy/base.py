@@ -43,7 +43,7 @@ from g2rpo.policy.config import ImageConfig, LoraConfig, PolicyConfig
 from g2rpo.policy.decoding import decode_size, in_slices
 from g2rpo.policy.folder import load_model
 from g2rpo.policy.kernels import keep_freed_memory
-from g2rpo.policy.size import ModelSize, size_class
+from g2rpo.policy.size import ModelSize, check_sides, size_class
 from g2rpo.progress import without_library_bars
 
 logger = logging.getLogger(__name__)
@@ -104,13 +104,7 @@ class Policy(ABC):
         self._shift_factor = float(vae_config["shift_factor"] or 0.0)
         self._factor = factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
         channels = int(vae_config["latent_channels"])
-        for key, side in config.sides.items():
-            if side % (2 * factor):
-                nearest = max(1, round(side / (2 * factor))) * 2 * factor
-                raise UserError(
-                    f"{key} {side} is not divisible by {2 * factor} (the autoencoder's factor "
-                    f"{factor} times the 2x2 packing); nearest: {nearest}"
-                )
+        check_sides(config, factor)
         packed = self.packed_channels * channels
         if self.transformer_config["in_channels"] != packed:
             raise UserError(

@@ -20,7 +20,7 @@ from g2rpo.errors import UserError, reason
 from g2rpo.files import read_json
 from g2rpo.hub.catalogue import PublishedPolicy, catalogue
 from g2rpo.policy.architectures import ARCHITECTURES, evaluations_per_velocity, pipeline_name
-from g2rpo.policy.config import LoraConfig, PolicyConfig
+from g2rpo.policy.config import ImageConfig, LoraConfig, PolicyConfig
 from g2rpo.policy.folder import folder_here
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
@@ -205,6 +205,21 @@ def model_size(policy: PolicyConfig) -> ModelSize:
         return read_size(folder)
     known = published(policy.source, policy.pipeline)
     return size_class(known.pipeline).model_validate(known.transformer)
+
+
+def check_sides(image: ImageConfig, factor: int) -> None:
+    """Refuses a height or width that is not a whole number of patches.
+
+    Raises:
+        UserError: names the nearest that is.
+    """
+    unit = 2 * factor
+    for key, side in image.sides.items():
+        if side % unit:
+            raise UserError(
+                f"{key} {side} is not divisible by {unit} (the autoencoder's factor {factor} "
+                f"times the 2x2 packing); nearest: {max(1, round(side / unit)) * unit}"
+            )
 
 
 def nfe_per_velocity(policy: PolicyConfig) -> int:

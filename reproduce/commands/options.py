@@ -145,6 +145,7 @@ def plan_for(
     cells = experiments.expand(loaded, chosen, numbers, parse_overrides(overrides))
     if only is not None:
         cells = chosen_cells(cells, only)
+    runner.check_image_sizes(chosen, cells)
     if runnable:
         runner.check_memory(chosen, cells)
     # On a login node, verifying large files is left to the jobs.

@@ -56,10 +56,10 @@ def reproduce(
     are submitted and followed; they keep running after Ctrl-C or if the shell is closed.
     """
     layout = layout_of(results, publish=publish)
-    check_writable(results, "--results")
     plan, place = plan_for(
         experiment, profile, cluster, seeds, layout, overrides or (), runnable=True, only=cells
     )
+    check_writable(results, "--results")
     if plan.todo and detach:
         _detach(plan, place)
         return

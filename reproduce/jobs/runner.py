@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from g2rpo.errors import UserError
-from g2rpo.policy.size import assumption, model_size
+from g2rpo.policy.size import assumption, check_sides, model_size
 from g2rpo.training.memory import GIB, check_encoders_fit, check_fits
 from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
 from slurm.cluster import Cluster, has_slurm
@@ -68,6 +68,24 @@ def check_memory(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
                 check_fits(cell.train, size, needs.training_ranks, available)
         except UserError as error:
             raise UserError(f"{cell.key}, profile {profile.name}: {error}") from None
+
+
+def check_image_sizes(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
+    """Rejects images that are not a whole number of patches of a policy that is known.
+
+    Raises:
+        UserError: names the cell, the side and the nearest possible one.
+    """
+    policies = {}
+    for cell in cells:
+        for policy in (cell.policy, *([] if cell.train is None else [cell.train.policy])):
+            policies.setdefault((policy.source, policy.size), (cell.key, policy))
+    for key, policy in policies.values():
+        if assumption(policy) is None:
+            try:
+                check_sides(policy, model_size(policy).factor)
+            except UserError as error:
+                raise UserError(f"{key}, profile {profile.name}: {error}") from None
 
 
 def build_assets(profile: Profile) -> None:

@@ -219,6 +219,7 @@ def test_what_cannot_be_evaluated_is_one_line(
         ),
         (("lora", *CHOSEN, *other), "use a LoRA for"),
         (("exported", *CHOSEN, *other), "load it over its own base"),
+        (("lora", *CHOSEN, "-s", "resolution=33"), "33 is not divisible by 8"),
         (("lora", *CHOSEN, "-s", "imges=2"), "did you mean 'images'?"),
         (("lora", *CHOSEN, "--protocol", "geneval"), "did you mean 'geneval-4'?"),
         (("g2rpo-released", *CHOSEN), "g2rpo weights fetch"),
