@@ -32,7 +32,7 @@ CHAT = (
 )
 PATCH, MERGE = 14, 2
 _LETTERS = str.maketrans(" \n", "ĠĊ")
-"""A byte-level vocabulary writes these characters so."""
+"""How a byte-level vocabulary writes a space and a line break."""
 
 
 def token(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Metrics beside the scores: one number per prompt, over some of the prompts."""
+"""Metrics besides the scores: one number per prompt, over some of the prompts."""
 
 from collections.abc import Mapping, Sequence
 

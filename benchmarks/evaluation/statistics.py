@@ -14,6 +14,12 @@ A checkpoint interval says nothing about another training seed, and a method int
 other prompts, so neither is ever shown as the other. Matrices have one row for each independent
 quantity (a reward column, say), all measured on the same prompts or seeds, and share one set of
 resamples. ``docs/statistics.md`` has the definitions, the simulated coverage and the sources.
+
+Shapes: scores are float64 [quantities, seeds, prompts], or lack an axis that has been averaged. A
+model without seeds, such as the base, has one. ``first`` and ``second`` are paired: the same
+quantities, seeds and prompts. ``resamples`` is how often prompts or signs are drawn. Every function
+raises ValueError for another shape, arrays that are not paired, values that are not finite, and
+fewer than two prompts (checkpoint) or three seeds (method).
 """
 
 import math
@@ -126,20 +132,10 @@ def _rounding(matrix: FloatArray) -> FloatArray:
 
 
 def bootstrap_means(scores: npt.ArrayLike, *, resamples: int = RESAMPLES) -> FloatArray:
-    """Means over prompts drawn with replacement, with the same draws for every row of ``scores``.
+    """Means [resamples, quantities] over prompts drawn with replacement from [quantities, prompts].
 
-    Rows that share their prompts are thereby resampled in pairs. The draws depend only on the
-    number of prompts and the number of resamples.
-
-    Args:
-        scores: [quantities, prompts].
-        resamples: how many times the prompts are drawn.
-
-    Returns:
-        [resamples, quantities], float64.
-
-    Raises:
-        ValueError: fewer than two prompts, or a score that is not finite.
+    Every row has the same draws, so rows that share their prompts are resampled in pairs. The draws
+    depend only on the number of prompts and the number of resamples.
     """
     matrix = _array(scores, "prompts", least=2)
     prompts = matrix.shape[1]
@@ -178,21 +174,11 @@ def _chunks(total: int, prompts: int) -> Iterator[int]:
 def bootstrap_ends(
     scores: npt.ArrayLike, *, resamples: int = RESAMPLES, rounding: FloatArray | None = None
 ) -> FloatArray:
-    """Lower and upper ends of the percentile bootstrap interval of each row's mean.
+    """Percentile bootstrap intervals of the means of [quantities, prompts]: ends [2, quantities].
 
-    B. Efron and R. Tibshirani, "An introduction to the bootstrap" (1993), chapter 13.
-
-    Args:
-        scores: [quantities, prompts].
-        resamples: how many times the prompts are drawn.
-        rounding: [quantities]: a row that spreads no more than this is constant, and its interval
-            is its mean. None uses the rounding of the scores themselves.
-
-    Returns:
-        [2, quantities], float64; never NaN.
-
-    Raises:
-        ValueError: fewer than two prompts, or a score that is not finite.
+    B. Efron and R. Tibshirani, "An introduction to the bootstrap" (1993), chapter 13. A row that
+    spreads no more than ``rounding`` [quantities] is constant, and its interval is its mean; None
+    uses the rounding of the scores themselves. No end is NaN.
     """
     matrix = _array(scores, "prompts", least=2)
     means = bootstrap_means(matrix, resamples=resamples)
@@ -210,11 +196,7 @@ def _intervals(
 
 
 def checkpoint_intervals(scores: npt.ArrayLike, *, resamples: int = RESAMPLES) -> list[Interval]:
-    """Bootstrap intervals over prompts, one for each row of [quantities, prompts].
-
-    Raises:
-        ValueError: fewer than two prompts, or a score that is not finite.
-    """
+    """Bootstrap intervals over prompts, one for each row of [quantities, prompts]."""
     matrix = _array(scores, "prompts", least=2)
     low, high = bootstrap_ends(matrix, resamples=resamples)
     return _intervals(matrix.mean(axis=1), low, high, "checkpoint", matrix.shape[1])
@@ -224,9 +206,6 @@ def method_intervals(seed_means: npt.ArrayLike) -> list[Interval]:
     """Student's t intervals over seeds, one for each row of [quantities, seeds].
 
     They are about the mean over training seeds of the score on these very prompts.
-
-    Raises:
-        ValueError: fewer than three seeds, or a mean that is not finite.
     """
     matrix = _array(seed_means, "seeds", least=MIN_SEEDS)
     means, half = matrix.mean(axis=1), _t_half_width(matrix)
@@ -244,16 +223,10 @@ def _t_half_width(matrix: FloatArray) -> FloatArray:
 
 
 def row_intervals(scores: npt.ArrayLike) -> list[Interval]:
-    """The intervals a table shows for one of its rows.
+    """The intervals a table shows for one of its rows, [quantities, seeds, prompts].
 
     With three seeds or more they are about the method; with one or two, about those checkpoints
     (each prompt's score averaged over the seeds).
-
-    Args:
-        scores: [quantities, seeds, prompts]; a base model has one "seed".
-
-    Raises:
-        ValueError: another shape, a score that is not finite, or one or two seeds with one prompt.
     """
     cube = _array(scores, "seeds", "prompts")
     if cube.shape[1] >= MIN_SEEDS:
@@ -270,23 +243,13 @@ def sign_flip_p_values(
     resamples: int = RESAMPLES,
     tolerance: npt.ArrayLike = 0.0,
 ) -> FloatArray:
-    """Two-sided sign-flip permutation p-values of paired differences.
+    """Two-sided sign-flip permutation p-values, in (0, 1], of differences [quantities, prompts].
 
     Every assignment of signs is enumerated if there are at most ``resamples`` of them. Otherwise
     ``resamples`` random ones are drawn and the observed one counts as one more, so the p-value is
     valid and never 0 (B. Phipson and G. Smyth, "Permutation p-values should never be zero",
-    Statistical Applications in Genetics and Molecular Biology 9, 2010).
-
-    Args:
-        differences: [quantities, prompts].
-        resamples: random assignments.
-        tolerance: [quantities] or a number: means this close count as equal.
-
-    Returns:
-        [quantities], float64 in (0, 1].
-
-    Raises:
-        ValueError: no prompt, or a difference that is not finite.
+    Statistical Applications in Genetics and Molecular Biology 9, 2010). Means within ``tolerance``
+    ([quantities] or a number) count as equal. One prompt is enough.
     """
     matrix = _array(differences, "prompts")
     prompts = matrix.shape[1]
@@ -319,16 +282,7 @@ def _comparisons(columns: Iterable[FloatArray], label: Label, count: int) -> lis
 def checkpoint_comparisons(
     first: npt.ArrayLike, second: npt.ArrayLike, *, resamples: int = RESAMPLES
 ) -> list[Comparison]:
-    """Compares trained weights on the same prompts: paired bootstrap and sign-flip test.
-
-    Args:
-        first: [quantities, prompts].
-        second: the same shape and prompts.
-        resamples: of the bootstrap and of the permutation test.
-
-    Raises:
-        ValueError: the two are not paired, fewer than two prompts, or a score is not finite.
-    """
+    """Compares trained weights, [quantities, prompts]: paired bootstrap and sign-flip test."""
     differences, rounding = _paired_differences(first, second, "prompts", 2)
     low, high = bootstrap_ends(differences, resamples=resamples, rounding=rounding)
     p_values = sign_flip_p_values(differences, resamples=resamples, tolerance=rounding)
@@ -337,15 +291,10 @@ def checkpoint_comparisons(
 
 
 def method_comparisons(first: npt.ArrayLike, second: npt.ArrayLike) -> list[Comparison]:
-    """Compares methods by the paired t-test on the means of shared seeds.
+    """Compares methods by the paired t-test on means [quantities, seeds] of shared seeds.
 
-    Args:
-        first: [quantities, seeds], each the mean over the prompts.
-        second: the same shape and seeds. A model without seeds (the untrained base) is given as
-            its mean repeated, which makes this the one-sample t-test against that constant.
-
-    Raises:
-        ValueError: the two are not paired, fewer than three seeds, or a mean is not finite.
+    A model without seeds is given as its mean repeated, which makes this the one-sample t-test
+    against that constant.
     """
     from scipy.stats import t  # which takes a second to import
 
@@ -367,13 +316,7 @@ def holm(p_values: npt.ArrayLike) -> FloatArray:
     """Holm's step-down adjusted p-values: below 0.05 keeps the family-wise error below 0.05.
 
     S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
-    Statistics 6 (1979).
-
-    Args:
-        p_values: [comparisons], one family.
-
-    Returns:
-        The adjusted p-values in the order given, never below the given ones nor above 1.
+    Statistics 6 (1979). In the order given, none below the given one or above 1.
 
     Raises:
         ValueError: not a list of numbers between 0 and 1.
@@ -398,22 +341,12 @@ def corrected(family: Mapping[Key, Comparison]) -> dict[Key, float]:
 
 
 def wins(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
-    """1 where ``first`` scores higher, 1/2 where they tie, 0 elsewhere.
+    """1 where ``first`` scores higher, 1/2 where they tie, 0 elsewhere; of the scores' shape.
 
     Their mean is the probability of improvement. R. Agarwal et al., "Deep reinforcement learning
     at the edge of the statistical precipice" (NeurIPS 2021), average P(X > Y) over tasks, with
     every run of X against every run of Y. Here the tasks are prompts, and the runs are paired: by
     prompt, and by the training seed that both methods share.
-
-    Args:
-        first: [quantities, seeds, prompts].
-        second: the same quantities, seeds and prompts; one "seed" stands for a model without.
-
-    Returns:
-        [quantities, seeds, prompts], float64.
-
-    Raises:
-        ValueError: the two are not paired, or a score is not finite.
     """
     one, two = (_array(scores, "seeds", "prompts") for scores in (first, second))
     seeds = {one.shape[1], two.shape[1]} - {1}
@@ -426,16 +359,7 @@ def wins(first: npt.ArrayLike, second: npt.ArrayLike) -> FloatArray:
 def checkpoint_improvements(
     first: npt.ArrayLike, second: npt.ArrayLike, *, resamples: int = RESAMPLES
 ) -> list[Interval]:
-    """Probability that these trained weights score higher on a prompt like the held-out ones.
-
-    Args:
-        first: [quantities, seeds, prompts].
-        second: the same quantities, seeds and prompts; one "seed" stands for a model without.
-        resamples: bootstrap resamples.
-
-    Raises:
-        ValueError: the two are not paired, fewer than two prompts, or a score is not finite.
-    """
+    """Probability that these trained weights score higher on a prompt like the held-out ones."""
     return share_intervals(wins(first, second).mean(axis=1), resamples=resamples)
 
 
@@ -445,9 +369,6 @@ def share_intervals(shares: FloatArray, *, resamples: int = RESAMPLES) -> list[I
     If the share is the same on every prompt, a bootstrap sees no uncertainty at all. The interval
     then leaves room for the share of other outcomes that so many prompts can miss,
     1 - (tail)^(1/prompts), as Clopper and Pearson's does.
-
-    Raises:
-        ValueError: fewer than two prompts, or a share is not finite.
     """
     low, high = bootstrap_ends(shares, resamples=resamples)
     means, count = shares.mean(axis=1), shares.shape[1]
@@ -466,13 +387,6 @@ def method_improvements(first: npt.ArrayLike, second: npt.ArrayLike) -> list[Int
     samples, far too few for an interval, and resampling runs within each prompt apart, as for the
     independent tasks of Agarwal et al., would take the prompts of one training for independent
     trainings.
-
-    Args:
-        first: [quantities, seeds, prompts].
-        second: the same quantities, seeds and prompts; one "seed" stands for a model without.
-
-    Raises:
-        ValueError: the two are not paired, fewer than three seeds, or a score is not finite.
     """
     return [
         replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))

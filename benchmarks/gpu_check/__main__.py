@@ -28,7 +28,7 @@ OUTPUT = {"cuda": Path("results/gpu"), "cpu": Path("build/gpu-check")}
 
 @dataclass
 class Outcome:
-    """What became of a check: how many seconds it took, out of ``limit``, and what it measured."""
+    """A finished check: what it measured, and its seconds, of which it may take ``limit``."""
 
     name: str
     limit: float

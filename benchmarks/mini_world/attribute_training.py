@@ -76,14 +76,6 @@ def disturb(pixels: Tensor, noise: float) -> Tensor:
     return torch.lerp(pixels, blurred, amount) + spread * torch.randn_like(pixels)
 
 
-def decoded(vae: AutoencoderKL, images: Tensor, noise: float, seed: int) -> Tensor:
-    """Images encoded and decoded, with noise of a random scale on the latents."""
-    latents = autoencoder.encode(vae, images)
-    draws = torch.Generator().manual_seed(seed)
-    spread = noise * torch.rand(len(latents), 1, 1, 1, generator=draws)
-    return autoencoder.decode(vae, latents + spread * torch.randn(latents.shape, generator=draws))
-
-
 def train(
     settings: AttributeSettings, seed: int, vae: AutoencoderKL, folder: Path
 ) -> dict[str, Any]:
@@ -93,7 +85,8 @@ def train(
     reader = AttributeReader(config)
     pool = draw_pool(seed, "attributes", "judge", settings.pictures)
     half = settings.pictures // 2
-    images = torch.cat([pool.images[:half], decoded(vae, pool.images[half:], 0.3, seed)])
+    latents = autoencoder.noised(autoencoder.encode(vae, pool.images[half:]), 0.3, seed)
+    images = torch.cat([pool.images[:half], autoencoder.decode(vae, latents)])
     classes = targets(pool.layouts, config)
     optimizer = OneCycle(
         reader.parameters(), settings.learning_rate, settings.steps, 0.1, weight_decay=1e-3

@@ -111,6 +111,13 @@ def decode(model: AutoencoderKL, latents: Tensor) -> Tensor:
     return _in_batches(one, latents)
 
 
+def noised(latents: Tensor, largest: float, seed: int) -> Tensor:
+    """Latents with noise, whose standard deviation is drawn between 0 and ``largest`` for each."""
+    draws = torch.Generator().manual_seed(seed)
+    spread = largest * torch.rand(len(latents), 1, 1, 1, generator=draws)
+    return latents + spread * torch.randn(latents.shape, generator=draws)
+
+
 def reconstruct(model: AutoencoderKL, images: Tensor) -> Tensor:
     """Images through the autoencoder and back, as uint8."""
     return decode(model, encode(model, images))

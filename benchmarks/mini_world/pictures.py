@@ -1,4 +1,4 @@
-"""Pools of pictures with their scenes, drawn once before training."""
+"""Pools of pictures with their captions, drawn once before training."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,10 @@ from g2rpo.seeds import generator
 
 @dataclass(frozen=True)
 class PicturePool:
-    """Images uint8 ``[N, 32, 32, 3]`` with their captions, scenes and layouts."""
+    """Images uint8 ``[N, 32, 32, 3]`` with their captions and layouts."""
 
     images: Tensor
     captions: list[str]
-    scenes: list[world.Scene]
     layouts: list[world.Layout]
 
     def __len__(self) -> int:
@@ -27,15 +26,10 @@ def draw_pool(seed: int, stream: str, split: str, number: int) -> PicturePool:
     """``number`` fresh scenes of ``split`` with captions and pictures, from a named draw."""
     rng = generator(seed, f"pool-{stream}")
     scenes = [world.sample_scene(rng, split) for _ in range(number)]
-    return draw_scenes(scenes, rng)
-
-
-def draw_scenes(scenes: list[world.Scene], rng: np.random.Generator) -> PicturePool:
-    """One picture and one caption of each scene."""
     layouts = [world.lay_out(scene, rng) for scene in scenes]
     images = np.stack([world.draw(layout, rng) for layout in layouts])
     captions = [world.caption(scene, rng) for scene in scenes]
-    return PicturePool(torch.from_numpy(images), captions, scenes, layouts)
+    return PicturePool(torch.from_numpy(images), captions, layouts)
 
 
 def to_signed(images: Tensor) -> Tensor:

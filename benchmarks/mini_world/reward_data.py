@@ -111,14 +111,11 @@ def decode_share(
 ) -> GroupPool:
     """``pool`` with the pictures of a ``share`` of its groups encoded and decoded.
 
-    ``noise`` is the largest standard deviation of the noise on their normalised latents, which
-    stands for a policy's errors.
+    The noise on their latents stands for a policy's errors.
     """
     number = round(share * len(pool))
     latents = autoencoder.encode(vae, pool.images[:number].flatten(0, 1), sample=False)
-    draws = torch.Generator().manual_seed(seed)
-    spread = noise * torch.rand(len(latents), 1, 1, 1, generator=draws)
-    latents += spread * torch.randn(latents.shape, generator=draws)
+    latents = autoencoder.noised(latents, noise, seed)
     decoded = autoencoder.decode(vae, latents).unflatten(0, pool.images[:number].shape[:2])
     images = torch.cat([decoded, pool.images[number:]])
     return GroupPool(pool.captions, images, pool.cells, pool.backgrounds)

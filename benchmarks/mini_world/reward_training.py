@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from benchmarks.mini_world import autoencoder, world
@@ -281,7 +281,5 @@ def _paired_auc(own: Tensor, altered: Tensor) -> float:
 
 
 def _pooled_auc(own: Tensor, altered: Tensor) -> float:
-    positives, negatives = len(own), altered.numel()
-    ranks = rankdata(torch.cat([own, altered.flatten()]).numpy())
-    excess = float(ranks[:positives].sum()) - positives * (positives + 1) / 2
-    return round(excess / (positives * negatives), 4)
+    higher = mannwhitneyu(own.numpy(), altered.flatten().numpy()).statistic
+    return round(float(higher) / (len(own) * altered.numel()), 4)

@@ -34,6 +34,7 @@ from benchmarks.mini_world.base_policy import (
     PolicySettings,
 )
 from benchmarks.mini_world.tokenizers import clip_tokenizer, t5_tokenizer, token_ids
+from g2rpo.policy.flux import image_position_ids, pack, unpack
 
 GUIDANCE = 3.5
 
@@ -76,33 +77,18 @@ class FluxPolicy(Policy):
             pooled_projections=self.text_encoder(tokens[0]).pooler_output,
             encoder_hidden_states=sequence,
             txt_ids=torch.zeros(sequence.shape[1], 3),
-            img_ids=image_ids(),
+            img_ids=image_position_ids(LATENT_SIDE // 2, LATENT_SIDE // 2),
             return_dict=False,
         )[0]
         return velocity
 
     def pack(self, latents: Tensor) -> Tensor:
         """``[B, 16, 8, 8]`` to ``[B, 16, 64]``: each token is a 2 by 2 patch."""
-        side = LATENT_SIDE // 2
-        patches = latents.reshape(len(latents), LATENT_CHANNELS, side, 2, side, 2)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(latents), side * side, -1)
+        return pack(latents)
 
     def unpack(self, latents: Tensor) -> Tensor:
         """Inverse of :meth:`pack`."""
-        side = LATENT_SIDE // 2
-        patches = latents.reshape(len(latents), side, side, LATENT_CHANNELS, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(
-            len(latents), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE
-        )
-
-
-def image_ids() -> Tensor:
-    """Position ids ``[16, 3]`` of the packed latents, as FluxPipeline numbers them."""
-    side = LATENT_SIDE // 2
-    ids = torch.zeros(side, side, 3)
-    ids[..., 1] += torch.arange(side)[:, None]
-    ids[..., 2] += torch.arange(side)[None, :]
-    return ids.reshape(side * side, 3)
+        return unpack(latents, LATENT_SIDE, LATENT_SIDE)
 
 
 def build_flux(settings: FluxSettings, folder: Path) -> FluxPolicy:

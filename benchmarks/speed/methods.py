@@ -1,9 +1,8 @@
 """``python -m benchmarks.speed.methods``: an iteration of every method, and what its parts cost.
 
 All methods under matched settings on one device, in turn: all weights, 8 prompts with groups of 8,
-8 steps. A method should cost what its
-velocity evaluations cost: seconds per evaluation, in sampling and in training, are compared with
-those of all methods together.
+8 steps. A method should cost what its velocity evaluations cost: seconds per evaluation, in
+sampling and in training, are compared with those of all methods together.
 """
 
 import itertools
@@ -108,7 +107,7 @@ def report(result: dict[str, Any]) -> str:
 {place}, median of {result["repeats"]} iterations, methods in turn; 8 prompts, groups of 8,
 8 steps, all weights trained. The last two columns are seconds per evaluation over the median of all
 methods ({1000 * usual[0]:.2f} and {1000 * usual[1]:.2f} ms); a backward counts as two evaluations.
-Where few states are trained, the optimizer step shows.
+Where few states are trained, the optimizer step is a visible part.
 
 {markdown_table(head, rows, "---:")}
 """

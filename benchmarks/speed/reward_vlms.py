@@ -39,14 +39,14 @@ from g2rpo.rewards.unified_reward.template import BESIDE_THE_MODEL, PLACEHOLDER,
 from g2rpo.rewards.vqa_score import ANSWER, QUESTION
 
 ANSWER_TOKENS = 64
-"""Of an answer of UnifiedReward, the end included."""
+"""Tokens of an answer of UnifiedReward, with its end."""
 HPSV3_BATCH = 8
-"""The package's in its ``evaluate.py``."""
+"""Batch size of the package's ``evaluate.py``."""
 LIKELY = 60.0
-"""Times the share of a token in the last layer's output: the logit of the next one in an answer."""
+"""Scale of the logits with which the network chooses its answer."""
 QUESTIONS = "questions.jsonl"
 TOKENS, ROWS = 151_665, 152_064
-"""Of Qwen2-VL's tokenizer, and of its embedding, which is rounded up."""
+"""Tokens of Qwen2-VL's tokenizer, and rows of its embedding, which are rounded up."""
 _QUESTIONS = {
     "hpsv3": f"{'word ' * 440}{PLACEHOLDER} {hpsv3.REWARD_TOKEN}",
     "unified_reward": f"{'word ' * 330}{PLACEHOLDER}",

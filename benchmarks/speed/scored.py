@@ -1,4 +1,4 @@
-"""What the benchmark of reward models needs of each: random weights, and its package's scoring."""
+"""What the benchmark needs of each reward model: random weights, and its package's scoring."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

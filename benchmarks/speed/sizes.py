@@ -29,7 +29,7 @@ UNTOUCHED = 1e-12
 
 
 FULL_TRAINING_BYTES = 2 + 4 * 5
-"""Of a trained parameter: in bfloat16, and master, gradient, AdamW's moments and its temporary."""
+"""Bytes of a trained parameter: bfloat16, master, gradient, AdamW's moments and temporary."""
 TRAINED_SHARE = 0.75
 """Share of a GPU's memory for them; activations and the decoder take the rest."""
 

@@ -34,7 +34,7 @@ class SigmaGrid:
     Attributes:
         sigmas: T + 1 noise levels, float64.
         timesteps: T + 1 transformer times in [0, 1] (the last is never used).
-        shift: s of sigma = s u / (1 + (s - 1) u), u = 1 - node / T; None if the nodes are all.
+        shift: s of sigma = s u / (1 + (s - 1) u), u = 1 - node / T; None if unknown.
         truncated: whether times are truncated.
         smallest: u at the last node before T, if it is not 1 / T; before it u is linear in the
             node too.

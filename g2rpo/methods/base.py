@@ -98,7 +98,7 @@ class Method(StrictModel):
         return transitions(self.kernel, sigmas, levels)
 
     def step_weights(self, laws: Sequence[Transition]) -> tuple[float, ...] | None:
-        """Factors on the loss of each recorded step, whose laws are given; None leaves it.
+        """Factors on the loss of each recorded step, given their laws; None means 1.
 
         A KL penalty is not weighted.
         """

@@ -17,7 +17,7 @@ class Architecture:
 
     Attributes:
         policy: the policy's class, ``module:class``.
-        size: that of its :class:`g2rpo.policy.size.ModelSize`.
+        size: its :class:`g2rpo.policy.size.ModelSize`, ``module:class``.
         tokenizers: of each tokenizer, by the ending of its folder's name (``tokenizer<ending>``),
             the sets of files of which it needs one; its encoder is ``text_encoder<ending>``.
         optional: endings of the encoders that a pipeline may leave out (null in its

@@ -93,8 +93,8 @@ class TextEncoders(ABC):
 
     Attributes:
         max_sequence_length: T5 tokens to which prompts are padded or truncated.
-        limits: of each tokenizer that truncates: its encoder, what limits it, itself, and its
-            longest sequence in tokens.
+        limits: for each tokenizer that truncates: its encoder's name, the setting that limits it,
+            the tokenizer, and its longest sequence in tokens.
     """
 
     models: tuple[Any, ...]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
+from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from g2rpo.errors import UserError
@@ -69,7 +70,7 @@ class FluxPolicy(Policy):
     ) -> None:
         super().__init__(config, folder, transformer, vae)
         _, height, width = self.latent_shape
-        self.image_ids = _image_position_ids(height // 2, width // 2).to(self.device)
+        self.image_ids = image_position_ids(height // 2, width // 2).to(self.device)
         self._text_ids: dict[int, Tensor] = {}
 
     @classmethod
@@ -78,18 +79,12 @@ class FluxPolicy(Policy):
         use_cpu_blocks(transformer)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] to [B, h/2 * w/2, 4C]: each 2x2 patch becomes one token."""
-        batch, channels, height, width = latents.shape
-        patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-        tokens = height * width // 4
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, tokens, 4 * channels)
+        """See :func:`pack`."""
+        return pack(latents)
 
     def unpack(self, latents: Tensor) -> Tensor:
-        """The inverse of :meth:`pack`."""
-        channels, height, width = self.latent_shape
-        batch = len(latents)
-        patches = latents.reshape(batch, height // 2, width // 2, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+        """See :func:`unpack`."""
+        return unpack(latents, *self.latent_shape[1:])
 
     def forward(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """See :meth:`Policy.forward`; latents are [B, tokens, 4C]."""
@@ -117,7 +112,18 @@ class FluxPolicy(Policy):
         return self._text_ids[length]
 
 
-def _image_position_ids(height: int, width: int) -> Tensor:
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, h, w] to [B, h/2 * w/2, 4C]: each 2x2 patch becomes one token."""
+    return functional.pixel_unshuffle(latents, 2).flatten(2).mT.contiguous()
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`pack`, for latents of ``height`` and ``width``."""
+    patches = tokens.mT.contiguous().unflatten(2, (height // 2, width // 2))
+    return functional.pixel_shuffle(patches, 2)
+
+
+def image_position_ids(height: int, width: int) -> Tensor:
     """[height * width, 3]: zero, row and column of each token, for FLUX's rotary embedding."""
     ids = torch.zeros(height, width, 3)
     ids[..., 1] = torch.arange(height)[:, None]

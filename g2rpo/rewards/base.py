@@ -184,7 +184,7 @@ class BatchedReward(ABC):
     has_questions: ClassVar[bool] = False
     """Whether it may have ``questions``, which differ from prompt to prompt."""
     largest_aspect: ClassVar[float] = math.inf
-    """How many times the other a side of an image may be."""
+    """Largest ratio of an image's sides."""
     template_hash: str | None = None
     """SHA-256 of the question, for vision-language models."""
     settings: Mapping[str, Any] = MappingProxyType({})

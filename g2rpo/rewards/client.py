@@ -25,7 +25,7 @@ from g2rpo.text import excerpt
 _RETRIED = {408, 409, 429}
 """Statuses below 500 that the client retries."""
 SHORTEST_KEY = 8
-"""Keys from this length on are looked for in answers."""
+"""Answers are searched for keys of at least this many characters."""
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
@@ -167,7 +167,7 @@ class ServerClient(ABC):
         return key is not None and len(key) >= SHORTEST_KEY and key in text
 
     def masked(self, text: str) -> str:
-        """``text`` with words of the server, without the key."""
+        """``text`` of the server with the key masked."""
         return text.replace(self._key, "***") if self._key else text
 
 

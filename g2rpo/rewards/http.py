@@ -90,7 +90,7 @@ class RewardServer(ServerClient):
             if self.contains_key(info.model_dump_json()):
                 raise UserError(
                     f"{self.config.url}: the answer to /v1{path} shows the key in "
-                    f"${self.config.api_key_env}, which would stand in the results; make the "
+                    f"${self.config.api_key_env}, which would appear in the results; make the "
                     "server answer without it"
                 )
             return info

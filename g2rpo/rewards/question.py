@@ -10,7 +10,7 @@ from g2rpo.rewards.server import ServerConfig
 
 ASPECTS = ("alignment", "coherence", "style")
 QWEN_ASPECT = 200.0
-"""Qwen's vision-language models take no image with a side of more times the other."""
+"""Largest ratio of an image's sides that Qwen's vision-language models accept."""
 
 
 class AspectWeights(StrictModel):

@@ -1,4 +1,4 @@
-"""Configuration of a server that a reward is asked of."""
+"""Configuration of a server that computes a reward."""
 
 import os
 from urllib.parse import urlsplit

@@ -30,7 +30,7 @@ from g2rpo.training.objectives import AnyObjective, parse_objective
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 LARGEST_CLIP = 100.0
-"""Of objectives that divide advantages by ``advantage.clip``; normalised ones rarely reach 10."""
+"""Largest ``advantage.clip`` where it divides advantages; normalised ones rarely reach 10."""
 
 
 def _method(value: Any) -> Method:

@@ -137,7 +137,7 @@ def _counts_of_prompt(
 
 
 class _Rollout(NamedTuple):
-    """How many of what one prompt's rollout has."""
+    """Counts of one prompt's rollout."""
 
     evaluations: int
     images: int  # distinct ones

@@ -102,7 +102,7 @@ def measure_gradients(
 
 
 def measure_agreement(rollout: Rollout, config: TrainConfig) -> dict[str, float]:
-    """How alike the granularities rank the samples of this rank's groups.
+    """How similarly the granularities rank the samples of this rank's groups.
 
     Returns:
         ``agreement/<finer>/<coarser>``, the sum of Spearman's rank correlations over steps and

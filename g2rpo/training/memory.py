@@ -59,11 +59,11 @@ def gpu_bytes(config: TrainConfig, size: ModelSize, ranks: int) -> dict[str, flo
     backward = parts["activations"] + parts.get("gathered blocks", 0.0)
     if shared == 1 and settings.optimizer == "adamw":
         # On a GPU torch keeps the root of the second moment of all parameters at once.
-        parts["more for the optimiser's step"] = max(0.0, master * trained - backward)
+        parts["extra for the optimizer step"] = max(0.0, master * trained - backward)
     rollout = _rollout_bytes(config, size)
     if shared > 1 and config.execution.rollout_weights == "gathered":
         rollout += computed * size.parameters
-    parts["more for rollouts"] = max(0.0, rollout - backward - parts["gradients"])
+    parts["extra for rollouts"] = max(0.0, rollout - backward - parts["gradients"])
     if computed * size.parameters > GIB:  # small models need little working memory
         parts["working memory"] = WORKING_BYTES
     if not config.execution.offload.rewards:

@@ -81,14 +81,16 @@ def fetch(
 
 
 def _describe(path: Path) -> None:
-    from g2rpo.data.overlap import summarise
+    from g2rpo.data.overlap import normalise
+    from g2rpo.data.prompts import read_prompts
+    from g2rpo.files import sha256_file
 
-    summary = summarise(path)
+    texts = [prompt.text for prompt in read_prompts(path)]
     typer.echo(
         visible(
-            f"{path}: {summary.prompts} prompt{'s' * (summary.prompts != 1)} "
-            f"({summary.distinct} distinct), {summary.words} words, "
-            f"{summary.bytes} bytes, SHA-256 {summary.sha256}"
+            f"{path}: {len(texts)} prompt{'s' * (len(texts) != 1)} "
+            f"({len(set(map(normalise, texts)))} distinct), {len(' '.join(texts).split())} words, "
+            f"{path.stat().st_size} bytes, SHA-256 {sha256_file(path)}"
         )
     )
 
@@ -110,12 +112,12 @@ def check(
         _describe(path)
         if read.note:
             typer.echo(visible(read.note))
-    shared = overlap(first.prompts, second.prompts)
+    exact, normalised = overlap(first.prompts, second.prompts)
     typer.echo(
-        f"in both: {len(shared.exact)} prompts exactly, {len(shared.normalised)} ignoring case, "
+        f"in both: {len(exact)} prompts exactly, {len(normalised)} ignoring case, "
         "punctuation and white space"
     )
-    for text in shared.normalised[:EXAMPLES]:
+    for text in normalised[:EXAMPLES]:
         typer.echo(visible(f"  {text}"))
-    if len(shared.normalised) > EXAMPLES:
-        typer.echo(f"  … and {len(shared.normalised) - EXAMPLES} more")
+    if len(normalised) > EXAMPLES:
+        typer.echo(f"  … and {len(normalised) - EXAMPLES} more")

@@ -58,7 +58,7 @@ def test_stored_parameters_are_counted_byte_by_byte(smoke_assets: Path) -> None:
     assert sharded["activations"] == (2 + 22) * tokens * 8 * 2
     rollout = 2 * STATE_UNITS * tokens * 8 * 2 + 2 * n
     beside = sum(sharded[part] for part in ("activations", "gathered blocks", "gradients"))
-    assert sharded["more for rollouts"] == rollout - beside > 0
+    assert sharded["extra for rollouts"] == rollout - beside > 0
 
     adapters = SMALL.lora_parameters(LoraConfig(rank=2))
     lora = gpu_bytes(config(smoke_assets, lora={"rank": 2}), SMALL, 1)

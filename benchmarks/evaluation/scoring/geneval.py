@@ -1,7 +1,7 @@
 """Lays images out as the evaluator of GenEval reads them (arXiv 2310.11513).
 
 The N-th prompt of the set has the folder N with ``metadata.jsonl``, its line of the published set,
-and its images as ``samples/0000.png``, ... The evaluator skips other names without a word. A
+and its images as ``samples/0000.png``, ... The evaluator silently skips other names. A
 ``manifest.jsonl`` says which image is which, so that the laid out folder can itself be scored.
 """
 
@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
 
 
 def without_misread(source: Source) -> Source:
-    """Refuses the images that the evaluator would skip, or see otherwise than the rewards do."""
+    """Refuses the images that the evaluator would skip, or read differently than the rewards do."""
     items, source.items = source.items, []
     for item in items:
         problem = _problem(item.image)
@@ -75,7 +75,7 @@ def _problem(path: Path) -> str | None:
         with suppress(Exception):  # damaged, and then ignored
             image.getexif()
         if image.getexif().get(0x0112, 1) != 1:
-            return "turned by its EXIF orientation, which not all of the evaluator applies"
+            return "turned by its EXIF orientation, which parts of the evaluator ignore"
     return None
 
 

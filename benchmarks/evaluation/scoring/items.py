@@ -61,7 +61,7 @@ NO_IMAGE = {
     "prompt without an image in the folder": "prompt",
     "caption without a readable image": "caption",
 }
-"""Why something other than an image cannot be scored, and what it is."""
+"""Why a file cannot be scored, and what kind of file it is."""
 NO_CAPTIONS = frozenset({"readme", "license", "licence", "notice"})
 """Stems of text files that are not captions."""
 

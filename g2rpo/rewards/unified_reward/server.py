@@ -20,7 +20,7 @@ def _text(completion: ChatCompletion) -> str | None:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer is; ``read`` returns None, or fails, if it is not in the completion."""
+    """What to read from a completion; ``read`` returns None, or fails, if it is not there."""
 
     what: str = "text"
     read: Callable[[ChatCompletion], str | None] = _text
