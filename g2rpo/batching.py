@@ -29,8 +29,8 @@ class BatchSize:
     ) -> None:
         """Starts with ``states``, at least 1.
 
-        Messages say ``what`` is done, in which ``unit``, and with ``hint`` what to do if 1 is too
-        many.
+        Messages name the work (``what``) and its ``unit``; ``hint`` is what to do if even one does
+        not fit.
         """
         self.states, self.what, self.hint, self.unit = states, what, hint, unit
         self.reduced = False

@@ -20,9 +20,9 @@ from g2rpo.errors import UserError
 from g2rpo.yaml_text import parse_yaml
 
 LARGEST = 1e20
-"""Of a setting: far below the largest float32, so that a few of them may be multiplied."""
-_LEAST_LIKENESS = 0.6
-"""Of a name that is suggested for another, from 0 to 1; difflib's default."""
+"""Largest number in a setting; a few of them may be multiplied without overflow in float32."""
+_LEAST_SIMILARITY = 0.6
+"""Least similarity, 0 to 1, of a name that is suggested for another; difflib's default."""
 
 
 def _no_coercion(schema: Any) -> None:
@@ -113,7 +113,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         return difflib.SequenceMatcher(None, other, name).ratio()
 
     closest = max(names, key=likeness, default="")
-    if names and likeness(closest) >= _LEAST_LIKENESS:
+    if names and likeness(closest) >= _LEAST_SIMILARITY:
         return f"did you mean {closest!r}?"
     return "valid: " + ", ".join(names)
 

@@ -53,7 +53,7 @@ class LeaseLost(UserError):  # noqa: N818 - an event, not a fault
 
 
 class _Wait:
-    """Waiting for the owner: how long, and its changes since."""
+    """How long we have waited for the owner, and what it has changed since."""
 
     def __init__(self, work: Path, settings: LeaseSettings) -> None:
         self.work, self.settings = work, settings

@@ -9,12 +9,18 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 TIMEOUT = 900
+PRELOADED = [
+    "g2rpo.training.loop", "g2rpo.policy.flux", "g2rpo.policy.sd3", "torch._dynamo", "open_clip",
+    "reproduce.cli", "reproduce.jobs.launch", "reproduce.jobs.display", "reproduce.stages.sampling",
+    "reproduce.stages.scoring", "reproduce.stages.render", "benchmarks.gpu_check.checks",
+]  # fmt: skip
+"""Also what commands import when they need it."""
 
 
 def server() -> ForkServerContext:
     """Forks processes from a server that has used no library but only imported them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["g2rpo.training.loop", "open_clip", "reproduce.experiment"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -24,7 +24,7 @@ def export_images(
     ] = "geneval",
     skip_bad: SkipBad = False,
 ) -> None:
-    """Lay images out for an outside evaluator: linked or copied, not altered."""
+    """Lay images out for an external evaluator: linked or copied, not altered."""
     from benchmarks.evaluation.scoring import geneval
     from benchmarks.evaluation.scoring.items import read_source, refuse_bad
     from g2rpo.data.prompts import read_prompt_set
@@ -50,7 +50,7 @@ def import_scores(
     file: Annotated[Path, typer.Argument(help="Scores, e.g. results.jsonl (.csv, .jsonl, ...).")],
     images: Annotated[Path, typer.Option(help="The images, as `g2rpo score` takes them.")],
     reward: Annotated[str, typer.Option(help="What to call the scores.")],
-    version: Annotated[str, typer.Option("--version", help="Version of the outside scorer.")],
+    version: Annotated[str, typer.Option("--version", help="Version of the external scorer.")],
     prompts: Annotated[Path | None, typer.Option(help="Prompt set for a folder's images.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of scores; default: IMAGES-scores.")
@@ -60,7 +60,7 @@ def import_scores(
     ] = None,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Add scores of an outside scorer to those of `g2rpo score`."""
+    """Add scores of an external scorer to those of `g2rpo score`."""
     from reproduce.stages.import_scores import Outside, import_scores
     from reproduce.stages.score_folder import Request, default_output
 

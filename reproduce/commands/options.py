@@ -116,15 +116,8 @@ def plan_for(
 ) -> "tuple[Plan, Cluster]":
     """The plan of an experiment and its cluster, from the arguments of a command.
 
-    Args:
-        experiment: name or path of the experiment.
-        profile: name or path of the profile.
-        cluster: name or path of the cluster profile.
-        seeds: comma-separated seeds; None for the profile's.
-        layout: paths of runs and tables.
-        overrides: changes to the training configuration.
-        runnable: also check that the plan can run on this machine or cluster.
-        only: comma-separated names or patterns of the cells to run; None for all.
+    ``only``: comma-separated names or patterns of the cells to run. ``runnable``: also check that
+    the plan can run on this machine or cluster.
 
     Raises:
         UserError: something does not exist, is invalid, or cannot run there.

@@ -49,7 +49,7 @@ def _perform(stage: "CellStage") -> None:
     """Runs one stage of a cell under its lease, on the launched ranks.
 
     Raises:
-        UserError: it needs a training that is not there; nothing is written then.
+        UserError: the training that it needs is missing; nothing is written then.
     """
     from reproduce.stages.base import perform
     from reproduce.stages.training import Train

@@ -45,7 +45,7 @@ class Layout:
     def remembering(self) -> Self:
         """A copy that hashes each cell once, for use while no input changes.
 
-        A path hashes the cell's whole configuration, and a plan asks for it a dozen times.
+        Computing a path hashes the cell's whole configuration, and a plan needs it a dozen times.
         """
         return replace(self, known={})
 

@@ -29,8 +29,8 @@ from slurm.submission import DamagedRecord, Submission, list_submissions, new_fo
 
 logger = logging.getLogger(__name__)
 PREPARE = "reproduce.jobs.launch:prepare_worker"
-LOOKS = 3
-"""How often submitting is tried if a job ends between squeue and sbatch."""
+ATTEMPTS = 3
+"""Attempts to submit, since a job may end between squeue and sbatch."""
 DRIVER = "driver"
 """The lease of the process that runs a submission on this machine."""
 
@@ -99,7 +99,7 @@ def submit_to_slurm(plan: Plan, cluster: Cluster) -> Submission | None:
     """
     # Two processes would submit the same stages twice.
     with Lease.acquire(submissions_folder(plan.layout.runs), "lease"), hashing_up_to():
-        for _ in range(LOOKS - 1):
+        for _ in range(ATTEMPTS - 1):
             with contextlib.suppress(submit.DependencyGone):
                 return _submit_rest(plan, cluster)
         return _submit_rest(plan, cluster)

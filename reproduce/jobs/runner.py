@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from g2rpo.errors import UserError
+from g2rpo.policy.config import PolicyConfig
 from g2rpo.policy.size import assumption, check_sides, model_size
 from g2rpo.training.memory import GIB, check_encoders_fit, check_fits
 from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
@@ -76,7 +77,7 @@ def check_image_sizes(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
     Raises:
         UserError: names the cell, the side and the nearest possible one.
     """
-    policies = {}
+    policies: dict[tuple[str, tuple[int, int]], tuple[str, PolicyConfig]] = {}
     for cell in cells:
         for policy in (cell.policy, *([] if cell.train is None else [cell.train.policy])):
             policies.setdefault((policy.source, policy.size), (cell.key, policy))

@@ -30,12 +30,10 @@ _OTHER = {"first": "second", "second": "first"}
 
 
 def read_answers(paths: Iterable[Path], key: SheetKey) -> dict[str, Answers]:
-    """Reads all answers by rater.
+    """Reads all answers to the sheet of ``key``, by rater.
 
-    Args:
-        paths: CSV files with the columns ``sheet, rater, pair, answer``. Several raters may share
-            a file; the file's name replaces an empty rater.
-        key: the key of the sheet.
+    The CSV files have the columns ``sheet, rater, pair, answer``. Several raters may share a file;
+    the file's name replaces an empty rater.
 
     Raises:
         UserError: a file cannot be read or belongs to another sheet, a pair or answer is unknown,

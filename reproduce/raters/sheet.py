@@ -59,17 +59,11 @@ def check_output(output: Path) -> None:
 def make_sheet(
     sides: Sequence[Side], output: Path, *, pairs: int | None, seed: int, question: str = QUESTION
 ) -> SheetKey:
-    """Writes a sheet to the folder ``output`` and its key beside it.
+    """Writes a sheet to the new folder ``output`` and its key beside it.
 
     The key is written first, since a sheet is useless without it. The key of an earlier sheet is
-    renamed after that sheet.
-
-    Args:
-        sides: the two sides.
-        output: a new folder.
-        pairs: number of random pairs; None for all.
-        seed: seed of the order and sides; anyone who knows it can undo the blinding.
-        question: the question to raters.
+    renamed after that sheet. ``pairs`` are chosen at random; None takes all. Anyone who knows
+    ``seed``, of the order and sides, can undo the blinding.
 
     Raises:
         UserError: ``output`` exists or cannot be created, there are fewer than ``pairs`` prompts

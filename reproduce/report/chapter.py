@@ -25,16 +25,7 @@ from reproduce.tables.table import compute_table
 
 @dataclass(frozen=True, eq=False)
 class Chapter:
-    """An experiment under one profile.
-
-    Attributes:
-        experiment: the experiment.
-        profile: the scale.
-        layout: where its runs and cells are.
-        cells: the finished cells.
-        gaps: why the others are missing.
-        resolver: resolves the configuration of a cell.
-    """
+    """An experiment under one profile: its finished cells, and the ``gaps`` where there is none."""
 
     experiment: Experiment
     profile: Profile
@@ -84,14 +75,9 @@ class Chapter:
 def load_chapter(
     name: str, profile: Profile, layout: Layout, seeds: Sequence[int] | None = None
 ) -> Chapter:
-    """Reads the finished cells of an experiment, and finds out why others are missing.
+    """Reads the finished cells of a bundled experiment or a YAML file, and why others are missing.
 
-    Args:
-        name: a bundled experiment, or the path of a YAML file.
-        profile: the scale.
-        layout: where cells and runs are.
-        seeds: the expected training seeds; None for those of the finished cells, else the
-            profile's.
+    ``seeds`` are the expected ones; None for those of the finished cells, else the profile's.
 
     Raises:
         UserError: the experiment or a cell cannot be read.

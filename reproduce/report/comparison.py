@@ -26,7 +26,7 @@ from reproduce.tables.comparisons import compare_metric, compare_rows, shared_se
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Runs that differ only in their seed, under one letter."""
+    """Runs that differ only in their seed, and the letter that stands for them."""
 
     letter: str
     runs: tuple[Run, ...]
@@ -92,14 +92,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Section:
-    """The members evaluated under one protocol.
-
-    Attributes:
-        protocol: its name and hash.
-        prompts: number of prompts.
-        deltas: by quantity, the reference first.
-        missing: letters of members without this evaluation.
-    """
+    """The members evaluated under one protocol; ``missing`` are the letters of the others."""
 
     protocol: str
     prompts: int
@@ -108,10 +101,7 @@ class Section:
 
 
 def score_sections(compared: Sequence[Member]) -> list[Section]:
-    """One section per protocol under which the reference and another member were evaluated.
-
-    Args:
-        compared: the members; the first is the reference.
+    """One section per protocol under which the reference, the first, and another were evaluated.
 
     Raises:
         UserError: scores under one protocol are for different prompts.
@@ -234,13 +224,7 @@ def _validations(member: Member) -> dict[str, dict[int | None, dict[int, float]]
 
 @dataclass(frozen=True)
 class Difference:
-    """One key that differs between members.
-
-    Attributes:
-        key: the dotted key.
-        values: the value of each member, as text.
-        determining: whether it changes the trained weights.
-    """
+    """A dotted key with each member's value; ``determining`` if it changes the trained weights."""
 
     key: str
     values: tuple[str, ...]

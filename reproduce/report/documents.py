@@ -45,9 +45,7 @@ class Document:
 def find_documents(folder: Path, shown: Collection[str]) -> list[Document]:
     """A profile's ``README.md``, then ``NAME/NAME.md`` of each folder without cells.
 
-    Args:
-        folder: the profile's tables.
-        shown: names that are already chapters.
+    ``shown`` are names that are already chapters.
     """
     paths = {"reading": folder / READING}
     for path in sorted(folder.glob("*/*.md")):

@@ -49,12 +49,7 @@ SCRIPTS = (
 
 @dataclass(frozen=True)
 class Page:
-    """A rendered report.
-
-    Attributes:
-        html: the file's text.
-        notes: what was omitted to limit its size.
-    """
+    """A rendered report, and what was omitted to limit its size."""
 
     html: str
     notes: tuple[str, ...]
@@ -143,7 +138,7 @@ def _sentences(table: Table) -> tuple[str, ...]:
 
 def _mark_notes(table: Table) -> list[str]:
     marks = [score.mark for row in table.rows for score in row.scores.values()]
-    references = {mark.reference for mark in marks if mark is not None}
+    references = {table.row(mark.second).full_label for mark in marks if mark is not None}
     if not references:
         return []
     note = (
@@ -237,13 +232,9 @@ def make_page(
     limit: int = LIMIT,
     documents: Sequence[Document] = (),
 ) -> Page:
-    """Renders the report.
+    """Renders the chapters, then the documents.
 
-    Args:
-        profile: the profile of all chapters.
-        chapters: the experiments in order.
-        limit: maximum bytes of the page; images are omitted, with a note, until it fits.
-        documents: Markdown documents, shown after the experiments.
+    Images are omitted, with a note, until the page has at most ``limit`` bytes.
 
     Raises:
         UserError: there is nothing to show, cells do not match, or the page exceeds ``limit`` even

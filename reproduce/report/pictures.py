@@ -37,16 +37,10 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Shot:
-    """One image of a row at one seed and iteration.
+    """One image of a row, with its scores by reward.
 
-    Attributes:
-        row: the row.
-        seed: the training seed; None if nothing was trained here.
-        at: its iteration; 0 for the base, None if unknown.
-        end: the last iteration; None if nothing was trained here.
-        prompt: its prompt.
-        path: its file.
-        scores: its scores by reward.
+    ``at`` is its iteration: 0 for the base, None if unknown. Without a training, ``seed`` and the
+    last iteration ``end`` are None.
     """
 
     row: RowSpec

@@ -17,7 +17,6 @@ from reproduce.tables.model import (
     COST_LABELS,
     HACKING_LABEL,
     IN_DOMAIN,
-    Mark,
     Number,
     Row,
     RowComparison,
@@ -66,16 +65,16 @@ def block_grid(chapter: str, table: Table, block: Block, notes: Sequence[str]) -
     """A block of the table; missing rows show the reason."""
     caption = block.title if block.suffix else table.title
     columns = [
-        Column(heading.label, partial(_cell_box, place, heading), heading.numeric)
+        Column(heading.label, partial(_cell_box, table, place, heading), heading.numeric)
         for place, heading in enumerate(block.headings)
     ]
     return _grid(chapter, table, caption, columns, block.lines, notes)
 
 
-def _cell_box(place: int, heading: Heading, line: Line) -> Box:
+def _cell_box(table: Table, place: int, heading: Heading, line: Line) -> Box:
     row, cell = line[0], line[1][place]
     if isinstance(cell, Number):
-        return _number_box(cell)
+        return _number_box(table, cell)
     if heading.numeric:
         return number(None if cell is None else int(cell))
     if row.missing is not None:
@@ -85,26 +84,27 @@ def _cell_box(place: int, heading: Heading, line: Line) -> Box:
     return text_box(cell, "warning" if warned else "text")
 
 
-def _number_box(found: Number) -> Box:
+def _number_box(table: Table, found: Number) -> Box:
     """A score or metric with its interval and marks."""
     box = replace(number(found.mean, found.text), interval=found.ends)
     if not isinstance(found, Score):
         return box
     notes = [(IN_DOMAIN, "in-domain: trained on this reward")] if found.in_domain else []
     if found.mark is not None and found.mark.p_value < ALPHA:
-        notes.append((_sign(found.mark), _sentence(found.mark, found.digits)))
+        notes.append((_sign(found.mark), _sentence(table, found.mark, found.digits)))
     return replace(box, strong=found.best, notes=tuple(notes))
 
 
-def _sign(mark: Mark) -> str:
+def _sign(mark: RowComparison) -> str:
     """A triangle, filled if the difference is significant after correction."""
     up, down = ("▲", "▼") if mark.significant else ("△", "▽")
     return up if mark.difference > 0 else down
 
 
-def _sentence(mark: Mark, digits: int) -> str:
+def _sentence(table: Table, mark: RowComparison, digits: int) -> str:
+    reference = table.row(mark.second).full_label
     return (
-        f"{signed(mark.difference, digits)} vs. {mark.reference}, 95% interval "
+        f"{signed(mark.difference, digits)} vs. {reference}, 95% interval "
         f"{signed(mark.low, digits)} to {signed(mark.high, digits)} ({mark.about}), "
         f"{p_equation(mark.p_value)}, {p_equation(mark.p_holm)} after Holm's correction"
     )

@@ -1,7 +1,7 @@
-"""Begins a training from a checkpoint of a run that differs from it in nothing but its length.
+"""Starts a training from a checkpoint of a run that differs from it only in its length.
 
-Every iteration of such runs is the same up to the shorter one's end, so a run stopped at a cost
-needs only what no longer or shorter run has trained already.
+Such runs are identical up to the end of the shorter one, so a run that stops at some cost trains
+only the iterations that none of the others has.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Brings scores of an outside scorer into a folder of scores: ``g2rpo import-scores``."""
+"""Imports scores of an external scorer into a folder of scores: ``g2rpo import-scores``."""
 
 import re
 from collections import defaultdict
@@ -55,8 +55,8 @@ def import_scores(outside: Outside, request: Request) -> pd.DataFrame:
     The SHA-256 of the file stands for the hash of weights. Scores of other rewards are kept.
 
     Raises:
-        UserError: an image has no score, or more than one, or one that is no finite number, and
-            images are not skipped; a row is of no image; or scores would be lost.
+        UserError: an image has no score, or more than one, or one that is not finite, and
+            images are not skipped; a row belongs to no image; or scores would be lost.
     """
     wanted = SCORES if outside.column is None else (outside.column.strip().casefold(),)
     malformed: list[tuple[str, str]] = []
@@ -130,10 +130,10 @@ def _matched(table: Table, name: str, column: str, source: Source) -> dict[str, 
         text = "" if given_name is None else str(given_name).strip()
         items = find(text)
         if len(items) != 1:
-            reason = "is no image of the source" if not items else "fits several images"
+            reason = "is not an image of the source" if not items else "fits several images"
             source.refuse(text or row.place, f"{table.path.name}, {row.place}: {reason}")
         elif not _same_prompt(row, items[0]):
-            source.refuse(text, f"{table.path.name}, {row.place}: the prompt is another")
+            source.refuse(text, f"{table.path.name}, {row.place}: it has another prompt")
         else:
             given[items[0].id].append((row.place, row.values.get(column)))
     found: dict[str, float] = {}
@@ -152,7 +152,7 @@ def _matched(table: Table, name: str, column: str, source: Source) -> dict[str, 
         else:
             place, value = rows[0]
             source.refuse(
-                item.id, f"{table.path.name}, {place}: {value!r} is no finite 32-bit number"
+                item.id, f"{table.path.name}, {place}: {value!r} is not a finite 32-bit number"
             )
     return found
 

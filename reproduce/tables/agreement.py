@@ -28,7 +28,7 @@ SeedMeans = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two profiles order the rows of a group alike.
+    """How similarly two profiles rank the rows of a group.
 
     Attributes:
         group: the group's heading.
@@ -44,8 +44,8 @@ class Agreement:
         significant: pairs whose order is significant under both profiles, by paired t-tests with
             Holm's correction over the pairs of a profile.
         contradicted: those of them that have opposite orders.
-        repeated: the mean tau between two disjoint sets of this many seeds of the first profile,
-            which the other profile can hardly exceed; None if it has too few seeds.
+        repeated: the mean tau between two disjoint sets of this many seeds of the first profile, an
+            approximate upper bound of ``tau``; None if it has too few seeds.
     """
 
     group: str
@@ -96,7 +96,7 @@ def agreements(
     Args:
         experiment: the experiment that both profiles ran.
         first: a profile and its finished cells.
-        second: another profile and its finished cells.
+        second: another.
         seeds: the training seeds to compare; None for all that every row of a profile has.
 
     Raises:
@@ -167,7 +167,7 @@ def _matrix(
 
 
 def pair_differences(values: FloatArray) -> FloatArray:
-    """[..., rows] to the differences of every two rows, [..., pairs]."""
+    """[..., rows] to the differences of each pair of rows, [..., pairs]."""
     one, other = np.triu_indices(values.shape[-1], 1)
     differences: FloatArray = values[..., one] - values[..., other]
     return differences
@@ -190,14 +190,14 @@ def _resampled(values: FloatArray, seed: int) -> FloatArray:
 
 
 def _significant(values: FloatArray) -> npt.NDArray[np.bool_]:
-    """Whether every two rows of [rows, seeds] differ significantly, as [pairs]."""
+    """Whether each pair of rows of [rows, seeds] differs significantly, as [pairs]."""
     one, other = np.triu_indices(len(values), 1)
     found = dict(enumerate(method_comparisons(values[one], values[other])))
     return np.array(list(corrected(found).values())) < ALPHA
 
 
 def repeated_correlation(values: FloatArray, count: int) -> float | None:
-    """The mean tau between every two disjoint sets of ``count`` of the seeds of [rows, seeds]."""
+    """The mean tau of each pair of disjoint sets of ``count`` seeds of [rows, seeds]."""
     seeds = range(values.shape[1])
     found = [
         rank_correlation(values[:, one].mean(axis=1), values[:, other].mean(axis=1))

@@ -20,13 +20,9 @@ class Heading(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a table.
+    """A block of a table: its rows, with a cell for each heading after the row's name.
 
-    Attributes:
-        suffix: of its LaTeX label; empty for the scores.
-        title: what it shows.
-        headings: of the columns after the row's name.
-        lines: each row with a cell per heading.
+    ``suffix`` ends its LaTeX label, and is empty for the scores.
     """
 
     suffix: str

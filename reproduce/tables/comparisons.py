@@ -23,14 +23,12 @@ from benchmarks.evaluation.statistics import (
 from reproduce.experiment.table import CostColumn, PaperColumn, RowSpec, TableSpec
 from reproduce.tables.model import (
     NOT_SIGNIFICANT,
-    Mark,
     Number,
     Question,
     RewardHacking,
     Row,
     RowComparison,
 )
-from reproduce.tables.notes import full_label
 from reproduce.tables.paper import DIGITS, PaperTables
 
 DIVERSITY = (DISTANCE, VENDI)
@@ -63,18 +61,10 @@ def alike(first: RowScores, second: RowScores) -> bool:
 def compare_rows(
     first: RowScores, second: RowScores, rewards: Sequence[str]
 ) -> dict[str, Comparison]:
-    """Compares two rows on the rewards that both were scored on.
+    """First minus second, by reward that both rows were scored on.
 
     ``method`` comparisons pair the means of shared seeds. ``checkpoint`` comparisons pair the
     prompts, averaged over the shared seeds, or over each row's own seeds if they share none.
-
-    Args:
-        first: one row.
-        second: a row scored on the same prompts.
-        rewards: the score columns.
-
-    Returns:
-        The comparison (first - second) by reward.
     """
     known, shared = _shared(first, second, rewards)
     found = _compare(first.scores(known, shared), second.scores(known, shared), first, second)
@@ -100,10 +90,9 @@ def improvements(
 
 
 def compare_metric(first: RowScores, second: RowScores, metric: str) -> Comparison | None:
-    """Compares two rows on one metric, as :func:`compare_rows` does on scores.
+    """First minus second on one metric, as :func:`compare_rows` does on scores.
 
-    Returns:
-        first - second, or None if the two were not measured on the same prompts.
+    None if the two were not measured on the same prompts.
     """
     if metric not in first.metrics or metric not in second.metrics:
         return None
@@ -157,16 +146,9 @@ class ComparedRows:
     def hacking(self, key: str, baseline: str | None, about: Label | None) -> RewardHacking | None:
         """Tests a trained row against the baseline on the table's rewards and on diversity.
 
-        Holm's correction is over these comparisons.
-
-        Args:
-            key: the trained row.
-            baseline: the untrained model, if the table has one.
-            about: the kind of the row's intervals.
-
-        Returns:
-            None without a baseline under the same protocol, with too few shared seeds for
-            ``about``, or if no training reward is among the columns.
+        Holm's correction is over these comparisons. None without a baseline under the same
+        protocol, with too few shared seeds for ``about`` (the kind of the row's intervals), or if
+        no training reward is among the columns.
         """
         if baseline is None or key == baseline or not {key, baseline} <= self.results.keys():
             return None
@@ -203,19 +185,15 @@ def reference_of(spec: TableSpec, row: RowSpec) -> RowSpec | None:
     return None if found is None or found.key == row.key else found
 
 
-def row_marks(spec: TableSpec, row: RowSpec, compared: ComparedRows) -> dict[str, Mark]:
+def row_marks(spec: TableSpec, row: RowSpec, compared: ComparedRows) -> dict[str, RowComparison]:
     """Compares a row's scores with its reference's; empty if they were evaluated differently."""
     reference, results = reference_of(spec, row), compared.results
-    if reference is None or row.key not in results or reference.key not in results:
+    if reference is None or not results.keys() >= {row.key, reference.key}:
         return {}
     if not alike(results[row.key], results[reference.key]):
         return {}
-    found = compared(row.key, reference.key)
-    adjusted = corrected(found)
-    return {
-        name: Mark(reference=full_label(reference), p_holm=adjusted[name], **vars(one))
-        for name, one in found.items()
-    }
+    found = family_comparisons(compared, "rows", [(row.key, reference.key)])
+    return {one.reward: one for one in found}
 
 
 def _pairs(spec: TableSpec) -> Iterator[tuple[Question, RowSpec, RowSpec]]:

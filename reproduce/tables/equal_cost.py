@@ -29,12 +29,8 @@ _NOTE = (
 
 
 def equal_cost_markdown(table: Table, cells: Iterable[Cell], focus: Sequence[str]) -> str:
-    """A table per reward of a group and cost: its trained rows, best first, and their differences.
-
-    Args:
-        table: whose trained rows are compared.
-        cells: the finished cells, for their learning curves.
-        focus: keys of the rows that the others are compared with.
+    """A table per reward of a group and cost: its trained rows, best first, and their differences
+    from the ``focus`` rows. ``cells`` have the learning curves.
     """
     rows, runs = runs_with_costs(table, cells)
     parts = [

@@ -143,11 +143,8 @@ def learning_curves(
     Args:
         curves: method label to one frame per seed (:func:`read_metrics`), in drawing order.
         metrics: the quantities.
-        output: the PNG to write; a PDF is written beside it.
+        output: the PNG to write, which is returned; a PDF is written beside it.
         title: title of the figure.
-
-    Returns:
-        ``output``.
 
     Raises:
         UserError: the runs have none of the metrics.

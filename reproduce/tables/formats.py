@@ -23,16 +23,11 @@ JSON_DIGITS = 7
 
 
 def write_formats(table: Table, output: Path) -> dict[str, Path]:
-    """Writes a table in every format.
+    """Writes a table in every format; returns the file of each.
 
-    Args:
-        table: the table.
-        output: the folder for ``<name>.md``, ``.csv``, ``.tex``, ``.json``, ``.bib``,
-            ``<name>_paper.csv``, ``<name>_reading.md`` (the summary) and, if the prompts have
-            styles, ``<name>_by_style.md`` and ``.csv``.
-
-    Returns:
-        The file written for each format.
+    In the folder ``output``: ``<name>.md``, ``.csv``, ``.tex``, ``.json``, ``.bib``,
+    ``<name>_reading.md`` (the summary), with the paper's figures ``<name>_paper.csv`` and, if the
+    prompts have styles, ``<name>_by_style.md`` and ``.csv``.
     """
     texts = {
         "markdown": (f"{table.name}.md", to_markdown(table)),

@@ -35,7 +35,7 @@ COSTS: tuple[Literal["equal_cost_evaluations", "device_seconds"], ...] = (
 )
 """The cost on the horizontal axis of each panel."""
 SPENT = ("rollout_evaluations", "training_forwards", "training_backwards", "device_seconds")
-"""The columns of a learning curve that costs are made of; a run without them is not drawn."""
+"""The columns of a learning curve from which costs are computed; runs without them are left out."""
 Runs = dict[str, dict[int | None, pd.DataFrame]]
 """Learning curves with every cost, by row and seed."""
 COLOURS = "tab20"
@@ -69,14 +69,8 @@ def pareto_points(curves: Sequence[Band]) -> list[list[int]]:
 def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
     """Draws validation rewards against cost, with a panel per reward and cost.
 
-    Args:
-        table: whose trained rows are drawn; the legend has their shares of the in-domain headroom
-            on held-out prompts or, where there is no headroom, their in-domain scores.
-        cells: the finished cells, for their learning curves.
-        output: the PNG to write; a PDF is written beside it.
-
-    Returns:
-        ``output``.
+    The legend has each row's share of the in-domain headroom on held-out prompts or, where there is
+    no headroom, its in-domain score. Returns ``output``, a PNG; a PDF is written beside it.
 
     Raises:
         UserError: no cell has validation rewards and their cost.
@@ -118,10 +112,9 @@ def runs_with_costs(table: Table, cells: Iterable[Cell]) -> tuple[list[Row], Run
 def compared_rows(
     table: Table, rows: Sequence[Row], runs: Runs
 ) -> list[tuple[str, str, list[Row]]]:
-    """What is compared: each validated training reward of each group of ``rows``.
+    """Each validated training reward of each group of ``rows``.
 
-    Returns:
-        the reward's name, its label with the group's if there are several, and the rows.
+    Its name, its label with the group's if there are several, and the rows.
     """
     found, several = [], len({row.group for row in rows}) > 1
     for group, members in grouped(rows):

@@ -137,8 +137,7 @@ def common_scale(
 ) -> tuple[Scale | None, list[str]]:
     """The scale of a table's rewards, and why there is none or it is not the headroom.
 
-    Returns:
-        None for a table without a scored baseline, or if nothing asks for a scale.
+    None for a table without a scored baseline, or if nothing asks for a scale.
     """
     base = None if spec.baseline is None else results.get(spec.baseline)
     labels = {column.reward: column.label for column in spec.columns}

@@ -74,27 +74,54 @@ class Number(StrictModel):
         return f"[{fixed(self.low, self.digits)}, {fixed(self.high, self.digits)}]"
 
 
-class Mark(StrictModel):
-    """A score compared with its row's reference, as the row minus the reference.
+class RowComparison(StrictModel):
+    """Two rows compared on one score: first minus second."""
 
-    Holm's correction is over the scores of the row.
-    """
-
-    reference: str
-    """The reference's label with its group."""
+    first: str
+    second: str
+    reward: str
+    """A score column, or one of the table's measures."""
+    question: Question
+    """``primary``: chosen before the run. ``order``: any two of these rows. Else the second is
+    another row of the group, or the baseline."""
     difference: float
     low: float
     high: float
+    p_value: float
+    p_holm: float
+    family: int
+    """Number of comparisons corrected together."""
     about: Label
     count: int
     level: float
-    p_value: float
-    p_holm: float
+    improvement: Number
+    """Probability of improvement: that the first scores higher on a prompt."""
+    verdict: str
+    """One of :data:`VERDICTS`."""
+    detectable: float | None = None
+    """The difference that these seeds find with probability 0.8, given their spread; of primary
+    comparisons."""
+    equivalent: bool | None = None
+    """Whether the interval lies within 2 % of the headroom; None without headroom."""
+    published_difference: float | None = None
+    """The paper's, to its printed decimals."""
+    cost_ratios: dict[CostColumn, float] = hidden({})
+    """Training cost of the first divided by the second's."""
 
     @property
     def significant(self) -> bool:
         """Whether the corrected p-value is below 0.05."""
         return self.p_holm < ALPHA
+
+    @property
+    def paper_verdict(self) -> PaperVerdict | None:
+        """How the direction relates to the paper's; None if the paper reports none."""
+        if not self.published_difference or self.difference == 0:
+            return None
+        same = (self.published_difference > 0) == (self.difference > 0)
+        if self.significant:
+            return "confirmed" if same else "contradicted"
+        return "same direction" if same else "opposite direction"
 
 
 class Score(Number):
@@ -104,7 +131,8 @@ class Score(Number):
     """The row was trained on this column's reward."""
     best: bool
     """No row of its group prints a higher figure, and at least one other has a figure."""
-    mark: Mark | None = hidden(None)
+    mark: RowComparison | None = hidden(None)
+    """The row minus its reference; Holm's correction is over the scores of the row."""
 
 
 class RewardHacking(StrictModel):
@@ -169,56 +197,6 @@ class Row(StrictModel):
     def about(self) -> Label | None:
         """The kind of its intervals; None if it has none."""
         return next((s.about for s in self.scores.values() if s.about is not None), None)
-
-
-class RowComparison(StrictModel):
-    """Two rows compared on one score: first minus second."""
-
-    first: str
-    second: str
-    reward: str
-    """A score column, or one of the table's measures."""
-    question: Question
-    """``primary``: chosen before the run. ``order``: any two of these rows. Else the second is
-    another row of the group, or the baseline."""
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    p_holm: float
-    family: int
-    """Number of comparisons corrected together."""
-    about: Label
-    count: int
-    level: float
-    improvement: Number
-    """Probability of improvement: that the first scores higher on a prompt."""
-    verdict: str
-    """One of :data:`VERDICTS`."""
-    detectable: float | None = None
-    """The difference that these seeds find with probability 0.8, given their spread; of primary
-    comparisons."""
-    equivalent: bool | None = None
-    """Whether the interval lies within 2 % of the headroom; None without headroom."""
-    published_difference: float | None = None
-    """The paper's, to its printed decimals."""
-    cost_ratios: dict[CostColumn, float] = hidden({})
-    """Training cost of the first divided by the second's."""
-
-    @property
-    def significant(self) -> bool:
-        """Whether the corrected p-value is below 0.05."""
-        return self.p_holm < ALPHA
-
-    @property
-    def paper_verdict(self) -> PaperVerdict | None:
-        """How the direction relates to the paper's; None if the paper reports none."""
-        if not self.published_difference or self.difference == 0:
-            return None
-        same = (self.published_difference > 0) == (self.difference > 0)
-        if self.significant:
-            return "confirmed" if same else "contradicted"
-        return "same direction" if same else "opposite direction"
 
 
 class Column(StrictModel):

@@ -14,13 +14,7 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Gap:
-    """Why a row, or one of its seeds, has no result.
-
-    Attributes:
-        row: the row's key.
-        reason: e.g. ``interrupted at iteration 40``.
-        seed: the missing seed; None for the whole row.
-    """
+    """Why a row has no result (``interrupted at iteration 40``), or only ``seed`` of it."""
 
     row: str
     reason: str

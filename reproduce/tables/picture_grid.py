@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +10,14 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from g2rpo.errors import UserError
 from g2rpo.files import atomic_path
 from reproduce.tables.figures import PDF_METADATA
 
 SIDE = 128
 """Longest side of an image in the grid, in pixels."""
 PDF_DPI = 150
-_FONT_SIZE, _TEXT_WIDTH = 12, 154
-_GAP = 8
-_LEADING = 1.3
+_FONT_SIZE, _LINE_HEIGHT, _TEXT_WIDTH, _GAP = 12, 16, 154, 8
 _INK, _PAPER, _FRAME = (26, 26, 26), (255, 255, 255), (190, 190, 190)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Wrapped text in one font."""
-
-    lines: tuple[str, ...]
-    font: ImageFont.FreeTypeFont
-
-    @property
-    def line_height(self) -> int:
-        return round(self.font.size * _LEADING)
-
-    @property
-    def height(self) -> int:
-        return self.line_height * len(self.lines)
-
-    def draw(self, draw: ImageDraw.ImageDraw, x: float, y: float, *, centred: bool = False) -> None:
-        for number, text in enumerate(self.lines):
-            spot = (x, y + number * self.line_height)
-            draw.text(spot, text, fill=_INK, font=self.font, anchor="ma" if centred else "la")
 
 
 def _font(weight: str = "normal") -> ImageFont.FreeTypeFont:
@@ -51,13 +26,25 @@ def _font(weight: str = "normal") -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_manager.findfont(properties), _FONT_SIZE)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> _Block:
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """Wraps ``text`` at ``width`` pixels; longer words are broken."""
     for characters in range(max(4, width // 3), 3, -1):
         lines = textwrap.wrap(text, characters)
         if all(font.getlength(line) <= width for line in lines):
             break
-    return _Block(tuple(lines), font)
+    return lines
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    lines: Sequence[str],
+    font: ImageFont.FreeTypeFont,
+    corner: tuple[float, float],
+    anchor: str = "la",
+) -> None:
+    for number, text in enumerate(lines):
+        spot = (corner[0], corner[1] + _LINE_HEIGHT * number)
+        draw.text(spot, text, fill=_INK, font=font, anchor=anchor)
 
 
 def _fitted(image: npt.NDArray[np.uint8]) -> Image.Image:
@@ -83,33 +70,22 @@ def picture_grid(
     Args:
         columns: model label to its images, [H, W, 3], one per prompt.
         prompts: the captions, in the order of the images.
-        output: the PNG to write; a PDF with the same pixels goes beside it.
-
-    Returns:
-        ``output``.
-
-    Raises:
-        UserError: there are no images, or a model does not have one per prompt.
+        output: the PNG to write, which is returned; a PDF with the same pixels goes beside it.
     """
-    if not columns or not prompts:
-        raise UserError(f"{output}: no images to draw")
-    for label, images in columns.items():
-        if len(images) != len(prompts):
-            raise UserError(
-                f"{output}: {label} has {len(images)} images for {len(prompts)} prompts"
-            )
-    heads = [_wrapped(label, _font("bold"), SIDE) for label in columns]
-    captions = [_wrapped(prompt, _font(), _TEXT_WIDTH) for prompt in prompts]
-    first_row = _GAP + max(head.height for head in heads) + _GAP // 2
-    heights = [max(SIDE, caption.height) for caption in captions]
+    bold, plain = _font("bold"), _font()
+    heads = [_wrapped(label, bold, SIDE) for label in columns]
+    captions = [_wrapped(prompt, plain, _TEXT_WIDTH) for prompt in prompts]
+    first_row = _GAP + _LINE_HEIGHT * max(map(len, heads)) + _GAP // 2
+    heights = [max(SIDE, _LINE_HEIGHT * len(caption)) for caption in captions]
     tops = [first_row + sum(heights[:row]) + _GAP * row for row in range(len(heights))]
     lefts = [2 * _GAP + _TEXT_WIDTH + (SIDE + _GAP) * column for column in range(len(columns))]
     canvas = Image.new("RGB", (lefts[-1] + SIDE + _GAP, tops[-1] + heights[-1] + _GAP), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for head, left in zip(heads, lefts, strict=True):
-        head.draw(draw, left + SIDE / 2, first_row - _GAP // 2 - head.height, centred=True)
+        top = first_row - _GAP // 2 - _LINE_HEIGHT * len(head)
+        _write(draw, head, bold, (left + SIDE / 2, top), anchor="ma")
     for caption, top, height in zip(captions, tops, heights, strict=True):
-        caption.draw(draw, _GAP, top + (height - caption.height) // 2)
+        _write(draw, caption, plain, (_GAP, top + (height - _LINE_HEIGHT * len(caption)) // 2))
     for images, left in zip(columns.values(), lefts, strict=True):
         for image, top, height in zip(images, tops, heights, strict=True):
             _place(canvas, image, (left, top + (height - SIDE) // 2))

@@ -15,15 +15,9 @@ from reproduce.tables.model import RowComparison, Table
 def planned_comparisons(
     spec: TableSpec, measured: Mapping[str, RowScores], scale: Scale | None
 ) -> list[RowComparison]:
-    """The primary comparisons of every group, then every two of their rows on the in-domain mean.
+    """The primary comparisons of every group, then each pair of their rows on the in-domain mean.
 
-    Holm's correction is over the primary comparisons of a group, and apart from them over its
-    orders.
-
-    Args:
-        spec: the table.
-        measured: its rows on one scale.
-        scale: that scale.
+    Holm's correction is over the primary comparisons of a group, and separately over its pairs.
     """
     headroom = scale is not None and scale.headroom
     compared = ComparedRows(measured, MEASURES)
@@ -49,7 +43,7 @@ def planned_comparisons(
 
 
 def _detectable(one: RowComparison) -> float | None:
-    """None for trained weights, of which nothing is known about other seeds."""
+    """None for trained weights, which say nothing about other seeds."""
     if one.about != "method":
         return None
     deviation = interval_deviation(one.low, one.high, one.count)
@@ -57,14 +51,14 @@ def _detectable(one: RowComparison) -> float | None:
 
 
 def planned_notes(table: Table) -> list[str]:
-    """What the primary comparisons and the orders of each group show, in a sentence for each."""
+    """A sentence for each row's primary comparisons, and one for the order of each group's rows."""
     found = table.asked("primary")
     rows = dict.fromkeys(one.first for one in found)
     return [*(_primary_note(table, found, key) for key in rows), *order_notes(table)]
 
 
 def order_notes(table: Table) -> list[str]:
-    """What the orders of each group show."""
+    """What is known of the order of each group's rows."""
     by_group: dict[str, list[RowComparison]] = {}
     for one in table.asked("order"):
         by_group.setdefault(table.row(one.first).group, []).append(one)

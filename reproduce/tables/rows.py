@@ -18,9 +18,9 @@ from reproduce.tables.model import (
     COST_LABELS,
     METRIC_LABELS,
     Column,
-    Mark,
     Number,
     Row,
+    RowComparison,
     Score,
     Source,
     grouped,
@@ -158,10 +158,8 @@ def published_rows(
 ) -> dict[str, Row]:
     """The paper's figures for the table's rows, by our row's key.
 
-    Args:
-        spec: the table.
-        paper: the paper's figures.
-        columns: the table's columns, those without a paper's column left empty; or the paper's.
+    ``columns`` are the table's, of which those that the paper lacks stay empty, or
+    :data:`PAPER_COLUMNS`.
     """
     suffix = "" if columns is PAPER_COLUMNS else " (paper)"
     if spec.paper_table is None:
@@ -191,20 +189,20 @@ def table_row(
     result: RowScores | None,
     *,
     missing: str = "",
-    marks: Mapping[str, Mark] = MappingProxyType({}),
+    marks: Mapping[str, RowComparison] = MappingProxyType({}),
     costs: Sequence[CostColumn] = (),
     **fields: Any,
 ) -> Row:
     """A row with its scores, none of them marked as the best.
 
     Args:
-        row: what the table says of it.
+        row: the row of the table's definition.
         columns: the score columns.
         result: its cells; None if it has none.
         missing: why it has none.
         marks: comparisons with its reference, by column.
         costs: the costs shown.
-        fields: further fields of the row.
+        fields: further fields of :class:`Row`.
     """
     fields |= {
         "key": row.key,

@@ -17,13 +17,7 @@ LEAST_PROMPTS = 2
 def style_table(spec: TableSpec, results: Mapping[str, RowScores], profile: str) -> Table | None:
     """The table's scores on the prompts of each style, one group per style.
 
-    Args:
-        spec: the table.
-        results: its rows by key.
-        profile: the profile the cells were measured under.
-
-    Returns:
-        None unless the prompts have at least two styles.
+    None unless the prompts have at least two styles.
     """
     styles = {key: found for key, row in results.items() if (found := _styles(row))}
     counts = Counter(style for found in styles.values() for style in set(found.values()))

@@ -1,4 +1,4 @@
-"""Checks a cluster profile: SLURM tests the batch scripts, the rest is what it does not report."""
+"""Checks a cluster profile: SLURM tests the batch scripts, and we what it does not report."""
 
 import re
 from collections.abc import Iterator

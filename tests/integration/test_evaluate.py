@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 from command_line import g2rpo_here, succeeded, told_here, write_small_profile
+from forked import Command
 from PIL import Image
 
 from benchmarks.evaluation.protocol import EvaluationConfig
@@ -80,12 +78,9 @@ def images_of(place: Path, cell: Cell) -> dict[str, np.ndarray[Any, Any]]:
 @pytest.fixture(scope="module")
 def lora(place: Path) -> str:
     """What the command prints of the LoRA; the tests after it find the base sampled."""
-    done = subprocess.run(
-        [sys.executable, "-m", "reproduce.cli", "evaluate", "lora", *CHOSEN],
-        cwd=place, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, out, errors = Command(place, "evaluate", "lora", *CHOSEN).wait()
+    assert code == 0, errors
+    return out
 
 
 def test_a_lora_is_compared_with_its_base_prompt_by_prompt(place: Path, lora: str) -> None:
@@ -161,13 +156,11 @@ def test_killed_and_run_again_in_shares(
     place: Path, lora: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = ("--suite", "suite.yaml", "--profile", "shares.yaml", "--results", "killed")
-    command = [sys.executable, "-m", "reproduce.cli", "evaluate", "lora", *chosen, "--jobs", "1"]
-    process = subprocess.Popen(command, cwd=place, stderr=subprocess.DEVNULL)
+    command = Command(place, "evaluate", "lora", *chosen, "--jobs", "1")
     runs = place / "killed" / "runs"
-    while process.poll() is None and not any(runs.glob("checkpoint-*/evaluations/*/images/*")):
+    while command.process.is_alive() and not any(runs.glob("checkpoint-*/evaluations/*/images/*")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command.kill()
     out = succeeded(told_here(capsys, place, "evaluate", "lora", *chosen))
     _, cells = cells_of(place, out)
     _, whole = cells_of(place, lora)

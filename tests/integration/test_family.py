@@ -20,11 +20,11 @@ from g2rpo.training.checkpoint.load import export_trained
 from g2rpo.training.config import PromptsConfig, TrainConfig
 from reproduce.experiment.cells import load_experiment
 from reproduce.experiment.profile import load_profile
-from reproduce.experiment.resolving import resolve
+from reproduce.experiment.resolving import expand, resolve
 
 SD3 = "StableDiffusion3Pipeline"
 CELLS = [key for key, cell in load_experiment("family").cells.items() if cell.method is not None]
-
+PROFILES = ("flux-tiny", "sd35-tiny")
 
 RELEASED = sorted(name for name in preset_names() if "lora" in load_preset(name, "released", SD3))
 """The methods whose code trains Stable Diffusion 3.5."""
@@ -49,29 +49,34 @@ def released_on_sd35(assets: Path, method: str) -> TrainConfig:
     return on_assets(resolve(released, load_profile("sd35-smoke"), "cell", 1, few).train, assets)
 
 
-def train_each(assets: Path, folder: Path, profile: str) -> None:
+def train_each(assets: Path, folder: Path) -> None:
     found = {}
-    for key in CELLS:
-        cell = resolve(load_experiment("family"), load_profile(profile), key, 1)
-        trainer = trainer_for(on_assets(cell.train, assets), folder / key.replace("/", "-"))
-        found[key] = trainer.iterate()
+    for profile in PROFILES:
+        for cell in expand(load_experiment("family"), load_profile(profile), (1,)):
+            if cell.key in CELLS:
+                name = f"{profile} {cell.key}"
+                trainer = trainer_for(on_assets(cell.train, assets), folder / name)
+                found[name] = trainer.iterate()
     if trainer.accelerator.is_main_process:
         (folder / "rows.json").write_text(json.dumps(found))
 
 
-@pytest.fixture(scope="module", params=["flux-tiny", "sd35-tiny"])
+@pytest.fixture(scope="module")
 def rows(
-    smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("family")
-    assert on_two_ranks(train_each, smoke_assets, folder, request.param) == 0
+    assert on_two_ranks(train_each, smoke_assets, folder) == 0
     found: dict[str, dict[str, float]] = json.loads((folder / "rows.json").read_text())
     return found
 
 
 @pytest.mark.parametrize("key", CELLS)
-def test_a_method_trains_for_an_iteration(rows: dict[str, dict[str, float]], key: str) -> None:
-    row = rows[key]
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_method_trains_for_an_iteration(
+    rows: dict[str, dict[str, float]], profile: str, key: str
+) -> None:
+    row = rows[f"{profile} {key}"]
     assert row["gradient_norm"] > 0
     assert row["training_backwards"] > 0
     assert row["ratio_deviation"] <= 2e-5
@@ -127,15 +132,18 @@ def test_a_lora_trained_on_sd35_gives_diffusers_the_same_images(
     assert (images() - base).abs().mean() > 2
 
 
-def test_every_method_is_timed(tmp_path: Path) -> None:
+def test_methods_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind: transitions, a tree, and the forward process."""
+    names = ["dance_grpo", "branch_grpo", "diffusion_nft"]
+    monkeypatch.setattr("benchmarks.speed.methods.preset_names", lambda: names)
     main("tiny", "cpu", 1, tmp_path)
     result = json.loads((tmp_path / "methods-tiny.json").read_text())
-    assert [m["label"] for m in result["methods"]] == [method_label(n) for n in preset_names()]
+    assert [m["label"] for m in result["methods"]] == [method_label(name) for name in names]
     for method in result["methods"]:
         parts = method["seconds/sampling"] + method["seconds/training"]
         assert 0 < parts < method["device_seconds"]
     page = (tmp_path / "methods-tiny.md").read_text()
-    assert page.count("\n| ") == len(preset_names()) + 2
+    assert page.count("\n| ") == len(names) + 2
 
 
 def test_the_page_shows_a_method_that_costs_twice_its_evaluations() -> None:

@@ -24,7 +24,6 @@ from g2rpo.policy.size import read_size
 from g2rpo.training.batch import NoisedBatch, training_batch
 from g2rpo.training.checkpoint.folder import checkpoint_folder
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.loop import Trainer
 from g2rpo.training.memory import gpu_bytes
 from reproduce.jobs.estimates import checkpoint_disk
 
@@ -84,47 +83,49 @@ Case = tuple[str, str | None]
 """An objective, and the guidance of a Stable Diffusion 3; None is a FLUX."""
 
 
-def two_iterations(assets: Path, folder: Path, case: Case, sharding: str) -> Trainer:
-    execution = {"sharding": sharding}
-    config = config_of(assets, *case, policy={"dtype": "float64"}, execution=execution)
-    trainer = trainer_for(config, folder)
-    for _ in range(3):
-        trainer.iterate()
-    return trainer
+CASES: list[tuple[Case, str]] = [
+    (("nft", None), "replicated"),
+    (("nft", None), "fsdp2"),
+    (("awm", None), "replicated"),
+    (("dgpo", None), "fsdp2"),
+    (("dgpo", "rollouts alone"), "replicated"),
+    (("nft", "detached"), "fsdp2"),
+]
 
 
-def write_weights(assets: Path, folder: Path, case: Case, sharding: str) -> None:
-    trainer = two_iterations(assets, folder / "run", case, sharding)
-    weights = trained_weights(trainer)
-    if trainer.accelerator.is_main_process:
-        torch.save(weights, folder / "weights.pt")
-        counters = replace(trainer.progress, device_seconds=0)
-        (folder / "counters.json").write_text(json.dumps(vars(counters)))
+def write_trained(assets: Path, folder: Path) -> None:
+    """Trains every case on the ranks, and saves each one's weights and counters."""
+    for number, (case, sharding) in enumerate(CASES):
+        changes = {"policy": {"dtype": "float64"}, "execution": {"sharding": sharding}}
+        trainer = trainer_for(config_of(assets, *case, **changes), folder / f"run-{number}")
+        for _ in range(3):
+            trainer.iterate()
+        weights = trained_weights(trainer)
+        if trainer.accelerator.is_main_process:
+            torch.save(weights, folder / f"{number}.pt")
+            counters = replace(trainer.progress, device_seconds=0)
+            (folder / f"{number}.json").write_text(json.dumps(vars(counters)))
 
 
-@pytest.mark.parametrize(
-    ("case", "sharding"),
-    [
-        (("nft", None), "replicated"),
-        (("nft", None), "fsdp2"),
-        (("awm", None), "replicated"),
-        (("dgpo", None), "fsdp2"),
-        (("dgpo", "rollouts alone"), "replicated"),
-        (("nft", "detached"), "fsdp2"),
-    ],
-)
+@pytest.fixture(scope="module")
+def two_ranks(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two-ranks")
+    assert on_two_ranks(write_trained, smoke_assets, folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_two_ranks_train_as_one_does(
-    smoke_assets: Path, tmp_path: Path, case: Case, sharding: str
+    smoke_assets: Path, tmp_path: Path, two_ranks: Path, number: int
 ) -> None:
-    assert on_two_ranks(write_weights, smoke_assets, tmp_path, case, sharding) == 0
-    alone = two_iterations(smoke_assets, tmp_path / "alone", case, "replicated")
-    weights = trained_weights(alone)
-    start = trained_weights(
-        trainer_for(config_of(smoke_assets, *case, policy={"dtype": "float64"}), tmp_path / "start")
-    )
-    both = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert relative(both, weights, start) < 1e-6
-    counters = json.loads((tmp_path / "counters.json").read_text())
+    case, _ = CASES[number]
+    alone = trainer_for(config_of(smoke_assets, *case, policy={"dtype": "float64"}), tmp_path)
+    start = trained_weights(alone)
+    for _ in range(3):
+        alone.iterate()
+    both = torch.load(two_ranks / f"{number}.pt", weights_only=True)
+    assert relative(both, trained_weights(alone), start) < 1e-6
+    counters = json.loads((two_ranks / f"{number}.json").read_text())
     assert counters == vars(replace(alone.progress, device_seconds=0))
 
 

@@ -22,7 +22,7 @@ TABLE: dict[str, Any] = {
     "table": {"title": "One row", "baseline": "base", "columns": ["hps"]},
 }
 ARGUMENTS = ("one_row.yaml", "--profile", "small.yaml", "--jobs", "1", "--cluster", "local")
-SLOW = ("-s", "optimization.iterations=100000")
+SLOW = ("-s", "optimization.iterations=2000")
 
 
 @pytest.fixture(scope="module")

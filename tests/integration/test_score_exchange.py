@@ -1,4 +1,4 @@
-"""Images for outside scorers, their scores, and folders that no scorer should see."""
+"""Images for external scorers, their scores, and folders that no scorer should see."""
 
 import json
 import os
@@ -203,7 +203,7 @@ def test_what_is_no_32_bit_number_is_refused(
     images = ["--images", geneval / "images", "--prompts", geneval / "geneval.jsonl"]
     options = ["--reward", "mine", "--version", "1", "--output", geneval / "scores"]
     errors = refused(tell(capsys, "import-scores", file, *images, *options))
-    assert f"00001: mine.csv, line 4: {value!r} is no finite 32-bit number" in errors
+    assert f"00001: mine.csv, line 4: {value!r} is not a finite 32-bit number" in errors
     assert (geneval / "scores" / "scores.csv").read_bytes() == before
 
 
@@ -292,11 +292,11 @@ def test_scores_that_do_not_fit_are_listed(
     command = ["import-scores", *base, "--version", "1", "--output", output]
     errors = refused(tell(capsys, *command))
     assert (
-        "5 scores cannot be imported: strange.png: results.jsonl, line 5: is no image of" in errors
+        "5 scores cannot be imported: strange.png: results.jsonl, line 5: is not an image" in errors
     )
-    assert "00000_10: results.jsonl, line 2: nan is no finite 32-bit number" in errors
+    assert "00000_10: results.jsonl, line 2: nan is not a finite 32-bit number" in errors
     assert "00001: 2 scores in results.jsonl: line 3, line 4" in errors
-    assert "00000_9.png: results.jsonl, line 6: the prompt is another" in errors
+    assert "00000_9.png: results.jsonl, line 6: it has another prompt" in errors
     assert "00002_x: no score in results.jsonl" in errors
     assert not (output / "scores.parquet").exists()
     file.write_text("\n".join([*lines, '{"image": "00001.png", "score": ', "[1]"]))

@@ -15,7 +15,6 @@ from g2rpo.flow.schedule import GridConfig, build_grid
 from g2rpo.policy import load_policy
 from g2rpo.sampling import sample_latents, sample_ode
 from g2rpo.training.config import TrainConfig
-from g2rpo.training.counts import training_counts
 from reproduce.stages import embedding
 
 METHODS = {
@@ -43,7 +42,7 @@ def sd3_config(folder: Path, method: str, guidance: float, **changes: object) ->
     return config_for(folder, **data | changes)
 
 
-@pytest.mark.parametrize(("guidance", "adapters"), [(1.0, False), (4.5, False), (4.5, True)])
+@pytest.mark.parametrize(("guidance", "adapters"), [(1.0, False), (4.5, True)])
 @pytest.mark.parametrize("method", METHODS)
 def test_iterations(
     folder: Path, tmp_path: Path, method: str, guidance: float, *, adapters: bool
@@ -58,23 +57,6 @@ def test_iterations(
         for old, new in zip(before, trainer.weights.parameters, strict=True)
     ]
     assert sum(moved) > len(moved) / 2
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_guided_velocity_counts_twice(folder: Path, tmp_path: Path, method: str) -> None:
-    counted = {}
-    for guidance in (1.0, 4.5):
-        penalty = {"iterations": 2, "kl_coefficient": 0.1}
-        config = sd3_config(folder, method, guidance, optimization=penalty)
-        trainer = trainer_for(config, tmp_path / str(guidance))
-        counts, row = training_counts(config), [trainer.iterate() for _ in range(2)][-1]
-        assert row["rollout_evaluations"] == counts.rollout_evaluations
-        assert row["training_forwards"] == counts.training_forwards
-        assert row["training_backwards"] == counts.training_backwards
-        assert row["images_scored"] == counts.images_scored
-        counted[guidance] = counts
-    costs = [counted[guidance].equal_cost_evaluations for guidance in (1.0, 4.5)]
-    assert costs[1] == pytest.approx(2 * costs[0], abs=1)
 
 
 @pytest.mark.parametrize("approximation", [{"merged_lora": True}, {"fp8": True}])

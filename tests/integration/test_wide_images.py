@@ -32,7 +32,8 @@ def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         profile = {"name": "wide", "extends": str(folder / "small.yaml"), "policy": size}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(profile | {"evaluation": evaluation}))
     (folder / "rows.yaml").write_text(yaml.safe_dump(EXPERIMENT))
-    assert g2rpo_here(folder, "reproduce", "rows.yaml", "--profile", "wide.yaml") == 0
+    arguments = ("reproduce", "rows.yaml", "--profile", "wide.yaml", "--jobs", "1")
+    assert g2rpo_here(folder, *arguments) == 0
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from tiny_flux import build_tiny_flux
 from tiny_sd3 import build_tiny_sd3
@@ -84,7 +84,7 @@ def theirs(folder: Path, attach: Callable[[Any], None]) -> Tensor:
 
 def adapted(folder: Path, settings: dict[str, Any]) -> nn.Module:
     """The base's transformer as PEFT's model, its adapters moved away from zero."""
-    transformer = DiffusionPipeline.from_pretrained(folder).transformer
+    transformer = AutoModel.from_pretrained(folder, subfolder="transformer")
     model = peft.get_peft_model(transformer, peft.LoraConfig(**settings))
     draws = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():

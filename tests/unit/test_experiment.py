@@ -45,10 +45,14 @@ def trained(cell: ResolvedCell) -> TrainConfig:
     return cell.train
 
 
+# Others read changed files.
+bundled_experiment, bundled_profile = map(functools.cache, (load_experiment, load_profile))
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_resolves_under_every_profile(experiment: str, profile: str) -> None:
-    loaded, chosen = load_experiment(experiment), load_profile(profile)
+    loaded, chosen = bundled_experiment(experiment), bundled_profile(profile)
     if loaded.policy is not None and loaded.policy != chosen.policy.source:
         fitting = "sd35" if experiment == "released-sd35" else "flux"
         with pytest.raises(

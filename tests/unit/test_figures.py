@@ -263,11 +263,3 @@ def test_large_images_are_reduced(tmp_path: Path) -> None:
         canvas = np.asarray(picture)
     red = np.argwhere((canvas == (200, 30, 30)).all(axis=2))
     assert (red.max(axis=0) - red.min(axis=0) + 1).tolist() == [64, 128]
-
-
-def test_grids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    image = np.zeros((4, 4, 3), dtype=np.uint8)
-    with pytest.raises(UserError, match="Base has 1 images for 2 prompts"):
-        picture_grid({"Base": [image]}, ["one", "two"], tmp_path / "grid.png")
-    with pytest.raises(UserError, match="no image"):
-        picture_grid({}, [], tmp_path / "grid.png")

@@ -119,6 +119,8 @@ def test_compiled_blocks_give_training_the_velocity_of_the_rollout(
 ) -> None:
     """Without gradients and with them the graphs are others; the ratio must stay 1."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of workers
+    # Vector types come with headers that the compiler takes 15 to 20 s to precompile.
+    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)
     expected = velocity_of(policy, 2).detach()
     use_diffusers_blocks(policy.transformer)  # as compile_blocks
     # One block alone: a C++ compiler takes a minute for both kinds.

@@ -34,8 +34,9 @@ EXACT: dict[str, dict[str, object]] = {"hpsv3": {"variant": "float32"}}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = build_tiny_models(tmp_path_factory.mktemp("tiny") / "assets")
+def tiny(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "assets"
+    shutil.copytree(smoke_assets, folder)
     build_small_hpsv3(folder / "rewards" / "hpsv3")
     build_small_aesthetic(folder / "rewards" / "aesthetic")
     return folder

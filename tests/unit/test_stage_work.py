@@ -32,7 +32,7 @@ EXPERIMENTS = sorted(path.stem for path in (HERE / "experiments").glob("*.yaml")
 
 def cells_of(experiment: str, profile: Profile) -> list[ResolvedCell]:
     try:
-        return expand(load_experiment(experiment), profile, (1, 2))
+        return expand(load_experiment(experiment), profile, (1,))
     except UserError:  # it is about another policy
         return []
 

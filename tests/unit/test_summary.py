@@ -74,7 +74,7 @@ def test_marks_are_the_comparisons_with_the_baseline(table: Table) -> None:
     corrected = holm([c.p_value for c in compared])
     for mark, one, p_value in zip(marks, compared, corrected, strict=True):
         assert mark is not None
-        assert mark.reference == "Base (nothing)"
+        assert mark.second == "base"
         assert (mark.difference, mark.p_value) == (one.difference, one.p_value)
         assert mark.p_holm == pytest.approx(p_value)
     assert all(score.mark is None for score in table.row("base").scores.values())
