@@ -84,7 +84,7 @@ def theirs(folder: Path, attach: Callable[[Any], None]) -> Tensor:
 
 def adapted(folder: Path, settings: dict[str, Any]) -> nn.Module:
     """The base's transformer as PEFT's model, its adapters moved away from zero."""
-    transformer = AutoModel.from_pretrained(folder, subfolder="transformer")
+    transformer = AutoModel.from_pretrained(str(folder), subfolder="transformer")
     model = peft.get_peft_model(transformer, peft.LoraConfig(**settings))
     draws = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
