@@ -238,14 +238,19 @@ def _legend(figure: Figure, panels: Iterable[Axes], caption: str, title: str | N
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=min(len(entries), 6 if figure.get_figwidth() > 7 else 3),
-        title=caption,
-        title_fontsize=8,
-        handlelength=2.8,
-    )
+    most = min(len(entries), 6 if figure.get_figwidth() > 7 else 3)
+    for columns in range(most, 0, -1):
+        legend = figure.legend(
+            entries.values(),
+            entries.keys(),
+            loc="outside lower center",
+            ncols=columns,
+            title=caption,
+            title_fontsize=8,
+            handlelength=2.8,
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     if title is not None:
         figure.suptitle(title, fontsize=11)

@@ -12,11 +12,13 @@ import scipy.stats
 from cell_factory import make_cell, make_scores
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.evaluation.results import Cell
 from g2rpo.errors import UserError
 from reproduce.experiment.table import TableSpec
+from reproduce.tables import figures
 from reproduce.tables.equal_cost import equal_cost_markdown
 from reproduce.tables.figures import Band, Metric, learning_curves, seed_band
 from reproduce.tables.frontier import frontier_figure, pareto_points
@@ -88,6 +90,20 @@ def test_learning_curves_are_drawn(tmp_path: Path) -> None:
     assert first[1].startswith(b"%PDF-") and b"CreationDate" not in first[1]
     learning_curves(curves, metrics, path, title="Test")
     assert (path.read_bytes(), pdf.read_bytes()) == first
+
+
+def test_a_legend_of_long_labels_stays_inside_the_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, _: drawn.append(figure))
+    labels = [f"four rewards, combination {n}: sum of their advantages" for n in range(7)]
+    learning_curves({label: [run(0)] for label in labels}, [METRIC], tmp_path / "curves.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert len(figure.legends) == 1 and len(figure.legends[0].get_texts()) == len(labels)
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
 
 
 @given(
