@@ -82,8 +82,8 @@ def read_prompt_set(path: Path) -> PromptSet:
             note = f"{path.name}: reading prompts from {column!r}{others}"
     else:
         raise UserError(
-            f"{path}: {f'unknown suffix {suffix}' if suffix else 'no suffix'}; rename it to .txt "
-            f"(one prompt per line), {', '.join(SUFFIXES)}"
+            f"{path}: {f'unknown suffix {suffix}' if suffix else 'no suffix'}; save the prompts as "
+            f".txt (one per line), {', '.join(SUFFIXES)}"
         )
     prompts: list[Prompt] = []
     places: dict[str, str] = {}

@@ -248,8 +248,19 @@ class BatchedReward(ABC):
 
     @torch.no_grad()
     def score_prepared(self, prepared: Any, prompts: Sequence[str]) -> Tensor:
-        """Scores one prepared batch: float32 ``[B, columns]`` on the CPU, all finite."""
-        scores = self.evaluate(prepared).float().cpu().reshape(len(prompts), len(self.columns))
+        """Scores one prepared batch: float32 ``[B, columns]`` on the CPU, all finite.
+
+        Raises:
+            UserError: :meth:`evaluate` returned something else.
+        """
+        found, shape = self.evaluate(prepared), (len(prompts), len(self.columns))
+        given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if given != shape and not (given == shape[:1] and shape[1] == 1):
+            raise UserError(
+                f"{self.name}: {type(self).__name__}.evaluate returned {given} for {shape[0]} "
+                f"images; return a tensor of shape {list(shape if shape[1] > 1 else shape[:1])}"
+            )
+        scores = found.float().cpu().reshape(shape)
         check_finite(self.name, scores, prompts)
         return scores
 

@@ -136,17 +136,14 @@ class RewardServer(ServerClient):
                 f"{info.weights_hash!r} to version {reply.version!r}, weights "
                 f"{reply.weights_hash!r}; serve the first again, or start again with the new one"
             )
-        columns = {
-            "scores": reply.scores,
-            **{part: reply.parts.get(part, []) for part in info.parts},
-        }
-        for name, values in columns.items():
+        columns = [reply.scores, *(reply.parts.get(part, []) for part in info.parts)]
+        for name, values in zip(("scores", *info.parts), columns, strict=True):
             if len(values) != count:
                 raise UserError(
                     f"{url}: {len(values)} {name} for {count} images; make the server answer with "
                     "one per image"
                 )
-        scores = torch.tensor(list(columns.values()), dtype=torch.float64).float().T
+        scores = torch.tensor(columns, dtype=torch.float64).float().T
         check_finite(url, scores, request.prompts)
         return scores
 

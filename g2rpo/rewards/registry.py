@@ -41,7 +41,13 @@ def reward_class(config: RewardConfig) -> type[BatchedReward]:
         UserError: the name is not registered, or ``config`` has a question that it does not ask.
     """
     check_reward_name(config.model)
-    found: type[BatchedReward] = pkgutil.resolve_name(REWARDS[config.model])
+    try:
+        found: type[BatchedReward] = pkgutil.resolve_name(REWARDS[config.model])
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"reward {config.model}: cannot import {REWARDS[config.model]!r} ({error}); correct "
+            "its line in g2rpo/rewards/registry.py"
+        ) from error
     if config.question is not None and not found.asks_question:
         raise UserError(f"reward {config.model}: asks no question; remove `question`")
     if config.question is not None and config.question.questions and not found.has_questions:

@@ -103,7 +103,10 @@ def _print(verdict: "Verdict") -> None:
 
 
 def _rate(rate: "Rate") -> tuple[str, str, str]:
-    return (*_shown(rate.share, rate.low, rate.high), f"{rate.count} answers")
+    from benchmarks.evaluation.statistics import NOTHING
+
+    shown = _shown(rate.share, rate.low, rate.high) if rate.count else (NOTHING, NOTHING)
+    return (*shown, f"{rate.count} answers")
 
 
 def _shown(share: float, low: float, high: float) -> tuple[str, str]:

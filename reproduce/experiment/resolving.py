@@ -22,6 +22,7 @@ from g2rpo.training.counts import iterations_within, training_counts
 from reproduce.bundled import absolute, bundled_names
 from reproduce.experiment.cells import Budget, CellConfig, Experiment
 from reproduce.experiment.profile import Profile, PromptSplits, load_profile, with_preset
+from reproduce.experiment.table import TableSpec
 
 
 class ResolvedCell(StrictModel):
@@ -361,5 +362,26 @@ def expand(
     resolved = [resolver.resolve(key, 0) for key in cells if cells[key].method is None]
     for seed in seeds:
         resolved += [resolver.resolve(key, seed) for key in cells if cells[key].method is not None]
-    experiment.table_spec(profile)
+    _check_protocols(experiment.table_spec(profile), resolved)
     return resolved
+
+
+def _check_protocols(spec: TableSpec, cells: Sequence[ResolvedCell]) -> None:
+    """Refuses before the run what :func:`reproduce.tables.rows.select_rows` would refuse after."""
+    groups = {row.key: row.group for row in spec.rows}
+    of_group: dict[str, ResolvedCell] = {}
+    of_name: dict[str, ResolvedCell] = {}
+    for cell in cells:
+        group, name = groups[cell.key], cell.evaluation.name
+        other = of_group.setdefault(group, cell)
+        if other.evaluation != cell.evaluation:
+            raise UserError(
+                f"experiment {spec.name}: cells.{other.key} and cells.{cell.key} are in the group "
+                f"{group!r} but have different `evaluation`s; give them the same, or two groups"
+            )
+        other = of_name.setdefault(name, cell)
+        if other.evaluation != cell.evaluation:
+            raise UserError(
+                f"experiment {spec.name}: cells.{other.key} and cells.{cell.key} have different "
+                f"`evaluation`s that are both named {name!r}; set another evaluation.name"
+            )

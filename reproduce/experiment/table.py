@@ -107,8 +107,9 @@ class TableConfig(StrictModel):
     baseline: Key | None = None
     """A row that the summary also compares the focus rows with."""
     primary: dict[Key, tuple[Key, ...]] = Field(default_factory=dict)
-    """The comparisons that were chosen before the run: rows, each with the rows of its group to
-    compare it with, in-domain and out-of-domain. They are corrected apart from all others."""
+    """The comparisons that matter most, best chosen before the run: rows, each with the rows of its
+    group to compare it with, in-domain and out-of-domain. They are corrected apart from all
+    others."""
     notes: tuple[str, ...] = ()
     """Sentences printed under the table."""
     figures: tuple[Literal["frontier"], ...] = ()

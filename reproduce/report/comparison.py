@@ -46,6 +46,8 @@ def members(runs: Sequence[Run]) -> list[Member]:
     grouped: dict[str, list[Run]] = {}
     for run in runs:
         grouped.setdefault(run.without_seed, []).append(run)
+    if len(runs) < 2:
+        raise UserError("only one run is named; name another to compare with it")
     if len(grouped) < 2:
         raise UserError(
             "the runs differ only in their seed; name one with other settings to compare"
@@ -72,7 +74,7 @@ class Delta:
         value: the member's mean.
         difference: member minus reference; None for the reference itself.
         comparison: the difference with its interval, if there are enough seeds or prompts.
-        adjusted: the p-value after Holm's correction over a section's comparisons.
+        adjusted: the p-value after Holm's correction over the table's comparisons.
         seeds: the shared seeds; without any, each member is averaged over its own.
         iteration: the iteration of a learning curve; None for held-out scores.
     """
@@ -178,7 +180,10 @@ def curve_deltas(compared: Sequence[Member]) -> list[Delta]:
     Includes unfinished runs; members that share no iteration are skipped.
     """
     reference = compared[0]
-    return [delta for member in compared[1:] for delta in _curve_deltas(member, reference)]
+    found = [delta for member in compared[1:] for delta in _curve_deltas(member, reference)]
+    known = {(one.member, one.quantity): one.comparison for one in found if one.comparison}
+    adjusted = corrected(known)
+    return [replace(one, adjusted=adjusted.get((one.member, one.quantity))) for one in found]
 
 
 def _curve_deltas(member: Member, reference: Member) -> Iterator[Delta]:

@@ -71,8 +71,7 @@ def _print_table(console: Console, title: str, table: Table) -> None:
 
 def _delta_table(deltas: Sequence[Delta]) -> Table:
     curves = deltas[0].iteration is not None
-    p_value = "p" if curves else "p (Holm)"
-    figures = ("iteration",) * curves + ("mean", "difference", "95% interval", p_value)
+    figures = ("iteration",) * curves + ("mean", "difference", "95% interval", "p (Holm)")
     table = plain_table("score", "run", *figures, "", "about", right=figures)
     last = ""
     for delta in deltas:
@@ -100,17 +99,16 @@ def _about(delta: Delta) -> str:
 def _difference_texts(delta: Delta) -> tuple[str | Text, ...]:
     """Difference, interval, p-value and verdict."""
     comparison = delta.comparison
-    if delta.difference is None or comparison is None:
+    if comparison is None or delta.adjusted is None:
         shown = "" if delta.difference is None else signed(delta.difference, DIGITS)
         return (shown, "", "", "")
-    p_value = comparison.p_value if delta.adjusted is None else delta.adjusted
     verdict = Text(NOT_SIGNIFICANT)
-    if p_value < ALPHA:
+    if delta.adjusted < ALPHA:
         verdict = Text("higher", "green") if comparison.difference > 0 else Text("lower", "red")
     return (
         signed(comparison.difference, DIGITS),
         f"{signed(comparison.low, DIGITS)} to {signed(comparison.high, DIGITS)}",
-        p_text(p_value),
+        p_text(delta.adjusted),
         verdict,
     )
 

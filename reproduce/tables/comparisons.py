@@ -187,10 +187,8 @@ def reference_of(spec: TableSpec, row: RowSpec) -> RowSpec | None:
 
 def row_marks(spec: TableSpec, row: RowSpec, compared: ComparedRows) -> dict[str, RowComparison]:
     """Compares a row's scores with its reference's; empty if they were evaluated differently."""
-    reference, results = reference_of(spec, row), compared.results
-    if reference is None or not results.keys() >= {row.key, reference.key}:
-        return {}
-    if not alike(results[row.key], results[reference.key]):
+    reference = reference_of(spec, row)
+    if reference is None:
         return {}
     found = family_comparisons(compared, "rows", [(row.key, reference.key)])
     return {one.reward: one for one in found}
@@ -251,12 +249,16 @@ def family_comparisons(
 ) -> list[RowComparison]:
     """Compares pairs of rows on every reward, with Holm's correction over all of it.
 
-    Pairs without results are left out.
+    Pairs without results, or evaluated differently, are left out.
     """
-    pairs = [pair for pair in pairs if compared.results.keys() >= {*pair}]
+    results = compared.results
+    pairs = [
+        (first, second)
+        for first, second in pairs
+        if results.keys() >= {first, second} and alike(results[first], results[second])
+    ]
     family = {(*pair, name): one for pair in pairs for name, one in compared(*pair).items()}
     adjusted = corrected(family)
-    results = compared.results
     improved = {
         (first, second): improvements(results[first], results[second], compared.rewards)
         for first, second in pairs

@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from benchmarks.evaluation.results import Cell
-from g2rpo.errors import UserError
 from g2rpo.training.checkpoint.folder import equal_cost
 from reproduce.tables.figures import (
     FIGURE_STYLE,
@@ -66,19 +65,17 @@ def pareto_points(curves: Sequence[Band]) -> list[list[int]]:
     ]
 
 
-def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path:
+def frontier_figure(table: Table, cells: Iterable[Cell], output: Path) -> Path | None:
     """Draws validation rewards against cost, with a panel per reward and cost.
 
     The legend has each row's share of the in-domain headroom on held-out prompts or, where there is
     no headroom, its in-domain score. Returns ``output``, a PNG; a PDF is written beside it.
-
-    Raises:
-        UserError: no cell has validation rewards and their cost.
+    None if no cell has validation rewards and their cost.
     """
     rows, runs = runs_with_costs(table, cells)
     compared = compared_rows(table, rows, runs)
     if not compared:
-        raise UserError(f"{output}: no run has validation rewards to draw against their cost")
+        return None
     found = {key: [*seeds.values()] for key, seeds in runs.items()}
     with matplotlib.rc_context(FIGURE_STYLE):
         lines = -(-len(rows) // 3)
@@ -114,17 +111,22 @@ def compared_rows(
 ) -> list[tuple[str, str, list[Row]]]:
     """Each validated training reward of each group of ``rows``.
 
-    Its name, its label with the group's if there are several, and the rows.
+    Its name, its label with the group's if there are several, and the rows with its curves.
     """
     found, several = [], len({row.group for row in rows}) > 1
     for group, members in grouped(rows):
         for reward in dict.fromkeys(name for row in members for name in row.trained_on):
-            trained = [row for row in members if reward in row.trained_on]
-            curves = [run for row in trained for run in runs[row.key].values()]
-            if any(f"validation/{reward}" in run for run in curves):
+            key = f"validation/{reward}"
+            validated = [
+                row
+                for row in members
+                if reward in row.trained_on
+                and all(key in run and run[key].notna().any() for run in runs[row.key].values())
+            ]
+            if validated:
                 label = table.column(reward).label
                 group_of = f" ({table.group_label.lower()} {group})" if several else ""
-                found.append((reward, label + group_of, trained))
+                found.append((reward, label + group_of, validated))
     return found
 
 

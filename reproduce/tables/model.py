@@ -82,7 +82,7 @@ class RowComparison(StrictModel):
     reward: str
     """A score column, or one of the table's measures."""
     question: Question
-    """``primary``: chosen before the run. ``order``: any two of these rows. Else the second is
+    """``primary``: declared in the experiment. ``order``: any two of these rows. Else the second is
     another row of the group, or the baseline."""
     difference: float
     low: float

@@ -7,6 +7,7 @@ from benchmarks.evaluation.metrics import DISTANCE, DRIFT, VENDI
 from benchmarks.evaluation.results import Cell, CellInfo, Protocol, RowScores
 from benchmarks.evaluation.statistics import NOTHING
 from reproduce.experiment.table import RowSpec, TableSpec
+from reproduce.tables.comparisons import alike
 from reproduce.tables.model import HACKING_LABEL, IN_DOMAIN, Column, Row
 
 NOT_RUN = "not run"
@@ -58,6 +59,7 @@ def table_notes(
     notes.extend(_cost_notes(spec, cells))
     notes.extend(_checkpoint_notes(spec, results))
     notes.extend(_gap_notes(spec, columns, results, gaps))
+    notes.extend(_baseline_notes(spec, results))
     return (*notes, *spec.notes)
 
 
@@ -148,6 +150,21 @@ def _gap_notes(
             if gap.row == row.key and gap.seed is not None and gap.seed not in result.seeds
         )
     return notes
+
+
+def _baseline_notes(spec: TableSpec, results: Mapping[str, RowScores]) -> list[str]:
+    """Which rows are not compared with the baseline, having been evaluated differently."""
+    base = None if spec.baseline is None else results.get(spec.baseline)
+    others = [
+        row
+        for row in spec.rows
+        if base is not None and row.key in results and not alike(results[row.key], base)
+    ]
+    if not others:
+        return []
+    label = next(full_label(row) for row in spec.rows if row.key == spec.baseline)
+    names = ", ".join(map(full_label, others))
+    return [f"Not compared with {label}, evaluated on other prompts or differently: {names}."]
 
 
 def legend(

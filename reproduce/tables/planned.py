@@ -1,4 +1,4 @@
-"""The comparisons that an experiment's YAML declares before the run, and the methods' order."""
+"""The primary comparisons, which an experiment's YAML declares, and the methods' order."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, combinations

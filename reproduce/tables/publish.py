@@ -61,16 +61,22 @@ def publish(
     table = compute_table(spec, cells, profile.name, gaps)
     written = list(write_formats(table, output).values())
     figures: list[Path | None] = []
-    if "frontier" in spec.figures and any(cell.curve is not None for cell in cells):
+    if "frontier" in spec.figures:
         figures.append(frontier_figure(table, cells, output / "frontier.png"))
-        written.append(output / f"{experiment.name}_equal_cost.md")
-        atomic_write_text(written[-1], equal_cost_markdown(table, cells, spec.focus))
+        if figures[-1] is not None:
+            written.append(output / f"{experiment.name}_equal_cost.md")
+            atomic_write_text(written[-1], equal_cost_markdown(table, cells, spec.focus))
     for group, rows in spec.groups():
         curves = {
             row.label: [c.curve for c in cells if c.info.row == row.key and c.curve is not None]
             for row in rows
         }
         figures.append(_curves(curves, rows[0].train, output, group))
+    if cells and experiment.trains and not any(figures):
+        typer.echo(
+            "no learning curves: no run has validation rewards; they need validation_prompts "
+            "above 0 in the profile"
+        )
     figures.append(_pictures(experiment, profile, cells, layout, output))
     for figure in figures:
         if figure is not None:

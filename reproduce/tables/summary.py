@@ -29,8 +29,8 @@ from reproduce.tables.paper import DIGITS
 from reproduce.tables.planned import order_notes
 
 _PRIMARY = (
-    "Chosen before the run; all other comparisons are secondary. p (Holm) is corrected over the "
-    "primary comparisons of a group. Detectable is the true difference that is found with "
+    "Declared in the experiment's file; all other comparisons are secondary. p (Holm) is corrected "
+    "over the primary comparisons of a group. Detectable is the true difference that is found with "
     f"probability {POWER:.0%} after that correction, given the number of seeds and their spread. "
     f"Equivalent: the interval lies within {MARGIN:.0%} of the headroom."
 )

@@ -188,9 +188,22 @@ def test_unfinished_runs_are_compared_by_their_curves(results: Path) -> None:
     assert methods.iteration == 4 and methods.comparison is not None
 
 
+def test_validation_rewards_are_corrected_over_their_table(tmp_path: Path) -> None:
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini" / "table1").symlink_to(ROOT / "results" / "mini" / "table1")
+    names = [f"{row}-hps-seed?-*" for row in ("flow_grpo", "mix_grpo", "dance_grpo")]
+    compared = members(find_runs(names, tmp_path))
+    points = curve_deltas(compared)
+    tested = [one.comparison.p_value for one in points if one.comparison]
+    assert len(tested) == len(points) == 2
+    assert [one.adjusted for one in points] == pytest.approx(holm(tested).tolist())
+
+
 def test_runs_of_one_method_alone_and_twins_are_refused(results: Path) -> None:
     with pytest.raises(UserError, match="differ only in their seed"):
         members(find_runs(["g2rpo-*"], results))
+    with pytest.raises(UserError, match="only one run is named"):
+        members(find_runs(["g2rpo-hps-seed2"], results))
     write_run(results / "runs", "twin-1")
     with pytest.raises(UserError, match="same settings and seed"):
         members(find_runs(["g2rpo-hps-seed1", "twin", "mix*"], results))

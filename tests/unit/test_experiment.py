@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from g2rpo import provenance
-from g2rpo.config import merge
+from g2rpo.config import merge, validate
 from g2rpo.errors import UserError
 from g2rpo.flow.rollout_tree import recorded_steps
 from g2rpo.flow.schedule import build_grid
@@ -24,6 +24,7 @@ from g2rpo.training.config import GuidanceConfig, TrainConfig
 from g2rpo.training.counts import iterations_within, training_counts, validations
 from reproduce.experiment import (
     HERE,
+    Experiment,
     Profile,
     ResolvedCell,
     expand,
@@ -667,3 +668,27 @@ def test_a_column_without_a_reward_of_the_profile_is_refused_before_anything_run
     wrong = experiment.model_copy(update={"table": table})
     with pytest.raises(UserError, match="profile mini has no reward 'hsp'; did you"):
         expand(wrong, load_profile("mini"), (1,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b": {"name": "four"}}, r"cells.a and cells.b are in the group 'A' but have different"),
+        ({"b": {"limit": 4}}, r"cells.a and cells.b are in the group 'A' but have different"),
+        (
+            {"a": {"limit": 4}, "b": {"limit": 4}},
+            r"cells.base and cells.a have different `evaluation`s that are both named '",
+        ),
+    ],
+)
+def test_rows_that_could_not_share_a_table_are_refused_before_the_run(
+    changes: dict[str, dict[str, Any]], message: str
+) -> None:
+    trained = {"group": "A", "method": "g2rpo", "train": ["hps"]}
+    cells = {key: trained | {"evaluation": changes.get(key, {})} for key in ("a", "b")}
+    data = {"name": "x", "cells": {"base": {}, **cells}, "table": {"title": "T"}}
+    with pytest.raises(UserError, match=message):
+        expand(validate(Experiment, data, "x"), load_profile("smoke"), [1, 2])
+    four = {"evaluation": {"name": "four", "limit": 4}}
+    data["cells"] = {"base": {}, "a": trained | four, "b": trained | four}
+    assert len(expand(validate(Experiment, data, "x"), load_profile("smoke"), [1, 2])) == 5

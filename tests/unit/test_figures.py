@@ -17,12 +17,15 @@ from PIL import Image
 
 from benchmarks.evaluation.results import Cell
 from g2rpo.errors import UserError
+from reproduce.experiment import load_experiment, load_profile
+from reproduce.experiment.layout import Layout
 from reproduce.experiment.table import TableSpec
 from reproduce.tables import figures
 from reproduce.tables.equal_cost import equal_cost_markdown
 from reproduce.tables.figures import Band, Metric, learning_curves, seed_band
 from reproduce.tables.frontier import frontier_figure, pareto_points
 from reproduce.tables.picture_grid import picture_grid
+from reproduce.tables.publish import publish
 from reproduce.tables.table import compute_table
 
 METRIC = Metric("reward/hps/mean", "HPS")
@@ -146,7 +149,8 @@ def test_the_frontier_is_drawn_against_both_costs(tmp_path: Path) -> None:
     cells = [frontier_cell("dear", s, 900) for s in (1, 2, 3)]
     cells += [frontier_cell("cheap", s, 100) for s in (1, 2, 3)]
     table = compute_table(spec, cells, "mini")
-    path = frontier_figure(table, cells, tmp_path / "frontier.png")
+    path = tmp_path / "frontier.png"
+    assert frontier_figure(table, cells, path) == path
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     for number in (0, 2):  # the colours of the first two rows, in both halves of the picture
@@ -158,13 +162,11 @@ def test_the_frontier_is_drawn_against_both_costs(tmp_path: Path) -> None:
     assert pdf.startswith(b"%PDF-")
     frontier_figure(table, cells, path)
     assert path.with_suffix(".pdf").read_bytes() == pdf
-    with pytest.raises(UserError, match="no run has validation rewards"):
-        frontier_figure(table, [made_cell("dear", 1)], path)
+    assert frontier_figure(table, [made_cell("dear", 1)], path) is None
     old = cells[0]
     assert old.curve is not None
     without_seconds = replace(old, curve=old.curve.drop(columns="device_seconds"))
-    with pytest.raises(UserError, match="no run has validation rewards"):
-        frontier_figure(table, [without_seconds], path)
+    assert frontier_figure(table, [without_seconds], path) is None
 
 
 def test_rows_are_compared_at_the_cost_that_every_run_has_reached() -> None:
@@ -213,6 +215,41 @@ def test_rows_are_compared_at_the_cost_that_every_run_has_reached() -> None:
             )
 
 
+@pytest.mark.parametrize("absent", ["column", "values"])
+def test_a_row_without_validation_is_left_out_at_equal_cost(absent: str, tmp_path: Path) -> None:
+    rows = [{"key": key, "label": key.upper(), "train": ["hps"]} for key in ("one", "two")]
+    columns = [{"reward": "hps", "label": "HPS"}]
+    spec = TableSpec(name="small", title="Test", rows=rows, columns=columns)
+    cells = [frontier_cell(key, 1, 300) for key in ("one", "two")]
+    curve, key = cells[1].curve, "validation/hps"
+    assert curve is not None
+    curve = curve.drop(columns=key) if absent == "column" else curve.assign(**{key: np.nan})
+    cells[1] = replace(cells[1], curve=curve)
+    table = compute_table(spec, cells, "mini")
+    text = equal_cost_markdown(table, cells, [])
+    assert "| ONE |" in text and "TWO" not in text
+    assert frontier_figure(table, cells, tmp_path / "frontier.png") is not None
+
+
+def test_a_table_is_published_without_validation_rewards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment, profile = load_experiment("table1"), load_profile("flux")
+    layout = Layout(tmp_path / "runs", tmp_path / "tables")
+    curve = frontier_cell("dear", 1, 900).curve
+    assert curve is not None and profile.validation_prompts == 0
+    curve = curve.drop(columns="validation/hps")
+    cell = make_cell("hps/g2rpo", seed=1, train=("hps",), scores=make_scores({"hps": 0.3}))
+    runs = {"train": "run", "evaluation": "test"}
+    cell = replace(cell, info=cell.info.model_copy(update={"runs": runs}), curve=curve)
+    publish(experiment, profile, [cell], [], layout)
+    shown = capsys.readouterr().out
+    assert "no learning curves: no run has validation rewards" in shown
+    assert "G²RPO" in shown and "wrote" in shown
+    written = {path.name for path in layout.experiment("flux", "table1").iterdir()}
+    assert "table1.md" in written and "frontier.png" not in written
+
+
 def test_groups_are_compared_apart(tmp_path: Path) -> None:
     groups = {"one": ["dear", "cheap"], "two": ["other"]}
     rows = [
@@ -236,7 +273,9 @@ def test_groups_are_compared_apart(tmp_path: Path) -> None:
         group = "one" if "trained on one" in title else "two"
         assert sorted(labels) == sorted(key.upper() for key in groups[group])
     assert len(found) == 4
-    with Image.open(frontier_figure(table, cells, tmp_path / "frontier.png")) as picture:
+    path = tmp_path / "frontier.png"
+    frontier_figure(table, cells, path)
+    with Image.open(path) as picture:
         assert picture.height > 0.7 * picture.width  # a row of panels for each group
 
 

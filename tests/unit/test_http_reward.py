@@ -312,6 +312,17 @@ class TestMisbehavingServers:
         with pytest.raises(UserError, match="the answer to /v1/info is not as in docs/reward_s"):
             score(server)
 
+    def test_a_part_may_be_called_scores(self, server: FakeServer) -> None:
+        server.pages["/v1/info"] = info(parts=["scores", "style"])
+        server.answer = lambda body, number: scores_of(
+            body, parts={"style": [5.0, 6.0], "scores": [3.0, 4.0]}
+        )
+        reward = client(server.url)
+        prepared = reward.prepare(list(pictures(2)), PROMPTS[:2])
+        found = reward.score_prepared(prepared, PROMPTS[:2])
+        assert reward.columns == ("http", "http.scores", "http.style")
+        assert found[:, 1:].tolist() == [[3.0, 5.0], [4.0, 6.0]]
+
     def test_a_missing_part_stops(self, server: FakeServer) -> None:
         server.pages["/v1/info"] = info(parts=["style"])
         with pytest.raises(UserError, match="0 style for 2 images"):

@@ -2,7 +2,9 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,9 +16,9 @@ from benchmarks.mini_world import world
 from benchmarks.mini_world.tiny_models import build_tiny_models
 from g2rpo.errors import UserError
 from g2rpo.rewards.aesthetic import HEAD
-from g2rpo.rewards.base import RewardConfig, RewardModel
+from g2rpo.rewards.base import BatchedReward, RewardConfig, RewardModel
 from g2rpo.rewards.preprocessing import Preprocessing
-from g2rpo.rewards.registry import load_reward
+from g2rpo.rewards.registry import REWARDS, load_reward, reward_class
 
 pytestmark = pytest.mark.usefixtures("small_hpsv3_images")
 PROMPTS = world.make_captions(7, "train", 6) * 2
@@ -152,6 +154,52 @@ def test_a_score_that_is_not_finite_names_the_prompt(
     with pytest.raises(UserError, match="not finite") as caught:
         load(tmp_path, name).score(pictures(), PROMPTS)
     assert PROMPTS[0] in str(caught.value)
+
+
+class Custom(BatchedReward):
+    """A reward with a part, whose result the test sets."""
+
+    name = "custom"
+    part_names = ("style",)
+    found: Any
+
+    @classmethod
+    def load(cls, config: RewardConfig, device: torch.device | str) -> "Custom":
+        raise NotImplementedError
+
+    def evaluate(self, prepared: Any) -> Tensor:
+        return cast(Tensor, self.found)
+
+
+@pytest.mark.parametrize(
+    ("found", "given"),
+    [
+        (torch.zeros(2, 3), r"\(2, 3\)"),  # columns first
+        (torch.zeros(6), r"\(6,\)"),
+        (torch.zeros(3), r"\(3,\)"),
+        (torch.zeros(()), r"\(\)"),
+        (np.zeros((3, 2)), "ndarray"),
+        ([[0.1, 0.2]] * 3, "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_scores_of_another_shape_are_refused(found: Any, given: str) -> None:
+    reward = Custom("cpu", 4, "1", "none")
+    reward.found = found
+    message = rf"^custom: Custom.evaluate returned {given} for 3 images; return .* \[3, 2\]$"
+    with pytest.raises(UserError, match=message):
+        reward.score(pictures(3), PROMPTS[:3])
+    reward.found = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    assert reward.score(pictures(3), PROMPTS[:3]).tolist() == [1.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("place", ["g2rpo.rewards.typo:HPS", "g2rpo.rewards.hps:Typo", "hps"])
+def test_a_wrong_line_of_the_registry_is_one_line(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REWARDS, "mine", place)
+    with pytest.raises(UserError, match=rf"^reward mine: cannot import '{place}' \(.*registry.py"):
+        reward_class(RewardConfig(model="mine"))
 
 
 @pytest.mark.parametrize("name", ["hps", "clip", "pick_score", "image_reward"])

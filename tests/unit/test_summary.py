@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from cell_factory import TABLE1, make_cell, make_scores, make_table_cells
 
-from benchmarks.evaluation.results import Cell
+from benchmarks.evaluation.results import Cell, Protocol
 from benchmarks.evaluation.statistics import holm
 from g2rpo.config import validate
 from reproduce.experiment.table import TableSpec
@@ -88,6 +88,25 @@ def test_without_a_baseline_marks_are_against_the_focus_row(table: Table) -> Non
     assert (mark.difference, mark.low, mark.high) == pytest.approx(
         (-found.difference, -found.high, -found.low)
     )
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
+def test_a_baseline_evaluated_differently_is_not_compared(seeds: tuple[int, ...]) -> None:
+    base = make_cell("base", seed=None, scores=make_scores({"hps": 0.2}, prompts=20))
+    protocol = Protocol(name="short", hash="x")
+    rows = [
+        make_cell(
+            row, seed=seed, train=("hps",), protocol=protocol,
+            scores=make_scores({"hps": mean}, seed=seed, prompts=8),
+        )
+        for row, mean in (("hps/g2rpo", 0.9), ("hps/mix_grpo", 0.8))
+        for seed in seeds
+    ]  # fmt: skip
+    table = compute_table(SPEC, [base, *rows], "mini")
+    compared = {(one.first, one.second) for one in table.comparisons}
+    assert compared == {("hps/g2rpo", "hps/mix_grpo")}
+    (note,) = (note for note in table.notes if note.startswith("Not compared with Base"))
+    assert "MixGRPO" in note and "G²RPO" in note
 
 
 def scored(values: Sequence[float]) -> pd.DataFrame:
