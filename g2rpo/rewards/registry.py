@@ -75,6 +75,11 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> BatchedRewa
     found = reward_class(config)
     with without_library_bars():
         reward = found.load(config, device)
+    if not isinstance(reward, BatchedReward):
+        raise UserError(
+            f"reward {config.model}: {found.__name__}.load returned {type(reward).__name__}; "
+            "return the reward"
+        )
     folder = Path(config.source or "").expanduser()
     if config.source and folder.is_dir() and not reward.settings:
         names = ("*.json", "*.jinja", "*.txt")

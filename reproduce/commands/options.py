@@ -147,4 +147,6 @@ def plan_for(
         plan = make_plan(loaded, chosen, cells, layout)
     wanted = {stage.kind: stage.resources for stage in plan.todo.stages.values()}
     refuse_impossible(place, wanted, chosen.hardware.evaluation_shares)
+    if runnable and plan.todo:
+        runner.check_held_out_prompts(chosen, cells)
     return plan, place

@@ -9,7 +9,7 @@ from g2rpo.errors import UserError
 from g2rpo.policy.config import PolicyConfig
 from g2rpo.policy.size import assumption, check_sides, model_size
 from g2rpo.training.memory import GIB, check_encoders_fit, check_fits
-from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell
+from reproduce.experiment import ROOT, Experiment, Profile, ResolvedCell, reward_configs
 from slurm.cluster import Cluster, has_slurm
 
 SMALLER = "run the same experiment here with --profile mini"
@@ -69,6 +69,23 @@ def check_memory(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
                 check_fits(cell.train, size, needs.training_ranks, available)
         except UserError as error:
             raise UserError(f"{cell.key}, profile {profile.name}: {error}") from None
+
+
+def check_held_out_prompts(profile: Profile, cells: Sequence[ResolvedCell]) -> None:
+    """Checks that the held-out prompts can be scored, before anything is trained for them.
+
+    Raises:
+        UserError: there are too few for an interval, or a reward cannot score one.
+    """
+    from g2rpo.rewards.registry import check_prompts  # slow: the rewards' libraries
+
+    sets = {(c.evaluation_prompts, c.evaluation.limit): c for c in cells if c.credit is None}
+    for (path, _), cell in sets.items():
+        prompts = cell.held_out_prompts()
+        if len(prompts) < 2:
+            raise UserError(f"{path}: has one prompt; an interval needs at least two")
+        texts = [prompt.text for prompt in prompts]
+        check_prompts(reward_configs(profile).values(), texts)
 
 
 def check_image_sizes(profile: Profile, cells: Sequence[ResolvedCell]) -> None:

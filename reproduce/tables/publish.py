@@ -60,6 +60,7 @@ def publish(
     spec = experiment.table_spec(profile)
     table = compute_table(spec, cells, profile.name, gaps)
     written = list(write_formats(table, output).values())
+    print_table(table)
     figures: list[Path | None] = []
     if "frontier" in spec.figures:
         figures.append(frontier_figure(table, cells, output / "frontier.png"))
@@ -81,7 +82,6 @@ def publish(
     for figure in figures:
         if figure is not None:
             written += [figure, figure.with_suffix(".pdf")]
-    print_table(table)
     for path in written:
         typer.echo(visible(f"wrote {path}"))
 

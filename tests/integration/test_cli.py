@@ -37,9 +37,15 @@ TABLE = {
 def workplace(smoke_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small experiment and a profile on the session's tiny models."""
     folder = tmp_path_factory.mktemp("workplace")
-    rewards = small_profile_data(smoke_assets)["rewards"]
-    rewards = {name: rewards[name] for name in ("hps", "clip")}
+    data = small_profile_data(smoke_assets)
+    rewards = {name: data["rewards"][name] for name in ("hps", "clip")}
     write_small_profile(folder / "small.yaml", smoke_assets, rewards=rewards)
+    rewards["attributes"] = data["rewards"]["attributes"]
+    for name, texts in (("one", ["a red circle"]), ("strange", ["a zebra", "two zebras"])):
+        test = folder / f"{name}.txt"
+        test.write_text("".join(f"{text}\n" for text in texts))
+        prompts = data["prompts"] | {"test": str(test)}
+        write_small_profile(folder / f"{name}.yaml", smoke_assets, rewards=rewards, prompts=prompts)
     (folder / "two_rows.yaml").write_text(yaml.safe_dump(TABLE))
     return folder
 
@@ -182,6 +188,14 @@ REFUSALS = {
     "bad seeds": (
         ["reproduce", "two_rows.yaml", "--profile", "small.yaml", "--seeds", "1,x"],
         "--seeds",
+    ),
+    "one held-out prompt": (
+        ["reproduce", "two_rows.yaml", "--profile", "one.yaml"],
+        "one.txt: has one prompt; an interval needs at least two",
+    ),
+    "held-out prompt that a reward cannot score": (
+        ["reproduce", "two_rows.yaml", "--profile", "strange.yaml"],
+        "reward attributes: cannot score the prompt 'a zebra'",
     ),
     "unknown cell to run": (["plan", "two_rows.yaml", "--cells", "base,clip/*"], "'clip/*'"),
 }  # fmt: skip

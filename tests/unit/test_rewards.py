@@ -164,8 +164,8 @@ class Custom(BatchedReward):
     found: Any
 
     @classmethod
-    def load(cls, config: RewardConfig, device: torch.device | str) -> "Custom":
-        raise NotImplementedError
+    def load(cls, config: RewardConfig, device: torch.device | str) -> Any:
+        """Forgets to return the reward."""
 
     def evaluate(self, prepared: Any) -> Tensor:
         return cast(Tensor, self.found)
@@ -200,6 +200,12 @@ def test_a_wrong_line_of_the_registry_is_one_line(
     monkeypatch.setitem(REWARDS, "mine", place)
     with pytest.raises(UserError, match=rf"^reward mine: cannot import '{place}' \(.*registry.py"):
         reward_class(RewardConfig(model="mine"))
+
+
+def test_a_reward_that_load_does_not_return_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REWARDS, "mine", f"{__name__}:Custom")
+    with pytest.raises(UserError, match=r"^reward mine: Custom.load returned NoneType; return the"):
+        load_reward(RewardConfig(model="mine"), "cpu")
 
 
 @pytest.mark.parametrize("name", ["hps", "clip", "pick_score", "image_reward"])
