@@ -149,7 +149,7 @@ sif: ## convert the image to build/g2rpo.sif for Apptainer
 check-image: ## build and test the image on bare Debian, without a Docker engine (root; 20 GB)
 	docker/check-image.sh
 
-mini-world: $(READY) ## rebuild the mini world from its seed (about 35 minutes on 2 cores)
+mini-world: $(READY) ## rebuild the mini world from its seed (34 minutes on 2 idle cores)
 	$(OFFLINE) $(RUN)/python -m benchmarks.mini_world
 
 reproduce-table1: $(READY) ## Table 1 of the paper: methods compared (PROFILE=flux by default)
