@@ -146,9 +146,9 @@ def read_document(path: Path, sections: Iterable[str]) -> dict[str, Any] | None:
 
 
 def listed(path: Path, section: str) -> dict[str, Any]:
-    """The checksums in a section of a document; empty if the document is damaged."""
+    """A section of a document, such as its checksums; empty if the document is damaged."""
     try:
-        recorded: dict[str, Any] = parse_document(path.read_bytes()).get(section, {})
+        recorded: dict[str, Any] = parse_document(path.read_bytes()).get(section) or {}
     except (OSError, ValueError):
         return {}
     return recorded

@@ -13,7 +13,7 @@ from typing import Any
 from g2rpo.checksums import write_document
 from g2rpo.config import content_hash
 from g2rpo.errors import UserError
-from g2rpo.files import atomic_folder, atomic_write_bytes
+from g2rpo.files import atomic_folder, atomic_write_bytes, sha256_file
 from g2rpo.methods.base import RolloutShape, parse_method
 from g2rpo.training.checkpoint.folder import (
     Progress,
@@ -26,7 +26,7 @@ from g2rpo.training.checkpoint.folder import (
 from g2rpo.training.config import OptimizationConfig, TrainConfig
 from g2rpo.training.metrics import METRICS_FILE
 from reproduce.experiment import fingerprint
-from reproduce.runs.folders import read_document, read_manifest, sound
+from reproduce.runs.folders import SETTINGS, listed, read_document, read_manifest, sound
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def begin_from_another(folder: Path, train: TrainConfig) -> None:
     usable = [
         (progress.iteration, run.name)
         for run in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"))
-        if run != folder and _inputs(run) == wanted
+        if run != folder and _inputs(run) == wanted and _validated_alike(run, train)
         for progress in _sound_checkpoints(run)
         if _ends_later(train.optimization, progress)
     ]
@@ -74,6 +74,40 @@ def beginning_of(folder: Path) -> dict[str, Any]:
     """What :func:`begin_from_another` recorded; empty for a run from the first iteration."""
     found = read_document(folder / BEGINNING, ("begun_from",))
     return {} if found is None else {"begun_from": found["begun_from"]}
+
+
+def refuse_other_validation(folder: Path, train: TrainConfig) -> None:
+    """Refuses to resume a run whose learning curve would mix rewards of two validation sets.
+
+    Raises:
+        UserError: the iterations so far were validated otherwise.
+    """
+    before = listed(folder / SETTINGS, "validation")
+    if before and train.validation and saved_iterations(folder):
+        now = train.validation.model_dump(mode="json")
+        if not _same_validation(before, now):
+            shown = ", ".join(f"{key} {before.get(key)}" for key in ("file", "limit", "seed"))
+            raise UserError(
+                f"{folder}: its checkpoints were validated otherwise ({shown}); set `validation` "
+                "back to that, or delete the folder to train again"
+            )
+
+
+def _validated_alike(run: Path, train: TrainConfig) -> bool:
+    before = listed(run / SETTINGS, "validation")
+    if not before or train.validation is None:
+        return not before and train.validation is None
+    return _same_validation(before, train.validation.model_dump(mode="json"))
+
+
+def _same_validation(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two validations score the same images; how often does not matter."""
+    if any(before.get(key) != now[key] for key in ("limit", "seed")):
+        return False
+    old, new = Path(before["file"]), Path(now["file"])
+    if old.is_file() and new.is_file():
+        return sha256_file(old) == sha256_file(new)
+    return old.name == new.name  # the results were moved
 
 
 def without_length(inputs: Mapping[str, Any]) -> str:

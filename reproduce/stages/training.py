@@ -22,7 +22,11 @@ from reproduce.runs.folders import (
 )
 from reproduce.stages import embedding
 from reproduce.stages.base import CellStage
-from reproduce.stages.beginning import begin_from_another, beginning_of
+from reproduce.stages.beginning import (
+    begin_from_another,
+    beginning_of,
+    refuse_other_validation,
+)
 from slurm.graph import Needs
 
 if TYPE_CHECKING:
@@ -104,6 +108,7 @@ class Train(_TrainerStage):
             logger.warning("%s: %s", self.cell.key, note)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = self.folder / SETTINGS
+        refuse_other_validation(self.folder, self.cell.train)
         write_document(settings, self.cell.train.model_dump(mode="json"))
         if self.cell.profile.hardware.training_ranks == 1:  # several would copy at once
             begin_from_another(self.folder, self.cell.train)

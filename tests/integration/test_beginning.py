@@ -1,5 +1,6 @@
 """A run that another one has partly trained ends with the weights of its own training."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from command_line import small_profile_data
 from training_runs import weights
 
 from g2rpo.config import validate
+from g2rpo.errors import UserError
 from g2rpo.training.checkpoint.folder import checkpoint_folder
 from g2rpo.training.metrics import METRICS_FILE, read_metrics
 from reproduce.experiment import Experiment, Profile, ResolvedCell, expand
@@ -31,6 +33,9 @@ CELLS = {
     "long": cell(4),
     "short": cell(3),
     "seconds": cell(3) | {"budget": {"device_seconds": 1e-3}},
+    "seldom": cell(2, validation={"every": 2}),
+    "validated": cell(2, validation={"limit": 2}),
+    "never": cell(2, validation=None),
     "other": cell(3, rollout={"group_size": 6}),
     "window/long": cell(18, "mix_grpo", method={"interval": None}),
     "window/short": cell(12, "mix_grpo", method={"interval": None}),
@@ -51,6 +56,10 @@ def trained(smoke_assets: Path, folder: Path, *keys: str) -> dict[str, Path]:
     for stage in stages.values():
         stage.run()
     return {key: stage.folder for key, stage in stages.items()}
+
+
+def trained_folder(smoke_assets: Path, folder: Path, key: str) -> Path:
+    return Layout(folder, folder).training(resolved(smoke_assets)[key])
 
 
 def begun_from(run: Path) -> dict[str, Any] | None:
@@ -80,6 +89,24 @@ def test_a_shorter_run_takes_all_but_its_last_iteration(
     assert rows[:3] == whole[:3]
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
     assert [row.keys() for row in rows] == [row.keys() for row in own]
+
+
+def test_runs_validated_on_other_prompts_share_nothing(
+    smoke_assets: Path, together: dict[str, Path]
+) -> None:
+    folder = together["long"].parent
+    for key, begins in (("validated", False), ("never", False), ("seldom", True)):
+        # One folder, as validation is not part of a run's name.
+        shutil.rmtree(trained_folder(smoke_assets, folder, key), ignore_errors=True)
+        run = trained(smoke_assets, folder, key)[key]
+        assert (begun_from(run) is not None) == begins, key
+    rows = read_metrics(run / METRICS_FILE)
+    assert rows[:2] == read_metrics(together["long"] / METRICS_FILE)[:2]
+    (run / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"were validated otherwise \(file .*, limit 4, seed"):
+        trained(smoke_assets, folder, "validated")
+    trained(smoke_assets, folder, "never")
+    trained(smoke_assets, folder, "seldom")
 
 
 def test_a_run_that_ends_in_time_takes_what_cost_less(together: dict[str, Path]) -> None:
