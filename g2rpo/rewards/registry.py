@@ -41,13 +41,21 @@ def reward_class(config: RewardConfig) -> type[BatchedReward]:
         UserError: the name is not registered, or ``config`` has a question that it does not ask.
     """
     check_reward_name(config.model)
+    place = REWARDS[config.model]
     try:
-        found: type[BatchedReward] = pkgutil.resolve_name(REWARDS[config.model])
+        found = pkgutil.resolve_name(place)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"reward {config.model}: cannot import {REWARDS[config.model]!r} ({error}); correct "
-            "its line in g2rpo/rewards/registry.py"
+            f"reward {config.model}: cannot import {place!r} ({error}); correct its line in "
+            "g2rpo/rewards/registry.py"
         ) from error
+    if not (isinstance(found, type) and issubclass(found, BatchedReward)):
+        raise UserError(
+            f"reward {config.model}: {place!r} is no subclass of BatchedReward; correct its line "
+            "in g2rpo/rewards/registry.py to module:Class"
+        )
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"reward {config.model}: {place} does not define {', '.join(missing)}")
     if config.question is not None and not found.asks_question:
         raise UserError(f"reward {config.model}: asks no question; remove `question`")
     if config.question is not None and config.question.questions and not found.has_questions:

@@ -202,6 +202,28 @@ def test_a_wrong_line_of_the_registry_is_one_line(
         reward_class(RewardConfig(model="mine"))
 
 
+class Unfinished(Custom):
+    """A reward that does not score."""
+
+    evaluate = BatchedReward.evaluate
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("g2rpo.rewards.hps", "is no subclass of BatchedReward; .* to module:Class"),
+        ("pathlib:Path", "is no subclass of BatchedReward"),
+        (f"{__name__}:Unfinished", "does not define evaluate"),
+    ],
+)
+def test_what_is_no_whole_reward_is_one_line(
+    place: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REWARDS, "mine", place)
+    with pytest.raises(UserError, match=rf"^reward mine: .*{message}"):
+        reward_class(RewardConfig(model="mine"))
+
+
 def test_a_reward_that_load_does_not_return_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REWARDS, "mine", f"{__name__}:Custom")
     with pytest.raises(UserError, match=r"^reward mine: Custom.load returned NoneType; return the"):

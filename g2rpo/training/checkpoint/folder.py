@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = re.compile(r"iteration-(\d{6})")
+_FOLDER = re.compile(r"iteration-(\d{6,})")
 FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 """safetensors reports a system error only by its text."""
 CHECKPOINTS = "checkpoints"
