@@ -63,7 +63,7 @@ def method_label(method: str) -> str:
 def _presets(method: str) -> dict[str, Any]:
     path = Path(method)
     if path.suffix not in (".yaml", ".yml"):
-        path = Path(__file__).with_name(f"{method}.yaml")
+        path = Path(__file__).parent / f"{method}.yaml"
         if not path.exists() and method in method_names():
             raise UserError(
                 f"method {method!r} has no presets; write g2rpo/methods/{method}.yaml "

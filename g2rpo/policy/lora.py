@@ -81,6 +81,8 @@ def save_lora(transformer: nn.Module, folder: Path, pipeline: Any) -> None:
         name: value.contiguous() for name, value in get_peft_model_state_dict(transformer).items()
     }
     metadata = _collate_lora_metadata({"transformer": transformer})
+    for settings in metadata.values():  # sets, whose order changes from process to process
+        settings |= {k: sorted(v) for k, v in settings.items() if isinstance(v, (set, list))}
     pipeline.save_lora_weights(str(folder), transformer_lora_layers=layers, **metadata)
 
 

@@ -529,6 +529,7 @@ def test_every_cell_is_trained_at_every_learning_rate(tmp_path: Path) -> None:
         ("set: {method: {eta: 0.5}}", "set: 5", "cells.one.set"),
         ("method: flow_grpo", "method: [flow_grpo]", "cells.one.method"),
         ("method: flow_grpo", "method: flow_gpro", "no method 'flow_gpro'"),
+        ("method: flow_grpo", "method: /etc/hostname", "no method '/etc/hostname'"),
     ],
 )
 def test_trials_that_cannot_be_are_refused_in_one_line(

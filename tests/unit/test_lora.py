@@ -1,10 +1,12 @@
 """Adapters: they begin as nothing, are a file that FluxPipeline loads, and can be switched off."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_flux import refusal
 from torch import Tensor
@@ -76,6 +78,10 @@ def test_a_flux_pipeline_loads_what_was_saved_with_its_alpha(
     trained = velocity(policy)
     assert (trained - base).abs().max() > 0.1
     policy.save_lora(tmp_path / "lora")
+    with safe_open(tmp_path / "lora" / LORA_FILE, "pt") as file:
+        (written,) = map(json.loads, set(file.metadata().values()) - {"pt"})
+    names = written["transformer.target_modules"]
+    assert len(names) > 2 and names == sorted(names)  # the same bytes in every process
 
     pipeline = FluxPipeline.from_pretrained(flux_folder)
     pipeline.load_lora_weights(tmp_path / "lora", weight_name=LORA_FILE)
