@@ -14,7 +14,7 @@ from torch import Tensor
 import g2rpo.methods
 from g2rpo.config import StrictModel, nearest, unhashed
 from g2rpo.errors import UserError
-from g2rpo.flow.rollout_tree import RolloutTree
+from g2rpo.flow.rollout_tree import RolloutTree, recorded_steps
 from g2rpo.flow.transition import Kernel, Transition, flow_diffusion, transitions
 from g2rpo.methods.adaptive import Measurement, Measurements
 
@@ -121,8 +121,14 @@ class Method(StrictModel):
     def rollout_tree(
         self, shape: RolloutShape, iteration: int, measurements: Measurements | None = None
     ) -> RolloutTree:
-        """The rollout of one prompt in ``iteration`` (counted from 0)."""
-        return self.tree(shape, self.phase(shape, iteration, measurements))
+        """The rollout of one prompt in ``iteration`` (counted from 0).
+
+        Raises:
+            UserError: it cannot be trained on, which would not show otherwise.
+        """
+        tree = self.tree(shape, self.phase(shape, iteration, measurements))
+        _check_tree(f"method {self.name}: {type(self).__name__}.tree", tree, shape)
+        return tree
 
     def measures(self, iteration: int) -> frozenset[Measurement]:
         """What ``iteration`` measures for later phases; nothing by default."""
@@ -151,6 +157,43 @@ class Method(StrictModel):
             [P, G] bool with as many for every prompt, whatever the values; None selects all.
         """
         return None
+
+
+def _check_tree(where: str, tree: RolloutTree, shape: RolloutShape) -> None:
+    """Refuses what would train on nonsense, or on nothing.
+
+    Raises:
+        UserError: starts with ``where``.
+    """
+    if not isinstance(tree, RolloutTree):
+        raise UserError(f"{where} returned {type(tree).__name__}; return a RolloutTree")
+    if tree.steps != shape.steps:
+        raise UserError(
+            f"{where} has {tree.steps} steps; build RolloutTree(shape.steps), here {shape.steps}"
+        )
+    if not tree.groups:
+        raise UserError(f"{where} has no groups; append a Group of the images to compare")
+    recorded = recorded_steps(tree)
+    for group in tree.groups:
+        nodes = {tree.states[image].node for image in group.images}
+        if len(group.images) != shape.group_size:
+            raise UserError(
+                f"{where} has a group of {len(group.images)} images; give one for each of the "
+                f"{shape.group_size} samples"
+            )
+        if nodes != {tree.steps}:
+            raise UserError(
+                f"{where} compares states at node {min(nodes):g}, which are no images; follow them "
+                f"to node {tree.steps}"
+            )
+        if group.step not in (None, *recorded):
+            raise UserError(
+                f"{where} credits step {group.step} by a group, but records the steps {recorded}"
+            )
+    credited = {group.step for group in tree.groups}
+    lost = [step for step in recorded if not credited & {None, step}]
+    if lost:
+        raise UserError(f"{where} records step {lost[0]}, which no group credits")
 
 
 def iterations_by_rollout(method: Method, shape: RolloutShape) -> dict[int, int]:

@@ -2,16 +2,18 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import g2rpo.methods
 from g2rpo.config import validate
 from g2rpo.errors import UserError
-from g2rpo.flow.rollout_tree import RolloutTree
+from g2rpo.flow.rollout_tree import Group, RolloutTree
 from g2rpo.flow.schedule import shifted_sigmas
 from g2rpo.methods import dance_grpo, flow_grpo, flow_grpo_fast, mix_grpo, tempflow_grpo
 from g2rpo.methods import g2rpo as granular
@@ -299,3 +301,57 @@ def test_an_unknown_method_names_the_nearest(value: object, message: str) -> Non
     with pytest.raises(UserError, match=message) as caught:
         parse_method(value)
     assert "\n" not in str(caught.value)
+
+
+class Built(Method):
+    """A method whose tree the test sets."""
+
+    name: str = "built"
+
+    def tree(self, shape: RolloutShape, phase: Any) -> RolloutTree:
+        return cast(RolloutTree, TREES[self.name](RolloutTree(shape.steps), shape))
+
+
+def _tree(
+    tree: RolloutTree,
+    shape: RolloutShape,
+    *,
+    samples: int = 3,
+    until: int | None = None,
+    step: int | None = None,
+    recorded: Collection[int] = (0,),
+) -> RolloutTree:
+    images = tree.trajectories(tree.initial_group(samples, shared=True), (0, 1), recorded, until)
+    tree.groups.append(Group(images, step))
+    return tree
+
+
+TREES: dict[str, Callable[[RolloutTree, RolloutShape], Any]] = {
+    "sound": _tree,
+    "nothing": lambda tree, shape: None,
+    "other steps": lambda tree, shape: _tree(RolloutTree(shape.steps + 1), shape),
+    "no groups": lambda tree, shape: tree,
+    "two samples": partial(_tree, samples=2),
+    "half-noised": partial(_tree, until=2),
+    "other step": partial(_tree, step=1),
+    "not credited": partial(_tree, step=0, recorded=(0, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "returned NoneType; return a RolloutTree"),
+        ("other steps", r"has 5 steps; build RolloutTree\(shape.steps\), here 4"),
+        ("no groups", "has no groups; append a Group"),
+        ("two samples", "has a group of 2 images; give one for each of the 3 samples"),
+        ("half-noised", "compares states at node 2, which are no images; follow them to node 4"),
+        ("other step", r"credits step 1 by a group, but records the steps \[0\]"),
+        ("not credited", "records step 1, which no group credits"),
+    ],
+)
+def test_a_tree_that_would_train_on_nonsense_is_refused(name: str, message: str) -> None:
+    shape = RolloutShape(steps=4, group_size=3, iterations=10)
+    assert Built(name="sound").rollout_tree(shape, 0).groups
+    with pytest.raises(UserError, match=rf"^method {name}: Built.tree {message}"):
+        Built(name=name).rollout_tree(shape, 0)
