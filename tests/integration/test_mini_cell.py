@@ -15,8 +15,8 @@ EXPERIMENT, CELL = "efficient", "hps/efficient"
 EARLY = 20
 """Iterations until which the learning curve is the committed one: another CPU rounds otherwise,
 which grows from 1e-7 to 1e-4 of HPS by then, and is visible at the end."""
-TOLERANCE = 0.1
-"""At the end, of a reward's standard deviation over prompts (0.06 seen); training moves 0.3."""
+TOLERANCE = 0.15
+"""At the end, of a reward's standard deviation over prompts (0.06 seen); training moves HPS 0.4."""
 
 
 @pytest.mark.mini
